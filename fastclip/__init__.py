@@ -1,0 +1,34 @@
+"""fastclip: exact, memory-linear contrastive image-text training.
+
+Public names are imported on first use, so `import fastclip` needs torch and nothing else.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from fastclip._version import __version__
+
+if TYPE_CHECKING:
+    from fastclip import functional as functional
+    from fastclip.losses.clip import ClipLoss as ClipLoss
+    from fastclip.models.clip import load as load
+
+_LAZY = {
+    "ClipLoss": "fastclip.losses.clip",
+    "functional": "fastclip",
+    "load": "fastclip.models.clip",
+}
+
+__all__ = ["ClipLoss", "__version__", "functional", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'fastclip' has no attribute {name!r}")
+    if _LAZY[name] == __name__:
+        return importlib.import_module(f"{__name__}.{name}")
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,52 @@
+"""The command line: `fastclip COMMAND ...`, one file a command.
+
+A command's module is imported when it is called, so `fastclip --version` needs torch alone.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from fastclip._version import __version__
+
+COMMANDS = {
+    "train": "train a model from a configuration and flags",
+    "eval": "zero-shot classification or retrieval of a trained model",
+    "quickstart": "train and evaluate a small model on the embedded data",
+    "convert": "make shards from other formats",
+    "bench": "time operators beside their rivals",
+    "info": "versions, devices, and which implementation each operator uses",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the process's exit status: 0, 1 for an error, 2 for wrong usage."""
+    width = max(map(len, COMMANDS))
+    listing = "\n".join(f"  {name:{width}}  {what}" for name, what in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="fastclip",
+        description="Contrastive image-text training: exact, in memory linear in the batch.",
+        epilog=f"commands:\n{listing}\n\n`fastclip COMMAND --help` lists a command's options.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"fastclip {__version__}")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
+    parser.add_argument("options", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    parsed = parser.parse_args(arguments)
+    try:
+        return importlib.import_module(f"fastclip.cli.{parsed.command}").main(parsed.options)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("fastclip"):
+            raise
+        print(
+            f"fastclip {parsed.command} needs the package {error.name!r}: "
+            "pip install 'fastclip-kernels[train]'",
+            file=sys.stderr,
+        )
+    except (ValueError, OSError) as error:
+        # bad input is told in a sentence; a traceback is for mistakes of ours
+        print(f"fastclip {parsed.command}: error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+    return 1

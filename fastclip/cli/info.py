@@ -1,0 +1,52 @@
+"""`fastclip info`: what is installed, what is used, and why."""
+
+import importlib.metadata
+import platform
+from collections.abc import Sequence
+
+import torch
+
+from fastclip import __version__
+from fastclip.device import cuda_obstacle
+from fastclip.ops.backend import ENVIRONMENT_VARIABLE, IMPLEMENTATIONS, explain
+
+PACKAGES = (
+    *("torch", "triton", "open_clip_torch", "timm", "torchvision", "transformers", "deepspeed"),
+    *("nvidia-dali-cuda130", "numpy", "pillow", "tyro"),
+)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the report; takes no options."""
+    if arguments:
+        print("usage: fastclip info")
+        return 0 if arguments[0] in ("-h", "--help") else 2
+    print(f"fastclip {__version__}, Python {platform.python_version()}, {platform.platform()}")
+    print("\npackages")
+    for package in PACKAGES:
+        print(f"  {package:20} {_version(package)}")
+    print("\ndevices")
+    vectors = torch.backends.cpu.get_cpu_capability()
+    print(f"  cpu       {torch.get_num_threads()} threads, {vectors}")
+    devices = [torch.device("cpu")]
+    obstacle = cuda_obstacle()
+    for index in range(0 if obstacle else torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        memory = f"{gpu.total_memory / 2**30:.0f} GiB"
+        print(f"  cuda:{index}    {gpu.name}, {memory}, sm_{gpu.major}{gpu.minor}")
+        devices.append(torch.device("cuda", index))
+    if obstacle:
+        print(f"  cuda      not used: {obstacle}")
+    print(f"\noperators ({ENVIRONMENT_VARIABLE} or backend= chooses another)")
+    for operator in IMPLEMENTATIONS:
+        for device in {device.type: device for device in devices}.values():
+            for name, status, description in explain(operator, device, torch.float32):
+                print(f"  {operator} on {device.type:5} {name:10} {status} ({description})")
+    return 0
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

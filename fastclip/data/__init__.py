@@ -1,0 +1,1 @@
+"""Samples in a reproducible order: shards, the embedded `scenes`, augmentation, loading."""

@@ -1,0 +1,124 @@
+"""Making webdataset shards from other formats."""
+
+import io
+import json
+import tarfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from fastclip.data.order import hash64, permutation
+from fastclip.data.shards import Sample
+
+# The prompts that CLIP's authors used for CIFAR-10, one drawn for each image's caption.
+CIFAR10_TEMPLATES = (
+    "a photo of a {}.",
+    "a blurry photo of a {}.",
+    "a low contrast photo of a {}.",
+    "a high contrast photo of a {}.",
+    "a bad photo of a {}.",
+    "a good photo of a {}.",
+    "a photo of a small {}.",
+    "a photo of a big {}.",
+)
+CIFAR10_VALIDATION = 5000
+
+
+def write_shards(samples: Iterable[Sample], folder: Path, prefix: str, per_shard: int) -> list[int]:
+    """Write `PREFIX-00000.tar`, ... with KEY.jpg, KEY.txt and KEY.cls; returns the sample counts.
+
+    Args:
+        samples: written in the order given; a label of None leaves KEY.cls out.
+        folder: made if needed; `sizes.json` in it gets an entry a shard.
+        per_shard: most samples in one shard.
+
+    Raises:
+        FileExistsError: a shard of that name is there already; nothing is overwritten.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    sizes = _read_sizes(folder)
+    counts: list[int] = []
+    tar: tarfile.TarFile | None = None
+    try:
+        for number, sample in enumerate(samples):
+            if number % per_shard == 0:
+                if tar is not None:
+                    tar.close()
+                name = f"{prefix}-{number // per_shard:05d}.tar"
+                tar = tarfile.open(folder / name, "x", format=tarfile.USTAR_FORMAT)
+                counts.append(0)
+            assert tar is not None
+            _add_sample(tar, sample)
+            counts[-1] += 1
+    finally:
+        if tar is not None:
+            tar.close()
+    sizes |= {f"{prefix}-{i:05d}.tar": count for i, count in enumerate(counts)}
+    (folder / "sizes.json").write_text(json.dumps(sizes, indent=1) + "\n")
+    return counts
+
+
+def cifar10_samples(source: Path, split: str, *, seed: int = 0) -> Iterator[Sample]:
+    """CIFAR-10's training photographs with templated captions, in a fixed shuffled order.
+
+    Args:
+        source: the folder that holds `cifar-10-batches-py`, as torchvision unpacks it.
+        split: "train" (45,000) or "val" (the 5,000 held out of the 50,000).
+        seed: of the split, the order and the choice of templates.
+
+    Raises:
+        FileNotFoundError: the data set is not there, or not whole.
+    """
+    from torchvision.datasets import CIFAR10
+
+    try:
+        data = CIFAR10(str(source), train=True, download=False)
+    except RuntimeError as error:
+        raise FileNotFoundError(
+            f"{source} holds no whole CIFAR-10; torchvision.datasets.CIFAR10({str(source)!r}, "
+            "download=True) fetches it"
+        ) from error
+    order = permutation(len(data), hash64(seed))
+    held_out = min(CIFAR10_VALIDATION, len(data) // 10)
+    chosen = order[-held_out:] if split == "val" else order[:-held_out]
+    for number, index in enumerate(chosen.tolist()):
+        image, label = data[index]
+        template = CIFAR10_TEMPLATES[hash64(seed, index) % len(CIFAR10_TEMPLATES)]
+        yield Sample(f"{number:06d}", image, template.format(data.classes[label]), label)
+
+
+def convert_cifar10(source: Path, target: Path, *, seed: int = 0) -> dict[str, list[int]]:
+    """Write CIFAR-10 as `train-*.tar` and `val-*.tar` with classes.txt and templates.txt.
+
+    Returns:
+        Samples in each shard, by split.
+
+    Raises:
+        FileNotFoundError: the source is not there. FileExistsError: the target has such shards.
+    """
+    from torchvision.datasets import CIFAR10
+
+    written = {
+        split: write_shards(cifar10_samples(source, split, seed=seed), target, split, 9000)
+        for split in ("train", "val")
+    }
+    classes = CIFAR10(str(source), train=True, download=False).classes
+    (target / "classes.txt").write_text("\n".join(classes) + "\n")
+    (target / "templates.txt").write_text("\n".join(CIFAR10_TEMPLATES) + "\n")
+    return written
+
+
+def _read_sizes(folder: Path) -> dict[str, int]:
+    path = folder / "sizes.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _add_sample(tar: tarfile.TarFile, sample: Sample) -> None:
+    jpeg = io.BytesIO()
+    sample.image.convert("RGB").save(jpeg, "JPEG", quality=95)
+    parts = {"jpg": jpeg.getvalue(), "txt": sample.text.encode()}
+    if sample.label is not None:
+        parts["cls"] = str(sample.label).encode()
+    for extension, content in parts.items():
+        member = tarfile.TarInfo(f"{sample.key}.{extension}")
+        member.size = len(content)
+        tar.addfile(member, io.BytesIO(content))

@@ -1,0 +1,141 @@
+"""The index of a tar shard: where each sample's files lie, and every fault on the way.
+
+Python's tarfile ends its iteration silently at a torn or damaged header after the first member;
+the check after the loop is what tells that from a proper end.
+"""
+
+import os
+import tarfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+MAX_MEMBER_BYTES = 64 << 20
+
+_COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\x00": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+}
+_BLOCK = 512
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something unreadable, skipped and counted: a kind in a few fixed words, and where it is."""
+
+    kind: str
+    where: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.where}" + (f" ({self.detail})" if self.detail else "")
+
+
+@dataclass
+class ShardIndex:
+    """Samples of one shard in file order.
+
+    samples: (key, {extension: (offset, bytes)}) with an image and every required extension.
+    """
+
+    samples: list[tuple[str, dict[str, tuple[int, int]]]] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+
+
+def index_shard(path: Path, required: tuple[str, ...] = ()) -> ShardIndex:
+    """Read the headers of a tar and group its members into samples.
+
+    A sample is the members with one name up to the first dot of the basename; names that begin
+    with two underscores are meta-data and passed over. Links, devices and other special members
+    are never followed.
+
+    Args:
+        path: an uncompressed tar.
+        required: extensions, besides an image, without which a sample is a fault.
+
+    Raises:
+        FileNotFoundError: there is no such file. Everything else is a `Fault` in the result.
+    """
+    index = ShardIndex()
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(_BLOCK)
+    if not start:
+        index.faults.append(Fault("empty file", str(path)))
+        return index
+    for magic, name in _COMPRESSED.items():
+        if start.startswith(magic):
+            detail = f"{name}; unpack it, images are compressed already"
+            index.faults.append(Fault("compressed shard", str(path), detail))
+            return index
+
+    groups: dict[str, dict[str, tuple[int, int]]] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                _add_member(member, path, size, groups, index.faults)
+            end = tar.offset
+    except (tarfile.TarError, ValueError, OSError) as error:
+        index.faults.append(Fault("not a tar", str(path), str(error)))
+        return index
+    index.faults.extend(_end_faults(path, end, size))
+
+    for key, files in groups.items():
+        missing = [extension for extension in required if extension not in files]
+        if not any(extension in files for extension in IMAGE_EXTENSIONS):
+            missing.insert(0, "image")
+        if missing:
+            index.faults.append(Fault(f"sample without {missing[0]}", f"{path}:{key}"))
+        else:
+            index.samples.append((key, files))
+    return index
+
+
+def _add_member(
+    member: tarfile.TarInfo,
+    path: Path,
+    shard_bytes: int,
+    groups: dict[str, dict[str, tuple[int, int]]],
+    faults: list[Fault],
+) -> None:
+    if member.isdir():
+        return
+    where = f"{path}:{member.name}"
+    if not member.isreg() or member.issparse():
+        faults.append(Fault("link or special member", where))
+        return
+    folder, basename = os.path.split(member.name)
+    stem, dot, extension = basename.partition(".")
+    if basename.startswith("__") or not dot or not stem:
+        return
+    if member.size > MAX_MEMBER_BYTES:
+        faults.append(Fault("member too large", where, f"{member.size:,} bytes"))
+        return
+    if member.offset_data + member.size > shard_bytes:
+        faults.append(Fault("cut inside a member", where))
+        return
+    files = groups.setdefault(os.path.join(folder, stem), {})
+    extension = extension.lower()
+    if extension in files:
+        faults.append(Fault("duplicate member", where))
+        return
+    files[extension] = (member.offset_data, member.size)
+
+
+def _end_faults(path: Path, end: int, size: int) -> list[Fault]:
+    """What is wrong where tarfile stopped: nothing if two zero blocks (or one) begin there."""
+    if end > size:
+        # the last member runs past the end and was reported as cut
+        return []
+    with path.open("rb") as file:
+        file.seek(end)
+        block = file.read(_BLOCK)
+    if not block:
+        return [Fault("no end-of-archive mark", str(path), "the shard may have been cut")]
+    if len(block) < _BLOCK:
+        return [Fault("cut inside a header", str(path), f"at byte {end:,} of {size:,}")]
+    if block.strip(b"\0"):
+        return [Fault("damaged header", str(path), f"at byte {end:,} of {size:,}, rest unread")]
+    return []

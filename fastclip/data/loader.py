@@ -1,0 +1,208 @@
+"""Batches in the contract's order, whatever the number of workers.
+
+A batch is never short: a sample that cannot be read is replaced by one that a hash of
+(seed, epoch, position) chooses, and the fault is reported with the batch.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from fastclip.data.augment import Augmentation, apply_view, draw_view
+from fastclip.data.index import Fault
+from fastclip.data.order import Order, hash64
+from fastclip.data.shards import Sample, UnreadableSample
+
+REPLACEMENT_ATTEMPTS = 32
+
+Tokenizer = Callable[[list[str]], Tensor]
+
+
+class Source(Protocol):
+    """Where samples come from: declared counts per shard and random access."""
+
+    counts: tuple[int, ...]
+
+    def read(self, shard: int, index: int) -> Sample: ...
+
+    def drain_faults(self) -> list[Fault]: ...
+
+
+class TrainingSamples(Dataset[dict[str, Any]]):
+    """The sample at (epoch, position), augmented and tokenized; a pure function of both."""
+
+    def __init__(
+        self, source: Source, order: Order, augmentation: Augmentation, tokenizer: Tokenizer
+    ) -> None:
+        self.source = source
+        self.order = order
+        self.augmentation = augmentation
+        self.tokenizer = tokenizer
+
+    def __getitem__(self, where: tuple[int, int]) -> dict[str, Any]:
+        epoch, position = where
+        sample, faults = self._read(epoch, position)
+        rng = random.Random(hash64(self.order.seed, epoch, position, 2))
+        view = draw_view(self.augmentation, sample.image.width, sample.image.height, rng)
+        return {
+            "image": apply_view(sample.image, view, self.augmentation.size),
+            "text": self.tokenizer([sample.text])[0],
+            "key": sample.key,
+            "faults": faults,
+        }
+
+    def _read(self, epoch: int, position: int) -> tuple[Sample, list[Fault]]:
+        faults: list[Fault] = []
+        candidate = position
+        for attempt in range(REPLACEMENT_ATTEMPTS):
+            try:
+                sample = self.source.read(*self.order.locate(epoch, candidate))
+                return sample, faults + self.source.drain_faults()
+            except UnreadableSample as error:
+                faults.append(error.fault)
+            candidate = hash64(self.order.seed, epoch, position, 3, attempt) % len(self.order)
+        raise ValueError(
+            f"{REPLACEMENT_ATTEMPTS} samples in a row could not be read, the last: {faults[-1]}; "
+            "the data is damaged beyond skipping"
+        )
+
+
+class EvaluationSamples(Dataset[dict[str, Any]]):
+    """Every sample once in the source's own order; unreadable ones carry only their fault."""
+
+    def __init__(self, source: Source, preprocess: Callable[[Any], Tensor]) -> None:
+        self.source = source
+        self.order = Order(source.counts, seed=0, window=0)
+        self.preprocess = preprocess
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        try:
+            sample = self.source.read(*self.order.locate(0, position))
+        except UnreadableSample as error:
+            return {"faults": [error.fault, *self.source.drain_faults()]}
+        return {
+            "image": self.preprocess(sample.image),
+            "text": sample.text,
+            "label": sample.label,
+            "key": sample.key,
+            "faults": self.source.drain_faults(),
+        }
+
+
+class _Positions(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, position) of one epoch from a given step on."""
+
+    def __init__(self, batch_size: int, steps: int) -> None:
+        self.batch_size = batch_size
+        self.steps = steps
+        self.epoch = 0
+        self.first_step = 0
+
+    def __len__(self) -> int:
+        return self.steps - self.first_step
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in range(self.first_step, self.steps):
+            start = step * self.batch_size
+            yield [(self.epoch, start + i) for i in range(self.batch_size)]
+
+
+class TrainingLoader:
+    """Batches of dictionaries: image (B, 3, S, S) uint8, text (B, L) int64, key, faults.
+
+    Args:
+        samples: what to load.
+        batch_size: samples a step.
+        epoch_samples: samples an epoch; None for all. What does not fill a batch is left out.
+        workers: loader processes; 0 loads in this one.
+
+    Raises:
+        ValueError: an epoch does not fill a single batch.
+    """
+
+    def __init__(
+        self,
+        samples: TrainingSamples,
+        batch_size: int,
+        *,
+        epoch_samples: int | None = None,
+        workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        available = len(samples.order)
+        length = available if epoch_samples is None else min(epoch_samples, available)
+        self.steps_per_epoch = length // batch_size
+        if self.steps_per_epoch == 0:
+            raise ValueError(
+                f"an epoch of {length} samples does not fill one batch of {batch_size}; "
+                "lower --batch-size or give more data"
+            )
+        self._positions = _Positions(batch_size, self.steps_per_epoch)
+        self._loader: DataLoader[dict[str, Any]] = DataLoader(
+            samples,
+            batch_sampler=self._positions,
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=pin_memory,
+            persistent_workers=workers > 0,
+            # DataLoader draws a seed from here each epoch; the global stream must stay the
+            # model's alone, or a resumed run would draw other numbers than the first
+            generator=torch.Generator(),
+        )
+
+    def batches(self, epoch: int, first_step: int = 0) -> Iterator[dict[str, Any]]:
+        """The batches of `epoch` from `first_step` on."""
+        self._positions.epoch = epoch
+        self._positions.first_step = first_step
+        return iter(self._loader)
+
+
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Stack tensors, keep the rest as lists; samples without an image lend only their faults."""
+    readable = [sample for sample in samples if "image" in sample]
+    batch: dict[str, Any] = {"faults": [fault for sample in samples for fault in sample["faults"]]}
+    if not readable:
+        return batch
+    for name in readable[0]:
+        if name == "faults":
+            continue
+        values = [sample[name] for sample in readable]
+        batch[name] = torch.stack(values) if isinstance(values[0], Tensor) else values
+    return batch
+
+
+class FaultLog:
+    """Counts faults by kind, each place once, and keeps the first few of a kind to show."""
+
+    EXAMPLES = 3
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.examples: dict[str, list[Fault]] = {}
+        self._seen: set[Fault] = set()
+
+    def add(self, faults: list[Fault]) -> list[Fault]:
+        """Count faults; returns those worth printing: the first few new ones of each kind."""
+        fresh = []
+        for fault in faults:
+            if fault in self._seen:
+                continue
+            self._seen.add(fault)
+            self.counts[fault.kind] += 1
+            examples = self.examples.setdefault(fault.kind, [])
+            if len(examples) < self.EXAMPLES:
+                examples.append(fault)
+                fresh.append(fault)
+        return fresh
+
+    def summary(self) -> str:
+        """One line, e.g. "3 corrupt image, 1 cut inside a header"; empty where all was well."""
+        return ", ".join(f"{count} {kind}" for kind, count in self.counts.most_common())

@@ -1,0 +1,50 @@
+"""Which device to compute on, and why a GPU is not used."""
+
+import shutil
+import warnings
+from pathlib import Path
+
+import torch
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called "auto", "cpu", "cuda" or "cuda:1".
+
+    Raises:
+        ValueError: the GPU asked for, or one that is plainly there, cannot be used. A GPU whose
+            driver is too old for the installed torch is an error, not a silent run on the CPU.
+    """
+    obstacle = cuda_obstacle()
+    if name == "auto":
+        if obstacle and driver_is_installed():
+            raise ValueError(f"{obstacle}; to run on the CPU nevertheless: --device cpu")
+        name = "cpu" if obstacle else "cuda"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device {name!r} is unknown; use auto, cpu, cuda or cuda:1") from error
+    if device.type == "cuda" and obstacle:
+        raise ValueError(f"--device {name}: {obstacle}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: there are {torch.cuda.device_count()} GPUs")
+    return device
+
+
+def cuda_obstacle() -> str | None:
+    """Why torch cannot use a GPU here, in torch's own words where it has some; None if it can."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if torch.cuda.is_available():
+            return None
+        if torch.version.cuda is None:
+            return f"torch {torch.__version__} is built without CUDA"
+        try:
+            torch.cuda.init()
+        except (RuntimeError, AssertionError) as error:
+            return f"torch {torch.__version__} (CUDA {torch.version.cuda}): {error}".split("\n")[0]
+    return f"torch {torch.__version__} (CUDA {torch.version.cuda}) finds no GPU"
+
+
+def driver_is_installed() -> bool:
+    """Whether this machine has an NVIDIA driver, usable or not."""
+    return Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None

@@ -1,0 +1,1 @@
+"""Evaluation: zero-shot classification and retrieval, in CLIP_benchmark's result format."""

@@ -1,0 +1,108 @@
+"""Normalised features of a data set, in the data's own order."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from fastclip.data.loader import EvaluationSamples, FaultLog, Source, collate
+from fastclip.models.clip import Model
+
+
+@dataclass
+class ImageFeatures:
+    """Features of every readable sample and what came with them.
+
+    features: (N, D) float32, normalised. texts, labels, keys: length N.
+    """
+
+    features: Tensor
+    texts: list[str]
+    labels: list[int | None]
+    keys: list[str]
+    faults: FaultLog
+
+
+@torch.no_grad()
+def embed_images(
+    model: Model,
+    source: Source,
+    *,
+    batch_size: int = 256,
+    workers: int = 0,
+    precision: str = "fp32",
+    progress: bool = False,
+) -> ImageFeatures:
+    """Image features of every readable sample of `source`.
+
+    Raises:
+        ValueError: no sample at all could be read.
+    """
+    device = next(model.model.parameters()).device
+    loader: DataLoader[dict[str, Any]] = DataLoader(
+        EvaluationSamples(source, model.preprocess),
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=collate,
+        generator=torch.Generator(),
+    )
+    faults = FaultLog()
+    found: list[Tensor] = []
+    texts: list[str] = []
+    labels: list[int | None] = []
+    keys: list[str] = []
+    towers: Any = model.model
+    with _evaluating(model.model), _autocast(device, precision):
+        for batch in tqdm(loader, desc="images", unit="batch", disable=not progress, leave=False):
+            faults.add(batch["faults"])
+            if "image" not in batch:
+                continue
+            images = batch["image"].to(device)
+            found.append(_normalised(towers.encode_image(images)))
+            texts += batch["text"]
+            labels += batch["label"]
+            keys += batch["key"]
+    if not found:
+        raise ValueError(f"no sample could be read: {faults.summary()}")
+    return ImageFeatures(torch.cat(found), texts, labels, keys, faults)
+
+
+@torch.no_grad()
+def embed_texts(
+    model: Model, texts: list[str], *, batch_size: int = 256, precision: str = "fp32"
+) -> Tensor:
+    """Text features, (len(texts), D) float32, normalised."""
+    device = next(model.model.parameters()).device
+    found = []
+    towers: Any = model.model
+    with _evaluating(model.model), _autocast(device, precision):
+        for start in range(0, len(texts), batch_size):
+            tokens = model.tokenizer(texts[start : start + batch_size]).to(device)
+            found.append(_normalised(towers.encode_text(tokens)))
+    return torch.cat(found)
+
+
+def _normalised(features: Tensor) -> Tensor:
+    return F.normalize(features.float(), dim=-1).cpu()
+
+
+def _autocast(device: torch.device, precision: str) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "amp_bf16")
+
+
+class _evaluating:
+    """Evaluation mode inside, the previous mode afterwards."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.module = module
+        self.training = module.training
+
+    def __enter__(self) -> None:
+        self.module.eval()
+
+    def __exit__(self, *exception: object) -> None:
+        self.module.train(self.training)

@@ -1,0 +1,72 @@
+"""Image-text retrieval: recall at k, chunked and exact."""
+
+import torch
+from torch import Tensor
+
+from fastclip.evaluate.features import ImageFeatures, embed_texts
+from fastclip.models.clip import Model
+
+CHUNK_ROWS = 1024
+
+
+def retrieval_metrics(
+    image_features: Tensor, text_features: Tensor, text_of_image: Tensor, k: tuple[int, ...]
+) -> dict[str, float]:
+    """image_retrieval_recall@k and text_retrieval_recall@k, as CLIP_benchmark names them.
+
+    A query counts if any of its true matches is among the k best; ties count against it.
+
+    Args:
+        image_features: (N, D). text_features: (T, D), one row a distinct text.
+        text_of_image: (P, 2) int64 pairs (image, text) that belong together; every image and
+            text occurs at least once.
+        k: the ranks asked for.
+    """
+    images, texts = text_of_image[:, 0], text_of_image[:, 1]
+    best_text = _best_rank(image_features, text_features, images, texts)
+    best_image = _best_rank(text_features, image_features, texts, images)
+    metrics = {}
+    for rank in k:
+        metrics[f"image_retrieval_recall@{rank}"] = (best_image < rank).double().mean().item()
+        metrics[f"text_retrieval_recall@{rank}"] = (best_text < rank).double().mean().item()
+    return metrics
+
+
+def _best_rank(queries: Tensor, keys: Tensor, query_of: Tensor, key_of: Tensor) -> Tensor:
+    """Rank (from 0) of each query's best true match among the keys that are no match of it.
+
+    Other true matches never push a match down: only wrong keys scored as high or higher count.
+    """
+    order = torch.argsort(query_of, stable=True)
+    query_of, key_of = query_of[order], key_of[order]
+    ranks = torch.empty(queries.shape[0], dtype=torch.int64)
+    for start in range(0, queries.shape[0], CHUNK_ROWS):
+        scores = queries[start : start + CHUNK_ROWS] @ keys.T
+        stop = start + scores.shape[0]
+        inside = slice(*torch.searchsorted(query_of, torch.tensor([start, stop])).tolist())
+        row, column = query_of[inside] - start, key_of[inside]
+        matches = scores[row, column]
+        best = torch.full((scores.shape[0],), -torch.inf, dtype=scores.dtype)
+        best.scatter_reduce_(0, row, matches, "amax")
+        scores[row, column] = -torch.inf
+        ranks[start:stop] = (scores >= best[:, None]).sum(dim=1)
+    return ranks
+
+
+def evaluate_retrieval(
+    model: Model,
+    images: ImageFeatures,
+    *,
+    k: tuple[int, ...] = (1, 5, 10),
+    precision: str = "fp32",
+) -> dict[str, float]:
+    """Retrieval between embedded images and their captions.
+
+    Captions with the same words are one text that belongs to all of its images: otherwise a
+    right answer could count as wrong.
+    """
+    distinct = {text: index for index, text in enumerate(dict.fromkeys(images.texts))}
+    pairs = torch.tensor([[image, distinct[text]] for image, text in enumerate(images.texts)])
+    text_features = embed_texts(model, list(distinct), precision=precision)
+    metrics = retrieval_metrics(images.features, text_features, pairs, k)
+    return {**metrics, "images": float(len(images.texts)), "texts": float(len(distinct))}

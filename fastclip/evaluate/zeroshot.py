@@ -1,0 +1,114 @@
+"""Zero-shot classification with prompt ensembles (Radford et al. 2021, section 3.1)."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastclip.data.scenes import CLASSES, TEMPLATES
+from fastclip.data.sources import is_scenes
+from fastclip.evaluate.features import ImageFeatures, embed_texts
+from fastclip.models.clip import Model
+
+# Looked for beside the data, in this order: CLIP_benchmark's names, then fastclip's own.
+CLASS_FILES = ("classnames.txt", "classes.txt")
+TEMPLATE_FILES = ("zeroshot_classification_templates.txt", "templates.txt")
+DEFAULT_TEMPLATES = ("a photo of a {}.",)
+
+
+def class_embeddings(
+    model: Model, classes: list[str], templates: list[str], *, precision: str = "fp32"
+) -> Tensor:
+    """One normalised feature a class, (C, D): the mean of its normalised prompts' features.
+
+    Args:
+        classes: class names in index order.
+        templates: each with one {} or {c} where the class name goes.
+
+    Raises:
+        ValueError: there is no class or template, or a template has no place for the name.
+    """
+    if not classes or not templates:
+        raise ValueError(f"{len(classes)} classes and {len(templates)} templates: both are needed")
+    prompts = [fill_template(template, name) for name in classes for template in templates]
+    features = embed_texts(model, prompts, precision=precision)
+    return F.normalize(features.view(len(classes), len(templates), -1).mean(dim=1), dim=-1)
+
+
+def fill_template(template: str, name: str) -> str:
+    """The template with the class name in the place of {} or {c}."""
+    if "{}" not in template and "{c}" not in template:
+        raise ValueError(f"template {template!r} has no {{}} or {{c}} for the class name")
+    return template.replace("{}", name).replace("{c}", name)
+
+
+def zeroshot_metrics(features: Tensor, classes: Tensor, labels: Tensor) -> dict[str, float]:
+    """acc1, acc5 and mean_per_class_recall, as CLIP_benchmark names them.
+
+    Args:
+        features: (N, D) image features. classes: (C, D) class features. labels: (N,) int64.
+
+    Raises:
+        ValueError: a label is outside the classes.
+    """
+    count = classes.shape[0]
+    if labels.numel() == 0 or labels.min() < 0 or labels.max() >= count:
+        raise ValueError(f"labels must lie in 0..{count - 1}, the classes given")
+    logits = features @ classes.T
+    # rank of the true class, ties against it
+    truth = logits.gather(1, labels[:, None])
+    rank = (logits >= truth).sum(dim=1) - 1
+    hits = (rank == 0).double()
+    per_class = [hits[labels == label].mean() for label in labels.unique()]
+    return {
+        "acc1": hits.mean().item(),
+        "acc5": (rank < min(5, count)).double().mean().item(),
+        "mean_per_class_recall": torch.stack(per_class).mean().item(),
+    }
+
+
+def evaluate_zeroshot(
+    model: Model,
+    images: ImageFeatures,
+    classes: list[str],
+    templates: list[str],
+    *,
+    precision: str = "fp32",
+) -> dict[str, float]:
+    """Zero-shot metrics of embedded images that carry labels; unlabelled ones are left out.
+
+    Raises:
+        ValueError: no image has a label.
+    """
+    labelled = [i for i, label in enumerate(images.labels) if label is not None]
+    if not labelled:
+        raise ValueError("no sample has a class index (KEY.cls); zero-shot needs labels")
+    labels = torch.tensor([images.labels[i] for i in labelled])
+    embeddings = class_embeddings(model, classes, templates, precision=precision)
+    return zeroshot_metrics(images.features[labelled], embeddings, labels)
+
+
+def classes_of(data: str, dataset_type: str = "auto") -> tuple[list[str], list[str]] | None:
+    """Class names and prompt templates of a data set: the scenes' own, or from beside the shards.
+
+    None where no file of class names is there. Templates default to "a photo of a {}.".
+    """
+    if is_scenes(data, dataset_type):
+        return list(CLASSES), list(TEMPLATES)
+    place = Path(data.split("::")[0])
+    classes, templates = _find_beside(place, CLASS_FILES), _find_beside(place, TEMPLATE_FILES)
+    if classes is None:
+        return None
+    return read_lines(classes), read_lines(templates) if templates else list(DEFAULT_TEMPLATES)
+
+
+def read_lines(path: Path) -> list[str]:
+    """The non-empty lines of a text file, stripped."""
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if line]
+
+
+def _find_beside(data: Path, names: tuple[str, ...]) -> Path | None:
+    """The first of the named files in the folder of `data`."""
+    return next((data.parent / name for name in names if (data.parent / name).is_file()), None)

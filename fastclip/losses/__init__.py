@@ -1,0 +1,1 @@
+"""Contrastive losses as modules, with the signatures people already use."""

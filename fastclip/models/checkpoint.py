@@ -1,0 +1,106 @@
+"""Checkpoint files: written whole or not at all, and read without running code.
+
+`step_00000120.pt` is written under another name, flushed to the disk and renamed; then the
+manifest `step_00000120.json` with its size and SHA-256 follows in the same way. A file without a
+matching manifest is torn and never chosen.
+"""
+
+import hashlib
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PARTIAL_SUFFIX = ".partial"
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` to `path` atomically, then its manifest.
+
+    Args:
+        path: ends in .pt; a file of this name is replaced.
+        content: tensors, numbers, strings, lists and dictionaries of them; must hold "step".
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; `path` is then as it was.
+    """
+    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    try:
+        with partial.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        manifest = {
+            "file": path.name,
+            "step": content["step"],
+            "bytes": partial.stat().st_size,
+            "sha256": _sha256(partial),
+        }
+        # the old manifest goes first: never may it vouch for the new file
+        path.with_suffix(".json").unlink(missing_ok=True)
+        os.replace(partial, path)
+        write_text(path.with_suffix(".json"), json.dumps(manifest, indent=1) + "\n")
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small text file atomically."""
+    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def find_latest(folder: Path) -> Path | None:
+    """The whole checkpoint with the highest step, or None; torn ones are passed over, warned of."""
+    found = []
+    for path in folder.glob("*.pt"):
+        try:
+            manifest = json.loads(path.with_suffix(".json").read_text())
+            found.append((int(manifest["step"]), path.name, path, manifest))
+        except (OSError, ValueError, KeyError, TypeError):
+            warnings.warn(f"{path} has no valid manifest: its writing was cut short", stacklevel=2)
+    for _, _, path, manifest in sorted(found, key=lambda entry: entry[:2], reverse=True):
+        if path.stat().st_size == manifest["bytes"] and _sha256(path) == manifest["sha256"]:
+            return path
+        warnings.warn(f"{path} does not match its manifest: passed over", stacklevel=2)
+    return None
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint, on the CPU; never runs code from the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or no checkpoint of fastclip.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {path} does not exist")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    # torch.load raises many kinds of errors on damaged input
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
+    if not isinstance(content, dict) or "state_dict" not in content:
+        raise ValueError(f"{path} is no checkpoint: it has no 'state_dict'")
+    return content
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,127 @@
+"""Two-tower models by name, from open_clip's registry and the configs shipped here."""
+
+import difflib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastclip.models.checkpoint import find_latest, read
+
+CONFIG_FILE = "open_clip_config.json"
+
+_CONFIGS = Path(__file__).with_name("configs")
+
+
+class Model(NamedTuple):
+    """What a trained or new model is used with, in open_clip's order."""
+
+    model: nn.Module
+    preprocess: Callable[[Any], Tensor]
+    tokenizer: Callable[[list[str]], Tensor]
+
+    @property
+    def preprocess_config(self) -> dict[str, Any]:
+        """Size, mean, std, interpolation and resize mode of the images the model was made for."""
+        import open_clip
+
+        return open_clip.get_model_preprocess_cfg(self.model)
+
+
+def create(name: str, device: str | torch.device = "cpu") -> Model:
+    """A new model with random weights.
+
+    Args:
+        name: a model of open_clip's (`open_clip.list_models()`), one of fastclip's own configs,
+            or the path of a config file in open_clip's JSON format.
+        device: where the parameters live.
+
+    Returns:
+        The model (called with images and texts it gives a dictionary of normalised
+        image_features and text_features and the exponentiated logit_scale), its evaluation
+        transform and its tokenizer.
+
+    Raises:
+        ValueError: the name is unknown; the message suggests near ones.
+    """
+    import open_clip
+
+    open_clip.add_model_config(_CONFIGS)
+    if name.endswith(".json"):
+        path = Path(name)
+        if not path.is_file():
+            raise FileNotFoundError(f"model config {name} does not exist")
+        open_clip.add_model_config(path)
+        name = path.stem
+    if name not in open_clip.list_models():
+        near = difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.4)
+        hint = f"; near names: {', '.join(near)}" if near else ""
+        raise ValueError(f"model {name!r} is unknown{hint}")
+    return _build(name, device)
+
+
+def describe(name: str, model: Model) -> dict[str, Any]:
+    """The model's full description as open_clip's `open_clip_config.json` holds it."""
+    import open_clip
+
+    return {
+        "model_cfg": open_clip.get_model_config(
+            Path(name).stem if name.endswith(".json") else name
+        ),
+        "preprocess_cfg": model.preprocess_config,
+    }
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> Model:
+    """A trained model, its evaluation transform and its tokenizer.
+
+    Args:
+        path: a run folder as `fastclip train` writes it (its latest whole checkpoint is taken),
+            or one checkpoint file inside it.
+        device: where the parameters are put.
+
+    Returns:
+        (model, preprocess, tokenizer), the model in evaluation mode.
+
+    Raises:
+        FileNotFoundError: there is no run, no checkpoint or no model description there.
+        ValueError: the checkpoint is not of the described model.
+    """
+    path = Path(path)
+    run = path if path.is_dir() else path.parent.parent
+    if not (run / CONFIG_FILE).is_file():
+        raise FileNotFoundError(
+            f"{run / CONFIG_FILE} does not exist: {path} is no run of fastclip train"
+        )
+    checkpoint = find_latest(run / "checkpoints") if path.is_dir() else path
+    if checkpoint is None:
+        raise FileNotFoundError(f"{run / 'checkpoints'} holds no whole checkpoint")
+    state = read(checkpoint)["state_dict"]
+    built = _build(f"local-dir:{run}", device)
+    try:
+        built.model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{checkpoint} does not fit {run / CONFIG_FILE}: {error}") from error
+    built.model.eval()
+    return built
+
+
+def _build(name: str, device: str | torch.device) -> Model:
+    import open_clip
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    # open_clip warns that the weights are random, which is what is wanted here
+    logging.disable(logging.WARNING)
+    try:
+        model = open_clip.create_model(
+            name, device=device, output_dict=True, load_weights=False, pretrained_text=False
+        )
+    finally:
+        logging.disable(logging.NOTSET)
+    preprocess = PreprocessCfg(**open_clip.get_model_preprocess_cfg(model))
+    return Model(
+        model, image_transform_v2(preprocess, is_train=False), open_clip.get_tokenizer(name)
+    )

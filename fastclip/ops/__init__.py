@@ -1,0 +1,1 @@
+"""Operators: one file each, holding its registration, autograd and choice of implementation."""

@@ -1,0 +1,78 @@
+"""Which implementation of an operator runs, and why a faster one does not."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+ENVIRONMENT_VARIABLE = "FASTCLIP_BACKEND"
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One implementation of an operator.
+
+    `obstacle(device, dtype)` returns None where it can run, else the reason in one phrase.
+    `automatic` is False for implementations that "auto" never picks.
+    """
+
+    name: str
+    description: str
+    obstacle: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: None
+    automatic: bool = True
+
+
+# In order of preference: "auto" takes the first automatic one without an obstacle.
+IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
+    "similarity": (
+        Implementation("torch", "chunked, memory-linear, any device torch runs on"),
+        Implementation("reference", "dense, any dtype, twice differentiable", automatic=False),
+    ),
+}
+
+
+def choose(operator: str, requested: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the implementation to run.
+
+    Args:
+        operator: a key of `IMPLEMENTATIONS`.
+        requested: "auto" or an implementation's name; "auto" defers to the environment variable
+            FASTCLIP_BACKEND where that is set.
+        device, dtype: those of the features.
+
+    Raises:
+        ValueError: the implementation is unknown or cannot run on this device and dtype.
+    """
+    wanted = requested
+    if wanted == "auto":
+        wanted = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+    candidates = IMPLEMENTATIONS[operator]
+    if wanted == "auto":
+        return next(i.name for i in candidates if i.automatic and not i.obstacle(device, dtype))
+    for implementation in candidates:
+        if implementation.name == wanted:
+            reason = implementation.obstacle(device, dtype)
+            if reason:
+                raise ValueError(f"backend {wanted!r} cannot run {operator} here: {reason}")
+            return wanted
+    known = ", ".join(repr(i.name) for i in candidates)
+    raise ValueError(f"backend {wanted!r} of {operator} is unknown; use 'auto' or one of {known}")
+
+
+def explain(operator: str, device: torch.device, dtype: torch.dtype) -> list[tuple[str, str, str]]:
+    """(name, status, description) of every implementation; the one "auto" picks is "used"."""
+    chosen = choose(operator, "auto", device, dtype)
+    rows = []
+    for implementation in IMPLEMENTATIONS[operator]:
+        reason = implementation.obstacle(device, dtype)
+        if implementation.name == chosen:
+            status = "used"
+        elif reason:
+            status = f"not available: {reason}"
+        elif implementation.automatic:
+            status = f"available, {chosen} is preferred"
+        else:
+            status = "on request"
+        rows.append((implementation.name, status, implementation.description))
+    return rows

@@ -1,0 +1,78 @@
+"""The one door to matrix products: every product of an operator passes here and is counted.
+
+Dispatch modes cannot see inside a custom op, so tests that assert "four products, not six" need
+a counter of our own. Products accumulate in float32 (float64 for float64) whatever the operands'
+dtype, and are returned unrounded.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class ProductCount:
+    """What passed through this module inside one `count_products()` block."""
+
+    calls: int = 0
+    flop: int = 0
+
+    def products_of(self, rows: int, columns: int, width: int) -> float:
+        """How many (rows x width) @ (width x columns) products the counted work amounts to."""
+        return self.flop / (2 * rows * columns * width)
+
+
+_counts: list[ProductCount] = []
+
+
+@contextmanager
+def count_products() -> Iterator[ProductCount]:
+    """Count the matrix products of every operator called inside the block."""
+    count = ProductCount()
+    _counts.append(count)
+    try:
+        yield count
+    finally:
+        _counts.remove(count)
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which products of `dtype` operands are summed and returned."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def as_operand(features: Tensor) -> Tensor:
+    """Features in the dtype in which they enter a product.
+
+    Only CUDA's bf16 product can return unrounded float32; elsewhere the operands are widened,
+    which is exact and keeps the sum from being rounded.
+    """
+    if features.dtype == torch.bfloat16 and features.is_cuda:
+        return features
+    return features.to(accumulator_dtype(features.dtype))
+
+
+def product(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """`a @ b` for operands of one dtype, in the accumulator's dtype; shapes (r, k) and (k, c)."""
+    _count(a, b)
+    if a.dtype == torch.bfloat16:
+        result = torch.mm(a, b, out_dtype=torch.float32)
+        return result if out is None else out.copy_(result)
+    return torch.mm(a, b, out=out)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """`total += a @ b` in place, summed in `total`'s dtype (the accumulator's)."""
+    _count(a, b)
+    if a.dtype == torch.bfloat16:
+        return total.add_(torch.mm(a, b, out_dtype=torch.float32))
+    return total.addmm_(a, b)
+
+
+def _count(a: Tensor, b: Tensor) -> None:
+    for count in _counts:
+        count.calls += 1
+        count.flop += 2 * a.shape[0] * a.shape[1] * b.shape[1]

@@ -1,0 +1,187 @@
+"""The training configuration: one frozen dataclass, filled from a YAML file and flags.
+
+A YAML file is read as a list of flags in front of the command line's: one parser, one set of
+types, and a flag given by hand wins.
+"""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a CLIP model. Flag names are open_clip's where open_clip has them."""
+
+    name: str | None = None
+    """Name of the run's folder under --logs; by default the time and the model."""
+    logs: str = "logs"
+    """Folder that holds the runs."""
+    resume: str | None = None
+    """"latest" (of the run called --name) or the path of a checkpoint."""
+
+    train_data: str = "scenes"
+    """Shards, e.g. '/data/{00000..00041}.tar', several patterns joined by '::', or 'scenes'."""
+    val_data: str | None = None
+    """As --train-data; evaluated every --val-frequency epochs."""
+    dataset_type: Literal["auto", "webdataset", "scenes"] = "auto"
+    """What --train-data is; auto tells by its text."""
+    train_num_samples: int | None = None
+    """Samples an epoch; all by default (20,000 for scenes)."""
+    shuffle_window: int = 32768
+    """Samples shuffled together after the shards were."""
+
+    model: str = "RN10t-64"
+    """A model of open_clip's, a config shipped with fastclip, or a path to a JSON config."""
+    precision: Literal["fp32", "amp_bf16"] = "amp_bf16"
+    """Arithmetic of the towers; parameters stay float32."""
+    device: str = "auto"
+    """"auto" (the GPU if there is one), "cpu", "cuda" or "cuda:1"."""
+    torchcompile: bool = False
+    """Compile the towers with torch.compile."""
+
+    aug_scale: tuple[float, float] = (0.9, 1.0)
+    """Least and greatest share of the image that a random crop keeps."""
+    aug_flip: float = 0.0
+    """Probability of a horizontal flip."""
+
+    batch_size: int = 128
+    """Samples a step."""
+    epochs: int = 32
+    """Passes over the data."""
+    lr: float = 5e-4
+    """Learning rate after warm-up."""
+    beta1: float = 0.9
+    """Adam's first decay rate."""
+    beta2: float = 0.98
+    """Adam's second decay rate."""
+    eps: float = 1e-6
+    """Adam's epsilon."""
+    wd: float = 0.2
+    """Weight decay; norms, biases and the logit scale have none."""
+    warmup: int = 10000
+    """Steps of linear warm-up."""
+    lr_scheduler: Literal["cosine", "const"] = "cosine"
+    """Course of the learning rate after warm-up."""
+    grad_clip_norm: float | None = None
+    """Greatest norm of the gradient; larger ones are scaled down."""
+    label_smoothing: float = 0.0
+    """Mass of the loss's target spread over all candidates."""
+    loss_backend: str = "auto"
+    """Implementation of the loss: auto, torch or reference."""
+
+    workers: int = 4
+    """Processes that load data; 0 loads in the training process. Does not change the samples."""
+    seed: int = 0
+    """Of the initial weights, the order of samples and the augmentation."""
+
+    save_frequency: int = 1
+    """Epochs between checkpoints."""
+    save_every_steps: int | None = None
+    """Steps between further checkpoints, of which the newest two are kept."""
+    delete_previous_checkpoint: bool = False
+    """Keep only the newest epoch's checkpoint."""
+    val_frequency: int = 1
+    """Epochs between evaluations on --val-data."""
+    log_every_n_steps: int = 10
+    """Steps between lines of metrics."""
+    log_sample_ids: bool = False
+    """Write the keys of each step's samples to samples.jsonl."""
+    report_to: Literal["tensorboard", "none"] = "tensorboard"
+    """Where metrics go besides metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        least = {"batch_size": 1, "epochs": 1, "warmup": 0, "workers": 0, "save_frequency": 1}
+        least |= {"val_frequency": 1, "log_every_n_steps": 1, "lr": 0, "wd": 0, "shuffle_window": 1}
+        for name, minimum in least.items():
+            if getattr(self, name) < minimum:
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} is {getattr(self, name)}; give at least {minimum}")
+        for name in ("save_every_steps", "train_num_samples", "grad_clip_norm"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"--{name.replace('_', '-')} is {value}; give a positive number")
+
+
+def parse(arguments: Sequence[str]) -> TrainConfig:
+    """The configuration of a command line, which may hold `--config FILE` or `--config RECIPE`.
+
+    Raises:
+        ValueError: the file has an unknown key; the message names the nearest known one.
+        FileNotFoundError: there is no such file or recipe.
+        SystemExit: a flag is unknown or a value of the wrong type (said on standard error).
+    """
+    import tyro
+
+    arguments, files = _take_config(list(arguments))
+    flags = [flag for file in files for flag in _flags_of(file)]
+    return tyro.cli(TrainConfig, args=flags + arguments, prog="fastclip train")
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """The whole configuration, as `--config` reads it back."""
+    import yaml
+
+    values = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(config).items()}
+    return yaml.safe_dump(values, sort_keys=False)
+
+
+def from_dict(values: dict[str, Any]) -> TrainConfig:
+    """The configuration that `dataclasses.asdict` gave."""
+    plain: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return TrainConfig(**plain)
+
+
+def _take_config(arguments: list[str]) -> tuple[list[str], list[Path]]:
+    """Split `--config X` and `--config=X` from the other arguments."""
+    rest: list[str] = []
+    files: list[Path] = []
+    tokens = iter(arguments)
+    for token in tokens:
+        flag, equals, value = token.partition("=")
+        if flag != "--config":
+            rest.append(token)
+            continue
+        if not equals:
+            value = next(tokens, "")
+        files.append(_find_config(value))
+    return rest, files
+
+
+def _find_config(name: str) -> Path:
+    shipped = RECIPES / f"{name}.yaml"
+    for path in (Path(name), shipped):
+        if path.is_file():
+            return path
+    recipes = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yaml")))
+    raise FileNotFoundError(f"config {name!r} is neither a file nor a recipe ({recipes})")
+
+
+def _flags_of(file: Path) -> list[str]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(file.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is no valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} must be a list of `key: value` lines")
+    known = {field.name for field in fields(TrainConfig)}
+    flags: list[str] = []
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{file}: unknown key {key!r}{hint}")
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(flag if value else "--no-" + flag[2:])
+        else:
+            flags.append(flag)
+            flags += [str(item) for item in (value if isinstance(value, list) else [value])]
+    return flags

@@ -1,0 +1,108 @@
+"""What a run writes down: metrics.jsonl, TensorBoard, sample ids, the loss plot."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+
+
+class RunLog:
+    """Appends metrics to `metrics.jsonl`, one JSON object a line, and to TensorBoard.
+
+    Args:
+        folder: the run's folder.
+        step: the step the run stands at; lines of later steps, which a killed run may have left,
+            are dropped, so that a resumed run's file reads like an uninterrupted one's.
+        tensorboard: whether to write TensorBoard events too.
+        sample_ids: whether `samples` writes the keys of every step's samples.
+    """
+
+    def __init__(self, folder: Path, step: int, *, tensorboard: bool, sample_ids: bool) -> None:
+        self.folder = folder
+        self._metrics = _open_from(folder / METRICS_FILE, step)
+        self._samples = _open_from(folder / SAMPLES_FILE, step) if sample_ids else None
+        self._writer: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def metrics(self, step: int, values: Mapping[str, float | int | str]) -> None:
+        """Write one line; numbers also go to TensorBoard under their names."""
+        _append(self._metrics, {"step": step, **values})
+        if self._writer is not None:
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    self._writer.add_scalar(name, value, step)
+
+    def samples(self, step: int, keys: list[str]) -> None:
+        """Write down which samples a step saw, if that was asked for."""
+        if self._samples is not None:
+            _append(self._samples, {"step": step, "keys": keys})
+
+    def close(self) -> None:
+        """Flush and close every file."""
+        self._metrics.close()
+        if self._samples is not None:
+            self._samples.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; a last line cut short by a kill is left out."""
+    return _read_lines(folder / METRICS_FILE)
+
+
+def plot_loss(folder: Path) -> Path | None:
+    """Draw loss.png from the metrics; None where there are fewer than two points."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    lines = read_metrics(folder)
+    train = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    validation = [(line["step"], line["val/loss"]) for line in lines if "val/loss" in line]
+    if len(train) < 2:
+        return None
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot(*zip(*train, strict=True), linewidth=1, label="training")
+    if validation:
+        axes.plot(*zip(*validation, strict=True), "o-", markersize=3, label="validation")
+        axes.legend(frameon=False)
+    axes.set_xlabel("step")
+    axes.set_ylabel("contrastive loss")
+    axes.spines[["top", "right"]].set_visible(False)
+    path = folder / "loss.png"
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+def _append(file: IO[str], value: dict[str, Any]) -> None:
+    file.write(json.dumps(value) + "\n")
+    file.flush()
+
+
+def _open_from(path: Path, step: int) -> IO[str]:
+    kept = [line for line in _read_lines(path) if line["step"] <= step]
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w") as file:
+        file.writelines(json.dumps(line) + "\n" for line in kept)
+    os.replace(partial, path)
+    return path.open("a")
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    lines = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines

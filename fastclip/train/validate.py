@@ -1,0 +1,52 @@
+"""Evaluation during training."""
+
+import torch
+
+from fastclip.data.sources import open_source
+from fastclip.evaluate.features import embed_images, embed_texts
+from fastclip.evaluate.retrieval import evaluate_retrieval
+from fastclip.evaluate.zeroshot import classes_of, evaluate_zeroshot
+from fastclip.functional import clip_loss
+from fastclip.models.clip import Model
+from fastclip.train.config import TrainConfig
+
+SCENES_VALIDATION = 1000
+
+
+class Validator:
+    """Loss over batches of the training's size, retrieval, and zero-shot where there are classes.
+
+    Raises:
+        ValueError, FileNotFoundError: --val-data cannot be read.
+    """
+
+    def __init__(self, config: TrainConfig, model: Model) -> None:
+        assert config.val_data is not None
+        self.config = config
+        self.model = model
+        self.source = open_source(config.val_data, split="val", count=SCENES_VALIDATION)
+        self.classes = classes_of(config.val_data)
+
+    def __call__(self) -> dict[str, float]:
+        """Metrics by name, each beginning with "val/"."""
+        precision = self.config.precision
+        images = embed_images(
+            self.model, self.source, workers=self.config.workers, precision=precision
+        )
+        metrics = {"loss": self._loss(images.features, images.texts)}
+        retrieval = evaluate_retrieval(self.model, images, k=(1, 5), precision=precision)
+        metrics |= {name: value for name, value in retrieval.items() if "recall" in name}
+        if self.classes and any(label is not None for label in images.labels):
+            metrics |= evaluate_zeroshot(self.model, images, *self.classes, precision=precision)
+        return {f"val/{name}": value for name, value in metrics.items()}
+
+    @torch.no_grad()
+    def _loss(self, images: torch.Tensor, texts: list[str]) -> float:
+        distinct = {text: index for index, text in enumerate(dict.fromkeys(texts))}
+        features = embed_texts(self.model, list(distinct), precision=self.config.precision)
+        features = features[[distinct[text] for text in texts]]
+        scale = self.model.model.get_parameter("logit_scale").exp().cpu()
+        size = min(self.config.batch_size, len(texts))
+        starts = range(0, len(texts) - size + 1, size)
+        losses = [clip_loss(images[i : i + size], features[i : i + size], scale) for i in starts]
+        return torch.stack(losses).mean().item()
