@@ -4,6 +4,7 @@ import io
 import json
 import tarfile
 from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 from pathlib import Path
 
 from fastclip.data.order import hash64, permutation
@@ -35,23 +36,16 @@ def write_shards(samples: Iterable[Sample], folder: Path, prefix: str, per_shard
         FileExistsError: a shard of that name is there already; nothing is overwritten.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    sizes = _read_sizes(folder)
     counts: list[int] = []
-    tar: tarfile.TarFile | None = None
-    try:
-        for number, sample in enumerate(samples):
-            if number % per_shard == 0:
-                if tar is not None:
-                    tar.close()
-                name = f"{prefix}-{number // per_shard:05d}.tar"
-                tar = tarfile.open(folder / name, "x", format=tarfile.USTAR_FORMAT)
-                counts.append(0)
-            assert tar is not None
-            _add_sample(tar, sample)
-            counts[-1] += 1
-    finally:
-        if tar is not None:
-            tar.close()
+    waiting = iter(samples)
+    while first := next(waiting, None):
+        path = folder / f"{prefix}-{len(counts):05d}.tar"
+        counts.append(0)
+        with tarfile.open(path, "x", format=tarfile.USTAR_FORMAT) as tar:
+            for sample in chain([first], islice(waiting, per_shard - 1)):
+                _add_sample(tar, sample)
+                counts[-1] += 1
+    sizes = _read_sizes(folder)
     sizes |= {f"{prefix}-{i:05d}.tar": count for i, count in enumerate(counts)}
     (folder / "sizes.json").write_text(json.dumps(sizes, indent=1) + "\n")
     return counts

@@ -72,15 +72,19 @@ def index_shard(path: Path, required: tuple[str, ...] = ()) -> ShardIndex:
             return index
 
     groups: dict[str, dict[str, tuple[int, int]]] = {}
+    end = 0
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
+                end = member.offset_data + member.size
                 _add_member(member, path, size, groups, index.faults)
             end = tar.offset
+        index.faults.extend(_end_faults(path, end, size))
     except (tarfile.TarError, ValueError, OSError) as error:
-        index.faults.append(Fault("not a tar", str(path), str(error)))
-        return index
-    index.faults.extend(_end_faults(path, end, size))
+        # what was read stays usable; a member that runs past the end was reported already
+        if end <= size:
+            kind = "damaged header" if end else "not a tar"
+            index.faults.append(Fault(kind, str(path), str(error)))
 
     for key, files in groups.items():
         missing = [extension for extension in required if extension not in files]

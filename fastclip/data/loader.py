@@ -187,15 +187,15 @@ class FaultLog:
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self.examples: dict[str, list[Fault]] = {}
-        self._seen: set[Fault] = set()
+        self._seen: set[tuple[str, str]] = set()
 
     def add(self, faults: list[Fault]) -> list[Fault]:
         """Count faults; returns those worth printing: the first few new ones of each kind."""
         fresh = []
         for fault in faults:
-            if fault in self._seen:
+            if (fault.kind, fault.where) in self._seen:
                 continue
-            self._seen.add(fault)
+            self._seen.add((fault.kind, fault.where))
             self.counts[fault.kind] += 1
             examples = self.examples.setdefault(fault.kind, [])
             if len(examples) < self.EXAMPLES:

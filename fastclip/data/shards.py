@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from braceexpand import braceexpand
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from fastclip.data.index import IMAGE_EXTENSIONS, Fault, ShardIndex, index_shard
 
@@ -147,6 +147,9 @@ def decode_image(encoded: bytes, where: str) -> Image.Image:
         return image.convert("RGB")
     except UnreadableSample:
         raise
+    except UnidentifiedImageError as error:
+        detail = "no JPEG, PNG or WebP"
+        raise UnreadableSample(Fault("corrupt image", where, detail)) from error
     # Pillow's decoders raise more than OSError on damaged input, and the set changes with releases
     except Exception as error:
         raise UnreadableSample(Fault("corrupt image", where, str(error)[:80])) from error

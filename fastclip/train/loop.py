@@ -1,6 +1,5 @@
 """The training loop, top to bottom."""
 
-import math
 import sys
 import time
 from collections.abc import Iterator
@@ -45,10 +44,10 @@ def train(config: TrainConfig) -> Path:
     run = Path(config.logs) / str(config.name)
     resumed = read_resumed(config, run)
 
-    torch.manual_seed(config.seed)
+    state.seed_rng(config.seed)
     model = create(config.model, device)
     # convolutions are fastest with channels innermost, and nothing else minds
-    model.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.model.to(memory_format=torch.channels_last)
     loader = build_loader(config, model, device)
     validator = Validator(config, model) if config.val_data else None
     optimizer = build_optimizer(model.model, config)
@@ -69,6 +68,7 @@ def train(config: TrainConfig) -> Path:
     total_steps = config.epochs * loader.steps_per_epoch
     announce(config, device, model.model, loader, step)
 
+    parameters = list(model.model.parameters())
     towers = torch.compile(model.model) if config.torchcompile else model.model
     normalise = _Normalise(model.preprocess_config, device)
     loss_function = ClipLoss(label_smoothing=config.label_smoothing, backend=config.loss_backend)
@@ -102,9 +102,8 @@ def train(config: TrainConfig) -> Path:
                 loss = forward()["loss"]
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
-                # without a limit this only measures
-                limit = config.grad_clip_norm or math.inf
-                norm = nn.utils.clip_grad_norm_(model.model.parameters(), limit)
+                gradients = [p.grad for p in parameters if p.grad is not None]
+                norm = nn.utils.get_total_norm(gradients)
                 if not (torch.isfinite(loss) and torch.isfinite(norm)):
                     inputs = {"image": images, "text": texts}
                     culprit = first_non_finite(model.model, inputs, forward)
@@ -113,6 +112,8 @@ def train(config: TrainConfig) -> Path:
                         f"non-finite tensor: {culprit}. No parameter was changed; the last "
                         f"checkpoint in {checkpoints} is good. Samples: {batch['key'][:4]}..."
                     )
+                if config.grad_clip_norm is not None:
+                    nn.utils.clip_grads_with_norm_(parameters, config.grad_clip_norm, norm)
                 rate = learning_rate(config, step, total_steps)
                 for group in optimizer.param_groups:
                     group["lr"] = rate

@@ -46,6 +46,13 @@ def capture(
     }
 
 
+def seed_rng(seed: int) -> None:
+    """Start every global random stream from one seed."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
 def rng_state() -> dict[str, Any]:
     """The state of every global random stream a model may draw from."""
     kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)

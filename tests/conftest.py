@@ -1,0 +1,64 @@
+"""Fixtures shared by all tests."""
+
+import os
+import tarfile
+from collections.abc import Callable, Iterator
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+
+@pytest.fixture(autouse=True)
+def poisoned_empty_memory() -> Iterator[None]:
+    """Uninitialised memory is NaN, so that an output nobody wrote shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def real_data() -> Path:
+    """The folder of real data, where the environment names one."""
+    folder = os.environ.get("FASTCLIP_REAL_DATA")
+    if not folder:
+        pytest.skip("FASTCLIP_REAL_DATA is not set: no real data on this machine")
+    return Path(folder)
+
+
+def jpeg(color: tuple[int, int, int] = (200, 30, 30), size: int = 32) -> bytes:
+    """A small JPEG of one colour."""
+    buffer = BytesIO()
+    Image.new("RGB", (size, size), color).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def make_shard(tmp_path: Path) -> Callable[..., Path]:
+    """Write a tar of (member name, bytes) pairs; by default of `samples` good samples."""
+
+    def make(
+        name: str = "shard-00000.tar",
+        members: list[tuple[str, bytes]] | None = None,
+        samples: int = 8,
+        first: int = 0,
+    ) -> Path:
+        if members is None:
+            members = []
+            for i in range(first, first + samples):
+                color = (i * 37 % 256, i * 91 % 256, i * 13 % 256)
+                members.append((f"{i:05d}.jpg", jpeg(color)))
+                members.append((f"{i:05d}.txt", f"caption number {i}".encode()))
+                members.append((f"{i:05d}.cls", str(i % 3).encode()))
+        path = tmp_path / name
+        with tarfile.open(path, "w") as tar:
+            for member_name, content in members:
+                info = tarfile.TarInfo(member_name)
+                info.size = len(content)
+                tar.addfile(info, BytesIO(content))
+        return path
+
+    return make

@@ -1,0 +1,116 @@
+"""Batches: order, replacement of unreadable samples, independence of the workers."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastclip.data.augment import Augmentation
+from fastclip.data.index import Fault
+from fastclip.data.loader import (
+    EvaluationSamples,
+    FaultLog,
+    TrainingLoader,
+    TrainingSamples,
+    collate,
+)
+from fastclip.data.order import Order
+from fastclip.data.shards import ShardSource
+from tests.conftest import jpeg
+
+MakeShard = Callable[..., Path]
+
+
+def tokenize(texts: list[str]) -> torch.Tensor:
+    return torch.tensor([[len(text), sum(text.encode())] for text in texts])
+
+
+def loader(pattern: str, batch_size: int = 4, seed: int = 0, **options: Any) -> TrainingLoader:
+    source = ShardSource(pattern)
+    augmentation = Augmentation(16, scale=(0.5, 1.0), flip=0.5)
+    samples = TrainingSamples(source, Order(source.counts, seed, window=8), augmentation, tokenize)
+    return TrainingLoader(samples, batch_size, **options)
+
+
+def collect(batches: Any) -> list[dict[str, Any]]:
+    return list(batches)
+
+
+def same(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> bool:
+    return len(a) == len(b) and all(
+        x["key"] == y["key"]
+        and torch.equal(x["image"], y["image"])
+        and torch.equal(x["text"], y["text"])
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def test_batches_do_not_depend_on_workers_or_on_the_start(make_shard: MakeShard) -> None:
+    pattern = "::".join(str(make_shard(f"{i}.tar", samples=9, first=9 * i)) for i in range(3))
+    alone = loader(pattern)
+    assert alone.steps_per_epoch == 6
+    first, second = collect(alone.batches(0)), collect(alone.batches(1))
+    assert not same(first, second)
+    assert first[0]["image"].shape == (4, 3, 16, 16)
+    assert first[0]["image"].dtype == torch.uint8
+    with_workers = loader(pattern, workers=2)
+    assert same(collect(with_workers.batches(0)), first)
+    assert same(collect(with_workers.batches(1, first_step=2)), second[2:])
+    keys = [key for batch in first for key in batch["key"]]
+    assert len(set(keys)) == 24
+
+
+def test_loading_leaves_the_global_random_stream_alone(make_shard: MakeShard) -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    collect(loader(str(make_shard()), workers=1).batches(0))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_unreadable_samples_are_replaced_and_reported(make_shard: MakeShard) -> None:
+    members = []
+    for i in range(12):
+        members += [(f"{i}.jpg", jpeg() if i % 4 else b"broken"), (f"{i}.txt", b"t")]
+    pattern = str(make_shard(members=members))
+    batches = collect(loader(pattern).batches(0))
+    assert [len(batch["key"]) for batch in batches] == [4, 4, 4]
+    faults = {fault for batch in batches for fault in batch["faults"]}
+    assert {fault.where.rsplit(":", 1)[1] for fault in faults} == {"0", "4", "8"}
+    assert not {"0", "4", "8"} & {key for batch in batches for key in batch["key"]}
+    assert same(collect(loader(pattern, workers=2).batches(0)), batches)
+
+
+def test_hopeless_data_is_an_error(make_shard: MakeShard) -> None:
+    members = [m for i in range(8) for m in ((f"{i}.jpg", b"broken"), (f"{i}.txt", b"t"))]
+    with pytest.raises(ValueError, match=r"32 samples in a row could not be read.*corrupt image"):
+        collect(loader(str(make_shard(members=members))).batches(0))
+
+
+def test_an_epoch_shorter_than_a_batch_is_an_error(make_shard: MakeShard) -> None:
+    with pytest.raises(ValueError, match="an epoch of 8 samples does not fill one batch of 9"):
+        loader(str(make_shard()), batch_size=9)
+
+
+def test_epoch_samples_bound_the_epoch(make_shard: MakeShard) -> None:
+    assert loader(str(make_shard()), batch_size=2, epoch_samples=5).steps_per_epoch == 2
+
+
+def test_evaluation_reads_all_in_order_and_skips_faults(make_shard: MakeShard) -> None:
+    members = [m for i in range(5) for m in ((f"{i}.jpg", jpeg()), (f"{i}.txt", b"t"))]
+    members[4] = ("2.jpg", b"broken")
+    source = ShardSource(str(make_shard(members=members)))
+    dataset = EvaluationSamples(source, lambda image: torch.zeros(3, 2, 2))
+    batch = collate([dataset[i] for i in range(len(dataset))])
+    assert batch["key"] == ["0", "1", "3", "4"]
+    assert [fault.kind for fault in batch["faults"]] == ["corrupt image"]
+    assert collate([dataset[2]])["faults"] and "image" not in collate([dataset[2]])
+
+
+def test_faults_are_counted_once_a_place_and_shown_three_times_a_kind() -> None:
+    log = FaultLog()
+    shown = log.add([Fault("corrupt image", str(i)) for i in range(5)] * 2)
+    assert len(shown) == 3
+    log.add([Fault("empty file", "x")])
+    assert log.summary() == "5 corrupt image, 1 empty file"

@@ -1,0 +1,62 @@
+"""The order of samples is a pure function, a permutation, and local."""
+
+import pytest
+
+from fastclip.data.order import Order, hash64, permutation
+
+
+def epoch(order: Order, number: int) -> list[tuple[int, int]]:
+    return [order.locate(number, position) for position in range(len(order))]
+
+
+@pytest.mark.parametrize("window", [0, 1, 7, 64, 10_000])
+@pytest.mark.parametrize("counts", [(5,), (10, 0, 3), (0, 1), tuple(range(20))])
+def test_every_sample_once_an_epoch(counts: tuple[int, ...], window: int) -> None:
+    order = Order(counts, seed=3, window=window)
+    everything = [(shard, i) for shard, count in enumerate(counts) for i in range(count)]
+    for number in (0, 1):
+        assert sorted(epoch(order, number)) == everything
+    if window == 0:
+        assert epoch(order, 0) == everything
+
+
+def test_seed_and_epoch_change_the_order() -> None:
+    counts = (50, 50)
+    orders = [epoch(Order(counts, seed), number) for seed in (0, 1) for number in (0, 1)]
+    assert all(a != b for i, a in enumerate(orders) for b in orders[:i])
+    assert epoch(Order(counts, 0), 0) == orders[0]
+
+
+def test_golden_values() -> None:
+    """The order is part of what a checkpoint means: it must never change."""
+    # splitmix64's published first output from state 0
+    assert hash64(0) == 0xE220A8397B1DCDAF
+    assert hash64(1, 2, 3) == 7702586659592502839
+    assert permutation(8, 5).tolist() == [3, 4, 2, 5, 0, 7, 1, 6]
+    order = Order((4, 3, 5), seed=1, window=6)
+    assert epoch(order, 2)[:6] == [(2, 2), (2, 3), (2, 4), (2, 0), (1, 0), (2, 1)]
+
+
+def test_reads_stay_local() -> None:
+    """With a window of two shards' length no more than three shards are ever in use."""
+    order = Order((100,) * 50, seed=0, window=200)
+    places = epoch(order, 0)
+    for start in range(0, len(places), 200):
+        assert len({shard for shard, _ in places[start : start + 200]}) <= 3
+    # and shards are shuffled: the first windows are not the first shards
+    assert {shard for shard, _ in places[:200]} != {0, 1}
+
+
+def test_shuffling_mixes_within_a_window() -> None:
+    places = epoch(Order((1000,), seed=0), 0)
+    moved = sum(abs(i - place[1]) for i, place in enumerate(places)) / 1000
+    # a uniform permutation moves an element by a third of the length on average
+    assert 300 < moved < 367
+
+
+def test_nothing_to_read_is_an_error() -> None:
+    for counts in ((), (0, 0), (5, -1)):
+        with pytest.raises(ValueError, match="nothing to read"):
+            Order(counts, seed=0)
+    with pytest.raises(IndexError, match="position 3 is outside an epoch of 3"):
+        Order((3,), seed=0).locate(0, 3)

@@ -1,0 +1,189 @@
+"""Shards: expansion, counts, and what is done about damage."""
+
+import gzip
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from fastclip.data.index import index_shard
+from fastclip.data.shards import ShardSource, UnreadableSample, expand_shards
+from tests.conftest import jpeg
+
+MakeShard = Callable[..., Path]
+
+
+def kinds(path: Path) -> list[str]:
+    return [fault.kind for fault in index_shard(path, ("txt",)).faults]
+
+
+def test_braces_and_mixtures(make_shard: MakeShard, tmp_path: Path) -> None:
+    for name in ("a-00.tar", "a-01.tar", "b-7.tar"):
+        make_shard(name)
+    found = expand_shards(f"{tmp_path}/a-{{00..01}}.tar::{tmp_path}/b-7.tar")
+    assert [path.name for path in found] == ["a-00.tar", "a-01.tar", "b-7.tar"]
+
+
+def test_missing_shards_are_counted_and_named(make_shard: MakeShard, tmp_path: Path) -> None:
+    make_shard("a-00.tar")
+    with pytest.raises(FileNotFoundError, match=r"2 of 3 shards do not exist: .*a-01.tar, .*a-02"):
+        ShardSource(f"{tmp_path}/a-{{00..02}}.tar")
+
+
+@pytest.mark.parametrize(
+    "pattern, message",
+    [("pipe:rm x", "does not run commands"), ("s3://b/{0..3}.tar", "URL"), ("", "names no shard")],
+)
+def test_refused_patterns(pattern: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        expand_shards(pattern)
+
+
+def test_samples_are_read(make_shard: MakeShard) -> None:
+    source = ShardSource(str(make_shard(samples=5)))
+    assert source.counts == (5,)
+    sample = source.read(0, 3)
+    assert (sample.key, sample.text, sample.label) == ("00003", "caption number 3", 0)
+    assert sample.image.size == (32, 32)
+    assert source.drain_faults() == []
+
+
+def test_keys_with_folders_dots_and_meta_data(make_shard: MakeShard) -> None:
+    members = [("d/x.seg.png", b"1"), ("d/x.JPG", jpeg()), ("d/x.txt", b"t"), ("__meta__.txt", b"")]
+    index = index_shard(make_shard(members=members), ("txt",))
+    assert index.faults == []
+    assert [(key, sorted(files)) for key, files in index.samples] == [
+        ("d/x", ["jpg", "seg.png", "txt"])
+    ]
+
+
+def test_declared_counts_are_taken(make_shard: MakeShard, tmp_path: Path) -> None:
+    make_shard("00000.tar", samples=4)
+    make_shard("00001.tar", samples=4)
+    (tmp_path / "sizes.json").write_text(json.dumps({"00000.tar": 6}))
+    (tmp_path / "00001_stats.json").write_text(json.dumps({"successes": 3}))
+    source = ShardSource(f"{tmp_path}/{{00000..00001}}.tar")
+    assert source.counts == (6, 3)
+    with pytest.raises(UnreadableSample, match="4 readable of 6 declared"):
+        source.read(0, 5)
+    (tmp_path / "sizes.json").write_text("{")
+    with pytest.raises(ValueError, match=r"sizes.json is damaged"):
+        ShardSource(f"{tmp_path}/00000.tar")
+
+
+# A good member is a header of 512 bytes and data padded to the next 512.
+@pytest.mark.parametrize(
+    "keep, kind, samples",
+    [
+        ("inside a header", "cut inside a header", 4),
+        ("inside data", "cut inside a member", 3),
+        ("between members", "no end-of-archive mark", 4),
+    ],
+)
+def test_cut_tars(make_shard: MakeShard, keep: str, kind: str, samples: int) -> None:
+    path = make_shard(samples=8)
+    with tarfile.open(path) as tar:
+        members = tar.getmembers()
+    fifth, fourth = members[12], members[9]
+    size = {
+        "inside a header": fifth.offset + 200,
+        "inside data": fourth.offset_data + 100,
+        "between members": fifth.offset,
+    }[keep]
+    path.write_bytes(path.read_bytes()[:size])
+    index = index_shard(path, ("txt",))
+    assert index.faults[0].kind == kind
+    assert len(index.samples) == samples
+
+
+def test_damaged_header(make_shard: MakeShard) -> None:
+    path = make_shard(samples=4)
+    with tarfile.open(path) as tar:
+        offset = tar.getmembers()[6].offset
+    content = bytearray(path.read_bytes())
+    content[offset : offset + 20] = b"\xff" * 20
+    path.write_bytes(content)
+    assert kinds(path) == ["damaged header"]
+    assert len(index_shard(path).samples) == 2
+
+
+def test_files_that_are_no_tars(tmp_path: Path, make_shard: MakeShard) -> None:
+    cases = {
+        "empty.tar": (b"", "empty file"),
+        "page.tar": (b"<html>" * 200, "not a tar"),
+        "zipped.tar": (gzip.compress(make_shard().read_bytes()), "compressed shard"),
+    }
+    for name, (content, kind) in cases.items():
+        (tmp_path / name).write_bytes(content)
+        assert kinds(tmp_path / name) == [kind]
+        with pytest.raises(ValueError, match=f"no readable sample in 1 shards: {kind}"):
+            ShardSource(str(tmp_path / name))
+
+
+def test_incomplete_and_special_members(tmp_path: Path) -> None:
+    path = tmp_path / "odd.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, content in [("a.txt", b"no image"), ("b.jpg", jpeg()), ("c.jpg", jpeg())]:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+        link = tarfile.TarInfo("c.txt")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    assert sorted(kinds(path)) == [
+        "link or special member",
+        "sample without image",
+        "sample without txt",
+        "sample without txt",
+    ]
+
+
+def test_duplicate_member_keeps_the_first(make_shard: MakeShard) -> None:
+    members = [("a.jpg", jpeg()), ("a.txt", b"first"), ("a.txt", b"second")]
+    path = make_shard(members=members)
+    assert kinds(path) == ["duplicate member"]
+    assert ShardSource(str(path)).read(0, 0).text == "first"
+
+
+def big_png() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("1", (6000, 6000)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "image, text, kind",
+    [
+        (jpeg()[:300], b"t", "corrupt image"),
+        (b"<svg/>", b"t", "corrupt image"),
+        (big_png(), b"t", "image too large"),
+        (jpeg(), b"\xff\xfe\xff", "caption is not UTF-8"),
+        (jpeg(), b"  ", "empty caption"),
+        (jpeg(), b"x" * (1 << 21), "caption too long"),
+    ],
+    ids=["cut jpeg", "svg", "bomb", "latin", "blank", "long"],
+)
+def test_unreadable_samples(make_shard: MakeShard, image: bytes, text: bytes, kind: str) -> None:
+    source = ShardSource(str(make_shard(members=[("a.jpg", image), ("a.txt", text)])))
+    with pytest.raises(UnreadableSample, match=f"{kind}: .*shard-00000.tar:a"):
+        source.read(0, 0)
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "P", "RGBA", "I;16"])
+def test_every_colour_mode_becomes_rgb(make_shard: MakeShard, mode: str) -> None:
+    buffer = io.BytesIO()
+    Image.new(mode, (20, 10)).save(buffer, "JPEG" if mode == "CMYK" else "PNG")
+    members = [("a.png", buffer.getvalue()), ("a.txt", b"t")]
+    image = ShardSource(str(make_shard(members=members))).read(0, 0).image
+    assert (image.mode, image.size) == ("RGB", (20, 10))
+
+
+def test_real_shards_are_whole(real_data: Path) -> None:
+    source = ShardSource(f"{real_data}/cifar10/train-{{00000..00004}}.tar")
+    assert source.counts == (9000,) * 5
+    assert source.drain_faults() == []
+    assert "automobile" in {source.read(0, i).text.split()[-1].rstrip(".") for i in range(100)}

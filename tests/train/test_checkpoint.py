@@ -1,0 +1,96 @@
+"""Checkpoints: atomic, verified, and never a way to run code."""
+
+import errno
+import os
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastclip.models import checkpoint
+
+
+def content(step: int) -> dict[str, Any]:
+    return {"step": step, "state_dict": {"w": torch.full((100,), float(step))}}
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    checkpoint.write(tmp_path / "a.pt", content(3))
+    assert torch.equal(
+        checkpoint.read(tmp_path / "a.pt")["state_dict"]["w"], torch.full((100,), 3.0)
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.pt"]
+
+
+def test_the_highest_whole_step_is_latest(tmp_path: Path) -> None:
+    assert checkpoint.find_latest(tmp_path) is None
+    for step in (9, 10, 2):
+        checkpoint.write(tmp_path / f"c{step}.pt", content(step))
+    assert checkpoint.find_latest(tmp_path) == tmp_path / "c10.pt"
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "no manifest", "cut manifest"])
+def test_torn_checkpoints_are_passed_over(tmp_path: Path, damage: str) -> None:
+    for step in (1, 2):
+        checkpoint.write(tmp_path / f"c{step}.pt", content(step))
+    path, manifest = tmp_path / "c2.pt", tmp_path / "c2.json"
+    data = bytearray(path.read_bytes())
+    if damage == "cut":
+        path.write_bytes(data[:-10])
+    elif damage == "changed":
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    elif damage == "no manifest":
+        manifest.unlink()
+    else:
+        manifest.write_text(manifest.read_text()[:20])
+    with pytest.warns(UserWarning, match=r"c2\.pt"):
+        assert checkpoint.find_latest(tmp_path) == tmp_path / "c1.pt"
+
+
+def test_a_full_disk_keeps_the_previous_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.pt"
+    checkpoint.write(path, content(1))
+
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.write(path, content(2))
+    monkeypatch.undo()
+    assert checkpoint.read(path)["step"] == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert checkpoint.find_latest(tmp_path) == path
+
+
+class Malicious:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (self.target,))
+
+
+def test_a_malicious_file_does_not_run(tmp_path: Path) -> None:
+    target = tmp_path / "ran"
+    torch.save({"state_dict": Malicious(target)}, tmp_path / "a.pt")
+    (tmp_path / "b.pt").write_bytes(pickle.dumps(Malicious(target)))
+    for name in ("a.pt", "b.pt"):
+        with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
+            checkpoint.read(tmp_path / name)
+    assert not target.exists()
+
+
+def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"missing\.pt does not exist"):
+        checkpoint.read(tmp_path / "missing.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(ValueError, match="no 'state_dict'"):
+        checkpoint.read(tmp_path / "list.pt")

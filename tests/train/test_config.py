@@ -1,0 +1,87 @@
+"""Configuration: recipes, files, flags, and what is said of mistakes."""
+
+import ast
+import inspect
+import itertools
+from pathlib import Path
+
+import pytest
+
+from fastclip.train.config import RECIPES, TrainConfig, parse, to_yaml
+
+
+def test_flags_are_open_clips() -> None:
+    flags = (
+        "--train-data /d/{0..1}.tar --batch-size 64 --lr 1e-3 --wd 0.1 --epochs 3 --warmup 10 "
+        "--precision amp_bf16 --workers 0 --beta2 0.95 --grad-clip-norm 1 --seed 5 "
+        "--lr-scheduler const --save-frequency 2 --name x --logs l --resume latest"
+    )
+    config = parse(flags.split())
+    assert (config.batch_size, config.lr, config.beta2, config.seed) == (64, 1e-3, 0.95, 5)
+    assert (config.resume, config.grad_clip_norm, config.workers) == ("latest", 1.0, 0)
+
+
+def test_a_file_and_flags_that_win(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    # 1e-3 without a dot is text to YAML 1.1, and still a number here; dashes are welcome
+    path.write_text("lr: 1e-3\nbatch-size: 32\naug_scale: [0.5, 1]\ntorchcompile: true\n")
+    config = parse(["--config", str(path), "--batch-size", "16"])
+    assert (config.lr, config.batch_size, config.aug_scale) == (1e-3, 16, (0.5, 1.0))
+    assert config.torchcompile
+    assert not parse([f"--config={path}", "--no-torchcompile"]).torchcompile
+
+
+def test_what_is_saved_is_what_is_read(tmp_path: Path) -> None:
+    flags = "--lr 3e-4 --train-num-samples 100 --aug-scale 0.3 0.9 --torchcompile"
+    config = parse(flags.split())
+    path = tmp_path / "c.yaml"
+    path.write_text(to_yaml(config))
+    assert parse(["--config", str(path)]) == config
+
+
+@pytest.mark.parametrize("recipe", [path.stem for path in RECIPES.glob("*.yaml")])
+def test_recipes_are_valid(recipe: str) -> None:
+    assert parse(["--config", recipe]) != TrainConfig()
+
+
+def test_unknown_keys_are_told_with_the_nearest_name(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("batchsize: 3\n")
+    with pytest.raises(ValueError, match=r"unknown key 'batchsize'; did you mean 'batch_size'\?"):
+        parse(["--config", str(path)])
+    path.write_text("- a\n- b\n")
+    with pytest.raises(ValueError, match="key: value"):
+        parse(["--config", str(path)])
+    path.write_text("a: [")
+    with pytest.raises(ValueError, match="no valid YAML"):
+        parse(["--config", str(path)])
+    with pytest.raises(FileNotFoundError, match=r"neither a file nor a recipe .*cifar10"):
+        parse(["--config", "cifar11"])
+
+
+def test_unknown_flags_and_wrong_types_end_in_usage_errors(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for flags in (["--batchsize", "3"], ["--batch-size", "x"], ["--precision", "int4"]):
+        with pytest.raises(SystemExit) as stop:
+            parse(flags)
+        assert stop.value.code == 2
+    assert "--batch-size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--batch-size", "--epochs", "--log-every-n-steps"])
+def test_impossible_values(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse([flag, "0"])
+    assert f"{flag} is 0; give at least 1" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="--save-every-steps is 0; give a positive"):
+        TrainConfig(save_every_steps=0)
+
+
+def test_every_field_is_explained() -> None:
+    """The string under a field is its help text."""
+    (definition,) = ast.parse(inspect.getsource(TrainConfig)).body
+    assert isinstance(definition, ast.ClassDef)
+    for statement, following in itertools.pairwise(definition.body):
+        if isinstance(statement, ast.AnnAssign):
+            assert isinstance(following, ast.Expr), ast.unparse(statement)

@@ -1,0 +1,51 @@
+"""The schedule and the optimiser's groups."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fastclip.train.config import TrainConfig
+from fastclip.train.optim import build_optimizer, clamp_logit_scale, learning_rate
+
+
+class Towers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 4)
+        self.norm = nn.LayerNorm(4)
+        self.logit_scale = nn.Parameter(torch.tensor(2.66))
+
+
+def test_schedule_by_hand() -> None:
+    config = TrainConfig(lr=1.0, warmup=4)
+    rates = [learning_rate(config, step, 12) for step in range(13)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4] == 1.0 and rates[8] == pytest.approx(0.5) and rates[12] == pytest.approx(0)
+    assert rates[6] == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
+    constant = TrainConfig(lr=1.0, warmup=4, lr_scheduler="const")
+    assert learning_rate(constant, 11, 12) == 1.0
+
+
+def test_a_warmup_longer_than_the_run_is_cut() -> None:
+    config = TrainConfig(lr=1.0, warmup=10_000)
+    assert learning_rate(config, 10, 100) == 1.0
+    assert learning_rate(config, 0, 3) == 1.0
+
+
+def test_only_matrices_decay() -> None:
+    model = Towers()
+    decayed, plain = build_optimizer(model, TrainConfig(wd=0.3)).param_groups
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
+    assert [id(p) for p in decayed["params"]] == [id(model.linear.weight)]
+    assert len(plain["params"]) == 4
+
+
+def test_the_scale_is_clamped() -> None:
+    model = Towers()
+    for start, end in ((9.0, math.log(100)), (-1.0, 0.0), (2.0, 2.0)):
+        with torch.no_grad():
+            model.logit_scale.fill_(start)
+        clamp_logit_scale(model)
+        assert model.logit_scale.item() == pytest.approx(end)
