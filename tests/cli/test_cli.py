@@ -1,0 +1,120 @@
+"""The command line as a user meets it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import fastclip
+from fastclip.cli import COMMANDS, main
+from tests.train.conftest import TINY_MODEL
+
+
+@pytest.fixture
+def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """A trained tiny model's folder."""
+    (tmp_path / "tiny.json").write_text(json.dumps(TINY_MODEL))
+    flags = f"--model {tmp_path}/tiny.json --logs {tmp_path}/logs --name a --epochs 1 --workers 0 "
+    flags += "--train-num-samples 64 --batch-size 16 --device cpu --report-to none"
+    assert main(["train", *flags.split()]) == 0
+    assert capsys.readouterr().out.strip() == f"{tmp_path}/logs/a"
+    return f"{tmp_path}/logs/a"
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for flag in ("--version", "--help"):
+        with pytest.raises(SystemExit) as stop:
+            main([flag])
+        assert stop.value.code == 0
+    output = capsys.readouterr().out
+    assert f"fastclip {fastclip.__version__}" in output
+    assert all(command in output for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "info"])
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert f"fastclip {command}" in capsys.readouterr().out
+
+
+def test_wrong_usage_is_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["trian"], ["train", "--no-such-flag"], ["eval", "zeroshot"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+
+
+def test_info_names_versions_devices_and_reasons(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    output = capsys.readouterr().out
+    assert "open_clip_torch" in output and "cuda" in output
+    assert "similarity on cpu   torch      used" in output
+    assert "reference  on request" in output
+
+
+def test_eval_on_shards(
+    run: str,
+    make_shard: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shard = make_shard(samples=9)
+    # without class names there is an error that says where they go
+    arguments = ["eval", "zeroshot", "--model", run, "--data", str(shard), "--workers", "0"]
+    assert main(arguments) == 1
+    assert "put classes.txt beside" in capsys.readouterr().err
+    (tmp_path / "classes.txt").write_text("cat\ndog\nbird\n")
+    assert main(arguments) == 0
+    printed = json.loads(capsys.readouterr().out)
+    result = json.loads((Path(run) / "eval" / "zeroshot_shard-00000.json").read_text())
+    assert result["task"] == "zeroshot_classification"
+    assert result["metrics"] == printed
+    assert set(printed) == {"acc1", "acc5", "mean_per_class_recall"}
+
+    output = tmp_path / "r.json"
+    arguments = ["eval", "retrieval", "--model", run, "--data", str(shard), "--workers", "0"]
+    assert main([*arguments, "--output", str(output), "--recall-k", "1", "3"]) == 0
+    metrics = json.loads(output.read_text())["metrics"]
+    assert metrics["images"] == 9 and "image_retrieval_recall@3" in metrics
+
+
+def test_eval_on_scenes_and_what_it_says_of_mistakes(
+    run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", "zeroshot", "--model", run, "--num-samples", "40", "--workers", "0"]) == 0
+    assert main(["eval", "zeroshot", "--model", str(tmp_path)]) == 1
+    assert "is no run of fastclip train" in capsys.readouterr().err
+    (tmp_path / "t.txt").write_text("no place for a name\n")
+    arguments = ["eval", "zeroshot", "--model", run, "--num-samples", "40", "--workers", "0"]
+    assert main([*arguments, "--templates", str(tmp_path / "t.txt")]) == 1
+    assert "has no {} or {c}" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_quickstart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A tenth of the real one: every file is there, and the scores leave chance behind."""
+    assert main(["quickstart", "--logs", str(tmp_path), "--samples", "2560"]) == 0
+    output = capsys.readouterr().out
+    assert "zero-shot top-1, 64 classes" in output and "chance" in output
+    (folder,) = tmp_path.iterdir()
+    assert (folder / "loss.png").stat().st_size > 5000
+    assert (folder / "retrieval.png").stat().st_size > 20_000
+    result = json.loads((folder / "eval" / "zeroshot_retrieval_scenes.json").read_text())
+    assert result["metrics"]["image_retrieval_recall@5"] > 0.02
+
+
+def test_bench_prints_ratios_and_writes_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "b.json"
+    flags = f"losses --n 64 128 --width 16 --rounds 3 --device cpu --output {output}"
+    assert main(["bench", *flags.split()]) == 0
+    content = json.loads(output.read_text())
+    names = [(row["n"], row["name"]) for row in content["results"]]
+    assert len(names) == 6 and (128, "open_clip") in names
+    assert all(0 < row["p20"] <= row["p50"] <= row["p80"] for row in content["results"])
+    assert all(row["ratio"] == 1 for row in content["results"] if row["name"] == "open_clip")
+    assert content["environment"]["torch"]

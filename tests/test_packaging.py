@@ -1,0 +1,116 @@
+"""Wheel, sdist, checkout: each imports every module from its own files."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.test_repo_shape import ROOT, tracked
+
+IMPORT_ALL = """
+import importlib, pathlib, sys
+root = pathlib.Path(sys.argv[1]).resolve()
+import fastclip
+assert pathlib.Path(fastclip.__file__).resolve().is_relative_to(root), fastclip.__file__
+for name in sys.argv[2:]:
+    module = importlib.import_module(name)
+    assert pathlib.Path(module.__file__).resolve().is_relative_to(root), module.__file__
+"""
+
+
+def module_names() -> list[str]:
+    names = []
+    for path in [*tracked("fastclip/*.py"), *tracked("benchmarks/*.py")]:
+        parts = list(path.relative_to(ROOT).with_suffix("").parts)
+        if parts[0] == "benchmarks":
+            parts = ["fastclip", "bench", *parts[1:]]
+        if parts[-1] == "__init__":
+            parts.pop()
+        if parts[-1] != "__main__":
+            names.append(".".join(parts))
+    return names
+
+
+def import_all(root: Path, cwd: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", IMPORT_ALL, str(root), *module_names()],
+        cwd=cwd,
+        env={"PYTHONPATH": str(root), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what a fresh clone holds."""
+    root = tmp_path_factory.mktemp("checkout")
+    for path in tracked("*"):
+        target = root / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, target)
+    return root
+
+
+@pytest.fixture(scope="module")
+def built(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the sdist, and the wheel built from it."""
+    out = tmp_path_factory.mktemp("dist")
+    subprocess.run(
+        [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out)],
+        cwd=checkout,
+        check=True,
+        capture_output=True,
+    )
+    return out
+
+
+def test_checkout_imports_without_installation(checkout: Path, tmp_path: Path) -> None:
+    import_all(checkout, tmp_path)
+
+
+def test_wheel_imports_and_holds_the_data_files(built: Path, tmp_path: Path) -> None:
+    (wheel,) = built.glob("fastclip_kernels-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+        names = set(archive.namelist())
+    import_all(tmp_path / "site", tmp_path)
+    for path in [*tracked("fastclip/*"), *tracked("benchmarks/*.py")]:
+        name = str(path.relative_to(ROOT)).replace("benchmarks/", "fastclip/bench/")
+        assert name in names, f"{name} is missing in the wheel"
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    top = {name.split("/")[0] for name in names}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"fastclip"}
+
+
+def test_editable_installation_finds_the_top_level_rooms(tmp_path: Path) -> None:
+    """The test environment itself is an editable installation."""
+    code = "import fastclip.bench.runner as r; print(r.__file__)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert Path(result.stdout.strip()) == ROOT / "benchmarks" / "runner.py"
+
+
+def test_importing_fastclip_needs_only_torch(tmp_path: Path) -> None:
+    code = """
+import sys
+for name in ("open_clip", "timm", "torchvision", "tyro", "yaml", "PIL", "tqdm", "matplotlib",
+             "tensorboard", "braceexpand", "transformers"):
+    sys.modules[name] = None  # importing it raises ModuleNotFoundError
+import torch, fastclip
+x = torch.eye(4)
+assert fastclip.ClipLoss()(x, x, 10.0) < fastclip.functional.clip_loss(x, x.flip(0), 10.0)
+from fastclip.cli import main
+assert main(["info"]) == 0
+assert main(["train"]) == 1
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert "pip install 'fastclip-kernels[train]'" in result.stderr

@@ -1,0 +1,88 @@
+"""The layout's rules: room sizes, the direction of imports, what must never be there."""
+
+import ast
+import statistics
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# Imports go from a higher rank to a lower or equal one.
+RANKS = {
+    **dict.fromkeys(("_version", "device", "kernels"), 0),
+    "ops": 1,
+    **dict.fromkeys(("functional", "losses", "nn"), 2),
+    **dict.fromkeys(("integrations", "data"), 3),
+    "models": 4,
+    "evaluate": 5,
+    "train": 6,
+    **dict.fromkeys(("study", "bench"), 7),
+    "cli": 8,
+}
+
+
+def tracked(pattern: str) -> list[Path]:
+    listing = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", pattern],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [ROOT / line for line in listing.stdout.splitlines() if (ROOT / line).exists()]
+
+
+def room_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).parts
+    if parts[0] == "benchmarks":
+        return "bench"
+    return parts[1].removesuffix(".py")
+
+
+SOURCES = [
+    path
+    for path in [*tracked("fastclip/*.py"), *tracked("benchmarks/*.py")]
+    if path != ROOT / "fastclip" / "__init__.py"
+]
+
+
+def test_file_sizes() -> None:
+    lengths = {path: len(path.read_text().splitlines()) for path in tracked("*.py")}
+    assert statistics.median(lengths.values()) <= 200
+    assert max(lengths.values()) <= 700, max(lengths, key=lengths.__getitem__)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_one_way(path: Path) -> None:
+    rank = RANKS[room_of(path)]
+    for node in ast.walk(ast.parse(path.read_text())):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "fastclip" and len(parts) > 1 and parts[1] in RANKS:
+                assert RANKS[parts[1]] <= rank, f"{name} is above {room_of(path)}"
+
+
+def test_rooms_have_contents() -> None:
+    for init in tracked("fastclip/**/__init__.py"):
+        assert ast.get_docstring(ast.parse(init.read_text())), init
+        siblings = [p for p in init.parent.rglob("*") if p.is_file() and p != init]
+        assert siblings or init.parent.name in ("bench", "kernels"), f"{init.parent} is empty"
+    # a regular package of this name would shadow Hugging Face's `kernels` and break transformers
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_every_module_and_public_function_is_documented() -> None:
+    for path in SOURCES:
+        tree = ast.parse(path.read_text())
+        assert ast.get_docstring(tree), path
+        for node in tree.body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{path}: {node.name}"
