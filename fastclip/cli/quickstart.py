@@ -2,19 +2,19 @@
 
 import math
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
 import tyro
+from torch import Tensor
 
 from fastclip.data.scenes import CLASSES, TEMPLATES
 from fastclip.data.sources import SceneSource
 from fastclip.evaluate.features import embed_images
 from fastclip.evaluate.gallery import draw_retrieval
 from fastclip.evaluate.results import write_result
-from fastclip.evaluate.retrieval import evaluate_retrieval
+from fastclip.evaluate.retrieval import caption_pairs, evaluate_retrieval
 from fastclip.evaluate.zeroshot import evaluate_zeroshot
 from fastclip.models.clip import load
 from fastclip.train.config import parse
@@ -64,10 +64,13 @@ def main(arguments: Sequence[str]) -> int:
             metrics=metrics,
         )
     # captions of several objects make the more telling queries
-    queries = sorted(set(images.texts), key=lambda text: (-len(text), text))[:: SCENES // 12]
+    texts, pairs = caption_pairs(images.texts)
+    queries = sorted(texts, key=lambda text: (-len(text), text))[:: SCENES // 12]
     draw_retrieval(run / "retrieval.png", model, source, images, queries[:QUERIES])
 
-    chance = _chance(images.texts)
+    chance = {("text", k): _chance(pairs[:, 0].bincount(), len(texts), k) for k in (1, 5)} | {
+        ("image", k): _chance(pairs[:, 1].bincount(), len(images.texts), k) for k in (1, 5)
+    }
     rows = [
         (f"zero-shot top-1, {len(CLASSES)} classes", zeroshot["acc1"], 1 / len(CLASSES)),
         ("image -> text, recall@1", retrieval["text_retrieval_recall@1"], chance["text", 1]),
@@ -85,15 +88,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _chance(texts: list[str]) -> dict[tuple[str, int], float]:
-    """Expected recall of a random ranking: one text an image, several images a text."""
-    images_of = Counter(texts)
-    result = {}
-    for k in (1, 5):
-        result["text", k] = k / len(images_of)
-        misses = [
-            math.comb(len(texts) - count, k) / math.comb(len(texts), k)
-            for count in images_of.values()
-        ]
-        result["image", k] = 1 - sum(misses) / len(misses)
-    return result
+def _chance(matches: Tensor, keys: int, k: int) -> float:
+    """Expected recall@k of a random ranking of `keys`, given each query's number of matches."""
+    misses = [math.comb(keys - count, k) / math.comb(keys, k) for count in matches.tolist()]
+    return 1 - sum(misses) / len(misses)

@@ -77,7 +77,7 @@ def cifar10_samples(source: Path, split: str, *, seed: int = 0) -> Iterator[Samp
     for number, index in enumerate(chosen.tolist()):
         image, label = data[index]
         template = CIFAR10_TEMPLATES[hash64(seed, index) % len(CIFAR10_TEMPLATES)]
-        yield Sample(f"{number:06d}", image, template.format(data.classes[label]), label)
+        yield Sample(f"{number:06d}", image, (template.format(data.classes[label]),), label)
 
 
 def convert_cifar10(source: Path, target: Path, *, seed: int = 0) -> dict[str, list[int]]:
@@ -109,7 +109,7 @@ def _read_sizes(folder: Path) -> dict[str, int]:
 def _add_sample(tar: tarfile.TarFile, sample: Sample) -> None:
     jpeg = io.BytesIO()
     sample.image.convert("RGB").save(jpeg, "JPEG", quality=95)
-    parts = {"jpg": jpeg.getvalue(), "txt": sample.text.encode()}
+    parts = {"jpg": jpeg.getvalue(), "txt": sample.texts[0].encode()}
     if sample.label is not None:
         parts["cls"] = str(sample.label).encode()
     for extension, content in parts.items():

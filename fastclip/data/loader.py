@@ -34,7 +34,10 @@ class Source(Protocol):
 
 
 class TrainingSamples(Dataset[dict[str, Any]]):
-    """The sample at (epoch, position), augmented and tokenized; a pure function of both."""
+    """The sample at (epoch, position), augmented and tokenized; a pure function of both.
+
+    One of a sample's captions is drawn anew each epoch.
+    """
 
     def __init__(
         self, source: Source, order: Order, augmentation: Augmentation, tokenizer: Tokenizer
@@ -49,9 +52,10 @@ class TrainingSamples(Dataset[dict[str, Any]]):
         sample, faults = self._read(epoch, position)
         rng = random.Random(hash64(self.order.seed, epoch, position, 2))
         view = draw_view(self.augmentation, sample.image.width, sample.image.height, rng)
+        text = sample.texts[int(rng.random() * len(sample.texts))]
         return {
             "image": apply_view(sample.image, view, self.augmentation.size),
-            "text": self.tokenizer([sample.text])[0],
+            "text": self.tokenizer([text])[0],
             "key": sample.key,
             "faults": faults,
         }
@@ -90,7 +94,7 @@ class EvaluationSamples(Dataset[dict[str, Any]]):
             return {"faults": [error.fault, *self.source.drain_faults()]}
         return {
             "image": self.preprocess(sample.image),
-            "text": sample.text,
+            "texts": sample.texts,
             "label": sample.label,
             "key": sample.key,
             "faults": self.source.drain_faults(),

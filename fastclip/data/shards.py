@@ -19,11 +19,11 @@ INDEX_CACHE_SHARDS = 64
 
 @dataclass
 class Sample:
-    """One image with its caption; label is the class index where the data has one."""
+    """One image with its captions; label is the class index where the data has one."""
 
     key: str
     image: Image.Image
-    text: str
+    texts: tuple[str, ...]
     label: int | None = None
 
 
@@ -108,9 +108,9 @@ class ShardSource:
                 if extension in self.required or extension in IMAGE_EXTENSIONS or extension == "cls"
             }
         encoded = next(parts[extension] for extension in IMAGE_EXTENSIONS if extension in parts)
-        text = _decode_text(parts["txt"], where) if "txt" in parts else ""
+        texts = (_decode_text(parts["txt"], where),) if "txt" in parts else ()
         label = _decode_label(parts["cls"], where) if "cls" in parts else None
-        return Sample(key, decode_image(encoded, where), text, label)
+        return Sample(key, decode_image(encoded, where), texts, label)
 
     def drain_faults(self) -> list[Fault]:
         """The faults found in shards since the last call (not those of single samples)."""

@@ -31,7 +31,7 @@ class SceneSource:
         scene = sample_scene(index, split=self.split, objects=self.objects)
         text = caption(scene, "short", seed=hash64(index))
         image = render(scene, SCENE_PIXELS)
-        return Sample(f"{self.split}{index:08d}", image, text, class_index(scene))
+        return Sample(f"{self.split}{index:08d}", image, (text,), class_index(scene))
 
     def drain_faults(self) -> list[Fault]:
         """Nothing can be damaged here."""

@@ -17,11 +17,11 @@ from fastclip.models.clip import Model
 class ImageFeatures:
     """Features of every readable sample and what came with them.
 
-    features: (N, D) float32, normalised. texts, labels, keys: length N.
+    features: (N, D) float32, normalised. texts (all captions of each image), labels, keys: length N.
     """
 
     features: Tensor
-    texts: list[str]
+    texts: list[tuple[str, ...]]
     labels: list[int | None]
     keys: list[str]
     faults: FaultLog
@@ -52,7 +52,7 @@ def embed_images(
     )
     faults = FaultLog()
     found: list[Tensor] = []
-    texts: list[str] = []
+    texts: list[tuple[str, ...]] = []
     labels: list[int | None] = []
     keys: list[str] = []
     towers: Any = model.model
@@ -63,7 +63,7 @@ def embed_images(
                 continue
             images = batch["image"].to(device)
             found.append(_normalised(towers.encode_image(images)))
-            texts += batch["text"]
+            texts += batch["texts"]
             labels += batch["label"]
             keys += batch["key"]
     if not found:

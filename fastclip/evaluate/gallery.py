@@ -49,7 +49,7 @@ def draw_retrieval(
             cell.imshow(source.read(*order.locate(0, index)).image)
             cell.set_xticks([])
             cell.set_yticks([])
-            right = images.texts[index] == query
+            right = query in images.texts[index]
             for spine in cell.spines.values():
                 spine.set(color="tab:green" if right else "0.8", linewidth=3 if right else 1)
     figure.tight_layout(pad=0.4)

@@ -1,5 +1,7 @@
 """Image-text retrieval: recall at k, chunked and exact."""
 
+from itertools import chain
+
 import torch
 from torch import Tensor
 
@@ -60,13 +62,25 @@ def evaluate_retrieval(
     k: tuple[int, ...] = (1, 5, 10),
     precision: str = "fp32",
 ) -> dict[str, float]:
-    """Retrieval between embedded images and their captions.
+    """Retrieval between embedded images and all of their captions.
+
+    Raises:
+        ValueError: an image has no caption.
+    """
+    texts, pairs = caption_pairs(images.texts)
+    text_features = embed_texts(model, texts, precision=precision)
+    metrics = retrieval_metrics(images.features, text_features, pairs, k)
+    return {**metrics, "images": float(len(images.texts)), "texts": float(len(texts))}
+
+
+def caption_pairs(captions: list[tuple[str, ...]]) -> tuple[list[str], Tensor]:
+    """The distinct captions and the (image, text) pairs that belong together, (P, 2) int64.
 
     Captions with the same words are one text that belongs to all of its images: otherwise a
     right answer could count as wrong.
     """
-    distinct = {text: index for index, text in enumerate(dict.fromkeys(images.texts))}
-    pairs = torch.tensor([[image, distinct[text]] for image, text in enumerate(images.texts)])
-    text_features = embed_texts(model, list(distinct), precision=precision)
-    metrics = retrieval_metrics(images.features, text_features, pairs, k)
-    return {**metrics, "images": float(len(images.texts)), "texts": float(len(distinct))}
+    if not all(captions):
+        raise ValueError("an image has no caption; retrieval needs one for every image")
+    index = {text: i for i, text in enumerate(dict.fromkeys(chain.from_iterable(captions)))}
+    pairs = [[image, index[text]] for image, own in enumerate(captions) for text in set(own)]
+    return list(index), torch.tensor(sorted(pairs))

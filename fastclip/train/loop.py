@@ -109,8 +109,8 @@ def train(config: TrainConfig) -> Path:
                     culprit = first_non_finite(model.model, inputs, forward)
                     raise NonFiniteError(
                         f"step {step + 1}: loss {loss.item()}, gradient norm {norm.item()}; first "
-                        f"non-finite tensor: {culprit}. No parameter was changed; the last "
-                        f"checkpoint in {checkpoints} is good. Samples: {batch['key'][:4]}..."
+                        f"non-finite tensor: {culprit}. No parameter was changed, nothing was "
+                        f"saved after {checkpoints}. The step's samples: {batch['key'][:4]}..."
                     )
                 if config.grad_clip_norm is not None:
                     nn.utils.clip_grads_with_norm_(parameters, config.grad_clip_norm, norm)
@@ -136,6 +136,9 @@ def train(config: TrainConfig) -> Path:
                     }
                     log.metrics(step, values)
                     bar.set_postfix_str(_postfix(values))
+                    if bar.disable:
+                        # no terminal: lines for a log file instead of a bar
+                        print(f"step {step}/{total_steps}  {_postfix(values)}", file=sys.stderr)
                 if config.save_every_steps and step % config.save_every_steps == 0:
                     save(f"step_{step:08d}.pt")
                     state.prune_step_checkpoints(checkpoints)

@@ -31,6 +31,7 @@ DEFINES_THE_RUN = (
 
 
 def named(config: TrainConfig) -> TrainConfig:
+    """The configuration with a name: the given one, or one made of the time and the model."""
     if config.name is not None:
         return config
     if config.resume == "latest":
@@ -40,6 +41,11 @@ def named(config: TrainConfig) -> TrainConfig:
 
 
 def build_loader(config: TrainConfig, model: Model, device: torch.device) -> TrainingLoader:
+    """The training data as the configuration names it, in the model's image size.
+
+    Raises:
+        ValueError, FileNotFoundError: the data cannot be read, or fill no batch.
+    """
     size = _image_size(model)
     count = config.train_num_samples or SCENES_EPOCH
     source = open_source(config.train_data, config.dataset_type, split="train", count=count)
@@ -63,6 +69,14 @@ def _image_size(model: Model) -> int:
 
 
 def read_resumed(config: TrainConfig, run: Path) -> dict[str, Any] | None:
+    """The checkpoint that `--resume` names; None for a new run.
+
+    What differs from the run's beginning is noted on standard error.
+
+    Raises:
+        FileExistsError: a new run's folder is there already.
+        FileNotFoundError, ValueError: there is no checkpoint, or it cannot be gone on from.
+    """
     if config.resume is None:
         if run.exists():
             raise FileExistsError(
@@ -92,6 +106,7 @@ def read_resumed(config: TrainConfig, run: Path) -> dict[str, Any] | None:
 
 
 def load_weights(model: nn.Module, state_dict: dict[str, Tensor], name: str) -> None:
+    """Load a state dictionary; ValueError where it is not of this model."""
     try:
         model.load_state_dict(state_dict)
     except RuntimeError as error:
@@ -99,6 +114,7 @@ def load_weights(model: nn.Module, state_dict: dict[str, Tensor], name: str) -> 
 
 
 def write_description(run: Path, config: TrainConfig, model: Model) -> None:
+    """Write the model's description and the resolved configuration into the run's folder."""
     description = json.dumps(describe(config.model, model), indent=2)
     checkpoint.write_text(run / CONFIG_FILE, description + "\n")
     checkpoint.write_text(run / "config.yaml", to_yaml(config))
@@ -107,6 +123,7 @@ def write_description(run: Path, config: TrainConfig, model: Model) -> None:
 def announce(
     config: TrainConfig, device: torch.device, model: nn.Module, loader: TrainingLoader, step: int
 ) -> None:
+    """Print the resolved configuration and what it amounts to, on standard error."""
     dtype = torch.bfloat16 if config.precision == "amp_bf16" else torch.float32
     parameters = sum(parameter.numel() for parameter in model.parameters())
     lines = [

@@ -41,10 +41,10 @@ class Validator:
         return {f"val/{name}": value for name, value in metrics.items()}
 
     @torch.no_grad()
-    def _loss(self, images: torch.Tensor, texts: list[str]) -> float:
-        distinct = {text: index for index, text in enumerate(dict.fromkeys(texts))}
-        features = embed_texts(self.model, list(distinct), precision=self.config.precision)
-        features = features[[distinct[text] for text in texts]]
+    def _loss(self, images: torch.Tensor, texts: list[tuple[str, ...]]) -> float:
+        """The loss over batches of the training's size, with each image's first caption."""
+        first = [own[0] for own in texts]
+        features = embed_texts(self.model, first, precision=self.config.precision)
         scale = self.model.model.get_parameter("logit_scale").exp().cpu()
         size = min(self.config.batch_size, len(texts))
         starts = range(0, len(texts) - size + 1, size)

@@ -60,7 +60,9 @@ def test_shards_hold_every_training_image_once(small_cifar10: Path, tmp_path: Pa
             sample = source.read(0, i)
             found.append(np.asarray(sample.image).mean())
             name_of_class = CLASSES[sample.label]
-            assert sample.text in {template.format(name_of_class) for template in CIFAR10_TEMPLATES}
+            assert sample.texts[0] in {
+                template.format(name_of_class) for template in CIFAR10_TEMPLATES
+            }
     # JPEG keeps an image's mean to a fraction of a level
     assert np.abs(np.sort(found) - means).max() < 1.5
 

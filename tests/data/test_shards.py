@@ -47,7 +47,7 @@ def test_samples_are_read(make_shard: MakeShard) -> None:
     source = ShardSource(str(make_shard(samples=5)))
     assert source.counts == (5,)
     sample = source.read(0, 3)
-    assert (sample.key, sample.text, sample.label) == ("00003", "caption number 3", 0)
+    assert (sample.key, sample.texts, sample.label) == ("00003", ("caption number 3",), 0)
     assert sample.image.size == (32, 32)
     assert source.drain_faults() == []
 
@@ -146,7 +146,7 @@ def test_duplicate_member_keeps_the_first(make_shard: MakeShard) -> None:
     members = [("a.jpg", jpeg()), ("a.txt", b"first"), ("a.txt", b"second")]
     path = make_shard(members=members)
     assert kinds(path) == ["duplicate member"]
-    assert ShardSource(str(path)).read(0, 0).text == "first"
+    assert ShardSource(str(path)).read(0, 0).texts == ("first",)
 
 
 def big_png() -> bytes:
@@ -186,4 +186,4 @@ def test_real_shards_are_whole(real_data: Path) -> None:
     source = ShardSource(f"{real_data}/cifar10/train-{{00000..00004}}.tar")
     assert source.counts == (9000,) * 5
     assert source.drain_faults() == []
-    assert "automobile" in {source.read(0, i).text.split()[-1].rstrip(".") for i in range(100)}
+    assert "automobile" in {source.read(0, i).texts[0].split()[-1].rstrip(".") for i in range(100)}
