@@ -17,7 +17,8 @@ from fastclip.models.clip import Model
 class ImageFeatures:
     """Features of every readable sample and what came with them.
 
-    features: (N, D) float32, normalised. texts (all captions of each image), labels, keys: length N.
+    features: (N, D) float32, normalised. texts (all captions of each image), labels and keys have
+    length N.
     """
 
     features: Tensor
