@@ -10,6 +10,7 @@ from fastclip._version import __version__
 
 if TYPE_CHECKING:
     from fastclip import functional as functional
+    from fastclip.integrations.open_clip import patch_open_clip as patch_open_clip
     from fastclip.losses.clip import ClipLoss as ClipLoss
     from fastclip.models.clip import load as load
 
@@ -17,9 +18,10 @@ _LAZY = {
     "ClipLoss": "fastclip.losses.clip",
     "functional": "fastclip",
     "load": "fastclip.models.clip",
+    "patch_open_clip": "fastclip.integrations.open_clip",
 }
 
-__all__ = ["ClipLoss", "__version__", "functional", "load"]
+__all__ = ["ClipLoss", "__version__", "functional", "load", "patch_open_clip"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,6 @@
 """Which device to compute on, and why a GPU is not used."""
 
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -16,7 +17,8 @@ def choose_device(name: str) -> torch.device:
     """
     obstacle = cuda_obstacle()
     if name == "auto":
-        if obstacle and driver_is_installed():
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
+        if obstacle and driver_is_installed() and not hidden:
             raise ValueError(f"{obstacle}; to run on the CPU nevertheless: --device cpu")
         name = "cpu" if obstacle else "cuda"
     try:

@@ -41,7 +41,8 @@ def clip_loss(
         reduction: "mean" over the N pairs of the mean of both directions, "sum" (N times that),
             or "none": (N,).
         backend: "auto", "torch" (chunked) or "reference" (dense, twice differentiable).
-        chunk_bytes: bound on the part of the similarity matrix alive at a time.
+        chunk_bytes: size of a chunk of the similarity matrix, of which up to three are alive at
+            a time; None takes a fixed default.
         precision: "auto" follows autocast, "input" computes in the features' dtype.
 
     Returns:

@@ -17,7 +17,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_drop_in_runs() -> None:
-    (snippet,) = [block for block in blocks("python") if "ClipLoss" in block]
+    (snippet,) = [block for block in blocks("python") if "import ClipLoss" in block]
     features = torch.nn.functional.normalize(torch.randn(6, 4), dim=-1)
     names = {"image_features": features, "text_features": features, "logit_scale": 10.0}
     exec(snippet, names)

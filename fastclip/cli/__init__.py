@@ -13,6 +13,8 @@ from fastclip._version import __version__
 COMMANDS = {
     "train": "train a model from a configuration and flags",
     "eval": "zero-shot classification or retrieval of a trained model",
+    "embed": "write the features of images or texts to a .npy file",
+    "data": "look at data: a contact sheet of images with captions",
     "quickstart": "train and evaluate a small model on the embedded data",
     "convert": "make shards from other formats",
     "bench": "time operators beside their rivals",
@@ -40,8 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if (error.name or "").startswith("fastclip"):
             raise
         print(
-            f"fastclip {parsed.command} needs the package {error.name!r}: "
-            "pip install 'fastclip-kernels[train]'",
+            f"fastclip {parsed.command} needs the package {error.name!r}: pip install "
+            f"'fastclip-kernels[train]', or {error.name} itself where that does not bring it",
             file=sys.stderr,
         )
     except (ValueError, OSError) as error:

@@ -1,4 +1,4 @@
-"""`fastclip convert cifar10 SRC OUT`: shards from other formats."""
+"""`fastclip convert FORMAT SRC OUT`: shards from other formats, checkpoints in and out."""
 
 import sys
 from collections.abc import Sequence
@@ -8,27 +8,70 @@ from typing import Annotated, Literal
 
 import tyro
 
-from fastclip.data.convert import convert_cifar10
+from fastclip.data.convert import convert_cifar10, convert_table
+from fastclip.data.options import DataOptions
+from fastclip.data.tables import open_coco, open_csv
+from fastclip.models.convert import export_open_clip, import_open_clip
 
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    """Make webdataset shards from a data set on disk."""
+    """Make webdataset shards from a data set on disk, or carry a checkpoint over."""
 
-    format: Annotated[Literal["cifar10"], tyro.conf.Positional]
-    """cifar10: torchvision's CIFAR-10; captions are class templates, 5,000 images held out."""
+    format: Annotated[
+        Literal["cifar10", "coco", "csv", "to-open-clip", "from-open-clip"], tyro.conf.Positional
+    ]
+    """cifar10: torchvision's CIFAR-10; captions are class templates, 5,000 images held out.
+    coco: a COCO captions file, e.g. captions_train2017.json. csv: a table of paths and captions.
+    The last two keep images as they are and all captions of each.
+    to-open-clip: a run's weights as a checkpoint of open_clip's. from-open-clip: the reverse, with
+    --model."""
     source: Annotated[Path, tyro.conf.Positional]
-    """Where the data set lies."""
+    """Where the data set or the checkpoint lies."""
     target: Annotated[Path, tyro.conf.Positional]
-    """Folder for the shards."""
+    """Folder for the shards or the run; the .pt file of to-open-clip."""
+    model: str | None = None
+    """Architecture of a checkpoint that from-open-clip reads."""
     seed: int = 0
-    """Of the split and the captions."""
+    """Of CIFAR-10's split and captions."""
+    image_root: str | None = None
+    """Folder of the images of coco and csv; by default ../train2017 or the like for coco, and
+    beside the file."""
+    csv_img_key: str = "filepath"
+    """Column that holds the paths of images."""
+    csv_caption_key: str = "title"
+    """Column that holds captions; rows with one path are captions of one image."""
+    csv_separator: str = "\t"
+    """Character between the columns."""
+    per_shard: int = 1000
+    """Images of coco or csv in one shard."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Convert; prints the number of samples a split."""
     config = tyro.cli(ConvertConfig, args=list(arguments), prog="fastclip convert")
-    for split, counts in convert_cifar10(config.source, config.target, seed=config.seed).items():
+    if config.format == "to-open-clip":
+        export_open_clip(config.source, config.target)
+        print(config.target)
+        return 0
+    if config.format == "from-open-clip":
+        if config.model is None:
+            raise ValueError("from-open-clip needs --model, the checkpoint's architecture")
+        import_open_clip(config.source, config.model, config.target)
+        print(config.target)
+        return 0
+    if config.format == "cifar10":
+        written = convert_cifar10(config.source, config.target, seed=config.seed)
+    else:
+        table = (open_coco if config.format == "coco" else open_csv)(
+            config.source, DataOptions.of(config)
+        )
+        prefix = config.source.stem.removeprefix("captions_")
+        counts, faults = convert_table(table, config.target, prefix, per_shard=config.per_shard)
+        written = {prefix: counts}
+        if faults.counts:
+            print("\n".join([f"skipped: {faults.summary()}", *faults.places()]), file=sys.stderr)
+    for split, counts in written.items():
         print(f"{split}: {sum(counts)} samples in {len(counts)} shards", file=sys.stderr)
     print(config.target)
     return 0

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from fastclip.data.options import CACHE_BYTES, DataOptions, DatasetType
 from fastclip.data.sources import open_source
 from fastclip.device import choose_device
 from fastclip.evaluate.features import embed_images
@@ -29,11 +30,24 @@ class EvalConfig:
     model: str
     """A run's folder (its latest checkpoint is taken) or one of its checkpoints."""
     data: str = "scenes"
-    """Shards, e.g. '/data/val-{00000..00004}.tar', or 'scenes'."""
-    dataset_type: Literal["auto", "webdataset", "scenes"] = "auto"
+    """As --train-data of `fastclip train`, e.g. '/data/val-{00000..00004}.tar', a COCO captions
+    file, a folder with a folder of images a class, or 'scenes:split=compositional'."""
+    dataset_type: DatasetType = "auto"
     """What --data is; auto tells by its text."""
+    csv_img_key: str = "filepath"
+    """Column of a table that holds the paths of images."""
+    csv_caption_key: str = "title"
+    """Column of a table that holds captions."""
+    csv_separator: str = "\t"
+    """Character between the columns of a table."""
+    image_root: str | None = None
+    """Folder of a table's images; by default beside the table."""
+    cache_dir: str | None = None
+    """Folder that remote shards are fetched to; by default fastclip in the user's cache."""
+    cache_bytes: int = CACHE_BYTES
+    """Most bytes kept there."""
     num_samples: int = 1000
-    """Number of scenes; shards are read whole."""
+    """Number of scenes or synthetic images; other data are read whole."""
     classes: Path | None = None
     """Class names, one a line in index order; by default classnames.txt or classes.txt beside
     the shards."""
@@ -61,7 +75,7 @@ def main(arguments: Sequence[str]) -> int:
     required = ("cls",) if config.task == "zeroshot" else ("txt",)
     source = open_source(
         config.data,
-        config.dataset_type,
+        DataOptions.of(config),
         split="val",
         count=config.num_samples,
         required=required,
@@ -81,6 +95,7 @@ def main(arguments: Sequence[str]) -> int:
         metrics = evaluate_retrieval(model, images, k=config.recall_k, precision=config.precision)
     if images.faults.counts:
         print(f"skipped: {images.faults.summary()}", file=sys.stderr)
+        print("\n".join(images.faults.places()), file=sys.stderr)
     print(json.dumps(metrics, indent=2))
 
     run = Path(config.model) if Path(config.model).is_dir() else Path(config.model).parents[1]

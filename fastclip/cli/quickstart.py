@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastclip.data.scenes import CLASSES, TEMPLATES
 from fastclip.data.sources import SceneSource
+from fastclip.device import choose_device
 from fastclip.evaluate.features import embed_images
 from fastclip.evaluate.gallery import draw_retrieval
 from fastclip.evaluate.results import write_result
@@ -31,6 +32,8 @@ class QuickstartConfig:
 
     logs: str = "logs"
     """Folder for the run."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:1."""
     samples: int | None = None
     """Training samples an epoch; by default the recipe's."""
 
@@ -41,12 +44,13 @@ def main(arguments: Sequence[str]) -> int:
     started = time.monotonic()
     name = f"quickstart-{datetime.now():%Y%m%d-%H%M%S}"
     flags = ["--config", RECIPE, "--logs", config.logs, "--name", name]
+    flags += ["--device", config.device]
     if config.samples is not None:
         flags += ["--train-num-samples", str(config.samples)]
     settings = parse(flags)
     run = train(settings)
 
-    model = load(run)
+    model = load(run, choose_device(config.device))
     source = SceneSource("val", SCENES)
     images = embed_images(model, source)
     zeroshot = evaluate_zeroshot(model, images, list(CLASSES), list(TEMPLATES))

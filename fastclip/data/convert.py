@@ -2,13 +2,16 @@
 
 import io
 import json
+import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 
+from fastclip.data.files import ImageFiles
+from fastclip.data.loader import FaultLog
 from fastclip.data.order import hash64, permutation
-from fastclip.data.shards import Sample
+from fastclip.data.samples import Sample, UnreadableSample, open_image
 
 # The prompts that CLIP's authors used for CIFAR-10, one drawn for each image's caption.
 CIFAR10_TEMPLATES = (
@@ -23,12 +26,15 @@ CIFAR10_TEMPLATES = (
 )
 CIFAR10_VALIDATION = 5000
 
+EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+
 
 def write_shards(samples: Iterable[Sample], folder: Path, prefix: str, per_shard: int) -> list[int]:
     """Write `PREFIX-00000.tar`, ... with KEY.jpg, KEY.txt and KEY.cls; returns the sample counts.
 
     Args:
-        samples: written in the order given; a label of None leaves KEY.cls out.
+        samples: written in the order given; a label of None leaves KEY.cls out. One that carries
+            its `encoded` image keeps it as it is, and all of its captions in KEY.json.
         folder: made if needed; `sizes.json` in it gets an entry a shard.
         per_shard: most samples in one shard.
 
@@ -101,15 +107,58 @@ def convert_cifar10(source: Path, target: Path, *, seed: int = 0) -> dict[str, l
     return written
 
 
+def convert_table(
+    source: ImageFiles, target: Path, prefix: str, *, per_shard: int = 1000
+) -> tuple[list[int], FaultLog]:
+    """Write a table's images, byte for byte, with all of their captions.
+
+    Keys are the row's number and the image's name, so that they differ.
+
+    Returns:
+        Samples in each shard, and the images that were left out because they cannot be read.
+
+    Raises:
+        ValueError: per_shard is less than 1, or no image at all can be read.
+        FileExistsError: the target has such shards.
+    """
+    if per_shard < 1:
+        raise ValueError(f"--per-shard is {per_shard}; give at least 1")
+    faults = FaultLog()
+    counts = write_shards(_encoded_samples(source, faults), target, prefix, per_shard)
+    if not counts:
+        raise ValueError(f"no image of {source.name} can be read: {faults.summary()}")
+    return counts, faults
+
+
+def _encoded_samples(source: ImageFiles, faults: FaultLog) -> Iterator[Sample]:
+    for number in range(source.count):
+        path = source.path_of(number)
+        try:
+            encoded = source.read_bytes(number)
+            image = open_image(encoded, f"{source.name}:{path}")
+        except UnreadableSample as error:
+            faults.add([error.fault])
+            continue
+        # a key ends at its first dot, and USTAR takes names of 100 bytes
+        name = re.sub(r"[^A-Za-z0-9_-]", "_", Path(path).stem)[:60]
+        yield Sample(f"{number:08d}_{name}", image, source.texts_of(number), encoded=encoded)
+
+
 def _read_sizes(folder: Path) -> dict[str, int]:
     path = folder / "sizes.json"
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _add_sample(tar: tarfile.TarFile, sample: Sample) -> None:
-    jpeg = io.BytesIO()
-    sample.image.convert("RGB").save(jpeg, "JPEG", quality=95)
-    parts = {"jpg": jpeg.getvalue(), "txt": sample.texts[0].encode()}
+    if sample.encoded is None:
+        jpeg = io.BytesIO()
+        sample.image.convert("RGB").save(jpeg, "JPEG", quality=95)
+        parts = {"jpg": jpeg.getvalue(), "txt": sample.texts[0].encode()}
+    else:
+        extension = EXTENSIONS[sample.image.format or "JPEG"]
+        captions = json.dumps({"captions": sample.texts}, ensure_ascii=False)
+        parts = {extension: sample.encoded, "txt": sample.texts[0].encode()}
+        parts["json"] = captions.encode()
     if sample.label is not None:
         parts["cls"] = str(sample.label).encode()
     for extension, content in parts.items():

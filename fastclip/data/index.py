@@ -8,6 +8,7 @@ import os
 import tarfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_MEMBER_BYTES = 64 << 20
@@ -58,40 +59,46 @@ def index_shard(path: Path, required: tuple[str, ...] = ()) -> ShardIndex:
     Raises:
         FileNotFoundError: there is no such file. Everything else is a `Fault` in the result.
     """
-    index = ShardIndex()
-    size = path.stat().st_size
     with path.open("rb") as file:
-        start = file.read(_BLOCK)
+        return index_file(file, str(path), required)
+
+
+def index_file(file: BinaryIO, name: str, required: tuple[str, ...] = ()) -> ShardIndex:
+    """`index_shard` of an open file; `name` says in faults what it is."""
+    index = ShardIndex()
+    size = os.fstat(file.fileno()).st_size
+    start = file.read(_BLOCK)
     if not start:
-        index.faults.append(Fault("empty file", str(path)))
+        index.faults.append(Fault("empty file", name))
         return index
-    for magic, name in _COMPRESSED.items():
+    for magic, form in _COMPRESSED.items():
         if start.startswith(magic):
-            detail = f"{name}; unpack it, images are compressed already"
-            index.faults.append(Fault("compressed shard", str(path), detail))
+            detail = f"{form}; unpack it, images are compressed already"
+            index.faults.append(Fault("compressed shard", name, detail))
             return index
 
     groups: dict[str, dict[str, tuple[int, int]]] = {}
     end = 0
     try:
-        with tarfile.open(path, "r:") as tar:
+        file.seek(0)
+        with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 end = member.offset_data + member.size
-                _add_member(member, path, size, groups, index.faults)
+                _add_member(member, name, size, groups, index.faults)
             end = tar.offset
-        index.faults.extend(_end_faults(path, end, size))
+        index.faults.extend(_end_faults(file, name, end, size))
     except (tarfile.TarError, ValueError, OSError) as error:
         # what was read stays usable; a member that runs past the end was reported already
         if end <= size:
             kind = "damaged header" if end else "not a tar"
-            index.faults.append(Fault(kind, str(path), str(error)))
+            index.faults.append(Fault(kind, name, str(error)))
 
     for key, files in groups.items():
         missing = [extension for extension in required if extension not in files]
         if not any(extension in files for extension in IMAGE_EXTENSIONS):
             missing.insert(0, "image")
         if missing:
-            index.faults.append(Fault(f"sample without {missing[0]}", f"{path}:{key}"))
+            index.faults.append(Fault(f"sample without {missing[0]}", f"{name}:{key}"))
         else:
             index.samples.append((key, files))
     return index
@@ -99,14 +106,14 @@ def index_shard(path: Path, required: tuple[str, ...] = ()) -> ShardIndex:
 
 def _add_member(
     member: tarfile.TarInfo,
-    path: Path,
+    shard: str,
     shard_bytes: int,
     groups: dict[str, dict[str, tuple[int, int]]],
     faults: list[Fault],
 ) -> None:
     if member.isdir():
         return
-    where = f"{path}:{member.name}"
+    where = f"{shard}:{member.name}"
     if not member.isreg() or member.issparse():
         faults.append(Fault("link or special member", where))
         return
@@ -128,18 +135,17 @@ def _add_member(
     files[extension] = (member.offset_data, member.size)
 
 
-def _end_faults(path: Path, end: int, size: int) -> list[Fault]:
+def _end_faults(file: BinaryIO, name: str, end: int, size: int) -> list[Fault]:
     """What is wrong where tarfile stopped: nothing if two zero blocks (or one) begin there."""
     if end > size:
         # the last member runs past the end and was reported as cut
         return []
-    with path.open("rb") as file:
-        file.seek(end)
-        block = file.read(_BLOCK)
+    file.seek(end)
+    block = file.read(_BLOCK)
     if not block:
-        return [Fault("no end-of-archive mark", str(path), "the shard may have been cut")]
+        return [Fault("no end-of-archive mark", name, "the shard may have been cut")]
     if len(block) < _BLOCK:
-        return [Fault("cut inside a header", str(path), f"at byte {end:,} of {size:,}")]
+        return [Fault("cut inside a header", name, f"at byte {end:,} of {size:,}")]
     if block.strip(b"\0"):
-        return [Fault("damaged header", str(path), f"at byte {end:,} of {size:,}, rest unread")]
+        return [Fault("damaged header", name, f"at byte {end:,} of {size:,}, rest unread")]
     return []

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from fastclip.data.augment import Augmentation, apply_view, draw_view
 from fastclip.data.index import Fault
 from fastclip.data.order import Order, hash64
-from fastclip.data.shards import Sample, UnreadableSample
+from fastclip.data.samples import Sample, UnreadableSample
 
 REPLACEMENT_ATTEMPTS = 32
 
@@ -24,9 +24,13 @@ Tokenizer = Callable[[list[str]], Tensor]
 
 
 class Source(Protocol):
-    """Where samples come from: declared counts per shard and random access."""
+    """Where samples come from: declared counts per shard and random access.
+
+    parts: number of shards of each pattern joined by '::'.
+    """
 
     counts: tuple[int, ...]
+    parts: tuple[int, ...]
 
     def read(self, shard: int, index: int) -> Sample: ...
 
@@ -102,11 +106,16 @@ class EvaluationSamples(Dataset[dict[str, Any]]):
 
 
 class _Positions(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, position) of one epoch from a given step on."""
+    """One rank's batches of (epoch, position) of one epoch from a given step on.
 
-    def __init__(self, batch_size: int, steps: int) -> None:
+    The ranks' batches of a step lie side by side: together they are the next positions.
+    """
+
+    def __init__(self, batch_size: int, steps: int, rank: int, world_size: int) -> None:
         self.batch_size = batch_size
         self.steps = steps
+        self.rank = rank
+        self.world_size = world_size
         self.epoch = 0
         self.first_step = 0
 
@@ -115,7 +124,7 @@ class _Positions(Sampler[list[tuple[int, int]]]):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for step in range(self.first_step, self.steps):
-            start = step * self.batch_size
+            start = (step * self.world_size + self.rank) * self.batch_size
             yield [(self.epoch, start + i) for i in range(self.batch_size)]
 
 
@@ -124,9 +133,11 @@ class TrainingLoader:
 
     Args:
         samples: what to load.
-        batch_size: samples a step.
-        epoch_samples: samples an epoch; None for all. What does not fill a batch is left out.
+        batch_size: samples a step on this rank.
+        epoch_samples: samples an epoch; None for all. What does not fill a batch of all ranks is
+            left out, so that every rank makes the same number of steps.
         workers: loader processes; 0 loads in this one.
+        rank, world_size: which part of each step's samples is loaded here.
 
     Raises:
         ValueError: an epoch does not fill a single batch.
@@ -140,16 +151,19 @@ class TrainingLoader:
         epoch_samples: int | None = None,
         workers: int = 0,
         pin_memory: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         available = len(samples.order)
         length = available if epoch_samples is None else min(epoch_samples, available)
-        self.steps_per_epoch = length // batch_size
+        self.steps_per_epoch = length // (batch_size * world_size)
         if self.steps_per_epoch == 0:
+            batch = batch_size * world_size
             raise ValueError(
-                f"an epoch of {length} samples does not fill one batch of {batch_size}; "
+                f"an epoch of {length} samples does not fill one batch of {batch}; "
                 "lower --batch-size or give more data"
             )
-        self._positions = _Positions(batch_size, self.steps_per_epoch)
+        self._positions = _Positions(batch_size, self.steps_per_epoch, rank, world_size)
         self._loader: DataLoader[dict[str, Any]] = DataLoader(
             samples,
             batch_sampler=self._positions,
@@ -161,6 +175,12 @@ class TrainingLoader:
             # model's alone, or a resumed run would draw other numbers than the first
             generator=torch.Generator(),
         )
+
+    @property
+    def identity(self) -> dict[str, int]:
+        """What must be the same for positions to mean the same samples: seed and counts' hash."""
+        order = self._loader.dataset.order  # type: ignore[attr-defined]
+        return {"seed": order.seed, "counts": hash64(*order.counts)}
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[dict[str, Any]]:
         """The batches of `epoch` from `first_step` on."""
@@ -206,6 +226,10 @@ class FaultLog:
                 examples.append(fault)
                 fresh.append(fault)
         return fresh
+
+    def places(self) -> list[str]:
+        """The first few faults of each kind, one text each."""
+        return [str(fault) for examples in self.examples.values() for fault in examples]
 
     def summary(self) -> str:
         """One line, e.g. "3 corrupt image, 1 cut inside a header"; empty where all was well."""

@@ -1,70 +1,170 @@
-"""Opening what `--train-data` and `--data` name."""
+"""Opening what `--train-data`, `--val-data` and `--data` name."""
 
+import math
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
+from fastclip.data.folders import FolderSource, holds_image_folders
+from fastclip.data.generated import SceneSource, SyntheticSource, open_scenes
 from fastclip.data.index import Fault
 from fastclip.data.loader import Source
-from fastclip.data.order import hash64
-from fastclip.data.scenes import caption, class_index, render, sample_scene
-from fastclip.data.shards import Sample, ShardSource
+from fastclip.data.options import DataOptions, DatasetType
+from fastclip.data.remote import ShardCache
+from fastclip.data.samples import Sample
+from fastclip.data.shards import ShardSource
+from fastclip.data.tables import open_coco, open_csv
+from fastclip.data.templates import read_lines
 
-SCENES = "scenes"
-SCENE_PIXELS = 64
+__all__ = ["Mixture", "SceneSource", "guess_type", "open_source", "shard_weights"]
+
+SCENES = {"train": 20_000, "val": 1000}
+SYNTHETIC = 1000
+
+ENDINGS: dict[str, DatasetType] = {
+    **dict.fromkeys((".csv", ".tsv", ".txt"), "csv"),
+    ".json": "coco",
+}
 
 
-class SceneSource:
-    """The embedded procedural world: scene i of a split, drawn when it is asked for.
+class Mixture:
+    """Several sources one after another."""
 
-    Args:
-        split: "train", "val", or another of `fastclip.data.scenes`.
-        count: number of scenes.
-        objects: draw exactly this many objects a scene; None for one to three.
-    """
-
-    def __init__(self, split: str, count: int, objects: int | None = None) -> None:
-        self.split = split
-        self.objects = objects
-        self.counts: tuple[int, ...] = (count,)
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self.sources = sources
+        self.counts = tuple(count for source in sources for count in source.counts)
+        self.parts = tuple(len(source.counts) for source in sources)
+        self._starts = np.cumsum((0, *self.parts))
 
     def read(self, shard: int, index: int) -> Sample:
-        """The image, short caption and class (of single objects) of scene `index`."""
-        scene = sample_scene(index, split=self.split, objects=self.objects)
-        text = caption(scene, "short", seed=hash64(index))
-        image = render(scene, SCENE_PIXELS)
-        return Sample(f"{self.split}{index:08d}", image, (text,), class_index(scene))
+        """The sample at `index` of `shard`, as the source it belongs to reads it."""
+        number = int(np.searchsorted(self._starts, shard, side="right")) - 1
+        return self.sources[number].read(shard - int(self._starts[number]), index)
 
     def drain_faults(self) -> list[Fault]:
-        """Nothing can be damaged here."""
-        return []
+        """The faults of all."""
+        return [fault for source in self.sources for fault in source.drain_faults()]
 
 
-def is_scenes(data: str, dataset_type: str = "auto") -> bool:
-    """Whether `data` means the embedded world."""
-    return dataset_type == SCENES or (dataset_type == "auto" and data == SCENES)
+def guess_type(data: str) -> DatasetType | None:
+    """What the text of `data`, or the folder it names, says it is; None where neither does.
+
+    Raises:
+        ValueError: patterns joined by '::' are of different types.
+    """
+    kinds = {part: _guess_part(part) for part in data.split("::")}
+    if len(set(kinds.values())) > 1:
+        found = ", ".join(f"{part!r} is {kind or 'unknown'}" for part, kind in kinds.items())
+        raise ValueError(f"data joined by '::' must be of one type, but {found}")
+    return next(iter(kinds.values()))
 
 
 def open_source(
     data: str,
-    dataset_type: str = "auto",
+    options: DataOptions | None = None,
     *,
     split: str,
-    count: int,
+    count: int | None = None,
     required: tuple[str, ...] = ("txt",),
 ) -> Source:
-    """The samples of shards or of the embedded world.
+    """The samples that `data` names.
 
     Args:
-        data: a shard pattern (see `fastclip.data.shards.expand_shards`) or "scenes".
-        dataset_type: "auto", "webdataset" or "scenes".
-        split, count: which scenes and how many; of no meaning for shards.
+        data: shards (see `fastclip.data.shards.expand_shards`), a CSV or COCO file, an ImageFolder,
+            "synthetic", "scenes" or "scenes:KEY=VALUE,..."; several of one type joined by '::'.
+        options: how to read it.
+        split: which scenes or noise, where `data` does not say.
+        count: how many scenes or noise images; of no meaning for the others.
         required: extensions a shard's sample must have besides an image.
 
     Raises:
-        ValueError, FileNotFoundError: as `ShardSource`; a folder is named instead of shards.
+        ValueError, FileNotFoundError: the data cannot be told or read; the message says why.
     """
-    if is_scenes(data, dataset_type):
-        return SceneSource(split, count)
-    if Path(data).is_dir():
+    options = options or DataOptions()
+    kind = guess_type(data) if options.dataset_type == "auto" else options.dataset_type
+    if kind is None or (kind == "webdataset" and os.path.isdir(data)):
+        raise ValueError(_untold(data))
+    if kind == "webdataset":
+        return ShardSource(data, required, ShardCache(options.cache_dir, options.cache_bytes))
+    sources = [_open_one(part, kind, options, split, count) for part in data.split("::")]
+    classes = {tuple(source.classes) for source in sources if isinstance(source, FolderSource)}
+    if len(classes) > 1:
+        raise ValueError(f"the folders of {data} hold different classes, so their labels differ")
+    return sources[0] if len(sources) == 1 else Mixture(sources)
+
+
+def shard_weights(source: Source, factors: str | None) -> tuple[float, ...] | None:
+    """The order's weight of each shard from open_clip's `--train-data-upsampling-factors`.
+
+    Args:
+        factors: one number for each pattern of the data, joined by '::'; None for no weights.
+
+    Raises:
+        ValueError: their number differs from the patterns', one is no positive number, or a factor
+            of a table is no whole number.
+    """
+    if factors is None:
+        return None
+    flag = f"--train-data-upsampling-factors {factors}"
+    try:
+        values = [float(factor) for factor in factors.split("::")]
+    except ValueError as error:
+        raise ValueError(f"{flag}: give numbers joined by '::', e.g. 1::2.5") from error
+    if len(values) != len(source.parts):
+        raise ValueError(
+            f"{flag} has {len(values)} factors for the {len(source.parts)} patterns of the "
+            "training data; give one each, joined by '::'"
+        )
+    if not all(0 < value < math.inf for value in values):
+        raise ValueError(f"{flag}: give positive numbers, and leave out data you do not want")
+    if not isinstance(source, ShardSource) and any(value % 1 for value in values):
+        # a table's stretches are too short to be cut
+        raise ValueError(f"{flag}: only shards take fractions; give e.g. 2::5 for 1::2.5")
+    return tuple(value for value, n in zip(values, source.parts, strict=True) for _ in range(n))
+
+
+def _guess_part(part: str) -> DatasetType | None:
+    if part == "scenes" or part.startswith("scenes:"):
+        return "scenes"
+    if part == "synthetic":
+        return "synthetic"
+    path = Path(part).expanduser()
+    # os.path takes a name that is too long for one that is not there
+    if os.path.isdir(path):
+        return "imagefolder" if holds_image_folders(path) else None
+    ending = path.suffix.lower()
+    if ending in ENDINGS and not part.startswith("pipe:"):
+        return ENDINGS[ending]
+    shards = part.startswith("pipe:") or "{" in part or "://" in part or ".tar" in path.name.lower()
+    return "webdataset" if shards else None
+
+
+def _open_one(
+    part: str, kind: DatasetType, options: DataOptions, split: str, count: int | None
+) -> Source:
+    if kind == "scenes":
+        return open_scenes(part, split, count or SCENES.get(split, SCENES["val"]))
+    if kind == "synthetic":
+        return SyntheticSource(split, count or SYNTHETIC)
+    path = Path(part).expanduser()
+    if kind == "imagefolder":
+        return FolderSource(
+            path, read_lines(Path(options.templates).expanduser()) if options.templates else None
+        )
+    return open_csv(path, options) if kind == "csv" else open_coco(path, options)
+
+
+def _untold(data: str) -> str:
+    if os.path.isdir(data):
         example = f"{data.rstrip('/')}/{{00000..00009}}.tar"
-        raise ValueError(f"{data} is a folder; name the shards in it, e.g. '{example}'")
-    return ShardSource(data, required)
+        return (
+            f"{data} is a folder without CLASS/*.jpg in it; if it holds shards, name them, "
+            f"e.g. '{example}'"
+        )
+    return (
+        f"cannot tell what {data!r} is: give shards ('/data/{{00000..00041}}.tar'), a table (.csv, "
+        ".tsv or .txt), a COCO .json, a folder of class folders, 'synthetic' or 'scenes', or say "
+        "it with --dataset-type"
+    )

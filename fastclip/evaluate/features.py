@@ -57,7 +57,7 @@ def embed_images(
     labels: list[int | None] = []
     keys: list[str] = []
     towers: Any = model.model
-    with _evaluating(model.model), _autocast(device, precision):
+    with evaluating(model.model), autocast(device, precision):
         for batch in tqdm(loader, desc="images", unit="batch", disable=not progress, leave=False):
             faults.add(batch["faults"])
             if "image" not in batch:
@@ -80,7 +80,7 @@ def embed_texts(
     device = next(model.model.parameters()).device
     found = []
     towers: Any = model.model
-    with _evaluating(model.model), _autocast(device, precision):
+    with evaluating(model.model), autocast(device, precision):
         for start in range(0, len(texts), batch_size):
             tokens = model.tokenizer(texts[start : start + batch_size]).to(device)
             found.append(_normalised(towers.encode_text(tokens)))
@@ -91,11 +91,13 @@ def _normalised(features: Tensor) -> Tensor:
     return F.normalize(features.float(), dim=-1).cpu()
 
 
-def _autocast(device: torch.device, precision: str) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "amp_bf16")
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context in which towers run at "fp32", "amp" (float16) or "amp_bf16"."""
+    dtype = {"fp32": None, "amp": torch.float16, "amp_bf16": torch.bfloat16}[precision]
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
-class _evaluating:
+class evaluating:
     """Evaluation mode inside, the previous mode afterwards."""
 
     def __init__(self, module: torch.nn.Module) -> None:

@@ -50,8 +50,10 @@ def _best_rank(queries: Tensor, keys: Tensor, query_of: Tensor, key_of: Tensor) 
         matches = scores[row, column]
         best = torch.full((scores.shape[0],), -torch.inf, dtype=scores.dtype)
         best.scatter_reduce_(0, row, matches, "amax")
-        scores[row, column] = -torch.inf
-        ranks[start:stop] = (scores >= best[:, None]).sum(dim=1)
+        # NaN is below nothing: a broken model must not look perfect
+        ahead = ~(scores < best[:, None])
+        ahead[row, column] = torch.isnan(best)[row]
+        ranks[start:stop] = ahead.sum(dim=1)
     return ranks
 
 

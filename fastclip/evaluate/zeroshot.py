@@ -6,15 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastclip.data.folders import class_names
 from fastclip.data.scenes import CLASSES, TEMPLATES
-from fastclip.data.sources import is_scenes
+from fastclip.data.shards import expand_shards
+from fastclip.data.sources import guess_type
+from fastclip.data.templates import DEFAULT_TEMPLATES, fill_template, read_lines
 from fastclip.evaluate.features import ImageFeatures, embed_texts
 from fastclip.models.clip import Model
 
 # Looked for beside the data, in this order: CLIP_benchmark's names, then fastclip's own.
 CLASS_FILES = ("classnames.txt", "classes.txt")
 TEMPLATE_FILES = ("zeroshot_classification_templates.txt", "templates.txt")
-DEFAULT_TEMPLATES = ("a photo of a {}.",)
 
 
 def class_embeddings(
@@ -36,13 +38,6 @@ def class_embeddings(
     return F.normalize(features.view(len(classes), len(templates), -1).mean(dim=1), dim=-1)
 
 
-def fill_template(template: str, name: str) -> str:
-    """The template with the class name in the place of {} or {c}."""
-    if "{}" not in template and "{c}" not in template:
-        raise ValueError(f"template {template!r} has no {{}} or {{c}} for the class name")
-    return template.replace("{}", name).replace("{c}", name)
-
-
 def zeroshot_metrics(features: Tensor, classes: Tensor, labels: Tensor) -> dict[str, float]:
     """acc1, acc5 and mean_per_class_recall, as CLIP_benchmark names them.
 
@@ -54,11 +49,17 @@ def zeroshot_metrics(features: Tensor, classes: Tensor, labels: Tensor) -> dict[
     """
     count = classes.shape[0]
     if labels.numel() == 0 or labels.min() < 0 or labels.max() >= count:
-        raise ValueError(f"labels must lie in 0..{count - 1}, the classes given")
+        raise ValueError(
+            f"labels run from {labels.min()} to {labels.max()}, but the {count} classes given are "
+            f"0..{count - 1}"
+            if labels.numel()
+            else "there are no labels"
+        )
     logits = features @ classes.T
     # rank of the true class, ties against it
     truth = logits.gather(1, labels[:, None])
-    rank = (logits >= truth).sum(dim=1) - 1
+    # NaN is below nothing: a broken model must not look perfect
+    rank = (~(logits < truth)).sum(dim=1) - 1
     hits = (rank == 0).double()
     per_class = [hits[labels == label].mean() for label in labels.unique()]
     return {
@@ -90,23 +91,21 @@ def evaluate_zeroshot(
 
 
 def classes_of(data: str, dataset_type: str = "auto") -> tuple[list[str], list[str]] | None:
-    """Class names and prompt templates of a data set: the scenes' own, or from beside the shards.
+    """Class names and prompt templates: the scenes' own, folders' names, or from beside the data.
 
     None where no file of class names is there. Templates default to "a photo of a {}.".
     """
-    if is_scenes(data, dataset_type):
+    kind = guess_type(data) if dataset_type == "auto" else dataset_type
+    if kind == "scenes":
         return list(CLASSES), list(TEMPLATES)
-    place = Path(data.split("::")[0])
+    if kind == "imagefolder":
+        return class_names(Path(data.split("::")[0]).expanduser()), list(DEFAULT_TEMPLATES)
+    first = expand_shards(data)[0] if kind == "webdataset" else data.split("::")[0]
+    place = Path(first).expanduser()
     classes, templates = _find_beside(place, CLASS_FILES), _find_beside(place, TEMPLATE_FILES)
     if classes is None:
         return None
     return read_lines(classes), read_lines(templates) if templates else list(DEFAULT_TEMPLATES)
-
-
-def read_lines(path: Path) -> list[str]:
-    """The non-empty lines of a text file, stripped."""
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    return [line for line in lines if line]
 
 
 def _find_beside(data: Path, names: tuple[str, ...]) -> Path | None:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fastclip.functional import clip_loss
+from fastclip.ops.collectives import gather_rows
 
 
 class ClipLoss(nn.Module):
@@ -11,12 +12,17 @@ class ClipLoss(nn.Module):
 
     Args:
         local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod: open_clip's.
-            This version computes the loss of one process: world_size must be 1.
+            Over several processes features are gathered over the default process group, which
+            must have world_size ranks, and every rank computes the global loss. gather_with_grad
+            gives the full batch's gradient under data-parallel averaging. Without it, features
+            of other ranks are constants, which divides the towers' gradient by world_size, as in
+            open_clip.
         label_smoothing: see `fastclip.functional.clip_loss`.
         backend, chunk_bytes: see `fastclip.functional.clip_loss`.
 
     Raises:
-        ValueError: world_size is not 1, or Horovod is asked for.
+        ValueError: Horovod is asked for, or local_loss without gather_with_grad: that gradient
+            points elsewhere than the full batch's.
     """
 
     def __init__(
@@ -35,10 +41,10 @@ class ClipLoss(nn.Module):
         super().__init__()
         if use_horovod:
             raise ValueError("use_horovod=True: Horovod is not supported, use torch.distributed")
-        if world_size != 1:
+        if world_size > 1 and local_loss and not gather_with_grad:
             raise ValueError(
-                f"world_size is {world_size}: this version of fastclip computes the loss of one "
-                "process only; keep open_clip.ClipLoss for several"
+                "local_loss without gather_with_grad is not the gradient of any loss over the "
+                "full batch; set gather_with_grad=True"
             )
         self.local_loss = local_loss
         self.gather_with_grad = gather_with_grad
@@ -51,7 +57,10 @@ class ClipLoss(nn.Module):
 
     def get_ground_truth(self, device: torch.device, num_logits: int) -> Tensor:
         """The index of each row's positive, (num_logits,) int64; open_clip's subclasses call it."""
-        return torch.arange(num_logits, device=device, dtype=torch.long)
+        labels = torch.arange(num_logits, device=device, dtype=torch.long)
+        if self.world_size > 1 and self.local_loss:
+            labels = labels + num_logits * self.rank
+        return labels
 
     def get_logits(
         self,
@@ -62,12 +71,18 @@ class ClipLoss(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Logits per image (N, M) and per text (M, N), in full: for inspection, not for training.
 
+        Over several processes they are between all ranks' features, or with local_loss between
+        this rank's and all.
+
         Args: as `forward`'s.
         """
-        logits_per_image = logit_scale * image_features @ text_features.T
+        images, texts = self._gather(image_features), self._gather(text_features)
+        own = self.world_size > 1 and self.local_loss
+        logits_per_image = logit_scale * (image_features if own else images) @ texts.T
+        logits_per_text = logit_scale * (text_features if own else texts) @ images.T
         if logit_bias is not None:
-            logits_per_image = logits_per_image + logit_bias
-        return logits_per_image, logits_per_image.T
+            return logits_per_image + logit_bias, logits_per_text + logit_bias
+        return logits_per_image, logits_per_text
 
     def forward(
         self,
@@ -86,13 +101,28 @@ class ClipLoss(nn.Module):
             logit_bias: 0-d, (1,) or None; cancels in this loss.
             output_dict: whether to return a dictionary.
         """
+        local = self.world_size > 1 and self.local_loss
+        if self.world_size > 1 and image_features.shape[0] != text_features.shape[0]:
+            raise ValueError(
+                f"{image_features.shape[0]} images and {text_features.shape[0]} texts: hard "
+                "negatives over several processes are not supported"
+            )
         loss = clip_loss(
-            image_features,
-            text_features,
+            self._gather(image_features),
+            self._gather(text_features),
             logit_scale,
             logit_bias,
             label_smoothing=self.label_smoothing,
+            reduction="none" if local else "mean",
             backend=self.backend,
             chunk_bytes=self.chunk_bytes,
         )
+        if local:
+            n = image_features.shape[0]
+            loss = loss[self.rank * n : (self.rank + 1) * n].mean()
         return {"contrastive_loss": loss} if output_dict else loss
+
+    def _gather(self, features: Tensor) -> Tensor:
+        if self.world_size == 1:
+            return features
+        return gather_rows(features, with_grad=self.gather_with_grad)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 PARTIAL_SUFFIX = ".partial"
 
@@ -79,6 +80,11 @@ def find_latest(folder: Path) -> Path | None:
     return None
 
 
+def step_of(path: Path) -> int:
+    """The step of a checkpoint that `find_latest` gave."""
+    return int(json.loads(path.with_suffix(".json").read_text())["step"])
+
+
 def read(path: Path) -> dict[str, Any]:
     """The content of a checkpoint, on the CPU; never runs code from the file.
 
@@ -86,16 +92,40 @@ def read(path: Path) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, or no checkpoint of fastclip.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint {path} does not exist")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    # torch.load raises many kinds of errors on damaged input
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
+    content = _load(path)
     if not isinstance(content, dict) or "state_dict" not in content:
         raise ValueError(f"{path} is no checkpoint: it has no 'state_dict'")
     return content
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The state dictionary in a checkpoint of fastclip's or open_clip's, or a bare one.
+
+    Names lose the "module." that data-parallel training puts in front.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or holds no weights.
+    """
+    content = _load(path)
+    weights = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
+        raise ValueError(f"{path} holds no state dictionary")
+    return {name.removeprefix("module."): value for name, value in weights.items()}
+
+
+def _load(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {path} does not exist")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    # the loaders raise many kinds of errors on damaged input
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
 
 
 def _sha256(path: Path) -> str:

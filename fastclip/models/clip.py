@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastclip.models.checkpoint import find_latest, read
+from fastclip.models.checkpoint import find_latest, read_weights
 
 CONFIG_FILE = "open_clip_config.json"
 
@@ -31,13 +31,17 @@ class Model(NamedTuple):
         return open_clip.get_model_preprocess_cfg(self.model)
 
 
-def create(name: str, device: str | torch.device = "cpu") -> Model:
-    """A new model with random weights.
+def create(
+    name: str, device: str | torch.device = "cpu", *, pretrained: str | None = None
+) -> Model:
+    """A new model with random or pretrained weights.
 
     Args:
         name: a model of open_clip's (`open_clip.list_models()`), one of fastclip's own configs,
             or the path of a config file in open_clip's JSON format.
         device: where the parameters live.
+        pretrained: a name of open_clip's weights for this model, or the path of a checkpoint of
+            open_clip's or fastclip's; None for random weights.
 
     Returns:
         The model (called with images and texts it gives a dictionary of normalised
@@ -45,7 +49,8 @@ def create(name: str, device: str | torch.device = "cpu") -> Model:
         transform and its tokenizer.
 
     Raises:
-        ValueError: the name is unknown; the message suggests near ones.
+        ValueError: a name is unknown, in which case near ones are suggested, or the weights do
+            not fit the model.
     """
     import open_clip
 
@@ -60,7 +65,19 @@ def create(name: str, device: str | torch.device = "cpu") -> Model:
         near = difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.4)
         hint = f"; near names: {', '.join(near)}" if near else ""
         raise ValueError(f"model {name!r} is unknown{hint}")
-    return _build(name, device)
+    if pretrained is None:
+        return _build(name, device)
+    if Path(pretrained).is_file():
+        built = _build(name, device)
+        _load_weights(built.model, read_weights(Path(pretrained)), pretrained)
+        return built
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if pretrained not in tags:
+        known = ", ".join(tags) or "none"
+        raise ValueError(
+            f"pretrained {pretrained!r} is neither a file nor weights of {name} (known: {known})"
+        )
+    return _build(name, device, pretrained)
 
 
 def describe(name: str, model: Model) -> dict[str, Any]:
@@ -99,17 +116,21 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Model:
     checkpoint = find_latest(run / "checkpoints") if path.is_dir() else path
     if checkpoint is None:
         raise FileNotFoundError(f"{run / 'checkpoints'} holds no whole checkpoint")
-    state = read(checkpoint)["state_dict"]
+    state = read_weights(checkpoint)
     built = _build(f"local-dir:{run}", device)
-    try:
-        built.model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"{checkpoint} does not fit {run / CONFIG_FILE}: {error}") from error
+    _load_weights(built.model, state, str(checkpoint))
     built.model.eval()
     return built
 
 
-def _build(name: str, device: str | torch.device) -> Model:
+def _load_weights(model: nn.Module, state_dict: dict[str, Tensor], origin: str) -> None:
+    try:
+        model.load_state_dict(state_dict)
+    except RuntimeError as error:
+        raise ValueError(f"{origin} does not fit the model: {error}") from error
+
+
+def _build(name: str, device: str | torch.device, pretrained: str | None = None) -> Model:
     import open_clip
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
@@ -117,7 +138,12 @@ def _build(name: str, device: str | torch.device) -> Model:
     logging.disable(logging.WARNING)
     try:
         model = open_clip.create_model(
-            name, device=device, output_dict=True, load_weights=False, pretrained_text=False
+            name,
+            pretrained,
+            device=device,
+            output_dict=True,
+            load_weights=pretrained is not None,
+            pretrained_text=False,
         )
     finally:
         logging.disable(logging.NOTSET)

@@ -55,24 +55,26 @@ def similarity_statistics(
 
     Args:
         x: (N, D) rows, N >= 1.
-        y: (M, D) columns, M >= N, of x's dtype and device; column i is row i's positive.
+        y: (M, D) columns, M >= N, on x's device and, unless autocast casts both, of its dtype;
+            column i is row i's positive.
         scale: 0-d or (1,) tensor, or a number; not zero.
         row_group, column_group: (N,) and (M,) integer ids, both or neither. Columns of a row's
             group other than its positive are left out of the negatives.
         means: whether row_mean and column_mean are wanted; otherwise they are empty.
         backend: "auto", "torch" or "reference".
-        chunk_bytes: bound on the part of S held at a time; None takes a fixed default.
+        chunk_bytes: size of a chunk of S, of which up to three are alive; None takes a fixed
+            default.
         precision: "auto" computes in autocast's dtype where autocast is on; "input" in x's dtype.
 
     Raises:
         ValueError: on shapes, dtypes, devices or options that do not fit together.
     """
-    _check_features(x, y)
+    compute_dtype = _compute_dtype(x, precision)
+    _check_features(x, y, compute_dtype)
     scale = _as_scalar(scale, x)
     _check_groups(row_group, column_group, x, y)
     if chunk_bytes is not None and chunk_bytes < 1:
         raise ValueError(f"chunk_bytes is {chunk_bytes}; give a positive number of bytes or None")
-    compute_dtype = _compute_dtype(x, precision)
     chosen = backends.choose("similarity", backend, x.device, compute_dtype)
     if chosen == "reference":
         with torch.autocast(x.device.type, enabled=False):
@@ -239,6 +241,9 @@ def _as_scalar(scale: Tensor | float, x: Tensor) -> Tensor:
         return torch.tensor(scale, dtype=accumulator_dtype(x.dtype), device=x.device)
     if scale.numel() != 1:
         raise ValueError(f"logit_scale has shape {tuple(scale.shape)}; give a 0-d or (1,) tensor")
+    if scale.device.type == "cpu" and scale.ndim == 0:
+        # as in torch's own arithmetic, a number on the CPU goes anywhere
+        return scale.to(x.device)
     if scale.device != x.device:
         raise ValueError(
             f"logit_scale is on {scale.device} but the features are on {x.device}; move one of them"
@@ -246,7 +251,7 @@ def _as_scalar(scale: Tensor | float, x: Tensor) -> Tensor:
     return scale
 
 
-def _check_features(x: Tensor, y: Tensor) -> None:
+def _check_features(x: Tensor, y: Tensor, compute_dtype: torch.dtype) -> None:
     for name, features in (("first", x), ("second", y)):
         if type(features).__name__ == "DTensor":
             raise ValueError(
@@ -260,7 +265,9 @@ def _check_features(x: Tensor, y: Tensor) -> None:
             raise ValueError(f"the {name} features are {features.dtype}; give floating point")
     if x.device != y.device:
         raise ValueError(f"the features are on {x.device} and {y.device}; move them to one device")
-    if x.dtype != y.dtype:
+    # under autocast the towers may end in different dtypes, and both are cast to its own
+    cast = compute_dtype != x.dtype or torch.is_autocast_enabled(x.device.type)
+    if x.dtype != y.dtype and (not cast or torch.float64 in (x.dtype, y.dtype)):
         raise ValueError(f"the features are {x.dtype} and {y.dtype}; cast them to one dtype")
     if x.shape[1] != y.shape[1]:
         raise ValueError(

@@ -10,6 +10,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from fastclip.data.options import CACHE_BYTES, DatasetType
+from fastclip.ops.backend import IMPLEMENTATIONS
+
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 
@@ -25,22 +28,51 @@ class TrainConfig:
     """"latest" (of the run called --name) or the path of a checkpoint."""
 
     train_data: str = "scenes"
-    """Shards, e.g. '/data/{00000..00041}.tar', several patterns joined by '::', or 'scenes'."""
+    """Shards, e.g. '/data/{00000..00041}.tar' or 's3://bucket/{000..041}.tar'; a CSV or COCO
+    captions file; a folder with a folder of images a class; 'synthetic'; 'scenes', or a variant
+    like 'scenes:caption=dense,shift=style'. Several of one type are joined by '::'."""
+    train_data_upsampling_factors: str | None = None
+    """How many times an epoch passes over each pattern of --train-data, e.g. 1::2.5."""
     val_data: str | None = None
     """As --train-data; evaluated every --val-frequency epochs."""
-    dataset_type: Literal["auto", "webdataset", "scenes"] = "auto"
-    """What --train-data is; auto tells by its text."""
+    dataset_type: DatasetType = "auto"
+    """What --train-data is; auto tells by its text. For --val-data it counts only where that text
+    does not tell."""
+    csv_img_key: str = "filepath"
+    """Column of a table that holds the paths of images."""
+    csv_caption_key: str = "title"
+    """Column of a table that holds captions; rows with one path are captions of one image."""
+    csv_separator: str = "\t"
+    """Character between the columns of a table."""
+    image_root: str | None = None
+    """Folder of --train-data's images, where it is a table; by default beside the table."""
+    val_image_root: str | None = None
+    """As --image-root, for --val-data."""
+    templates: str | None = None
+    """File of prompt templates, one a line with {} or {c}, that make the captions of a folder of
+    class folders; by default 'a photo of a {}.'."""
+    cache_dir: str | None = None
+    """Folder that remote shards are fetched to; by default fastclip in the user's cache."""
+    cache_bytes: int = CACHE_BYTES
+    """Most bytes kept there; the least recently used shards are deleted."""
     train_num_samples: int | None = None
-    """Samples an epoch; all by default (20,000 for scenes)."""
+    """Samples an epoch; all by default (20,000 for scenes, 1,000 for synthetic)."""
     shuffle_window: int = 32768
     """Samples shuffled together after the shards were."""
 
     model: str = "RN10t-64"
     """A model of open_clip's, a config shipped with fastclip, or a path to a JSON config."""
-    precision: Literal["fp32", "amp_bf16"] = "amp_bf16"
-    """Arithmetic of the towers; parameters stay float32."""
+    pretrained: str | None = None
+    """Weights to begin with: a name of open_clip's, e.g. 'laion2b_s34b_b79k', or a checkpoint."""
+    precision: Literal["fp32", "amp", "amp_bf16"] = "amp_bf16"
+    """Arithmetic of the towers: float32, float16 with a loss scale, or bfloat16. Parameters stay
+    float32."""
+    grad_checkpointing: bool = False
+    """Recompute the towers' activations in the backward pass instead of keeping them."""
     device: str = "auto"
     """"auto" (the GPU if there is one), "cpu", "cuda" or "cuda:1"."""
+    deterministic: bool = False
+    """Only algorithms that give the same bits every run, also on a GPU; slower there."""
     torchcompile: bool = False
     """Compile the towers with torch.compile."""
 
@@ -91,8 +123,9 @@ class TrainConfig:
     """Steps between lines of metrics."""
     log_sample_ids: bool = False
     """Write the keys of each step's samples to samples.jsonl."""
-    report_to: Literal["tensorboard", "none"] = "tensorboard"
-    """Where metrics go besides metrics.jsonl."""
+    report_to: str = "tensorboard"
+    """Where metrics go besides metrics.jsonl: tensorboard, wandb, both joined by a comma, or
+    none."""
 
     def __post_init__(self) -> None:
         least = {"batch_size": 1, "epochs": 1, "warmup": 0, "workers": 0, "save_frequency": 1}
@@ -101,10 +134,28 @@ class TrainConfig:
             if getattr(self, name) < minimum:
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} is {getattr(self, name)}; give at least {minimum}")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"--label-smoothing is {self.label_smoothing}; give one in [0, 1)")
+        known = [implementation.name for implementation in IMPLEMENTATIONS["similarity"]]
+        if self.loss_backend not in ["auto", *known]:
+            raise ValueError(
+                f"--loss-backend {self.loss_backend} is unknown; use auto or {', '.join(known)}"
+            )
+        unknown = self.reporters - {"tensorboard", "wandb"}
+        if unknown:
+            raise ValueError(
+                f"--report-to {self.report_to}: {', '.join(sorted(unknown))} is unknown; use "
+                "tensorboard, wandb, tensorboard,wandb or none"
+            )
         for name in ("save_every_steps", "train_num_samples", "grad_clip_norm"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; give a positive number")
+
+    @property
+    def reporters(self) -> set[str]:
+        """The names in --report-to."""
+        return set(self.report_to.replace("none", "").split(",")) - {""}
 
 
 def parse(arguments: Sequence[str]) -> TrainConfig:

@@ -1,6 +1,8 @@
 """Finding out what went wrong in a step, before it is taken."""
 
-from collections.abc import Callable
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -59,3 +61,39 @@ def first_non_finite(
 
 def _is_bad(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
+
+
+class Hints:
+    """Notices signs of a run that will not succeed, and says each once.
+
+    Args:
+        batch_size: samples a step over all processes; the loss of a model that tells nothing
+            apart is its logarithm.
+        warmup: steps before which nothing is expected.
+    """
+
+    PATIENCE = 5
+
+    def __init__(self, batch_size: int, warmup: int) -> None:
+        self.chance = math.log(batch_size)
+        self.warmup = warmup
+        self._streaks: Counter[str] = Counter()
+
+    def observe(self, step: int, values: Mapping[str, float]) -> list[str]:
+        """The hints that this line of metrics gives rise to."""
+        signs = {
+            f"the loss stays at ln(batch) = {self.chance:.2f}: the model tells no pair apart; "
+            "check that captions belong to their images, lower --lr or lengthen --warmup": (
+                step > self.warmup and abs(values["loss"] - self.chance) < 0.01 * self.chance
+            ),
+            "the logit scale stays at its cap of 100: the data may hold many duplicates, or "
+            "--lr be too high": values["logit_scale"] > 99.9,
+            "over half of the time is spent waiting for data: raise --workers, or store "
+            "smaller images": values["data_wait"] > 0.5,
+        }
+        found = []
+        for hint, present in signs.items():
+            self._streaks[hint] = self._streaks[hint] + 1 if present else 0
+            if self._streaks[hint] == self.PATIENCE:
+                found.append(hint)
+        return found

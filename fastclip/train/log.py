@@ -3,8 +3,11 @@
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
+
+from fastclip.train.config import TrainConfig
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
@@ -17,16 +20,19 @@ class RunLog:
         folder: the run's folder.
         step: the step the run stands at; lines of later steps, which a killed run may have left,
             are dropped, so that a resumed run's file reads like an uninterrupted one's.
-        tensorboard: whether to write TensorBoard events too.
-        sample_ids: whether `samples` writes the keys of every step's samples.
+        config: says which of TensorBoard and wandb are wanted, and whether `samples` writes.
+
+    Raises:
+        ValueError: wandb is wanted and not installed.
     """
 
-    def __init__(self, folder: Path, step: int, *, tensorboard: bool, sample_ids: bool) -> None:
+    def __init__(self, folder: Path, step: int, config: TrainConfig) -> None:
         self.folder = folder
+        self._wandb = _start_wandb(folder, config) if "wandb" in config.reporters else None
         self._metrics = _open_from(folder / METRICS_FILE, step)
-        self._samples = _open_from(folder / SAMPLES_FILE, step) if sample_ids else None
+        self._samples = _open_from(folder / SAMPLES_FILE, step) if config.log_sample_ids else None
         self._writer: Any = None
-        if tensorboard:
+        if "tensorboard" in config.reporters:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
@@ -34,6 +40,8 @@ class RunLog:
     def metrics(self, step: int, values: Mapping[str, float | int | str]) -> None:
         """Write one line; numbers also go to TensorBoard under their names."""
         _append(self._metrics, {"step": step, **values})
+        if self._wandb is not None:
+            self._wandb.log(dict(values), step=step)
         if self._writer is not None:
             for name, value in values.items():
                 if isinstance(value, (int, float)):
@@ -51,6 +59,8 @@ class RunLog:
             self._samples.close()
         if self._writer is not None:
             self._writer.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -82,6 +92,21 @@ def plot_loss(folder: Path) -> Path | None:
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return path
+
+
+def _start_wandb(folder: Path, config: TrainConfig) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError("--report-to wandb needs the package: pip install wandb") from error
+    return wandb.init(
+        project="fastclip",
+        id=config.name,
+        name=config.name,
+        dir=str(folder),
+        config=asdict(config),
+        resume="allow",
+    )
 
 
 def _append(file: IO[str], value: dict[str, Any]) -> None:

@@ -1,5 +1,7 @@
 """The training loop, top to bottom."""
 
+import os
+import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -7,23 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastclip.data.loader import FaultLog
-from fastclip.device import choose_device
-from fastclip.losses.clip import ClipLoss
+from fastclip.data.order import hash64
 from fastclip.models import checkpoint
 from fastclip.models.clip import create
 from fastclip.train import state
 from fastclip.train.config import TrainConfig
-from fastclip.train.health import NonFiniteError, first_non_finite
+from fastclip.train.distributed import World, world
+from fastclip.train.engine import TorchEngine
+from fastclip.train.health import Hints, NonFiniteError
 from fastclip.train.log import RunLog, plot_loss
-from fastclip.train.optim import build_optimizer, clamp_logit_scale, learning_rate
+from fastclip.train.optim import learning_rate
 from fastclip.train.setup import (
     announce,
     build_loader,
-    load_weights,
+    check_same_data,
     named,
     read_resumed,
     write_description,
@@ -32,146 +34,153 @@ from fastclip.train.validate import Validator
 
 
 def train(config: TrainConfig) -> Path:
-    """Train from a configuration; returns the run's folder.
+    """Train, alone or as one of torchrun's processes; returns the run's folder.
 
     Raises:
         FileExistsError: the run's folder exists and --resume is not given.
         NonFiniteError: a step's loss or gradient is not finite; nothing of it was applied.
         ValueError, FileNotFoundError: the configuration or the data cannot be used.
     """
-    config = named(config)
-    device = choose_device(config.device)
-    run = Path(config.logs) / str(config.name)
-    resumed = read_resumed(config, run)
+    with world(config.device) as here:
+        return _train(named(config, here), here)
 
+
+def _train(config: TrainConfig, here: World) -> Path:
+    run = Path(config.logs) / str(config.name)
+    resumed = read_resumed(config, run, here)
+    if config.deterministic:
+        # cuBLAS reads this when its first handle is made
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     state.seed_rng(config.seed)
-    model = create(config.model, device)
+    model = create(config.model, here.device, pretrained=config.pretrained)
     # convolutions are fastest with channels innermost, and nothing else minds
     model.model.to(memory_format=torch.channels_last)
-    loader = build_loader(config, model, device)
-    validator = Validator(config, model) if config.val_data else None
-    optimizer = build_optimizer(model.model, config)
+    loader = build_loader(config, model, here)
+    validator = Validator(config, model) if config.val_data and here.is_first else None
+    engine = TorchEngine(model, config, here)
     step = epoch = step_in_epoch = 0
     if resumed is not None:
-        load_weights(model.model, resumed["state_dict"], config.model)
-        optimizer.load_state_dict(resumed["optimizer"])
+        check_same_data(resumed, loader, here)
+        engine.load_state_dict(resumed)
         step, epoch = resumed["step"], resumed["data"]["epoch"]
-        step_in_epoch = resumed["data"]["position"] // config.batch_size
+        step_in_epoch = resumed["data"]["position"] // (config.batch_size * here.size)
 
+    # no rank may look for the folder after the first has made it
+    here.barrier()
     checkpoints = run / "checkpoints"
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    write_description(run, config, model)
-    log = RunLog(
-        run, step, tensorboard=config.report_to == "tensorboard", sample_ids=config.log_sample_ids
-    )
-    faults = FaultLog()
+    if here.is_first:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        write_description(run, config, model)
+        announce(config, here, model.model, loader, step)
+    log = RunLog(run, step, config) if here.is_first else None
+    faults, hints = FaultLog(), Hints(config.batch_size * here.size, config.warmup)
     total_steps = config.epochs * loader.steps_per_epoch
-    announce(config, device, model.model, loader, step)
-
-    parameters = list(model.model.parameters())
-    towers = torch.compile(model.model) if config.torchcompile else model.model
-    normalise = _Normalise(model.preprocess_config, device)
-    loss_function = ClipLoss(label_smoothing=config.label_smoothing, backend=config.loss_backend)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "amp_bf16")
-    if resumed is not None:
-        # last, so that nothing of the set-up draws from the restored streams
-        state.restore_rng(resumed["rng"])
+    # last of the set-up, so that nothing of it draws from these streams
+    if resumed is not None and here.rank < len(resumed["rng"]):
+        state.restore_rng(resumed["rng"][here.rank], here.device)
+    elif here.rank > 0:
+        state.seed_rng(hash64(config.seed, here.rank))
 
     def save(name: str) -> None:
-        position = {"epoch": epoch, "step_in_epoch": step_in_epoch, "step": step}
-        content = state.capture(model.model, optimizer, config, **position)
-        checkpoint.write(checkpoints / name, content)
+        position = step_in_epoch * config.batch_size * here.size
+        streams = here.gather(state.rng_state(here.device))
+        if here.is_first:
+            data = {**loader.identity, "epoch": epoch, "position": position}
+            content = state.capture(engine, config, streams, data, step)
+            checkpoint.write(checkpoints / name, content)
+        here.barrier()
 
-    bar = tqdm(total=total_steps, initial=step, unit="step", disable=None, dynamic_ncols=True)
-    meter = _Meter(config.batch_size)
+    quiet = None if here.is_first else True
+    bar = tqdm(total=total_steps, initial=step, unit="step", disable=quiet, dynamic_ncols=True)
+    meter = _Meter(config.batch_size * here.size)
     try:
         while epoch < config.epochs:
             model.model.train()
             for batch in meter.waiting(loader.batches(epoch, step_in_epoch)):
                 for fault in faults.add(batch["faults"]):
                     bar.write(f"skipped {fault}", file=sys.stderr)
-                images = normalise(batch["image"])
-                texts = batch["text"].to(device, non_blocking=True)
-
-                def forward(images: Tensor = images, texts: Tensor = texts) -> dict[str, Any]:
-                    with autocast:
-                        output = towers(images, texts)
-                        features = output["image_features"], output["text_features"]
-                        return {**output, "loss": loss_function(*features, output["logit_scale"])}
-
-                loss = forward()["loss"]
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                gradients = [p.grad for p in parameters if p.grad is not None]
-                norm = nn.utils.get_total_norm(gradients)
-                if not (torch.isfinite(loss) and torch.isfinite(norm)):
-                    inputs = {"image": images, "text": texts}
-                    culprit = first_non_finite(model.model, inputs, forward)
-                    raise NonFiniteError(
-                        f"step {step + 1}: loss {loss.item()}, gradient norm {norm.item()}; first "
-                        f"non-finite tensor: {culprit}. No parameter was changed, nothing was "
-                        f"saved after {checkpoints}. The step's samples: {batch['key'][:4]}..."
-                    )
-                if config.grad_clip_norm is not None:
-                    nn.utils.clip_grads_with_norm_(parameters, config.grad_clip_norm, norm)
-                rate = learning_rate(config, step, total_steps)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                optimizer.step()
-                clamp_logit_scale(model.model)
-
-                step += 1
-                step_in_epoch += 1
-                bar.update()
-                log.samples(step, batch["key"])
+                loss = _backward(engine, batch, step, checkpoints)
+                done = epoch * loader.steps_per_epoch + step_in_epoch
+                rate = learning_rate(config, done, total_steps)
+                engine.update(rate)
+                step, step_in_epoch = step + 1, step_in_epoch + 1
                 meter.step()
-                if step % config.log_every_n_steps == 0 or step == total_steps:
+                bar.update()
+                if log is not None:
+                    log.samples(step, batch["key"])
+                if log is not None and (
+                    step % config.log_every_n_steps == 0 or done + 1 == total_steps
+                ):
                     values = {
                         "loss": loss.item(),
-                        "grad_norm": norm.item(),
+                        "grad_norm": engine.norm.item(),
                         "lr": rate,
-                        "logit_scale": model.model.get_parameter("logit_scale").exp().item(),
+                        "logit_scale": engine.logit_scale,
                         "epoch": epoch + step_in_epoch / loader.steps_per_epoch,
-                        **meter.read(device),
+                        **meter.read(here.device),
                     }
                     log.metrics(step, values)
-                    bar.set_postfix_str(_postfix(values))
-                    if bar.disable:
-                        # no terminal: lines for a log file instead of a bar
-                        print(f"step {step}/{total_steps}  {_postfix(values)}", file=sys.stderr)
-                if config.save_every_steps and step % config.save_every_steps == 0:
+                    _show(bar, step, values)
+                    for hint in hints.observe(step, values):
+                        bar.write(f"hint: {hint}", file=sys.stderr)
+                # the end of an epoch has a checkpoint of its own
+                at_end = step_in_epoch == loader.steps_per_epoch
+                if config.save_every_steps and step % config.save_every_steps == 0 and not at_end:
                     save(f"step_{step:08d}.pt")
-                    state.prune_step_checkpoints(checkpoints)
+                    if here.is_first:
+                        state.prune_step_checkpoints(checkpoints)
 
             epoch, step_in_epoch = epoch + 1, 0
-            if validator and (epoch % config.val_frequency == 0 or epoch == config.epochs):
-                metrics = validator()
-                log.metrics(step, metrics)
-                bar.write(f"epoch {epoch}: " + _readable(metrics), file=sys.stderr)
-            if epoch % config.save_frequency == 0 or epoch == config.epochs:
-                save(f"epoch_{epoch}.pt")
-                if config.delete_previous_checkpoint:
-                    state.prune_epoch_checkpoints(checkpoints, keep=epoch)
+            last = epoch == config.epochs
+            try:
+                if validator and log and (epoch % config.val_frequency == 0 or last):
+                    metrics = validator()
+                    log.metrics(step, metrics)
+                    bar.write(f"epoch {epoch}: {_readable(metrics)}", file=sys.stderr)
+            finally:
+                # an evaluation that fails must not cost the epoch
+                if epoch % config.save_frequency == 0 or last:
+                    save(f"epoch_{epoch}.pt")
+            if config.delete_previous_checkpoint and here.is_first:
+                state.prune_epoch_checkpoints(checkpoints, keep=epoch)
     finally:
         bar.close()
-        log.close()
-        plot_loss(run)
+        if log is not None:
+            log.close()
+            plot_loss(run)
         if faults.counts:
+            # the places were shown when they came up
             print(f"skipped samples and shards: {faults.summary()}", file=sys.stderr)
+        if engine.skipped and here.is_first:
+            print(f"float16 overflowed in {engine.skipped} steps; skipped", file=sys.stderr)
     return run
 
 
-class _Normalise:
-    """uint8 images to the towers' input: scaled to [0, 1], less the mean, over the deviation."""
+def _backward(
+    engine: TorchEngine, batch: dict[str, Any], step: int, checkpoints: Path
+) -> torch.Tensor:
+    try:
+        return engine.backward(batch)
+    except NonFiniteError as error:
+        raise NonFiniteError(
+            f"step {step + 1}: {error} Checkpoints from before are in {checkpoints}."
+        ) from error
 
-    def __init__(self, preprocess: dict[str, Any], device: torch.device) -> None:
-        self.device = device
-        self.mean = torch.tensor(preprocess["mean"], device=device).view(3, 1, 1) * 255
-        self.std = torch.tensor(preprocess["std"], device=device).view(3, 1, 1) * 255
 
-    def __call__(self, images: Tensor) -> Tensor:
-        images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
-        return (images.float() - self.mean) / self.std
+def _show(bar: tqdm, step: int, values: dict[str, Any]) -> None:
+    text = (
+        f"loss {values['loss']:.3f}  {values['samples_per_second']:.0f} samples/s  "
+        f"data wait {values['data_wait']:.0%}  peak {values['peak_memory_gib']:.1f} GiB"
+    )
+    bar.set_postfix_str(text)
+    if bar.disable:
+        # no terminal: lines for a log file instead of a bar
+        print(f"step {step}/{bar.total}  {text}", file=sys.stderr)
+
+
+def _readable(metrics: dict[str, float]) -> str:
+    return "  ".join(f"{name.removeprefix('val/')} {value:.4f}" for name, value in metrics.items())
 
 
 class _Meter:
@@ -200,22 +209,16 @@ class _Meter:
 
     def read(self, device: torch.device) -> dict[str, float]:
         elapsed = time.perf_counter() - self.started
+        if device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(device)
+        else:
+            # kilobytes on Linux, bytes on macOS
+            unit = 1 if sys.platform == "darwin" else 1024
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         values = {
             "samples_per_second": self.steps * self.batch_size / elapsed,
             "data_wait": self.waited / elapsed,
+            "peak_memory_gib": peak / 2**30,
         }
-        if device.type == "cuda":
-            values["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
         self._reset()
         return values
-
-
-def _postfix(values: dict[str, Any]) -> str:
-    return (
-        f"loss {values['loss']:.3f}  {values['samples_per_second']:.0f} samples/s  "
-        f"data wait {values['data_wait']:.0%}"
-    )
-
-
-def _readable(metrics: dict[str, float]) -> str:
-    return "  ".join(f"{name.removeprefix('val/')} {value:.4f}" for name, value in metrics.items())

@@ -35,7 +35,7 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
         return config.lr * (step + 1) / warmup
     if config.lr_scheduler == "const":
         return config.lr
-    progress = (step - warmup) / max(1, total_steps - warmup)
+    progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
     return 0.5 * (1 + math.cos(math.pi * progress)) * config.lr
 
 

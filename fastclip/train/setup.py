@@ -8,55 +8,63 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastclip.data.augment import Augmentation
 from fastclip.data.loader import TrainingLoader, TrainingSamples
+from fastclip.data.options import DataOptions
 from fastclip.data.order import Order
-from fastclip.data.sources import open_source
+from fastclip.data.sources import open_source, shard_weights
 from fastclip.models import checkpoint
 from fastclip.models.clip import CONFIG_FILE, Model, describe
 from fastclip.ops.backend import explain
-from fastclip.train import state
 from fastclip.train.config import TrainConfig, from_dict, to_yaml
-
-SCENES_EPOCH = 20_000
+from fastclip.train.distributed import World
+from fastclip.train.engine import AUTOCAST_DTYPES
 
 # What a resumed run must share with its beginning to continue exactly.
 DEFINES_THE_RUN = (
-    *("train_data", "dataset_type", "train_num_samples", "shuffle_window", "batch_size", "seed"),
+    *("train_data", "train_data_upsampling_factors", "dataset_type", "csv_img_key"),
+    *("csv_caption_key", "csv_separator", "image_root", "templates"),
+    *("train_num_samples", "shuffle_window", "batch_size", "seed"),
     *("aug_scale", "aug_flip", "model", "precision", "label_smoothing", "epochs", "warmup"),
+    *("torchcompile", "loss_backend", "device"),
     *("lr", "lr_scheduler", "beta1", "beta2", "eps", "wd", "grad_clip_norm"),
 )
 
 
-def named(config: TrainConfig) -> TrainConfig:
+def named(config: TrainConfig, world: World) -> TrainConfig:
     """The configuration with a name: the given one, or one made of the time and the model."""
     if config.name is not None:
         return config
     if config.resume == "latest":
         raise ValueError("--resume latest needs --name, the run to go on with")
     model = Path(config.model).stem
-    return replace(config, name=f"{datetime.now():%Y_%m_%d-%H_%M_%S}-{model}-b{config.batch_size}")
+    name = f"{datetime.now():%Y_%m_%d-%H_%M_%S}-{model}-b{config.batch_size}"
+    # the ranks' clocks may differ: all take the first one's
+    return replace(config, name=world.gather(name)[0])
 
 
-def build_loader(config: TrainConfig, model: Model, device: torch.device) -> TrainingLoader:
+def build_loader(config: TrainConfig, model: Model, world: World) -> TrainingLoader:
     """The training data as the configuration names it, in the model's image size.
 
     Raises:
         ValueError, FileNotFoundError: the data cannot be read, or fill no batch.
     """
     size = _image_size(model)
-    count = config.train_num_samples or SCENES_EPOCH
-    source = open_source(config.train_data, config.dataset_type, split="train", count=count)
-    order = Order(source.counts, config.seed, config.shuffle_window)
+    options = DataOptions.of(config)
+    source = open_source(config.train_data, options, split="train", count=config.train_num_samples)
+    weights = shard_weights(source, config.train_data_upsampling_factors)
+    order = Order(source.counts, config.seed, config.shuffle_window, weights)
     augmentation = Augmentation(size, scale=config.aug_scale, flip=config.aug_flip)
     return TrainingLoader(
         TrainingSamples(source, order, augmentation, model.tokenizer),
         config.batch_size,
         epoch_samples=config.train_num_samples,
         workers=config.workers,
-        pin_memory=device.type == "cuda",
+        pin_memory=world.device.type == "cuda",
+        rank=world.rank,
+        world_size=world.size,
     )
 
 
@@ -68,49 +76,76 @@ def _image_size(model: Model) -> int:
     return int(height)
 
 
-def read_resumed(config: TrainConfig, run: Path) -> dict[str, Any] | None:
+def read_resumed(config: TrainConfig, run: Path, world: World) -> dict[str, Any] | None:
     """The checkpoint that `--resume` names; None for a new run.
 
-    What differs from the run's beginning is noted on standard error.
+    A run that has not come to its first checkpoint begins anew. What differs from the run's
+    beginning is noted on standard error.
 
     Raises:
-        FileExistsError: a new run's folder is there already.
-        FileNotFoundError, ValueError: there is no checkpoint, or it cannot be gone on from.
+        FileExistsError: --resume is not given and the run has checkpoints already.
+        FileNotFoundError, ValueError: the checkpoint is not there, or cannot be gone on from.
     """
+    folder = run / "checkpoints"
+    existing = sorted(folder.glob("*.pt"))
     if config.resume is None:
-        if run.exists():
+        if existing:
             raise FileExistsError(
                 f"{run} exists; choose another --name, or go on with it: --resume latest"
             )
         return None
-    path = state.find_resume(config.resume, run / "checkpoints")
+    if config.resume == "latest":
+        if not existing:
+            _note(world, f"{folder} holds no checkpoint yet; the run begins")
+            return None
+        path = checkpoint.find_latest(folder)
+        if path is None:
+            raise FileNotFoundError(f"--resume latest: {folder} holds no whole checkpoint")
+    else:
+        path = Path(config.resume)
     resumed = checkpoint.read(path)
     if "data" not in resumed:
-        raise ValueError(f"{path} holds weights but no training state; it cannot be resumed")
+        raise ValueError(
+            f"{path} holds weights but no training state; begin with them: --pretrained {path}"
+        )
+    latest = checkpoint.find_latest(folder) if existing else None
+    if latest is not None and checkpoint.step_of(latest) > resumed["step"]:
+        raise ValueError(
+            f"{run} has gone on to {latest.name}; to branch off from step {resumed['step']} "
+            "choose another --name"
+        )
     for key in DEFINES_THE_RUN:
         before, value = getattr(from_dict(resumed["config"]), key), getattr(config, key)
         if before != value:
             flag = "--" + key.replace("_", "-")
-            print(
-                f"note: {flag} was {before} and is now {value}; "
-                "the run goes on, but not as it would have",
-                file=sys.stderr,
-            )
-    if resumed["config"]["batch_size"] != config.batch_size and resumed["data"]["position"]:
+            changed = f"{flag} was {before} and is now {value}"
+            _note(world, f"{changed}; the run goes on, but not as it would have")
+    batch = config.batch_size * world.size
+    if resumed["data"]["position"] % batch:
         raise ValueError(
-            f"{path} stands inside an epoch of batches of {resumed['config']['batch_size']}; "
-            f"--batch-size {config.batch_size} can only follow a whole epoch"
+            f"{path} stands at sample {resumed['data']['position']} of an epoch, which is no "
+            f"multiple of {batch}, the samples of a step; keep --batch-size times the number of "
+            "processes, or resume from an epoch's end"
         )
-    print(f"resuming {path} at step {resumed['step']}", file=sys.stderr)
+    if world.size != len(resumed["rng"]):
+        _note(
+            world,
+            f"{len(resumed['rng'])} processes before, {world.size} now: the same samples follow, "
+            "but dropout draws other numbers",
+        )
+    _note(world, f"resuming {path} at step {resumed['step']}")
     return resumed
 
 
-def load_weights(model: nn.Module, state_dict: dict[str, Tensor], name: str) -> None:
-    """Load a state dictionary; ValueError where it is not of this model."""
-    try:
-        model.load_state_dict(state_dict)
-    except RuntimeError as error:
-        raise ValueError(f"the checkpoint is not of model {name}: {error}") from error
+def check_same_data(resumed: dict[str, Any], loader: TrainingLoader, world: World) -> None:
+    """Note it where the shards no longer hold as many samples as when the run began."""
+    if resumed["data"]["counts"] != loader.identity["counts"]:
+        _note(world, "the data's sample counts have changed; other samples follow than would have")
+
+
+def _note(world: World, text: str) -> None:
+    if world.is_first:
+        print(f"note: {text}", file=sys.stderr)
 
 
 def write_description(run: Path, config: TrainConfig, model: Model) -> None:
@@ -118,22 +153,24 @@ def write_description(run: Path, config: TrainConfig, model: Model) -> None:
     description = json.dumps(describe(config.model, model), indent=2)
     checkpoint.write_text(run / CONFIG_FILE, description + "\n")
     checkpoint.write_text(run / "config.yaml", to_yaml(config))
+    # a tokenizer from elsewhere must be at hand when the run is loaded
+    if hasattr(model.tokenizer, "save_pretrained"):
+        model.tokenizer.save_pretrained(str(run))
 
 
 def announce(
-    config: TrainConfig, device: torch.device, model: nn.Module, loader: TrainingLoader, step: int
+    config: TrainConfig, world: World, model: nn.Module, loader: TrainingLoader, step: int
 ) -> None:
     """Print the resolved configuration and what it amounts to, on standard error."""
-    dtype = torch.bfloat16 if config.precision == "amp_bf16" else torch.float32
+    dtype = AUTOCAST_DTYPES[config.precision] or torch.float32
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    processes = f" x {world.size} processes" if world.size > 1 else ""
     lines = [
         to_yaml(config).rstrip(),
-        f"model: {parameters / 1e6:.1f} M parameters on {device}",
-        f"batches: {config.batch_size} samples, {loader.steps_per_epoch} steps an epoch, "
-        f"{config.epochs * loader.steps_per_epoch} in all, {step} done",
-        *(
-            f"loss: {name}: {status} ({what})"
-            for name, status, what in explain("similarity", device, dtype)
-        ),
+        f"model: {parameters / 1e6:.1f} M parameters on {world.device}{processes}",
+        f"batches: {config.batch_size * world.size} samples, {loader.steps_per_epoch} steps an "
+        f"epoch, {config.epochs * loader.steps_per_epoch} in all, {step} done",
     ]
+    for name, status, description in explain("similarity", world.device, dtype):
+        lines.append(f"loss: {name}: {status} ({description})")
     print("\n".join(lines), file=sys.stderr)

@@ -7,41 +7,37 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from fastclip.models import checkpoint
 from fastclip.train.config import TrainConfig
+from fastclip.train.engine import TorchEngine
 
 KEPT_STEP_CHECKPOINTS = 2
 
 
 def capture(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    engine: TorchEngine,
     config: TrainConfig,
-    *,
-    epoch: int,
-    step_in_epoch: int,
+    streams: list[dict[str, Any]],
+    data: dict[str, int],
     step: int,
 ) -> dict[str, Any]:
     """Everything the next step depends on.
 
-    The first entries are open_clip's names; `epoch` counts finished epochs. `data` is the whole
+    The first entries have open_clip's names; `epoch` counts finished epochs. `data` is the whole
     state of the data: where in which epoch of which order the next sample lies.
+
+    Args:
+        streams: the random streams of every rank, see `rng_state`.
+        data: identity of the data, epoch, and position of the next sample over all ranks.
+        step: updates made.
     """
     return {
-        "epoch": epoch,
+        "epoch": data["epoch"],
         "name": config.name,
-        "state_dict": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        **engine.state_dict(),
         "step": step,
-        "samples_seen": step * config.batch_size,
-        "data": {
-            "seed": config.seed,
-            "epoch": epoch,
-            "position": step_in_epoch * config.batch_size,
-        },
-        "rng": rng_state(),
+        "data": data,
+        "rng": streams,
         "config": asdict(config),
     }
 
@@ -53,23 +49,23 @@ def seed_rng(seed: int) -> None:
     random.seed(seed)
 
 
-def rng_state() -> dict[str, Any]:
-    """The state of every global random stream a model may draw from."""
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """The state of every global random stream that a model on `device` may draw from."""
     kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     version, internal, gauss_next = random.getstate()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         "numpy": [kind, torch.from_numpy(np.asarray(keys)), position, has_gauss, gauss],
         "python": [version, list(internal), gauss_next],
     }
 
 
-def restore_rng(state: dict[str, Any]) -> None:
+def restore_rng(state: dict[str, Any], device: torch.device) -> None:
     """Undo everything drawn since `rng_state`."""
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
     kind, keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((kind, keys.numpy(), position, has_gauss, gauss))
     version, internal, gauss_next = state["python"]
@@ -89,17 +85,3 @@ def prune_epoch_checkpoints(folder: Path, keep: int) -> None:
         if path.name != f"epoch_{keep}.pt":
             path.unlink()
             path.with_suffix(".json").unlink(missing_ok=True)
-
-
-def find_resume(resume: str, folder: Path) -> Path:
-    """The checkpoint that `--resume` names.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    if resume != "latest":
-        return Path(resume)
-    found = checkpoint.find_latest(folder)
-    if found is None:
-        raise FileNotFoundError(f"--resume latest: {folder} holds no whole checkpoint")
-    return found

@@ -1,16 +1,18 @@
 """Evaluation during training."""
 
+import sys
+from dataclasses import replace
+
 import torch
 
-from fastclip.data.sources import open_source
+from fastclip.data.options import DataOptions
+from fastclip.data.sources import guess_type, open_source
 from fastclip.evaluate.features import embed_images, embed_texts
 from fastclip.evaluate.retrieval import evaluate_retrieval
 from fastclip.evaluate.zeroshot import classes_of, evaluate_zeroshot
 from fastclip.functional import clip_loss
 from fastclip.models.clip import Model
 from fastclip.train.config import TrainConfig
-
-SCENES_VALIDATION = 1000
 
 
 class Validator:
@@ -24,8 +26,13 @@ class Validator:
         assert config.val_data is not None
         self.config = config
         self.model = model
-        self.source = open_source(config.val_data, split="val", count=SCENES_VALIDATION)
-        self.classes = classes_of(config.val_data)
+        kind = guess_type(config.val_data) or config.dataset_type
+        options = replace(
+            DataOptions.of(config), dataset_type=kind, image_root=config.val_image_root
+        )
+        self.source = open_source(config.val_data, options, split="val")
+        self.classes = classes_of(config.val_data, kind)
+        self._told = False
 
     def __call__(self) -> dict[str, float]:
         """Metrics by name, each beginning with "val/"."""
@@ -33,6 +40,9 @@ class Validator:
         images = embed_images(
             self.model, self.source, workers=self.config.workers, precision=precision
         )
+        for place in () if self._told else images.faults.places():
+            print(f"skipped in validation: {place}", file=sys.stderr)
+        self._told = True
         metrics = {"loss": self._loss(images.features, images.texts)}
         retrieval = evaluate_retrieval(self.model, images, k=(1, 5), precision=precision)
         metrics |= {name: value for name, value in retrieval.items() if "recall" in name}

@@ -1,17 +1,24 @@
-"""`fastclip convert cifar10` on a small data set in torchvision's own layout."""
+"""`fastclip convert`: CIFAR-10 in torchvision's own layout, COCO and CSV tables."""
 
+import csv
 import hashlib
 import json
 import pickle
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from fastclip.cli import main
 from fastclip.data.convert import CIFAR10_TEMPLATES, convert_cifar10
+from fastclip.data.options import DataOptions
+from fastclip.data.samples import decode_image
 from fastclip.data.shards import ShardSource
+from fastclip.data.tables import open_coco
+from tests.conftest import jpeg
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
@@ -85,3 +92,90 @@ def test_command_line(
     assert "exists" in capsys.readouterr().err
     assert main(["convert", "cifar10", str(tmp_path / "nowhere"), str(tmp_path / "x")]) == 1
     assert "holds no whole CIFAR-10" in capsys.readouterr().err
+
+
+def bytes_of_members(path: Path) -> dict[str, bytes]:
+    with tarfile.open(path) as tar:
+        return {member.name: tar.extractfile(member).read() for member in tar}
+
+
+def test_coco_keeps_image_bytes_and_all_captions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "val2017").mkdir()
+    (tmp_path / "annotations").mkdir()
+    files = {f"{i}.v1.jpg": jpeg((50 * i, 0, 0)) for i in range(5)}
+    files["3.v1.jpg"] = b"broken"
+    for name, content in files.items():
+        (tmp_path / "val2017" / name).write_bytes(content)
+    Image.new("RGB", (9, 9)).save(tmp_path / "val2017" / "p.png")
+    names = [*files, "p.png", "gone.jpg"]
+    annotations = tmp_path / "annotations" / "captions_val2017.json"
+    content = {
+        "images": [{"id": i, "file_name": name} for i, name in enumerate(names)],
+        "annotations": [
+            {"image_id": i, "caption": f"{word} {i}"} for word in ("ein", "ün") for i in range(7)
+        ],
+    }
+    annotations.write_text(json.dumps(content))
+    out = tmp_path / "out"
+    assert main(["convert", "coco", str(annotations), str(out), "--per-shard", "2"]) == 0
+    printed = capsys.readouterr().err
+    assert "val2017: 5 samples in 3 shards" in printed
+    assert "1 corrupt image, 1 missing image file" in printed
+    assert "captions_val2017.json:gone.jpg" in printed
+    assert json.loads((out / "sizes.json").read_text()) == {
+        "val2017-00000.tar": 2,
+        "val2017-00001.tar": 2,
+        "val2017-00002.tar": 1,
+    }
+    members = bytes_of_members(out / "val2017-00000.tar")
+    assert members["00000001_1_v1.jpg"] == files["1.v1.jpg"]
+    assert members["00000001_1_v1.txt"] == b"ein 1"
+    assert json.loads(members["00000001_1_v1.json"]) == {"captions": ["ein 1", "ün 1"]}
+    assert "00000005_p.png" in bytes_of_members(out / "val2017-00002.tar")
+    source = ShardSource(f"{out}/val2017-{{00000..00002}}.tar")
+    assert source.read(1, 1).texts == ("ein 4", "ün 4")
+    # no shard is overwritten, and a table without a single image is told
+    assert main(["convert", "coco", str(annotations), str(out)]) == 1
+    assert "exists" in capsys.readouterr().err
+    (tmp_path / "t.csv").write_text(f"image,text\n{tmp_path}/val2017/3.v1.jpg,x\n")
+    flags = ["--csv-separator", ",", "--csv-img-key", "image", "--csv-caption-key", "text"]
+    table = ["convert", "csv", str(tmp_path / "t.csv"), str(tmp_path / "out2"), *flags]
+    assert main(table) == 1
+    assert "no image of" in capsys.readouterr().err
+    assert main([*table, "--per-shard", "0"]) == 1
+    assert "--per-shard is 0; give at least 1" in capsys.readouterr().err
+
+
+def test_real_photographs_through_tars_and_tables(real_data: Path, tmp_path: Path) -> None:
+    """COCO's JSON, the tars made of it, and tars made of an equal table hold the same samples."""
+    folder = real_data / "coco_mini"
+    annotations = folder / "annotations" / "captions_train2017.json"
+    assert main(["convert", "coco", str(annotations), f"{tmp_path}/a", "--per-shard", "20"]) == 0
+    original = open_coco(annotations, DataOptions())
+    table = tmp_path / "t.csv"
+    with table.open("w", newline="") as file:
+        writer = csv.writer(file, delimiter="\t")
+        writer.writerow(["filepath", "title"])
+        for i in range(original.count):
+            writer.writerows([original.path_of(i), text] for text in original.texts_of(i))
+    root = ["--image-root", str(folder / "train2017")]
+    assert main(["convert", "csv", str(table), f"{tmp_path}/b", "--per-shard", "20", *root]) == 0
+    shards = ShardSource(f"{tmp_path}/a/train2017-{{00000..00002}}.tar")
+    assert shards.counts == (20, 20, 10)
+    seen = 0
+    for shard, count in enumerate(shards.counts):
+        names = [f"train2017-{shard:05d}.tar", f"t-{shard:05d}.tar"]
+        coco, rows = (
+            bytes_of_members(tmp_path / out / name) for out, name in zip("ab", names, strict=True)
+        )
+        assert coco == rows
+        for i in range(count):
+            sample, path = shards.read(shard, i), original.path_of(seen)
+            assert sample.texts == original.texts_of(seen) and len(sample.texts) >= 5
+            file = (folder / "train2017" / path).read_bytes()
+            assert coco[f"{sample.key}.jpg"] == file
+            assert sample.image.tobytes() == decode_image(file, path).tobytes()
+            seen += 1
+    assert seen == 50

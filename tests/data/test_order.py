@@ -1,5 +1,7 @@
 """The order of samples is a pure function, a permutation, and local."""
 
+from collections import Counter
+
 import pytest
 
 from fastclip.data.order import Order, hash64, permutation
@@ -60,3 +62,60 @@ def test_nothing_to_read_is_an_error() -> None:
             Order(counts, seed=0)
     with pytest.raises(IndexError, match="position 3 is outside an epoch of 3"):
         Order((3,), seed=0).locate(0, 3)
+
+
+@pytest.mark.parametrize("window", [0, 7, 10_000])
+def test_whole_weights_repeat_every_sample(window: int) -> None:
+    counts, weights = (5, 0, 3, 4), (1.0, 2.0, 3.0, 2.0)
+    order = Order(counts, seed=3, window=window, weights=weights)
+    assert len(order) == 5 + 9 + 8
+    for number in range(3):
+        seen = Counter(epoch(order, number))
+        assert seen == {
+            (shard, i): weights[shard] for shard in range(4) for i in range(counts[shard])
+        }
+
+
+def test_weights_of_one_change_nothing() -> None:
+    counts = (4, 3, 0, 5)
+    plain, weighted = (Order(counts, 1, window=6, weights=w) for w in (None, (1.0,) * 4))
+    assert epoch(plain, 2) == epoch(weighted, 2)
+
+
+def test_fractions_are_exact_each_epoch_and_reach_everything() -> None:
+    counts, weights = (40, 30, 1), (2.25, 0.5, 0.1)
+    order = Order(counts, seed=0, window=16, weights=weights)
+    assert len(order) == 90 + 15 + 1
+    total: Counter[tuple[int, int]] = Counter()
+    for number in range(40):
+        seen = Counter(epoch(order, number))
+        assert [sum(n for (s, _), n in seen.items() if s == shard) for shard in range(3)] == [
+            90,
+            15,
+            1,
+        ]
+        # every sample twice, and ten in a row, around the end, once more
+        extra = [i for i in range(40) if seen[0, i] == 3]
+        assert len(extra) == 10 and all(seen[0, i] in (2, 3) for i in range(40))
+        assert sum((i + 1) % 40 not in extra for i in extra) == 1
+        total += seen
+    assert all(total[1, i] > 0 for i in range(30))
+    # a stretch of half the shard holds each sample in half of the epochs: five deviations
+    assert all(abs(total[1, i] - 20) < 5 * 10**0.5 for i in range(30))
+
+
+def test_weighted_reads_stay_local() -> None:
+    order = Order((100,) * 50, seed=0, window=200, weights=(2.5,) * 50)
+    places = epoch(order, 0)
+    assert len(places) == 12_500
+    for start in range(0, len(places), 200):
+        # passes are of 100 or 50 samples: at most five begin or end within a window
+        assert len({shard for shard, _ in places[start : start + 200]}) <= 5
+
+
+def test_impossible_weights() -> None:
+    with pytest.raises(ValueError, match="1 weights for 2 shards"):
+        Order((3, 3), 0, weights=(1.0,))
+    for weight in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="give positive numbers"):
+            Order((3, 3), 0, weights=(1.0, weight))

@@ -25,7 +25,7 @@ def test_braces_and_mixtures(make_shard: MakeShard, tmp_path: Path) -> None:
     for name in ("a-00.tar", "a-01.tar", "b-7.tar"):
         make_shard(name)
     found = expand_shards(f"{tmp_path}/a-{{00..01}}.tar::{tmp_path}/b-7.tar")
-    assert [path.name for path in found] == ["a-00.tar", "a-01.tar", "b-7.tar"]
+    assert [Path(name).name for name in found] == ["a-00.tar", "a-01.tar", "b-7.tar"]
 
 
 def test_missing_shards_are_counted_and_named(make_shard: MakeShard, tmp_path: Path) -> None:
@@ -36,7 +36,7 @@ def test_missing_shards_are_counted_and_named(make_shard: MakeShard, tmp_path: P
 
 @pytest.mark.parametrize(
     "pattern, message",
-    [("pipe:rm x", "does not run commands"), ("s3://b/{0..3}.tar", "URL"), ("", "names no shard")],
+    [("pipe:rm x", "does not run commands"), ("a.tar::", "names no shard"), ("", "names no shard")],
 )
 def test_refused_patterns(pattern: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -70,6 +70,10 @@ def test_declared_counts_are_taken(make_shard: MakeShard, tmp_path: Path) -> Non
     assert source.counts == (6, 3)
     with pytest.raises(UnreadableSample, match="4 readable of 6 declared"):
         source.read(0, 5)
+    # 00001 holds more than it declares: its last sample is never read, which is said
+    source.read(1, 0)
+    (fault,) = source.drain_faults()
+    assert fault.kind == "more samples than declared" and "4 readable, 3 declared" in str(fault)
     (tmp_path / "sizes.json").write_text("{")
     with pytest.raises(ValueError, match=r"sizes.json is damaged"):
         ShardSource(f"{tmp_path}/00000.tar")
@@ -147,6 +151,30 @@ def test_duplicate_member_keeps_the_first(make_shard: MakeShard) -> None:
     path = make_shard(members=members)
     assert kinds(path) == ["duplicate member"]
     assert ShardSource(str(path)).read(0, 0).texts == ("first",)
+
+
+@pytest.mark.parametrize(
+    "listed, texts",
+    [
+        (b'{"captions": ["a ", "", "b"], "url": "x"}', ("a", "b")),
+        (b'{"captions": []}', ("t",)),
+        (b'{"caption": "x"}', ("t",)),
+        (b'{"captions": "abc"}', ("t",)),
+        (b'{"captions": [1]}', ("t",)),
+        (rb'{"captions": ["\ud800"]}', ("t",)),
+        (b"[1]", ("t",)),
+        (b"{", ("t",)),
+        (b"[" * 100_000, ("t",)),
+        (b'{"captions": ["' + b"x" * (1 << 20) + b'"]}', ("t",)),
+    ],
+    ids=["list", "empty", "none", "text", "number", "surrogate", "array", "cut", "deep", "huge"],
+)
+def test_listed_captions_or_else_the_text(
+    make_shard: MakeShard, listed: bytes, texts: tuple[str, ...]
+) -> None:
+    members = [("a.jpg", jpeg()), ("a.txt", b"t"), ("a.json", listed)]
+    assert ShardSource(str(make_shard(members=members))).read(0, 0).texts == texts
+    assert ShardSource(str(make_shard(members=members)), required=()).read(0, 0).texts == ()
 
 
 def big_png() -> bytes:

@@ -75,6 +75,14 @@ def test_retrieval_equals_a_full_sort(seed: int, monkeypatch: pytest.MonkeyPatch
         assert metrics[f"image_retrieval_recall@{k}"] == slow_recall(scores.T, matches.T, k)
 
 
+def test_nan_features_score_nothing() -> None:
+    nan = torch.full((3, 4), torch.nan)
+    pairs = torch.arange(3)[:, None].repeat(1, 2)
+    assert set(retrieval_metrics(nan, torch.eye(3, 4), pairs, k=(1, 2)).values()) == {0.0}
+    metrics = zeroshot_metrics(nan, torch.eye(8, 4), torch.arange(3))
+    assert metrics["acc1"] == metrics["acc5"] == 0
+
+
 def test_templates(tmp_path: Path) -> None:
     assert fill_template("a {} and a {}", "cat") == "a cat and a cat"
     assert fill_template("a photo of {c}.", "dog") == "a photo of dog."

@@ -419,3 +419,15 @@ def test_environment_chooses_the_backend(monkeypatch: pytest.MonkeyPatch) -> Non
     with count_products() as count:
         similarity_statistics(X, Y, 1.0, backend="torch")
     assert count.calls == 1
+
+
+def test_towers_may_end_in_different_dtypes_under_autocast() -> None:
+    x, y = features(8, 4, 1, torch.float32), features(8, 4, 2, torch.bfloat16)
+    leaves = [x.requires_grad_(), y.requires_grad_()]
+    for backend in BACKENDS:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = clip_loss(*leaves, 10.0, backend=backend)
+        gradients = torch.autograd.grad(loss, leaves)
+        assert [g.dtype for g in gradients] == [torch.float32, torch.bfloat16]
+    with pytest.raises(ValueError, match="cast them to one dtype"):
+        clip_loss(*leaves, 10.0)

@@ -121,7 +121,7 @@ def test_checkpoints_are_kept_as_asked(train_flags: list[str]) -> None:
     flags = [*train_flags, "--name", "a", "--epochs", "3", "--save-every-steps", "3"]
     run = train(parse([*flags, "--delete-previous-checkpoint"]))
     kept = sorted(path.name for path in (run / "checkpoints").glob("*.pt"))
-    assert kept == ["epoch_3.pt", "step_00000021.pt", "step_00000024.pt"]
+    assert kept == ["epoch_3.pt", "step_00000018.pt", "step_00000021.pt"]
     assert len(list((run / "checkpoints").iterdir())) == 6
 
 
@@ -135,6 +135,81 @@ def test_an_existing_run_is_not_overwritten(
     assert main(["train", *flags, "--resume", "latest"]) == 0
     assert main(["train", *flags, "--resume", "latest", "--seed", "1"]) == 0
     assert "--seed was 0 and is now 1" in capsys.readouterr().err
+
+
+def test_a_run_without_a_checkpoint_begins_anew(
+    train_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A job's first start and its restarts can have the same command line."""
+    (tmp_path / "logs" / "a" / "checkpoints").mkdir(parents=True)
+    flags = [*train_flags, "--name", "a", "--epochs", "1"]
+    assert main(["train", *flags, "--resume", "latest"]) == 0
+    assert "the run begins" in capsys.readouterr().err
+
+
+def test_branching_off_an_earlier_checkpoint_needs_another_name(
+    train_flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(parse([*train_flags, "--name", "a"]))
+    early = str(run / "checkpoints" / "epoch_1.pt")
+    assert main(["train", *train_flags, "--name", "a", "--resume", early]) == 1
+    assert "has gone on to epoch_2.pt" in capsys.readouterr().err
+    assert main(["train", *train_flags, "--name", "b", "--resume", early, "--wd", "0.5"]) == 0
+    decay = state_of(run.parent / "b", "epoch_2.pt")["optimizer"]["param_groups"][0]
+    assert decay["weight_decay"] == 0.5
+
+
+def test_a_failing_evaluation_does_not_cost_the_epoch(
+    train_flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Any) -> None:
+        raise ValueError("labels out of range")
+
+    monkeypatch.setattr(loop.Validator, "__call__", fail)
+    flags = [*train_flags, "--name", "a", "--val-data", "scenes"]
+    with pytest.raises(ValueError, match="out of range"):
+        train(parse(flags))
+    assert state_of(Path(parse(flags).logs) / "a", "epoch_1.pt")["epoch"] == 1
+
+
+def test_pretrained_weights_begin_a_run(
+    train_flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = train(parse([*train_flags, "--name", "first"]))
+    weights = str(first / "checkpoints" / "epoch_2.pt")
+    flags = [*train_flags, "--epochs", "1", "--lr", "0", "--wd", "0", "--pretrained", weights]
+    second = train(parse([*flags, "--name", "second"]))
+    assert identical(
+        state_of(first, "epoch_2.pt")["state_dict"], state_of(second, "epoch_1.pt")["state_dict"]
+    )
+    assert main(["train", *train_flags, "--name", "third", "--pretrained", "laion9b"]) == 1
+    assert "neither a file nor weights of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--grad-checkpointing", "--deterministic"])
+def test_switches_that_leave_the_numbers_alone(train_flags: list[str], flag: str) -> None:
+    flags = [*train_flags, "--epochs", "1", "--report-to", "none"]
+    plain = train(parse([*flags, "--name", "plain"]))
+    switched = train(parse([*flags, "--name", "switched", flag]))
+    first, second = ([line["loss"] for line in read_metrics(run)] for run in (plain, switched))
+    assert first == pytest.approx(second, rel=1e-5)
+
+
+def test_float16_trains_with_a_loss_scale(train_flags: list[str]) -> None:
+    run = train(parse([*train_flags, "--name", "a", "--precision", "amp"]))
+    losses = [line["loss"] for line in read_metrics(run)]
+    assert len(losses) == 16 and all(map(math.isfinite, losses))
+    assert state_of(run, "epoch_2.pt")["scaler"]["scale"] > 0
+
+
+def test_wandb_is_asked_for_by_name(
+    train_flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert main(["train", *train_flags, "--name", "a", "--report-to", "wandb"]) == 1
+    assert "pip install wandb" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_another_model_is_refused(
@@ -157,7 +232,7 @@ def test_unknown_models_and_folders_of_shards(
     assert main(["train", *train_flags, "--model", "ViT-B-33"]) == 1
     assert "near names: ViT-B-32" in capsys.readouterr().err
     assert main(["train", *train_flags, "--train-data", str(tmp_path)]) == 1
-    assert "is a folder; name the shards" in capsys.readouterr().err
+    assert "it holds shards, name them" in capsys.readouterr().err
     assert main(["train", *train_flags, "--train-data", f"{tmp_path}/x-{{0..2}}.tar"]) == 1
     assert "3 of 3 shards do not exist" in capsys.readouterr().err
 
@@ -187,8 +262,8 @@ def test_a_non_finite_loss_stops_before_the_update(
     made: list[torch.nn.Module] = []
     create = loop.create
 
-    def spoiled(name: str, device: Any) -> Any:
-        model = create(name, device)
+    def spoiled(*arguments: Any, **options: Any) -> Any:
+        model = create(*arguments, **options)
         made.append(model.model)
         calls = [0]
 
@@ -214,8 +289,8 @@ def test_non_finite_gradients_are_named(
 ) -> None:
     create = loop.create
 
-    def spoiled(name: str, device: Any) -> Any:
-        model = create(name, device)
+    def spoiled(*arguments: Any, **options: Any) -> Any:
+        model = create(*arguments, **options)
         model.model.text_projection.register_hook(lambda gradient: gradient * torch.inf)
         return model
 

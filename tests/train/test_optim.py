@@ -24,6 +24,8 @@ def test_schedule_by_hand() -> None:
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
     assert rates[4] == 1.0 and rates[8] == pytest.approx(0.5) and rates[12] == pytest.approx(0)
     assert rates[6] == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
+    # past the end, where more steps were made than planned, it stays at its last value
+    assert learning_rate(config, 20, 12) == pytest.approx(0)
     constant = TrainConfig(lr=1.0, warmup=4, lr_scheduler="const")
     assert learning_rate(constant, 11, 12) == 1.0
 

@@ -8,7 +8,7 @@ from fastclip.data.scenes.captions import (
     hard_negative_claims,
     hard_negatives,
 )
-from fastclip.data.scenes.render import contact_sheet, render
+from fastclip.data.scenes.render import render
 from fastclip.data.scenes.world import (
     BACKGROUNDS,
     CLASSES,
@@ -62,7 +62,6 @@ __all__ = [
     "caption",
     "caption_claims",
     "class_index",
-    "contact_sheet",
     "hard_negative_claims",
     "hard_negatives",
     "holds",

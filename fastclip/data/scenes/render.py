@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from functools import cache, lru_cache
 
 import numpy as np
-from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from fastclip.data.scenes.world import Object, Scene, Stream
 
@@ -366,63 +366,3 @@ def render(scene: Scene, size: int = 64) -> Image.Image:
     if scene.corruption is not None:
         image = _corrupted(image, scene.corruption, scene.severity, stream.bits())
     return image
-
-
-def _wrapped(
-    text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int
-) -> list[str]:
-    """The text in lines of at most width pixels, long words broken."""
-    lines = [""]
-    for word in text.split():
-        joined = f"{lines[-1]} {word}".strip()
-        if font.getlength(joined) <= width:
-            lines[-1] = joined
-            continue
-        if lines[-1]:
-            lines.append("")
-        for letter in word:
-            if lines[-1] and font.getlength(lines[-1] + letter) > width:
-                lines.append("")
-            lines[-1] += letter
-    return lines
-
-
-def contact_sheet(
-    scenes: Sequence[Scene], captions: Sequence[str], columns: int = 4, size: int = 128
-) -> Image.Image:
-    """A white sheet of rendered scenes, columns wide, with each caption wrapped beneath its image.
-
-    Args:
-        scenes: at least one.
-        captions: one for each scene.
-        columns: images in a row.
-        size: side of an image, in pixels.
-
-    Raises:
-        ValueError: no scenes, another number of captions, or columns below 1.
-    """
-    if not scenes or len(scenes) != len(captions):
-        raise ValueError(
-            f"got {len(scenes)} scenes and {len(captions)} captions; give one caption for each "
-            "scene, and at least one"
-        )
-    if columns < 1:
-        raise ValueError(f"columns is {columns}; use 1 or more")
-    margin, line_height = 8, 14
-    font = ImageFont.load_default()
-    texts = [_wrapped(caption, font, size) for caption in captions]
-    rows = [texts[i : i + columns] for i in range(0, len(texts), columns)]
-    heights = [size + 4 + line_height * max(map(len, row)) + margin for row in rows]
-    width = margin + columns * (size + margin)
-    sheet = Image.new("RGB", (width, margin + sum(heights)), "white")
-    draw = ImageDraw.Draw(sheet)
-    top, index = margin, 0
-    for row, height in zip(rows, heights, strict=True):
-        for column, lines in enumerate(row):
-            left = margin + column * (size + margin)
-            sheet.paste(render(scenes[index], size), (left, top))
-            for k, line in enumerate(lines):
-                draw.text((left, top + size + 4 + k * line_height), line, fill="black", font=font)
-            index += 1
-        top += height
-    return sheet

@@ -1,0 +1,93 @@
+"""`fastclip embed images|texts DATA --model RUN -o out.npy`."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from torch import Tensor
+
+from fastclip.data.loader import FaultLog
+from fastclip.data.options import DataOptions, DatasetType
+from fastclip.data.sources import open_source
+from fastclip.device import choose_device
+from fastclip.evaluate.embed import Embedding, image_batches, text_batches
+from fastclip.models.clip import load
+
+
+@dataclass(frozen=True)
+class EmbedConfig:
+    """Write normalised features, one row an image or text, in the data's order."""
+
+    kind: Annotated[Literal["images", "texts"], tyro.conf.Positional]
+    """What DATA holds."""
+    data: Annotated[str, tyro.conf.Positional]
+    """Images: as --train-data of `fastclip train`. Texts: a UTF-8 file, one text a line."""
+    model: str
+    """A run's folder (its latest checkpoint is taken) or one of its checkpoints."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """The .npy file, (rows, width) float32. If the command is stopped, the same command goes on."""
+    batch_size: int = 256
+    """Rows computed at a time."""
+    workers: int = 2
+    """Processes that load images."""
+    precision: Literal["fp32", "amp", "amp_bf16"] = "fp32"
+    """Arithmetic of the towers."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:1."""
+    num_samples: int = 1000
+    """Number of scenes or synthetic images; other data are read whole."""
+    dataset_type: DatasetType = "auto"
+    """What the data are; auto tells by the name."""
+    csv_img_key: str = "filepath"
+    """Column of a table that holds the paths of images."""
+    csv_caption_key: str = "title"
+    """Column of a table that holds captions."""
+    csv_separator: str = "\t"
+    """Character between the columns of a table."""
+    image_root: str | None = None
+    """Folder of a table's images; by default beside the table."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Embed; a row of an unreadable image is NaN, and said so."""
+    config = tyro.cli(EmbedConfig, args=list(arguments), prog="fastclip embed")
+    if config.output.suffix != ".npy":
+        raise ValueError(f"--output {config.output} must end in .npy")
+    model = load(config.model, choose_device(config.device))
+    faults = FaultLog()
+    options: dict[str, Any] = {"batch_size": config.batch_size, "precision": config.precision}
+    batches: Callable[[int], Iterator[tuple[int, Tensor]]]
+    if config.kind == "texts":
+        texts = Path(config.data).read_text(encoding="utf-8").splitlines()
+        count = len(texts)
+        batches = partial(text_batches, model, texts, **options)
+    else:
+        source = open_source(
+            config.data,
+            DataOptions.of(config),
+            split="val",
+            count=config.num_samples,
+            required=(),
+        )
+        count = sum(source.counts)
+        batches = partial(
+            image_batches,
+            model,
+            source,
+            workers=config.workers,
+            faults=faults,
+            **options,
+        )
+    if count == 0:
+        raise ValueError(f"{config.data} holds nothing to embed")
+    identity = {"model": config.model, "data": config.data, "kind": config.kind, "rows": count}
+    Embedding(config.output, count, identity).run(batches, progress=True)
+    if faults.counts:
+        print(f"rows of NaN: {faults.summary()}", file=sys.stderr)
+        print("\n".join(faults.places()), file=sys.stderr)
+    print(config.output)
+    return 0

@@ -1,0 +1,119 @@
+"""Samples whose images are files of their own."""
+
+import os
+import stat
+from pathlib import Path
+
+import numpy as np
+
+from fastclip.data.index import MAX_MEMBER_BYTES, Fault
+from fastclip.data.samples import Sample, UnreadableSample, decode_image
+
+# Tables are cut into stretches of this many rows, which the order shuffles as it does shards: long
+# enough that millions of rows make a short list, short enough that a table sorted by class, of
+# which a shuffling window holds a part only, is mixed well.
+STRETCH = 16
+
+PROBES = 100
+
+
+class ImageFiles:
+    """Random access to images named by path; tables and folders say what belongs to each.
+
+    Args:
+        name: of the table or folder, for messages.
+        count: number of samples, at least one.
+        roots: folders that relative paths are tried in, in this order.
+
+    Attributes:
+        counts: samples in each stretch of the table.
+        parts: one pattern, of that many stretches.
+    """
+
+    def __init__(self, name: str, count: int, roots: tuple[Path, ...]) -> None:
+        if count == 0:
+            raise ValueError(f"{name} holds no sample")
+        self.name = name
+        self.count = count
+        self.roots = roots
+        rest = count % STRETCH
+        self.counts = (STRETCH,) * (count // STRETCH) + ((rest,) if rest else ())
+        self.parts: tuple[int, ...] = (len(self.counts),)
+
+    def path_of(self, index: int) -> str:
+        """The image's path as it was written."""
+        raise NotImplementedError
+
+    def texts_of(self, index: int) -> tuple[str, ...]:
+        """The sample's captions."""
+        raise NotImplementedError
+
+    def label_of(self, index: int) -> int | None:
+        """The class index, None where there are no classes."""
+        return None
+
+    def read(self, shard: int, index: int) -> Sample:
+        """The sample at `index` of stretch `shard`, its image decoded to RGB.
+
+        Raises:
+            UnreadableSample: with the reason and the place.
+        """
+        number = shard * STRETCH + index
+        path = self.path_of(number)
+        image = decode_image(self.read_bytes(number), f"{self.name}:{path}")
+        return Sample(path, image, self.texts_of(number), self.label_of(number))
+
+    def read_bytes(self, number: int) -> bytes:
+        """The image file of a sample, as it is.
+
+        Raises:
+            UnreadableSample: it is missing, not a file, or over 64 MiB.
+        """
+        path = self.path_of(number)
+        where = f"{self.name}:{path}"
+        try:
+            found = self._find(path)
+            if found is None:
+                raise UnreadableSample(Fault("missing image file", where))
+            status = found.stat()
+            if not stat.S_ISREG(status.st_mode):
+                # opening a named pipe would wait for ever
+                raise UnreadableSample(Fault("image path is no file", where))
+            if status.st_size > MAX_MEMBER_BYTES:
+                detail = f"{status.st_size:,} bytes"
+                raise UnreadableSample(Fault("image file too large", where, detail))
+            return found.read_bytes()
+        except OSError as error:
+            raise UnreadableSample(Fault("unreadable image file", where, str(error))) from error
+
+    def drain_faults(self) -> list[Fault]:
+        """Faults lie in single samples only."""
+        return []
+
+    def check_paths(self) -> None:
+        """Look for some of the images.
+
+        Raises:
+            FileNotFoundError: none of them is there; the message says where they were looked for.
+        """
+        chosen = np.unique(np.linspace(0, self.count - 1, PROBES).astype(np.int64)).tolist()
+        if any(self._find(self.path_of(number)) is not None for number in chosen):
+            return
+        first = self.path_of(0)
+        if "://" in first:
+            raise FileNotFoundError(
+                f"{self.name}: {first} is a URL; fetch the images first, e.g. with img2dataset, "
+                "whose tars can be trained on as they are"
+            )
+        places = ", then ".join(str(root.absolute()) for root in self.roots)
+        raise FileNotFoundError(
+            f"{self.name}: none of {len(chosen)} images looked for exists, the first {first!r}; "
+            f"relative paths were tried in {places}; give --image-root or mend the paths"
+        )
+
+    def _find(self, path: str) -> Path | None:
+        if "\0" in path:
+            return None
+        # joining an absolute path gives that path, whatever the root
+        candidates = (root / path for root in self.roots)
+        return next((found for found in candidates if os.path.exists(found)), None)

@@ -1,0 +1,84 @@
+"""ImageFolder: one folder a class, captions from prompt templates."""
+
+import os
+from array import array
+from pathlib import Path
+
+from fastclip.data.files import ImageFiles
+from fastclip.data.index import IMAGE_EXTENSIONS
+from fastclip.data.strings import Strings
+from fastclip.data.templates import DEFAULT_TEMPLATES, fill_template
+
+
+class FolderSource(ImageFiles):
+    """The images of `FOLDER/CLASS NAME/*.jpg`, also jpeg, png and webp.
+
+    A sample's label is the index of its class among the sorted names of the folders, its captions
+    are all templates filled with the name.
+
+    Args:
+        folder: holds one folder a class.
+        templates: each with {} or {c} where the name goes.
+
+    Raises:
+        ValueError: there is no class with an image, no template, or one without a place.
+        FileNotFoundError: there is no such folder.
+    """
+
+    def __init__(self, folder: Path, templates: list[str] | None = None) -> None:
+        templates = list(DEFAULT_TEMPLATES) if templates is None else templates
+        if not templates:
+            raise ValueError(
+                "there is no prompt template; give one a line, e.g. 'a photo of a {}.'"
+            )
+        self.classes = class_names(folder)
+        self._captions = [
+            tuple(fill_template(template, name) for template in templates) for name in self.classes
+        ]
+        self._paths = Strings()
+        self._labels = array("i")
+        for label, name in enumerate(self.classes):
+            for file in sorted(entry.name for entry in os.scandir(folder / name)):
+                if _is_image(file):
+                    self._paths.append(f"{name}/{file}")
+                    self._labels.append(label)
+        if not self._labels:
+            raise ValueError(
+                f"{folder} holds no images; put them at CLASS NAME/*.jpg, one folder a class"
+            )
+        super().__init__(str(folder), len(self._labels), (folder,))
+
+    def path_of(self, index: int) -> str:
+        """The image's path below the folder."""
+        return self._paths[index]
+
+    def texts_of(self, index: int) -> tuple[str, ...]:
+        """The class's prompts."""
+        return self._captions[self._labels[index]]
+
+    def label_of(self, index: int) -> int:
+        """The class's index."""
+        return self._labels[index]
+
+
+def class_names(folder: Path) -> list[str]:
+    """The names of an ImageFolder's classes in index order.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"{folder} does not exist or is no folder")
+    entries = os.scandir(folder)
+    return sorted(entry.name for entry in entries if entry.is_dir() and entry.name[0] != ".")
+
+
+def holds_image_folders(folder: Path) -> bool:
+    """Whether a sub-folder has an image in it."""
+    return os.path.isdir(folder) and any(
+        _is_image(entry.name) for name in class_names(folder) for entry in os.scandir(folder / name)
+    )
+
+
+def _is_image(name: str) -> bool:
+    return name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS and not name.startswith(".")

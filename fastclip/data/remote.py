@@ -1,0 +1,250 @@
+"""Remote shards: fetched whole to a bounded folder that several processes share."""
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from fastclip.data.options import CACHE_BYTES
+
+ATTEMPTS = 3
+PAUSE_SECONDS = 1.0
+# A shard that could not be fetched is not asked for again before this time has passed.
+GIVE_UP_SECONDS = 60.0
+THRASHING_SECONDS = 60.0
+
+_LOCKS = 64
+_STALE_SECONDS = 24 * 3600
+# Only files of this form are ever deleted, whatever else lies in the folder.
+_CACHED = re.compile(r"[0-9a-f]{24}-|\.[0-9a-f]{24}-.*\.part$")
+
+
+class FetchError(OSError):
+    """A remote shard could not be fetched; the message names its URL."""
+
+
+class ShardCache:
+    """Local copies of remote files, the least recently used deleted when room is needed.
+
+    Args:
+        folder: made if needed; `shards` in it holds the copies. None for fastclip's folder in
+            $XDG_CACHE_HOME or ~/.cache.
+        limit: most bytes kept. A file in use is kept even where it is larger, and downloads in
+            progress come on top.
+    """
+
+    def __init__(self, folder: str | Path | None = None, limit: int = CACHE_BYTES) -> None:
+        base = Path(folder).expanduser() if folder else _user_cache()
+        self.folder = base / "shards"
+        self.limit = limit
+        self._in_use: Path | None = None
+        self._failures: dict[str, tuple[float, str]] = {}
+        self._fetched: dict[str, float] = {}
+        self._warned = False
+
+    def open(self, url: str) -> BinaryIO:
+        """The file behind `url`, fetched if it is not here; good for as long as it is open.
+
+        Raises:
+            FetchError: it could not be fetched in three attempts.
+        """
+        path = self._path(url)
+        self._in_use = path
+        return self._opened(path) or self._fetch(url, path)
+
+    def _opened(self, path: Path) -> BinaryIO | None:
+        try:
+            file = path.open("rb")
+        except FileNotFoundError:
+            return None
+        # the time of last use; an open file stays readable even if it is deleted now
+        with suppress(OSError):
+            os.utime(path)
+        return file
+
+    def _path(self, url: str) -> Path:
+        digest = hashlib.sha256(url.encode()).hexdigest()[:24]
+        name = re.sub(r"[^\w.-]", "_", url.rpartition("/")[2])[-100:]
+        return self.folder / f"{digest}-{name}"
+
+    def _fetch(self, url: str, path: Path) -> BinaryIO:
+        when, message = self._failures.get(url, (-math.inf, ""))
+        if time.monotonic() - when < GIVE_UP_SECONDS:
+            raise FetchError(message)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._locked(path):
+            # another process may have fetched it while this one waited
+            if file := self._opened(path):
+                return file
+            self._warn_of_thrashing(url)
+            try:
+                return self._download(url, path)
+            except FetchError as failure:
+                self._failures[url] = (time.monotonic(), str(failure))
+                raise
+
+    def _warn_of_thrashing(self, url: str) -> None:
+        now = time.monotonic()
+        if now - self._fetched.get(url, -math.inf) < THRASHING_SECONDS and not self._warned:
+            self._warned = True
+            print(
+                f"note: {url} is fetched again so soon; --cache-bytes {self.limit} does not hold "
+                "the shards in use at a time: raise it, or lower --shuffle-window",
+                file=sys.stderr,
+            )
+        self._fetched[url] = now
+
+    def _download(self, url: str, path: Path) -> BinaryIO:
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                time.sleep(PAUSE_SECONDS * 2 ** (attempt - 1))
+            partial = ""
+            try:
+                files, remote = _filesystem(url)
+                size = files.size(remote)
+                self._make_room(size or 0)
+                handle, partial = tempfile.mkstemp(".part", f".{path.name}.", self.folder)
+                os.close(handle)
+                files.get_file(remote, partial)
+                got = os.path.getsize(partial)
+                if size is not None and got != size:
+                    raise OSError(f"{got:,} of {size:,} bytes arrived")
+                # opened first: under its name, another process may delete it at once
+                file = self._opened(Path(partial))
+                assert file is not None
+                os.replace(partial, path)
+                # several processes may have made room for several files at the same time
+                self._make_room(0)
+                return file
+            except FileNotFoundError as error:
+                raise FetchError(f"{url} does not exist") from error
+            # what a storage library raises is its own affair: botocore, aiohttp, google.auth
+            except Exception as error:
+                last = error
+            finally:
+                if partial:
+                    with suppress(FileNotFoundError):
+                        os.unlink(partial)
+        raise FetchError(f"{url} could not be fetched in {ATTEMPTS} attempts: {last}") from last
+
+    def _make_room(self, incoming: int) -> None:
+        """Delete the least recently used copies until `incoming` bytes fit."""
+        found = []
+        for path in self.folder.iterdir():
+            if _CACHED.match(path.name):
+                with suppress(FileNotFoundError):
+                    status = path.stat()
+                    found.append((status.st_mtime, status.st_size, path))
+        total = sum(size for _, size, _ in found) + incoming
+        for used, size, path in sorted(found):
+            # a .part is a download in progress unless it is old: then its process was killed
+            finished = not path.name.startswith(".") or time.time() - used > _STALE_SECONDS
+            if total > self.limit and path != self._in_use and finished:
+                with suppress(FileNotFoundError):
+                    path.unlink()
+                total -= size
+
+    @contextmanager
+    def _locked(self, path: Path) -> Iterator[None]:
+        """Let one process fetch a file; the others then find it. A few lock files serve all."""
+        number = int(path.name[:8], 16) % _LOCKS
+        with (self.folder / f".lock-{number:02d}").open("w") as file:
+            # where the file system has no locks, a file may be fetched twice
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def is_remote(name: str) -> bool:
+    """Whether a shard's name is a URL."""
+    return "://" in name
+
+
+def read_small(urls: Iterable[str]) -> dict[str, bytes]:
+    """The contents of those of the given files that exist, all asked for at once.
+
+    Raises:
+        FetchError: one of them could not be read for another reason than that it is not there.
+    """
+    found: dict[str, bytes] = {}
+    groups: dict[str, list[str]] = {}
+    for url in urls:
+        groups.setdefault(url.partition("://")[0], []).append(url)
+    for group in groups.values():
+        files, _ = _filesystem(group[0])
+        paths = {_filesystem(url)[1]: url for url in group}
+        for path, content in files.cat(list(paths), on_error="return").items():
+            if isinstance(content, bytes):
+                found[paths[path]] = content
+            # object stores that may not be listed answer "forbidden" for what is not there
+            elif not isinstance(content, FileNotFoundError | PermissionError):
+                raise FetchError(f"{paths[path]} could not be read: {content}") from content
+    return found
+
+
+def remote_counts(names: list[str]) -> dict[str, int]:
+    """What sizes.json or img2dataset's _stats.json say of remote shards, where they say anything.
+
+    Raises:
+        ValueError: one of these files is damaged. FetchError: it could not be read.
+    """
+    counts: dict[str, int] = {}
+    sizes = {name: name.rpartition("/")[0] + "/sizes.json" for name in names}
+    declared = {url: _parsed(url, text) for url, text in read_small(set(sizes.values())).items()}
+    for name, url in sizes.items():
+        count = declared.get(url, {}).get(name.rpartition("/")[2])
+        if count is not None:
+            counts[name] = _whole(url, count)
+    stats = {
+        f"{name.removesuffix('.tar')}_stats.json": name for name in names if name not in counts
+    }
+    for url, text in read_small(stats).items():
+        count = _parsed(url, text).get("successes")
+        if count is not None:
+            counts[stats[url]] = _whole(url, count)
+    if len(counts) < len(names):
+        print(
+            f"note: {len(names) - len(counts)} of {len(names)} remote shards have no count in "
+            "sizes.json or _stats.json; fetching them once to count their samples",
+            file=sys.stderr,
+        )
+    return counts
+
+
+def _parsed(url: str, text: bytes) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{url} is damaged ({error}); repair or delete it") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{url} is damaged (no dictionary); repair or delete it")
+    return content
+
+
+def _whole(url: str, count: Any) -> int:
+    if not isinstance(count, int):
+        raise ValueError(f"{url} is damaged (a count is {count!r}); repair or delete it")
+    return count
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    """fsspec's file system for a URL and the path in it; never kept, for the sake of forks."""
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{url} cannot be read: {error}") from error
+
+
+def _user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastclip"

@@ -1,0 +1,22 @@
+"""Prompt templates: captions made of class names."""
+
+from pathlib import Path
+
+DEFAULT_TEMPLATES = ("a photo of a {}.",)
+
+
+def fill_template(template: str, name: str) -> str:
+    """The template with the class name in the place of {} or {c}.
+
+    Raises:
+        ValueError: the template has no such place.
+    """
+    if "{}" not in template and "{c}" not in template:
+        raise ValueError(f"template {template!r} has no {{}} or {{c}} for the class name")
+    return template.replace("{}", name).replace("{c}", name)
+
+
+def read_lines(path: Path) -> list[str]:
+    """The non-empty lines of a text file, stripped."""
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if line]

@@ -1,0 +1,145 @@
+"""Features of a whole data set in a .npy file, resumable."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.lib.format import open_memmap
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from fastclip.data.loader import EvaluationSamples, FaultLog, Source
+from fastclip.evaluate.features import autocast, evaluating
+from fastclip.models.checkpoint import write_text
+from fastclip.models.clip import Model
+
+SAVE_EVERY_BATCHES = 20
+
+
+@dataclass
+class Embedding:
+    """A feature file in the making: `out.npy.partial`, and beside it how far it has come.
+
+    Args:
+        output: the .npy file, (count, D) float32; it appears when all rows are there.
+        count: rows.
+        identity: what the features are of; a started file of something else is not gone on with.
+    """
+
+    output: Path
+    count: int
+    identity: dict[str, Any]
+
+    @property
+    def partial(self) -> Path:
+        """The unfinished features."""
+        return self.output.with_name(self.output.name + ".partial")
+
+    @property
+    def progress(self) -> Path:
+        """Rows done and the identity, as JSON."""
+        return self.output.with_name(self.output.name + ".progress.json")
+
+    def done(self) -> int:
+        """Rows that a former run has written.
+
+        Raises:
+            ValueError: they are features of something else.
+        """
+        if not (self.progress.is_file() and self.partial.is_file()):
+            return 0
+        state = json.loads(self.progress.read_text())
+        if state["identity"] != self.identity:
+            raise ValueError(
+                f"{self.partial} was begun with {state['identity']}, now it is {self.identity}; "
+                "delete it, or choose another output"
+            )
+        return int(state["done"])
+
+    def run(self, batches: Callable[[int], Iterator[tuple[int, Tensor]]], progress: bool) -> Path:
+        """Write the rows that are missing, then give the file its name.
+
+        Args:
+            batches: from a first row on, yields (row, features (B, D)) in order.
+            progress: whether to draw a bar.
+        """
+        done = self.done()
+        rows: np.memmap | None = open_memmap(self.partial, mode="r+") if done else None
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        bar = tqdm(total=self.count, initial=done, unit="row", disable=None if progress else True)
+        for number, (start, features) in enumerate(batches(done), 1):
+            if rows is None:
+                shape = (self.count, features.shape[1])
+                rows = open_memmap(self.partial, mode="w+", dtype=np.float32, shape=shape)
+            done = start + len(features)
+            rows[start:done] = features.numpy()
+            bar.update(len(features))
+            if number % SAVE_EVERY_BATCHES == 0:
+                self._save(rows, done)
+        bar.close()
+        if rows is not None:
+            self._save(rows, done)
+        del rows
+        self.partial.rename(self.output)
+        self.progress.unlink()
+        return self.output
+
+    def _save(self, rows: np.memmap, done: int) -> None:
+        # rows first: the count may never be ahead of them
+        rows.flush()
+        write_text(self.progress, json.dumps({"done": done, "identity": self.identity}))
+
+
+@torch.no_grad()
+def image_batches(
+    model: Model,
+    source: Source,
+    start: int,
+    *,
+    batch_size: int,
+    workers: int,
+    precision: str,
+    faults: FaultLog,
+) -> Iterator[tuple[int, Tensor]]:
+    """(row, normalised features) of a source's samples in order; NaN rows for unreadable ones."""
+    device = next(model.model.parameters()).device
+    samples = EvaluationSamples(source, model.preprocess)
+    loader: DataLoader[Any] = DataLoader(
+        Subset(samples, range(start, len(samples))),
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=list,
+        generator=torch.Generator(),
+    )
+    towers: Any = model.model
+    with evaluating(model.model), autocast(device, precision):
+        # the towers share it, and a text is at hand where no image is readable
+        width = towers.encode_text(model.tokenizer(["a"]).to(device)).shape[1]
+        for batch in loader:
+            readable = [i for i, sample in enumerate(batch) if "image" in sample]
+            faults.add([fault for sample in batch for fault in sample["faults"]])
+            rows = torch.full((len(batch), width), torch.nan)
+            if readable:
+                images = torch.stack([batch[i]["image"] for i in readable]).to(device)
+                rows[readable] = F.normalize(towers.encode_image(images).float(), dim=-1).cpu()
+            yield start, rows
+            start += len(batch)
+
+
+@torch.no_grad()
+def text_batches(
+    model: Model, texts: list[str], start: int, *, batch_size: int, precision: str
+) -> Iterator[tuple[int, Tensor]]:
+    """(row, normalised features) of texts in order."""
+    device = next(model.model.parameters()).device
+    towers: Any = model.model
+    with evaluating(model.model), autocast(device, precision):
+        for first in range(start, len(texts), batch_size):
+            tokens = model.tokenizer(texts[first : first + batch_size]).to(device)
+            yield first, F.normalize(towers.encode_text(tokens).float(), dim=-1).cpu()

@@ -1,0 +1,1 @@
+"""Putting fastclip's parts under other libraries' models and losses."""

@@ -1,0 +1,63 @@
+"""Checkpoints in and out: between fastclip's runs and open_clip's files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastclip.models import checkpoint
+from fastclip.models.clip import CONFIG_FILE, create, describe
+
+
+def export_open_clip(source: Path, target: Path) -> None:
+    """Write the weights of a run as a checkpoint that open_clip loads.
+
+    `open_clip.create_model(NAME, pretrained=str(target))` reads it; beside it the model's
+    description goes to `open_clip_config.json`.
+
+    Args:
+        source: a run's folder (its latest checkpoint is taken) or one of its checkpoints.
+        target: the .pt file to write.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint. FileExistsError: the target is there already.
+    """
+    if target.exists():
+        raise FileExistsError(f"{target} exists; choose another name")
+    path = checkpoint.find_latest(source / "checkpoints") if source.is_dir() else source
+    if path is None:
+        raise FileNotFoundError(f"{source / 'checkpoints'} holds no whole checkpoint")
+    content = checkpoint.read(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    kept: dict[str, Any] = {name: content[name] for name in ("epoch", "name") if name in content}
+    torch.save({**kept, "state_dict": content["state_dict"]}, target)
+    description = path.parent.parent / CONFIG_FILE
+    if description.is_file():
+        (target.parent / CONFIG_FILE).write_text(description.read_text())
+
+
+def import_open_clip(source: Path, model: str, run: Path) -> Path:
+    """Make a run's folder of an open_clip checkpoint, for `fastclip.load`, eval and embed.
+
+    Args:
+        source: a checkpoint of open_clip's trainer, or a bare state dictionary.
+        model: the name of its architecture.
+        run: the folder to make.
+
+    Returns:
+        The checkpoint inside the run.
+
+    Raises:
+        ValueError: the weights are not of this architecture. FileExistsError: the run exists.
+    """
+    if run.exists():
+        raise FileExistsError(f"{run} exists; choose another folder")
+    built = create(model, pretrained=str(source))
+    folder = run / "checkpoints"
+    folder.mkdir(parents=True)
+    (run / CONFIG_FILE).write_text(json.dumps(describe(model, built), indent=2) + "\n")
+    (run / "config.yaml").write_text(f"model: {json.dumps(model)}\n")
+    path = folder / "imported.pt"
+    checkpoint.write(path, {"step": 0, "epoch": 0, "state_dict": built.model.state_dict()})
+    return path

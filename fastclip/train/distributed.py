@@ -1,0 +1,84 @@
+"""Data-parallel processes, as torchrun starts them; a single process is a world of one."""
+
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fastclip.device import choose_device
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes files and talks to the user."""
+        return self.rank == 0
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model with gradients averaged over the processes."""
+        if self.size == 1:
+            return model
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(model, device_ids=ids)
+
+    def gather(self, value: Any) -> list[Any]:
+        """One small value (tensors, numbers, text, nested) of every rank, on all ranks."""
+        if self.size == 1:
+            return [value]
+        # as bytes: pickling tensors is what checkpoints do, and what all releases can read
+        buffer = io.BytesIO()
+        torch.save(value, buffer)
+        encoded: list[bytes] = [b""] * self.size
+        dist.all_gather_object(encoded, buffer.getvalue())
+        return [torch.load(io.BytesIO(one), weights_only=True) for one in encoded]
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def world(device: str) -> Iterator[World]:
+    """Join the processes that torchrun started, and leave them at the end.
+
+    Args:
+        device: "auto", "cpu", "cuda"; with several processes each takes the GPU of its LOCAL_RANK.
+
+    Raises:
+        ValueError: the device cannot be used, or there are more processes than GPUs here.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    chosen = choose_device(device)
+    if size == 1:
+        if chosen.type == "cuda":
+            torch.cuda.set_device(chosen)
+        yield World(0, 1, chosen)
+        return
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    if chosen.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"local rank {local_rank} has no GPU: there are {torch.cuda.device_count()}; "
+                "lower torchrun's --nproc_per_node"
+            )
+        chosen = torch.device("cuda", local_rank)
+        torch.cuda.set_device(chosen)
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield World(rank, size, chosen)
+    finally:
+        dist.destroy_process_group()

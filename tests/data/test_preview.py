@@ -1,0 +1,33 @@
+"""The contact sheet."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastclip.data.preview import contact_sheet
+from fastclip.data.scenes import render, sample_scene
+
+
+def test_sheet_holds_every_image_and_grows_with_the_text() -> None:
+    images = [render(sample_scene(seed), 64) for seed in range(5)]
+    sheet = contact_sheet(images, ["a"] * 5, columns=2, size=64)
+    assert sheet.width == 8 + 2 * (64 + 8)
+    assert sheet.height > 3 * 64
+    taller = contact_sheet(images, ["a caption of many words"] * 5, columns=2, size=64)
+    assert taller.width == sheet.width and taller.height > sheet.height
+    for index, (left, top) in enumerate([(8, 8), (80, 8)]):
+        found = np.asarray(taller)[top : top + 64, left : left + 64]
+        assert (found == np.asarray(images[index])).all()
+
+
+def test_images_of_any_shape_are_fitted() -> None:
+    sheet = np.asarray(contact_sheet([Image.new("RGB", (300, 100), "red")], ["wide"], size=60))
+    assert (sheet[8:28, 8:68] == (255, 0, 0)).all() and (sheet[30, 8:68] == 255).all()
+
+
+def test_mistakes() -> None:
+    image = Image.new("RGB", (4, 4))
+    with pytest.raises(ValueError, match="1 images and 0 captions"):
+        contact_sheet([image], [])
+    with pytest.raises(ValueError, match="columns is 0"):
+        contact_sheet([image], ["a"], columns=0)

@@ -1,0 +1,71 @@
+"""Flags of data on their way through training and evaluation."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fastclip.cli import main
+from fastclip.train.config import parse, to_yaml
+from tests.conftest import jpeg
+from tests.train.conftest import TINY_MODEL
+
+
+@pytest.fixture
+def flags(tmp_path: Path) -> list[str]:
+    """Flags of a run of one epoch of a tiny model."""
+    (tmp_path / "tiny.json").write_text(json.dumps(TINY_MODEL))
+    text = f"--model {tmp_path}/tiny.json --logs {tmp_path}/logs --name a --epochs 1 --workers 0 "
+    return (text + "--batch-size 4 --device cpu --report-to none --log-sample-ids").split()
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    """A folder with classes `cat` and `dog` of four images, and a table of the first."""
+    for name in ("cat", "dog"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(4):
+            (tmp_path / "data" / name / f"{i}.jpg").write_bytes(jpeg((60 * i, 0, 0)))
+    rows = "".join(f"cat/{i}.jpg,caption {i}\n" for i in range(4))
+    (tmp_path / "data" / "table.csv").write_text("image,text\n" + rows)
+    return tmp_path / "data"
+
+
+def keys(tmp_path: Path) -> list[str]:
+    lines = (tmp_path / "logs" / "a" / "samples.jsonl").read_text().splitlines()
+    return [key for line in lines for key in json.loads(line)["keys"]]
+
+
+def test_a_table_trains_and_folders_validate(
+    flags: list[str], photographs: Path, tmp_path: Path
+) -> None:
+    table = f"{photographs}/table.csv"
+    flags += f"--train-data {table}::{table} --train-data-upsampling-factors 1::2".split()
+    flags += "--csv-img-key image --csv-caption-key text --csv-separator ,".split()
+    assert main(["train", *flags, "--val-data", str(photographs)]) == 0
+    assert sorted(keys(tmp_path)) == sorted([f"cat/{i}.jpg" for i in range(4)] * 3)
+    metrics = (tmp_path / "logs" / "a" / "metrics.jsonl").read_text()
+    assert "val/acc1" in metrics
+    run = str(tmp_path / "logs" / "a")
+    assert main(["eval", "zeroshot", "--model", run, "--data", str(photographs)]) == 0
+    result = next((tmp_path / "logs" / "a" / "eval").iterdir())
+    assert json.loads(result.read_text())["metrics"]["acc5"] == 1
+
+
+def test_synthetic_data_train(flags: list[str], tmp_path: Path) -> None:
+    flags += "--train-data synthetic --train-num-samples 12 --val-data scenes:shift=style".split()
+    assert main(["train", *flags, "--val-frequency", "5"]) == 0
+    assert len(set(keys(tmp_path))) == 12
+
+
+def test_wrong_factors_are_told(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *flags, "--train-data-upsampling-factors", "1::2"]) == 1
+    assert "has 2 factors for the 1 patterns" in capsys.readouterr().err
+
+
+def test_data_flags_are_saved_and_read_back(tmp_path: Path) -> None:
+    text = "--train-data a.csv --csv-separator ; --templates t.txt --image-root /i --cache-bytes 9"
+    for flags in ([], text.split()):
+        config = parse(flags)
+        (tmp_path / "c.yaml").write_text(to_yaml(config))
+        assert parse(["--config", str(tmp_path / "c.yaml")]) == config

@@ -1,0 +1,99 @@
+"""An open_clip user's own script with one line added."""
+
+from collections.abc import Iterator
+
+import open_clip
+import pytest
+import torch
+from open_clip import ClipLoss  # bound before the patch, as in a user's script
+
+import fastclip
+from fastclip.ops.gemm import count_products
+
+
+@pytest.fixture(autouse=True)
+def originals_come_back() -> Iterator[None]:
+    before = open_clip.ClipLoss.forward
+    yield
+    assert open_clip.ClipLoss.forward is before
+
+
+def users_script(steps: int = 32) -> list[float]:
+    """Train an open_clip model with open_clip's loss, in a loop as users write it."""
+    torch.manual_seed(0)
+    model = open_clip.model.CLIP(
+        embed_dim=16,
+        vision_cfg={"image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8},
+        text_cfg={"context_length": 8, "vocab_size": 100, "width": 16, "heads": 2, "layers": 1},
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    loss_function = ClipLoss()
+    images, texts = torch.randn(4, 24, 3, 16, 16), torch.randint(1, 100, (4, 24, 8))
+    losses = []
+    for step in range(steps):
+        image_features, text_features, logit_scale = model(images[step % 4], texts[step % 4])
+        loss = loss_function(image_features, text_features, logit_scale)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, 4.6052)
+        losses.append(loss.item())
+    return losses
+
+
+def test_same_loss_curve_and_undo() -> None:
+    plain = users_script()
+    handle = fastclip.patch_open_clip()
+    with count_products() as count:
+        patched = users_script()
+    # four products a step: the patch was in use
+    assert count.products_of(24, 24, 16) == 4 * 32
+    assert patched == pytest.approx(plain, rel=1e-5)
+    assert plain[-1] < plain[0]
+    handle.undo()
+    handle.undo()
+    with count_products() as count:
+        users_script(steps=1)
+    assert count.calls == 0
+
+
+def test_context_manager_and_patching_twice() -> None:
+    instance = ClipLoss()
+    x = torch.nn.functional.normalize(torch.randn(4, 8), dim=-1)
+    with fastclip.patch_open_clip(), count_products() as count:
+        with fastclip.patch_open_clip():
+            instance(x, x, torch.tensor(10.0))
+        # the inner block's end leaves the outer patch in place
+        result = instance(x, x, torch.tensor(10.0), output_dict=True)
+    assert count.calls == 2
+    assert set(result) == {"contrastive_loss"}
+
+
+def test_subclasses_follow() -> None:
+    coca = open_clip.CoCaLoss(caption_loss_weight=0.0, clip_loss_weight=1.0)
+    x = torch.nn.functional.normalize(torch.randn(4, 8), dim=-1)
+    logits, labels = torch.randn(4, 3, 7), torch.randint(0, 7, (4, 3))
+    want, _ = coca(x, x, logits, labels, torch.tensor(9.0))
+    with fastclip.patch_open_clip(), count_products() as count:
+        got, _ = coca(x, x, logits, labels, torch.tensor(9.0))
+    assert count.calls == 1
+    torch.testing.assert_close(got, want)
+
+
+def test_what_fastclip_does_not_compute_stays_open_clips() -> None:
+    loss = ClipLoss(local_loss=True, world_size=2)
+    x = torch.randn(4, 8)
+    with (
+        fastclip.patch_open_clip(),
+        pytest.warns(UserWarning, match="open_clip's own loss"),
+        # without a process group open_clip's own gather fails: it was called
+        pytest.raises(Exception, match=r"(?i)process group|initialized|default"),
+    ):
+        loss(x, x, torch.tensor(1.0))
+
+
+def test_nothing_is_patched_without_loss() -> None:
+    with fastclip.patch_open_clip(loss=False), count_products() as count:
+        users_script(steps=1)
+    assert count.calls == 0

@@ -1,0 +1,98 @@
+"""ClipLoss over several gloo ranks against open_clip's and against one process."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastclip
+
+MODES = {
+    "global": {"gather_with_grad": True},
+    "local": {"gather_with_grad": True, "local_loss": True},
+    "constant": {},
+}
+ROWS = 6
+
+
+def features() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shape = (3 * ROWS, 8)
+    x, y = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    return F.normalize(x, dim=-1), F.normalize(y, dim=-1)
+
+
+def rank_gradients(loss_class: Any, mode: str, rank: int, world: int) -> list[Tensor]:
+    """Loss and gradients that one rank sees."""
+    own = slice(rank * ROWS, (rank + 1) * ROWS)
+    x, y = (t[: world * ROWS][own].clone().requires_grad_() for t in features())
+    scale = torch.tensor(11.0, dtype=torch.float64, requires_grad=True)
+    loss = loss_class(rank=rank, world_size=world, **MODES[mode])(x, y, scale)
+    loss.backward()
+    return [loss.detach(), x.grad, y.grad, scale.grad]
+
+
+def work(rank: int, world: int, folder: str) -> None:
+    store = dist.FileStore(f"{folder}/store", world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    torch.set_num_threads(1)
+    results = {
+        (mode, side): rank_gradients(loss_class, mode, rank, world)
+        for mode in MODES
+        for side, loss_class in (("ours", fastclip.ClipLoss), ("theirs", open_clip.ClipLoss))
+    }
+    torch.save(results, f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+@functools.cache
+def run(world: int, folder: str) -> list[dict[tuple[str, str], list[Tensor]]]:
+    torch.multiprocessing.spawn(work, (world, folder), nprocs=world)
+    return [torch.load(f"{folder}/rank{rank}.pt") for rank in range(world)]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Any]:
+    folders: dict[int, Path] = {}
+
+    def get(world: int) -> Any:
+        folder = folders.setdefault(world, tmp_path_factory.mktemp("ranks"))
+        return run(world, str(folder))
+
+    return get
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("world", [2, 3])
+def test_each_mode_is_open_clips(ranks: Callable[[int], Any], world: int, mode: str) -> None:
+    for results in ranks(world):
+        for ours, theirs in zip(results[mode, "ours"], results[mode, "theirs"], strict=True):
+            assert (ours - theirs).norm() <= 1e-12 * max(theirs.norm().item(), 1.0)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("mode", ["global", "local"])
+@pytest.mark.parametrize("world", [2, 3])
+def test_averaging_gives_the_full_batchs_gradient(
+    ranks: Callable[[int], Any], world: int, mode: str
+) -> None:
+    x, y = (t[: world * ROWS].clone().requires_grad_() for t in features())
+    scale = torch.tensor(11.0, dtype=torch.float64, requires_grad=True)
+    loss = fastclip.functional.clip_loss(x, y, scale)
+    loss.backward()
+    results = [r[mode, "ours"] for r in ranks(world)]
+    mean_loss = sum(r[0] for r in results) / world
+    assert abs(mean_loss - loss) <= 1e-13 * abs(loss)
+    for index, leaf in ((1, x), (2, y)):
+        # a parameter's gradient is averaged over the ranks, so a feature's is world times its own
+        got = torch.cat([r[index] for r in results]) / world
+        assert (got - leaf.grad).norm() <= 1e-12 * max(leaf.grad.norm().item(), 1.0)
+    assert abs(sum(r[3] for r in results) / world - scale.grad) <= 1e-12

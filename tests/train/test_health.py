@@ -1,0 +1,35 @@
+"""Hints: each sign is noticed after a while, and said once."""
+
+import math
+
+from fastclip.train.health import Hints
+
+GOOD = {"loss": 1.0, "logit_scale": 20.0, "data_wait": 0.1}
+
+
+def said(values: dict[str, float], lines: int = 20, warmup: int = 0) -> list[str]:
+    hints = Hints(batch_size=64, warmup=warmup)
+    return [hint for step in range(1, lines + 1) for hint in hints.observe(step, values)]
+
+
+def test_a_healthy_run_hears_nothing() -> None:
+    assert said(GOOD) == []
+
+
+def test_each_sign_once() -> None:
+    cases = {
+        "ln(batch) = 4.16": GOOD | {"loss": math.log(64) * 1.005},
+        "cap of 100": GOOD | {"logit_scale": 100.0},
+        "waiting for data": GOOD | {"data_wait": 0.7},
+    }
+    for text, values in cases.items():
+        (hint,) = said(values)
+        assert text in hint
+        assert said(values, lines=4) == []
+
+
+def test_not_before_the_warmup_is_over_and_not_for_a_moment() -> None:
+    assert said(GOOD | {"loss": math.log(64)}, warmup=100) == []
+    hints = Hints(batch_size=64, warmup=0)
+    waits = [0.7, 0.7, 0.7, 0.7, 0.1] * 5
+    assert not any(hints.observe(i, GOOD | {"data_wait": wait}) for i, wait in enumerate(waits))
