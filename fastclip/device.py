@@ -27,6 +27,9 @@ def choose_device(name: str) -> torch.device:
         raise ValueError(f"device {name!r} is unknown; use auto, cpu, cuda or cuda:1") from error
     if device.type == "cuda" and obstacle:
         raise ValueError(f"--device {name}: {obstacle}")
+    if device.type == "cuda" and device.index is None:
+        # set_device and comparisons want the number
+        device = torch.device("cuda", torch.cuda.current_device())
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: there are {torch.cuda.device_count()} GPUs")
     return device

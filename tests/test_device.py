@@ -34,6 +34,16 @@ def test_no_gpu_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
         device.choose_device("cuda")
 
 
+def test_a_gpu_has_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert device.choose_device("auto") == torch.device("cuda", 1)
+    assert device.choose_device("cuda:0").index == 0
+    with pytest.raises(ValueError, match="there are 2 GPUs"):
+        device.choose_device("cuda:2")
+
+
 def test_unknown_devices() -> None:
     with pytest.raises(ValueError, match="device 'gpu' is unknown"):
         device.choose_device("gpu")

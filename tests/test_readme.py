@@ -33,6 +33,10 @@ def test_train_commands_parse() -> None:
         assert parse([word for word in words[2:] if word != "..."]).name in ("first", "cifar10")
 
 
+def test_nothing_is_left_to_fill_in() -> None:
+    assert "@@" not in TEXT
+
+
 @pytest.mark.parametrize("command", ["quickstart", "test"])
 def test_the_two_commands_exist(command: str) -> None:
     assert f"./run {command}" in TEXT

@@ -2,14 +2,14 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from fastclip.data.loader import FaultLog
-from fastclip.data.options import DataOptions, DatasetType
+from fastclip.data.options import DataOptions
 from fastclip.data.order import Order
 from fastclip.data.preview import contact_sheet
 from fastclip.data.samples import UnreadableSample
@@ -34,16 +34,8 @@ class DataConfig:
     """Side of an image, in pixels."""
     seed: int = 0
     """Of the order."""
-    dataset_type: DatasetType = "auto"
-    """What the data are; auto tells by the name."""
-    csv_img_key: str = "filepath"
-    """Column of a table that holds the paths of images."""
-    csv_caption_key: str = "title"
-    """Column of a table that holds captions."""
-    csv_separator: str = "\t"
-    """Character between the columns of a table."""
-    image_root: str | None = None
-    """Folder of a table's images; by default beside the table."""
+    options: Annotated[DataOptions, tyro.conf.arg(name="")] = field(default_factory=DataOptions)
+    """How the data are read."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -51,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
     config = tyro.cli(DataConfig, args=list(arguments), prog="fastclip data")
     if config.count < 1:
         raise ValueError(f"--count is {config.count}; give at least 1")
-    source = open_source(config.data, DataOptions.of(config), split="train", count=config.count)
+    source = open_source(config.data, config.options, split="train", count=config.count)
     order = Order(source.counts, config.seed)
     faults = FaultLog()
     images, captions = [], []

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,10 +11,10 @@ import tyro
 from torch import Tensor
 
 from fastclip.data.loader import FaultLog
-from fastclip.data.options import DataOptions, DatasetType
+from fastclip.data.options import DataOptions
 from fastclip.data.sources import open_source
 from fastclip.device import choose_device
-from fastclip.evaluate.embed import Embedding, image_batches, text_batches
+from fastclip.evaluate.embed import Embedding, fingerprint, image_batches, text_batches
 from fastclip.models.clip import load
 
 
@@ -40,16 +40,8 @@ class EmbedConfig:
     """auto, cpu, cuda or cuda:1."""
     num_samples: int = 1000
     """Number of scenes or synthetic images; other data are read whole."""
-    dataset_type: DatasetType = "auto"
-    """What the data are; auto tells by the name."""
-    csv_img_key: str = "filepath"
-    """Column of a table that holds the paths of images."""
-    csv_caption_key: str = "title"
-    """Column of a table that holds captions."""
-    csv_separator: str = "\t"
-    """Character between the columns of a table."""
-    image_root: str | None = None
-    """Folder of a table's images; by default beside the table."""
+    options: Annotated[DataOptions, tyro.conf.arg(name="")] = field(default_factory=DataOptions)
+    """How the data are read."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -62,13 +54,15 @@ def main(arguments: Sequence[str]) -> int:
     options: dict[str, Any] = {"batch_size": config.batch_size, "precision": config.precision}
     batches: Callable[[int], Iterator[tuple[int, Tensor]]]
     if config.kind == "texts":
-        texts = Path(config.data).read_text(encoding="utf-8").splitlines()
+        # not splitlines, which also splits at separators that captions may contain
+        content = Path(config.data).read_text(encoding="utf-8").removesuffix("\n")
+        texts = content.split("\n") if content else []
         count = len(texts)
         batches = partial(text_batches, model, texts, **options)
     else:
         source = open_source(
             config.data,
-            DataOptions.of(config),
+            config.options,
             split="val",
             count=config.num_samples,
             required=(),
@@ -84,7 +78,14 @@ def main(arguments: Sequence[str]) -> int:
         )
     if count == 0:
         raise ValueError(f"{config.data} holds nothing to embed")
-    identity = {"model": config.model, "data": config.data, "kind": config.kind, "rows": count}
+    identity = {
+        "model": config.model,
+        "weights": fingerprint(model.model),
+        "precision": config.precision,
+        "data": config.data,
+        "kind": config.kind,
+        "rows": count,
+    }
     Embedding(config.output, count, identity).run(batches, progress=True)
     if faults.counts:
         print(f"rows of NaN: {faults.summary()}", file=sys.stderr)

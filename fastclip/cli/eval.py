@@ -3,13 +3,13 @@
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from fastclip.data.options import CACHE_BYTES, DataOptions, DatasetType
+from fastclip.data.options import DataOptions
 from fastclip.data.sources import open_source
 from fastclip.device import choose_device
 from fastclip.evaluate.features import embed_images
@@ -32,28 +32,13 @@ class EvalConfig:
     data: str = "scenes"
     """As --train-data of `fastclip train`, e.g. '/data/val-{00000..00004}.tar', a COCO captions
     file, a folder with a folder of images a class, or 'scenes:split=compositional'."""
-    dataset_type: DatasetType = "auto"
-    """What --data is; auto tells by its text."""
-    csv_img_key: str = "filepath"
-    """Column of a table that holds the paths of images."""
-    csv_caption_key: str = "title"
-    """Column of a table that holds captions."""
-    csv_separator: str = "\t"
-    """Character between the columns of a table."""
-    image_root: str | None = None
-    """Folder of a table's images; by default beside the table."""
-    cache_dir: str | None = None
-    """Folder that remote shards are fetched to; by default fastclip in the user's cache."""
-    cache_bytes: int = CACHE_BYTES
-    """Most bytes kept there."""
+    options: Annotated[DataOptions, tyro.conf.arg(name="")] = field(default_factory=DataOptions)
+    """How the data are read."""
     num_samples: int = 1000
     """Number of scenes or synthetic images; other data are read whole."""
     classes: Path | None = None
     """Class names, one a line in index order; by default classnames.txt or classes.txt beside
     the shards."""
-    templates: Path | None = None
-    """Prompt templates, one a line with {} or {c}; by default
-    zeroshot_classification_templates.txt or templates.txt beside the shards."""
     recall_k: tuple[int, ...] = (1, 5, 10)
     """Ranks at which recall is measured."""
     output: Path | None = None
@@ -75,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
     required = ("cls",) if config.task == "zeroshot" else ("txt",)
     source = open_source(
         config.data,
-        DataOptions.of(config),
+        config.options,
         split="val",
         count=config.num_samples,
         required=required,
@@ -114,7 +99,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _classes(config: EvalConfig) -> tuple[list[str], list[str]]:
-    beside = classes_of(config.data, config.dataset_type)
+    beside = classes_of(config.data, config.options.dataset_type)
     if config.classes is None and beside is None:
         raise ValueError(
             f"no class names: give --classes FILE, or put classes.txt beside {config.data}"
@@ -122,8 +107,8 @@ def _classes(config: EvalConfig) -> tuple[list[str], list[str]]:
     classes, templates = beside or ([], list(DEFAULT_TEMPLATES))
     if config.classes is not None:
         classes = read_lines(config.classes)
-    if config.templates is not None:
-        templates = read_lines(config.templates)
+    if config.options.templates is not None:
+        templates = read_lines(Path(config.options.templates))
     return classes, templates
 
 

@@ -2,6 +2,7 @@
 
 import os
 import stat
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ STRETCH = 16
 PROBES = 100
 
 
-class ImageFiles:
+class ImageFiles(ABC):
     """Random access to images named by path; tables and folders say what belongs to each.
 
     Args:
@@ -40,13 +41,13 @@ class ImageFiles:
         self.counts = (STRETCH,) * (count // STRETCH) + ((rest,) if rest else ())
         self.parts: tuple[int, ...] = (len(self.counts),)
 
+    @abstractmethod
     def path_of(self, index: int) -> str:
         """The image's path as it was written."""
-        raise NotImplementedError
 
+    @abstractmethod
     def texts_of(self, index: int) -> tuple[str, ...]:
         """The sample's captions."""
-        raise NotImplementedError
 
     def label_of(self, index: int) -> int | None:
         """The class index, None where there are no classes."""

@@ -1,7 +1,6 @@
 """What the flags say of data, apart from its name."""
 
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, Literal
 
 DatasetType = Literal["auto", "webdataset", "csv", "coco", "imagefolder", "synthetic", "scenes"]
@@ -12,28 +11,27 @@ CACHE_BYTES = 50 << 30
 class DataOptions:
     """How data is read; the fields are the flags of the same names.
 
-    Args:
-        dataset_type: "auto" tells by the data's name.
-        csv_img_key, csv_caption_key: the columns of a table that hold image paths and captions.
-        csv_separator: one character between columns, or the two characters \\t for a tab.
-        image_root: folder that relative image paths of tables begin at; None for the defaults of
-            `fastclip.data.tables`.
-        templates: file of prompt templates that make an ImageFolder's captions, one a line.
-        cache_dir: folder that remote shards are fetched to; None for the user's cache folder.
-        cache_bytes: most bytes kept in it.
-
     Raises:
         ValueError: the separator is no single character, or the cache has no room at all.
     """
 
     dataset_type: DatasetType = "auto"
+    """What the data are; auto tells by the name."""
     csv_img_key: str = "filepath"
+    """Column of a table that holds the paths of images."""
     csv_caption_key: str = "title"
+    """Column of a table that holds captions."""
     csv_separator: str = "\t"
-    image_root: str | Path | None = None
-    templates: str | Path | None = None
-    cache_dir: str | Path | None = None
+    """One character between the columns of a table; \\t means a tab."""
+    image_root: str | None = None
+    """Folder of a table's images; by default beside the table."""
+    templates: str | None = None
+    """File of prompt templates, one a line with {} or {c} for the class name; they make an
+    image folder's captions, and the prompts of a zero-shot evaluation."""
+    cache_dir: str | None = None
+    """Folder that remote shards are fetched to; by default fastclip in the user's cache."""
     cache_bytes: int = CACHE_BYTES
+    """Most bytes kept there."""
 
     def __post_init__(self) -> None:
         # a shell passes '\t' on as two characters

@@ -107,7 +107,10 @@ def _require_file(path: Path) -> None:
 
 def _header(path: Path, separator: str) -> list[str]:
     with path.open(encoding="utf-8-sig", newline="", errors="replace") as file:
-        return next(csv.reader(file, delimiter=separator), [])
+        try:
+            return next(csv.reader(file, delimiter=separator), [])
+        except csv.Error as error:
+            raise ValueError(f"{path} is no table in UTF-8: {error}") from error
 
 
 def _separator_of(path: Path, options: DataOptions) -> str:

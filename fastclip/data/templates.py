@@ -18,5 +18,6 @@ def fill_template(template: str, name: str) -> str:
 
 def read_lines(path: Path) -> list[str]:
     """The non-empty lines of a text file, stripped."""
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    # not splitlines, which also splits at separators that names may contain
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").split("\n")]
     return [line for line in lines if line]

@@ -1,5 +1,6 @@
 """Features of a whole data set in a .npy file, resumable."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -94,6 +95,15 @@ class Embedding:
         # rows first: the count may never be ahead of them
         rows.flush()
         write_text(self.progress, json.dumps({"done": done, "identity": self.identity}))
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """A digest of every parameter and buffer: which weights features were made with."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ import torch.distributed as dist
 from torch import nn
 
 from fastclip.device import choose_device
+
+WAIT = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,11 @@ def world(device: str) -> Iterator[World]:
         ValueError: the device cannot be used, or there are more processes than GPUs here.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size > 1 and not {"RANK", "LOCAL_RANK"} <= os.environ.keys():
+        raise ValueError(
+            f"WORLD_SIZE is {size} but RANK or LOCAL_RANK is not set: start with torchrun, or "
+            "unset WORLD_SIZE"
+        )
     chosen = choose_device(device)
     if size == 1:
         if chosen.type == "cuda":
@@ -77,7 +85,9 @@ def world(device: str) -> Iterator[World]:
             )
         chosen = torch.device("cuda", local_rank)
         torch.cuda.set_device(chosen)
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    # the first rank evaluates while the others wait, which may take longer than NCCL's ten minutes;
+    # a rank that dies is noticed by torchrun, not by this
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=WAIT)
     try:
         yield World(rank, size, chosen)
     finally:

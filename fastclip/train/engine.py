@@ -66,7 +66,8 @@ class TorchEngine:
         with self._autocast:
             output = self._towers(images, texts)
             features = output["image_features"], output["text_features"]
-            loss = self._loss(*features, output["logit_scale"])
+            # a bias cancels, but data-parallel training wants a gradient of every parameter
+            loss = self._loss(*features, output["logit_scale"], output.get("logit_bias"))
         self.optimizer.zero_grad(set_to_none=True)
         self._scaler.scale(loss).backward()
         self._scaler.unscale_(self.optimizer)

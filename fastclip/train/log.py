@@ -48,9 +48,9 @@ class RunLog:
                     self._writer.add_scalar(name, value, step)
 
     def samples(self, step: int, keys: list[str]) -> None:
-        """Write down which samples a step saw, if that was asked for."""
-        if self._samples is not None:
-            _append(self._samples, {"step": step, "keys": keys})
+        """Write down which samples a step saw, over all processes; needs log_sample_ids."""
+        assert self._samples is not None
+        _append(self._samples, {"step": step, "keys": keys})
 
     def close(self) -> None:
         """Flush and close every file."""

@@ -81,6 +81,8 @@ def _train(config: TrainConfig, here: World) -> Path:
         state.restore_rng(resumed["rng"][here.rank], here.device)
     elif here.rank > 0:
         state.seed_rng(hash64(config.seed, here.rank))
+    # as large as model and optimiser together
+    del resumed
 
     def save(name: str) -> None:
         position = step_in_epoch * config.batch_size * here.size
@@ -107,8 +109,10 @@ def _train(config: TrainConfig, here: World) -> Path:
                 step, step_in_epoch = step + 1, step_in_epoch + 1
                 meter.step()
                 bar.update()
-                if log is not None:
-                    log.samples(step, batch["key"])
+                if config.log_sample_ids:
+                    keys = [key for part in here.gather(batch["key"]) for key in part]
+                    if log is not None:
+                        log.samples(step, keys)
                 if log is not None and (
                     step % config.log_every_n_steps == 0 or done + 1 == total_steps
                 ):
@@ -133,6 +137,7 @@ def _train(config: TrainConfig, here: World) -> Path:
 
             epoch, step_in_epoch = epoch + 1, 0
             last = epoch == config.epochs
+            due = epoch % config.save_frequency == 0 or last
             try:
                 if validator and log and (epoch % config.val_frequency == 0 or last):
                     metrics = validator()
@@ -140,9 +145,9 @@ def _train(config: TrainConfig, here: World) -> Path:
                     bar.write(f"epoch {epoch}: {_readable(metrics)}", file=sys.stderr)
             finally:
                 # an evaluation that fails must not cost the epoch
-                if epoch % config.save_frequency == 0 or last:
+                if due:
                     save(f"epoch_{epoch}.pt")
-            if config.delete_previous_checkpoint and here.is_first:
+            if due and config.delete_previous_checkpoint and here.is_first:
                 state.prune_epoch_checkpoints(checkpoints, keep=epoch)
     finally:
         bar.close()

@@ -131,7 +131,7 @@ def read_resumed(config: TrainConfig, run: Path, world: World) -> dict[str, Any]
         _note(
             world,
             f"{len(resumed['rng'])} processes before, {world.size} now: the same samples follow, "
-            "but dropout draws other numbers",
+            "but dropout draws other numbers and BatchNorm sees other parts of the batch",
         )
     _note(world, f"resuming {path} at step {resumed['step']}")
     return resumed

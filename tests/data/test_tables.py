@@ -343,3 +343,10 @@ def test_real_captions_three_ways(real_data: Path, tmp_path: Path) -> None:
             # five a photograph; the files have them in another order than the photographs
             assert len(sample.texts) >= 5 and sample.texts == b[key].texts
             assert np.array_equal(np.asarray(sample.image), np.asarray(b[key].image))
+
+
+def test_a_file_that_is_no_table_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("x" * 200_000)
+    with pytest.raises(ValueError, match="is no table in UTF-8"):
+        open_csv(path, DataOptions())

@@ -49,7 +49,8 @@ def test_images_in_order_with_nan_for_unreadable_ones(
 def test_texts_resume_where_they_stopped(
     run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    texts = [f"a text of number {i}" for i in range(50)]
+    # a line separator inside a caption is no new line
+    texts = [f"a text\u2028of number {i}" for i in range(50)]
     (tmp_path / "t.txt").write_text("\n".join(texts))
     output = tmp_path / "t.npy"
     command = f"embed texts {tmp_path}/t.txt --model {run} -o {output} --batch-size 4".split()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fastclip.cli import main
 from fastclip.models import checkpoint
 from fastclip.train.config import parse
 from fastclip.train.log import read_metrics
@@ -76,3 +77,11 @@ def test_a_global_batch_that_cannot_follow_is_refused(flags: list[str]) -> None:
     position = checkpoint.read(source)["data"]["position"]
     with pytest.raises(ValueError, match=f"stands at sample {position} of an epoch"):
         train(parse([*flags, "--name", "b", "--batch-size", "100", "--resume", str(source)]))
+
+
+def test_a_world_without_ranks_is_told(
+    flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert main(["train", *flags]) == 1
+    assert "start with torchrun" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""kill -9 at random steps and during a checkpoint's writing, then resume: the same bits."""
+"""kill -9 at four random steps and while a checkpoint is written, then resume: the same bits."""
 
 import json
 import random
@@ -13,7 +13,8 @@ from fastclip.models import checkpoint
 from fastclip.models.checkpoint import PARTIAL_SUFFIX
 from tests.train.test_loop import identical
 
-KILLS = 5
+KILLS = 4
+ATTEMPTS = 6
 STEPS = 200
 
 Start = Callable[..., subprocess.Popen[str]]
@@ -53,28 +54,25 @@ def test_killed_five_times_equals_uninterrupted(
 
     run = logs / "killed"
     rng = random.Random(workers)
-    # increasing, so that each kill hits new ground; the third waits for a checkpoint in writing
-    points = sorted(rng.sample(range(10, STEPS - 30), KILLS))
-    torn = 0
+    # increasing, so that each kill hits new ground
+    points = sorted(rng.sample(range(10, STEPS // 2), KILLS))
     for number, point in enumerate(points):
         resume = ["--resume", "latest"] if number else []
         process = start_training(*flags, "--name", "killed", *resume)
-        if number == 2:
-            kill_when(
-                process,
-                lambda: (
-                    last_step(run) >= points[2]
-                    and any((run / "checkpoints").glob("step_*" + PARTIAL_SUFFIX))
-                ),
-            )
-            torn += len(list((run / "checkpoints").glob("*.pt" + PARTIAL_SUFFIX)))
-        else:
-            kill_when(process, lambda point=point: last_step(run) >= point)
+        kill_when(process, lambda point=point: last_step(run) >= point)
         assert last_step(run) < STEPS
+    # and one while a checkpoint is being written; the writer may just finish, so try some times
+    partial = f"step_*.pt{PARTIAL_SUFFIX}"
+    for _ in range(ATTEMPTS):
+        process = start_training(*flags, "--name", "killed", "--resume", "latest")
+        kill_when(process, lambda: any((run / "checkpoints").glob(partial)))
+        torn = list((run / "checkpoints").glob(partial))
+        if torn:
+            break
     final = start_training(*flags, "--name", "killed", "--resume", "latest")
     _, errors = final.communicate(timeout=300)
     assert final.returncode == 0, errors[-2000:]
-    assert torn == 1, "the third kill did not hit a checkpoint in writing"
+    assert torn, "no kill hit a checkpoint in writing"
 
     for name in ("epoch_1.pt", "epoch_2.pt", "step_00000196.pt"):
         ours = checkpoint.read(run / "checkpoints" / name)

@@ -2,6 +2,8 @@
 
 import json
 import math
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,6 +127,25 @@ def test_checkpoints_are_kept_as_asked(train_flags: list[str]) -> None:
     assert len(list((run / "checkpoints").iterdir())) == 6
 
 
+def test_a_checkpoint_is_kept_between_saves(train_flags: list[str]) -> None:
+    """An epoch that is not saved must not cost the one that was."""
+    flags = [*train_flags, "--name", "a", "--epochs", "3", "--save-frequency", "2"]
+    seen = []
+    save = loop.checkpoint.write
+
+    def watch(path: Path, content: dict[str, Any]) -> None:
+        seen.append(sorted(p.name for p in path.parent.glob("*.pt")))
+        save(path, content)
+
+    loop.checkpoint.write = watch
+    try:
+        train(parse([*flags, "--delete-previous-checkpoint"]))
+    finally:
+        loop.checkpoint.write = save
+    # when epoch 3, the last, is written, that of epoch 2 is still there
+    assert seen == [[], ["epoch_2.pt"]]
+
+
 def test_an_existing_run_is_not_overwritten(
     train_flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -205,7 +226,23 @@ def test_float16_trains_with_a_loss_scale(train_flags: list[str]) -> None:
 def test_wandb_is_asked_for_by_name(
     train_flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import sys
+    logged = []
+    finished = []
+
+    class Run:
+        def log(self, values: dict[str, float], step: int) -> None:
+            logged.append((step, values["loss"]))
+
+        def finish(self) -> None:
+            finished.append(True)
+
+    # a stand-in: the package itself wants an account and a network
+    standin = types.SimpleNamespace(init=lambda **options: Run())
+    monkeypatch.setitem(sys.modules, "wandb", standin)
+    flags = [*train_flags, "--epochs", "1", "--report-to", "tensorboard,wandb"]
+    run = train(parse([*flags, "--name", "b"]))
+    assert logged == [(line["step"], line["loss"]) for line in read_metrics(run)]
+    assert finished and list((run / "tensorboard").iterdir())
 
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert main(["train", *train_flags, "--name", "a", "--report-to", "wandb"]) == 1
