@@ -108,15 +108,18 @@ def test_the_loss_falls(train_flags: list[str]) -> None:
     assert losses[0] > 1.5 and sum(losses[-10:]) / 10 < 0.5
 
 
-def test_torchcompile_gives_the_same_losses(train_flags: list[str]) -> None:
-    plain = train(parse([*train_flags, "--name", "plain", "--epochs", "1"]))
-    compiled = train(parse([*train_flags, "--name", "compiled", "--epochs", "1", "--torchcompile"]))
+def test_torchcompile_gives_the_same_losses(train_flags: list[str], tmp_path: Path) -> None:
+    # dropout draws its numbers in other places of a compiled graph
+    model = tmp_path / "tiny.json"
+    model.write_text(model.read_text().replace('"patch_dropout": 0.5', '"patch_dropout": 0.0'))
+    flags = [*train_flags, "--epochs", "1"]
+    plain = train(parse([*flags, "--name", "plain"]))
+    compiled = train(parse([*flags, "--name", "compiled", "--torchcompile"]))
     first, second = ([line["loss"] for line in read_metrics(run)] for run in (plain, compiled))
-    # patch dropout draws its numbers in other places of the compiled graph: first step only
-    assert first[0] == pytest.approx(second[0], rel=0.2)
-    assert state_of(plain, "epoch_1.pt")["state_dict"].keys() == (
-        state_of(compiled, "epoch_1.pt")["state_dict"].keys()
-    )
+    assert first == pytest.approx(second, rel=1e-5)
+    # checkpoints of a compiled run load into a plain one
+    names = [state_of(run, "epoch_1.pt")["state_dict"].keys() for run in (plain, compiled)]
+    assert names[0] == names[1]
 
 
 def test_checkpoints_are_kept_as_asked(train_flags: list[str]) -> None:
