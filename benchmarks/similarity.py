@@ -55,10 +55,12 @@ def rivals(inputs: Inputs, autocast: bool) -> list[Rival]:
     ]
 
 
-def error(n: int, width: int) -> float:
-    """Relative error of dX in float32 against the dense float64 reference, a quick check."""
-    inputs = make_inputs(n, width, torch.float32, "cpu", 14.3)
+def error(n: int, width: int, device: str, autocast: bool) -> float:
+    """Relative error of dX, as it will be timed, against the dense float64 reference."""
+    inputs = make_inputs(n, width, torch.float32, device, 14.3)
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
-    (got,) = torch.autograd.grad(clip_loss(*inputs), inputs[0])
+    with torch.autocast(device, torch.bfloat16, enabled=autocast):
+        loss = clip_loss(*inputs)
+    (got,) = torch.autograd.grad(loss, inputs[0])
     (want,) = torch.autograd.grad(clip_loss(*exact, backend="reference"), exact[0])
     return ((got.double() - want).norm() / want.norm()).item()

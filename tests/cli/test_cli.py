@@ -118,3 +118,25 @@ def test_bench_prints_ratios_and_writes_json(
     assert all(0 < row["p20"] <= row["p50"] <= row["p80"] for row in content["results"])
     assert all(row["ratio"] == 1 for row in content["results"] if row["name"] == "open_clip")
     assert content["environment"]["torch"]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bench_times_nothing_that_fails_its_check(
+    autocast: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import fastclip.bench.similarity as similarity
+
+    flags = ["--n", "64", "--width", "16", "--rounds", "1", "--device", "cpu"]
+    flags += ["--autocast"] if autocast else []
+    assert main(["bench", "losses", *flags]) == 0
+    # a loss whose gradient is a tenth too large
+    original = similarity.clip_loss
+    monkeypatch.setattr(
+        similarity,
+        "clip_loss",
+        lambda *inputs, **options: (
+            original(*inputs, **options) * (1.0 if "backend" in options else 1.1)
+        ),
+    )
+    assert main(["bench", "losses", *flags]) == 1
+    assert "fails its quick check" in capsys.readouterr().err
