@@ -9,7 +9,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -78,11 +78,6 @@ def write_json(path: Path, results: list[dict[str, Any]], device: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"environment": environment(device), "results": results}
     path.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def as_row(timing: Timing) -> dict[str, Any]:
-    """A timing as plain values."""
-    return asdict(timing)
 
 
 def _quantile(values: list[float], q: float) -> float:

@@ -1,4 +1,4 @@
-"""Which device to compute on, and why a GPU is not used."""
+"""Which device to compute on and in which precision, and why a GPU is not used."""
 
 import os
 import shutil
@@ -6,6 +6,9 @@ import warnings
 from pathlib import Path
 
 import torch
+
+# What the towers compute in by --precision; None is the parameters' own float32.
+AUTOCAST_DTYPES = {"fp32": None, "amp": torch.float16, "amp_bf16": torch.bfloat16}
 
 
 def choose_device(name: str) -> torch.device:
@@ -33,6 +36,12 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: there are {torch.cuda.device_count()} GPUs")
     return device
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context in which towers run at a precision of `AUTOCAST_DTYPES`."""
+    dtype = AUTOCAST_DTYPES[precision]
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 def cuda_obstacle() -> str | None:

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -41,7 +41,7 @@ class BenchConfig:
 def main(arguments: Sequence[str]) -> int:
     """Print a table; an operator whose quick check fails is not timed, and the status is 1."""
     import fastclip.bench.similarity as similarity
-    from fastclip.bench.runner import as_row, interleave, write_json
+    from fastclip.bench.runner import interleave, write_json
 
     config = tyro.cli(BenchConfig, args=list(arguments), prog="fastclip bench")
     chosen = choose_device(config.device)
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
             inputs = similarity.make_inputs(n, width, torch.float32, device, config.scale)
             rivals = similarity.rivals(inputs, config.autocast)
             for timing in interleave(rivals, rounds=config.rounds, device=device):
-                row = {"n": n, "width": width, "autocast": config.autocast, **as_row(timing)}
+                row = {"n": n, "width": width, "autocast": config.autocast, **asdict(timing)}
                 results.append(row)
                 milliseconds = " ".join(f"{1e3 * row[q]:8.1f}" for q in ("p20", "p50", "p80"))
                 print(f"{n:7} {width:5}  {timing.name:20} {milliseconds}  {timing.ratio:.2f}")

@@ -70,7 +70,7 @@ def main(arguments: Sequence[str]) -> int:
         counts, faults = convert_table(table, config.target, prefix, per_shard=config.per_shard)
         written = {prefix: counts}
         if faults.counts:
-            print("\n".join([f"skipped: {faults.summary()}", *faults.places()]), file=sys.stderr)
+            print(f"skipped: {faults.report()}", file=sys.stderr)
     for split, counts in written.items():
         print(f"{split}: {sum(counts)} samples in {len(counts)} shards", file=sys.stderr)
     print(config.target)

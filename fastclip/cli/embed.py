@@ -14,7 +14,8 @@ from fastclip.data.loader import FaultLog
 from fastclip.data.options import DataOptions
 from fastclip.data.sources import open_source
 from fastclip.device import choose_device
-from fastclip.evaluate.embed import Embedding, fingerprint, image_batches, text_batches
+from fastclip.evaluate.embed import Embedding, fingerprint, image_batches
+from fastclip.evaluate.features import text_batches
 from fastclip.models.clip import load
 
 
@@ -88,7 +89,6 @@ def main(arguments: Sequence[str]) -> int:
     }
     Embedding(config.output, count, identity).run(batches, progress=True)
     if faults.counts:
-        print(f"rows of NaN: {faults.summary()}", file=sys.stderr)
-        print("\n".join(faults.places()), file=sys.stderr)
+        print(f"rows of NaN: {faults.report()}", file=sys.stderr)
     print(config.output)
     return 0

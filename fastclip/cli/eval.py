@@ -16,6 +16,7 @@ from fastclip.evaluate.features import embed_images
 from fastclip.evaluate.results import write_result
 from fastclip.evaluate.retrieval import evaluate_retrieval
 from fastclip.evaluate.zeroshot import DEFAULT_TEMPLATES, classes_of, evaluate_zeroshot, read_lines
+from fastclip.models.checkpoint import run_of
 from fastclip.models.clip import load
 
 TASKS = {"zeroshot": "zeroshot_classification", "retrieval": "zeroshot_retrieval"}
@@ -79,11 +80,10 @@ def main(arguments: Sequence[str]) -> int:
     else:
         metrics = evaluate_retrieval(model, images, k=config.recall_k, precision=config.precision)
     if images.faults.counts:
-        print(f"skipped: {images.faults.summary()}", file=sys.stderr)
-        print("\n".join(images.faults.places()), file=sys.stderr)
+        print(f"skipped: {images.faults.report()}", file=sys.stderr)
     print(json.dumps(metrics, indent=2))
 
-    run = Path(config.model) if Path(config.model).is_dir() else Path(config.model).parents[1]
+    run = run_of(Path(config.model))
     dataset = Path(config.data.split("::")[0]).stem
     output = config.output or run / "eval" / f"{config.task}_{dataset}.json"
     write_result(

@@ -139,6 +139,10 @@ class TrainingLoader:
         workers: loader processes; 0 loads in this one.
         rank, world_size: which part of each step's samples is loaded here.
 
+    Attributes:
+        identity: seed and hash of the counts, which must be the same for positions to mean the
+            same samples.
+
     Raises:
         ValueError: an epoch does not fill a single batch.
     """
@@ -163,6 +167,7 @@ class TrainingLoader:
                 f"an epoch of {length} samples does not fill one batch of {batch}; "
                 "lower --batch-size or give more data"
             )
+        self.identity = {"seed": samples.order.seed, "counts": hash64(*samples.order.counts)}
         self._positions = _Positions(batch_size, self.steps_per_epoch, rank, world_size)
         self._loader: DataLoader[dict[str, Any]] = DataLoader(
             samples,
@@ -175,12 +180,6 @@ class TrainingLoader:
             # model's alone, or a resumed run would draw other numbers than the first
             generator=torch.Generator(),
         )
-
-    @property
-    def identity(self) -> dict[str, int]:
-        """What must be the same for positions to mean the same samples: seed and counts' hash."""
-        order = self._loader.dataset.order  # type: ignore[attr-defined]
-        return {"seed": order.seed, "counts": hash64(*order.counts)}
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[dict[str, Any]]:
         """The batches of `epoch` from `first_step` on."""
@@ -230,6 +229,10 @@ class FaultLog:
     def places(self) -> list[str]:
         """The first few faults of each kind, one text each."""
         return [str(fault) for examples in self.examples.values() for fault in examples]
+
+    def report(self) -> str:
+        """The summary, and the places below it."""
+        return "\n".join([self.summary(), *self.places()])
 
     def summary(self) -> str:
         """One line, e.g. "3 corrupt image, 1 cut inside a header"; empty where all was well."""

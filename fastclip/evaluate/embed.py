@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.lib.format import open_memmap
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from fastclip.data.loader import EvaluationSamples, FaultLog, Source
-from fastclip.evaluate.features import autocast, evaluating
+from fastclip.device import autocast
+from fastclip.evaluate.features import evaluating, normalised
 from fastclip.models.checkpoint import write_text
 from fastclip.models.clip import Model
 
@@ -137,19 +137,6 @@ def image_batches(
             rows = torch.full((len(batch), width), torch.nan)
             if readable:
                 images = torch.stack([batch[i]["image"] for i in readable]).to(device)
-                rows[readable] = F.normalize(towers.encode_image(images).float(), dim=-1).cpu()
+                rows[readable] = normalised(towers.encode_image(images))
             yield start, rows
             start += len(batch)
-
-
-@torch.no_grad()
-def text_batches(
-    model: Model, texts: list[str], start: int, *, batch_size: int, precision: str
-) -> Iterator[tuple[int, Tensor]]:
-    """(row, normalised features) of texts in order."""
-    device = next(model.model.parameters()).device
-    towers: Any = model.model
-    with evaluating(model.model), autocast(device, precision):
-        for first in range(start, len(texts), batch_size):
-            tokens = model.tokenizer(texts[first : first + batch_size]).to(device)
-            yield first, F.normalize(towers.encode_text(tokens).float(), dim=-1).cpu()

@@ -1,5 +1,6 @@
 """Normalised features of a data set, in the data's own order."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from fastclip.data.loader import EvaluationSamples, FaultLog, Source, collate
+from fastclip.device import autocast
 from fastclip.models.clip import Model
 
 
@@ -63,7 +65,7 @@ def embed_images(
             if "image" not in batch:
                 continue
             images = batch["image"].to(device)
-            found.append(_normalised(towers.encode_image(images)))
+            found.append(normalised(towers.encode_image(images)))
             texts += batch["texts"]
             labels += batch["label"]
             keys += batch["key"]
@@ -72,29 +74,30 @@ def embed_images(
     return ImageFeatures(torch.cat(found), texts, labels, keys, faults)
 
 
-@torch.no_grad()
 def embed_texts(
     model: Model, texts: list[str], *, batch_size: int = 256, precision: str = "fp32"
 ) -> Tensor:
     """Text features, (len(texts), D) float32, normalised."""
+    options: dict[str, Any] = {"batch_size": batch_size, "precision": precision}
+    return torch.cat([features for _, features in text_batches(model, texts, 0, **options)])
+
+
+@torch.no_grad()
+def text_batches(
+    model: Model, texts: list[str], start: int, *, batch_size: int, precision: str
+) -> Iterator[tuple[int, Tensor]]:
+    """(row, normalised features) of the texts from `start` on, in order."""
     device = next(model.model.parameters()).device
-    found = []
     towers: Any = model.model
     with evaluating(model.model), autocast(device, precision):
-        for start in range(0, len(texts), batch_size):
-            tokens = model.tokenizer(texts[start : start + batch_size]).to(device)
-            found.append(_normalised(towers.encode_text(tokens)))
-    return torch.cat(found)
+        for first in range(start, len(texts), batch_size):
+            tokens = model.tokenizer(texts[first : first + batch_size]).to(device)
+            yield first, normalised(towers.encode_text(tokens))
 
 
-def _normalised(features: Tensor) -> Tensor:
+def normalised(features: Tensor) -> Tensor:
+    """Features of length one in float32 on the CPU."""
     return F.normalize(features.float(), dim=-1).cpu()
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context in which towers run at "fp32", "amp" (float16) or "amp_bf16"."""
-    dtype = {"fp32": None, "amp": torch.float16, "amp_bf16": torch.bfloat16}[precision]
-    return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 class evaluating:

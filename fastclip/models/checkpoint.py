@@ -80,6 +80,31 @@ def find_latest(folder: Path) -> Path | None:
     return None
 
 
+def run_of(path: Path) -> Path:
+    """The run's folder of a run's folder or of a checkpoint inside it."""
+    return path if path.is_dir() else path.parent.parent
+
+
+def resolve(path: Path) -> Path:
+    """The checkpoint that a run's folder (its latest) or a checkpoint's own path means.
+
+    Raises:
+        FileNotFoundError: the run has no whole checkpoint.
+    """
+    if not path.is_dir():
+        return path
+    latest = find_latest(path / "checkpoints")
+    if latest is None:
+        raise FileNotFoundError(f"{path / 'checkpoints'} holds no whole checkpoint")
+    return latest
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint and its manifest."""
+    path.unlink()
+    path.with_suffix(".json").unlink(missing_ok=True)
+
+
 def step_of(path: Path) -> int:
     """The step of a checkpoint that `find_latest` gave."""
     return int(json.loads(path.with_suffix(".json").read_text())["step"])

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastclip.models.checkpoint import find_latest, read_weights
+from fastclip.models.checkpoint import read_weights, resolve, run_of
 
 CONFIG_FILE = "open_clip_config.json"
 
@@ -108,14 +108,12 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Model:
         ValueError: the checkpoint is not of the described model.
     """
     path = Path(path)
-    run = path if path.is_dir() else path.parent.parent
+    run = run_of(path)
     if not (run / CONFIG_FILE).is_file():
         raise FileNotFoundError(
             f"{run / CONFIG_FILE} does not exist: {path} is no run of fastclip train"
         )
-    checkpoint = find_latest(run / "checkpoints") if path.is_dir() else path
-    if checkpoint is None:
-        raise FileNotFoundError(f"{run / 'checkpoints'} holds no whole checkpoint")
+    checkpoint = resolve(path)
     state = read_weights(checkpoint)
     built = _build(f"local-dir:{run}", device)
     _load_weights(built.model, state, str(checkpoint))

@@ -25,14 +25,12 @@ def export_open_clip(source: Path, target: Path) -> None:
     """
     if target.exists():
         raise FileExistsError(f"{target} exists; choose another name")
-    path = checkpoint.find_latest(source / "checkpoints") if source.is_dir() else source
-    if path is None:
-        raise FileNotFoundError(f"{source / 'checkpoints'} holds no whole checkpoint")
+    path = checkpoint.resolve(source)
     content = checkpoint.read(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     kept: dict[str, Any] = {name: content[name] for name in ("epoch", "name") if name in content}
     torch.save({**kept, "state_dict": content["state_dict"]}, target)
-    description = path.parent.parent / CONFIG_FILE
+    description = checkpoint.run_of(path) / CONFIG_FILE
     if description.is_file():
         (target.parent / CONFIG_FILE).write_text(description.read_text())
 

@@ -5,14 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastclip.device import AUTOCAST_DTYPES, autocast
 from fastclip.losses.clip import ClipLoss
 from fastclip.models.clip import Model
 from fastclip.train.config import TrainConfig
 from fastclip.train.distributed import World
 from fastclip.train.health import NonFiniteError, first_non_finite
 from fastclip.train.optim import build_optimizer, clamp_logit_scale
-
-AUTOCAST_DTYPES = {"fp32": None, "amp": torch.float16, "amp_bf16": torch.bfloat16}
 
 
 class TorchEngine:
@@ -45,9 +44,9 @@ class TorchEngine:
             label_smoothing=config.label_smoothing,
             backend=config.loss_backend,
         )
-        dtype = AUTOCAST_DTYPES[config.precision]
-        self._autocast = torch.autocast(world.device.type, dtype, enabled=dtype is not None)
-        self._scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
+        self._autocast = autocast(world.device, config.precision)
+        scaled = AUTOCAST_DTYPES[config.precision] == torch.float16
+        self._scaler = torch.amp.GradScaler(world.device.type, enabled=scaled)
         self._mean, self._std = (
             torch.tensor(model.preprocess_config[name], device=world.device).view(3, 1, 1) * 255
             for name in ("mean", "std")

@@ -1,12 +1,12 @@
 """What a run writes down: metrics.jsonl, TensorBoard, sample ids, the loss plot."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
+from fastclip.models.checkpoint import write_text
 from fastclip.train.config import TrainConfig
 
 METRICS_FILE = "metrics.jsonl"
@@ -115,11 +115,8 @@ def _append(file: IO[str], value: dict[str, Any]) -> None:
 
 
 def _open_from(path: Path, step: int) -> IO[str]:
-    kept = [line for line in _read_lines(path) if line["step"] <= step]
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as file:
-        file.writelines(json.dumps(line) + "\n" for line in kept)
-    os.replace(partial, path)
+    kept = [json.dumps(line) + "\n" for line in _read_lines(path) if line["step"] <= step]
+    write_text(path, "".join(kept))
     return path.open("a")
 
 

@@ -15,12 +15,12 @@ from fastclip.data.loader import TrainingLoader, TrainingSamples
 from fastclip.data.options import DataOptions
 from fastclip.data.order import Order
 from fastclip.data.sources import open_source, shard_weights
+from fastclip.device import AUTOCAST_DTYPES
 from fastclip.models import checkpoint
 from fastclip.models.clip import CONFIG_FILE, Model, describe
 from fastclip.ops.backend import explain
 from fastclip.train.config import TrainConfig, from_dict, to_yaml
 from fastclip.train.distributed import World
-from fastclip.train.engine import AUTOCAST_DTYPES
 
 # What a resumed run must share with its beginning to continue exactly.
 DEFINES_THE_RUN = (
@@ -94,28 +94,27 @@ def read_resumed(config: TrainConfig, run: Path, world: World) -> dict[str, Any]
                 f"{run} exists; choose another --name, or go on with it: --resume latest"
             )
         return None
-    if config.resume == "latest":
-        if not existing:
-            _note(world, f"{folder} holds no checkpoint yet; the run begins")
-            return None
-        path = checkpoint.find_latest(folder)
-        if path is None:
-            raise FileNotFoundError(f"--resume latest: {folder} holds no whole checkpoint")
-    else:
-        path = Path(config.resume)
+    if config.resume == "latest" and not existing:
+        _note(world, f"{folder} holds no checkpoint yet; the run begins")
+        return None
+    # found once: it reads every byte of a checkpoint
+    latest = checkpoint.find_latest(folder) if existing else None
+    path = latest if config.resume == "latest" else Path(config.resume)
+    if path is None:
+        raise FileNotFoundError(f"--resume latest: {folder} holds no whole checkpoint")
     resumed = checkpoint.read(path)
     if "data" not in resumed:
         raise ValueError(
             f"{path} holds weights but no training state; begin with them: --pretrained {path}"
         )
-    latest = checkpoint.find_latest(folder) if existing else None
     if latest is not None and checkpoint.step_of(latest) > resumed["step"]:
         raise ValueError(
             f"{run} has gone on to {latest.name}; to branch off from step {resumed['step']} "
             "choose another --name"
         )
+    earlier = from_dict(resumed["config"])
     for key in DEFINES_THE_RUN:
-        before, value = getattr(from_dict(resumed["config"]), key), getattr(config, key)
+        before, value = getattr(earlier, key), getattr(config, key)
         if before != value:
             flag = "--" + key.replace("_", "-")
             changed = f"{flag} was {before} and is now {value}"

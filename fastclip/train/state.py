@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastclip.models import checkpoint
 from fastclip.train.config import TrainConfig
 from fastclip.train.engine import TorchEngine
 
@@ -75,13 +76,11 @@ def restore_rng(state: dict[str, Any], device: torch.device) -> None:
 def prune_step_checkpoints(folder: Path) -> None:
     """Delete all step checkpoints but the newest two, oldest first."""
     for path in sorted(folder.glob("step_*.pt"))[:-KEPT_STEP_CHECKPOINTS]:
-        path.unlink()
-        path.with_suffix(".json").unlink(missing_ok=True)
+        checkpoint.remove(path)
 
 
 def prune_epoch_checkpoints(folder: Path, keep: int) -> None:
     """Delete all epoch checkpoints but that of epoch `keep`."""
     for path in folder.glob("epoch_*.pt"):
         if path.name != f"epoch_{keep}.pt":
-            path.unlink()
-            path.with_suffix(".json").unlink(missing_ok=True)
+            checkpoint.remove(path)
