@@ -2,12 +2,33 @@
 
 Features are normalised by the caller and scales already exponentiated, as in open_clip. Results
 are float32 (float64 for float64 features); gradients come in each input's dtype.
+
+Every loss takes, beside its own arguments,
+
+    reduction: "mean" as each loss defines it, "sum" ("mean" times its divisor), or "none".
+    backend: "auto", "triton" (fused, NVIDIA GPUs), "torch" (chunked, everywhere) or "reference"
+        (dense, twice differentiable).
+    chunk_bytes: size of a chunk of the similarity matrix, of which up to three are alive at a
+        time; None takes a fixed default.
+    precision: "auto" follows autocast, "input" computes in the features' dtype.
+
+and raises ValueError on shapes, dtypes, devices or options that do not fit together.
+`with_accuracy` adds the top-1 accuracy, a by-product without gradient: an anchor counts where its
+positive lies above every negative.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from fastclip.ops import checks
+from fastclip.ops.info_nce import info_nce_sum
+from fastclip.ops.sigmoid import sigmoid_loss
 from fastclip.ops.similarity import similarity_statistics
+from fastclip.ops.symmetric import block_statistics, label_statistics
+from fastclip.ops.tiles import softplus
+from fastclip.ops.triangle import Blocks
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -21,12 +42,13 @@ def clip_loss(
     label_smoothing: float = 0.0,
     row_group: Tensor | None = None,
     column_group: Tensor | None = None,
+    with_accuracy: bool = False,
     reduction: str = "mean",
     backend: str = "auto",
     chunk_bytes: int | None = None,
     precision: str = "auto",
-) -> Tensor:
-    """Symmetric image-text cross-entropy (Radford et al. 2021, figure 3), N x N never stored.
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Symmetric image-text cross-entropy (Radford et al. 2021, figure 3).
 
     Args:
         image_features: (N, D), normalised.
@@ -38,21 +60,15 @@ def clip_loss(
         label_smoothing: in [0, 1); mass spread evenly over all candidates of each direction.
         row_group, column_group: (N,) and (M,) integer ids; texts of an image's group other than
             its own are left out, so that duplicate captions are not negatives.
-        reduction: "mean" over the N pairs of the mean of both directions, "sum" (N times that),
-            or "none": (N,).
-        backend: "auto", "torch" (chunked) or "reference" (dense, twice differentiable).
-        chunk_bytes: size of a chunk of the similarity matrix, of which up to three are alive at
-            a time; None takes a fixed default.
-        precision: "auto" follows autocast, "input" computes in the features' dtype.
+        with_accuracy: whether to return also the accuracy, (2,): of images among texts, of texts
+            among images.
+        reduction: "mean" over the N pairs of the mean of both directions; "none": (N,).
+        backend, chunk_bytes, precision: see the module.
 
     Returns:
-        The loss, 0-d or (N,).
-
-    Raises:
-        ValueError: on shapes, dtypes, devices or options that do not fit together.
+        The loss, 0-d or (N,), or a pair of the loss and the accuracy.
     """
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction is {reduction!r}; use one of {', '.join(REDUCTIONS)}")
+    _check_reduction(reduction)
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing is {label_smoothing}; give a number in [0, 1)")
     statistics = similarity_statistics(
@@ -67,20 +83,315 @@ def clip_loss(
         precision=precision,
     )
     positive = statistics.positive
-    loss = (
-        _softplus(statistics.row_lse - positive) + _softplus(statistics.column_lse - positive)
-    ) / 2
+    row, column = (softplus(lse - positive) for lse in (statistics.row_lse, statistics.column_lse))
+    loss = (row + column) / 2
     if label_smoothing > 0:
         mean = (statistics.row_mean + statistics.column_mean) / 2
         loss = loss + label_smoothing * (positive - mean)
     if logit_bias is not None:
         # a non-finite bias still shows
         loss = loss + 0 * logit_bias
+    loss = _reduce(loss, reduction)
+    if not with_accuracy:
+        return loss
+    return loss, torch.stack(
+        [_above(positive, top) for top in (statistics.row_max, statistics.column_max)]
+    )
+
+
+def siglip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None,
+    *,
+    reduction: str = "mean",
+    backend: str = "auto",
+    chunk_bytes: int | None = None,
+    precision: str = "auto",
+) -> Tensor:
+    """Sigmoid loss over all pairs (Zhai et al. 2023), as open_clip's.
+
+    Args:
+        image_features, text_features: (N, D), normalised; text i belongs to image i.
+        logit_scale: 0-d or (1,) tensor, or a number: the inverse temperature.
+        logit_bias: 0-d or (1,) tensor, a number or None, added to every logit.
+        reduction: "mean": the sum over all N * N pairs divided by N; "none": the rows' sums, (N,).
+        backend, chunk_bytes, precision: see the module.
+    """
+    _check_reduction(reduction)
+    if image_features.shape[:1] != text_features.shape[:1]:
+        raise ValueError(
+            f"{image_features.shape[0]} images and {text_features.shape[0]} texts; the sigmoid "
+            "loss needs one text an image"
+        )
+    loss = sigmoid_loss(
+        image_features,
+        text_features,
+        logit_scale,
+        logit_bias,
+        per_row=reduction == "none",
+        backend=backend,
+        chunk_bytes=chunk_bytes,
+        precision=precision,
+    )
+    return loss / image_features.shape[0] if reduction == "mean" else loss
+
+
+def info_nce_loss(
+    query: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor | float,
+    positive_index: Tensor | None = None,
+    *,
+    bank: Tensor | None = None,
+    in_batch: bool = True,
+    with_accuracy: bool = False,
+    reduction: str = "mean",
+    backend: str = "auto",
+    chunk_bytes: int | None = None,
+    precision: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """One-direction softmax cross-entropy (van den Oord et al. 2018): each query among the keys.
+
+    Args:
+        query: (N, D), normalised.
+        keys: (M, D), normalised; further keys are extra negatives.
+        logit_scale: 0-d or (1,) tensor, or a number: the inverse temperature.
+        positive_index: (N,) integers in [0, M), the queries' positives; may repeat. None: query
+            i's is key i. Values are not checked on the host; out of range is undefined.
+        bank: (K, D), further negatives without gradient (a memory bank).
+        in_batch: whether other queries' keys are negatives; False only with a bank.
+        with_accuracy: whether to return also the accuracy, 0-d.
+        reduction: "mean" over the N queries; "none": (N,).
+        backend, chunk_bytes, precision: see the module.
+
+    Returns:
+        The loss, 0-d or (N,), or a pair of the loss and the accuracy.
+    """
+    _check_reduction(reduction)
+    if bank is None and not in_batch:
+        raise ValueError("in_batch=False leaves no negatives; give a bank")
+    own = keys.shape[0]
+    if bank is not None:
+        checks.check_features("bank", bank)
+        checks.check_features("keys", keys)
+        if bank.shape[1] != keys.shape[1] or bank.device != keys.device:
+            raise ValueError(
+                f"the bank is {tuple(bank.shape)} on {bank.device}, the keys "
+                f"{tuple(keys.shape)} on {keys.device}; both need one width and device"
+            )
+        keys = torch.cat([keys, bank.detach().to(keys.dtype)])
+    if positive_index is None and query.shape[0] > own:
+        raise ValueError(f"{query.shape[0]} queries but only {own} keys; give positive_index")
+    positives = {
+        "positive_index": positive_index,
+        "first": 0 if in_batch else own,
+        "trainable": own,
+    }
+    options = {"backend": backend, "chunk_bytes": chunk_bytes, "precision": precision}
+    if reduction == "none":
+        statistics = similarity_statistics(
+            query, keys, logit_scale, both=False, **positives, **options
+        )
+        loss = softplus(statistics.row_lse - statistics.positive)
+        margin = statistics.positive.detach() - statistics.row_max
+    else:
+        loss, margin = info_nce_sum(query, keys, logit_scale, **positives, **options)
+        if reduction == "mean":
+            loss = loss / query.shape[0]
+    return (loss, (margin > 0).to(loss.dtype).mean()) if with_accuracy else loss
+
+
+def mp_nce_loss(
+    features: Sequence[Tensor],
+    domains: Sequence[int],
+    logit_scale: Tensor | float,
+    logit_offset: Tensor | float | None = None,
+    *,
+    pair_weight: Tensor | None = None,
+    with_accuracy: bool = False,
+    reduction: str = "mean",
+    backend: str = "auto",
+    chunk_bytes: int | None = None,
+    precision: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Multi-positive NCE over several views and texts (UniCLIP, Lee et al. 2022).
+
+    With s_ij = logit_scale * <z_i, z_j> + logit_offset of the domains of i and j, P(i) the rows
+    of i's pair in the other blocks and N(i) the rows of all other pairs, an anchor's loss is
+
+        1/|P(i)| * sum_{p in P(i)} weight * softplus(logsumexp_{n in N(i)} s_in - s_ip):
+
+    positives stay out of each other's denominators.
+
+    Args:
+        features: B >= 2 blocks, each (N, D), normalised, in the same pair order.
+        domains: the domain of each block, e.g. [0, 0, 0, 1] for three views and a text.
+        logit_scale, logit_offset, pair_weight: (P, P) tensors for P domains, the entry (a, b) read
+            with a <= b; numbers and None (offset 0, weight 1) stand for a full table.
+        with_accuracy: whether to return also the accuracy over anchors and positives, 0-d.
+        reduction: "mean" over the B * N anchors; "none": (B * N,) in block order.
+        backend, chunk_bytes, precision: see the module.
+
+    Returns:
+        The loss, 0-d or (B * N,), or a pair of the loss and the accuracy.
+    """
+    _check_reduction(reduction)
+    features, domains = list(features), [int(d) for d in domains]
+    _check_blocks(features, domains)
+    like, count = features[0], max(domains) + 1
+    scale = checks.as_table("logit_scale", logit_scale, count, like)
+    offset = None
+    if logit_offset is not None:
+        offset = checks.as_table("logit_offset", logit_offset, count, like)
+        # tables may hold more domains than the blocks have
+        size = min(len(scale), len(offset))
+        scale, offset = scale[:size, :size], offset[:size, :size]
+    weight = None
+    if pair_weight is not None:
+        weight = checks.as_table("pair_weight", pair_weight, count, like)
+    lse, top, positive = block_statistics(
+        torch.cat(features),
+        domains,
+        scale,
+        offset,
+        backend=backend,
+        chunk_bytes=chunk_bytes,
+        precision=precision,
+    )
+    blocks = len(domains)
+    lse_of, top_of = lse.reshape(blocks, -1), top.reshape(blocks, -1)
+    losses: list[list[Tensor]] = [[] for _ in domains]
+    hits = []
+    for index, couple in enumerate(Blocks(len(like), domains).couples()):
+        for block in couple:
+            pair = softplus(lse_of[block] - positive[index])
+            if weight is not None:
+                pair = pair * weight[domains[couple[0]], domains[couple[1]]]
+            losses[block].append(pair)
+            hits.append(_above(positive[index], top_of[block]))
+    loss = torch.cat([torch.stack(terms).mean(dim=0) for terms in losses])
+    loss = _reduce(loss, reduction)
+    return (loss, torch.stack(hits).mean()) if with_accuracy else loss
+
+
+def nt_xent_loss(
+    view1: Tensor,
+    view2: Tensor,
+    temperature: Tensor | float,
+    *,
+    with_accuracy: bool = False,
+    reduction: str = "mean",
+    backend: str = "auto",
+    chunk_bytes: int | None = None,
+    precision: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Normalised-temperature cross-entropy among 2N views (SimCLR, Chen et al. 2020, eq. 1).
+
+    Args:
+        view1, view2: (N, D), normalised, two views of the same samples.
+        temperature: 0-d or (1,) tensor, or a number, > 0.
+        with_accuracy: whether to return also the accuracy, 0-d.
+        reduction: "mean" over the 2N anchors; "none": (2N,), view1's before view2's.
+        backend, chunk_bytes, precision: see the module.
+
+    Returns:
+        The loss, 0-d or (2N,), or a pair of the loss and the accuracy.
+    """
+    return mp_nce_loss(
+        [view1, view2],
+        [0, 0],
+        _inverse(temperature),
+        with_accuracy=with_accuracy,
+        reduction=reduction,
+        backend=backend,
+        chunk_bytes=chunk_bytes,
+        precision=precision,
+    )
+
+
+def sup_con_loss(
+    features: Tensor,
+    labels: Tensor,
+    temperature: Tensor | float,
+    *,
+    reduction: str = "mean",
+    backend: str = "auto",
+    chunk_bytes: int | None = None,
+    precision: str = "auto",
+) -> Tensor:
+    """Supervised contrastive loss, positives averaged outside the log (Khosla et al. 2020, eq. 2).
+
+    loss_i = logsumexp_{j != i} s_ij - mean over the others p of i's label of s_ip.
+
+    Args:
+        features: (M, D), normalised.
+        labels: (M,) integers of any values.
+        temperature: 0-d or (1,) tensor, or a number, > 0.
+        reduction: "mean" over the anchors that have a positive, 0 if none has; "none": (M,), 0
+            where there is no positive.
+        backend, chunk_bytes, precision: see the module.
+    """
+    _check_reduction(reduction)
+    statistics = label_statistics(
+        features,
+        labels,
+        _inverse(temperature),
+        backend=backend,
+        chunk_bytes=chunk_bytes,
+        precision=precision,
+    )
+    has_positive = statistics.positives > 0
+    loss = torch.where(has_positive, statistics.lse - statistics.positive_mean, 0.0)
+    if reduction == "none":
+        return loss
+    return loss.sum() / has_positive.sum().clamp(min=1) if reduction == "mean" else loss.sum()
+
+
+def _check_reduction(reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction is {reduction!r}; use one of {', '.join(REDUCTIONS)}")
+
+
+def _check_blocks(features: list[Tensor], domains: list[int]) -> None:
+    if len(features) != len(domains):
+        raise ValueError(f"{len(features)} blocks but {len(domains)} domains; give one a block")
+    if len(features) < 2:
+        raise ValueError(f"{len(features)} block; an anchor's positives are in other blocks")
+    if min(domains) < 0:
+        raise ValueError(f"domains are {domains}; number them from 0")
+    for index, block in enumerate(features):
+        checks.check_features(f"features of block {index}", block)
+        if block.shape != features[0].shape or block.device != features[0].device:
+            raise ValueError(
+                f"block {index} is {tuple(block.shape)} on {block.device}, block 0 "
+                f"{tuple(features[0].shape)} on {features[0].device}; all blocks need one shape "
+                "and device"
+            )
+    if len({block.dtype for block in features}) > 1:
+        autocast = torch.is_autocast_enabled(features[0].device.type)
+        if not autocast or any(block.dtype == torch.float64 for block in features):
+            kinds = sorted({str(block.dtype) for block in features})
+            raise ValueError(f"the blocks are {' and '.join(kinds)}; cast them to one dtype")
+
+
+def _inverse(temperature: Tensor | float) -> Tensor | float:
+    if not isinstance(temperature, Tensor):
+        if not temperature > 0:
+            raise ValueError(f"temperature is {temperature}; give a positive number")
+    elif temperature.numel() != 1:
+        raise ValueError(
+            f"temperature has shape {tuple(temperature.shape)}; give a 0-d or (1,) tensor"
+        )
+    return 1 / temperature
+
+
+def _reduce(loss: Tensor, reduction: str) -> Tensor:
     if reduction == "none":
         return loss
     return loss.mean() if reduction == "mean" else loss.sum()
 
 
-def _softplus(x: Tensor) -> Tensor:
-    # torch's softplus is the identity above 20, an error of 2e-9 that float64 shows
-    return torch.logaddexp(x, torch.zeros_like(x))
+def _above(positive: Tensor, top: Tensor) -> Tensor:
+    return (positive.detach() > top).to(positive.dtype).mean()

@@ -1,5 +1,6 @@
 """Which implementation of an operator runs, and why a faster one does not."""
 
+import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,21 +15,52 @@ class Implementation:
     """One implementation of an operator.
 
     `obstacle(device, dtype)` returns None where it can run, else the reason in one phrase.
-    `automatic` is False for implementations that "auto" never picks.
+    `automatic(device)` is False where "auto" does not pick it.
     """
 
     name: str
     description: str
     obstacle: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: None
-    automatic: bool = True
+    automatic: Callable[[torch.device], bool] = lambda device: True
 
+
+def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (torch brings it on Linux with CUDA)"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != "cuda" and not interpreted:
+        return f"it runs on CUDA devices, the features are on {device.type}"
+    if torch.version.hip is not None:
+        return "its kernels are written for NVIDIA GPUs"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return "it needs compute capability 8.0 (A100) or newer"
+    if dtype == torch.float64:
+        return "float64 gains nothing from fusion"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it has no kernels for {dtype}"
+    return None
+
+
+_FUSED = (
+    Implementation(
+        "triton",
+        "fused into the product's epilogue, S never in memory",
+        _triton_obstacle,
+        # elsewhere it is the interpreter
+        automatic=lambda device: device.type == "cuda",
+    ),
+    Implementation("torch", "chunked, memory-linear, any device torch runs on"),
+    Implementation(
+        "reference", "dense, any dtype, twice differentiable", automatic=lambda device: False
+    ),
+)
 
 # In order of preference: "auto" takes the first automatic one without an obstacle.
 IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
-    "similarity": (
-        Implementation("torch", "chunked, memory-linear, any device torch runs on"),
-        Implementation("reference", "dense, any dtype, twice differentiable", automatic=False),
-    ),
+    "similarity": _FUSED,
+    "symmetric": _FUSED,
+    "sigmoid": _FUSED,
+    "distillation": _FUSED[1:],
 }
 
 
@@ -49,7 +81,9 @@ def choose(operator: str, requested: str, device: torch.device, dtype: torch.dty
         wanted = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
     candidates = IMPLEMENTATIONS[operator]
     if wanted == "auto":
-        return next(i.name for i in candidates if i.automatic and not i.obstacle(device, dtype))
+        return next(
+            i.name for i in candidates if i.automatic(device) and not i.obstacle(device, dtype)
+        )
     for implementation in candidates:
         if implementation.name == wanted:
             reason = implementation.obstacle(device, dtype)
@@ -70,7 +104,7 @@ def explain(operator: str, device: torch.device, dtype: torch.dtype) -> list[tup
             status = "used"
         elif reason:
             status = f"not available: {reason}"
-        elif implementation.automatic:
+        elif implementation.automatic(device):
             status = f"available, {chosen} is preferred"
         else:
             status = "on request"

@@ -39,6 +39,13 @@ def count_products() -> Iterator[ProductCount]:
         _counts.remove(count)
 
 
+def count_product(rows: int, inner: int, columns: int) -> None:
+    """Count a product made elsewhere, inside a fused kernel."""
+    for count in _counts:
+        count.calls += 1
+        count.flop += 2 * rows * inner * columns
+
+
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which products of `dtype` operands are summed and returned."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -55,24 +62,20 @@ def as_operand(features: Tensor) -> Tensor:
     return features.to(accumulator_dtype(features.dtype))
 
 
-def product(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """`a @ b` for operands of one dtype, in the accumulator's dtype; shapes (r, k) and (k, c)."""
-    _count(a, b)
-    if a.dtype == torch.bfloat16:
-        result = torch.mm(a, b, out_dtype=torch.float32)
-        return result if out is None else out.copy_(result)
-    return torch.mm(a, b, out=out)
+def product(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
+    """`out = a @ b` for operands of one dtype; `out` has the accumulator's dtype.
+
+    Off CUDA bf16 operands (a fused kernel's, under the interpreter) are widened.
+    """
+    count_product(a.shape[0], a.shape[1], b.shape[1])
+    if a.dtype == torch.bfloat16 and a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """`total += a @ b` in place, summed in `total`'s dtype (the accumulator's)."""
-    _count(a, b)
-    if a.dtype == torch.bfloat16:
-        return total.add_(torch.mm(a, b, out_dtype=torch.float32))
-    return total.addmm_(a, b)
-
-
-def _count(a: Tensor, b: Tensor) -> None:
-    for count in _counts:
-        count.calls += 1
-        count.flop += 2 * a.shape[0] * a.shape[1] * b.shape[1]
+    count_product(a.shape[0], a.shape[1], b.shape[1])
+    if a.dtype == torch.bfloat16 and a.is_cuda:
+        return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    return total.addmm_(a.to(total.dtype), b.to(total.dtype))

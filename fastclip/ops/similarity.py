@@ -1,21 +1,23 @@
-"""Statistics of `S = scale * X @ Y.T` that contrastive losses need, without ever storing S.
+"""Statistics of `S = scale * X @ Y.T` that softmax losses need, without ever storing S.
 
-For row i the positive is column i; its negatives N(i) are the other columns, less those of its
-own group. The operator returns, per pair,
+Row i has one positive; its negatives N(i) are the other columns, less those of its own group.
+The operator returns, per row,
 
-    row_lse_i     = logsumexp of S_ij over j in N(i)
-    column_lse_j  = logsumexp of S_ij over i with j in N(i)      (the first N columns)
-    positive_i    = S_ii
-    row_mean_i    = mean of S_ij over all columns                (on request)
-    column_mean_j = mean of S_ij over all rows                   (on request)
+    row_lse_i     = logsumexp of S_ij over j in N(i), and row_max_i, their maximum
+    column_lse_j  = logsumexp of S_ij over i with j in N(i), and column_max_j   (j < N, on request)
+    positive_i    = S_ip of row i's positive p
+    row_mean_i    = mean of S_ij over all columns                               (on request)
+    column_mean_j = mean of S_ij over all rows                                  (on request)
 
 and every softmax loss is a short formula of them, e.g. CLIP's row term is
 softplus(row_lse - positive). Keeping positives out of the sums is what makes the gradient exact
 where a softmax saturates: p - 1 never has to be formed.
 
-A forward costs one N x M x D product, a backward three (S again, dX, dY).
+A forward costs one N x M x D product, a backward three (S again, dX, dY). For a sum over rows of
+one direction, `info_nce.py` makes do with three in all; where both sides are the same,
+`symmetric.py` with two.
 
-Shape suffixes: N rows, M columns (M >= N), D feature width.
+Shape suffixes: N rows, M columns, D feature width.
 """
 
 from typing import Any, NamedTuple
@@ -25,15 +27,18 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastclip.ops import backend as backends
-from fastclip.ops import chunked, reference
+from fastclip.ops import checks, rectangle, reference
 from fastclip.ops.gemm import accumulator_dtype
+from fastclip.ops.tiles import tiles_of
 
 
 class Statistics(NamedTuple):
-    """Per-pair statistics, each (N,) in float32 (float64 for float64 features)."""
+    """Each (N,) in float32 (float64 for float64 features), or empty where not asked for."""
 
     row_lse: Tensor
+    row_max: Tensor
     column_lse: Tensor
+    column_max: Tensor
     positive: Tensor
     row_mean: Tensor
     column_mean: Tensor
@@ -44,8 +49,12 @@ def similarity_statistics(
     y: Tensor,
     scale: Tensor | float,
     *,
+    both: bool = True,
+    positive_index: Tensor | None = None,
     row_group: Tensor | None = None,
     column_group: Tensor | None = None,
+    first: int = 0,
+    trainable: int | None = None,
     means: bool = False,
     backend: str = "auto",
     chunk_bytes: int | None = None,
@@ -55,13 +64,18 @@ def similarity_statistics(
 
     Args:
         x: (N, D) rows, N >= 1.
-        y: (M, D) columns, M >= N, on x's device and, unless autocast casts both, of its dtype;
-            column i is row i's positive.
+        y: (M, D) columns, on x's device and, unless autocast casts both, of its dtype.
         scale: 0-d or (1,) tensor, or a number; not zero.
+        both: whether columns have statistics too; needs M >= N.
+        positive_index: (N,) integers in [0, M), the rows' positives; None: row i's is column i.
+            Only without `both` and groups. Values out of range are the caller's fault.
         row_group, column_group: (N,) and (M,) integer ids, both or neither. Columns of a row's
             group other than its positive are left out of the negatives.
-        means: whether row_mean and column_mean are wanted; otherwise they are empty.
-        backend: "auto", "torch" or "reference".
+        first: columns before it are positives only, never negatives (a memory bank behind
+            paired keys); only without `both`.
+        trainable: columns from it on get no gradient; None: all do.
+        means: whether row_mean and column_mean are wanted.
+        backend: "auto", "torch", "triton" or "reference".
         chunk_bytes: size of a chunk of S, of which up to three are alive; None takes a fixed
             default.
         precision: "auto" computes in autocast's dtype where autocast is on; "input" in x's dtype.
@@ -69,25 +83,29 @@ def similarity_statistics(
     Raises:
         ValueError: on shapes, dtypes, devices or options that do not fit together.
     """
-    compute_dtype = _compute_dtype(x, precision)
-    _check_features(x, y, compute_dtype)
-    scale = _as_scalar(scale, x)
-    _check_groups(row_group, column_group, x, y)
-    if chunk_bytes is not None and chunk_bytes < 1:
-        raise ValueError(f"chunk_bytes is {chunk_bytes}; give a positive number of bytes or None")
+    compute_dtype = checks.compute_dtype_of(x, precision)
+    chunk = checks.chunk_argument(chunk_bytes)
+    check_pair(x, y, compute_dtype)
+    scale = checks.as_scalar("logit_scale", scale, x)
+    positive_index, row_group, column_group = check_positives(
+        x, y, both, positive_index, row_group, column_group, first
+    )
+    options = (
+        both,
+        positive_index,
+        row_group,
+        column_group,
+        first,
+        y.shape[0] if trainable is None else trainable,
+    )
     chosen = backends.choose("similarity", backend, x.device, compute_dtype)
     if chosen == "reference":
         with torch.autocast(x.device.type, enabled=False):
-            dense = reference.similarity_statistics(
-                x, y, scale, row_group, column_group, compute_dtype
+            return Statistics(
+                *reference.similarity_statistics(x, y, scale, *options, compute_dtype)
             )
-        return Statistics(*dense)
-    _refuse_forward_mode(x, y, scale)
-    return Statistics(
-        *_statistics(
-            x, y, scale, row_group, column_group, means, compute_dtype, chosen, chunk_bytes or 0
-        )
-    )
+    checks.refuse_forward_mode(x, y, scale)
+    return Statistics(*_statistics(x, y, scale, *options, means, compute_dtype, chosen, chunk))
 
 
 @torch.library.custom_op("fastclip::similarity_statistics", mutates_args=())
@@ -95,30 +113,49 @@ def _statistics(
     x: Tensor,
     y: Tensor,
     scale: Tensor,
+    both: bool,
+    positive_index: Tensor | None,
     row_group: Tensor | None,
     column_group: Tensor | None,
+    first: int,
+    trainable: int,
     means: bool,
     compute_dtype: torch.dtype,
     backend: str,
     chunk_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    n, m = x.shape[0], y.shape[0]
+    shape = rectangle.Rectangle(
+        n, m, both, 0, positive_index, row_group, column_group, first, trainable
+    )
     with torch.autocast(x.device.type, enabled=False):
-        return _FORWARD[backend](
-            x.to(compute_dtype),
-            y.to(compute_dtype),
-            scale,
-            row_group,
-            column_group,
-            means,
-            chunk_bytes,
-        )
+        x, y = x.to(compute_dtype), y.to(compute_dtype)
+        tiles = tiles_of(backend, compute_dtype)
+        rows, columns, positive = rectangle.statistics(tiles, x, y, scale, shape, chunk_bytes)
+        row_mean = column_mean = positive.new_empty(0)
+        if means:
+            factor = scale.reshape(()).to(tiles.dtype)
+            row_mean, column_mean = (
+                torch.mv(a.to(tiles.dtype), b.mean(dim=0, dtype=tiles.dtype)).mul_(factor)
+                for a, b in ((x, y), (y[:n], x))
+            )
+    return (
+        rows.lse(),
+        rows.max,
+        columns.lse(),
+        columns.max,
+        positive,
+        row_mean,
+        column_mean.clone() if not means else column_mean,
+    )
 
 
 @_statistics.register_fake
-def _(x, y, scale, row_group, column_group, means, compute_dtype, backend, chunk_bytes):
+def _(x, y, scale, both, *rest):
+    means, compute_dtype = rest[5:7]
     n, dtype = x.shape[0], accumulator_dtype(compute_dtype)
-    mean_size = n if means else 0
-    sizes = (n, n, n, mean_size, mean_size)
+    columns, mean_size = n if both else 0, n if means else 0
+    sizes = (n, n, columns, columns, n, mean_size, mean_size)
     return tuple(x.new_empty(size, dtype=dtype) for size in sizes)
 
 
@@ -127,12 +164,16 @@ def _statistics_backward(
     x: Tensor,
     y: Tensor,
     scale: Tensor,
+    both: bool,
+    positive_index: Tensor | None,
     row_group: Tensor | None,
     column_group: Tensor | None,
+    first: int,
+    trainable: int,
     row_lse: Tensor,
     column_lse: Tensor,
     d_row_lse: Tensor,
-    d_column_lse: Tensor,
+    d_column_lse: Tensor | None,
     d_positive: Tensor,
     d_row_mean: Tensor | None,
     d_column_mean: Tensor | None,
@@ -143,75 +184,80 @@ def _statistics_backward(
     backend: str,
     chunk_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    shape = rectangle.Rectangle(
+        x.shape[0], y.shape[0], both, 0, positive_index, row_group, column_group, first, trainable
+    )
+    upstream = rectangle.Upstream(d_row_lse, d_column_lse, d_positive, d_row_mean, d_column_mean)
     with torch.autocast(x.device.type, enabled=False):
-        dx, dy, dscale = _BACKWARD[backend](
+        dx, dy, dscale = rectangle.statistics_gradient(
+            tiles_of(backend, compute_dtype),
             x.to(compute_dtype),
             y.to(compute_dtype),
             scale,
-            row_group,
-            column_group,
+            shape,
             row_lse,
-            column_lse,
-            (d_row_lse, d_column_lse, d_positive, d_row_mean, d_column_mean),
+            column_lse if both else None,
+            upstream,
             (need_x, need_y, need_scale),
+            (x.dtype, y.dtype),
             chunk_bytes,
         )
     return (
-        x.new_empty(0) if dx is None else dx.to(x.dtype),
-        y.new_empty(0) if dy is None else dy.to(y.dtype),
+        x.new_empty(0) if dx is None else dx,
+        y.new_empty(0) if dy is None else dy,
         scale.new_empty(0) if dscale is None else dscale.to(scale.dtype).reshape(scale.shape),
     )
 
 
 @_statistics_backward.register_fake
 def _(x, y, scale, *rest):
-    need_x, need_y, need_scale = rest[9:12]
+    need_x, need_y, need_scale = rest[13:16]
     wanted = ((x, need_x), (y, need_y), (scale, need_scale))
-    return tuple(torch.empty_like(t) if need else t.new_empty(0) for t, need in wanted)
-
-
-_FORWARD = {"torch": chunked.statistics_forward}
-_BACKWARD = {"torch": chunked.statistics_backward}
+    return tuple(t.new_empty(t.shape) if need else t.new_empty(0) for t, need in wanted)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, y, scale, row_group, column_group, means, compute_dtype, backend, chunk_bytes = inputs
-    row_lse, column_lse = output[:2]
-    ctx.save_for_backward(x, y, scale, row_group, column_group, row_lse, column_lse)
-    ctx.means, ctx.options = means, (compute_dtype, backend, chunk_bytes)
+    x, y, scale, both, positive_index, row_group, column_group, first, trainable, means = inputs[
+        :10
+    ]
+    row_lse, row_max, column_lse, column_max = output[:4]
+    ctx.mark_non_differentiable(row_max, column_max)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, y, scale, positive_index, row_group, column_group, row_lse, column_lse)
+    ctx.both, ctx.means, ctx.columns = both, means, (first, trainable)
+    ctx.options = inputs[10:]
 
 
 def _autograd_backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, y, scale, row_group, column_group, row_lse, column_lse = ctx.saved_tensors
-    zeros = torch.zeros_like(row_lse)
-    filled = [zeros if gradient is None else gradient for gradient in upstream]
+    x, y, scale, positive_index, row_group, column_group, row_lse, column_lse = ctx.saved_tensors
+    d_row_lse, _, d_column_lse, _, d_positive, d_row_mean, d_column_mean = (
+        torch.zeros_like(row_lse) if gradient is None else gradient for gradient in upstream
+    )
     needs = ctx.needs_input_grad[:3]
     gradients = _statistics_backward(
         x,
         y,
         scale,
+        ctx.both,
+        positive_index,
         row_group,
         column_group,
+        *ctx.columns,
         row_lse,
         column_lse,
-        *filled[:3],
-        *(filled[3:] if ctx.means else (None, None)),
+        d_row_lse,
+        d_column_lse if ctx.both else None,
+        d_positive,
+        *((d_row_mean, d_column_mean) if ctx.means else (None, None)),
         *needs,
         *ctx.options,
     )
     wanted = tuple(g if need else None for g, need in zip(gradients, needs, strict=True))
-    return *wanted, None, None, None, None, None, None
-
-
-def _no_double_backward(ctx: Any, *upstream: Tensor | None) -> None:
-    raise RuntimeError(
-        "fastclip's fused losses are differentiable once; use backend='reference' "
-        "for second derivatives"
-    )
+    return *wanted, *(None,) * 10
 
 
 _statistics.register_autograd(_autograd_backward, setup_context=_setup_context)
-_statistics_backward.register_autograd(_no_double_backward)
+_statistics_backward.register_autograd(checks.no_double_backward)
 
 
 @register_flop_formula(torch.ops.fastclip.similarity_statistics)
@@ -221,92 +267,44 @@ def _statistics_flop(x_shape, y_shape, *args, out_shape=None, **kwargs) -> int:
 
 @register_flop_formula(torch.ops.fastclip.similarity_statistics_backward)
 def _statistics_backward_flop(x_shape, y_shape, *args, out_shape=None, **kwargs) -> int:
-    need_x, need_y = args[10], args[11]
+    need_x, need_y = args[14], args[15]
     return 2 * x_shape[0] * y_shape[0] * x_shape[1] * (1 + bool(need_x) + bool(need_y))
 
 
-def _compute_dtype(x: Tensor, precision: str) -> torch.dtype:
-    if precision not in ("auto", "input"):
-        raise ValueError(f"precision is {precision!r}; use 'auto' or 'input'")
-    # autocast itself leaves float64 alone
-    if precision == "input" or x.dtype == torch.float64:
-        return x.dtype
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+def check_pair(x: Tensor, y: Tensor, compute_dtype: torch.dtype) -> None:
+    """Both sides' features, for every operator with two."""
+    checks.check_features("first features", x)
+    checks.check_features("second features", y)
+    checks.check_alike(x, y, compute_dtype)
 
 
-def _as_scalar(scale: Tensor | float, x: Tensor) -> Tensor:
-    if not isinstance(scale, Tensor):
-        return torch.tensor(scale, dtype=accumulator_dtype(x.dtype), device=x.device)
-    if scale.numel() != 1:
-        raise ValueError(f"logit_scale has shape {tuple(scale.shape)}; give a 0-d or (1,) tensor")
-    if scale.device.type == "cpu" and scale.ndim == 0:
-        # as in torch's own arithmetic, a number on the CPU goes anywhere
-        return scale.to(x.device)
-    if scale.device != x.device:
+def check_positives(
+    x: Tensor,
+    y: Tensor,
+    both: bool,
+    positive_index: Tensor | None,
+    row_group: Tensor | None,
+    column_group: Tensor | None,
+    first: int,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Positives and groups that fit the features; returned as the operators take them."""
+    n, m = x.shape[0], y.shape[0]
+    if positive_index is None and m < n:
         raise ValueError(
-            f"logit_scale is on {scale.device} but the features are on {x.device}; move one of them"
+            f"{n} rows but only {m} columns; row i needs column i as its positive, further "
+            "columns are hard negatives"
         )
-    return scale
-
-
-def _check_features(x: Tensor, y: Tensor, compute_dtype: torch.dtype) -> None:
-    for name, features in (("first", x), ("second", y)):
-        if type(features).__name__ == "DTensor":
-            raise ValueError(
-                f"the {name} features are a DTensor; pass its local part (x.to_local())"
-            )
-        if features.ndim != 2:
-            raise ValueError(
-                f"the {name} features have shape {tuple(features.shape)}; give (rows, width)"
-            )
-        if not features.is_floating_point():
-            raise ValueError(f"the {name} features are {features.dtype}; give floating point")
-    if x.device != y.device:
-        raise ValueError(f"the features are on {x.device} and {y.device}; move them to one device")
-    # under autocast the towers may end in different dtypes, and both are cast to its own
-    cast = compute_dtype != x.dtype or torch.is_autocast_enabled(x.device.type)
-    if x.dtype != y.dtype and (not cast or torch.float64 in (x.dtype, y.dtype)):
-        raise ValueError(f"the features are {x.dtype} and {y.dtype}; cast them to one dtype")
-    if x.shape[1] != y.shape[1]:
-        raise ValueError(
-            f"the features are {x.shape[1]} and {y.shape[1]} wide; both sides need one width"
-        )
-    if x.shape[0] == 0 or x.shape[1] == 0:
-        raise ValueError(f"the features have shape {tuple(x.shape)}; at least one row is needed")
-    if y.shape[0] < x.shape[0]:
-        raise ValueError(
-            f"{x.shape[0]} rows but only {y.shape[0]} columns; row i needs column i as its "
-            "positive, further columns are hard negatives"
-        )
-
-
-def _check_groups(
-    row_group: Tensor | None, column_group: Tensor | None, x: Tensor, y: Tensor
-) -> None:
-    if row_group is None and column_group is None:
-        return
-    if row_group is None or column_group is None:
+    if not 0 <= first <= m:
+        raise ValueError(f"negatives begin at column {first} of {m}")
+    if positive_index is not None:
+        assert not both and row_group is None and column_group is None
+        checks.check_ids("positive_index", positive_index, n, x.device)
+        positive_index = positive_index.contiguous().long()
+    if (row_group is None) != (column_group is None):
         raise ValueError("give both row_group and column_group, or neither")
-    for name, group, features in (("row_group", row_group, x), ("column_group", column_group, y)):
-        if group.shape != features.shape[:1]:
-            raise ValueError(
-                f"{name} has shape {tuple(group.shape)}; one id per row, ({features.shape[0]},)"
-            )
-        if group.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"{name} is {group.dtype}; give int32 or int64 ids")
-        if group.device != features.device:
-            raise ValueError(f"{name} is on {group.device}, the features on {features.device}")
-
-
-def _refuse_forward_mode(*inputs: Tensor) -> None:
-    # Forward mode through a custom op silently gives a zero tangent.
-    if torch.compiler.is_compiling():
-        return
-    for value in inputs:
-        if torch.autograd.forward_ad.unpack_dual(value).tangent is not None:
-            raise RuntimeError(
-                "fastclip's fused losses have no forward-mode derivative; "
-                "use backend='reference' for it"
-            )
+    if row_group is None or column_group is None:
+        return positive_index, None, None
+    checks.check_ids("row_group", row_group, n, x.device)
+    checks.check_ids("column_group", column_group, m, x.device)
+    dtype = torch.promote_types(row_group.dtype, column_group.dtype)
+    return positive_index, *(g.to(dtype).contiguous() for g in (row_group, column_group))

@@ -1,0 +1,121 @@
+"""What every operator asks of its inputs, and how it reads autocast."""
+
+import torch
+from torch import Tensor
+
+from fastclip.ops.gemm import accumulator_dtype
+
+
+def compute_dtype_of(features: Tensor, precision: str) -> torch.dtype:
+    """The dtype that features are rounded to: autocast's where it is on, else their own."""
+    if precision not in ("auto", "input"):
+        raise ValueError(f"precision is {precision!r}; use 'auto' or 'input'")
+    # autocast itself leaves float64 alone
+    if precision == "input" or features.dtype == torch.float64:
+        return features.dtype
+    if torch.is_autocast_enabled(features.device.type):
+        return torch.get_autocast_dtype(features.device.type)
+    return features.dtype
+
+
+def as_scalar(name: str, value: Tensor | float, like: Tensor) -> Tensor:
+    """A number or one-element tensor as a tensor on the features' device."""
+    if not isinstance(value, Tensor):
+        return torch.tensor(value, dtype=accumulator_dtype(like.dtype), device=like.device)
+    if value.numel() != 1:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; give a 0-d or (1,) tensor")
+    return on_device(name, value, like)
+
+
+def as_table(name: str, value: Tensor | float, domains: int, like: Tensor) -> Tensor:
+    """A (P, P) table, its entry (a, b) read with a <= b, made symmetric; a number fills it."""
+    if not isinstance(value, Tensor):
+        return torch.full(
+            (domains, domains), value, dtype=accumulator_dtype(like.dtype), device=like.device
+        )
+    if value.numel() == 1:
+        return on_device(name, value, like).reshape(1, 1).expand(domains, domains)
+    if value.ndim != 2 or value.shape[0] != value.shape[1] or value.shape[0] < domains:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}; give a number or (P, P) for P = {domains} "
+            "domains"
+        )
+    value = on_device(name, value, like)
+    upper = value.triu()
+    return upper + upper.triu(1).T
+
+
+def on_device(name: str, value: Tensor, like: Tensor) -> Tensor:
+    """`value` where the features are; as in torch's arithmetic a 0-d CPU tensor goes anywhere."""
+    if value.device.type == "cpu" and value.ndim == 0:
+        return value.to(like.device)
+    if value.device != like.device:
+        raise ValueError(
+            f"{name} is on {value.device} but the features are on {like.device}; move one of them"
+        )
+    return value
+
+
+def check_features(name: str, features: Tensor) -> None:
+    """(rows, width), floating point, neither empty nor a DTensor."""
+    if type(features).__name__ == "DTensor":
+        raise ValueError(f"the {name} are a DTensor; pass its local part (.to_local())")
+    if features.ndim != 2:
+        raise ValueError(f"the {name} have shape {tuple(features.shape)}; give (rows, width)")
+    if not features.is_floating_point():
+        raise ValueError(f"the {name} are {features.dtype}; give floating point")
+    if 0 in features.shape:
+        raise ValueError(
+            f"the {name} have shape {tuple(features.shape)}; at least one row is needed"
+        )
+
+
+def check_alike(x: Tensor, y: Tensor, compute_dtype: torch.dtype) -> None:
+    """One device, one width and, unless autocast casts both, one dtype."""
+    if x.device != y.device:
+        raise ValueError(f"the features are on {x.device} and {y.device}; move them to one device")
+    # under autocast the towers may end in different dtypes, and both are cast to its own
+    cast = compute_dtype != x.dtype or torch.is_autocast_enabled(x.device.type)
+    if x.dtype != y.dtype and (not cast or torch.float64 in (x.dtype, y.dtype)):
+        raise ValueError(f"the features are {x.dtype} and {y.dtype}; cast them to one dtype")
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(
+            f"the features are {x.shape[1]} and {y.shape[1]} wide; both sides need one width"
+        )
+
+
+def check_ids(name: str, ids: Tensor, rows: int, device: torch.device) -> None:
+    """(rows,) integer ids on the features' device."""
+    if ids.shape != (rows,):
+        raise ValueError(f"{name} has shape {tuple(ids.shape)}; one id per row, ({rows},)")
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name} is {ids.dtype}; give int32 or int64 ids")
+    if ids.device != device:
+        raise ValueError(f"{name} is on {ids.device}, the features on {device}")
+
+
+def chunk_argument(chunk_bytes: int | None) -> int:
+    """`chunk_bytes` as the operators take it: 0 for the default."""
+    if chunk_bytes is not None and chunk_bytes < 1:
+        raise ValueError(f"chunk_bytes is {chunk_bytes}; give a positive number of bytes or None")
+    return chunk_bytes or 0
+
+
+def refuse_forward_mode(*inputs: Tensor) -> None:
+    """Forward mode through a custom op would silently give a zero tangent."""
+    if torch.compiler.is_compiling():
+        return
+    for value in inputs:
+        if torch.autograd.forward_ad.unpack_dual(value).tangent is not None:
+            raise RuntimeError(
+                "fastclip's fused losses have no forward-mode derivative; "
+                "use backend='reference' for it"
+            )
+
+
+def no_double_backward(ctx: object, *upstream: Tensor | None) -> None:
+    """Registered as the backward of backward operators."""
+    raise RuntimeError(
+        "fastclip's fused losses are differentiable once; use backend='reference' "
+        "for second derivatives"
+    )

@@ -1,0 +1,144 @@
+"""The `triton` implementation of the tiles: kernels in `kernels/`, products with G by cuBLAS."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastclip.kernels import finish as finishing
+from fastclip.kernels import sigmoid, similarity
+from fastclip.kernels.launch import Tiling, tiling
+from fastclip.ops.gemm import count_product
+from fastclip.ops.tiles import Lines, Running, Tile
+
+
+class TritonTiles:
+    """Tiles of S that never leave the chip; float32, bf16 and fp16."""
+
+    dtype = torch.float32
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        # fp16 would flush most of a gradient to zero: G is bf16 there too
+        self._gradient_dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
+        self._buffer: Tensor | None = None
+        self._kept: tuple[Tensor, Tensor, Tensor, Tiling] | None = None
+
+    def operand(self, features: Tensor) -> Tensor:
+        return features if features.stride(1) == 1 else features.contiguous()
+
+    def gradient_operand(self, features: Tensor) -> Tensor:
+        return features.to(self._gradient_dtype)
+
+    def gradient_buffer(self, rows: int, operand_SD: Tensor) -> Tensor:
+        return self._room(rows, operand_SD.shape[0], operand_SD.device)
+
+    def statistics(self, tile: Tile, rows: Running, columns: Running | None) -> None:
+        self._count(tile)
+        row_max, row_sum, column_max, column_sum, _ = similarity.statistics(
+            *_operands(tile), columns is not None, None, self._tiling("statistics", tile)
+        )
+        similarity.merge(row_max, row_sum, None, *rows, tile.offset)
+        if columns is not None:
+            similarity.merge(column_max, column_sum, None, *columns, tile.offset)
+
+    def gradient(
+        self, tile: Tile, rows: Lines, columns: Lines | None, out_CS: Tensor, scalars: bool
+    ) -> tuple[Tensor, Tensor]:
+        self._count(tile)
+        x, y, scale, ids, diagonal = _operands(tile)
+        return similarity.gradient(
+            x,
+            y,
+            scale,
+            tile.offset,
+            ids,
+            diagonal,
+            _lines(rows),
+            None if columns is None else _lines(columns),
+            out_CS,
+            scalars,
+            self._tiling("gradient", tile),
+        )
+
+    def begin_rows(self, tile: Tile) -> tuple[Running, Tensor]:
+        self._count(tile)
+        r, s = tile.x_CD.shape[0], tile.y_SD.shape[0]
+        kept = self._room(r, s, tile.x_CD.device)
+        if kept.dtype != torch.float32:
+            # relative to its tile's row maximum E is in (0, 1]: fp16 has three bits more than bf16
+            kept = kept.view(torch.float16)
+        tiles = self._tiling("statistics", tile)
+        row_max, row_sum, _, _, row_dot = similarity.statistics(
+            *_operands(tile), False, kept, tiles
+        )
+        rows = Running.of(r, tile.x_CD, torch.float32)
+        dot = similarity.merge(row_max, row_sum, row_dot, *rows, None)
+        self._kept = kept, row_max, rows.max.clone(), tiles
+        if tile.offset is not None:
+            rows.max.add_(tile.offset)
+        return rows, dot
+
+    def end_rows(self, factor_C: Tensor, out_CS: Tensor) -> None:
+        assert self._kept is not None
+        kept, part_max, row_max, tiles = self._kept
+        similarity.rescale(kept, out_CS, part_max, row_max, factor_C, tiles)
+
+    def sigmoid(
+        self, tile: Tile, weight_C: Tensor, out_CS: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        self._count(tile)
+        x, y, scale, _, diagonal = _operands(tile)
+        return sigmoid.sigmoid(
+            x,
+            y,
+            scale,
+            tile.offset,
+            diagonal,
+            weight_C.contiguous(),
+            out_CS,
+            self._tiling("sigmoid", tile),
+        )
+
+    def finish(
+        self, total_CD: Tensor, terms: Sequence[tuple[Tensor, Tensor]], out_CD: Tensor
+    ) -> None:
+        if not terms:
+            if out_CD is not total_CD:
+                finishing.finish(total_CD, None, None, out_CD)
+            return
+        *others, last = [(c.contiguous(), self.operand(partner)) for c, partner in terms]
+        for coefficient, partner in others:
+            finishing.finish(total_CD, coefficient, partner, total_CD)
+        finishing.finish(total_CD, *last, out_CD)
+
+    def row_dot(self, a_CD: Tensor, b_CD: Tensor) -> Tensor:
+        out = a_CD.new_empty(a_CD.shape[0], dtype=torch.float32)
+        finishing.row_dot(self.operand(a_CD), self.operand(b_CD), out)
+        return out
+
+    def _room(self, rows: int, columns: int, device: torch.device) -> Tensor:
+        """The buffer that first holds E and then G; it only grows."""
+        size = rows * columns
+        if self._buffer is None or self._buffer.numel() < size:
+            self._buffer = torch.empty(size, dtype=self._gradient_dtype, device=device)
+        return self._buffer[:size].view(rows, columns)
+
+    def _tiling(self, kernel: str, tile: Tile) -> Tiling:
+        return tiling(kernel, tile.x_CD.dtype, tile.x_CD.device)
+
+    def _count(self, tile: Tile) -> None:
+        count_product(tile.x_CD.shape[0], tile.x_CD.shape[1], tile.y_SD.shape[0])
+
+
+def _operands(
+    tile: Tile,
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None, int | None]:
+    ids = None
+    if tile.row_id_C is not None and tile.column_id_S is not None:
+        ids = tile.row_id_C, tile.column_id_S
+    diagonal = tile.diagonal if tile.crosses_diagonal else None
+    return tile.x_CD, tile.y_SD, tile.scale, ids, diagonal
+
+
+def _lines(lines: Lines) -> tuple[Tensor, Tensor]:
+    return lines.lse.contiguous(), lines.weight.contiguous()

@@ -1,0 +1,110 @@
+"""Launching kernels: counting, tilings by device, and the interpreter's particulars."""
+
+import functools
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether kernels run under Triton's interpreter; fixed when Triton is imported."""
+
+TILINGS_FILE = Path(__file__).with_name("tilings.json")
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Sides of a tile of S, the step along the width, and how a program runs it."""
+
+    rows: int
+    columns: int
+    width: int
+    warps: int
+    stages: int
+    group: int = 8
+
+    def options(self) -> dict[str, int]:
+        """As keyword arguments of a kernel."""
+        return {
+            "BLOCK_R": self.rows,
+            "BLOCK_S": self.columns,
+            "BLOCK_D": self.width,
+            "GROUP": self.group,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
+
+
+# small, so that few rows already make several tiles
+INTERPRETER_TILING = Tiling(32, 64, 32, 4, 1, group=2)
+
+_counts: list[Counter[str]] = []
+
+
+@contextmanager
+def count_launches() -> Iterator[Counter[str]]:
+    """Count the kernels launched inside the block, by name."""
+    count: Counter[str] = Counter()
+    _counts.append(count)
+    try:
+        yield count
+    finally:
+        _counts.remove(count)
+
+
+def launch(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
+    """Run `kernel` on a grid of `programs`."""
+    for count in _counts:
+        count[kernel.fn.__name__] += 1
+    kernel[(programs,)](*arguments, **options)
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """How products of `dtype` are formed: torch's setting for float32 holds for us too."""
+    if dtype != torch.float32:
+        return "16bit"
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def tiling(kernel: str, dtype: torch.dtype, device: torch.device) -> Tiling:
+    """The tiling of `kernel` ("statistics", "gradient", "sigmoid") on a device."""
+    if INTERPRETED:
+        return INTERPRETER_TILING
+    return _tiling(kernel, precision_of(dtype), architecture(device))
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """The row of the table for a device: "sm_90" and the like."""
+    major, minor = torch.cuda.get_device_capability(device)
+    known = tilings()
+    name = f"sm_{major}{minor}"
+    if name in known:
+        return name
+    # consumer parts have a third less shared memory; sm_80's entries that fit are "small"
+    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return "sm_80" if shared >= 160 << 10 else "small"
+
+
+@functools.cache
+def tilings() -> dict[str, dict[str, dict[str, Tiling]]]:
+    """The table: architecture, kernel, precision."""
+    table = json.loads(TILINGS_FILE.read_text())["tilings"]
+    return {
+        name: {
+            kernel: {precision: Tiling(*numbers) for precision, numbers in entries.items()}
+            for kernel, entries in kernels.items()
+        }
+        for name, kernels in table.items()
+    }
+
+
+@functools.cache
+def _tiling(kernel: str, precision: str, name: str) -> Tiling:
+    return tilings()[name][kernel][precision]

@@ -1,0 +1,436 @@
+"""Log-sum-exps of a tile of S and their gradient, S never in memory.
+
+    statistics   S = scale * X @ Y.T; per row and per column of a tile the maximum and the sum of
+                 2^(S' - maximum), S' = S log2(e), over entries that are not left out
+    merge        the partial statistics of all tiles of a line, into a running pair
+    rescale      E = 2^(S' - row maximum of the tile), kept by `statistics`, into G
+    gradient     S again; G_ij = a_i exp(S_ij - row_lse_i) + b_j exp(S_ij - column_lse_j), times
+                 the scale, rounded once; float32 sums of G * cos and G
+
+X (R, D), Y (S, D); partial statistics are (tiles, lines), line by line contiguous, so that no
+program writes where another does: no atomics, no locks, the same bits every run. The gradient
+forms S again because storing it exactly would cost more traffic than the product.
+
+A tile's entries serve rows and columns; where its logits span less than 64 powers of two, one
+exponential serves both, anchored at the tile's maximum.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastclip.kernels.launch import INTERPRETED, Tiling, launch, precision_of
+from fastclip.kernels.tile import LN2, LOG2E, cosines, leave_out, rounded, tile_indices
+
+SPAN = tl.constexpr(64.0)
+LINES_PER_PROGRAM = 128
+
+
+@triton.jit
+def _finite(anchor):
+    # a line that is left out whole: -inf minus a finite anchor gives exp2(-inf) = 0, not NaN
+    return tl.where(anchor == float("-inf"), 0.0, anchor)
+
+
+@triton.jit
+def statistics_kernel(
+    x_ptr,
+    y_ptr,
+    scale_ptr,
+    row_id_ptr,
+    column_id_ptr,
+    row_max_ptr,
+    row_sum_ptr,
+    row_dot_ptr,
+    column_max_ptr,
+    column_sum_ptr,
+    e_ptr,
+    stride_x,
+    stride_y,
+    rows,
+    columns,
+    width,
+    diagonal,
+    HAS_DIAGONAL: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    KEEP: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EMULATE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    tile_r, tile_s = tile_indices(rows, columns, BLOCK_R, BLOCK_S, GROUP)
+    first_r, first_s = tile_r * BLOCK_R, tile_s * BLOCK_S
+    i_r = first_r + tl.arange(0, BLOCK_R)
+    i_s = first_s + tl.arange(0, BLOCK_S)
+    cos = cosines(
+        x_ptr, y_ptr, stride_x, stride_y, rows, columns, width, i_r, i_s,
+        BLOCK_R, BLOCK_S, BLOCK_D, EVEN_D, PRECISION, EMULATE,
+    )  # fmt: skip
+    logits = cos * (tl.load(scale_ptr) * LOG2E)
+    logits = leave_out(
+        logits, row_id_ptr, column_id_ptr, rows, columns, diagonal, i_r, i_s, first_r, first_s,
+        HAS_DIAGONAL, HAS_IDS, BLOCK_R, BLOCK_S,
+    )  # fmt: skip
+
+    row_max = tl.max(logits, 1)
+    p_r = tile_s.to(tl.int64) * rows + i_r
+    m_r = i_r < rows
+    if COLUMNS:
+        column_max = tl.max(logits, 0)
+        top = tl.max(row_max, 0)
+        low_r = tl.min(tl.where(row_max == float("-inf"), top, row_max), 0)
+        low_s = tl.min(tl.where(column_max == float("-inf"), top, column_max), 0)
+        # NaN, and a tile that is left out whole, take the second way
+        if top - tl.minimum(low_r, low_s) < SPAN:
+            e = tl.exp2(logits - top)
+            row_sum = tl.sum(e, 1) * tl.exp2(tl.minimum(top - row_max, SPAN))
+            column_sum = tl.sum(e, 0) * tl.exp2(tl.minimum(top - column_max, SPAN))
+        else:
+            row_sum = tl.sum(tl.exp2(logits - _finite(row_max)[:, None]), 1)
+            column_sum = tl.sum(tl.exp2(logits - _finite(column_max)[None, :]), 0)
+        p_s = tile_r.to(tl.int64) * columns + i_s
+        m_s = i_s < columns
+        tl.store(column_max_ptr + p_s, column_max, mask=m_s)
+        tl.store(column_sum_ptr + p_s, column_sum, mask=m_s)
+    else:
+        e = tl.exp2(logits - _finite(row_max)[:, None])
+        row_sum = tl.sum(e, 1)
+        if KEEP:
+            tl.store(row_dot_ptr + p_r, tl.sum(e * cos, 1), mask=m_r)
+            p_e = e_ptr + i_r.to(tl.int64)[:, None] * columns + i_s[None, :]
+            m_e = m_r[:, None] & (i_s < columns)[None, :]
+            tl.store(p_e, rounded(e, e_ptr, EMULATE), mask=m_e)
+    tl.store(row_max_ptr + p_r, row_max, mask=m_r)
+    tl.store(row_sum_ptr + p_r, row_sum, mask=m_r)
+
+
+@triton.jit
+def merge_kernel(
+    part_max_ptr,
+    part_sum_ptr,
+    part_dot_ptr,
+    run_max_ptr,
+    run_sum_ptr,
+    run_dot_ptr,
+    offset_ptr,
+    tiles,
+    lines,
+    HAS_OFFSET: tl.constexpr,
+    HAS_DOT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < lines
+    offset = 0.0
+    if HAS_OFFSET:
+        offset = tl.load(offset_ptr)
+    run_max = tl.load(run_max_ptr + i, mask=mask, other=float("-inf"))
+    run_sum = tl.load(run_sum_ptr + i, mask=mask, other=0.0)
+    run_dot = tl.zeros((BLOCK,), dtype=tl.float32)
+    p_max, p_sum, p_dot = part_max_ptr + i, part_sum_ptr + i, part_dot_ptr + i
+    for _ in range(0, tiles):
+        part_max = tl.load(p_max, mask=mask, other=float("-inf")) * LN2 + offset
+        part_sum = tl.load(p_sum, mask=mask, other=0.0)
+        merged = tl.maximum(run_max, part_max)
+        anchor = _finite(merged)
+        keep = tl.exp2((run_max - anchor) * LOG2E)
+        add = tl.exp2((part_max - anchor) * LOG2E)
+        run_sum = run_sum * keep + part_sum * add
+        if HAS_DOT:
+            part_dot = tl.load(p_dot, mask=mask, other=0.0)
+            run_dot = run_dot * keep + part_dot * add
+        run_max = merged
+        p_max += lines
+        p_sum += lines
+        p_dot += lines
+    tl.store(run_max_ptr + i, run_max, mask=mask)
+    tl.store(run_sum_ptr + i, run_sum, mask=mask)
+    if HAS_DOT:
+        tl.store(run_dot_ptr + i, run_dot, mask=mask)
+
+
+@triton.jit
+def rescale_kernel(
+    e_ptr,
+    g_ptr,
+    part_max_ptr,
+    max_ptr,
+    factor_ptr,
+    rows,
+    columns,
+    EMULATE: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # one row of one of `statistics`' column tiles; e_ptr and g_ptr may be the same memory
+    tiles = tl.cdiv(columns, TILE)
+    pid = tl.program_id(0)
+    row, tile = (pid // tiles).to(tl.int64), pid % tiles
+    own = tl.load(part_max_ptr + tile.to(tl.int64) * rows + row) * LN2
+    share = tl.exp2((own - _finite(tl.load(max_ptr + row))) * LOG2E)
+    factor = tl.load(factor_ptr + row) * share
+    for start in range(0, TILE, BLOCK):
+        i = tile * TILE + start + tl.arange(0, BLOCK)
+        e = tl.load(e_ptr + row * columns + i, mask=i < columns, other=0.0)
+        # every element is read before any is overwritten in the other format
+        tl.debug_barrier()
+        g = e.to(tl.float32) * factor
+        tl.store(g_ptr + row * columns + i, rounded(g, g_ptr, EMULATE), mask=i < columns)
+
+
+@triton.jit
+def gradient_kernel(
+    x_ptr,
+    y_ptr,
+    scale_ptr,
+    offset_ptr,
+    row_id_ptr,
+    column_id_ptr,
+    row_lse_ptr,
+    row_weight_ptr,
+    column_lse_ptr,
+    column_weight_ptr,
+    g_ptr,
+    dot_ptr,
+    sum_ptr,
+    stride_x,
+    stride_y,
+    stride_g,
+    rows,
+    columns,
+    width,
+    diagonal,
+    HAS_DIAGONAL: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SCALARS: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EMULATE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    tile_r, tile_s = tile_indices(rows, columns, BLOCK_R, BLOCK_S, GROUP)
+    first_r, first_s = tile_r * BLOCK_R, tile_s * BLOCK_S
+    i_r = first_r + tl.arange(0, BLOCK_R)
+    i_s = first_s + tl.arange(0, BLOCK_S)
+    cos = cosines(
+        x_ptr, y_ptr, stride_x, stride_y, rows, columns, width, i_r, i_s,
+        BLOCK_R, BLOCK_S, BLOCK_D, EVEN_D, PRECISION, EMULATE,
+    )  # fmt: skip
+    scale = tl.load(scale_ptr)
+    logits = cos * (scale * LOG2E)
+    logits = leave_out(
+        logits, row_id_ptr, column_id_ptr, rows, columns, diagonal, i_r, i_s, first_r, first_s,
+        HAS_DIAGONAL, HAS_IDS, BLOCK_R, BLOCK_S,
+    )  # fmt: skip
+
+    offset = 0.0
+    if HAS_OFFSET:
+        # into the anchors: logits carry no offset
+        offset = tl.load(offset_ptr)
+    m_r, m_s = i_r < rows, i_s < columns
+    anchor_r = tl.load(row_lse_ptr + i_r, mask=m_r, other=float("inf"))
+    anchor_r = (_finite(anchor_r) - offset) * LOG2E
+    weight_r = tl.load(row_weight_ptr + i_r, mask=m_r, other=0.0)
+    if COLUMNS:
+        anchor_s = tl.load(column_lse_ptr + i_s, mask=m_s, other=float("inf"))
+        anchor_s = (_finite(anchor_s) - offset) * LOG2E
+        weight_s = tl.load(column_weight_ptr + i_s, mask=m_s, other=0.0)
+        top = _finite(tl.max(tl.max(logits, 1), 0))
+        if top - tl.minimum(tl.min(anchor_r, 0), tl.min(anchor_s, 0)) < SPAN:
+            e = tl.exp2(logits - top)
+            u = weight_r * tl.exp2(top - anchor_r)
+            v = weight_s * tl.exp2(top - anchor_s)
+            g = e * (u[:, None] + v[None, :])
+        else:
+            g = tl.exp2(logits - anchor_r[:, None]) * weight_r[:, None]
+            g += tl.exp2(logits - anchor_s[None, :]) * weight_s[None, :]
+    else:
+        g = tl.exp2(logits - anchor_r[:, None]) * weight_r[:, None]
+    if SCALARS:
+        pid = tl.program_id(0)
+        tl.store(dot_ptr + pid, tl.sum(tl.sum(g * cos, 1), 0))
+        if HAS_OFFSET:
+            tl.store(sum_ptr + pid, tl.sum(tl.sum(g, 1), 0))
+    p_g = g_ptr + i_r.to(tl.int64)[:, None] * stride_g + i_s[None, :]
+    tl.store(p_g, rounded(g * scale, g_ptr, EMULATE), mask=m_r[:, None] & m_s[None, :])
+
+
+def statistics(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    ids: tuple[Tensor, Tensor] | None,
+    diagonal: int | None,
+    columns: bool,
+    kept: Tensor | None,
+    tiling: Tiling,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Partial statistics: row max and sum (column tiles, R), column max and sum, row dots.
+
+    The columns' are (row tiles, S) or, without `columns`, empty. `kept` (R, S) contiguous, only
+    without `columns`, takes E, and the row dots are then the rows' sums of E * cos.
+    """
+    r, s = x.shape[0], y.shape[0]
+    tiles_r, tiles_s = triton.cdiv(r, tiling.rows), triton.cdiv(s, tiling.columns)
+    row_max, row_sum = x.new_empty((2, tiles_s, r), dtype=torch.float32)
+    column_lines = (2, tiles_r, s) if columns else (2, 0, 0)
+    column_max, column_sum = x.new_empty(column_lines, dtype=torch.float32)
+    row_dot = row_max.new_empty((tiles_s, r) if kept is not None else (0, 0))
+    row_id, column_id = (x, x) if ids is None else ids
+    launch(
+        statistics_kernel,
+        tiles_r * tiles_s,
+        x,
+        y,
+        scale,
+        row_id,
+        column_id,
+        row_max,
+        row_sum,
+        row_dot,
+        column_max,
+        column_sum,
+        row_max if kept is None else kept,
+        x.stride(0),
+        y.stride(0),
+        r,
+        s,
+        x.shape[1],
+        diagonal or 0,
+        HAS_DIAGONAL=diagonal is not None,
+        HAS_IDS=ids is not None,
+        COLUMNS=columns,
+        KEEP=kept is not None,
+        **_common(x, tiling),
+    )
+    return row_max, row_sum, column_max, column_sum, row_dot
+
+
+def merge(
+    part_max: Tensor,
+    part_sum: Tensor,
+    part_dot: Tensor | None,
+    run_max: Tensor,
+    run_sum: Tensor,
+    offset: Tensor | None,
+) -> Tensor:
+    """Merge partial statistics (tiles, lines) into running ones (lines,), in place.
+
+    Returns the sums of `part_dot` relative to the new maximum, or an empty tensor without it.
+    """
+    tiles, lines = part_max.shape
+    dot = run_max.new_empty(lines if part_dot is not None else 0)
+    launch(
+        merge_kernel,
+        triton.cdiv(lines, LINES_PER_PROGRAM),
+        part_max,
+        part_sum,
+        part_max if part_dot is None else part_dot,
+        run_max,
+        run_sum,
+        dot,
+        run_max if offset is None else offset,
+        tiles,
+        lines,
+        HAS_OFFSET=offset is not None,
+        HAS_DOT=part_dot is not None,
+        BLOCK=LINES_PER_PROGRAM,
+    )
+    return dot
+
+
+def rescale(
+    kept: Tensor, out: Tensor, part_max: Tensor, row_max: Tensor, factor: Tensor, tiling: Tiling
+) -> None:
+    """out = factor * exp(S - row_max) from what `statistics` kept; `out` may be its memory."""
+    r, s = kept.shape
+    block = min(tiling.columns, 256)
+    launch(
+        rescale_kernel,
+        r * triton.cdiv(s, tiling.columns),
+        kept,
+        out,
+        part_max,
+        row_max,
+        factor,
+        r,
+        s,
+        EMULATE=INTERPRETED,
+        TILE=tiling.columns,
+        BLOCK=block,
+        num_warps=1,
+    )
+
+
+def gradient(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    ids: tuple[Tensor, Tensor] | None,
+    diagonal: int | None,
+    rows: tuple[Tensor, Tensor],
+    columns: tuple[Tensor, Tensor] | None,
+    out: Tensor,
+    scalars: bool,
+    tiling: Tiling,
+) -> tuple[Tensor, Tensor]:
+    """scale * G into `out` (R, S), from (lse, weight) of rows and columns; its scalar sums.
+
+    The sums, over tiles and 0-d, are of G * cos and, with an offset, of G; empty where not wanted.
+    """
+    r, s = x.shape[0], y.shape[0]
+    programs = triton.cdiv(r, tiling.rows) * triton.cdiv(s, tiling.columns)
+    dots = scale.new_empty(programs if scalars else 0)
+    sums = scale.new_empty(programs if scalars and offset is not None else 0)
+    row_id, column_id = (x, x) if ids is None else ids
+    launch(
+        gradient_kernel,
+        programs,
+        x,
+        y,
+        scale,
+        scale if offset is None else offset,
+        row_id,
+        column_id,
+        *rows,
+        *(rows if columns is None else columns),
+        out,
+        dots,
+        sums,
+        x.stride(0),
+        y.stride(0),
+        out.stride(0),
+        r,
+        s,
+        x.shape[1],
+        diagonal or 0,
+        HAS_DIAGONAL=diagonal is not None,
+        HAS_IDS=ids is not None,
+        HAS_OFFSET=offset is not None,
+        COLUMNS=columns is not None,
+        SCALARS=scalars,
+        **_common(x, tiling),
+    )
+    return dots.sum(), sums.sum()
+
+
+def _common(x: Tensor, tiling: Tiling) -> dict[str, object]:
+    precision = precision_of(x.dtype)
+    return {
+        "EVEN_D": x.shape[1] % tiling.width == 0,
+        "PRECISION": "tf32" if precision == "tf32" else "ieee",
+        "EMULATE": INTERPRETED,
+        **tiling.options(),
+    }

@@ -1,0 +1,114 @@
+"""Device helpers of the kernels that form a tile of S = scale * X @ Y.T: order, product, mask.
+
+Shapes: X (R, D) and Y (S, D), rows contiguous; a tile is BLOCK_R x BLOCK_S.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def tile_indices(rows, columns, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, GROUP: tl.constexpr):
+    """This program's tile (row, column), walked in bands of GROUP row tiles to share L2 lines."""
+    pid = tl.program_id(0)
+    tiles_r = tl.cdiv(rows, BLOCK_R)
+    tiles_s = tl.cdiv(columns, BLOCK_S)
+    band = pid // (GROUP * tiles_s)
+    first = band * GROUP
+    height = min(tiles_r - first, GROUP)
+    within = pid % (GROUP * tiles_s)
+    return first + within % height, within // height
+
+
+@triton.jit
+def cosines(
+    x_ptr,
+    y_ptr,
+    stride_x,
+    stride_y,
+    rows,
+    columns,
+    width,
+    i_r,
+    i_s,
+    BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EMULATE: tl.constexpr,
+):
+    """X @ Y.T of one tile in float32. Lines past the end repeat the last one; mask them."""
+    o_d = tl.arange(0, BLOCK_D)
+    p_x = x_ptr + tl.minimum(i_r, rows - 1).to(tl.int64)[:, None] * stride_x + o_d[None, :]
+    p_y = y_ptr + tl.minimum(i_s, columns - 1).to(tl.int64)[None, :] * stride_y + o_d[:, None]
+    acc = tl.zeros((BLOCK_R, BLOCK_S), dtype=tl.float32)
+    for d in range(0, width, BLOCK_D):
+        if EVEN_D:
+            x = tl.load(p_x)
+            y = tl.load(p_y)
+        else:
+            m_d = o_d < width - d
+            x = tl.load(p_x, mask=m_d[None, :], other=0.0)
+            y = tl.load(p_y, mask=m_d[:, None], other=0.0)
+        if EMULATE:
+            # the interpreter's 16-bit product is wrong
+            x = x.to(tl.float32)
+            y = y.to(tl.float32)
+        acc = tl.dot(x, y, acc, input_precision=PRECISION)
+        p_x += BLOCK_D
+        p_y += BLOCK_D
+    return acc
+
+
+@triton.jit
+def leave_out(
+    logits,
+    row_id_ptr,
+    column_id_ptr,
+    rows,
+    columns,
+    diagonal,
+    i_r,
+    i_s,
+    first_r,
+    first_s,
+    HAS_DIAGONAL: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """-inf where the tile passes the matrix, meets the diagonal, or joins equal ids.
+
+    Tiles inside, which are nearly all, skip the test.
+    """
+    special = (first_r + BLOCK_R > rows) | (first_s + BLOCK_S > columns)
+    if HAS_DIAGONAL:
+        gap = first_s - first_r - diagonal
+        special = special | ((gap > -BLOCK_S) & (gap < BLOCK_R))
+    if HAS_IDS:
+        special = True
+    if special:
+        keep = (i_r < rows)[:, None] & (i_s < columns)[None, :]
+        if HAS_DIAGONAL:
+            keep = keep & ((i_r + diagonal)[:, None] != i_s[None, :])
+        if HAS_IDS:
+            row_id = tl.load(row_id_ptr + i_r, mask=i_r < rows, other=0)
+            column_id = tl.load(column_id_ptr + i_s, mask=i_s < columns, other=0)
+            keep = keep & (row_id[:, None] != column_id[None, :])
+        logits = tl.where(keep, logits, float("-inf"))
+    return logits
+
+
+@triton.jit
+def rounded(value, pointer, EMULATE: tl.constexpr):
+    """float32 `value` in the type that `pointer` points to, rounded to nearest even."""
+    if EMULATE and pointer.dtype.element_ty == tl.bfloat16:
+        # the interpreter would cut the low bits off
+        bits = value.to(tl.int32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        value = (bits & -65536).to(tl.float32, bitcast=True)
+    return value.to(pointer.dtype.element_ty)
