@@ -12,16 +12,43 @@ if TYPE_CHECKING:
     from fastclip import functional as functional
     from fastclip.integrations.open_clip import patch_open_clip as patch_open_clip
     from fastclip.losses.clip import ClipLoss as ClipLoss
+    from fastclip.losses.clip import CoCaLoss as CoCaLoss
+    from fastclip.losses.clip import DistillClipLoss as DistillClipLoss
+    from fastclip.losses.info_nce import InfoNCELoss as InfoNCELoss
+    from fastclip.losses.mp_nce import MPNCELoss as MPNCELoss
+    from fastclip.losses.nt_xent import NTXentLoss as NTXentLoss
+    from fastclip.losses.siglip import SigLipLoss as SigLipLoss
+    from fastclip.losses.sup_con import SupConLoss as SupConLoss
     from fastclip.models.clip import load as load
 
 _LAZY = {
     "ClipLoss": "fastclip.losses.clip",
+    "CoCaLoss": "fastclip.losses.clip",
+    "DistillClipLoss": "fastclip.losses.clip",
+    "InfoNCELoss": "fastclip.losses.info_nce",
+    "MPNCELoss": "fastclip.losses.mp_nce",
+    "NTXentLoss": "fastclip.losses.nt_xent",
+    "SigLipLoss": "fastclip.losses.siglip",
+    "SupConLoss": "fastclip.losses.sup_con",
     "functional": "fastclip",
     "load": "fastclip.models.clip",
     "patch_open_clip": "fastclip.integrations.open_clip",
 }
 
-__all__ = ["ClipLoss", "__version__", "functional", "load", "patch_open_clip"]
+__all__ = [
+    "ClipLoss",
+    "CoCaLoss",
+    "DistillClipLoss",
+    "InfoNCELoss",
+    "MPNCELoss",
+    "NTXentLoss",
+    "SigLipLoss",
+    "SupConLoss",
+    "__version__",
+    "functional",
+    "load",
+    "patch_open_clip",
+]
 
 
 def __getattr__(name: str) -> Any:

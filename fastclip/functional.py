@@ -12,12 +12,13 @@ Every loss takes, beside its own arguments,
         time; None takes a fixed default.
     precision: "auto" follows autocast, "input" computes in the features' dtype.
 
-and raises ValueError on shapes, dtypes, devices or options that do not fit together.
-`with_accuracy` adds the top-1 accuracy, a by-product without gradient: an anchor counts where its
-positive lies above every negative.
+and raises ValueError on shapes, dtypes, devices or options that do not fit together. A dictionary
+given as `metrics` receives the top-1 accuracy, a by-product without gradient: an anchor counts
+where its positive lies above every negative.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,12 +43,12 @@ def clip_loss(
     label_smoothing: float = 0.0,
     row_group: Tensor | None = None,
     column_group: Tensor | None = None,
-    with_accuracy: bool = False,
+    metrics: dict[str, Tensor] | None = None,
     reduction: str = "mean",
     backend: str = "auto",
     chunk_bytes: int | None = None,
     precision: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor:
     """Symmetric image-text cross-entropy (Radford et al. 2021, figure 3).
 
     Args:
@@ -60,13 +61,12 @@ def clip_loss(
         label_smoothing: in [0, 1); mass spread evenly over all candidates of each direction.
         row_group, column_group: (N,) and (M,) integer ids; texts of an image's group other than
             its own are left out, so that duplicate captions are not negatives.
-        with_accuracy: whether to return also the accuracy, (2,): of images among texts, of texts
-            among images.
+        metrics: receives "image_to_text_accuracy" and "text_to_image_accuracy", 0-d.
         reduction: "mean" over the N pairs of the mean of both directions; "none": (N,).
         backend, chunk_bytes, precision: see the module.
 
     Returns:
-        The loss, 0-d or (N,), or a pair of the loss and the accuracy.
+        The loss, 0-d or (N,).
     """
     _check_reduction(reduction)
     if not 0.0 <= label_smoothing < 1.0:
@@ -91,12 +91,10 @@ def clip_loss(
     if logit_bias is not None:
         # a non-finite bias still shows
         loss = loss + 0 * logit_bias
-    loss = _reduce(loss, reduction)
-    if not with_accuracy:
-        return loss
-    return loss, torch.stack(
-        [_above(positive, top) for top in (statistics.row_max, statistics.column_max)]
-    )
+    if metrics is not None:
+        metrics["image_to_text_accuracy"] = _above(positive, statistics.row_max)
+        metrics["text_to_image_accuracy"] = _above(positive, statistics.column_max)
+    return _reduce(loss, reduction)
 
 
 def siglip_loss(
@@ -146,12 +144,12 @@ def info_nce_loss(
     *,
     bank: Tensor | None = None,
     in_batch: bool = True,
-    with_accuracy: bool = False,
+    metrics: dict[str, Tensor] | None = None,
     reduction: str = "mean",
     backend: str = "auto",
     chunk_bytes: int | None = None,
     precision: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor:
     """One-direction softmax cross-entropy (van den Oord et al. 2018): each query among the keys.
 
     Args:
@@ -162,12 +160,12 @@ def info_nce_loss(
             i's is key i. Values are not checked on the host; out of range is undefined.
         bank: (K, D), further negatives without gradient (a memory bank).
         in_batch: whether other queries' keys are negatives; False only with a bank.
-        with_accuracy: whether to return also the accuracy, 0-d.
+        metrics: receives "accuracy", 0-d.
         reduction: "mean" over the N queries; "none": (N,).
         backend, chunk_bytes, precision: see the module.
 
     Returns:
-        The loss, 0-d or (N,), or a pair of the loss and the accuracy.
+        The loss, 0-d or (N,).
     """
     _check_reduction(reduction)
     if bank is None and not in_batch:
@@ -181,15 +179,19 @@ def info_nce_loss(
                 f"the bank is {tuple(bank.shape)} on {bank.device}, the keys "
                 f"{tuple(keys.shape)} on {keys.device}; both need one width and device"
             )
-        keys = torch.cat([keys, bank.detach().to(keys.dtype)])
+        keys = _concatenate([keys, bank.detach().to(keys.dtype)])
     if positive_index is None and query.shape[0] > own:
         raise ValueError(f"{query.shape[0]} queries but only {own} keys; give positive_index")
-    positives = {
+    positives: dict[str, Any] = {
         "positive_index": positive_index,
         "first": 0 if in_batch else own,
         "trainable": own,
     }
-    options = {"backend": backend, "chunk_bytes": chunk_bytes, "precision": precision}
+    options: dict[str, Any] = {
+        "backend": backend,
+        "chunk_bytes": chunk_bytes,
+        "precision": precision,
+    }
     if reduction == "none":
         statistics = similarity_statistics(
             query, keys, logit_scale, both=False, **positives, **options
@@ -200,7 +202,9 @@ def info_nce_loss(
         loss, margin = info_nce_sum(query, keys, logit_scale, **positives, **options)
         if reduction == "mean":
             loss = loss / query.shape[0]
-    return (loss, (margin > 0).to(loss.dtype).mean()) if with_accuracy else loss
+    if metrics is not None:
+        metrics["accuracy"] = (margin > 0).to(loss.dtype).mean()
+    return loss
 
 
 def mp_nce_loss(
@@ -210,12 +214,12 @@ def mp_nce_loss(
     logit_offset: Tensor | float | None = None,
     *,
     pair_weight: Tensor | None = None,
-    with_accuracy: bool = False,
+    metrics: dict[str, Tensor] | None = None,
     reduction: str = "mean",
     backend: str = "auto",
     chunk_bytes: int | None = None,
     precision: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor:
     """Multi-positive NCE over several views and texts (UniCLIP, Lee et al. 2022).
 
     With s_ij = logit_scale * <z_i, z_j> + logit_offset of the domains of i and j, P(i) the rows
@@ -230,12 +234,12 @@ def mp_nce_loss(
         domains: the domain of each block, e.g. [0, 0, 0, 1] for three views and a text.
         logit_scale, logit_offset, pair_weight: (P, P) tensors for P domains, the entry (a, b) read
             with a <= b; numbers and None (offset 0, weight 1) stand for a full table.
-        with_accuracy: whether to return also the accuracy over anchors and positives, 0-d.
+        metrics: receives "accuracy", over anchors and positives, 0-d.
         reduction: "mean" over the B * N anchors; "none": (B * N,) in block order.
         backend, chunk_bytes, precision: see the module.
 
     Returns:
-        The loss, 0-d or (B * N,), or a pair of the loss and the accuracy.
+        The loss, 0-d or (B * N,).
     """
     _check_reduction(reduction)
     features, domains = list(features), [int(d) for d in domains]
@@ -252,7 +256,7 @@ def mp_nce_loss(
     if pair_weight is not None:
         weight = checks.as_table("pair_weight", pair_weight, count, like)
     lse, top, positive = block_statistics(
-        torch.cat(features),
+        _concatenate(features),
         domains,
         scale,
         offset,
@@ -270,10 +274,11 @@ def mp_nce_loss(
             if weight is not None:
                 pair = pair * weight[domains[couple[0]], domains[couple[1]]]
             losses[block].append(pair)
-            hits.append(_above(positive[index], top_of[block]))
-    loss = torch.cat([torch.stack(terms).mean(dim=0) for terms in losses])
-    loss = _reduce(loss, reduction)
-    return (loss, torch.stack(hits).mean()) if with_accuracy else loss
+            if metrics is not None:
+                hits.append(_above(positive[index], top_of[block]))
+    if metrics is not None:
+        metrics["accuracy"] = torch.stack(hits).mean()
+    return _reduce(torch.cat([torch.stack(terms).mean(dim=0) for terms in losses]), reduction)
 
 
 def nt_xent_loss(
@@ -281,29 +286,29 @@ def nt_xent_loss(
     view2: Tensor,
     temperature: Tensor | float,
     *,
-    with_accuracy: bool = False,
+    metrics: dict[str, Tensor] | None = None,
     reduction: str = "mean",
     backend: str = "auto",
     chunk_bytes: int | None = None,
     precision: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor:
     """Normalised-temperature cross-entropy among 2N views (SimCLR, Chen et al. 2020, eq. 1).
 
     Args:
         view1, view2: (N, D), normalised, two views of the same samples.
         temperature: 0-d or (1,) tensor, or a number, > 0.
-        with_accuracy: whether to return also the accuracy, 0-d.
+        metrics: receives "accuracy", 0-d.
         reduction: "mean" over the 2N anchors; "none": (2N,), view1's before view2's.
         backend, chunk_bytes, precision: see the module.
 
     Returns:
-        The loss, 0-d or (2N,), or a pair of the loss and the accuracy.
+        The loss, 0-d or (2N,).
     """
     return mp_nce_loss(
         [view1, view2],
         [0, 0],
         _inverse(temperature),
-        with_accuracy=with_accuracy,
+        metrics=metrics,
         reduction=reduction,
         backend=backend,
         chunk_bytes=chunk_bytes,
@@ -374,6 +379,12 @@ def _check_blocks(features: list[Tensor], domains: list[int]) -> None:
         if not autocast or any(block.dtype == torch.float64 for block in features):
             kinds = sorted({str(block.dtype) for block in features})
             raise ValueError(f"the blocks are {' and '.join(kinds)}; cast them to one dtype")
+
+
+def _concatenate(blocks: list[Tensor]) -> Tensor:
+    # the operator rounds for autocast, whose own rule here knows no float16 beside bfloat16
+    with torch.autocast(blocks[0].device.type, enabled=False):
+        return torch.cat(blocks)
 
 
 def _inverse(temperature: Tensor | float) -> Tensor | float:

@@ -41,8 +41,9 @@ class Tiling:
         }
 
 
-# small, so that few rows already make several tiles
-INTERPRETER_TILING = Tiling(32, 64, 32, 4, 1, group=2)
+# the first is small, so that few rows already make several tiles; a large one costs the
+# interpreter no more than a small one
+INTERPRETER_TILINGS = Tiling(32, 64, 32, 4, 1, group=2), Tiling(128, 256, 64, 4, 1, group=2)
 
 _counts: list[Counter[str]] = []
 
@@ -72,10 +73,10 @@ def precision_of(dtype: torch.dtype) -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def tiling(kernel: str, dtype: torch.dtype, device: torch.device) -> Tiling:
-    """The tiling of `kernel` ("statistics", "gradient", "sigmoid") on a device."""
+def tiling(kernel: str, dtype: torch.dtype, device: torch.device, entries: int) -> Tiling:
+    """The tiling of `kernel` ("statistics", "gradient", "sigmoid") for so many entries of S."""
     if INTERPRETED:
-        return INTERPRETER_TILING
+        return INTERPRETER_TILINGS[entries > 100_000]
     return _tiling(kernel, precision_of(dtype), architecture(device))
 
 

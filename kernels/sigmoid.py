@@ -65,30 +65,33 @@ def sigmoid_kernel(
     i_r = first_r + tl.arange(0, BLOCK_R)
     i_s = first_s + tl.arange(0, BLOCK_S)
     cos = cosines(
-        x_ptr, y_ptr, stride_x, stride_y, rows, columns, width, i_r, i_s,
+        x_ptr, y_ptr, stride_x, stride_y, rows, columns, width, first_r, first_s,
         BLOCK_R, BLOCK_S, BLOCK_D, EVEN_D, PRECISION, EMULATE,
     )  # fmt: skip
     scale = tl.load(scale_ptr)
-    logits = cos * scale
+    offset = 0.0
     if HAS_OFFSET:
-        logits += tl.load(offset_ptr)
+        offset = tl.load(offset_ptr)
+    # without offset, so that cosines can be recovered: the one tile that stays in registers
     logits = leave_out(
-        logits, x_ptr, x_ptr, rows, columns, diagonal, i_r, i_s, first_r, first_s,
+        cos * scale, x_ptr, x_ptr, rows, columns, diagonal, i_r, i_s, first_r, first_s,
         HAS_DIAGONAL, False, BLOCK_R, BLOCK_S,
     )  # fmt: skip
-
-    e = tl.exp2(-tl.abs(logits) * LOG2E)
-    softplus = tl.maximum(logits, 0.0) + _log1p(e)
-    m_r, m_s = i_r < rows, i_s < columns
-    tl.store(row_sum_ptr + tile_s.to(tl.int64) * rows + i_r, tl.sum(softplus, 1), mask=m_r)
+    z = logits + offset
+    e = tl.exp2(-tl.abs(z) * LOG2E)
+    m_r = i_r < rows
+    row_sum = tl.sum(tl.maximum(z, 0.0) + _log1p(e), 1)
+    tl.store(row_sum_ptr + tile_s.to(tl.int64) * rows + i_r, row_sum, mask=m_r)
     if GRADIENT:
         weight = tl.load(weight_ptr + i_r, mask=m_r, other=0.0)
-        g = tl.where(logits >= 0.0, 1.0, e) / (1.0 + e) * weight[:, None]
+        g = tl.where(z >= 0.0, 1.0, e) / (1.0 + e) * weight[:, None]
+        o_g = tl.arange(0, BLOCK_R)[:, None] * stride_g + tl.arange(0, BLOCK_S)[None, :]
+        p_g = g_ptr + first_r.to(tl.int64) * stride_g + first_s + o_g
+        tl.store(p_g, rounded(g * scale, p_g, EMULATE))
         pid = tl.program_id(0)
-        tl.store(dot_ptr + pid, tl.sum(tl.sum(g * cos, 1), 0))
+        dot = tl.sum(tl.sum(tl.where(logits == float("-inf"), 0.0, g * logits), 1), 0)
+        tl.store(dot_ptr + pid, dot / scale)
         tl.store(sum_ptr + pid, tl.sum(tl.sum(g, 1), 0))
-        p_g = g_ptr + i_r.to(tl.int64)[:, None] * stride_g + i_s[None, :]
-        tl.store(p_g, rounded(g * scale, g_ptr, EMULATE), mask=m_r[:, None] & m_s[None, :])
 
 
 def sigmoid(
@@ -101,7 +104,10 @@ def sigmoid(
     out: Tensor | None,
     tiling: Tiling,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Row sums (R,); scale * G into `out` (R, S); the sums of G * cos and G, 0-d, if `out`."""
+    """Row sums (R,); scale * G into `out` (R, S); the sums of G * cos and G, 0-d, if `out`.
+
+    `out` lies in a buffer of `similarity.room_for`.
+    """
     r, s = x.shape[0], y.shape[0]
     tiles_r, tiles_s = triton.cdiv(r, tiling.rows), triton.cdiv(s, tiling.columns)
     row_sum = x.new_empty((tiles_s, r), dtype=torch.float32)

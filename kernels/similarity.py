@@ -11,7 +11,7 @@ X (R, D), Y (S, D); partial statistics are (tiles, lines), line by line contiguo
 program writes where another does: no atomics, no locks, the same bits every run. The gradient
 forms S again because storing it exactly would cost more traffic than the product.
 
-A tile's entries serve rows and columns; where its logits span less than 64 powers of two, one
+A tile's entries serve rows and columns; where its logits span less than 96 powers of two, one
 exponential serves both, anchored at the tile's maximum.
 """
 
@@ -23,8 +23,11 @@ from torch import Tensor
 from fastclip.kernels.launch import INTERPRETED, Tiling, launch, precision_of
 from fastclip.kernels.tile import LN2, LOG2E, cosines, leave_out, rounded, tile_indices
 
-SPAN = tl.constexpr(64.0)
+# float32 spans 126: 24 of them for the terms that still count
+SPAN = tl.constexpr(96.0)
 LINES_PER_PROGRAM = 128
+LARGEST_SIDE = 256
+RESCALED_ROWS = 16
 
 
 @triton.jit
@@ -48,6 +51,7 @@ def statistics_kernel(
     e_ptr,
     stride_x,
     stride_y,
+    stride_e,
     rows,
     columns,
     width,
@@ -69,12 +73,12 @@ def statistics_kernel(
     i_r = first_r + tl.arange(0, BLOCK_R)
     i_s = first_s + tl.arange(0, BLOCK_S)
     cos = cosines(
-        x_ptr, y_ptr, stride_x, stride_y, rows, columns, width, i_r, i_s,
+        x_ptr, y_ptr, stride_x, stride_y, rows, columns, width, first_r, first_s,
         BLOCK_R, BLOCK_S, BLOCK_D, EVEN_D, PRECISION, EMULATE,
     )  # fmt: skip
-    logits = cos * (tl.load(scale_ptr) * LOG2E)
+    scale = tl.load(scale_ptr) * LOG2E
     logits = leave_out(
-        logits, row_id_ptr, column_id_ptr, rows, columns, diagonal, i_r, i_s, first_r, first_s,
+        cos * scale, row_id_ptr, column_id_ptr, rows, columns, diagonal, i_r, i_s, first_r, first_s,
         HAS_DIAGONAL, HAS_IDS, BLOCK_R, BLOCK_S,
     )  # fmt: skip
 
@@ -102,10 +106,12 @@ def statistics_kernel(
         e = tl.exp2(logits - _finite(row_max)[:, None])
         row_sum = tl.sum(e, 1)
         if KEEP:
-            tl.store(row_dot_ptr + p_r, tl.sum(e * cos, 1), mask=m_r)
-            p_e = e_ptr + i_r.to(tl.int64)[:, None] * columns + i_s[None, :]
-            m_e = m_r[:, None] & (i_s < columns)[None, :]
-            tl.store(p_e, rounded(e, e_ptr, EMULATE), mask=m_e)
+            # from the logits: a tile of cosines beside them would not fit the registers
+            dot = tl.sum(tl.where(logits == float("-inf"), 0.0, e * logits), 1) / scale
+            tl.store(row_dot_ptr + p_r, dot, mask=m_r)
+            o_e = tl.arange(0, BLOCK_R)[:, None] * stride_e + tl.arange(0, BLOCK_S)[None, :]
+            p_e = e_ptr + first_r.to(tl.int64) * stride_e + first_s + o_e
+            tl.store(p_e, rounded(e, e_ptr, EMULATE))
     tl.store(row_max_ptr + p_r, row_max, mask=m_r)
     tl.store(row_sum_ptr + p_r, row_sum, mask=m_r)
 
@@ -162,26 +168,51 @@ def rescale_kernel(
     part_max_ptr,
     max_ptr,
     factor_ptr,
+    stride_e,
     rows,
     columns,
     EMULATE: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
-    # one row of one of `statistics`' column tiles; e_ptr and g_ptr may be the same memory
-    tiles = tl.cdiv(columns, TILE)
+    # some rows of one of `statistics`' column tiles; e_ptr and g_ptr may be the same memory
+    tiles = tl.cdiv(columns, BLOCK_S)
     pid = tl.program_id(0)
-    row, tile = (pid // tiles).to(tl.int64), pid % tiles
-    own = tl.load(part_max_ptr + tile.to(tl.int64) * rows + row) * LN2
-    share = tl.exp2((own - _finite(tl.load(max_ptr + row))) * LOG2E)
-    factor = tl.load(factor_ptr + row) * share
-    for start in range(0, TILE, BLOCK):
-        i = tile * TILE + start + tl.arange(0, BLOCK)
-        e = tl.load(e_ptr + row * columns + i, mask=i < columns, other=0.0)
-        # every element is read before any is overwritten in the other format
-        tl.debug_barrier()
-        g = e.to(tl.float32) * factor
-        tl.store(g_ptr + row * columns + i, rounded(g, g_ptr, EMULATE), mask=i < columns)
+    first_r, tile = (pid // tiles) * BLOCK_R, pid % tiles
+    i_r = first_r + tl.arange(0, BLOCK_R)
+    m_r = i_r < rows
+    own = tl.load(part_max_ptr + tile.to(tl.int64) * rows + i_r, mask=m_r, other=float("-inf"))
+    top = tl.load(max_ptr + i_r, mask=m_r, other=0.0)
+    share = tl.exp2((own * LN2 - _finite(top)) * LOG2E)
+    factor = tl.load(factor_ptr + i_r, mask=m_r, other=0.0) * share
+    offset = tl.arange(0, BLOCK_R)[:, None] * stride_e + tl.arange(0, BLOCK_S)[None, :]
+    corner = first_r.to(tl.int64) * stride_e + tile * BLOCK_S
+    e = tl.load(e_ptr + corner + offset)
+    # every element is read before any is overwritten in the other format
+    tl.debug_barrier()
+    tl.store(g_ptr + corner + offset, rounded(e.to(tl.float32) * factor[:, None], g_ptr, EMULATE))
+
+
+@triton.jit
+def _emit(
+    g,
+    logits,
+    scale,
+    p_g,
+    dot_ptr,
+    sum_ptr,
+    HAS_OFFSET: tl.constexpr,
+    SCALARS: tl.constexpr,
+    EMULATE: tl.constexpr,
+):
+    # called in each branch, so that no tile has to pass out of one
+    tl.store(p_g, rounded(g * scale, p_g, EMULATE))
+    if SCALARS:
+        pid = tl.program_id(0)
+        dot = tl.sum(tl.sum(tl.where(logits == float("-inf"), 0.0, g * logits), 1), 0)
+        tl.store(dot_ptr + pid, dot / (scale * LOG2E))
+        if HAS_OFFSET:
+            tl.store(sum_ptr + pid, tl.sum(tl.sum(g, 1), 0))
 
 
 @triton.jit
@@ -224,14 +255,14 @@ def gradient_kernel(
     i_r = first_r + tl.arange(0, BLOCK_R)
     i_s = first_s + tl.arange(0, BLOCK_S)
     cos = cosines(
-        x_ptr, y_ptr, stride_x, stride_y, rows, columns, width, i_r, i_s,
+        x_ptr, y_ptr, stride_x, stride_y, rows, columns, width, first_r, first_s,
         BLOCK_R, BLOCK_S, BLOCK_D, EVEN_D, PRECISION, EMULATE,
     )  # fmt: skip
     scale = tl.load(scale_ptr)
-    logits = cos * (scale * LOG2E)
+    # the one tile that stays in registers; cosines are recovered from it
     logits = leave_out(
-        logits, row_id_ptr, column_id_ptr, rows, columns, diagonal, i_r, i_s, first_r, first_s,
-        HAS_DIAGONAL, HAS_IDS, BLOCK_R, BLOCK_S,
+        cos * (scale * LOG2E), row_id_ptr, column_id_ptr, rows, columns, diagonal,
+        i_r, i_s, first_r, first_s, HAS_DIAGONAL, HAS_IDS, BLOCK_R, BLOCK_S,
     )  # fmt: skip
 
     offset = 0.0
@@ -242,28 +273,34 @@ def gradient_kernel(
     anchor_r = tl.load(row_lse_ptr + i_r, mask=m_r, other=float("inf"))
     anchor_r = (_finite(anchor_r) - offset) * LOG2E
     weight_r = tl.load(row_weight_ptr + i_r, mask=m_r, other=0.0)
+    o_g = tl.arange(0, BLOCK_R)[:, None] * stride_g + tl.arange(0, BLOCK_S)[None, :]
+    p_g = g_ptr + first_r.to(tl.int64) * stride_g + first_s + o_g
     if COLUMNS:
         anchor_s = tl.load(column_lse_ptr + i_s, mask=m_s, other=float("inf"))
         anchor_s = (_finite(anchor_s) - offset) * LOG2E
         weight_s = tl.load(column_weight_ptr + i_s, mask=m_s, other=0.0)
         top = _finite(tl.max(tl.max(logits, 1), 0))
         if top - tl.minimum(tl.min(anchor_r, 0), tl.min(anchor_s, 0)) < SPAN:
-            e = tl.exp2(logits - top)
             u = weight_r * tl.exp2(top - anchor_r)
             v = weight_s * tl.exp2(top - anchor_s)
-            g = e * (u[:, None] + v[None, :])
+            g = tl.exp2(logits - top) * (u[:, None] + v[None, :])
+            _emit(g, logits, scale, p_g, dot_ptr, sum_ptr, HAS_OFFSET, SCALARS, EMULATE)
         else:
             g = tl.exp2(logits - anchor_r[:, None]) * weight_r[:, None]
             g += tl.exp2(logits - anchor_s[None, :]) * weight_s[None, :]
+            _emit(g, logits, scale, p_g, dot_ptr, sum_ptr, HAS_OFFSET, SCALARS, EMULATE)
     else:
         g = tl.exp2(logits - anchor_r[:, None]) * weight_r[:, None]
-    if SCALARS:
-        pid = tl.program_id(0)
-        tl.store(dot_ptr + pid, tl.sum(tl.sum(g * cos, 1), 0))
-        if HAS_OFFSET:
-            tl.store(sum_ptr + pid, tl.sum(tl.sum(g, 1), 0))
-    p_g = g_ptr + i_r.to(tl.int64)[:, None] * stride_g + i_s[None, :]
-    tl.store(p_g, rounded(g * scale, g_ptr, EMULATE), mask=m_r[:, None] & m_s[None, :])
+        _emit(g, logits, scale, p_g, dot_ptr, sum_ptr, HAS_OFFSET, SCALARS, EMULATE)
+
+
+def room_for(rows: int, columns: int) -> tuple[int, int]:
+    """Shape of a buffer in which tiles of (rows, columns) are stored whole, without a mask.
+
+    Lines start aligned, whatever the number of columns; a masked store would be element by
+    element where that is odd.
+    """
+    return -(-rows // LARGEST_SIDE) * LARGEST_SIDE, -(-columns // 16) * 16 + LARGEST_SIDE
 
 
 def statistics(
@@ -278,8 +315,8 @@ def statistics(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Partial statistics: row max and sum (column tiles, R), column max and sum, row dots.
 
-    The columns' are (row tiles, S) or, without `columns`, empty. `kept` (R, S) contiguous, only
-    without `columns`, takes E, and the row dots are then the rows' sums of E * cos.
+    The columns' are (row tiles, S) or, without `columns`, empty. `kept` (R, S) in a buffer of
+    `room_for`, only without `columns`, takes E; the row dots are then the rows' sums of E * cos.
     """
     r, s = x.shape[0], y.shape[0]
     tiles_r, tiles_s = triton.cdiv(r, tiling.rows), triton.cdiv(s, tiling.columns)
@@ -304,6 +341,7 @@ def statistics(
         row_max if kept is None else kept,
         x.stride(0),
         y.stride(0),
+        0 if kept is None else kept.stride(0),
         r,
         s,
         x.shape[1],
@@ -355,21 +393,20 @@ def rescale(
 ) -> None:
     """out = factor * exp(S - row_max) from what `statistics` kept; `out` may be its memory."""
     r, s = kept.shape
-    block = min(tiling.columns, 256)
     launch(
         rescale_kernel,
-        r * triton.cdiv(s, tiling.columns),
+        triton.cdiv(r, RESCALED_ROWS) * triton.cdiv(s, tiling.columns),
         kept,
         out,
         part_max,
         row_max,
         factor,
+        kept.stride(0),
         r,
         s,
         EMULATE=INTERPRETED,
-        TILE=tiling.columns,
-        BLOCK=block,
-        num_warps=1,
+        BLOCK_R=RESCALED_ROWS,
+        BLOCK_S=tiling.columns,
     )
 
 
@@ -387,6 +424,8 @@ def gradient(
     tiling: Tiling,
 ) -> tuple[Tensor, Tensor]:
     """scale * G into `out` (R, S), from (lse, weight) of rows and columns; its scalar sums.
+
+    `out` lies in a buffer of `room_for`; what is right of it there is overwritten.
 
     The sums, over tiles and 0-d, are of G * cos and, with an offset, of G; empty where not wanted.
     """

@@ -32,8 +32,8 @@ def cosines(
     rows,
     columns,
     width,
-    i_r,
-    i_s,
+    first_r,
+    first_s,
     BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -43,8 +43,11 @@ def cosines(
 ):
     """X @ Y.T of one tile in float32. Lines past the end repeat the last one; mask them."""
     o_d = tl.arange(0, BLOCK_D)
-    p_x = x_ptr + tl.minimum(i_r, rows - 1).to(tl.int64)[:, None] * stride_x + o_d[None, :]
-    p_y = y_ptr + tl.minimum(i_s, columns - 1).to(tl.int64)[None, :] * stride_y + o_d[:, None]
+    o_r = tl.minimum(tl.arange(0, BLOCK_R), rows - first_r - 1)
+    o_s = tl.minimum(tl.arange(0, BLOCK_S), columns - first_s - 1)
+    # the tile's corner in 64 bits, offsets inside it in 32: half the registers
+    p_x = x_ptr + first_r.to(tl.int64) * stride_x + (o_r[:, None] * stride_x + o_d[None, :])
+    p_y = y_ptr + first_s.to(tl.int64) * stride_y + (o_s[None, :] * stride_y + o_d[:, None])
     acc = tl.zeros((BLOCK_R, BLOCK_S), dtype=tl.float32)
     for d in range(0, width, BLOCK_D):
         if EVEN_D:
@@ -106,9 +109,10 @@ def leave_out(
 @triton.jit
 def rounded(value, pointer, EMULATE: tl.constexpr):
     """float32 `value` in the type that `pointer` points to, rounded to nearest even."""
-    if EMULATE and pointer.dtype.element_ty == tl.bfloat16:
+    target: tl.constexpr = pointer.dtype.scalar.element_ty
+    if EMULATE and target == tl.bfloat16:
         # the interpreter would cut the low bits off
         bits = value.to(tl.int32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
         value = (bits & -65536).to(tl.float32, bitcast=True)
-    return value.to(pointer.dtype.element_ty)
+    return value.to(target)

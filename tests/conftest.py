@@ -10,6 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
+if not torch.cuda.is_available():
+    # read when Triton is first imported: kernels then run on the CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 @pytest.fixture(autouse=True)
 def poisoned_empty_memory() -> Iterator[None]:

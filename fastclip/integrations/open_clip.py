@@ -1,13 +1,17 @@
 """`patch_open_clip()`: open_clip's own training code with fastclip's loss, one line added."""
 
+import functools
+import inspect
 import warnings
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
-from fastclip.losses.clip import ClipLoss
+from fastclip.losses.clip import ClipLoss, DistillClipLoss
+from fastclip.losses.siglip import SigLipLoss
 
 _MARK = "_fastclip_original"
 
@@ -40,10 +44,10 @@ def patch_open_clip(
 ) -> PatchHandle:
     """Make open_clip compute its losses with fastclip, wherever they were imported to.
 
-    The classes' `forward` is exchanged, so instances that exist already, names imported before,
-    subclasses (CoCaLoss) and open_clip's trainer all follow. Values and gradients are open_clip's;
-    modes that fastclip does not compute (local_loss without gather_with_grad, Horovod) keep
-    open_clip's code, with a warning.
+    The `forward` of ClipLoss, SigLipLoss and DistillClipLoss is exchanged, so instances that exist
+    already, names imported before, subclasses (CoCaLoss) and open_clip's trainer all follow.
+    Values and gradients are open_clip's; what fastclip does not compute (local_loss without
+    gather_with_grad, Horovod, a teacher that is trained) keeps open_clip's code, with a warning.
 
     Args:
         model: an open_clip model whose attention is to be exchanged; this version has no attention
@@ -62,28 +66,28 @@ def patch_open_clip(
 
     handle = PatchHandle()
     if loss:
-        _exchange_forward(open_clip.loss.ClipLoss, handle)
+        for name, exchange in _EXCHANGES.items():
+            _exchange_forward(getattr(open_clip.loss, name), exchange, handle)
     return handle
 
 
-def _exchange_forward(loss_class: type[nn.Module], handle: PatchHandle) -> None:
+def _exchange_forward(
+    loss_class: type[nn.Module], exchange: Callable[..., Any], handle: PatchHandle
+) -> None:
     original = loss_class.forward
     if hasattr(original, _MARK):
         return
 
-    def forward(
-        self: Any,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor,
-        logit_bias: Tensor | None = None,
-        output_dict: bool = False,
-    ) -> Any:
-        ours = _equivalent(self)
-        if ours is None:
-            arguments = (image_features, text_features, logit_scale)
-            return original(self, *arguments, logit_bias=logit_bias, output_dict=output_dict)
-        return ours(image_features, text_features, logit_scale, logit_bias, output_dict)
+    @functools.wraps(original)
+    def forward(self: Any, *arguments: Any, **options: Any) -> Any:
+        call = inspect.signature(original).bind(self, *arguments, **options)
+        call.apply_defaults()
+        try:
+            ours = exchange(self)
+            return ours(*list(call.arguments.values())[1:])
+        except _Refusal as refusal:
+            warnings.warn(f"open_clip's own loss is kept: {refusal}", stacklevel=2)
+            return original(self, *arguments, **options)
 
     setattr(forward, _MARK, original)
     loss_class.forward = forward
@@ -94,14 +98,43 @@ def _exchange_forward(loss_class: type[nn.Module], handle: PatchHandle) -> None:
     handle._restore.append(restore)
 
 
-def _equivalent(theirs: Any) -> ClipLoss | None:
-    """fastclip's loss with the options of an open_clip ClipLoss; None where there is none."""
+class _Refusal(Exception):
+    """Why fastclip leaves a call to open_clip."""
+
+
+def _clip(theirs: Any) -> Callable[..., Any]:
+    return _softmax(theirs, ClipLoss)
+
+
+def _distill(theirs: Any) -> Callable[..., Any]:
+    ours = _softmax(theirs, DistillClipLoss)
+
+    def call(*arguments: Any) -> Any:
+        teacher = arguments[3:6]
+        if torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in teacher):
+            raise _Refusal("the teacher requires a gradient")
+        return ours(*arguments)
+
+    return call
+
+
+def _softmax(theirs: Any, loss_class: type[ClipLoss]) -> ClipLoss:
     options = {
         name: getattr(theirs, name)
         for name in ("local_loss", "gather_with_grad", "cache_labels", "rank", "world_size")
     }
     try:
-        return ClipLoss(**options, use_horovod=getattr(theirs, "use_horovod", False))
+        return loss_class(**options, use_horovod=getattr(theirs, "use_horovod", False))
     except ValueError as error:
-        warnings.warn(f"open_clip's own loss is kept: {error}", stacklevel=4)
-        return None
+        raise _Refusal(str(error)) from error
+
+
+def _siglip(theirs: Any) -> SigLipLoss:
+    return SigLipLoss(theirs.cache_labels, theirs.rank, theirs.world_size, theirs.dist_impl)
+
+
+_EXCHANGES: dict[str, Callable[[Any], Callable[..., Any]]] = {
+    "ClipLoss": _clip,
+    "SigLipLoss": _siglip,
+    "DistillClipLoss": _distill,
+}

@@ -1,10 +1,11 @@
-"""CLIP's loss as a module, in place of `open_clip.ClipLoss`."""
+"""CLIP's loss and two that build on it, in place of open_clip's classes of the same names."""
 
 import torch
 from torch import Tensor, nn
 
 from fastclip.functional import clip_loss
 from fastclip.ops.collectives import gather_rows
+from fastclip.ops.distillation import distillation
 
 
 class ClipLoss(nn.Module):
@@ -126,3 +127,115 @@ class ClipLoss(nn.Module):
         if self.world_size == 1:
             return features
         return gather_rows(features, with_grad=self.gather_with_grad)
+
+
+class CoCaLoss(ClipLoss):
+    """Drop-in for `open_clip.CoCaLoss`: the contrastive and the captioning loss.
+
+    Args:
+        caption_loss_weight, clip_loss_weight: factors of the two; 0 leaves the contrastive one out.
+        pad_id: the token that captions are padded with; not predicted.
+        further arguments: see `ClipLoss`.
+    """
+
+    def __init__(
+        self,
+        caption_loss_weight: float,
+        clip_loss_weight: float,
+        pad_id: int = 0,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+        *,
+        backend: str = "auto",
+        chunk_bytes: int | None = None,
+    ) -> None:
+        super().__init__(
+            local_loss,
+            gather_with_grad,
+            cache_labels,
+            rank,
+            world_size,
+            use_horovod,
+            backend=backend,
+            chunk_bytes=chunk_bytes,
+        )
+        self.clip_loss_weight = clip_loss_weight
+        self.caption_loss_weight = caption_loss_weight
+        self.caption_loss = nn.CrossEntropyLoss(ignore_index=pad_id)
+
+    def forward(  # type: ignore[override]  # open_clip's own signature
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logits: Tensor,
+        labels: Tensor,
+        logit_scale: Tensor,
+        output_dict: bool = False,
+    ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
+        """The weighted contrastive and captioning losses, 0-d each.
+
+        Args:
+            image_features, text_features, logit_scale: see `ClipLoss`.
+            logits: (N, L, V), the decoder's scores of each next token.
+            labels: (N, L) int64, the tokens.
+            output_dict: whether to return {"contrastive_loss": ..., "caption_loss": ...}.
+        """
+        clip = torch.tensor(0, device=logits.device)
+        if self.clip_loss_weight:
+            contrastive = super().forward(image_features, text_features, logit_scale)
+            assert isinstance(contrastive, Tensor)
+            clip = self.clip_loss_weight * contrastive
+        caption = self.caption_loss(logits.permute(0, 2, 1), labels) * self.caption_loss_weight
+        if output_dict:
+            return {"contrastive_loss": clip, "caption_loss": caption}
+        return clip, caption
+
+
+class DistillClipLoss(ClipLoss):
+    """Drop-in for `open_clip.DistillClipLoss`: the contrastive loss and a teacher's.
+
+    Arguments are those of `ClipLoss`. The teacher gets no gradient: compute its features under
+    `torch.no_grad()`, as open_clip's trainer does.
+    """
+
+    def forward(  # type: ignore[override]  # open_clip's own signature
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        dist_image_features: Tensor,
+        dist_text_features: Tensor,
+        dist_logit_scale: Tensor,
+        output_dict: bool = False,
+    ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
+        """The contrastive loss and the cross-entropy under the teacher's softmax, 0-d each.
+
+        Args:
+            image_features, text_features, logit_scale: see `ClipLoss`; as many texts as images.
+            dist_image_features, dist_text_features: (N, E), the teacher's, normalised.
+            dist_logit_scale: 0-d or (1,), the teacher's, exponentiated.
+            output_dict: whether to return {"contrastive_loss": ..., "distill_loss": ...}.
+        """
+        contrastive = super().forward(image_features, text_features, logit_scale)
+        assert isinstance(contrastive, Tensor)
+        row, column = distillation(
+            self._gather(image_features),
+            self._gather(text_features),
+            logit_scale,
+            self._gather(dist_image_features),
+            self._gather(dist_text_features),
+            dist_logit_scale,
+            backend=self.backend,
+            chunk_bytes=self.chunk_bytes,
+        )
+        distill = (row + column) / 2
+        if self.world_size > 1 and self.local_loss:
+            n = image_features.shape[0]
+            distill = distill[self.rank * n : (self.rank + 1) * n]
+        if output_dict:
+            return {"contrastive_loss": contrastive, "distill_loss": distill.mean()}
+        return contrastive, distill.mean()

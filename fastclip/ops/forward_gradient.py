@@ -14,16 +14,18 @@ from fastclip.ops import checks
 
 
 @torch.library.custom_op("fastclip::apply_upstream", mutates_args=())
-def apply_upstream(
-    gradient: Tensor, upstream: Tensor, dtype: torch.dtype, shape: Sequence[int]
-) -> Tensor:
-    """`gradient` times a 0-d `upstream`, cast and reshaped; differentiable once only."""
-    return torch.mul(gradient, upstream).to(dtype).reshape(list(shape))
+def apply_upstream(gradient: Tensor, upstream: Tensor, like: Tensor) -> Tensor:
+    """`gradient` times a 0-d `upstream`, in the dtype and shape of `like`, the input.
+
+    The input takes part so that a graph of this gradient leads back to it, and a second
+    derivative is refused instead of missing.
+    """
+    return torch.mul(gradient, upstream).to(like.dtype).reshape(like.shape)
 
 
 @apply_upstream.register_fake
-def _(gradient, upstream, dtype, shape):
-    return gradient.new_empty(shape, dtype=dtype)
+def _(gradient, upstream, like):
+    return like.new_empty(like.shape)
 
 
 apply_upstream.register_autograd(checks.no_double_backward)
@@ -35,18 +37,18 @@ def save_gradients(
     """For setup_context: keep what the forward computed; `others` are outputs without gradient."""
     ctx.mark_non_differentiable(*gradients, *others)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*gradients)
-    ctx.targets = [None if t is None else (t.dtype, t.shape) for t in inputs]
+    ctx.save_for_backward(*gradients, *inputs)
 
 
 def multiply_saved(ctx: Any, upstream: Tensor | None) -> list[Tensor | None]:
     """For the autograd formula: the inputs' gradients."""
+    count = len(ctx.saved_tensors) // 2
     if upstream is None:
-        return [None] * len(ctx.targets)
-    needs = ctx.needs_input_grad
+        return [None] * count
+    gradients, inputs = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
     return [
-        apply_upstream(gradient, upstream, *target) if need and target is not None else None
-        for gradient, target, need in zip(ctx.saved_tensors, ctx.targets, needs, strict=False)
+        apply_upstream(gradient, upstream, like) if need and like is not None else None
+        for gradient, like, need in zip(gradients, inputs, ctx.needs_input_grad, strict=False)
     ]
 
 

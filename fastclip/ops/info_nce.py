@@ -40,10 +40,17 @@ def info_nce_sum(
     """
     compute_dtype = checks.compute_dtype_of(x, precision)
     chosen = backends.choose("similarity", backend, x.device, compute_dtype)
-    positives = {"positive_index": positive_index, "first": first, "trainable": trainable}
     if chosen == "reference":
         dense = similarity_statistics(
-            x, y, scale, both=False, backend=chosen, precision=precision, **positives
+            x,
+            y,
+            scale,
+            both=False,
+            positive_index=positive_index,
+            first=first,
+            trainable=trainable,
+            backend=chosen,
+            precision=precision,
         )
         margin = dense.positive.detach() - dense.row_max
         return softplus(dense.row_lse - dense.positive).sum(), margin

@@ -283,10 +283,12 @@ def sigmoid(
     loss_N = torch.empty_like(cosine_N)
     sums = []
     for start, stop in _row_chunks(tiles, x_ND, shape, chunk_bytes):
-        G_CM = tiles.gradient_buffer(stop - start, y_grad_MD) if any(needs) else None
+        G_CM = None
+        if any(needs):
+            G_CM = tiles.gradient_buffer(stop - start, y_grad_MD)
         tile = shape.tile(x_op_ND[start:stop], y_op_MD, scale, offset, start, 0)
-        loss_N[start:stop], dscale, doffset = tiles.sigmoid(tile, weight_N[start:stop], G_CM)
-        sums.append((dscale, doffset))
+        loss_N[start:stop], *found = tiles.sigmoid(tile, weight_N[start:stop], G_CM)
+        sums.append(found)
         if G_CM is None:
             continue
         if dx_ND is not None:

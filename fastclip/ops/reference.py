@@ -71,14 +71,17 @@ def block_statistics(
     compute_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The statistics of `fastclip.ops.symmetric.block_statistics`."""
-    rows = torch.arange(shape.rows, device=z_MD.device)
-    pair_M = rows % shape.pairs
-    domain_M = torch.tensor(shape.domains, device=z_MD.device)[rows // shape.pairs]
+    pair_M = torch.arange(shape.rows, device=z_MD.device) % shape.pairs
     z_MD = _round(z_MD, compute_dtype)
-    entry = domain_M[:, None], domain_M[None, :]
-    S_MM = scale_PP.to(z_MD.dtype)[entry] * (z_MD @ z_MD.T)
-    if offset_PP is not None:
-        S_MM = S_MM + offset_PP.to(z_MD.dtype)[entry]
+
+    def logits(b: int, c: int) -> Tensor:
+        entry = shape.domains[b], shape.domains[c]
+        S_NN = scale_PP.to(z_MD.dtype)[entry] * (z_MD[shape.block(b)] @ z_MD[shape.block(c)].T)
+        return S_NN if offset_PP is None else S_NN + offset_PP.to(z_MD.dtype)[entry]
+
+    # block by block, so that the gradient of a table's entry is one sum over a block
+    blocks = range(len(shape.domains))
+    S_MM = torch.cat([torch.cat([logits(b, c) for c in blocks], dim=1) for b in blocks])
     negatives_MM = S_MM.masked_fill(pair_M[:, None] == pair_M, -torch.inf)
     positives = [S_MM[shape.block(b), shape.block(c)].diagonal() for b, c in shape.couples()]
     return _logsumexp(negatives_MM, dim=1), _maximum(negatives_MM, dim=1), torch.stack(positives)

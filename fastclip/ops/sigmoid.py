@@ -66,8 +66,7 @@ def sigmoid_loss(
     checks.refuse_forward_mode(*inputs)
     options = (diagonal, compute_dtype, chosen, chunk)
     if per_row:
-        rows: Tensor = _rows(x, y, scale, offset, *options)
-        return rows
+        return _rows(x, y, scale, offset, *options)
     return _sum(x, y, scale, offset, *wants_gradient(x, y, scale, offset), *options)[0]
 
 

@@ -307,4 +307,4 @@ def check_positives(
     checks.check_ids("row_group", row_group, n, x.device)
     checks.check_ids("column_group", column_group, m, x.device)
     dtype = torch.promote_types(row_group.dtype, column_group.dtype)
-    return positive_index, *(g.to(dtype).contiguous() for g in (row_group, column_group))
+    return positive_index, row_group.to(dtype).contiguous(), column_group.to(dtype).contiguous()

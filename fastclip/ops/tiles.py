@@ -166,7 +166,7 @@ class TorchTiles:
         self, tile: Tile, rows: Lines, columns: Lines | None, out_CS: Tensor, scalars: bool
     ) -> tuple[Tensor, Tensor]:
         S_CS = self._logits(tile)
-        G_CS = out_CS if out_CS.dtype == self.dtype else self._buffer("g", *S_CS.shape, S_CS)
+        G_CS = out_CS if out_CS.dtype == self.dtype else self._like("g", S_CS)
         anchor_C, anchor_S = (
             None if lines is None else _without(finite(lines.lse), tile.offset)
             for lines in (rows, columns)
@@ -190,7 +190,7 @@ class TorchTiles:
         return Running(_with(maximum_C, tile.offset), exp_CS.sum(dim=1)), dot_C
 
     def end_rows(self, factor_C: Tensor, out_CS: Tensor) -> None:
-        exp_CS = self._buffer("exp", *out_CS.shape, out_CS)
+        exp_CS = self._like("exp", out_CS)
         if out_CS.dtype == exp_CS.dtype:
             torch.mul(exp_CS, factor_C[:, None], out=out_CS)
         else:
@@ -200,15 +200,17 @@ class TorchTiles:
         self, tile: Tile, weight_C: Tensor, out_CS: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         S_CS = self._logits(tile)
-        z_CS = self._buffer("exp", *S_CS.shape, S_CS)
+        z_CS = self._like("exp", S_CS)
         if tile.offset is None:
             z_CS.copy_(S_CS)
         else:
             torch.add(S_CS, tile.offset, out=z_CS)
-        row_C = softplus(z_CS).sum(dim=1)
         if out_CS is None:
+            row_C = softplus(z_CS, out=z_CS).sum(dim=1)
             none = row_C.new_empty(0)
             return row_C, none, none
+        room_CS = out_CS if out_CS.dtype == self.dtype else self._like("g", S_CS)
+        row_C = softplus(z_CS, out=room_CS).sum(dim=1)
         G_CS = torch.sigmoid(z_CS, out=z_CS).mul_((weight_C * tile.scale)[:, None])
         sums = self._sums(tile, S_CS, G_CS, out_CS, True)
         return row_C, *sums
@@ -232,6 +234,9 @@ class TorchTiles:
             flat = self._pool[name] = like.new_empty(rows * columns, dtype=dtype)
         return flat[: rows * columns].view(rows, columns)
 
+    def _like(self, name: str, matrix: Tensor) -> Tensor:
+        return self._buffer(name, matrix.shape[0], matrix.shape[1], matrix)
+
     def _logits(self, tile: Tile) -> Tensor:
         """scale * cos, entries that are left out at -inf."""
         x_CD, y_SD = tile.x_CD, tile.y_SD
@@ -241,13 +246,13 @@ class TorchTiles:
         return S_CS
 
     def _leave_out(self, S_CS: Tensor, tile: Tile, value: float) -> None:
-        if tile.crosses_diagonal:
+        if tile.crosses_diagonal and tile.diagonal is not None:
             S_CS.diagonal(offset=tile.diagonal).fill_(value)
         if tile.row_id_C is not None and tile.column_id_S is not None:
             S_CS.masked_fill_(tile.row_id_C[:, None] == tile.column_id_S[None, :], value)
 
     def _exp(self, S_CS: Tensor, anchor: Tensor) -> Tensor:
-        exp_CS = self._buffer("exp", *S_CS.shape, S_CS)
+        exp_CS = self._like("exp", S_CS)
         return torch.sub(S_CS, anchor, out=exp_CS).exp_()
 
     def _sums(
@@ -284,11 +289,13 @@ def finite(anchor: Tensor) -> Tensor:
     return anchor.masked_fill(anchor == -torch.inf, 0)
 
 
-def softplus(x: Tensor) -> Tensor:
+def softplus(x: Tensor, *, out: Tensor | None = None) -> Tensor:
     """log(1 + exp(x)); torch's own is the identity above 20, an error of 2e-9 in float64."""
     if x.dtype == torch.float64:
-        return torch.logaddexp(x, torch.zeros_like(x))
-    return torch.nn.functional.softplus(x)
+        return torch.logaddexp(x, x.new_zeros(()), out=out)
+    if out is None:
+        return torch.nn.functional.softplus(x)
+    return torch.ops.aten.softplus.out(x, out=out)
 
 
 def tiles_of(backend: str, compute_dtype: torch.dtype) -> Tiles:

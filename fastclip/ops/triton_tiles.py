@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastclip.kernels import finish as finishing
-from fastclip.kernels import sigmoid, similarity
+import fastclip.kernels.finish as finishing
+import fastclip.kernels.sigmoid as sigmoid
+import fastclip.kernels.similarity as similarity
 from fastclip.kernels.launch import Tiling, tiling
 from fastclip.ops.gemm import count_product
 from fastclip.ops.tiles import Lines, Running, Tile
@@ -117,14 +118,16 @@ class TritonTiles:
         return out
 
     def _room(self, rows: int, columns: int, device: torch.device) -> Tensor:
-        """The buffer that first holds E and then G; it only grows."""
-        size = rows * columns
+        """(rows, columns) of the buffer that first holds E and then G; it only grows."""
+        height, stride = similarity.room_for(rows, columns)
+        size = height * stride
         if self._buffer is None or self._buffer.numel() < size:
             self._buffer = torch.empty(size, dtype=self._gradient_dtype, device=device)
-        return self._buffer[:size].view(rows, columns)
+        return self._buffer[:size].view(height, stride)[:rows, :columns]
 
     def _tiling(self, kernel: str, tile: Tile) -> Tiling:
-        return tiling(kernel, tile.x_CD.dtype, tile.x_CD.device)
+        x, y = tile.x_CD, tile.y_SD
+        return tiling(kernel, x.dtype, x.device, x.shape[0] * y.shape[0])
 
     def _count(self, tile: Tile) -> None:
         count_product(tile.x_CD.shape[0], tile.x_CD.shape[1], tile.y_SD.shape[0])

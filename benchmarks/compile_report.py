@@ -1,0 +1,179 @@
+"""Compile every kernel and tiling for NVIDIA architectures, without a GPU, and read the resources.
+
+`python -m fastclip.bench.compile_report [OUT.json]` prints registers, spills, shared memory and
+tensor-core instructions of each; Triton brings the compiler and the disassembler along.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastclip.kernels import finish, sigmoid, similarity
+from fastclip.kernels.launch import Tiling, tilings
+
+# bytes of shared memory that one program may use
+SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+POINTER = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
+# operands and the precision of their product
+OPERANDS = {"16bit": ("bfloat16", "ieee"), "tf32": ("float32", "tf32"), "ieee": ("float32", "ieee")}
+
+
+@dataclass
+class Report:
+    """What one compiled kernel uses; bytes, instructions by name."""
+
+    kernel: str
+    variant: str
+    architecture: int
+    tiling: list[int]
+    registers: int
+    spills: int
+    shared: int
+    shared_limit: int
+    tensor_core: str
+
+
+def variants() -> Iterator[tuple[str, Any, str, dict[str, bool]]]:
+    """(kernel's entry in the table, kernel, name, flags) of what the launchers ask for."""
+    plain = {"HAS_DIAGONAL": True, "HAS_IDS": False, "EVEN_D": True}
+    for name, flags in {
+        "both": {"COLUMNS": True, "KEEP": False},
+        "rows": {"COLUMNS": False, "KEEP": False},
+        "kept": {"COLUMNS": False, "KEEP": True},
+        "ids": {"COLUMNS": True, "KEEP": False, "HAS_IDS": True, "EVEN_D": False},
+        "kept_ids": {"COLUMNS": False, "KEEP": True, "HAS_IDS": True, "HAS_DIAGONAL": False},
+    }.items():
+        yield "statistics", similarity.statistics_kernel, name, {**plain, **flags}
+    every = {"HAS_OFFSET": False, "COLUMNS": True, "SCALARS": True}
+    for name, flags in {
+        "both": {},
+        "offset": {"HAS_OFFSET": True},
+        "rows": {"COLUMNS": False},
+        "ids": {"HAS_IDS": True, "EVEN_D": False},
+        "frozen_scale": {"SCALARS": False},
+    }.items():
+        yield "gradient", similarity.gradient_kernel, name, {**plain, **every, **flags}
+    for name, flags in {
+        "loss": {"GRADIENT": False, "EVEN_D": True},
+        "gradient": {"GRADIENT": True, "EVEN_D": True},
+        "odd": {"GRADIENT": True, "EVEN_D": False},
+    }.items():
+        flags = {"HAS_DIAGONAL": True, "HAS_OFFSET": True, **flags}
+        yield "sigmoid", sigmoid.sigmoid_kernel, name, flags
+
+
+def reports(architectures: tuple[int, ...] = (80, 90, 100)) -> Iterator[Report]:
+    """One report for each kernel, variant, precision and architecture of the table."""
+    for architecture in architectures:
+        names = ["sm_80", "small"] if architecture == 80 else [f"sm_{architecture}"]
+        for table in names:
+            limit = SHARED_LIMIT[86 if table == "small" else architecture]
+            for entry, kernel, name, flags in variants():
+                for precision, tiling in tilings()[table][entry].items():
+                    dtype, product = OPERANDS[precision]
+                    constants = {**flags, "PRECISION": product, **_sides(tiling)}
+                    yield _compile(
+                        kernel, f"{name}/{precision}", architecture, tiling, constants, dtype, limit
+                    )
+        small = Tiling(finish.ROWS, 0, finish.WIDTH, 4, 3)
+        for kernel, constants in (
+            (finish.finish_kernel, {"HAS_TERM": True, "BLOCK_R": 16, "BLOCK_D": 128}),
+            (finish.row_dot_kernel, {"BLOCK_R": 16, "BLOCK_D": 128}),
+            (similarity.merge_kernel, {"HAS_OFFSET": True, "HAS_DOT": True, "BLOCK": 128}),
+            (similarity.rescale_kernel, {"BLOCK_R": 16, "BLOCK_S": 256}),
+        ):
+            limit = SHARED_LIMIT[architecture]
+            yield _compile(kernel, "16bit", architecture, small, constants, "bfloat16", limit)
+
+
+def _sides(tiling: Tiling) -> dict[str, int]:
+    return {k: v for k, v in tiling.options().items() if not k.startswith("num_")}
+
+
+def _compile(
+    kernel: Any,
+    variant: str,
+    architecture: int,
+    tiling: Tiling,
+    constants: dict[str, Any],
+    dtype: str,
+    limit: int,
+) -> Report:
+    constants = {"EMULATE": False, **constants}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    gradient = "bfloat16" if dtype != "float32" else "float32"
+    kept = "float16" if dtype != "float32" else "float32"
+    typed = {"x_ptr": dtype, "y_ptr": dtype, "partner_ptr": dtype, "a_ptr": dtype, "b_ptr": dtype}
+    typed |= {"g_ptr": gradient, "e_ptr": kept, "out_ptr": gradient}
+    signature, attributes = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_id_ptr"):
+            signature[name] = "*i32"
+        elif name.endswith("_ptr"):
+            signature[name] = POINTER[typed.get(name, "float32")]
+        else:
+            signature[name] = "i32"
+        if name.endswith("_ptr") or name.startswith("stride") or name == "width":
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    options = {"num_warps": tiling.warps, "num_stages": tiling.stages}
+    compiled = triton.compile(source, GPUTarget("cuda", architecture, 32), options=options)
+    registers, spills = _resources(compiled.asm["cubin"])
+    sides = [tiling.rows, tiling.columns, tiling.width, tiling.warps, tiling.stages]
+    return Report(
+        kernel.fn.__name__,
+        variant,
+        architecture,
+        sides,
+        registers,
+        spills,
+        compiled.metadata.shared,
+        limit,
+        _tensor_core(compiled.asm["ptx"]),
+    )
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread, and bytes of local memory (spills and stack)."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return found["REG"], found["STACK"] + found["LOCAL"]
+
+
+def _tensor_core(ptx: str) -> str:
+    for instruction in ("tcgen05.mma", "wgmma.mma_async", "mma.sync"):
+        if instruction in ptx:
+            return instruction
+    return "none"
+
+
+def main() -> None:
+    """Print the table, and write JSON where a path is given."""
+    rows = []
+    for report in reports():
+        rows.append(asdict(report))
+        print(*rows[-1].values(), flush=True)
+    if len(sys.argv) > 1:
+        Path(sys.argv[1]).write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

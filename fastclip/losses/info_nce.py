@@ -1,0 +1,64 @@
+"""The one-direction softmax loss as a module, with an optional memory bank."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastclip.functional import info_nce_loss
+from fastclip.losses.memory_bank import memory_bank
+
+
+class InfoNCELoss(nn.Module):
+    """Each query's cross-entropy among keys: retrieval training, MoCo, CPC.
+
+    Args:
+        temperature: > 0.
+        memory_bank_size: 0, or (rows, width) of a bank whose rows are further negatives without
+            gradient. In training mode the keys go into it after each call.
+        in_batch: whether other queries' keys are negatives; False only with a bank.
+        backend, chunk_bytes: see `fastclip.functional`.
+
+    Raises:
+        ValueError: a temperature that is not positive, a bank without width, or no negatives.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.07,
+        memory_bank_size: int | tuple[int, int] = 0,
+        *,
+        in_batch: bool = True,
+        backend: str = "auto",
+        chunk_bytes: int | None = None,
+    ) -> None:
+        super().__init__()
+        if not temperature > 0:
+            raise ValueError(f"temperature is {temperature}; give a positive number")
+        self.temperature = temperature
+        self.memory_bank = memory_bank(memory_bank_size)
+        if self.memory_bank is None and not in_batch:
+            raise ValueError("in_batch=False leaves no negatives; give memory_bank_size")
+        self.in_batch = in_batch
+        self.options: dict[str, Any] = {"backend": backend, "chunk_bytes": chunk_bytes}
+
+    def forward(self, query: Tensor, keys: Tensor, positive_index: Tensor | None = None) -> Tensor:
+        """The loss, 0-d.
+
+        Args:
+            query: (N, D), normalised.
+            keys: (M, D), normalised.
+            positive_index: (N,) integers, the queries' positives; None: query i's is key i.
+        """
+        bank = None if self.memory_bank is None else self.memory_bank.bank
+        loss = info_nce_loss(
+            query,
+            keys,
+            1 / self.temperature,
+            positive_index,
+            bank=bank,
+            in_batch=self.in_batch,
+            **self.options,
+        )
+        if self.memory_bank is not None and self.training:
+            self.memory_bank.enqueue(keys)
+        return loss

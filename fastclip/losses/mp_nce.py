@@ -1,0 +1,102 @@
+"""UniCLIP's loss as a module: multi-positive NCE, a similarity of its own for each domain pair."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastclip.functional import mp_nce_loss
+
+
+class MPNCELoss(nn.Module):
+    """MP-NCE over the blocks of all views and texts (UniCLIP, Lee et al. 2022).
+
+    The similarity of domains p and q is s = (cos - offset_pq) / temperature_pq; both are learned,
+    one for each unordered pair, packed as (0, 0), (0, 1), ..., (1, 1), ...
+
+    Args:
+        num_domains: P; 2 for images and texts.
+        init_temperature, init_offset: starting values of every pair.
+        pair_weight: weights of the positives by domain pair: None for ones, "balanced" for
+            weights under which every domain pair contributes alike, or a (P, P) tensor.
+        max_scale: the limit that `clamp_scale_` holds 1 / temperature to.
+        backend, chunk_bytes: see `fastclip.functional`.
+
+    Raises:
+        ValueError: numbers out of range.
+    """
+
+    index: Tensor
+    pair_weight: Tensor | None
+
+    def __init__(
+        self,
+        num_domains: int = 2,
+        *,
+        init_temperature: float = 0.07,
+        init_offset: float = 0.0,
+        pair_weight: Tensor | str | None = None,
+        max_scale: float = 100.0,
+        backend: str = "auto",
+        chunk_bytes: int | None = None,
+    ) -> None:
+        super().__init__()
+        if num_domains < 1:
+            raise ValueError(f"num_domains is {num_domains}; give 1 or more")
+        if not init_temperature > 0:
+            raise ValueError(f"init_temperature is {init_temperature}; give a positive number")
+        if isinstance(pair_weight, str) and pair_weight != "balanced":
+            raise ValueError(f"pair_weight is {pair_weight!r}; give 'balanced', a tensor or None")
+        pairs = num_domains * (num_domains + 1) // 2
+        self.log_temperature = nn.Parameter(torch.full((pairs,), math.log(init_temperature)))
+        self.offset = nn.Parameter(torch.full((pairs,), init_offset))
+        rows, columns = torch.triu_indices(num_domains, num_domains)
+        index = torch.zeros(num_domains, num_domains, dtype=torch.long)
+        index[rows, columns] = torch.arange(pairs)
+        index[columns, rows] = torch.arange(pairs)
+        self.register_buffer("index", index, persistent=False)
+        self.balanced = isinstance(pair_weight, str)
+        weight = pair_weight if isinstance(pair_weight, Tensor) else None
+        self.register_buffer("pair_weight", weight, persistent=False)
+        self.max_scale = max_scale
+        self.backend = backend
+        self.chunk_bytes = chunk_bytes
+
+    def forward(self, features: Sequence[Tensor], domains: Sequence[int]) -> Tensor:
+        """The mean over all anchors, 0-d.
+
+        Args:
+            features: B >= 2 blocks, each (N, D), normalised, in the same pair order.
+            domains: the domain of each block, e.g. [0, 0, 0, 1] for three views and a text.
+        """
+        scale = torch.exp(-self.log_temperature)
+        weight = self.pair_weight
+        if self.balanced:
+            table = balanced_pair_weight(domains, self.index.shape[0])
+            weight = self.offset.new_tensor(table)
+        return mp_nce_loss(
+            features,
+            domains,
+            scale[self.index],
+            (-self.offset * scale)[self.index],
+            pair_weight=weight,
+            backend=self.backend,
+            chunk_bytes=self.chunk_bytes,
+        )
+
+    @torch.no_grad()
+    def clamp_scale_(self) -> None:
+        """Hold every 1 / temperature to at most `max_scale`; call it after an optimiser step."""
+        self.log_temperature.clamp_(min=-math.log(self.max_scale))
+
+
+def balanced_pair_weight(domains: Sequence[int], num_domains: int) -> list[list[float]]:
+    """Weights by domain pair, mean 1 over positives, that give every pair present one share."""
+    counts = [[0.0] * num_domains for _ in range(num_domains)]
+    for index, p in enumerate(domains):
+        for q in domains[index + 1 :]:
+            counts[min(p, q)][max(p, q)] += 1
+    total = sum(map(sum, counts))
+    present = sum(count > 0 for row in counts for count in row)
+    return [[total / (present * count) if count else 0.0 for count in row] for row in counts]

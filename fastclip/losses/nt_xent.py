@@ -1,0 +1,59 @@
+"""The loss of SimCLR, and with a memory bank of MoCo, with lightly's signature."""
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastclip.functional import info_nce_loss, nt_xent_loss
+from fastclip.losses.memory_bank import memory_bank
+
+
+class NTXentLoss(nn.Module):
+    """Drop-in for `lightly.loss.NTXentLoss`: same arguments, call and value, memory linear in N.
+
+    As there, features are normalised inside.
+
+    Args:
+        temperature: > 0.
+        memory_bank_size: 0, or (rows, width) of a bank. With a bank its rows are the negatives of
+            `out0`, and `out1` holds the positives and goes into the bank afterwards (where
+            `out0` requires a gradient, so not in evaluation). It wraps around at its end.
+        gather_distributed: negatives of other processes; refused in this version.
+        backend, chunk_bytes: see `fastclip.functional`.
+
+    Raises:
+        ValueError: a temperature that is not positive, a bank without width, or
+            gather_distributed.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.5,
+        memory_bank_size: int | tuple[int, int] = 0,
+        gather_distributed: bool = False,
+        *,
+        backend: str = "auto",
+        chunk_bytes: int | None = None,
+    ) -> None:
+        super().__init__()
+        if not temperature > 0:
+            raise ValueError(f"temperature is {temperature}; give a positive number")
+        if gather_distributed:
+            raise ValueError("gather_distributed=True is not supported by this version")
+        self.temperature = temperature
+        self.memory_bank = memory_bank(memory_bank_size)
+        self.options: dict[str, Any] = {"backend": backend, "chunk_bytes": chunk_bytes}
+
+    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        """The loss, 0-d, of two views (N, D) of the same samples."""
+        out0, out1 = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
+        if self.memory_bank is None:
+            loss = nt_xent_loss(out0, out1, self.temperature, **self.options)
+        else:
+            bank = self.memory_bank.bank
+            scale = 1 / self.temperature
+            loss = info_nce_loss(out0, out1, scale, bank=bank, in_batch=False, **self.options)
+            if out0.requires_grad:
+                self.memory_bank.enqueue(out1)
+        return loss

@@ -1,0 +1,100 @@
+"""SigLIP's loss as a module, in place of `open_clip.SigLipLoss`."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastclip.functional import siglip_loss
+from fastclip.ops.collectives import gather_rows
+from fastclip.ops.sigmoid import sigmoid_loss
+
+EXCHANGES = ("bidir", "shift", "reduce", "gather")
+
+
+class SigLipLoss(nn.Module):
+    """Drop-in for `open_clip.SigLipLoss`: same arguments, call and value, memory linear in N.
+
+    Args:
+        cache_labels, rank, world_size: open_clip's. Over several processes texts are gathered
+            over the default process group, which must have world_size ranks; each rank compares
+            its images with all texts.
+        dist_impl: open_clip's four ways to exchange texts. They have one value and one gradient,
+            which is what is computed here, by one gather.
+        backend, chunk_bytes: see `fastclip.functional`.
+
+    Raises:
+        ValueError: dist_impl is none of open_clip's.
+    """
+
+    def __init__(
+        self,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        dist_impl: str | None = None,
+        *,
+        backend: str = "auto",
+        chunk_bytes: int | None = None,
+    ) -> None:
+        super().__init__()
+        if dist_impl is not None and dist_impl not in EXCHANGES:
+            raise ValueError(f"dist_impl is {dist_impl!r}; use one of {', '.join(EXCHANGES)}")
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+        self.dist_impl = dist_impl or "bidir"
+        self.backend = backend
+        self.chunk_bytes = chunk_bytes
+
+    def get_ground_truth(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        num_logits: int,
+        negative_only: bool = False,
+    ) -> Tensor:
+        """(num_logits, num_logits) of -1, with 1 on the diagonal unless `negative_only`."""
+        labels = torch.full((num_logits, num_logits), -1.0, device=device, dtype=dtype)
+        return labels if negative_only else labels.fill_diagonal_(1.0)
+
+    def get_logits(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None = None,
+    ) -> Tensor:
+        """Logits (N, N) of this rank's features, in full: for inspection, not for training."""
+        logits = logit_scale * image_features @ text_features.T
+        return logits if logit_bias is None else logits + logit_bias
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss, 0-d, or {"contrastive_loss": loss} with output_dict.
+
+        Args:
+            image_features, text_features: (N, D), normalised.
+            logit_scale: 0-d or (1,), exponentiated.
+            logit_bias: 0-d, (1,) or None.
+            output_dict: whether to return a dictionary.
+        """
+        options: dict[str, Any] = {"backend": self.backend, "chunk_bytes": self.chunk_bytes}
+        if self.world_size == 1:
+            loss = siglip_loss(image_features, text_features, logit_scale, logit_bias, **options)
+        else:
+            n = image_features.shape[0]
+            if text_features.shape[0] != n:
+                raise ValueError(f"{n} images and {text_features.shape[0]} texts; give pairs")
+            texts = gather_rows(text_features, with_grad=True)
+            total = sigmoid_loss(
+                image_features, texts, logit_scale, logit_bias, diagonal=self.rank * n, **options
+            )
+            loss = total / n
+        return {"contrastive_loss": loss} if output_dict else loss

@@ -1,0 +1,54 @@
+"""The supervised contrastive loss as a module."""
+
+import torch
+from torch import Tensor, nn
+
+from fastclip.functional import sup_con_loss
+
+
+class SupConLoss(nn.Module):
+    """Supervised contrastive loss, L_out (Khosla et al. 2020), memory linear in the batch.
+
+    Args:
+        temperature: > 0.
+        backend, chunk_bytes: see `fastclip.functional`.
+
+    Raises:
+        ValueError: a temperature that is not positive.
+    """
+
+    def __init__(
+        self, temperature: float = 0.07, *, backend: str = "auto", chunk_bytes: int | None = None
+    ) -> None:
+        super().__init__()
+        if not temperature > 0:
+            raise ValueError(f"temperature is {temperature}; give a positive number")
+        self.temperature = temperature
+        self.backend = backend
+        self.chunk_bytes = chunk_bytes
+
+    def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The mean over all anchors that have a positive, 0-d.
+
+        Args:
+            features: (N, D), or (N, V, D) with V views of each sample, normalised.
+            labels: (N,) integers. None, only with views: every sample is a class of its own.
+
+        Raises:
+            ValueError: neither labels nor views, or shapes that do not fit.
+        """
+        if features.ndim == 3:
+            samples, views, width = features.shape
+            if labels is None:
+                labels = torch.arange(samples, device=features.device)
+            features = features.reshape(samples * views, width)
+            labels = labels.repeat_interleave(views)
+        if labels is None:
+            raise ValueError("without labels features must be (N, V, D), with V views a sample")
+        return sup_con_loss(
+            features,
+            labels,
+            self.temperature,
+            backend=self.backend,
+            chunk_bytes=self.chunk_bytes,
+        )

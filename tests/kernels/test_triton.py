@@ -1,0 +1,190 @@
+"""The Triton implementation, under Triton's interpreter where there is no GPU."""
+
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastclip.functional import clip_loss
+from fastclip.kernels.launch import INTERPRETED, count_launches
+from fastclip.ops import backend
+from fastclip.ops.gemm import count_products
+from tests.ops.cases import LOSSES, check_error_rule, ours, pairwise, theirs
+from tests.ops.test_contracts import PRODUCTS, SYMMETRIC, make
+
+pytestmark = pytest.mark.skipif(
+    not INTERPRETED, reason="a GPU is there: fastclip.bench.check runs the kernels on it"
+)
+
+FACTORS = {
+    "name": list(LOSSES),
+    "n": [1, 2, 63, 65, 127, 129],
+    "width": [1, 16, 48, 77, 384, 512, 640, 1152],
+    "scale": [0.1, 14.3, 100.0],
+    "dtype": [torch.float32, torch.bfloat16, torch.float16],
+    "extra": [0, 1, 40],
+    "chunk": [None, 9, 33, 64],
+    "autocast": [False, True],
+    "per_anchor": [False, True],
+}
+
+
+def check(
+    name: str,
+    n: int,
+    width: int,
+    scale: float,
+    dtype: torch.dtype,
+    extra: int = 0,
+    chunk: int | None = None,
+    autocast: bool = False,
+    per_anchor: bool = False,
+    correlation: float = 0.3,
+) -> None:
+    case = LOSSES[name].make(n, width, scale, correlation, seed=n + width, extra=extra).cast(dtype)
+    truth = theirs(name, case.double())
+    eager = theirs(name, case, autocast=autocast)
+    bytes_ = None if chunk is None else 4 * (n + extra) * chunk
+    options = {"autocast": autocast, "per_anchor": per_anchor, "chunk_bytes": bytes_}
+    got = ours(name, case, backend="triton", **options)
+    operand = torch.bfloat16 if autocast or dtype != torch.float32 else dtype
+    eps = torch.finfo(operand).eps
+    check_error_rule(name, got, eager, truth, case, eps, [n, width, scale, dtype, options])
+
+
+@pytest.mark.parametrize(
+    "case", pairwise(FACTORS, seed=0), ids=lambda case: "-".join(map(str, case.values()))
+)
+def test_pairwise_coverage(case: dict) -> None:
+    """Every two values of different factors meet in some case."""
+    check(**case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, dtype", product(LOSSES, [torch.float32, torch.bfloat16]))
+def test_a_thousand_rows(name: str, dtype: torch.dtype) -> None:
+    check(name, 1000, 48, 14.3, dtype, extra=24, chunk=600)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "correlation, scale, bound", [(0.3, 14.3, 1e-4), (0.3, 100.0, 2e-3), (0.6, 100.0, 2e-3)]
+)
+@pytest.mark.parametrize("name", ["clip", "info_nce", "nt_xent", "siglip"])
+def test_precision_under_autocast(
+    name: str, correlation: float, scale: float, bound: float
+) -> None:
+    """dX against float64 of the rounded features: what rounding G to bf16 leaves.
+
+    With features that are bf16 themselves the gradient has its own last rounding.
+    """
+    for dtype, limit in ((torch.float32, bound), (torch.bfloat16, 2.5e-3)):
+        case = LOSSES[name].make(1000, 512, scale, correlation, seed=1).cast(dtype)
+        want = theirs(name, case.cast(torch.bfloat16).double())[1]
+        got = ours(name, case, autocast=True, backend="triton")[1]
+        error = ((got.double() - want).norm() / want.norm()).item()
+        print(f"{name} {correlation} {scale} {dtype}: {error:.1e}")
+        assert error <= limit
+
+
+def test_backend_triton_launches_the_kernels() -> None:
+    case = make("clip", 64)
+    with count_launches() as forward:
+        leaves = [leaf.clone().requires_grad_() for leaf in case.leaves]
+        loss = clip_loss(*leaves, backend="triton")
+    with count_launches() as backward:
+        loss.backward()
+    assert forward == {"statistics_kernel": 1, "merge_kernel": 2, "row_dot_kernel": 1}
+    assert backward == {"gradient_kernel": 1, "finish_kernel": 2, "row_dot_kernel": 1}
+    with count_launches() as none:
+        clip_loss(*leaves, backend="torch").backward()
+    assert not none
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_matrix_products_and_launches(name: str) -> None:
+    """The same products as the torch implementation's, S in as many launches as there are tiles."""
+    case = make(name, 96)
+    counts = []
+    for implementation in ("torch", "triton"):
+        options = {"backend": implementation, "chunk_bytes": 4 * 96 * 32}
+        with count_products() as count, count_launches() as launches:
+            ours(name, case, **options)
+        counts.append(count.flop)
+    assert counts[0] == counts[1]
+    # chunks of 32 rows: 3 chunks, or strips that meet every block to their right
+    products_with_S = {
+        "siglip": {"sigmoid_kernel": 3},
+        "info_nce": {"statistics_kernel": 3, "rescale_kernel": 3},
+        "info_nce_index": {"statistics_kernel": 3, "rescale_kernel": 3},
+        "nt_xent": {"statistics_kernel": 8, "gradient_kernel": 8},
+        "mp_nce": {"statistics_kernel": 6, "gradient_kernel": 6},
+        "sup_con": {"statistics_kernel": 5, "gradient_kernel": 5},
+    }.get(name, {"statistics_kernel": 3, "gradient_kernel": 3})
+    assert {k: launches[k] for k in products_with_S} == products_with_S
+    assert name in SYMMETRIC or sum(PRODUCTS[name]) in (3, 4)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_same_bits_every_time(name: str) -> None:
+    case = make(name, 40, 8).cast(torch.bfloat16)
+    first = ours(name, case, backend="triton", chunk_bytes=4 * 40 * 16)
+    for _ in range(3):
+        again = ours(name, case, backend="triton", chunk_bytes=4 * 40 * 16)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_nan_in_nan_out(name: str) -> None:
+    case = make(name, 9, 4)
+    case.leaves[0][2, 1] = torch.nan
+    got = ours(name, case, backend="triton")
+    assert torch.isnan(got[0])
+    assert torch.isnan(got[1]).any()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_ties_zero_rows_and_one_group(name: str) -> None:
+    for spoil in ("ties", "zeros"):
+        case = make(name, 36, 8)
+        for leaf in case.leaves[: case.features]:
+            leaf[:] = leaf[0].clone() if spoil == "ties" else 0.0
+        truth = theirs(name, case.double())
+        got = ours(name, case, backend="triton")
+        for mine, want in zip(got, truth, strict=True):
+            size = case.largest_logit() ** 2 if case.is_temperature else 1.0
+            torch.testing.assert_close(mine.double(), want, rtol=1e-5, atol=1e-5 * size)
+
+
+def test_features_that_are_not_contiguous() -> None:
+    case = make("clip", 24, 10)
+    x, y, scale = case.leaves
+    want = clip_loss(x, y, scale, backend="triton")
+    wide = torch.cat([x, x], dim=1)[:, :10]
+    for strided in (x.T.contiguous().T, wide, torch.stack([x, x], dim=1)[:, 0]):
+        assert strided.stride() != x.stride()
+        assert torch.equal(clip_loss(strided, y, scale, backend="triton"), want)
+
+
+def test_auto_leaves_the_interpreter_alone() -> None:
+    device = torch.device("cpu")
+    for operator in ("similarity", "symmetric", "sigmoid"):
+        assert backend.choose(operator, "auto", device, torch.float32) == "torch"
+        assert backend.choose(operator, "triton", device, torch.float32) == "triton"
+        with pytest.raises(ValueError, match="float64 gains nothing"):
+            backend.choose(operator, "triton", device, torch.float64)
+
+
+def test_compiled_with_the_kernels_inside() -> None:
+    case = make("mp_nce", 36, 8)
+
+    def loss(*leaves: Tensor) -> Tensor:
+        return LOSSES["mp_nce"].run(list(leaves), case.static, backend="triton")
+
+    leaves = [leaf.clone().requires_grad_() for leaf in case.leaves]
+    got = torch.compile(loss, fullgraph=True)(*leaves)
+    got.backward()
+    want = ours("mp_nce", case, backend="triton")
+    torch.testing.assert_close(got, want[0])
+    torch.testing.assert_close(leaves[0].grad, want[1])

@@ -1,0 +1,189 @@
+"""What holds for every loss: memory, determinism, counts, compilation, refusals."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastclip.ops.gemm import count_products
+from tests.ops.cases import LOSSES, Case, ours
+
+# products of rows x columns x width, forward and backward; symmetric losses visit a pair once,
+# and the squares on their diagonal twice
+PRODUCTS = {
+    "clip": (1, 3),
+    "clip_smoothed": (1, 3),
+    "clip_grouped": (1, 3),
+    "siglip": (3, 0),
+    "info_nce": (3, 0),
+    "info_nce_index": (3, 0),
+    "nt_xent": (0.5, 1.5),
+    "mp_nce": (0.5, 1.5),
+    "sup_con": (0.5, 1.5),
+}
+SYMMETRIC = ("nt_xent", "mp_nce", "sup_con")
+
+
+def make(name: str, rows: int = 384, width: int = 16) -> Case:
+    return LOSSES[name].make(rows, width, 9.0, 0.3, seed=1).cast(torch.float32)
+
+
+def leaves_of(case: Case) -> list[Tensor]:
+    return [leaf.clone().requires_grad_() for leaf in case.leaves]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_nothing_square_is_saved(name: str, reduction: str) -> None:
+    rows, width = 2048, 8
+    case = make(name, rows, width)
+    saved: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        LOSSES[name].run(leaves_of(case), case.static, reduction=reduction)
+    columns = 2 * rows + 3 if name == "info_nce_bank" else rows
+    assert max(saved) <= columns * width
+    assert sum(saved) <= 4 * columns * width + 60 * rows
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_matrix_products_are_counted(name: str) -> None:
+    case = make(name)
+    rows = sum(len(leaf) for leaf in case.leaves[: case.features])
+    rows = rows if name in SYMMETRIC else len(case.leaves[0])
+    chunk_bytes = 4 * rows * 12
+    slack = 12 / rows if name in SYMMETRIC else 0.0
+    with count_products() as count:
+        loss = LOSSES[name].run(leaves_of(case), case.static, chunk_bytes=chunk_bytes)
+    forward, backward = PRODUCTS[name]
+    assert forward <= count.products_of(rows, rows, 16) <= forward + slack
+    with count_products() as count:
+        loss.backward()
+    assert backward <= count.products_of(rows, rows, 16) <= backward + 3 * slack
+    with count_products() as count, torch.no_grad():
+        LOSSES[name].run(case.leaves, case.static, chunk_bytes=chunk_bytes)
+    loss_only = 0.5 if name in SYMMETRIC else 1
+    assert loss_only <= count.products_of(rows, rows, 16) <= loss_only + slack
+
+
+def test_frozen_inputs_cost_no_product() -> None:
+    case = make("info_nce_bank", 64)
+    bank = 64 + 3
+    query, keys, scale = leaves_of(case)
+    for frozen, expected in (((), 2 * bank), ((keys,), 2 * bank), ((query, keys), bank)):
+        inputs = [t.detach() if any(t is f for f in frozen) else t for t in (query, keys, scale)]
+        with count_products() as count:
+            LOSSES["info_nce_bank"].run(inputs, case.static)
+        # keys are positives only, the bank is frozen: S and dX
+        assert count.flop == 2 * 64 * expected * 16
+    case = make("siglip", 64)
+    image, text, scale, bias = leaves_of(case)
+    with count_products() as count:
+        LOSSES["siglip"].run([image, text.detach(), scale, bias], case.static)
+    assert count.products_of(64, 64, 16) == 2
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip", "info_nce", "nt_xent", "sup_con"])
+def test_flop_counter_sees_the_operators(name: str) -> None:
+    case = make(name, 32)
+    with FlopCounterMode(display=False) as counter:
+        LOSSES[name].run(leaves_of(case), case.static).backward()
+    assert counter.get_total_flops() == sum(PRODUCTS[name]) * 2 * 32 * 32 * 16
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_same_bits_every_time(name: str) -> None:
+    case = make(name, 192, 24)
+    first = ours(name, case, chunk_bytes=4 * 192 * 40)
+    for _ in range(50):
+        again = ours(name, case, chunk_bytes=4 * 192 * 40)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", LOSSES)
+def test_compiles_without_a_graph_break(name: str, autocast: bool) -> None:
+    torch._dynamo.reset()
+    case = make(name, 24, 8)
+
+    def loss(*leaves: Tensor) -> Tensor:
+        return LOSSES[name].run(list(leaves), case.static)
+
+    results = []
+    for function in (torch.compile(loss, fullgraph=True), loss):
+        leaves = leaves_of(case)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            value = function(*leaves)
+        value.backward()
+        results.append([value.detach(), *(leaf.grad for leaf in leaves)])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_opcheck() -> None:
+    x, y = (leaf.requires_grad_() for leaf in LOSSES["clip"].make(5, 4, 3.0, 0.3, 1, 2).leaves[:2])
+    scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    bias = torch.tensor([-1.0], dtype=torch.float64, requires_grad=True)
+    table = torch.rand(2, 2, dtype=torch.float64).requires_grad_()
+    index, group = torch.tensor([0, 6, 6, 2, 1]), torch.tensor([0, 0, 1, 2, 3])
+    tail = (torch.float64, "torch", 0)
+    ops = torch.ops.fastclip
+    for both, means in ((True, True), (True, False), (False, False)):
+        arguments = (x, y, scale, both, None, None, None, 0, 7, means, *tail)
+        torch.library.opcheck(ops.similarity_statistics.default, arguments)
+    grouped = (x, y, scale, True, None, group, torch.arange(7), 0, 7, False, *tail)
+    torch.library.opcheck(ops.similarity_statistics.default, grouped)
+    for needs in ((True, True, True), (True, False, False), (False, False, False)):
+        inputs = [t if need else t.detach() for t, need in zip((x, y, scale), needs, strict=True)]
+        torch.library.opcheck(ops.info_nce.default, (*inputs, index, 0, 6, *needs, *tail))
+        inputs = [*inputs, bias if needs[2] else None]
+        flags = (*needs, needs[2])
+        torch.library.opcheck(ops.sigmoid_sum.default, (*inputs, *flags, 1, *tail))
+        torch.library.opcheck(ops.sigmoid_rows.default, (*inputs, 1, *tail))
+    z = torch.cat([x, x.detach()]).detach().requires_grad_()
+    for offset in (table, None):
+        torch.library.opcheck(ops.block_statistics.default, (z, table, offset, [0, 1], *tail))
+    labels = torch.tensor([1, 1, 2, 3, 3, 3, 3, 9, 9, 0])
+    torch.library.opcheck(ops.label_statistics.default, (z, labels, scale, *tail))
+    teacher = [t.detach() for t in (x, y[:5], scale)]
+    student = (x, y[:5].detach().requires_grad_(), scale)
+    torch.library.opcheck(ops.distillation.default, (*student, *teacher, torch.float64, 0))
+    upstream = torch.tensor(2.0, dtype=torch.float64)
+    torch.library.opcheck(ops.apply_upstream.default, (x.detach(), upstream, x.detach()))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_derivatives_that_are_not_there_are_told(name: str) -> None:
+    case = LOSSES[name].make(6, 3, 4.0, 0.3, seed=1)
+    leaves = leaves_of(case)
+    (dx,) = torch.autograd.grad(LOSSES[name].run(leaves, case.static), leaves[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="backend='reference'"):
+        dx.sum().backward()
+    with pytest.raises(RuntimeError, match="forward-mode"):
+        torch.func.jvp(
+            lambda x: LOSSES[name].run([x, *case.leaves[1:]], case.static),
+            (case.leaves[0],),
+            (case.leaves[0],),
+        )
+
+    def first(x: Tensor) -> Tensor:
+        return LOSSES[name].run([x, *case.leaves[1:]], case.static, backend="reference")
+
+    assert torch.autograd.gradgradcheck(first, (leaves[0],))
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip", "info_nce", "mp_nce"])
+def test_a_loss_scale_before_float16(name: str) -> None:
+    """Gradients are multiplied by the upstream gradient before they become float16."""
+    case = LOSSES[name].make(300, 16, 14.3, 0.3, seed=1).cast(torch.float16)
+    leaves = leaves_of(case)
+    (LOSSES[name].run(leaves, case.static) * 65536.0).backward()
+    exact = [leaf.clone().requires_grad_() for leaf in case.double().leaves]
+    (LOSSES[name].run(exact, case.static) * 65536.0).backward()
+    for got, want in zip(leaves[:2], exact[:2], strict=True):
+        assert got.grad.dtype == torch.float16
+        assert (got.grad.double() - want.grad).norm() <= 1e-3 * want.grad.norm()
