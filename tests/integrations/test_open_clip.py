@@ -13,9 +13,10 @@ from fastclip.ops.gemm import count_products
 
 @pytest.fixture(autouse=True)
 def originals_come_back() -> Iterator[None]:
-    before = open_clip.ClipLoss.forward
+    classes = [getattr(open_clip.loss, f"{name}Loss") for name in ("Clip", "SigLip", "DistillClip")]
+    before = [loss_class.forward for loss_class in classes]
     yield
-    assert open_clip.ClipLoss.forward is before
+    assert [loss_class.forward for loss_class in classes] == before
 
 
 def users_script(steps: int = 32) -> list[float]:
@@ -79,6 +80,48 @@ def test_subclasses_follow() -> None:
         got, _ = coca(x, x, logits, labels, torch.tensor(9.0))
     assert count.calls == 1
     torch.testing.assert_close(got, want)
+
+
+def test_siglip_and_distillation_follow() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y, u, v = (
+        torch.nn.functional.normalize(torch.randn(6, 8, generator=generator), dim=-1)
+        for _ in range(4)
+    )
+    siglip, distill = open_clip.loss.SigLipLoss(), open_clip.loss.DistillClipLoss()
+    scale, bias = torch.tensor(9.0), torch.tensor(-9.0)
+    want = siglip(x, y, scale, bias), *distill(x, y, scale, u, v, scale)
+    with fastclip.patch_open_clip(), count_products() as count:
+        by_name = distill(
+            image_features=x,
+            text_features=y,
+            logit_scale=scale,
+            dist_image_features=u,
+            dist_text_features=v,
+            dist_logit_scale=scale,
+        )
+        got = siglip(x, y, scale, bias), *by_name
+        # one S for the sigmoid loss, one for the contrastive, student and teacher for the third
+        assert count.calls == 4
+        assert set(siglip(x, y, scale, bias, output_dict=True)) == {"contrastive_loss"}
+    torch.testing.assert_close(got, want)
+    with count_products() as count:
+        siglip(x, y, scale, bias)
+    assert count.calls == 0
+
+
+def test_a_teacher_that_is_trained_stays_open_clips() -> None:
+    x = torch.nn.functional.normalize(torch.randn(4, 8), dim=-1)
+    teacher = x.clone().requires_grad_()
+    loss = open_clip.loss.DistillClipLoss()
+    scale = torch.tensor(9.0)
+    with (
+        fastclip.patch_open_clip(),
+        pytest.warns(UserWarning, match="the teacher requires a gradient"),
+    ):
+        _, distill = loss(x, x, scale, teacher, x, scale)
+    distill.backward()
+    assert teacher.grad.abs().sum() > 0
 
 
 def test_what_fastclip_does_not_compute_stays_open_clips() -> None:

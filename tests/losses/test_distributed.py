@@ -1,4 +1,4 @@
-"""ClipLoss over several gloo ranks against open_clip's and against one process."""
+"""The losses over several gloo ranks against open_clip's and against one process."""
 
 import functools
 from collections.abc import Callable
@@ -19,6 +19,8 @@ MODES = {
     "local": {"gather_with_grad": True, "local_loss": True},
     "constant": {},
 }
+EXCHANGES = ("bidir", "shift", "reduce", "gather")
+OTHERS = (*EXCHANGES, "distill", "distill local")
 ROWS = 6
 
 
@@ -39,6 +41,30 @@ def rank_gradients(loss_class: Any, mode: str, rank: int, world: int) -> list[Te
     return [loss.detach(), x.grad, y.grad, scale.grad]
 
 
+def other_losses(module: Any, rank: int, world: int) -> dict[str, list[Tensor]]:
+    """SigLIP's four exchanges and the distillation loss in two modes, as one rank sees them."""
+    results = {}
+    own = slice(rank * ROWS, (rank + 1) * ROWS)
+    place = {"rank": rank, "world_size": world}
+    teacher = [t[: world * ROWS][own].flip(1) for t in features()]
+    losses = {way: module.SigLipLoss(**place, dist_impl=way) for way in EXCHANGES}
+    losses["distill"] = module.DistillClipLoss(**place, **MODES["global"])
+    losses["distill local"] = module.DistillClipLoss(**place, **MODES["local"])
+    for name, loss_function in losses.items():
+        x, y = (t[: world * ROWS][own].clone().requires_grad_() for t in features())
+        scale, bias = (
+            torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (11.0, -5.0)
+        )
+        if name in EXCHANGES:
+            loss = loss_function(x, y, scale, bias)
+        else:
+            pair = loss_function(x, y, scale, *teacher, torch.tensor(7.0, dtype=torch.float64))
+            loss = pair[0] + 3 * pair[1] + 0 * bias
+        loss.backward()
+        results[name] = [loss.detach(), x.grad, y.grad, scale.grad, bias.grad]
+    return results
+
+
 def work(rank: int, world: int, folder: str) -> None:
     store = dist.FileStore(f"{folder}/store", world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
@@ -48,6 +74,9 @@ def work(rank: int, world: int, folder: str) -> None:
         for mode in MODES
         for side, loss_class in (("ours", fastclip.ClipLoss), ("theirs", open_clip.ClipLoss))
     }
+    for side, module in (("ours", fastclip), ("theirs", open_clip.loss)):
+        for name, result in other_losses(module, rank, world).items():
+            results[name, side] = result
     torch.save(results, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 
@@ -70,7 +99,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Any]:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [*MODES, *OTHERS])
 @pytest.mark.parametrize("world", [2, 3])
 def test_each_mode_is_open_clips(ranks: Callable[[int], Any], world: int, mode: str) -> None:
     for results in ranks(world):

@@ -1,5 +1,6 @@
-"""Peak memory of a large batch, measured in a child process."""
+"""Peak memory of large batches, measured in child processes."""
 
+import json
 import subprocess
 import sys
 import textwrap
@@ -8,35 +9,73 @@ from pathlib import Path
 import pytest
 
 CHILD = textwrap.dedent("""
-    import re, sys
+    import json, re, sys
     import torch
-    from fastclip.functional import clip_loss
+    import torch.nn.functional as F
+    from fastclip import functional as losses
 
     def resident(field):
         return int(re.search(field + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) << 10
 
-    def inputs(n):
-        generator = torch.Generator().manual_seed(n)
-        x, y = (torch.randn(n, 256, generator=generator) for _ in range(2))
-        unit = [torch.nn.functional.normalize(t, dim=-1).requires_grad_() for t in (x, y)]
-        return *unit, torch.tensor(14.0, requires_grad=True)
+    def features(rows, width):
+        generator = torch.Generator().manual_seed(rows)
+        x = F.normalize(torch.randn(rows, width, generator=generator), dim=-1)
+        return x.requires_grad_()
 
-    clip_loss(*inputs(64)).backward()   # libraries and thread pools
-    arguments = inputs(16384)
-    before = resident("VmRSS")
-    open("/proc/self/clear_refs", "w").write("5")   # the peak counts from here
-    clip_loss(*arguments).backward()
-    print(resident("VmHWM") - before)
+    def run(name, rows, width):
+        count = {"nt_xent": 2, "mp_nce": 4, "sup_con": 1}.get(name, 2)
+        rows = rows // count if name in ("nt_xent", "mp_nce") else rows
+        blocks = [features(rows, width) for _ in range(count)]
+        scale = torch.tensor(14.0, requires_grad=True)
+        before = resident("VmRSS")
+        open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
+        if name == "mp_nce":
+            loss = losses.mp_nce_loss(blocks, [0, 0, 0, 1], scale)
+        elif name == "nt_xent":
+            loss = losses.nt_xent_loss(*blocks, 1 / scale)
+        elif name == "sup_con":
+            loss = losses.sup_con_loss(*blocks, torch.arange(rows) // 4, 1 / scale)
+        elif name == "siglip":
+            loss = losses.siglip_loss(*blocks, scale, -scale)
+        else:
+            loss = getattr(losses, name + "_loss")(*blocks, scale)
+        loss.backward()
+        return resident("VmHWM") - before
+
+    names, rows, width = json.loads(sys.argv[1])
+    for name in names:
+        run(name, 64, width)  # libraries and thread pools
+    print(json.dumps({name: run(name, rows, width) for name in names}))
 """)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc/self")
+def peaks(names: list[str], rows: int, width: int) -> dict[str, int]:
+    """Bytes above the inputs, forward and backward."""
+    result = subprocess.run(
+        [sys.executable, "-c", CHILD, json.dumps([names, rows, width])],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[2],
+    )
+    found = json.loads(result.stdout)
+    print({name: f"{peak / 1e6:.0f} MB" for name, peak in found.items()})
+    return found
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc/self")
+
+
+@linux
 def test_peak_memory_of_16384_pairs() -> None:
     """One N x N float32 would be 1,024 MiB; the bound is 300 MB above the inputs."""
-    root = Path(__file__).parents[2]
-    result = subprocess.run(
-        [sys.executable, "-c", CHILD], capture_output=True, text=True, check=True, cwd=root
-    )
-    peak = int(result.stdout)
-    print(f"peak above inputs: {peak / 1e6:.0f} MB")
-    assert 0 < peak <= 300e6
+    assert 0 < peaks(["clip"], 16384, 256)["clip"] <= 300e6
+
+
+@linux
+@pytest.mark.slow
+def test_peak_memory_of_every_loss() -> None:
+    """12,288 rows: one float32 matrix is 604 MB. Gradients take 6 MB, chunks of S 16 MB each."""
+    names = ["clip", "siglip", "info_nce", "nt_xent", "mp_nce", "sup_con"]
+    for name, peak in peaks(names, 12288, 64).items():
+        assert peak <= 150e6, name
