@@ -1,64 +1,165 @@
-"""Timing rivals fairly: one process, interleaved rounds, medians with spread.
+"""Measuring rivals fairly: one process, interleaved rounds, medians with spread, errors beside.
 
 Machines drift while they are measured; running A, B, C, A, B, C, ... lets every rival see the
-same drift, so that ratios of medians mean something.
+same drift, so that ratios of medians mean something. A rival that is not installed, runs out of
+memory or fails is a row that says so.
 """
 
+import ctypes
+import gc
 import json
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 import fastclip
+from fastclip.ops.gemm import add_product, product
+from fastclip.ops.tiles import chunk_rows, chunks
+
+Inputs = list[Tensor]
+LossFunction = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
 class Rival:
-    """One way to do the work: `run()` is timed, and computes the loss and all gradients."""
+    """Another way to the same loss: `build(inputs)` imports what it needs and returns it."""
 
     name: str
-    run: Callable[[], Any]
+    build: Callable[[Inputs], LossFunction]
+    largest: int | None = None
+    """Rows beyond which it is not tried."""
+    normalizes: bool = False
+    """Whether it normalises inside: its gradient then has no part along the features."""
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A loss to measure: inputs, fastclip's function, rivals and what the roof consists of.
+
+    `make(n, width, scale)` returns float32 leaves, features first. `roof` holds the products of
+    rows x rows x width that the plain exact way needs: (S, dX, dY).
+    """
+
+    name: str
+    make: Callable[[int, int, float], Inputs]
+    ours: LossFunction
+    rivals: tuple[Rival, ...]
+    roof: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure."""
+
+    dtype: torch.dtype = torch.float32
+    autocast: bool = False
+    scale: float = 14.3
+    rounds: int = 15
+    warmup: int = 2
+    device: str = "cpu"
+    compiled: bool = True
+    """Whether rivals that compile first are included."""
 
 
 @dataclass
-class Timing:
-    """Seconds of one rival over all rounds, and the ratio of its median to the baseline's."""
+class Row:
+    """One rival at one size: seconds forward and backward, bytes, and how exact it is."""
 
-    name: str
-    p20: float
-    p50: float
-    p80: float
-    rounds: int
+    operator: str
+    rival: str
+    n: int
+    width: int
+    status: str = "ok"
+    forward: float | None = None
+    p20: float | None = None
+    p50: float | None = None
+    p80: float | None = None
     ratio: float | None = None
+    roof_share: float | None = None
+    peak_bytes: int | None = None
+    error: float | None = None
+    repeatable: bool | None = None
+
+
+ROOF = "bare products"
+
+
+def clustered(count: int, rows: int, width: int, correlation: float = 0.3) -> Inputs:
+    """Blocks of unit rows; each block's have about the given cosine with the first's."""
+    generator = torch.Generator().manual_seed(rows + width)
+
+    def unit() -> Tensor:
+        return F.normalize(torch.randn(rows, width, generator=generator), dim=-1)
+
+    first, away = unit(), (1 - correlation**2) ** 0.5
+    others = [F.normalize(correlation * first + away * unit(), dim=-1) for _ in range(count - 1)]
+    return [first, *others]
+
+
+def measure(operator: Operator, n: int, width: int, settings: Settings) -> list[Row]:
+    """All rivals of one operator at one size, fastclip first, the roof last."""
+    inputs = _leaves(operator, n, width, settings)
+    exact = _exact_gradient(operator, inputs)
+    candidates = [Rival("fastclip", lambda inputs: operator.ours), *operator.rivals]
+    rows, runs = [], {}
+    for rival in candidates:
+        row = Row(operator.name, rival.name, n, width)
+        rows.append(row)
+        if "compiled" in rival.name and not settings.compiled:
+            row.status = "left out"
+        elif rival.largest is not None and n > rival.largest:
+            row.status = f"not tried beyond {rival.largest}"
+        else:
+            runs[rival.name] = _try_out(rival, row, inputs, exact, settings)
+    rows.append(Row(operator.name, ROOF, n, width))
+    runs[ROOF] = _bare(operator, inputs)
+    alive = {row.rival: runs[row.rival] for row in rows if row.status == "ok"}
+    # forward alone says what evaluation costs
+    forward = {name: lambda run=run: run(False) for name, run in alive.items() if name != ROOF}
+    for name, seconds in interleave(forward, max(settings.rounds // 3, 3), settings).items():
+        _named(rows, name).forward = statistics.median(seconds)
+    full = {name: lambda run=run: run(True) for name, run in alive.items()}
+    for name, seconds in interleave(full, settings.rounds, settings).items():
+        row = _named(rows, name)
+        row.p20, row.p50, row.p80 = (_quantile(seconds, q) for q in (0.2, 0.5, 0.8))
+    ours, roof = rows[0].p50, rows[-1].p50
+    for row in rows:
+        if row.p50 is not None and ours is not None and roof is not None:
+            row.ratio, row.roof_share = row.p50 / ours, roof / row.p50
+    return rows
 
 
 def interleave(
-    rivals: Sequence[Rival], *, rounds: int, warmup: int = 2, device: str = "cpu"
-) -> list[Timing]:
-    """Time all rivals in turn, `rounds` times; the last rival is the baseline of the ratios."""
-    seconds: dict[str, list[float]] = {rival.name: [] for rival in rivals}
-    for turn in range(warmup + rounds):
-        for rival in rivals:
-            _synchronize(device)
-            started = time.perf_counter()
-            rival.run()
-            _synchronize(device)
-            if turn >= warmup:
-                seconds[rival.name].append(time.perf_counter() - started)
-    timings = []
-    for name, values in seconds.items():
-        p20, p50, p80 = (_quantile(values, q) for q in (0.2, 0.5, 0.8))
-        timings.append(Timing(name, p20, p50, p80, rounds))
-    for timing in timings:
-        timing.ratio = timing.p50 / timings[-1].p50
-    return timings
+    runs: dict[str, Callable[[], Any]], rounds: int, settings: Settings
+) -> dict[str, list[float]]:
+    """Seconds of all runs in turn, `rounds` times after the warm-up."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(settings.warmup + rounds):
+        for name, run in runs.items():
+            elapsed = _timed(run, settings.device)
+            if turn >= settings.warmup:
+                seconds[name].append(elapsed)
+    return seconds
+
+
+def quick_check(operator: Operator, settings: Settings, n: int = 512, width: int = 64) -> float:
+    """Relative error of fastclip's dX, as it will be timed, against the dense float64 oracle."""
+    inputs = _leaves(operator, n, width, settings)
+    got = _gradient(operator.ours, inputs, settings)
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    loss = operator.ours(*wide, backend="reference")
+    (want,) = torch.autograd.grad(loss, wide[0])
+    return _relative(got, want)
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -67,17 +168,170 @@ def environment(device: str) -> dict[str, Any]:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "fastclip": fastclip.__version__,
         "torch": torch.__version__,
+        "triton": _triton_version(),
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),
     }
 
 
-def write_json(path: Path, results: list[dict[str, Any]], device: str) -> None:
-    """Write the results with the environment in front."""
+def write_json(path: Path, rows: Sequence[Row], settings: Settings, **more: Any) -> None:
+    """Write the rows with the environment and the settings in front."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"environment": environment(device), "results": results}
+    content = {
+        "environment": environment(settings.device),
+        "settings": {**asdict(settings), "dtype": str(settings.dtype)},
+        **more,
+        "results": [asdict(row) for row in rows],
+    }
     path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _leaves(operator: Operator, n: int, width: int, settings: Settings) -> Inputs:
+    leaves = operator.make(n, width, settings.scale)
+    return [
+        t.to(settings.device, settings.dtype if t.ndim == 2 and t.shape[1] == width else t.dtype)
+        .detach()
+        .requires_grad_()
+        for t in leaves
+    ]
+
+
+def _try_out(
+    rival: Rival, row: Row, inputs: Inputs, exact: Tensor, settings: Settings
+) -> Callable[[bool], None]:
+    """Build a rival and run it twice: peak memory, error and whether its bits repeat."""
+
+    def nothing(backward: bool) -> None:
+        raise AssertionError("a rival that failed is not timed")
+
+    try:
+        loss_function = rival.build(inputs)
+        first = _gradient(loss_function, inputs, settings)
+        before = _reset_peak(settings.device)
+        second = _gradient(loss_function, inputs, settings)
+        row.peak_bytes = _peak(settings.device, before)
+    except (ImportError, AttributeError) as error:
+        row.status = f"missing: {str(error).splitlines()[0][:80]}"
+        return nothing
+    except Exception as error:
+        # somebody else's code may fail in any way; that is its row, and no reason to stop
+        text = str(error).splitlines()[0][:80] if str(error) else ""
+        memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+        row.status = "out of memory" if memory else f"failed: {type(error).__name__}: {text}"
+        return nothing
+    row.error = _relative(first, _across(exact, inputs[0]) if rival.normalizes else exact)
+    row.repeatable = torch.equal(first, second)
+
+    def run(backward: bool) -> None:
+        for leaf in inputs:
+            leaf.grad = None
+        with torch.set_grad_enabled(backward), _autocast(settings):
+            loss = loss_function(*inputs)
+        if backward:
+            loss.backward()
+
+    return run
+
+
+def _gradient(loss_function: LossFunction, inputs: Inputs, settings: Settings) -> Tensor:
+    with _autocast(settings):
+        loss = loss_function(*inputs)
+    return torch.autograd.grad(loss, inputs[0])[0]
+
+
+def _exact_gradient(operator: Operator, inputs: Inputs) -> Tensor:
+    """dX in float64, chunked, of the features as they are."""
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    return torch.autograd.grad(operator.ours(*wide, backend="torch"), wide[0])[0]
+
+
+def _bare(operator: Operator, inputs: Inputs) -> Callable[[bool], None]:
+    """The roof: just the products, in chunks like ours, accumulated in float32."""
+    features = [t.detach() for t in inputs if t.ndim == 2 and t.shape == inputs[0].shape]
+    symmetric = operator.roof[2] == 0
+    x = torch.cat(features) if symmetric else features[0]
+    y = x if symmetric else features[1]
+    if not x.is_cuda:
+        x, y = x.float(), y.float()
+    size = chunk_rows(len(x), len(y), 4, 0, x.device.type)
+    S = x.new_empty((size, len(y)))
+    dx = torch.empty_like(x, dtype=torch.float32)
+    dy = torch.zeros_like(y, dtype=torch.float32)
+    logits, row_gradients, column_gradients = operator.roof
+
+    def run(backward: bool) -> None:
+        for start, stop in chunks(0, len(x), size):
+            part = S[: stop - start]
+            for _ in range(logits):
+                torch.mm(x[start:stop], y.T, out=part)
+            for _ in range(row_gradients):
+                product(part, y, out=dx[start:stop])
+            for _ in range(column_gradients):
+                add_product(dy, part.T, x[start:stop])
+
+    return run
+
+
+def _autocast(settings: Settings) -> torch.autocast:
+    return torch.autocast(settings.device, torch.bfloat16, enabled=settings.autocast)
+
+
+def _relative(got: Tensor, want: Tensor) -> float:
+    return ((got.double() - want).norm() / want.norm()).item()
+
+
+def _across(gradient: Tensor, features: Tensor) -> Tensor:
+    x = features.detach().double()
+    return gradient - x * (x * gradient).sum(dim=1, keepdim=True)
+
+
+def _named(rows: Sequence[Row], name: str) -> Row:
+    return next(row for row in rows if row.rival == name)
+
+
+def _timed(run: Callable[[], Any], device: str) -> float:
+    if device == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def _reset_peak(device: str) -> int | None:
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    try:
+        # what was freed goes back to the system first, or the next peak would hide in it
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        return _resident("VmRSS")
+    except (OSError, AttributeError):
+        return None
+
+
+def _peak(device: str, before: int | None) -> int | None:
+    """Bytes above what was there before."""
+    if before is None:
+        return None
+    if device == "cuda":
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    return max(_resident("VmHWM") - before, 0)
+
+
+def _resident(field: str) -> int:
+    found = re.search(field + r":\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) << 10
 
 
 def _quantile(values: list[float], q: float) -> float:
@@ -86,9 +340,12 @@ def _quantile(values: list[float], q: float) -> float:
     return statistics.quantiles(values, n=10, method="inclusive")[round(q * 10) - 1]
 
 
-def _synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+def _triton_version() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return None
+    return triton.__version__
 
 
 def _cpu_name() -> str:

@@ -1,66 +1,91 @@
-"""The CLIP loss beside its rivals: forward and backward, every gradient."""
-
-from collections.abc import Callable
+"""The CLIP loss and one-direction InfoNCE beside their rivals."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastclip.bench.runner import Rival
-from fastclip.functional import clip_loss
-
-Inputs = tuple[Tensor, Tensor, Tensor]
+from fastclip.bench.runner import Inputs, LossFunction, Operator, Rival, clustered
+from fastclip.functional import clip_loss, info_nce_loss
 
 
-def make_inputs(n: int, width: int, dtype: torch.dtype, device: str, scale: float) -> Inputs:
-    """Clustered unit features with a positive correlation of about 0.3, requiring gradients."""
-    generator = torch.Generator().manual_seed(n + width)
-    x, noise = (torch.randn(n, width, generator=generator) for _ in range(2))
-    y = 0.3 * F.normalize(x, dim=-1) + 0.95 * F.normalize(noise, dim=-1)
-    pair = [F.normalize(t, dim=-1).to(device, dtype).requires_grad_() for t in (x, y)]
-    return *pair, torch.tensor(scale, device=device, requires_grad=True)
+def _make(n: int, width: int, scale: float) -> Inputs:
+    return [*clustered(2, n, width), torch.tensor(scale)]
 
 
-def rivals(inputs: Inputs, autocast: bool) -> list[Rival]:
-    """fastclip, the bare products that any exact way needs, and open_clip last (the baseline)."""
-    import open_clip
+def _open_clip(inputs: Inputs) -> LossFunction:
+    from open_clip import ClipLoss
 
-    device = inputs[0].device.type
-
-    def full(loss_function: Callable[..., Tensor]) -> Callable[[], None]:
-        def run() -> None:
-            for tensor in inputs:
-                tensor.grad = None
-            with torch.autocast(device, torch.bfloat16, enabled=autocast):
-                loss = loss_function(*inputs)
-            loss.backward()
-
-        return run
-
-    x, y = (tensor.detach().float() for tensor in inputs[:2])
-
-    def bare() -> None:
-        # S twice and both gradients, in chunks like ours
-        for _ in range(2):
-            for rows in x.split(512):
-                S = rows @ y.T
-        for rows in x.split(512):
-            S[: len(rows)] @ y
-            S[: len(rows)].T @ rows
-
-    return [
-        Rival("fastclip", full(clip_loss)),
-        Rival("four bare products", bare),
-        Rival("open_clip", full(open_clip.ClipLoss())),
-    ]
+    return ClipLoss()
 
 
-def error(n: int, width: int, device: str, autocast: bool) -> float:
-    """Relative error of dX, as it will be timed, against the dense float64 reference."""
-    inputs = make_inputs(n, width, torch.float32, device, 14.3)
-    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
-    with torch.autocast(device, torch.bfloat16, enabled=autocast):
-        loss = clip_loss(*inputs)
-    (got,) = torch.autograd.grad(loss, inputs[0])
-    (want,) = torch.autograd.grad(clip_loss(*exact, backend="reference"), exact[0])
-    return ((got.double() - want).norm() / want.norm()).item()
+def _open_clip_compiled(inputs: Inputs) -> LossFunction:
+    torch._dynamo.reset()
+    return torch.compile(_open_clip(inputs))
+
+
+def _linear_cross_entropy_twice(inputs: Inputs) -> LossFunction:
+    one_way = _linear_cross_entropy(inputs)
+
+    def loss(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+        return (one_way(x, y, scale) + one_way(y, x, scale)) / 2
+
+    return loss
+
+
+def _linear_cross_entropy(inputs: Inputs) -> LossFunction:
+    if not hasattr(F, "LinearCrossEntropyOptions"):
+        # without options it forms all logits
+        raise ImportError("the chunked form came with torch 2.15")
+    options = F.LinearCrossEntropyOptions()
+    target = torch.arange(len(inputs[0]), device=inputs[0].device)
+
+    def loss(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+        scaled = (scale * x).to(y.dtype)
+        return F.linear_cross_entropy(scaled, y, target, options=options)  # type: ignore
+
+    return loss
+
+
+def _inf_cl(inputs: Inputs) -> LossFunction:
+    if not inputs[0].is_cuda:
+        raise ImportError("it runs on CUDA only")
+    from inf_cl import cal_flash_loss
+
+    head = next(d for d in (256, 128, 64, 32, 16) if inputs[0].shape[1] % d == 0)
+
+    def loss(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+        ways = [cal_flash_loss(a, b, scale=scale, head_dim=head) for a, b in ((x, y), (y, x))]
+        return (ways[0].mean() + ways[1].mean()) / 2
+
+    return loss
+
+
+def _cross_entropy(inputs: Inputs) -> LossFunction:
+    target = torch.arange(len(inputs[0]), device=inputs[0].device)
+    return lambda x, y, scale: F.cross_entropy(scale * x @ y.T, target)
+
+
+OPERATORS = (
+    Operator(
+        "clip",
+        _make,
+        clip_loss,
+        (
+            Rival("open_clip", _open_clip),
+            Rival("open_clip compiled", _open_clip_compiled),
+            Rival("linear_cross_entropy twice", _linear_cross_entropy_twice),
+            Rival("inf_cl", _inf_cl),
+        ),
+        (2, 1, 1),
+    ),
+    Operator(
+        "info_nce",
+        _make,
+        info_nce_loss,
+        (
+            Rival("cross_entropy", _cross_entropy),
+            Rival("linear_cross_entropy", _linear_cross_entropy),
+        ),
+        (1, 1, 1),
+    ),
+)

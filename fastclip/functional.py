@@ -213,7 +213,7 @@ def mp_nce_loss(
     logit_scale: Tensor | float,
     logit_offset: Tensor | float | None = None,
     *,
-    pair_weight: Tensor | None = None,
+    pair_weight: Tensor | Sequence[Sequence[float]] | None = None,
     metrics: dict[str, Tensor] | None = None,
     reduction: str = "mean",
     backend: str = "auto",
@@ -232,8 +232,10 @@ def mp_nce_loss(
     Args:
         features: B >= 2 blocks, each (N, D), normalised, in the same pair order.
         domains: the domain of each block, e.g. [0, 0, 0, 1] for three views and a text.
-        logit_scale, logit_offset, pair_weight: (P, P) tensors for P domains, the entry (a, b) read
-            with a <= b; numbers and None (offset 0, weight 1) stand for a full table.
+        logit_scale, logit_offset: (P, P) tensors for P domains, the entry (a, b) read with
+            a <= b; a number, and None for offset 0, stand for a full table.
+        pair_weight: the positives' weights by domain pair, read likewise: (P, P) as a tensor or
+            as lists of numbers, or None for ones.
         metrics: receives "accuracy", over anchors and positives, 0-d.
         reduction: "mean" over the B * N anchors; "none": (B * N,) in block order.
         backend, chunk_bytes, precision: see the module.
@@ -252,9 +254,11 @@ def mp_nce_loss(
         # tables may hold more domains than the blocks have
         size = min(len(scale), len(offset))
         scale, offset = scale[:size, :size], offset[:size, :size]
-    weight = None
-    if pair_weight is not None:
-        weight = checks.as_table("pair_weight", pair_weight, count, like)
+    weight = pair_weight
+    if isinstance(weight, Tensor):
+        weight = checks.as_table("pair_weight", weight, count, like)
+    elif weight is not None and min(len(weight), *map(len, weight)) < count:
+        raise ValueError(f"pair_weight is {weight}; give (P, P) for P = {count} domains")
     lse, top, positive = block_statistics(
         _concatenate(features),
         domains,
@@ -272,7 +276,8 @@ def mp_nce_loss(
         for block in couple:
             pair = softplus(lse_of[block] - positive[index])
             if weight is not None:
-                pair = pair * weight[domains[couple[0]], domains[couple[1]]]
+                low, high = sorted(domains[b] for b in couple)
+                pair = pair * weight[low][high]
             losses[block].append(pair)
             if metrics is not None:
                 hits.append(_above(positive[index], top_of[block]))

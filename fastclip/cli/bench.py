@@ -1,35 +1,43 @@
 """`fastclip bench losses`: operators beside their rivals, timed in turn."""
 
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
 
 from fastclip.device import choose_device
 
-# Relative error of dX without and with autocast: float32's rounding through 512 sums, or that of
-# the features to bf16. A wrong gradient is off by orders more.
-GREATEST_ERROR = {False: 1e-5, True: 2e-2}
+LossName = Literal["clip", "info_nce", "siglip", "nt_xent", "mp_nce", "sup_con"]
 
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """Time operators beside their rivals, forward and backward."""
+    """Measure losses beside their rivals: time, peak memory, error, repeatability.
+
+    Columns: milliseconds forward alone, and forward and backward (20th, 50th and 80th
+    percentile); the ratio to fastclip; the share of the roof, which is the matrix products alone;
+    MiB above the inputs; the relative error of dX against float64; whether its bits repeat.
+    """
 
     what: Annotated[Literal["losses"], tyro.conf.Positional] = "losses"
-    """losses: the CLIP loss."""
-    n: tuple[int, ...] = (2048, 8192)
-    """Batch sizes."""
+    """losses: the contrastive losses."""
+    loss: tuple[LossName, ...] = ("clip", "info_nce", "siglip", "nt_xent", "mp_nce", "sup_con")
+    """Which ones."""
+    n: tuple[int, ...] = (1024, 4096)
+    """Rows (of all views together); a multiple of 4."""
     width: tuple[int, ...] = (512,)
     """Feature widths."""
     scale: float = 14.3
     """Logit scale of the inputs."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the features."""
     autocast: bool = False
-    """Under bf16 autocast instead of in float32."""
+    """Under bf16 autocast."""
+    compiled: bool = True
+    """Include rivals under torch.compile."""
     rounds: int = 15
     """Rounds in which each rival runs once."""
     device: str = "auto"
@@ -40,29 +48,26 @@ class BenchConfig:
 
 def main(arguments: Sequence[str]) -> int:
     """Print a table; an operator whose quick check fails is not timed, and the status is 1."""
-    import fastclip.bench.similarity as similarity
-    from fastclip.bench.runner import interleave, write_json
+    from fastclip.bench.losses import run
+    from fastclip.bench.runner import Settings, write_json
 
     config = tyro.cli(BenchConfig, args=list(arguments), prog="fastclip bench")
+    if any(n < 4 or n % 4 for n in config.n):
+        raise ValueError(f"--n is {config.n}; give multiples of 4")
+    if config.rounds < 1 or min(config.width) < 1:
+        raise ValueError("--rounds and --width must be positive")
     chosen = choose_device(config.device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    device = chosen.type
-    found = similarity.error(512, 64, device, config.autocast)
-    if not found < GREATEST_ERROR[config.autocast]:
-        print(f"clip_loss fails its quick check: dX is off by {found:.1e}", file=sys.stderr)
-        return 1
-    results: list[dict[str, Any]] = []
-    print(f"{'N':>7} {'D':>5}  {'':20} {'p20':>8} {'p50':>8} {'p80':>8}  ms, / open_clip")
-    for n in config.n:
-        for width in config.width:
-            inputs = similarity.make_inputs(n, width, torch.float32, device, config.scale)
-            rivals = similarity.rivals(inputs, config.autocast)
-            for timing in interleave(rivals, rounds=config.rounds, device=device):
-                row = {"n": n, "width": width, "autocast": config.autocast, **asdict(timing)}
-                results.append(row)
-                milliseconds = " ".join(f"{1e3 * row[q]:8.1f}" for q in ("p20", "p50", "p80"))
-                print(f"{n:7} {width:5}  {timing.name:20} {milliseconds}  {timing.ratio:.2f}")
+    settings = Settings(
+        dtype=getattr(torch, config.dtype),
+        autocast=config.autocast,
+        scale=config.scale,
+        rounds=config.rounds,
+        device=chosen.type,
+        compiled=config.compiled,
+    )
+    rows, wrong = run(config.loss, config.n, config.width, settings)
     if config.output is not None:
-        write_json(config.output, results, device)
-    return 0
+        write_json(config.output, rows, settings)
+    return 1 if wrong else 0

@@ -71,10 +71,9 @@ class MPNCELoss(nn.Module):
             domains: the domain of each block, e.g. [0, 0, 0, 1] for three views and a text.
         """
         scale = torch.exp(-self.log_temperature)
-        weight = self.pair_weight
+        weight: Tensor | list[list[float]] | None = self.pair_weight
         if self.balanced:
-            table = balanced_pair_weight(domains, self.index.shape[0])
-            weight = self.offset.new_tensor(table)
+            weight = balanced_pair_weight(domains, self.index.shape[0])
         return mp_nce_loss(
             features,
             domains,

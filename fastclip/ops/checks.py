@@ -21,7 +21,8 @@ def compute_dtype_of(features: Tensor, precision: str) -> torch.dtype:
 def as_scalar(name: str, value: Tensor | float, like: Tensor) -> Tensor:
     """A number or one-element tensor as a tensor on the features' device."""
     if not isinstance(value, Tensor):
-        return torch.tensor(value, dtype=accumulator_dtype(like.dtype), device=like.device)
+        # filled on the device: a copy from the host would wait
+        return torch.full((), value, dtype=accumulator_dtype(like.dtype), device=like.device)
     if value.numel() != 1:
         raise ValueError(f"{name} has shape {tuple(value.shape)}; give a 0-d or (1,) tensor")
     return on_device(name, value, like)

@@ -19,6 +19,9 @@ from torch import Tensor
 from fastclip.ops.gemm import add_product
 from fastclip.ops.tiles import Lines, Running, Tile, Tiles, chunk_rows, chunks
 
+STRIPS = 16
+LEAST_STRIP = {"cpu": 256, "cuda": 1024}
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -146,7 +149,10 @@ def _strips(
     tiles: Tiles, z_MD: Tensor, shape: Blocks, chunk_bytes: int
 ) -> Iterator[tuple[int, int, int]]:
     """(start, stop, block) of strips of rows, none across a border of blocks."""
-    size = chunk_rows(shape.pairs, shape.rows, tiles.dtype.itemsize, chunk_bytes, z_MD.device.type)
+    device = z_MD.device.type
+    size = chunk_rows(shape.pairs, shape.rows, tiles.dtype.itemsize, chunk_bytes, device)
+    # a strip's own square is visited twice, so strips are narrow: but not too narrow for a product
+    size = min(size, max(shape.rows // STRIPS, LEAST_STRIP.get(device, 256)))
     for block in range(len(shape.domains)):
         rows = shape.block(block)
         for start, stop in chunks(rows.start, rows.stop, size):

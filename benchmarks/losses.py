@@ -1,0 +1,83 @@
+"""All losses beside their rivals: the loop and the table behind `fastclip bench losses`."""
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+
+import fastclip.bench.sigmoid as sigmoid
+import fastclip.bench.similarity as similarity
+import fastclip.bench.symmetric as symmetric
+from fastclip.bench.runner import Operator, Row, Settings, measure, quick_check
+
+OPERATORS: dict[str, Operator] = {
+    operator.name: operator
+    for operator in (*similarity.OPERATORS, *sigmoid.OPERATORS, *symmetric.OPERATORS)
+}
+
+HEADER = (
+    f"{'loss':9} {'n':>7} {'D':>5}  {'':27}{'forward':>9} {'p20':>9} {'p50':>9} {'p80':>9}"
+    f" {'/ ours':>7} {'roof':>5} {'MiB':>8} {'error':>8} bits"
+)
+
+
+def greatest_error(settings: Settings) -> float:
+    """What the quick check allows: the rounding of float32 through 512 sums, of bf16 or of tf32.
+
+    A wrong gradient is off by orders more.
+    """
+    if settings.autocast or settings.dtype != torch.float32:
+        return 2e-2
+    exact = settings.device == "cpu" or torch.get_float32_matmul_precision() == "highest"
+    return 1e-5 if exact else 1e-2
+
+
+def run(
+    names: Sequence[str],
+    sizes: Sequence[int],
+    widths: Sequence[int],
+    settings: Settings,
+    seconds: float | None = None,
+) -> tuple[list[Row], list[str]]:
+    """Print rows as they are measured; return them and the losses that failed their check.
+
+    With `seconds` no size is begun after that much time; what was left out is printed.
+    """
+    started, rows, wrong = time.monotonic(), [], []
+    print(HEADER)
+    for name in names:
+        found = quick_check(OPERATORS[name], settings)
+        if not found < greatest_error(settings):
+            print(f"{name} fails its quick check: dX is off by {found:.1e}", file=sys.stderr)
+            wrong.append(name)
+    for n in sizes:
+        for width in widths:
+            for name in (name for name in names if name not in wrong):
+                if seconds is not None and time.monotonic() - started > seconds:
+                    print(f"{name:9} {n:7} {width:5}  left out: out of time")
+                    continue
+                for row in measure(OPERATORS[name], n, width, settings):
+                    rows.append(row)
+                    print(format_row(row), flush=True)
+                if settings.device == "cuda":
+                    torch.cuda.empty_cache()
+    return rows, wrong
+
+
+def format_row(row: Row) -> str:
+    """One line of the table."""
+    start = f"{row.operator:9} {row.n:7} {row.width:5}  {row.rival:27}"
+    if row.status != "ok":
+        return start + row.status
+    return start + " ".join(_cells(row))
+
+
+def _cells(row: Row) -> Iterator[str]:
+    for seconds in (row.forward, row.p20, row.p50, row.p80):
+        yield " " * 9 if seconds is None else f"{1e3 * seconds:9.2f}"
+    yield f"{row.ratio:7.2f}"
+    yield f"{row.roof_share:5.0%}"
+    yield " " * 8 if row.peak_bytes is None else f"{row.peak_bytes / 2**20:8.0f}"
+    yield " " * 8 if row.error is None else f"{row.error:8.1e}"
+    yield {None: "", True: "same", False: "vary"}[row.repeatable]

@@ -1,0 +1,48 @@
+"""The SigLIP loss beside its rivals."""
+
+import torch
+from torch import Tensor
+
+from fastclip.bench.runner import Inputs, LossFunction, Operator, Rival, clustered
+from fastclip.functional import siglip_loss
+
+
+def _make(n: int, width: int, scale: float) -> Inputs:
+    return [*clustered(2, n, width), torch.tensor(scale), torch.tensor(-10.0)]
+
+
+def _open_clip(inputs: Inputs) -> LossFunction:
+    from open_clip.loss import SigLipLoss
+
+    return SigLipLoss()
+
+
+def _open_clip_compiled(inputs: Inputs) -> LossFunction:
+    torch._dynamo.reset()
+    return torch.compile(_open_clip(inputs))
+
+
+def _siglip_kernel(inputs: Inputs) -> LossFunction:
+    if not inputs[0].is_cuda:
+        raise ImportError("it runs on CUDA only")
+    from siglip_kernel import fused_siglip_loss
+
+    def loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        return fused_siglip_loss(x, y, scale.log(), bias)
+
+    return loss
+
+
+OPERATORS = (
+    Operator(
+        "siglip",
+        _make,
+        siglip_loss,
+        (
+            Rival("open_clip", _open_clip),
+            Rival("open_clip compiled", _open_clip_compiled),
+            Rival("siglip_kernel", _siglip_kernel),
+        ),
+        (1, 1, 1),
+    ),
+)
