@@ -1,7 +1,8 @@
 """Everything static is in pyproject.toml; this adds the top-level folders to the wheel.
 
-`benchmarks/` lives beside the package and is imported as `fastclip.bench` (a path shim there finds
-it in a checkout); in a wheel its modules are copied into the package.
+`kernels/` and `benchmarks/` live beside the package and are imported as `fastclip.kernels` and
+`fastclip.bench` (path shims there find them in a checkout); in a wheel they are copied into the
+package.
 """
 
 import shutil
@@ -10,7 +11,7 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-TOP_LEVEL_ROOMS = {"benchmarks": "fastclip/bench"}
+TOP_LEVEL_ROOMS = {"benchmarks": "fastclip/bench", "kernels": "fastclip/kernels"}
 
 
 class BuildWithRooms(build_py):
@@ -21,8 +22,9 @@ class BuildWithRooms(build_py):
         for folder, package in TOP_LEVEL_ROOMS.items():
             target = Path(self.build_lib) / package
             target.mkdir(parents=True, exist_ok=True)
-            for module in sorted(Path(folder).glob("*.py")):
-                shutil.copy2(module, target / module.name)
+            for suffix in ("*.py", "*.json"):
+                for file in sorted(Path(folder).glob(suffix)):
+                    shutil.copy2(file, target / file.name)
 
 
 setup(cmdclass={"build_py": BuildWithRooms})

@@ -21,12 +21,15 @@ for name in sys.argv[2:]:
 """
 
 
+ROOMS = {"benchmarks": "bench", "kernels": "kernels"}
+
+
 def module_names() -> list[str]:
     names = []
-    for path in [*tracked("fastclip/*.py"), *tracked("benchmarks/*.py")]:
+    for path in [*tracked("fastclip/*.py"), *tracked("benchmarks/*.py"), *tracked("kernels/*.py")]:
         parts = list(path.relative_to(ROOT).with_suffix("").parts)
-        if parts[0] == "benchmarks":
-            parts = ["fastclip", "bench", *parts[1:]]
+        if parts[0] in ROOMS:
+            parts = ["fastclip", ROOMS[parts[0]], *parts[1:]]
         if parts[-1] == "__init__":
             parts.pop()
         if parts[-1] != "__main__":
@@ -79,8 +82,10 @@ def test_wheel_imports_and_holds_the_data_files(built: Path, tmp_path: Path) -> 
         archive.extractall(tmp_path / "site")
         names = set(archive.namelist())
     import_all(tmp_path / "site", tmp_path)
-    for path in [*tracked("fastclip/*"), *tracked("benchmarks/*.py")]:
-        name = str(path.relative_to(ROOT)).replace("benchmarks/", "fastclip/bench/")
+    for path in [*tracked("fastclip/*"), *tracked("benchmarks/*.py"), *tracked("kernels/*")]:
+        name = str(path.relative_to(ROOT))
+        for folder, package in ROOMS.items():
+            name = name.replace(folder, f"fastclip/{package}") if name.startswith(folder) else name
         assert name in names, f"{name} is missing in the wheel"
     assert any(name.endswith("licenses/LICENSE") for name in names)
     top = {name.split("/")[0] for name in names}
@@ -89,22 +94,28 @@ def test_wheel_imports_and_holds_the_data_files(built: Path, tmp_path: Path) -> 
 
 def test_editable_installation_finds_the_top_level_rooms(tmp_path: Path) -> None:
     """The test environment itself is an editable installation."""
-    code = "import fastclip.bench.runner as r; print(r.__file__)"
+    code = """
+import fastclip.bench.runner as bench, fastclip.kernels.launch as kernels
+print(bench.__file__, kernels.__file__)
+"""
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    assert Path(result.stdout.strip()) == ROOT / "benchmarks" / "runner.py"
+    wanted = [ROOT / "benchmarks" / "runner.py", ROOT / "kernels" / "launch.py"]
+    assert [Path(name) for name in result.stdout.split()] == wanted
 
 
 def test_importing_fastclip_needs_only_torch(tmp_path: Path) -> None:
     code = """
 import sys
 for name in ("open_clip", "timm", "torchvision", "tyro", "yaml", "PIL", "tqdm", "matplotlib",
-             "tensorboard", "braceexpand", "transformers"):
+             "tensorboard", "braceexpand", "transformers", "triton", "numpy"):
     sys.modules[name] = None  # importing it raises ModuleNotFoundError
 import torch, fastclip
 x = torch.eye(4)
 assert fastclip.ClipLoss()(x, x, 10.0) < fastclip.functional.clip_loss(x, x.flip(0), 10.0)
+for name in ("SigLipLoss", "MPNCELoss", "InfoNCELoss", "NTXentLoss", "SupConLoss"):
+    assert isinstance(getattr(fastclip, name)(), torch.nn.Module)
 from fastclip.cli import main
 assert main(["info"]) == 0
 assert main(["train"]) == 1

@@ -5,8 +5,12 @@ import shlex
 
 import pytest
 import torch
+import tyro
 
+import fastclip
+from fastclip.cli.bench import BenchConfig
 from fastclip.train.config import parse
+from tests.ops.test_contracts import PRODUCTS
 from tests.test_repo_shape import ROOT
 
 TEXT = (ROOT / "README.md").read_text()
@@ -33,6 +37,26 @@ def test_train_commands_parse() -> None:
         assert parse([word for word in words[2:] if word != "..."]).name in ("first", "cifar10")
 
 
+def test_bench_commands_parse() -> None:
+    commands = [shlex.split(line, comments=True) for line in "".join(blocks("sh")).splitlines()]
+    found = [words[2:] for words in commands if words[:2] == ["fastclip", "bench"]]
+    assert len(found) == 2
+    for words in found:
+        assert tyro.cli(BenchConfig, args=words).what == "losses"
+
+
+def test_the_table_of_losses() -> None:
+    """Its modules and functions exist, and its products are those that the tests count."""
+    table = TEXT.split("| module | function")[1].split("\n\n")[0]
+    for line in table.splitlines()[2:]:
+        modules, function, _, products = (cell.strip() for cell in line.split("|")[1:5])
+        for module in re.findall(r"`(\w+)`", modules):
+            assert issubclass(getattr(fastclip, module), torch.nn.Module)
+        (name,) = re.findall(r"`(\w+)_loss`", function)
+        assert callable(getattr(fastclip.functional, f"{name}_loss"))
+        assert sum(PRODUCTS[name]) == int(products.split()[0])
+
+
 def test_nothing_is_left_to_fill_in() -> None:
     assert "@@" not in TEXT
 
@@ -45,5 +69,5 @@ def test_the_two_commands_exist(command: str) -> None:
 
 def test_every_room_named_exists() -> None:
     table = TEXT.split("| room | what |")[1].split("\n\n")[0]
-    for path in re.findall(r"`((?:fastclip|benchmarks|docs)/[\w/.]*)`", table):
+    for path in re.findall(r"`((?:fastclip|benchmarks|docs|kernels)/[\w/.]*)`", table):
         assert (ROOT / path).exists(), path

@@ -110,33 +110,75 @@ def test_bench_prints_ratios_and_writes_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "b.json"
-    flags = f"losses --n 64 128 --width 16 --rounds 3 --device cpu --output {output}"
+    flags = f"losses --n 64 128 --width 16 --rounds 3 --device cpu --no-compiled --output {output}"
     assert main(["bench", *flags.split()]) == 0
     content = json.loads(output.read_text())
-    names = [(row["n"], row["name"]) for row in content["results"]]
-    assert len(names) == 6 and (128, "open_clip") in names
-    assert all(0 < row["p20"] <= row["p50"] <= row["p80"] for row in content["results"])
-    assert all(row["ratio"] == 1 for row in content["results"] if row["name"] == "open_clip")
-    assert content["environment"]["torch"]
+    rows = {(r["operator"], r["n"], r["rival"]): r for r in content["results"]}
+    measured = [row for row in rows.values() if row["status"] == "ok"]
+    assert all(0 < row["p20"] <= row["p50"] <= row["p80"] for row in measured)
+    for loss in ("clip", "info_nce", "siglip", "nt_xent", "mp_nce", "sup_con"):
+        for n in (64, 128):
+            ours, roof = rows[loss, n, "fastclip"], rows[loss, n, "bare products"]
+            assert ours["ratio"] == 1 and ours["repeatable"] and ours["error"] < 1e-5
+            assert roof["roof_share"] == 1
+    # every rival agrees with the truth, those that normalise inside along the sphere
+    rivals = {row["rival"] for row in measured} - {"fastclip", "bare products"}
+    assert {"open_clip", "lightly", "pytorch_metric_learning", "dense"} <= rivals
+    assert all(row["error"] < 1e-5 for row in measured if row["rival"] in rivals)
+    assert rows["siglip", 64, "siglip_kernel"]["status"].startswith("missing")
+    assert rows["clip", 64, "open_clip compiled"]["status"] == "left out"
+    assert content["environment"]["torch"] and content["settings"]["rounds"] == 3
+    assert "not tried" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("autocast", [False, True])
 def test_bench_times_nothing_that_fails_its_check(
-    autocast: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import fastclip.bench.similarity as similarity
+    from dataclasses import replace
 
-    flags = ["--n", "64", "--width", "16", "--rounds", "1", "--device", "cpu"]
-    flags += ["--autocast"] if autocast else []
-    assert main(["bench", "losses", *flags]) == 0
-    # a loss whose gradient is a tenth too large
-    original = similarity.clip_loss
-    monkeypatch.setattr(
-        similarity,
-        "clip_loss",
-        lambda *inputs, **options: (
-            original(*inputs, **options) * (1.0 if "backend" in options else 1.1)
-        ),
-    )
-    assert main(["bench", "losses", *flags]) == 1
-    assert "fails its quick check" in capsys.readouterr().err
+    import fastclip.bench.losses as losses
+
+    flags = "losses --loss clip siglip --n 64 --width 16 --rounds 1 --device cpu --no-compiled"
+    honest = losses.OPERATORS["clip"]
+
+    def wrong(*inputs, **options):
+        # a loss whose gradient is a tenth too large; the oracle stays
+        loss = honest.ours(*inputs, **options)
+        return loss if options.get("backend") == "reference" else 1.1 * loss
+
+    for precision in ([], ["--autocast"], ["--dtype", "bfloat16"]):
+        assert main(["bench", *flags.split(), *precision]) == 0
+        monkeypatch.setitem(losses.OPERATORS, "clip", replace(honest, ours=wrong))
+        capsys.readouterr()
+        assert main(["bench", *flags.split(), *precision]) == 1
+        captured = capsys.readouterr()
+        assert "clip fails its quick check" in captured.err
+        assert "\nsiglip " in captured.out and "\nclip " not in captured.out
+        monkeypatch.setitem(losses.OPERATORS, "clip", honest)
+
+
+def test_a_rival_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fastclip.bench.losses as losses
+    from fastclip.bench.runner import Operator, Rival, Settings, measure
+
+    def no_memory(inputs):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried too much")
+
+    def broken(inputs):
+        return lambda *leaves: 1 / 0
+
+    rivals = (Rival("hungry", no_memory), Rival("broken", broken), Rival("small", broken, 8))
+    clip = losses.OPERATORS["clip"]
+    operator = Operator("clip", clip.make, clip.ours, rivals, clip.roof)
+    rows = measure(operator, 16, 4, Settings(rounds=1))
+    status = {row.rival: row.status for row in rows}
+    assert status["fastclip"] == status["bare products"] == "ok"
+    assert status["hungry"] == "out of memory"
+    assert status["broken"].startswith("failed: ZeroDivisionError")
+    assert status["small"] == "not tried beyond 8"
+    assert all(losses.format_row(row) for row in rows)
+
+
+def test_bench_refuses_sizes_that_make_no_blocks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "losses", "--n", "66"]) == 1
+    assert "multiples of 4" in capsys.readouterr().err

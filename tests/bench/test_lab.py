@@ -1,0 +1,78 @@
+"""The parts of a GPU session that run without a GPU."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastclip.bench import check, tile_sweep
+from fastclip.bench.gpu_lab import summary
+from fastclip.bench.losses import OPERATORS
+from fastclip.bench.runner import Settings, measure
+from fastclip.kernels.launch import TILINGS_FILE, tilings
+from tests.test_repo_shape import ROOT
+
+
+@pytest.mark.slow
+def test_the_check_passes_here(capsys: pytest.CaptureFixture[str]) -> None:
+    """The same cases that a GPU session runs, thinned; Triton's under the interpreter."""
+    for backend in ("torch", "triton") if not torch.cuda.is_available() else ("torch",):
+        found, well = check.report("cpu", backend, few=True)
+        assert well and len(found) >= 20
+    assert "0 wrong" in capsys.readouterr().out
+
+
+def test_the_check_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    operator = OPERATORS["siglip"]
+
+    def wrong(*inputs, **options):
+        loss = operator.ours(*inputs, **options)
+        return loss if options["backend"] == "reference" else 1.02 * loss
+
+    case = (65, 77, 14.3, torch.bfloat16, "cpu", "torch")
+    assert check.compare(operator, *case).ok
+    assert not check.compare(replace(operator, ours=wrong), *case).ok
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_on_the_gpu(backend: str) -> None:
+    assert check.report("cuda", backend)[1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there, the lab would run")
+@pytest.mark.parametrize("module", ["gpu_lab", "tile_sweep"])
+def test_without_a_gpu_the_lab_says_so(module: str, tmp_path) -> None:
+    arguments = ["--output", str(tmp_path)] if module == "gpu_lab" else []
+    result = subprocess.run(
+        [sys.executable, "-m", f"fastclip.bench.{module}", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert result.returncode == 1
+    assert "no CUDA device" in result.stderr
+
+
+def test_the_table_is_written_as_it_is_read() -> None:
+    text = TILINGS_FILE.read_text()
+    assert tile_sweep.format_table(json.loads(text)) == text
+
+
+def test_candidates_fit_the_buffers() -> None:
+    for candidates in tile_sweep.CANDIDATES.values():
+        for tiling in candidates:
+            assert max(tiling.rows, tiling.columns) <= 256
+    assert set(tile_sweep.KERNELS) == set(tilings()["sm_90"])
+
+
+def test_the_summary_names_ratio_and_roof() -> None:
+    rows = measure(OPERATORS["clip"], 64, 16, Settings(rounds=1, compiled=False))
+    header, line = summary(rows)
+    assert "roof" in header
+    assert line.startswith("clip") and "open_clip" in line and "%" in line
