@@ -1,20 +1,25 @@
 """Is an implementation right on this device? Every loss against the dense float64 oracle.
 
 `python -m fastclip.bench.check [--device cuda] [--backend triton] [--few]`: borders of tiles,
-widths, scales and dtypes; the same bits again; no synchronisation with the host; replay from a
-CUDA graph. Needs torch alone (and triton for its kernels).
+widths, scales, dtypes and chunks; hard negatives, groups, chosen positives, banks, smoothing and
+per-anchor gradients; the same bits again; no synchronisation with the host; replay from a CUDA
+graph. Needs torch alone (and triton for its kernels).
 """
 
 import argparse
+import random
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastclip.bench.losses import OPERATORS
-from fastclip.bench.runner import Inputs, Operator
+from fastclip.bench.runner import Inputs, Operator, clustered
+from fastclip.functional import clip_loss, info_nce_loss, mp_nce_loss
 
 ROWS = (4, 63, 65, 127, 129, 1000)
 WIDTHS = (16, 77, 512, 1152)
@@ -23,6 +28,68 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # relative error of dX: float32 carries a few eps times the logits' size; G and dX are rounded to
 # 16 bits once each
 GREATEST_ERROR = {torch.float32: 2e-5, torch.bfloat16: 5e-3, torch.float16: 5e-3}
+
+
+# rows of a chunk, or strip: all, or few enough that sums go on across chunks
+CHUNKS = (None, 40, 129)
+
+
+def _more_columns(n: int, width: int, scale: float) -> Inputs:
+    x, y, extra = clustered(3, n, width)
+    return [x, torch.cat([y, extra[: n // 3 + 1]]), torch.tensor(scale)]
+
+
+def _ids(rows: int, device: torch.device) -> Tensor:
+    # few ids, so that many agree; the same on every device
+    return torch.arange(rows, device=device) * 7919 % max(rows // 3, 1)
+
+
+def _hard_negatives(x: Tensor, y: Tensor, scale: Tensor, **options: Any) -> Tensor:
+    return clip_loss(x, y, scale, label_smoothing=0.1, **options)
+
+
+def _grouped(x: Tensor, y: Tensor, scale: Tensor, **options: Any) -> Tensor:
+    ids = _ids(len(y), y.device)
+    return clip_loss(x, y, scale, row_group=ids[: len(x)], column_group=ids, **options)
+
+
+def _per_anchor(x: Tensor, y: Tensor, scale: Tensor, **options: Any) -> Tensor:
+    losses = info_nce_loss(x, y, scale, reduction="none", **options)
+    return (losses * torch.linspace(0.5, 1.5, len(x), device=x.device)).mean()
+
+
+def _chosen(x: Tensor, y: Tensor, scale: Tensor, **options: Any) -> Tensor:
+    return info_nce_loss(x, y, scale, _ids(len(x), x.device), **options)
+
+
+def _bank(x: Tensor, y: Tensor, scale: Tensor, **options: Any) -> Tensor:
+    bank = y[len(x) :]
+    return info_nce_loss(x, y[: len(x)], scale, bank=bank, in_batch=False, **options)
+
+
+def _weighted(*leaves: Tensor, **options: Any) -> Tensor:
+    *blocks, scale, offset = leaves
+    weight = [[0.5, 1.5], [0.0, 1.0]]
+    return mp_nce_loss(blocks, [0, 1, 1, 0], scale, offset - 3.0, pair_weight=weight, **options)
+
+
+# beside the losses as they are measured: what their options do
+CHECKED: dict[str, Operator] = {
+    **OPERATORS,
+    **{
+        name: Operator(name, _more_columns, ours, (), (0, 0, 0))
+        for name, ours in {
+            "clip hard negatives": _hard_negatives,
+            "clip groups": _grouped,
+            "info_nce per anchor": _per_anchor,
+            "info_nce chosen": _chosen,
+            "info_nce bank": _bank,
+        }.items()
+    },
+    "mp_nce weighted": Operator(
+        "mp_nce weighted", OPERATORS["mp_nce"].make, _weighted, (), (0, 0, 0)
+    ),
+}
 
 
 @dataclass
@@ -34,24 +101,32 @@ class Finding:
     width: int
     scale: float
     dtype: str
-    loss_error: float
-    feature_error: float
-    scalar_error: float
+    chunk: int | None
     ok: bool
+    loss_error: float = float("nan")
+    feature_error: float = float("nan")
+    scalar_error: float = float("nan")
+    failure: str = ""
 
 
-def findings(device: str, backend: str, few: bool = False) -> Iterator[Finding]:
-    """All cases, or a diagonal through them."""
+def findings(
+    device: str, backend: str, few: bool = False, deadline: float | None = None
+) -> Iterator[Finding]:
+    """All cases in a shuffled order, until the deadline (`time.monotonic`); or one in fifty."""
     cases = [
-        (n, width, scale, dtype)
+        (name, n, width, scale, dtype, chunk)
+        for name in CHECKED
         for n in ROWS
         for width in WIDTHS
         for scale in SCALES
         for dtype in DTYPES
+        for chunk in CHUNKS
     ]
-    for index, operator in enumerate(OPERATORS.values()):
-        for n, width, scale, dtype in cases[index % 7 :: 53] if few else cases:
-            yield compare(operator, n, width, scale, dtype, device, backend)
+    random.Random(0).shuffle(cases)
+    for name, *case in cases[:: 150 if few else 3]:
+        if deadline is not None and time.monotonic() > deadline:
+            return
+        yield compare(CHECKED[name], *case, device, backend)
 
 
 def compare(
@@ -60,32 +135,45 @@ def compare(
     width: int,
     scale: float,
     dtype: torch.dtype,
+    chunk: int | None,
     device: str,
     backend: str,
 ) -> Finding:
-    """One case."""
+    """One case; a failure is a finding too."""
+    finding = Finding(operator.name, n, width, scale, str(dtype)[6:], chunk, ok=False)
+    try:
+        _compare(finding, operator, dtype, device, backend)
+    except Exception as error:
+        # a kernel that does not compile, say: the other cases still tell something
+        finding.failure = f"{type(error).__name__}: {str(error)[:200]}"
+    return finding
+
+
+def _compare(
+    finding: Finding, operator: Operator, dtype: torch.dtype, device: str, backend: str
+) -> None:
+    n, width, scale = finding.n, finding.width, finding.scale
     inputs = leaves(operator, n, width, scale, dtype, device)
     wide = [t.detach().double().requires_grad_() for t in inputs]
     # a loss scale, as training in float16 has one: the mean's gradients would vanish there
     upstream = 16.0 * n / max(scale, 1.0) if dtype == torch.float16 else 1.0
     truth = _outputs(operator, wide, "reference", upstream)
-    got = _outputs(operator, inputs, backend, upstream)
+    chunk_bytes = None if finding.chunk is None else 4 * len(inputs[0]) * finding.chunk
+    got = _outputs(operator, inputs, backend, upstream, chunk_bytes)
     errors = [(a.double() - b).norm().item() for a, b in zip(got, truth, strict=True)]
-    loss_error = errors[0] / max(truth[0].abs().item(), 1.0)
+    finding.loss_error = errors[0] / max(truth[0].abs().item(), 1.0)
     features = [i for i, t in enumerate(inputs, 1) if t.ndim == 2 and t.shape[1] == width]
-    feature_error = max(errors[i] / max(truth[i].norm().item(), 1e-30) for i in features)
+    finding.feature_error = max(errors[i] / max(truth[i].norm().item(), 1e-30) for i in features)
     scalars = [i for i in range(1, len(errors)) if i not in features]
     # a temperature's gradient is the scale's times its square
     unit = max(scale**2, 1.0) if operator.name in ("nt_xent", "sup_con") else 1.0
     unit = unit * n if operator.name == "siglip" else unit
-    scalar_error = max(errors[i] / (unit * upstream) for i in scalars)
+    finding.scalar_error = max(errors[i] / (unit * upstream) for i in scalars)
     limit = GREATEST_ERROR[dtype]
     # a gradient that is all rounding has no relative error to speak of
     negligible = all(truth[i].norm() < 1e-4 * upstream * scale / n for i in features)
-    ok = loss_error < limit and scalar_error < limit and (feature_error < limit or negligible)
-    return Finding(
-        operator.name, n, width, scale, str(dtype)[6:], loss_error, feature_error, scalar_error, ok
-    )
+    exact = finding.feature_error < limit or negligible
+    finding.ok = exact and finding.loss_error < limit and finding.scalar_error < limit
 
 
 def leaves(
@@ -136,6 +224,7 @@ def not_graphable(backend: str) -> list[str]:
     for name, operator in OPERATORS.items():
         inputs = leaves(operator, 256, 64, 14.3, torch.bfloat16, "cuda")
         stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):
                 want = _outputs(operator, inputs, backend)
@@ -153,9 +242,11 @@ def not_graphable(backend: str) -> list[str]:
     return culprits
 
 
-def report(device: str, backend: str, few: bool = False) -> tuple[list[Finding], bool]:
+def report(
+    device: str, backend: str, few: bool = False, deadline: float | None = None
+) -> tuple[list[Finding], bool]:
     """Run everything that the device allows and print it; (all findings, whether all is well)."""
-    found = list(findings(device, backend, few))
+    found = list(findings(device, backend, few, deadline))
     bad = [finding for finding in found if not finding.ok]
     print(f"{backend} on {device}: {len(found)} cases against float64, {len(bad)} wrong")
     for finding in bad[:20]:
@@ -163,7 +254,10 @@ def report(device: str, backend: str, few: bool = False) -> tuple[list[Finding],
     print(f"{'dX error':14}" + "".join(f"{'scale ' + str(s):>14}" for s in SCALES))
     for dtype in {finding.dtype for finding in found}:
         worst = [
-            max((f.feature_error for f in found if (f.dtype, f.scale) == (dtype, s)), default=0.0)
+            max(
+                (f.feature_error for f in found if (f.dtype, f.scale) == (dtype, s) and f.ok),
+                default=0.0,
+            )
             for s in SCALES
         ]
         print(f"  {dtype:12}" + "".join(f"{error:14.1e}" for error in worst))
@@ -179,9 +273,13 @@ def report(device: str, backend: str, few: bool = False) -> tuple[list[Finding],
 
 
 def _outputs(
-    operator: Operator, inputs: Inputs, backend: str, upstream: float = 1.0
+    operator: Operator,
+    inputs: Inputs,
+    backend: str,
+    upstream: float = 1.0,
+    chunk_bytes: int | None = None,
 ) -> list[Tensor]:
-    loss = operator.ours(*inputs, backend=backend)
+    loss = operator.ours(*inputs, backend=backend, chunk_bytes=chunk_bytes)
     return [loss.detach(), *torch.autograd.grad(loss * upstream, inputs)]
 
 

@@ -25,6 +25,7 @@ from fastclip.kernels.launch import Tiling, tilings
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 POINTER = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 # operands and the precision of their product
+MERGED = {"BLOCK_T": similarity.MERGED_TILES, "BLOCK_L": similarity.MERGED_LINES}
 OPERANDS = {"16bit": ("bfloat16", "ieee"), "tf32": ("float32", "tf32"), "ieee": ("float32", "ieee")}
 
 
@@ -85,15 +86,27 @@ def reports(architectures: tuple[int, ...] = (80, 90, 100)) -> Iterator[Report]:
                     yield _compile(
                         kernel, f"{name}/{precision}", architecture, tiling, constants, dtype, limit
                     )
+        if architecture == 90:
+            yield from _ones()
         small = Tiling(finish.ROWS, 0, finish.WIDTH, 4, 3)
         for kernel, constants in (
             (finish.finish_kernel, {"HAS_TERM": True, "BLOCK_R": 16, "BLOCK_D": 128}),
             (finish.row_dot_kernel, {"BLOCK_R": 16, "BLOCK_D": 128}),
-            (similarity.merge_kernel, {"HAS_OFFSET": True, "HAS_DOT": True, "BLOCK": 128}),
+            (similarity.merge_kernel, {"HAS_OFFSET": True, "HAS_DOT": True, **MERGED}),
             (similarity.rescale_kernel, {"BLOCK_R": 16, "BLOCK_S": 256}),
         ):
             limit = SHARED_LIMIT[architecture]
             yield _compile(kernel, "16bit", architecture, small, constants, "bfloat16", limit)
+
+
+def _ones() -> Iterator[Report]:
+    """With arguments that are 1, which the JIT makes constants: other paths in the compiler."""
+    ones = {"width": 1, "stride_x": 1, "stride_y": 1}
+    for entry, kernel, name, flags in variants():
+        tiling = tilings()["sm_90"][entry]["16bit"]
+        constants = {**flags, "PRECISION": "ieee", **_sides(tiling), **ones, "EVEN_D": False}
+        limit = SHARED_LIMIT[90]
+        yield _compile(kernel, f"{name}/ones/16bit", 90, tiling, constants, "bfloat16", limit)
 
 
 def _sides(tiling: Tiling) -> dict[str, int]:
@@ -116,6 +129,7 @@ def _compile(
     typed = {"x_ptr": dtype, "y_ptr": dtype, "partner_ptr": dtype, "a_ptr": dtype, "b_ptr": dtype}
     typed |= {"g_ptr": gradient, "e_ptr": kept, "out_ptr": gradient}
     signature, attributes = {}, {}
+    unaligned = kernel.do_not_specialize_on_alignment
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
@@ -125,7 +139,10 @@ def _compile(
             signature[name] = POINTER[typed.get(name, "float32")]
         else:
             signature[name] = "i32"
-        if name.endswith("_ptr") or name.startswith("stride") or name == "width":
+        # as the JIT finds them, but for what it is told not to look at
+        aligned = name.endswith("_ptr") or name.startswith("stride") or name == "width"
+        aligned = aligned and name not in unaligned
+        if aligned and name not in constants:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     options = {"num_warps": tiling.warps, "num_stages": tiling.stages}

@@ -1,7 +1,8 @@
 #!/bin/sh
 # One session on a GPU, in under nine minutes: see benchmarks/gpu_lab.py.
 #   benchmarks/gpu_lab.sh --output DIR [--quick] [--no-sweep]
-# Needs a Python with torch and triton, and nothing installed; PYTHON names another interpreter.
+# Needs a Python with torch and triton, and a C compiler (Triton builds its launcher); nothing is
+# installed. PYTHON names another interpreter.
 set -eu
 cd "$(dirname "$0")/.."
 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" exec "${PYTHON:-python3}" -m fastclip.bench.gpu_lab "$@"

@@ -126,12 +126,16 @@ def measure(operator: Operator, n: int, width: int, settings: Settings) -> list[
     alive = {row.rival: runs[row.rival] for row in rows if row.status == "ok"}
     # forward alone says what evaluation costs
     forward = {name: lambda run=run: run(False) for name, run in alive.items() if name != ROOF}
-    for name, seconds in interleave(forward, max(settings.rounds // 3, 3), settings).items():
+    found, failed = interleave(forward, max(settings.rounds // 3, 3), settings)
+    for name, seconds in found.items():
         _named(rows, name).forward = statistics.median(seconds)
-    full = {name: lambda run=run: run(True) for name, run in alive.items()}
-    for name, seconds in interleave(full, settings.rounds, settings).items():
+    full = {name: lambda run=run: run(True) for name, run in alive.items() if name not in failed}
+    found, more = interleave(full, settings.rounds, settings)
+    for name, seconds in found.items():
         row = _named(rows, name)
         row.p20, row.p50, row.p80 = (_quantile(seconds, q) for q in (0.2, 0.5, 0.8))
+    for name, status in {**failed, **more}.items():
+        _named(rows, name).status = status
     ours, roof = rows[0].p50, rows[-1].p50
     for row in rows:
         if row.p50 is not None and ours is not None and roof is not None:
@@ -141,15 +145,22 @@ def measure(operator: Operator, n: int, width: int, settings: Settings) -> list[
 
 def interleave(
     runs: dict[str, Callable[[], Any]], rounds: int, settings: Settings
-) -> dict[str, list[float]]:
-    """Seconds of all runs in turn, `rounds` times after the warm-up."""
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Seconds of all runs in turn, `rounds` times after the warm-up; and what became of others."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
+    failed: dict[str, str] = {}
     for turn in range(settings.warmup + rounds):
-        for name, run in runs.items():
-            elapsed = _timed(run, settings.device)
+        for name in list(seconds):
+            try:
+                elapsed = _timed(runs[name], settings.device)
+            except Exception as error:
+                # a rival that fails is out; the others go on
+                failed[name] = _status(error)
+                del seconds[name]
+                continue
             if turn >= settings.warmup:
                 seconds[name].append(elapsed)
-    return seconds
+    return seconds, failed
 
 
 def quick_check(operator: Operator, settings: Settings, n: int = 512, width: int = 64) -> float:
@@ -211,14 +222,9 @@ def _try_out(
         before = _reset_peak(settings.device)
         second = _gradient(loss_function, inputs, settings)
         row.peak_bytes = _peak(settings.device, before)
-    except (ImportError, AttributeError) as error:
-        row.status = f"missing: {str(error).splitlines()[0][:80]}"
-        return nothing
     except Exception as error:
         # somebody else's code may fail in any way; that is its row, and no reason to stop
-        text = str(error).splitlines()[0][:80] if str(error) else ""
-        memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
-        row.status = "out of memory" if memory else f"failed: {type(error).__name__}: {text}"
+        row.status = _status(error)
         return nothing
     row.error = _relative(first, _across(exact, inputs[0]) if rival.normalizes else exact)
     row.repeatable = torch.equal(first, second)
@@ -234,10 +240,20 @@ def _try_out(
     return run
 
 
+def _status(error: Exception) -> str:
+    text = str(error).splitlines()[0][:80] if str(error) else ""
+    if isinstance(error, ImportError):
+        return f"missing: {text}"
+    if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+        return "out of memory"
+    return f"failed: {type(error).__name__}: {text}"
+
+
 def _gradient(loss_function: LossFunction, inputs: Inputs, settings: Settings) -> Tensor:
+    """dX, computed with all other gradients, as it is timed."""
     with _autocast(settings):
         loss = loss_function(*inputs)
-    return torch.autograd.grad(loss, inputs[0])[0]
+    return torch.autograd.grad(loss, inputs, allow_unused=True)[0]
 
 
 def _exact_gradient(operator: Operator, inputs: Inputs) -> Tensor:
@@ -252,6 +268,8 @@ def _bare(operator: Operator, inputs: Inputs) -> Callable[[bool], None]:
     symmetric = operator.roof[2] == 0
     x = torch.cat(features) if symmetric else features[0]
     y = x if symmetric else features[1]
+    # products of fp16 with float32 output are not torch's; those of bf16 cost the same
+    x, y = (t.bfloat16() if t.is_cuda and t.dtype == torch.float16 else t for t in (x, y))
     if not x.is_cuda:
         x, y = x.float(), y.float()
     size = chunk_rows(len(x), len(y), 4, 0, x.device.type)

@@ -90,7 +90,9 @@ def clip_loss(
         loss = loss + label_smoothing * (positive - mean)
     if logit_bias is not None:
         # a non-finite bias still shows
-        loss = loss + 0 * logit_bias
+        loss = loss + 0 * (
+            logit_bias.to(loss.dtype) if isinstance(logit_bias, Tensor) else logit_bias
+        )
     if metrics is not None:
         metrics["image_to_text_accuracy"] = _above(positive, statistics.row_max)
         metrics["text_to_image_accuracy"] = _above(positive, statistics.column_max)

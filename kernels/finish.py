@@ -16,7 +16,7 @@ from fastclip.kernels.tile import rounded
 ROWS, WIDTH = 16, 128
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["coefficient_ptr"])
 def finish_kernel(
     total_ptr,
     coefficient_ptr,
@@ -47,7 +47,7 @@ def finish_kernel(
     tl.store(p_out, rounded(total, out_ptr, EMULATE), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["out_ptr"])
 def row_dot_kernel(
     a_ptr,
     b_ptr,

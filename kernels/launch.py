@@ -5,7 +5,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,17 +60,23 @@ def count_launches() -> Iterator[Counter[str]]:
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
-    """Run `kernel` on a grid of `programs`."""
+    """Run `kernel` on a grid of `programs`; its first argument is a tensor."""
     for count in _counts:
         count[kernel.fn.__name__] += 1
-    kernel[(programs,)](*arguments, **options)
+    device = arguments[0].device
+    # Triton launches on the current device, whatever device the tensors are on
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[(programs,)](*arguments, **options)
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """How products of `dtype` are formed: torch's setting for float32 holds for us too."""
+    """How products of `dtype` are formed: torch's setting for float32 holds for us too.
+
+    torch.set_float32_matmul_precision, allow_tf32 and fp32_precision all show in the last.
+    """
     if dtype != torch.float32:
         return "16bit"
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def tiling(kernel: str, dtype: torch.dtype, device: torch.device, entries: int) -> Tiling:
@@ -82,15 +88,19 @@ def tiling(kernel: str, dtype: torch.dtype, device: torch.device, entries: int) 
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """The row of the table for a device: "sm_90" and the like."""
-    major, minor = torch.cuda.get_device_capability(device)
-    known = tilings()
-    name = f"sm_{major}{minor}"
-    if name in known:
+    """The row of the table that serves a device."""
+    name = true_architecture(device)
+    if name in tilings():
         return name
     # consumer parts have a third less shared memory; sm_80's entries that fit are "small"
     shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
     return "sm_80" if shared >= 160 << 10 else "small"
+
+
+def true_architecture(device: torch.device) -> str:
+    """ "sm_90" and the like, whether the table has it or not."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
 
 
 @functools.cache

@@ -17,6 +17,9 @@ from torch import Tensor
 from fastclip.kernels.launch import INTERPRETED, Tiling, launch, precision_of
 from fastclip.kernels.tile import LOG2E, cosines, leave_out, rounded, tile_indices
 
+NUMBERS = ["rows", "columns", "diagonal"]
+VECTORS = ["scale_ptr", "offset_ptr", "weight_ptr", "row_sum_ptr", "dot_ptr", "sum_ptr"]
+
 
 @triton.jit
 def _log1p(e):
@@ -31,7 +34,7 @@ def _log1p(e):
     return (p * e + 1.0) * e
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=VECTORS)
 def sigmoid_kernel(
     x_ptr,
     y_ptr,

@@ -24,8 +24,18 @@ from fastclip.kernels.launch import INTERPRETED, Tiling, launch, precision_of
 from fastclip.kernels.tile import LN2, LOG2E, cosines, leave_out, rounded, tile_indices
 
 # float32 spans 126: 24 of them for the terms that still count
+# arguments whose values must not make a kernel of their own: batch sizes differ, and a vector may
+# begin anywhere
+NUMBERS = ["rows", "columns", "diagonal", "tiles", "lines"]
+VECTORS = [
+    *("scale_ptr", "offset_ptr", "row_id_ptr", "column_id_ptr", "row_lse_ptr", "row_weight_ptr"),
+    *("column_lse_ptr", "column_weight_ptr", "row_max_ptr", "row_sum_ptr", "row_dot_ptr"),
+    *("column_max_ptr", "column_sum_ptr", "part_max_ptr", "part_sum_ptr", "part_dot_ptr"),
+    *("run_max_ptr", "run_sum_ptr", "run_dot_ptr", "max_ptr", "factor_ptr", "dot_ptr", "sum_ptr"),
+]
+
 SPAN = tl.constexpr(96.0)
-LINES_PER_PROGRAM = 128
+MERGED_TILES, MERGED_LINES = 16, 32
 LARGEST_SIDE = 256
 RESCALED_ROWS = 16
 
@@ -36,7 +46,7 @@ def _finite(anchor):
     return tl.where(anchor == float("-inf"), 0.0, anchor)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=VECTORS)
 def statistics_kernel(
     x_ptr,
     y_ptr,
@@ -116,7 +126,7 @@ def statistics_kernel(
     tl.store(row_sum_ptr + p_r, row_sum, mask=m_r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=VECTORS)
 def merge_kernel(
     part_max_ptr,
     part_sum_ptr,
@@ -129,39 +139,41 @@ def merge_kernel(
     lines,
     HAS_OFFSET: tl.constexpr,
     HAS_DOT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_L: tl.constexpr,
 ):
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    i = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
     mask = i < lines
     offset = 0.0
     if HAS_OFFSET:
         offset = tl.load(offset_ptr)
     run_max = tl.load(run_max_ptr + i, mask=mask, other=float("-inf"))
     run_sum = tl.load(run_sum_ptr + i, mask=mask, other=0.0)
-    run_dot = tl.zeros((BLOCK,), dtype=tl.float32)
-    p_max, p_sum, p_dot = part_max_ptr + i, part_sum_ptr + i, part_dot_ptr + i
-    for _ in range(0, tiles):
-        part_max = tl.load(p_max, mask=mask, other=float("-inf")) * LN2 + offset
-        part_sum = tl.load(p_sum, mask=mask, other=0.0)
-        merged = tl.maximum(run_max, part_max)
+    run_dot = tl.zeros((BLOCK_L,), dtype=tl.float32)
+    o_t = tl.arange(0, BLOCK_T)
+    p = o_t.to(tl.int64)[:, None] * lines + i[None, :]
+    # several tiles at a time: one after the other would wait for memory at each
+    for start in range(0, tiles, BLOCK_T):
+        m = (o_t < tiles - start)[:, None] & mask[None, :]
+        part_max = tl.load(part_max_ptr + p, mask=m, other=float("-inf")) * LN2 + offset
+        part_sum = tl.load(part_sum_ptr + p, mask=m, other=0.0)
+        merged = tl.maximum(run_max, tl.max(part_max, 0))
         anchor = _finite(merged)
         keep = tl.exp2((run_max - anchor) * LOG2E)
-        add = tl.exp2((part_max - anchor) * LOG2E)
-        run_sum = run_sum * keep + part_sum * add
+        add = tl.exp2((part_max - anchor[None, :]) * LOG2E)
+        run_sum = run_sum * keep + tl.sum(part_sum * add, 0)
         if HAS_DOT:
-            part_dot = tl.load(p_dot, mask=mask, other=0.0)
-            run_dot = run_dot * keep + part_dot * add
+            part_dot = tl.load(part_dot_ptr + p, mask=m, other=0.0)
+            run_dot = run_dot * keep + tl.sum(part_dot * add, 0)
         run_max = merged
-        p_max += lines
-        p_sum += lines
-        p_dot += lines
+        p += BLOCK_T * lines
     tl.store(run_max_ptr + i, run_max, mask=mask)
     tl.store(run_sum_ptr + i, run_sum, mask=mask)
     if HAS_DOT:
         tl.store(run_dot_ptr + i, run_dot, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=VECTORS)
 def rescale_kernel(
     e_ptr,
     g_ptr,
@@ -215,7 +227,7 @@ def _emit(
             tl.store(sum_ptr + pid, tl.sum(tl.sum(g, 1), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=VECTORS)
 def gradient_kernel(
     x_ptr,
     y_ptr,
@@ -371,7 +383,7 @@ def merge(
     dot = run_max.new_empty(lines if part_dot is not None else 0)
     launch(
         merge_kernel,
-        triton.cdiv(lines, LINES_PER_PROGRAM),
+        triton.cdiv(lines, MERGED_LINES),
         part_max,
         part_sum,
         part_max if part_dot is None else part_dot,
@@ -383,7 +395,8 @@ def merge(
         lines,
         HAS_OFFSET=offset is not None,
         HAS_DOT=part_dot is not None,
-        BLOCK=LINES_PER_PROGRAM,
+        BLOCK_T=MERGED_TILES,
+        BLOCK_L=MERGED_LINES,
     )
     return dot
 

@@ -2,6 +2,7 @@
 
 import os
 import tarfile
+import tempfile
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+
+# a cache of compiled graphs from before a change would run what is no longer there
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="fastclip-inductor-")
 
 if not torch.cuda.is_available():
     # read when Triton is first imported: kernels then run on the CPU

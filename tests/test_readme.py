@@ -28,21 +28,25 @@ def test_the_drop_in_runs() -> None:
     assert torch.isfinite(names["loss"])
 
 
+def commands(name: str) -> list[list[str]]:
+    """The words of every `fastclip NAME ...` in a shell block."""
+    lines = "".join(blocks("sh")).replace("\\\n", " ").splitlines()
+    found = [shlex.split(line, comments=True) for line in lines]
+    return [words for words in found if words[:2] == ["fastclip", name]]
+
+
 def test_train_commands_parse() -> None:
-    commands = "".join(blocks("sh")).replace("\\\n", " ").splitlines()
-    found = [shlex.split(line, comments=True) for line in commands]
-    found = [words for words in found if words[:2] == ["fastclip", "train"]]
+    found = commands("train")
     assert len(found) == 3
     for words in found:
         assert parse([word for word in words[2:] if word != "..."]).name in ("first", "cifar10")
 
 
 def test_bench_commands_parse() -> None:
-    commands = [shlex.split(line, comments=True) for line in "".join(blocks("sh")).splitlines()]
-    found = [words[2:] for words in commands if words[:2] == ["fastclip", "bench"]]
+    found = commands("bench")
     assert len(found) == 2
     for words in found:
-        assert tyro.cli(BenchConfig, args=words).what == "losses"
+        assert tyro.cli(BenchConfig, args=words[2:]).what == "losses"
 
 
 def test_the_table_of_losses() -> None:

@@ -1,7 +1,9 @@
 """Which implementation of an operator runs, and why a faster one does not."""
 
+import functools
 import importlib.util
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,12 +26,19 @@ class Implementation:
     automatic: Callable[[torch.device], bool] = lambda device: True
 
 
+@functools.cache
+def _compiler() -> bool:
+    return "CC" in os.environ or any(map(shutil.which, ("cc", "gcc", "clang")))
+
+
 def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (torch brings it on Linux with CUDA)"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device.type != "cuda" and not interpreted:
         return f"it runs on CUDA devices, the features are on {device.type}"
+    if not interpreted and not _compiler():
+        return "Triton builds its launcher with a C compiler: install gcc or clang, or set CC"
     if torch.version.hip is not None:
         return "its kernels are written for NVIDIA GPUs"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
@@ -77,9 +86,13 @@ def choose(operator: str, requested: str, device: torch.device, dtype: torch.dty
         ValueError: the implementation is unknown or cannot run on this device and dtype.
     """
     wanted = requested
+    candidates = IMPLEMENTATIONS[operator]
     if wanted == "auto":
         wanted = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
-    candidates = IMPLEMENTATIONS[operator]
+        elsewhere = {i.name for rows in IMPLEMENTATIONS.values() for i in rows}
+        if wanted in elsewhere - {i.name for i in candidates}:
+            # the variable is for all operators, and some have fewer implementations
+            wanted = "auto"
     if wanted == "auto":
         return next(
             i.name for i in candidates if i.automatic(device) and not i.obstacle(device, dtype)

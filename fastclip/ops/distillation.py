@@ -52,7 +52,8 @@ def distillation(
     compute_dtype = checks.compute_dtype_of(x, precision)
     chunk = checks.chunk_argument(chunk_bytes)
     check_pair(x, y, compute_dtype)
-    check_pair(teacher_x, teacher_y, compute_dtype)
+    teacher_dtype = checks.compute_dtype_of(teacher_x, precision)
+    check_pair(teacher_x, teacher_y, teacher_dtype)
     if len({t.shape[0] for t in (x, y, teacher_x, teacher_y)}) != 1:
         counts = [t.shape[0] for t in (x, y, teacher_x, teacher_y)]
         raise ValueError(f"student and teacher have {counts} rows; all need the same number")
@@ -64,14 +65,14 @@ def distillation(
     chosen = backends.choose("distillation", backend, x.device, compute_dtype)
     if chosen == "reference":
         with torch.autocast(x.device.type, enabled=False):
-            return reference.distillation(*inputs, compute_dtype)
+            return reference.distillation(*inputs, compute_dtype, teacher_dtype)
     checks.refuse_forward_mode(*inputs)
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs[3:]):
         raise ValueError(
             "the teacher requires a gradient; compute its features under torch.no_grad(), or use "
             "backend='reference' to train it too"
         )
-    row, column, *_ = _distillation(*inputs, compute_dtype, chunk)
+    row, column, *_ = _distillation(*inputs, compute_dtype, teacher_dtype, chunk)
     return row, column
 
 
@@ -84,10 +85,21 @@ def _distillation(
     teacher_y: Tensor,
     teacher_scale: Tensor,
     compute_dtype: torch.dtype,
+    teacher_dtype: torch.dtype,
     chunk_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(x.device.type, enabled=False):
-        walk = _Walk(x, y, scale, teacher_x, teacher_y, teacher_scale, compute_dtype, chunk_bytes)
+        walk = _Walk(
+            x,
+            y,
+            scale,
+            teacher_x,
+            teacher_y,
+            teacher_scale,
+            compute_dtype,
+            teacher_dtype,
+            chunk_bytes,
+        )
         n, dtype = walk.n, walk.dtype
         lse_N, teacher_lse_N, mean_N = (x.new_empty(n, dtype=dtype) for _ in range(3))
         maximum, teacher_maximum = (x.new_full((n,), -torch.inf, dtype=dtype) for _ in range(2))
@@ -115,7 +127,7 @@ def _distillation(
 
 
 @_distillation.register_fake
-def _(x, y, scale, teacher_x, teacher_y, teacher_scale, dtype, chunk_bytes):
+def _(x, y, scale, teacher_x, teacher_y, teacher_scale, dtype, *rest):
     return tuple(x.new_empty(x.shape[0], dtype=accumulator_dtype(dtype)) for _ in range(6))
 
 
@@ -134,10 +146,21 @@ def _distillation_backward(
     d_row: Tensor,
     d_column: Tensor,
     compute_dtype: torch.dtype,
+    teacher_dtype: torch.dtype,
     chunk_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast(x.device.type, enabled=False):
-        walk = _Walk(x, y, scale, teacher_x, teacher_y, teacher_scale, compute_dtype, chunk_bytes)
+        walk = _Walk(
+            x,
+            y,
+            scale,
+            teacher_x,
+            teacher_y,
+            teacher_scale,
+            compute_dtype,
+            teacher_dtype,
+            chunk_bytes,
+        )
         dx_ND = x.new_empty(x.shape, dtype=walk.dtype)
         dy_ND = y.new_zeros(y.shape, dtype=walk.dtype)
         dscale_N = x.new_empty(walk.n, dtype=walk.dtype)
@@ -175,7 +198,7 @@ def _autograd_backward(ctx: Any, d_row: Tensor, d_column: Tensor, *_: Any) -> tu
     gradients = _distillation_backward(*ctx.saved_tensors, d_row, d_column, *ctx.options)
     needs = ctx.needs_input_grad[:3]
     wanted = (g if need else None for g, need in zip(gradients, needs, strict=True))
-    return *wanted, *(None,) * 5
+    return *wanted, *(None,) * 6
 
 
 _distillation.register_autograd(_autograd_backward, setup_context=_setup_context)
@@ -194,13 +217,15 @@ class _Walk:
         teacher_y: Tensor,
         teacher_scale: Tensor,
         compute_dtype: torch.dtype,
+        teacher_dtype: torch.dtype,
         chunk_bytes: int,
     ) -> None:
         self.dtype = accumulator_dtype(compute_dtype)
-        features = (x, y, teacher_x, teacher_y)
-        self.x_ND, self.y_ND, self.u_NE, self.v_NE = (
-            as_operand(t.to(compute_dtype)) for t in features
-        )
+        self.x_ND, self.y_ND = (as_operand(t.to(compute_dtype)) for t in (x, y))
+        # the teacher is rounded to its own dtype, and held as the student where that is wider
+        self.u_NE, self.v_NE = (as_operand(t.to(teacher_dtype)) for t in (teacher_x, teacher_y))
+        if self.u_NE.dtype != torch.bfloat16:
+            self.u_NE, self.v_NE = self.u_NE.to(self.dtype), self.v_NE.to(self.dtype)
         self.scale, self.teacher_scale = (
             s.reshape(()).to(self.dtype) for s in (scale, teacher_scale)
         )

@@ -379,6 +379,6 @@ def _column_range(shape: Rectangle) -> tuple[int, int]:
 def _row_chunks(
     tiles: Tiles, x_ND: Tensor, shape: Rectangle, chunk_bytes: int
 ) -> Iterator[tuple[int, int]]:
-    itemsize = tiles.dtype.itemsize
-    size = chunk_rows(shape.rows, shape.columns, itemsize, chunk_bytes, x_ND.device.type)
+    device = x_ND.device.type
+    size = chunk_rows(shape.rows, shape.columns, tiles.itemsize, chunk_bytes, device)
     yield from chunks(0, shape.rows, size)

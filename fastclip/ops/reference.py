@@ -107,10 +107,11 @@ def distillation(
     teacher_y_NE: Tensor,
     teacher_scale: Tensor,
     compute_dtype: torch.dtype,
+    teacher_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """The cross-entropies of `fastclip.ops.distillation`, by row and by column."""
     S_NN = _logits(x_ND, y_ND, scale, compute_dtype)
-    T_NN = _logits(teacher_x_NE, teacher_y_NE, teacher_scale, compute_dtype)
+    T_NN = _logits(teacher_x_NE, teacher_y_NE, teacher_scale, teacher_dtype)
     row, column = (-(T_NN.softmax(dim) * S_NN.log_softmax(dim)).sum(dim) for dim in (1, 0))
     return row, column
 

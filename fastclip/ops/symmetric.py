@@ -34,6 +34,8 @@ from fastclip.ops.rectangle import add_rows_
 from fastclip.ops.tiles import tiles_of
 from fastclip.ops.triangle import Blocks
 
+ROWS_OF_A_PART = 256
+
 
 class BlockStatistics(NamedTuple):
     """(M,), (M,) and (B (B - 1) / 2, N), float32 (float64 for float64 features)."""
@@ -326,21 +328,31 @@ class _Classes:
 
     def __init__(self, labels: Tensor) -> None:
         ordered, order = torch.sort(labels, stable=True)
+        place = torch.arange(len(labels), device=labels.device)
         begins = torch.ones_like(ordered, dtype=torch.bool)
         begins[1:] = ordered[1:] != ordered[:-1]
+        # a class is summed in parts: adding its rows one after the other would take long for few
+        # large classes
+        part = (begins | (place % ROWS_OF_A_PART == 0)).cumsum(0) - 1
+        class_of_row = begins.cumsum(0) - 1
+        self.part = torch.empty_like(order)
+        self.part[order] = part
         self.index = torch.empty_like(order)
-        self.index[order] = begins.cumsum(0) - 1
+        self.index[order] = class_of_row
+        # parts that do not exist add their zeros each to a place of its own
+        self.class_of_part = place.clone()
+        self.class_of_part[part] = class_of_row
 
     def sum(self, rows_MD: Tensor) -> Tensor:
         """For each row the sum over its class, (M, D)."""
-        sums = add_rows_(torch.zeros_like(rows_MD), self.index, rows_MD)
+        parts = add_rows_(torch.zeros_like(rows_MD), self.part, rows_MD)
+        sums = add_rows_(torch.zeros_like(rows_MD), self.class_of_part, parts)
         return sums.index_select(0, self.index)
 
     def others(self, dtype: torch.dtype) -> Tensor:
         """For each row the number of others in its class, (M,)."""
-        ones = torch.ones(self.index.shape, dtype=dtype, device=self.index.device)
-        counts = add_rows_(torch.zeros_like(ones), self.index, ones)
-        return counts.index_select(0, self.index) - 1
+        ones = torch.ones((len(self.index), 1), dtype=dtype, device=self.index.device)
+        return self.sum(ones).squeeze(1) - 1
 
 
 @register_flop_formula([torch.ops.fastclip.block_statistics, torch.ops.fastclip.label_statistics])

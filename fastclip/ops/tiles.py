@@ -95,6 +95,8 @@ class Tiles(Protocol):
 
     dtype: torch.dtype
     """The accumulator's dtype: of sums, log-sum-exps and unfinished gradients."""
+    itemsize: int
+    """Bytes of an entry of S or G that is held in memory."""
 
     def operand(self, features: Tensor) -> Tensor:
         """Features as they enter S."""
@@ -141,6 +143,7 @@ class TorchTiles:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = accumulator_dtype(dtype)
+        self.itemsize = self.dtype.itemsize
         self._pool: dict[str, Tensor] = {}
 
     def operand(self, features: Tensor) -> Tensor:
@@ -271,12 +274,19 @@ class TorchTiles:
 
 
 def chunk_rows(rows: int, columns: int, itemsize: int, chunk_bytes: int, device_type: str) -> int:
-    """Rows of S held at a time; `chunk_bytes` 0 means the device's default."""
+    """Rows of S held at a time, `itemsize` bytes an entry; `chunk_bytes` 0 means the default."""
     budget = chunk_bytes or DEFAULT_CHUNK_BYTES.get(device_type, 64 << 20)
     fitting = max(budget // (columns * itemsize), 1 if chunk_bytes else MINIMUM_CHUNK_ROWS)
     # equal chunks: a short last one would run its products at a worse rate
     count = -(-rows // fitting)
-    return -(-rows // count)
+    size = -(-rows // count)
+    return whole_tiles(size, fitting) if device_type == "cuda" else size
+
+
+def whole_tiles(size: int, most: int) -> int:
+    """Rows rounded to whole tiles of 128, up if `most` allows: aligned lines for the products."""
+    up, down = -(-size // 128) * 128, size // 128 * 128
+    return up if up <= most else max(down, min(size, 128))
 
 
 def chunks(start: int, stop: int, size: int) -> list[tuple[int, int]]:

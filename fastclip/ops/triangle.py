@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastclip.ops.gemm import add_product
-from fastclip.ops.tiles import Lines, Running, Tile, Tiles, chunk_rows, chunks
+from fastclip.ops.tiles import Lines, Running, Tile, Tiles, chunk_rows, chunks, whole_tiles
 
 STRIPS = 16
 LEAST_STRIP = {"cpu": 256, "cuda": 1024}
@@ -150,9 +150,10 @@ def _strips(
 ) -> Iterator[tuple[int, int, int]]:
     """(start, stop, block) of strips of rows, none across a border of blocks."""
     device = z_MD.device.type
-    size = chunk_rows(shape.pairs, shape.rows, tiles.dtype.itemsize, chunk_bytes, device)
+    size = chunk_rows(shape.pairs, shape.rows, tiles.itemsize, chunk_bytes, device)
     # a strip's own square is visited twice, so strips are narrow: but not too narrow for a product
-    size = min(size, max(shape.rows // STRIPS, LEAST_STRIP.get(device, 256)))
+    narrow = max(shape.rows // STRIPS, LEAST_STRIP.get(device, 256))
+    size = min(size, whole_tiles(narrow, size) if device == "cuda" else narrow)
     for block in range(len(shape.domains)):
         rows = shape.block(block)
         for start, stop in chunks(rows.start, rows.stop, size):

@@ -21,6 +21,7 @@ class TritonTiles:
     def __init__(self, dtype: torch.dtype) -> None:
         # fp16 would flush most of a gradient to zero: G is bf16 there too
         self._gradient_dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
+        self.itemsize = self._gradient_dtype.itemsize
         self._buffer: Tensor | None = None
         self._kept: tuple[Tensor, Tensor, Tensor, Tiling] | None = None
 

@@ -33,9 +33,11 @@ def test_the_check_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
         loss = operator.ours(*inputs, **options)
         return loss if options["backend"] == "reference" else 1.02 * loss
 
-    case = (65, 77, 14.3, torch.bfloat16, "cpu", "torch")
+    case = (65, 77, 14.3, torch.bfloat16, 40, "cpu", "torch")
     assert check.compare(operator, *case).ok
     assert not check.compare(replace(operator, ours=wrong), *case).ok
+    broken = check.compare(replace(operator, ours=lambda *a, **o: 1 / 0), *case)
+    assert not broken.ok and "ZeroDivisionError" in broken.failure
 
 
 @pytest.mark.gpu

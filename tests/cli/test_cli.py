@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastclip
 from fastclip.cli import COMMANDS, main
@@ -177,6 +178,48 @@ def test_a_rival_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     assert status["broken"].startswith("failed: ZeroDivisionError")
     assert status["small"] == "not tried beyond 8"
     assert all(losses.format_row(row) for row in rows)
+
+
+def test_a_rival_that_fails_later_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fastclip.bench.losses as losses
+    from fastclip.bench.runner import Operator, Rival, Settings, measure
+
+    clip = losses.OPERATORS["clip"]
+
+    def tiring(inputs):
+        calls = iter(range(4))
+
+        def loss(*leaves):
+            if next(calls, None) is None:
+                raise torch.OutOfMemoryError("enough")
+            return clip.ours(*leaves)
+
+        return loss
+
+    operator = Operator("clip", clip.make, clip.ours, (Rival("tiring", tiring),), clip.roof)
+    rows = measure(operator, 16, 4, Settings(rounds=3))
+    assert [row.status for row in rows] == ["ok", "out of memory", "ok"]
+    assert rows[0].p50 is not None and rows[1].p50 is None
+
+
+def test_a_wrong_gradient_at_a_measured_size_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dataclasses import replace
+
+    import fastclip.bench.losses as losses
+
+    honest = losses.OPERATORS["clip"]
+
+    def wrong_when_large(*inputs, **options):
+        # right at the size of the quick check
+        exact = "backend" in options or len(inputs[0]) <= 512
+        return honest.ours(*inputs, **options) * (1.0 if exact else 1.1)
+
+    monkeypatch.setitem(losses.OPERATORS, "clip", replace(honest, ours=wrong_when_large))
+    flags = "losses --loss clip --n 516 --width 8 --rounds 1 --device cpu --no-compiled"
+    assert main(["bench", *flags.split()]) == 1
+    assert "clip at n = 516 is wrong" in capsys.readouterr().err
 
 
 def test_bench_refuses_sizes_that_make_no_blocks(capsys: pytest.CaptureFixture[str]) -> None:

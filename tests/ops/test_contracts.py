@@ -151,7 +151,9 @@ def test_opcheck() -> None:
     torch.library.opcheck(ops.label_statistics.default, (z, labels, scale, *tail))
     teacher = [t.detach() for t in (x, y[:5], scale)]
     student = (x, y[:5].detach().requires_grad_(), scale)
-    torch.library.opcheck(ops.distillation.default, (*student, *teacher, torch.float64, 0))
+    torch.library.opcheck(
+        ops.distillation.default, (*student, *teacher, torch.float64, torch.float64, 0)
+    )
     upstream = torch.tensor(2.0, dtype=torch.float64)
     torch.library.opcheck(ops.apply_upstream.default, (x.detach(), upstream, x.detach()))
 

@@ -312,16 +312,6 @@ def test_same_bits_every_time() -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
 
 
-def test_opcheck() -> None:
-    x, y = features(5, 4, 1).requires_grad_(), features(7, 4, 2).requires_grad_()
-    scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
-    group = torch.tensor([0, 0, 1, 2, 3])
-    for groups in ((None, None), (group, torch.arange(7))):
-        for means in (False, True):
-            arguments = (x, y, scale, *groups, means, torch.float64, "torch", 0)
-            torch.library.opcheck(torch.ops.fastclip.similarity_statistics.default, arguments)
-
-
 @pytest.mark.parametrize("autocast", [False, True])
 def test_compiles_without_a_graph_break(autocast: bool) -> None:
     x, y = features(33, 8, 1, torch.float32), features(40, 8, 2, torch.float32)
