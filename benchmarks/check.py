@@ -163,7 +163,9 @@ def _compare(
     errors = [(a.double() - b).norm().item() for a, b in zip(got, truth, strict=True)]
     finding.loss_error = errors[0] / max(truth[0].abs().item(), 1.0)
     features = [i for i, t in enumerate(inputs, 1) if t.ndim == 2 and t.shape[1] == width]
-    finding.feature_error = max(errors[i] / max(truth[i].norm().item(), 1e-30) for i in features)
+    # SupCon's gradient is a difference of means, and may be nothing but their rounding
+    floor = upstream * scale / n**0.5 if operator.name == "sup_con" else 1e-30
+    finding.feature_error = max(errors[i] / max(truth[i].norm().item(), floor) for i in features)
     scalars = [i for i in range(1, len(errors)) if i not in features]
     # a temperature's gradient is the scale's times its square
     unit = max(scale**2, 1.0) if operator.name in ("nt_xent", "sup_con") else 1.0
