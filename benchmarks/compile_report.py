@@ -18,14 +18,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastclip.kernels import finish, sigmoid, similarity
+from fastclip.kernels import finish, merge, sigmoid, similarity
 from fastclip.kernels.launch import Tiling, tilings
 
 # bytes of shared memory that one program may use
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 POINTER = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 # operands and the precision of their product
-MERGED = {"BLOCK_T": similarity.MERGED_TILES, "BLOCK_L": similarity.MERGED_LINES}
+MERGED = {"BLOCK_T": merge.MERGED_TILES, "BLOCK_L": merge.MERGED_LINES}
 OPERANDS = {"16bit": ("bfloat16", "ieee"), "tf32": ("float32", "tf32"), "ieee": ("float32", "ieee")}
 
 
@@ -92,8 +92,8 @@ def reports(architectures: tuple[int, ...] = (80, 90, 100)) -> Iterator[Report]:
         for kernel, constants in (
             (finish.finish_kernel, {"HAS_TERM": True, "BLOCK_R": 16, "BLOCK_D": 128}),
             (finish.row_dot_kernel, {"BLOCK_R": 16, "BLOCK_D": 128}),
-            (similarity.merge_kernel, {"HAS_OFFSET": True, "HAS_DOT": True, **MERGED}),
-            (similarity.rescale_kernel, {"BLOCK_R": 16, "BLOCK_S": 256}),
+            (merge.merge_kernel, {"HAS_OFFSET": True, "HAS_DOT": True, **MERGED}),
+            (merge.rescale_kernel, {"BLOCK_R": 16, "BLOCK_S": 256}),
         ):
             limit = SHARED_LIMIT[architecture]
             yield _compile(kernel, "16bit", architecture, small, constants, "bfloat16", limit)

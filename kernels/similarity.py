@@ -2,13 +2,11 @@
 
     statistics   S = scale * X @ Y.T; per row and per column of a tile the maximum and the sum of
                  2^(S' - maximum), S' = S log2(e), over entries that are not left out
-    merge        the partial statistics of all tiles of a line, into a running pair
-    rescale      E = 2^(S' - row maximum of the tile), kept by `statistics`, into G
     gradient     S again; G_ij = a_i exp(S_ij - row_lse_i) + b_j exp(S_ij - column_lse_j), times
                  the scale, rounded once; float32 sums of G * cos and G
 
-X (R, D), Y (S, D); partial statistics are (tiles, lines), line by line contiguous, so that no
-program writes where another does: no atomics, no locks, the same bits every run. The gradient
+X (R, D), Y (S, D); partial statistics are (tiles, lines), for `merge.py`, so that no program
+writes where another does: no atomics, no locks, the same bits every run. The gradient
 forms S again because storing it exactly would cost more traffic than the product.
 
 A tile's entries serve rows and columns; where its logits span less than 96 powers of two, one
@@ -21,29 +19,20 @@ import triton.language as tl
 from torch import Tensor
 
 from fastclip.kernels.launch import INTERPRETED, Tiling, launch, precision_of
-from fastclip.kernels.tile import LN2, LOG2E, cosines, leave_out, rounded, tile_indices
+from fastclip.kernels.tile import LOG2E, cosines, finite, leave_out, rounded, tile_indices
 
-# float32 spans 126: 24 of them for the terms that still count
 # arguments whose values must not make a kernel of their own: batch sizes differ, and a vector may
 # begin anywhere
-NUMBERS = ["rows", "columns", "diagonal", "tiles", "lines"]
+NUMBERS = ["rows", "columns", "diagonal"]
 VECTORS = [
     *("scale_ptr", "offset_ptr", "row_id_ptr", "column_id_ptr", "row_lse_ptr", "row_weight_ptr"),
     *("column_lse_ptr", "column_weight_ptr", "row_max_ptr", "row_sum_ptr", "row_dot_ptr"),
-    *("column_max_ptr", "column_sum_ptr", "part_max_ptr", "part_sum_ptr", "part_dot_ptr"),
-    *("run_max_ptr", "run_sum_ptr", "run_dot_ptr", "max_ptr", "factor_ptr", "dot_ptr", "sum_ptr"),
+    *("column_max_ptr", "column_sum_ptr", "dot_ptr", "sum_ptr"),
 ]
 
+# powers of two: float32 spans 126, and 24 of them hold the terms that still count
 SPAN = tl.constexpr(96.0)
-MERGED_TILES, MERGED_LINES = 16, 32
 LARGEST_SIDE = 256
-RESCALED_ROWS = 16
-
-
-@triton.jit
-def _finite(anchor):
-    # a line that is left out whole: -inf minus a finite anchor gives exp2(-inf) = 0, not NaN
-    return tl.where(anchor == float("-inf"), 0.0, anchor)
 
 
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=VECTORS)
@@ -106,14 +95,14 @@ def statistics_kernel(
             row_sum = tl.sum(e, 1) * tl.exp2(tl.minimum(top - row_max, SPAN))
             column_sum = tl.sum(e, 0) * tl.exp2(tl.minimum(top - column_max, SPAN))
         else:
-            row_sum = tl.sum(tl.exp2(logits - _finite(row_max)[:, None]), 1)
-            column_sum = tl.sum(tl.exp2(logits - _finite(column_max)[None, :]), 0)
+            row_sum = tl.sum(tl.exp2(logits - finite(row_max)[:, None]), 1)
+            column_sum = tl.sum(tl.exp2(logits - finite(column_max)[None, :]), 0)
         p_s = tile_r.to(tl.int64) * columns + i_s
         m_s = i_s < columns
         tl.store(column_max_ptr + p_s, column_max, mask=m_s)
         tl.store(column_sum_ptr + p_s, column_sum, mask=m_s)
     else:
-        e = tl.exp2(logits - _finite(row_max)[:, None])
+        e = tl.exp2(logits - finite(row_max)[:, None])
         row_sum = tl.sum(e, 1)
         if KEEP:
             # from the logits: a tile of cosines beside them would not fit the registers
@@ -124,85 +113,6 @@ def statistics_kernel(
             tl.store(p_e, rounded(e, e_ptr, EMULATE))
     tl.store(row_max_ptr + p_r, row_max, mask=m_r)
     tl.store(row_sum_ptr + p_r, row_sum, mask=m_r)
-
-
-@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=VECTORS)
-def merge_kernel(
-    part_max_ptr,
-    part_sum_ptr,
-    part_dot_ptr,
-    run_max_ptr,
-    run_sum_ptr,
-    run_dot_ptr,
-    offset_ptr,
-    tiles,
-    lines,
-    HAS_OFFSET: tl.constexpr,
-    HAS_DOT: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-):
-    i = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
-    mask = i < lines
-    offset = 0.0
-    if HAS_OFFSET:
-        offset = tl.load(offset_ptr)
-    run_max = tl.load(run_max_ptr + i, mask=mask, other=float("-inf"))
-    run_sum = tl.load(run_sum_ptr + i, mask=mask, other=0.0)
-    run_dot = tl.zeros((BLOCK_L,), dtype=tl.float32)
-    o_t = tl.arange(0, BLOCK_T)
-    p = o_t.to(tl.int64)[:, None] * lines + i[None, :]
-    # several tiles at a time: one after the other would wait for memory at each
-    for start in range(0, tiles, BLOCK_T):
-        m = (o_t < tiles - start)[:, None] & mask[None, :]
-        part_max = tl.load(part_max_ptr + p, mask=m, other=float("-inf")) * LN2 + offset
-        part_sum = tl.load(part_sum_ptr + p, mask=m, other=0.0)
-        merged = tl.maximum(run_max, tl.max(part_max, 0))
-        anchor = _finite(merged)
-        keep = tl.exp2((run_max - anchor) * LOG2E)
-        add = tl.exp2((part_max - anchor[None, :]) * LOG2E)
-        run_sum = run_sum * keep + tl.sum(part_sum * add, 0)
-        if HAS_DOT:
-            part_dot = tl.load(part_dot_ptr + p, mask=m, other=0.0)
-            run_dot = run_dot * keep + tl.sum(part_dot * add, 0)
-        run_max = merged
-        p += BLOCK_T * lines
-    tl.store(run_max_ptr + i, run_max, mask=mask)
-    tl.store(run_sum_ptr + i, run_sum, mask=mask)
-    if HAS_DOT:
-        tl.store(run_dot_ptr + i, run_dot, mask=mask)
-
-
-@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=VECTORS)
-def rescale_kernel(
-    e_ptr,
-    g_ptr,
-    part_max_ptr,
-    max_ptr,
-    factor_ptr,
-    stride_e,
-    rows,
-    columns,
-    EMULATE: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
-    # some rows of one of `statistics`' column tiles; e_ptr and g_ptr may be the same memory
-    tiles = tl.cdiv(columns, BLOCK_S)
-    pid = tl.program_id(0)
-    first_r, tile = (pid // tiles) * BLOCK_R, pid % tiles
-    i_r = first_r + tl.arange(0, BLOCK_R)
-    m_r = i_r < rows
-    own = tl.load(part_max_ptr + tile.to(tl.int64) * rows + i_r, mask=m_r, other=float("-inf"))
-    top = tl.load(max_ptr + i_r, mask=m_r, other=0.0)
-    share = tl.exp2((own * LN2 - _finite(top)) * LOG2E)
-    factor = tl.load(factor_ptr + i_r, mask=m_r, other=0.0) * share
-    offset = tl.arange(0, BLOCK_R)[:, None] * stride_e + tl.arange(0, BLOCK_S)[None, :]
-    corner = first_r.to(tl.int64) * stride_e + tile * BLOCK_S
-    e = tl.load(e_ptr + corner + offset)
-    # every element is read before any is overwritten in the other format
-    tl.debug_barrier()
-    tl.store(g_ptr + corner + offset, rounded(e.to(tl.float32) * factor[:, None], g_ptr, EMULATE))
 
 
 @triton.jit
@@ -283,15 +193,15 @@ def gradient_kernel(
         offset = tl.load(offset_ptr)
     m_r, m_s = i_r < rows, i_s < columns
     anchor_r = tl.load(row_lse_ptr + i_r, mask=m_r, other=float("inf"))
-    anchor_r = (_finite(anchor_r) - offset) * LOG2E
+    anchor_r = (finite(anchor_r) - offset) * LOG2E
     weight_r = tl.load(row_weight_ptr + i_r, mask=m_r, other=0.0)
     o_g = tl.arange(0, BLOCK_R)[:, None] * stride_g + tl.arange(0, BLOCK_S)[None, :]
     p_g = g_ptr + first_r.to(tl.int64) * stride_g + first_s + o_g
     if COLUMNS:
         anchor_s = tl.load(column_lse_ptr + i_s, mask=m_s, other=float("inf"))
-        anchor_s = (_finite(anchor_s) - offset) * LOG2E
+        anchor_s = (finite(anchor_s) - offset) * LOG2E
         weight_s = tl.load(column_weight_ptr + i_s, mask=m_s, other=0.0)
-        top = _finite(tl.max(tl.max(logits, 1), 0))
+        top = finite(tl.max(tl.max(logits, 1), 0))
         if top - tl.minimum(tl.min(anchor_r, 0), tl.min(anchor_s, 0)) < SPAN:
             u = weight_r * tl.exp2(top - anchor_r)
             v = weight_s * tl.exp2(top - anchor_s)
@@ -365,62 +275,6 @@ def statistics(
         **_common(x, tiling),
     )
     return row_max, row_sum, column_max, column_sum, row_dot
-
-
-def merge(
-    part_max: Tensor,
-    part_sum: Tensor,
-    part_dot: Tensor | None,
-    run_max: Tensor,
-    run_sum: Tensor,
-    offset: Tensor | None,
-) -> Tensor:
-    """Merge partial statistics (tiles, lines) into running ones (lines,), in place.
-
-    Returns the sums of `part_dot` relative to the new maximum, or an empty tensor without it.
-    """
-    tiles, lines = part_max.shape
-    dot = run_max.new_empty(lines if part_dot is not None else 0)
-    launch(
-        merge_kernel,
-        triton.cdiv(lines, MERGED_LINES),
-        part_max,
-        part_sum,
-        part_max if part_dot is None else part_dot,
-        run_max,
-        run_sum,
-        dot,
-        run_max if offset is None else offset,
-        tiles,
-        lines,
-        HAS_OFFSET=offset is not None,
-        HAS_DOT=part_dot is not None,
-        BLOCK_T=MERGED_TILES,
-        BLOCK_L=MERGED_LINES,
-    )
-    return dot
-
-
-def rescale(
-    kept: Tensor, out: Tensor, part_max: Tensor, row_max: Tensor, factor: Tensor, tiling: Tiling
-) -> None:
-    """out = factor * exp(S - row_max) from what `statistics` kept; `out` may be its memory."""
-    r, s = kept.shape
-    launch(
-        rescale_kernel,
-        triton.cdiv(r, RESCALED_ROWS) * triton.cdiv(s, tiling.columns),
-        kept,
-        out,
-        part_max,
-        row_max,
-        factor,
-        kept.stride(0),
-        r,
-        s,
-        EMULATE=INTERPRETED,
-        BLOCK_R=RESCALED_ROWS,
-        BLOCK_S=tiling.columns,
-    )
 
 
 def gradient(

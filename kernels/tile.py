@@ -117,3 +117,9 @@ def rounded(value, pointer, EMULATE: tl.constexpr):
         bits += 0x7FFF + ((bits >> 16) & 1)
         value = (bits & -65536).to(tl.float32, bitcast=True)
     return value.to(target)
+
+
+@triton.jit
+def finite(anchor):
+    """-inf replaced by 0: of a line that is left out whole exp2 then makes 0 and not NaN."""
+    return tl.where(anchor == float("-inf"), 0.0, anchor)

@@ -73,6 +73,7 @@ IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
 }
 
 
+@torch.compiler.assume_constant_result  # a graph is compiled for what is chosen when it is traced
 def choose(operator: str, requested: str, device: torch.device, dtype: torch.dtype) -> str:
     """The name of the implementation to run.
 

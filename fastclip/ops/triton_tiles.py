@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 import fastclip.kernels.finish as finishing
+import fastclip.kernels.merge as merging
 import fastclip.kernels.sigmoid as sigmoid
 import fastclip.kernels.similarity as similarity
 from fastclip.kernels.launch import Tiling, tiling
@@ -39,9 +40,9 @@ class TritonTiles:
         row_max, row_sum, column_max, column_sum, _ = similarity.statistics(
             *_operands(tile), columns is not None, None, self._tiling("statistics", tile)
         )
-        similarity.merge(row_max, row_sum, None, *rows, tile.offset)
+        merging.merge(row_max, row_sum, None, *rows, tile.offset)
         if columns is not None:
-            similarity.merge(column_max, column_sum, None, *columns, tile.offset)
+            merging.merge(column_max, column_sum, None, *columns, tile.offset)
 
     def gradient(
         self, tile: Tile, rows: Lines, columns: Lines | None, out_CS: Tensor, scalars: bool
@@ -74,7 +75,7 @@ class TritonTiles:
             *_operands(tile), False, kept, tiles
         )
         rows = Running.of(r, tile.x_CD, torch.float32)
-        dot = similarity.merge(row_max, row_sum, row_dot, *rows, None)
+        dot = merging.merge(row_max, row_sum, row_dot, *rows, None)
         self._kept = kept, row_max, rows.max.clone(), tiles
         if tile.offset is not None:
             rows.max.add_(tile.offset)
@@ -83,7 +84,7 @@ class TritonTiles:
     def end_rows(self, factor_C: Tensor, out_CS: Tensor) -> None:
         assert self._kept is not None
         kept, part_max, row_max, tiles = self._kept
-        similarity.rescale(kept, out_CS, part_max, row_max, factor_C, tiles)
+        merging.rescale(kept, out_CS, part_max, row_max, factor_C, tiles)
 
     def sigmoid(
         self, tile: Tile, weight_C: Tensor, out_CS: Tensor | None
