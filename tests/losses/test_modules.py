@@ -13,6 +13,7 @@ from torch import Tensor
 import fastclip
 from fastclip.functional import info_nce_loss, mp_nce_loss, nt_xent_loss, sup_con_loss
 from fastclip.losses.mp_nce import balanced_pair_weight
+from fastclip.ops.distillation import distillation
 from tests.ops.cases import unit, views
 
 
@@ -97,6 +98,43 @@ def test_distillation_is_open_clips(n: int, chunk_bytes: int | None) -> None:
     ]
     assert_equal(results[0], results[1])
     assert_equal(results[2], results[1])
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_distillation_gradcheck(n: int, backend: str) -> None:
+    teacher = (*views(2, n, 4, 11, 0.5), scalar(6.0))
+
+    def run(x: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        options = {"backend": backend, "chunk_bytes": 8 * n * 2}
+        return distillation(x, y, scale, *teacher, **options)
+
+    student = [t.clone().requires_grad_() for t in (*views(2, n, 3, 1, 0.3), scalar(4.0))]
+    assert torch.autograd.gradcheck(run, student)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [14.3, 100.0])
+def test_distillation_under_autocast_loses_only_float32s_rounding(
+    scale: float, dtype: torch.dtype
+) -> None:
+    """Against float64 of the features as bf16 holds them, the teacher's too."""
+    student = [t.to(dtype) for t in views(2, 200, 32, 1, 0.3)]
+    teacher = [t.to(dtype) for t in views(2, 200, 24, 11, 0.5)]
+
+    def run(x: Tensor, y: Tensor, u: Tensor, v: Tensor, backend: str) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_(), y.clone().requires_grad_()]
+        row, column = distillation(*leaves, scale, u, v, 30.0, backend=backend)
+        loss = (row + column).mean()
+        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+    rounded = [t.bfloat16().double() for t in (*student, *teacher)]
+    with torch.autocast("cpu", torch.bfloat16):
+        got = run(*student, *teacher, "torch")
+    relative = 16 * torch.finfo(torch.float32).eps * scale
+    for mine, want in zip(got, run(*rounded, "reference"), strict=True):
+        last = torch.finfo(mine.dtype).eps / 2
+        assert (mine.double() - want).norm() <= (relative + last) * want.norm()
 
 
 def test_distillation_says_what_it_does_not_train() -> None:
