@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastclip.bench.losses import OPERATORS
-from fastclip.bench.runner import Inputs, Operator, clustered
+from fastclip.bench.runner import Inputs, Operator, clustered, leaves
 from fastclip.functional import clip_loss, info_nce_loss, mp_nce_loss
 
 ROWS = (4, 63, 65, 127, 129, 1000)
@@ -176,18 +176,6 @@ def _compare(
     negligible = all(truth[i].norm() < 1e-4 * upstream * scale / n for i in features)
     exact = finding.feature_error < limit or negligible
     finding.ok = exact and finding.loss_error < limit and finding.scalar_error < limit
-
-
-def leaves(
-    operator: Operator, n: int, width: int, scale: float, dtype: torch.dtype, device: str
-) -> Inputs:
-    """The operator's inputs on a device, features in `dtype`."""
-    return [
-        t.to(device, dtype if t.ndim == 2 and t.shape[1] == width else t.dtype)
-        .detach()
-        .requires_grad_()
-        for t in operator.make(n, width, scale)
-    ]
 
 
 def same_bits(device: str, backend: str, repeats: int, n: int = 1000) -> list[str]:

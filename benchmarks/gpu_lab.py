@@ -2,7 +2,8 @@
 
 `benchmarks/gpu_lab.sh --output DIR` ends within nine minutes on a machine with one NVIDIA GPU and
 nothing but Python, torch and its triton; rivals that are installed as well take part. DIR receives
-`check.json`, `tilings.json` (the sweep) and `losses.json`; the last lines are a short table.
+`check-triton.json`, `check-torch.json`, `sweep.json`, `tilings.json` (the table as it then is) and
+`losses.json`; the last lines are a short table.
 """
 
 import argparse
@@ -71,9 +72,6 @@ def main() -> int:
         (options.output / "sweep.json").write_text(json.dumps(result, indent=1) + "\n")
         # the losses below are measured with what was found
         tile_sweep.write_table(result)
-        tile_sweep.launch.tilings.cache_clear()
-        tile_sweep.launch.architecture.cache_clear()
-        tile_sweep.launch._tiling.cache_clear()
         table = tile_sweep.launch.TILINGS_FILE.read_text()
         (options.output / "tilings.json").write_text(table)
 

@@ -198,14 +198,20 @@ def write_json(path: Path, rows: Sequence[Row], settings: Settings, **more: Any)
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def _leaves(operator: Operator, n: int, width: int, settings: Settings) -> Inputs:
-    leaves = operator.make(n, width, settings.scale)
+def leaves(
+    operator: Operator, n: int, width: int, scale: float, dtype: torch.dtype, device: str
+) -> Inputs:
+    """The operator's inputs on a device, features in `dtype`."""
     return [
-        t.to(settings.device, settings.dtype if t.ndim == 2 and t.shape[1] == width else t.dtype)
+        t.to(device, dtype if t.ndim == 2 and t.shape[1] == width else t.dtype)
         .detach()
         .requires_grad_()
-        for t in leaves
+        for t in operator.make(n, width, scale)
     ]
+
+
+def _leaves(operator: Operator, n: int, width: int, settings: Settings) -> Inputs:
+    return leaves(operator, n, width, settings.scale, settings.dtype, settings.device)
 
 
 def _try_out(
@@ -272,7 +278,7 @@ def _bare(operator: Operator, inputs: Inputs) -> Callable[[bool], None]:
     x, y = (t.bfloat16() if t.is_cuda and t.dtype == torch.float16 else t for t in (x, y))
     if not x.is_cuda:
         x, y = x.float(), y.float()
-    size = chunk_rows(len(x), len(y), 4, 0, x.device.type)
+    size = chunk_rows(len(x), len(y), x.element_size(), 0, x.device.type)
     S = x.new_empty((size, len(y)))
     dx = torch.empty_like(x, dtype=torch.float32)
     dy = torch.zeros_like(y, dtype=torch.float32)

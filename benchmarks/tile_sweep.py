@@ -92,7 +92,6 @@ def sweep(seconds: float) -> dict[str, dict[str, list[dict[str, Any]]]]:
                 if time.monotonic() - began > share:
                     break
                 table[precision] = candidate
-                launch._tiling.cache_clear()
                 try:
                     calls[kernel]()
                     torch.cuda.synchronize()
@@ -104,7 +103,6 @@ def sweep(seconds: float) -> dict[str, dict[str, list[dict[str, Any]]]]:
                 (found,) = interleave({"": calls[kernel]}, 10, settings)[0].values()
                 timed.append({"tiling": _numbers(candidate), "seconds": sorted(found)[5]})
             table[precision] = shipped
-            launch._tiling.cache_clear()
             result.setdefault(kernel, {})[precision] = sorted(timed, key=lambda t: t["seconds"])
             for entry in result[kernel][precision][:3]:
                 milliseconds = 1e3 * entry["seconds"]
@@ -126,6 +124,8 @@ def write_table(result: dict[str, dict[str, list[dict[str, Any]]]]) -> None:
             if timed:
                 content["tilings"][architecture][kernel][precision] = timed[0]["tiling"]
     launch.TILINGS_FILE.write_text(format_table(content))
+    launch.tilings.cache_clear()
+    launch.architecture.cache_clear()
 
 
 def format_table(content: dict[str, Any]) -> str:

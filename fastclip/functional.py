@@ -396,8 +396,7 @@ def _concatenate(blocks: list[Tensor]) -> Tensor:
 
 def _inverse(temperature: Tensor | float) -> Tensor | float:
     if not isinstance(temperature, Tensor):
-        if not temperature > 0:
-            raise ValueError(f"temperature is {temperature}; give a positive number")
+        checks.check_positive("temperature", temperature)
     elif temperature.numel() != 1:
         raise ValueError(
             f"temperature has shape {tuple(temperature.shape)}; give a 0-d or (1,) tensor"

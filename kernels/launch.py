@@ -83,7 +83,17 @@ def tiling(kernel: str, dtype: torch.dtype, device: torch.device, entries: int) 
     """The tiling of `kernel` ("statistics", "gradient", "sigmoid") for so many entries of S."""
     if INTERPRETED:
         return INTERPRETER_TILINGS[entries > 100_000]
-    return _tiling(kernel, precision_of(dtype), architecture(device))
+    return tilings()[architecture(device)][kernel][precision_of(dtype)]
+
+
+def product_options(x: torch.Tensor, tiling: Tiling) -> dict[str, Any]:
+    """Keyword arguments of a kernel that forms a tile of S from rows of `x`."""
+    return {
+        "EVEN_D": x.shape[1] % tiling.width == 0,
+        "PRECISION": "tf32" if precision_of(x.dtype) == "tf32" else "ieee",
+        "EMULATE": INTERPRETED,
+        **tiling.options(),
+    }
 
 
 @functools.cache
@@ -114,8 +124,3 @@ def tilings() -> dict[str, dict[str, dict[str, Tiling]]]:
         }
         for name, kernels in table.items()
     }
-
-
-@functools.cache
-def _tiling(kernel: str, precision: str, name: str) -> Tiling:
-    return tilings()[name][kernel][precision]

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastclip.kernels.launch import INTERPRETED, Tiling, launch, precision_of
+from fastclip.kernels.launch import Tiling, launch, product_options
 from fastclip.kernels.tile import LOG2E, cosines, leave_out, rounded, tile_indices
 
 NUMBERS = ["rows", "columns", "diagonal"]
@@ -137,9 +137,6 @@ def sigmoid(
         HAS_DIAGONAL=diagonal is not None,
         HAS_OFFSET=offset is not None,
         GRADIENT=out is not None,
-        EVEN_D=x.shape[1] % tiling.width == 0,
-        PRECISION="tf32" if precision_of(x.dtype) == "tf32" else "ieee",
-        EMULATE=INTERPRETED,
-        **tiling.options(),
+        **product_options(x, tiling),
     )
     return row_sum.sum(dim=0), dots.sum(), sums.sum()

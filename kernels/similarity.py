@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastclip.kernels.launch import INTERPRETED, Tiling, launch, precision_of
+from fastclip.kernels.launch import Tiling, launch, product_options
 from fastclip.kernels.tile import LOG2E, cosines, finite, leave_out, rounded, tile_indices
 
 # arguments whose values must not make a kernel of their own: batch sizes differ, and a vector may
@@ -272,7 +272,7 @@ def statistics(
         HAS_IDS=ids is not None,
         COLUMNS=columns,
         KEEP=kept is not None,
-        **_common(x, tiling),
+        **product_options(x, tiling),
     )
     return row_max, row_sum, column_max, column_sum, row_dot
 
@@ -327,16 +327,6 @@ def gradient(
         HAS_OFFSET=offset is not None,
         COLUMNS=columns is not None,
         SCALARS=scalars,
-        **_common(x, tiling),
+        **product_options(x, tiling),
     )
     return dots.sum(), sums.sum()
-
-
-def _common(x: Tensor, tiling: Tiling) -> dict[str, object]:
-    precision = precision_of(x.dtype)
-    return {
-        "EVEN_D": x.shape[1] % tiling.width == 0,
-        "PRECISION": "tf32" if precision == "tf32" else "ieee",
-        "EMULATE": INTERPRETED,
-        **tiling.options(),
-    }

@@ -78,9 +78,11 @@ def _exchange_forward(
     if hasattr(original, _MARK):
         return
 
+    signature = inspect.signature(original)
+
     @functools.wraps(original)
     def forward(self: Any, *arguments: Any, **options: Any) -> Any:
-        call = inspect.signature(original).bind(self, *arguments, **options)
+        call = signature.bind(self, *arguments, **options)
         call.apply_defaults()
         try:
             ours = exchange(self)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from fastclip.functional import info_nce_loss
 from fastclip.losses.memory_bank import memory_bank
+from fastclip.ops.checks import check_positive
 
 
 class InfoNCELoss(nn.Module):
@@ -32,8 +33,7 @@ class InfoNCELoss(nn.Module):
         chunk_bytes: int | None = None,
     ) -> None:
         super().__init__()
-        if not temperature > 0:
-            raise ValueError(f"temperature is {temperature}; give a positive number")
+        check_positive("temperature", temperature)
         self.temperature = temperature
         self.memory_bank = memory_bank(memory_bank_size)
         if self.memory_bank is None and not in_batch:

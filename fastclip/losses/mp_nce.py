@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastclip.functional import mp_nce_loss
+from fastclip.ops.checks import check_positive
 
 
 class MPNCELoss(nn.Module):
@@ -44,8 +45,7 @@ class MPNCELoss(nn.Module):
         super().__init__()
         if num_domains < 1:
             raise ValueError(f"num_domains is {num_domains}; give 1 or more")
-        if not init_temperature > 0:
-            raise ValueError(f"init_temperature is {init_temperature}; give a positive number")
+        check_positive("init_temperature", init_temperature)
         if isinstance(pair_weight, str) and pair_weight != "balanced":
             raise ValueError(f"pair_weight is {pair_weight!r}; give 'balanced', a tensor or None")
         pairs = num_domains * (num_domains + 1) // 2

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fastclip.functional import info_nce_loss, nt_xent_loss
 from fastclip.losses.memory_bank import memory_bank
+from fastclip.ops.checks import check_positive
 
 
 class NTXentLoss(nn.Module):
@@ -37,8 +38,7 @@ class NTXentLoss(nn.Module):
         chunk_bytes: int | None = None,
     ) -> None:
         super().__init__()
-        if not temperature > 0:
-            raise ValueError(f"temperature is {temperature}; give a positive number")
+        check_positive("temperature", temperature)
         if gather_distributed:
             raise ValueError("gather_distributed=True is not supported by this version")
         self.temperature = temperature

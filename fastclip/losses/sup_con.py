@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fastclip.functional import sup_con_loss
+from fastclip.ops.checks import check_positive
 
 
 class SupConLoss(nn.Module):
@@ -21,8 +22,7 @@ class SupConLoss(nn.Module):
         self, temperature: float = 0.07, *, backend: str = "auto", chunk_bytes: int | None = None
     ) -> None:
         super().__init__()
-        if not temperature > 0:
-            raise ValueError(f"temperature is {temperature}; give a positive number")
+        check_positive("temperature", temperature)
         self.temperature = temperature
         self.backend = backend
         self.chunk_bytes = chunk_bytes

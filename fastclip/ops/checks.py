@@ -57,6 +57,12 @@ def on_device(name: str, value: Tensor, like: Tensor) -> Tensor:
     return value
 
 
+def check_positive(name: str, value: float) -> None:
+    """A number above zero."""
+    if not value > 0:
+        raise ValueError(f"{name} is {value}; give a positive number")
+
+
 def check_features(name: str, features: Tensor) -> None:
     """(rows, width), floating point, neither empty nor a DTensor."""
     if type(features).__name__ == "DTensor":

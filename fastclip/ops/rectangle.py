@@ -57,6 +57,11 @@ class Rectangle:
         column_id_S = column_id[column : column + y_SD.shape[0]]
         return Tile(x_CD, y_SD, scale, offset, diagonal, row_id_C, column_id_S)
 
+    @property
+    def trained(self) -> int:
+        """The first column without gradient, or the number of columns."""
+        return self.columns if self.trainable is None else self.trainable
+
     def segments(self) -> list[tuple[int, int, bool]]:
         """Column ranges, and whether their columns have statistics of their own."""
         if not self.both:
@@ -124,10 +129,10 @@ def statistics_gradient(
     """
     need_x, need_y, need_scale = needs
     x_op_ND, y_op_MD = tiles.operand(x_ND), tiles.operand(y_MD)
-    x_grad_ND, y_grad_MD = tiles.gradient_operand(x_ND), tiles.gradient_operand(y_MD)
+    x_grad_ND, y_grad_MD = tiles.gradient_operand(x_op_ND), tiles.gradient_operand(y_op_MD)
     scale = scale.reshape(()).to(tiles.dtype)
     begin, end = _column_range(shape)
-    trainable = end if shape.trainable is None else shape.trainable
+    trainable = shape.trained
     means = _Means(x_ND, y_MD, upstream, tiles) if upstream.row_mean is not None else None
     positive_N = upstream.positive * scale
 
@@ -190,10 +195,10 @@ def info_nce(
     """
     need_x, need_y, need_scale = needs
     x_op_ND, y_op_MD = tiles.operand(x_ND), tiles.operand(y_MD)
-    x_grad_ND, y_grad_MD = tiles.gradient_operand(x_ND), tiles.gradient_operand(y_MD)
+    x_grad_ND, y_grad_MD = tiles.gradient_operand(x_op_ND), tiles.gradient_operand(y_op_MD)
     scale = scale.reshape(()).to(tiles.dtype)
     begin, end = _column_range(shape)
-    trainable = end if shape.trainable is None else shape.trainable
+    trainable = shape.trained
     cosine_N = tiles.row_dot(x_ND, shape.positives(y_MD))
     positive_N = cosine_N * scale
 
@@ -239,21 +244,6 @@ def info_nce(
     return loss_N.sum(), positive_N - rows.max, dx_ND, dy, dscale
 
 
-def sigmoid_rows(
-    tiles: Tiles,
-    x_ND: Tensor,
-    y_MD: Tensor,
-    scale: Tensor,
-    offset: Tensor | None,
-    shape: Rectangle,
-    chunk_bytes: int,
-) -> Tensor:
-    """Row sums of the sigmoid loss, (N,); 1 product."""
-    return sigmoid(
-        tiles, x_ND, y_MD, scale, offset, None, shape, (False, False, False, False), chunk_bytes
-    )[0]
-
-
 def sigmoid(
     tiles: Tiles,
     x_ND: Tensor,
@@ -272,7 +262,7 @@ def sigmoid(
     """
     need_x, need_y, need_scale, need_offset = needs
     x_op_ND, y_op_MD = tiles.operand(x_ND), tiles.operand(y_MD)
-    x_grad_ND, y_grad_MD = tiles.gradient_operand(x_ND), tiles.gradient_operand(y_MD)
+    x_grad_ND, y_grad_MD = tiles.gradient_operand(x_op_ND), tiles.gradient_operand(y_op_MD)
     scale = scale.reshape(()).to(tiles.dtype)
     offset = None if offset is None else offset.reshape(()).to(tiles.dtype)
     cosine_N = tiles.row_dot(x_ND, shape.positives(y_MD))
@@ -357,10 +347,7 @@ def _finish_columns(
     """Add coefficient_i * x_i to each row's positive column and cast."""
     if shape.positive_index is not None:
         # no gradient where none is wanted, even for a positive
-        keep = shape.positive_index < (
-            shape.columns if shape.trainable is None else shape.trainable
-        )
-        coefficient_N = coefficient_N * keep
+        coefficient_N = coefficient_N * (shape.positive_index < shape.trained)
         add_rows_(dy_MD, shape.positive_index, coefficient_N[:, None] * x_ND.to(dy_MD.dtype))
         return dy_MD.to(dtype)
     first, last = shape.diagonal, shape.diagonal + shape.rows

@@ -213,14 +213,18 @@ def _walk(
         )
 
 
-@register_flop_formula([torch.ops.fastclip.sigmoid_sum, torch.ops.fastclip.sigmoid_rows])
-def _flop(x_shape, y_shape, scale_shape, offset_shape, *args, out_shape=None, **kwargs) -> int:
-    # sigmoid_rows has an int where sigmoid_sum's need-flags begin, and never a gradient
-    needs = [flag for flag in args[:2] if flag is True]
-    return 2 * x_shape[0] * y_shape[0] * x_shape[1] * (1 + len(needs))
+@register_flop_formula(torch.ops.fastclip.sigmoid_sum)
+def _sum_flop(x_shape, y_shape, *args, out_shape=None, **kwargs) -> int:
+    need_x, need_y = args[2:4]
+    return 2 * x_shape[0] * y_shape[0] * x_shape[1] * (1 + bool(need_x) + bool(need_y))
+
+
+@register_flop_formula(torch.ops.fastclip.sigmoid_rows)
+def _rows_flop(x_shape, y_shape, *args, out_shape=None, **kwargs) -> int:
+    return 2 * x_shape[0] * y_shape[0] * x_shape[1]
 
 
 @register_flop_formula(torch.ops.fastclip.sigmoid_rows_backward)
-def _rows_flop(x_shape, y_shape, *args, out_shape=None, **kwargs) -> int:
+def _rows_gradient_flop(x_shape, y_shape, *args, out_shape=None, **kwargs) -> int:
     need_x, need_y = args[3:5]
     return 2 * x_shape[0] * y_shape[0] * x_shape[1] * (1 + bool(need_x) + bool(need_y))

@@ -101,8 +101,8 @@ class Tiles(Protocol):
     def operand(self, features: Tensor) -> Tensor:
         """Features as they enter S."""
 
-    def gradient_operand(self, features: Tensor) -> Tensor:
-        """Features as they enter products with G."""
+    def gradient_operand(self, operand: Tensor) -> Tensor:
+        """An operand of S as it enters products with G."""
 
     def gradient_buffer(self, rows: int, operand_SD: Tensor) -> Tensor:
         """Room for G, rows x S, in the dtype of `operand_SD`; valid until the next call."""
@@ -116,7 +116,10 @@ class Tiles(Protocol):
         """G times the scale into `out_CS`; the sums of G * cos and of G if `scalars`."""
 
     def begin_rows(self, tile: Tile) -> tuple[Running, Tensor]:
-        """Statistics of a tile that holds its rows whole; and sum of exp(S - max) * cos."""
+        """Statistics of a tile without offset that holds its rows whole; sum of exp(S - max) * cos.
+
+        The sum is over the columns, (C,).
+        """
 
     def end_rows(self, factor_C: Tensor, out_CS: Tensor) -> None:
         """factor * exp(S - max) of the tile that began last, into `out_CS`."""
@@ -149,7 +152,8 @@ class TorchTiles:
     def operand(self, features: Tensor) -> Tensor:
         return as_operand(features)
 
-    gradient_operand = operand
+    def gradient_operand(self, operand: Tensor) -> Tensor:
+        return operand
 
     def gradient_buffer(self, rows: int, operand_SD: Tensor) -> Tensor:
         return self._buffer("G", rows, operand_SD.shape[0], operand_SD)
@@ -190,7 +194,7 @@ class TorchTiles:
         # -inf would make 0 * -inf
         self._leave_out(S_CS, tile, 0.0)
         dot_C = S_CS.mul_(exp_CS).sum(dim=1).div_(tile.scale)
-        return Running(_with(maximum_C, tile.offset), exp_CS.sum(dim=1)), dot_C
+        return Running(maximum_C, exp_CS.sum(dim=1)), dot_C
 
     def end_rows(self, factor_C: Tensor, out_CS: Tensor) -> None:
         exp_CS = self._like("exp", out_CS)
@@ -316,10 +320,6 @@ def tiles_of(backend: str, compute_dtype: torch.dtype) -> Tiles:
 
         return TritonTiles(compute_dtype)
     return TorchTiles(compute_dtype)
-
-
-def _with(line: Tensor, offset: Tensor | None) -> Tensor:
-    return line if offset is None else line + offset
 
 
 def _without(line: Tensor, offset: Tensor | None) -> Tensor:

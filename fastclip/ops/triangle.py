@@ -92,7 +92,8 @@ def statistics_gradient(
 
     An entry (p, q) of the two has what was met with domain p in the row's place.
     """
-    z_op_MD, z_grad_MD = tiles.operand(z_MD), tiles.gradient_operand(z_MD)
+    z_op_MD = tiles.operand(z_MD)
+    z_grad_MD = tiles.gradient_operand(z_op_MD)
     dz_MD = z_MD.new_zeros(z_MD.shape, dtype=tiles.dtype)
     dscale_PP = torch.zeros_like(scale_PP)
     doffset_PP = torch.zeros_like(scale_PP)

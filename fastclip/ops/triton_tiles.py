@@ -29,8 +29,8 @@ class TritonTiles:
     def operand(self, features: Tensor) -> Tensor:
         return features if features.stride(1) == 1 else features.contiguous()
 
-    def gradient_operand(self, features: Tensor) -> Tensor:
-        return features.to(self._gradient_dtype)
+    def gradient_operand(self, operand: Tensor) -> Tensor:
+        return operand.to(self._gradient_dtype)
 
     def gradient_buffer(self, rows: int, operand_SD: Tensor) -> Tensor:
         return self._room(rows, operand_SD.shape[0], operand_SD.device)
@@ -76,9 +76,7 @@ class TritonTiles:
         )
         rows = Running.of(r, tile.x_CD, torch.float32)
         dot = merging.merge(row_max, row_sum, row_dot, *rows, None)
-        self._kept = kept, row_max, rows.max.clone(), tiles
-        if tile.offset is not None:
-            rows.max.add_(tile.offset)
+        self._kept = kept, row_max, rows.max, tiles
         return rows, dot
 
     def end_rows(self, factor_C: Tensor, out_CS: Tensor) -> None:
