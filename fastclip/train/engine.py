@@ -1,6 +1,8 @@
 """What happens to a batch: towers, loss, gradients, update, in the chosen precision."""
 
-from typing import Any
+import functools
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +12,15 @@ from fastclip.losses.clip import ClipLoss
 from fastclip.models.clip import Model
 from fastclip.train.config import TrainConfig
 from fastclip.train.distributed import World
-from fastclip.train.health import NonFiniteError, first_non_finite
+from fastclip.train.health import NOTHING, NonFiniteError, first_non_finite
 from fastclip.train.optim import build_optimizer, clamp_logit_scale
 
+# Outputs of a model that belong to no sample.
+SHARED = ("logit_scale", "logit_bias")
 
-class TorchEngine:
-    """A model trained by one process or by data-parallel ones.
+
+class Engine:
+    """What both engines have in common: inputs, precision, the loss, and what to do about NaN.
 
     Args:
         model: on the world's device; its parameters stay float32.
@@ -29,14 +34,10 @@ class TorchEngine:
 
     def __init__(self, model: Model, config: TrainConfig, world: World) -> None:
         self.model, self.config, self.world = model.model, config, world
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = build_optimizer(self.model, config)
         self.norm = torch.zeros(())
         self.skipped = 0
         if config.grad_checkpointing:
             self.model.set_grad_checkpointing(True)  # type: ignore[operator]
-        towers = world.wrap(self.model)
-        self._towers = torch.compile(towers) if config.torchcompile else towers
         self._loss = ClipLoss(
             gather_with_grad=True,
             rank=world.rank,
@@ -45,28 +46,78 @@ class TorchEngine:
             backend=config.loss_backend,
         )
         self._autocast = autocast(world.device, config.precision)
-        scaled = AUTOCAST_DTYPES[config.precision] == torch.float16
-        self._scaler = torch.amp.GradScaler(world.device.type, enabled=scaled)
         self._mean, self._std = (
             torch.tensor(model.preprocess_config[name], device=world.device).view(3, 1, 1) * 255
             for name in ("mean", "std")
         )
 
-    def backward(self, batch: dict[str, Any]) -> Tensor:
-        """Compute the loss, 0-d, and leave its gradients, unscaled, in the parameters.
+    def backward(self, batches: Sequence[dict[str, Any]]) -> Tensor:
+        """Compute the loss, 0-d, and the gradient of all micro-batches together.
 
         Args:
-            batch: image (B, 3, S, S) uint8, text (B, L) int64, key: B strings.
+            batches: image (B, 3, S, S) uint8, text (B, L) int64, key: B strings, each.
 
         Raises:
             NonFiniteError: the loss is not finite, or, but for float16's overflows, the gradient.
         """
-        images, texts = self._inputs(batch)
+        raise NotImplementedError
+
+    def update(self, rate: float) -> None:
+        """Apply the gradients at this learning rate; nothing, if float16 overflowed."""
+        raise NotImplementedError
+
+    @property
+    def logit_scale(self) -> float:
+        """The exponentiated logit scale."""
+        return self.model.get_parameter("logit_scale").exp().item()
+
+    def _inputs(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Normalised float images with channels innermost, and tokens, on the device."""
+        device = self.world.device
+        images = batch["image"].to(device, non_blocking=True, memory_format=torch.channels_last)
+        texts = batch["text"].to(device, non_blocking=True)
+        return (images.float() - self._mean) / self._std, texts
+
+    def _whole_loss(self, output: dict[str, Tensor]) -> Tensor:
+        """The loss of a whole batch's outputs."""
+        # a bias cancels, but data-parallel training wants a gradient of every parameter
+        features = output["image_features"], output["text_features"]
+        return self._loss(*features, output["logit_scale"], output.get("logit_bias"))
+
+    def _refuse(self, loss: Tensor, batches: Sequence[dict[str, Any]]) -> NoReturn:
+        """Raise for a loss or gradient that is not finite, and name where it began."""
+        for batch in batches:
+            images, texts = self._inputs(batch)
+            inputs = {"image": images, "text": texts}
+            forward = functools.partial(self.model, images, texts)
+            with self._autocast:
+                culprit = first_non_finite(self.model, inputs, forward)
+            if culprit != NOTHING:
+                break
+        raise NonFiniteError(
+            f"loss {loss.item()}, gradient norm {self.norm.item()}; first non-finite tensor "
+            f"on rank {self.world.rank}: {culprit}. No parameter was changed. Samples: "
+            f"{', '.join(batch['key'][:4])}, ..."
+        )
+
+
+class TorchEngine(Engine):
+    """A model trained by one process or by data-parallel ones; see `Engine`."""
+
+    def __init__(self, model: Model, config: TrainConfig, world: World) -> None:
+        super().__init__(model, config, world)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = build_optimizer(self.model, config)
+        towers = world.wrap(self.model)
+        self._towers = torch.compile(towers) if config.torchcompile else towers
+        scaled = AUTOCAST_DTYPES[config.precision] == torch.float16
+        self._scaler = torch.amp.GradScaler(world.device.type, enabled=scaled)
+
+    def backward(self, batches: Sequence[dict[str, Any]]) -> Tensor:
+        """See `Engine.backward`; the gradients, unscaled, are in the parameters."""
+        (batch,) = batches
         with self._autocast:
-            output = self._towers(images, texts)
-            features = output["image_features"], output["text_features"]
-            # a bias cancels, but data-parallel training wants a gradient of every parameter
-            loss = self._loss(*features, output["logit_scale"], output.get("logit_bias"))
+            loss = self._whole_loss(self._towers(*self._inputs(batch)))
         self.optimizer.zero_grad(set_to_none=True)
         self._scaler.scale(loss).backward()
         self._scaler.unscale_(self.optimizer)
@@ -74,19 +125,12 @@ class TorchEngine:
         self.norm = nn.utils.get_total_norm(gradients)
         overflow = not torch.isfinite(self.norm)
         if not torch.isfinite(loss) or (overflow and not self._scaler.is_enabled()):
-            with self._autocast:
-                inputs = {"image": images, "text": texts}
-                culprit = first_non_finite(self.model, inputs, lambda: self.model(images, texts))
-            raise NonFiniteError(
-                f"loss {loss.item()}, gradient norm {self.norm.item()}; first non-finite tensor "
-                f"on rank {self.world.rank}: {culprit}. No parameter was changed. Samples: "
-                f"{', '.join(batch['key'][:4])}, ..."
-            )
+            self._refuse(loss, batches)
         self.skipped += int(overflow)
         return loss.detach()
 
     def update(self, rate: float) -> None:
-        """Apply the gradients at this learning rate; nothing, if float16 overflowed."""
+        """See `Engine.update`."""
         if self.config.grad_clip_norm is not None:
             nn.utils.clip_grads_with_norm_(self.parameters, self.config.grad_clip_norm, self.norm)
         for group in self.optimizer.param_groups:
@@ -94,11 +138,6 @@ class TorchEngine:
         self._scaler.step(self.optimizer)
         self._scaler.update()
         clamp_logit_scale(self.model)
-
-    @property
-    def logit_scale(self) -> float:
-        """The exponentiated logit scale."""
-        return self.model.get_parameter("logit_scale").exp().item()
 
     def state_dict(self) -> dict[str, Any]:
         """Model, optimiser and loss scale, under open_clip's names."""
@@ -129,10 +168,3 @@ class TorchEngine:
             group.update(own)
         if state.get("scaler"):
             self._scaler.load_state_dict(state["scaler"])
-
-    def _inputs(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Normalised float images with channels innermost, and tokens, on the device."""
-        device = self.world.device
-        images = batch["image"].to(device, non_blocking=True, memory_format=torch.channels_last)
-        texts = batch["text"].to(device, non_blocking=True)
-        return (images.float() - self._mean) / self._std, texts

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# What `first_non_finite` says where every tensor is finite.
+NOTHING = "the loss itself"
+
 
 class NonFiniteError(RuntimeError):
     """The loss or the gradient of a step is not finite; no parameter was changed."""
@@ -56,7 +59,7 @@ def first_non_finite(
     for name, parameter in model.named_parameters():
         if parameter.grad is not None and _is_bad(parameter.grad):
             return f"gradient of {name!r}"
-    return "the loss itself"
+    return NOTHING
 
 
 def _is_bad(tensor: Tensor) -> bool:

@@ -166,7 +166,7 @@ def _backward(
     engine: TorchEngine, batch: dict[str, Any], step: int, checkpoints: Path
 ) -> torch.Tensor:
     try:
-        return engine.backward(batch)
+        return engine.backward([batch])
     except NonFiniteError as error:
         raise NonFiniteError(
             f"step {step + 1}: {error} Checkpoints from before are in {checkpoints}."
