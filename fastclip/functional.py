@@ -11,27 +11,43 @@ Every loss takes, beside its own arguments,
     chunk_bytes: size of a chunk of the similarity matrix, of which up to three are alive at a
         time; None takes a fixed default.
     precision: "auto" follows autocast, "input" computes in the features' dtype.
+    dist: None, or how processes share the loss: "gather" brings all columns at once, "ring" one
+        process's after the other, in memory linear in a process's own rows.
+    group: the process group; None is the default one.
+    sizes: rows of every process, as numbers; None where all have as many.
 
 and raises ValueError on shapes, dtypes, devices or options that do not fit together. A dictionary
 given as `metrics` receives the top-1 accuracy, a by-product without gradient: an anchor counts
 where its positive lies above every negative.
+
+Over several processes the features are one process's rows, the anchors those of all: every process
+returns the loss of the global batch ("none": of its own anchors). The gradient of a feature is the
+number of processes times the global loss's, and those of scalars average to it, so that the
+averaging of data-parallel training gives exactly the full batch's gradient. With "none" they are
+those of the sum of upstream times loss over all processes, and scalars' add up. All processes call
+alike; the upstream gradient of a mean or sum is the same on all.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from fastclip.ops import checks
+from fastclip.ops.collectives import Ranks, global_sum, ranks_of
 from fastclip.ops.info_nce import info_nce_sum
+from fastclip.ops.labels import label_statistics
 from fastclip.ops.sigmoid import sigmoid_loss
 from fastclip.ops.similarity import similarity_statistics
-from fastclip.ops.symmetric import block_statistics, label_statistics
+from fastclip.ops.symmetric import block_statistics
 from fastclip.ops.tiles import softplus
 from fastclip.ops.triangle import Blocks
 
 REDUCTIONS = ("mean", "sum", "none")
+
+Exchange = Literal["gather", "ring"]
 
 
 def clip_loss(
@@ -48,13 +64,17 @@ def clip_loss(
     backend: str = "auto",
     chunk_bytes: int | None = None,
     precision: str = "auto",
+    dist: Exchange | None = None,
+    group: ProcessGroup | None = None,
+    sizes: Sequence[int] | None = None,
 ) -> Tensor:
     """Symmetric image-text cross-entropy (Radford et al. 2021, figure 3).
 
     Args:
         image_features: (N, D), normalised.
         text_features: (M, D), normalised, M >= N; text i belongs to image i, texts beyond the
-            N-th are hard negatives that only images are compared with (NegCLIP).
+            N-th are hard negatives that only images are compared with (NegCLIP), images of all
+            processes.
         logit_scale: 0-d or (1,) tensor, or a number: the inverse temperature.
         logit_bias: accepted for open_clip's sake; a constant cancels in a softmax, so it changes
             neither the loss nor any gradient (its own is 0).
@@ -63,7 +83,7 @@ def clip_loss(
             its own are left out, so that duplicate captions are not negatives.
         metrics: receives "image_to_text_accuracy" and "text_to_image_accuracy", 0-d.
         reduction: "mean" over the N pairs of the mean of both directions; "none": (N,).
-        backend, chunk_bytes, precision: see the module.
+        backend, chunk_bytes, precision, dist, group, sizes: see the module.
 
     Returns:
         The loss, 0-d or (N,).
@@ -71,6 +91,7 @@ def clip_loss(
     _check_reduction(reduction)
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing is {label_smoothing}; give a number in [0, 1)")
+    ranks = _ranks(dist, group, sizes, image_features)
     statistics = similarity_statistics(
         image_features,
         text_features,
@@ -78,6 +99,7 @@ def clip_loss(
         row_group=row_group,
         column_group=column_group,
         means=label_smoothing > 0,
+        ranks=ranks,
         backend=backend,
         chunk_bytes=chunk_bytes,
         precision=precision,
@@ -94,9 +116,9 @@ def clip_loss(
             logit_bias.to(loss.dtype) if isinstance(logit_bias, Tensor) else logit_bias
         )
     if metrics is not None:
-        metrics["image_to_text_accuracy"] = _above(positive, statistics.row_max)
-        metrics["text_to_image_accuracy"] = _above(positive, statistics.column_max)
-    return _reduce(loss, reduction)
+        metrics["image_to_text_accuracy"] = _above(positive, statistics.row_max, ranks)
+        metrics["text_to_image_accuracy"] = _above(positive, statistics.column_max, ranks)
+    return _reduce(loss, reduction, ranks)
 
 
 def siglip_loss(
@@ -109,6 +131,9 @@ def siglip_loss(
     backend: str = "auto",
     chunk_bytes: int | None = None,
     precision: str = "auto",
+    dist: Exchange | None = None,
+    group: ProcessGroup | None = None,
+    sizes: Sequence[int] | None = None,
 ) -> Tensor:
     """Sigmoid loss over all pairs (Zhai et al. 2023), as open_clip's.
 
@@ -117,7 +142,7 @@ def siglip_loss(
         logit_scale: 0-d or (1,) tensor, or a number: the inverse temperature.
         logit_bias: 0-d or (1,) tensor, a number or None, added to every logit.
         reduction: "mean": the sum over all N * N pairs divided by N; "none": the rows' sums, (N,).
-        backend, chunk_bytes, precision: see the module.
+        backend, chunk_bytes, precision, dist, group, sizes: see the module.
     """
     _check_reduction(reduction)
     if image_features.shape[:1] != text_features.shape[:1]:
@@ -125,17 +150,19 @@ def siglip_loss(
             f"{image_features.shape[0]} images and {text_features.shape[0]} texts; the sigmoid "
             "loss needs one text an image"
         )
+    ranks = _ranks(dist, group, sizes, image_features)
     loss = sigmoid_loss(
         image_features,
         text_features,
         logit_scale,
         logit_bias,
         per_row=reduction == "none",
+        ranks=ranks,
         backend=backend,
         chunk_bytes=chunk_bytes,
         precision=precision,
     )
-    return loss / image_features.shape[0] if reduction == "mean" else loss
+    return _reduce_sum(loss, reduction, ranks, image_features.shape[0])
 
 
 def info_nce_loss(
@@ -151,6 +178,9 @@ def info_nce_loss(
     backend: str = "auto",
     chunk_bytes: int | None = None,
     precision: str = "auto",
+    dist: Exchange | None = None,
+    group: ProcessGroup | None = None,
+    sizes: Sequence[int] | None = None,
 ) -> Tensor:
     """One-direction softmax cross-entropy (van den Oord et al. 2018): each query among the keys.
 
@@ -159,12 +189,13 @@ def info_nce_loss(
         keys: (M, D), normalised; further keys are extra negatives.
         logit_scale: 0-d or (1,) tensor, or a number: the inverse temperature.
         positive_index: (N,) integers in [0, M), the queries' positives; may repeat. None: query
-            i's is key i. Values are not checked on the host; out of range is undefined.
+            i's is key i. Values are not checked on the host; out of range is undefined. Over
+            several processes they count this process's keys.
         bank: (K, D), further negatives without gradient (a memory bank).
         in_batch: whether other queries' keys are negatives; False only with a bank.
         metrics: receives "accuracy", 0-d.
         reduction: "mean" over the N queries; "none": (N,).
-        backend, chunk_bytes, precision: see the module.
+        backend, chunk_bytes, precision, dist, group, sizes: see the module.
 
     Returns:
         The loss, 0-d or (N,).
@@ -172,6 +203,9 @@ def info_nce_loss(
     _check_reduction(reduction)
     if bank is None and not in_batch:
         raise ValueError("in_batch=False leaves no negatives; give a bank")
+    ranks = _ranks(dist, group, sizes, query)
+    if bank is not None and ranks is not None:
+        raise ValueError("a bank is a process's own; leave out dist, or the bank")
     own = keys.shape[0]
     if bank is not None:
         checks.check_features("bank", bank)
@@ -188,6 +222,7 @@ def info_nce_loss(
         "positive_index": positive_index,
         "first": 0 if in_batch else own,
         "trainable": own,
+        "ranks": ranks,
     }
     options: dict[str, Any] = {
         "backend": backend,
@@ -202,11 +237,9 @@ def info_nce_loss(
         margin = statistics.positive.detach() - statistics.row_max
     else:
         loss, margin = info_nce_sum(query, keys, logit_scale, **positives, **options)
-        if reduction == "mean":
-            loss = loss / query.shape[0]
     if metrics is not None:
-        metrics["accuracy"] = (margin > 0).to(loss.dtype).mean()
-    return loss
+        metrics["accuracy"] = _above(margin, torch.zeros_like(margin), ranks)
+    return _reduce_sum(loss, reduction, ranks, query.shape[0])
 
 
 def mp_nce_loss(
@@ -221,6 +254,9 @@ def mp_nce_loss(
     backend: str = "auto",
     chunk_bytes: int | None = None,
     precision: str = "auto",
+    dist: Exchange | None = None,
+    group: ProcessGroup | None = None,
+    sizes: Sequence[int] | None = None,
 ) -> Tensor:
     """Multi-positive NCE over several views and texts (UniCLIP, Lee et al. 2022).
 
@@ -240,7 +276,7 @@ def mp_nce_loss(
             as lists of numbers, or None for ones.
         metrics: receives "accuracy", over anchors and positives, 0-d.
         reduction: "mean" over the B * N anchors; "none": (B * N,) in block order.
-        backend, chunk_bytes, precision: see the module.
+        backend, chunk_bytes, precision, dist, group, sizes: see the module.
 
     Returns:
         The loss, 0-d or (B * N,).
@@ -261,11 +297,13 @@ def mp_nce_loss(
         weight = checks.as_table("pair_weight", weight, count, like)
     elif weight is not None and min(len(weight), *map(len, weight)) < count:
         raise ValueError(f"pair_weight is {weight}; give (P, P) for P = {count} domains")
+    ranks = _ranks(dist, group, sizes, like)
     lse, top, positive = block_statistics(
         _concatenate(features),
         domains,
         scale,
         offset,
+        ranks=ranks,
         backend=backend,
         chunk_bytes=chunk_bytes,
         precision=precision,
@@ -282,10 +320,11 @@ def mp_nce_loss(
                 pair = pair * weight[low][high]
             losses[block].append(pair)
             if metrics is not None:
-                hits.append(_above(positive[index], top_of[block]))
+                hits.append(_above(positive[index], top_of[block], ranks))
     if metrics is not None:
         metrics["accuracy"] = torch.stack(hits).mean()
-    return _reduce(torch.cat([torch.stack(terms).mean(dim=0) for terms in losses]), reduction)
+    loss = torch.cat([torch.stack(terms).mean(dim=0) for terms in losses])
+    return _reduce(loss, reduction, ranks, blocks)
 
 
 def nt_xent_loss(
@@ -298,6 +337,9 @@ def nt_xent_loss(
     backend: str = "auto",
     chunk_bytes: int | None = None,
     precision: str = "auto",
+    dist: Exchange | None = None,
+    group: ProcessGroup | None = None,
+    sizes: Sequence[int] | None = None,
 ) -> Tensor:
     """Normalised-temperature cross-entropy among 2N views (SimCLR, Chen et al. 2020, eq. 1).
 
@@ -306,7 +348,7 @@ def nt_xent_loss(
         temperature: 0-d or (1,) tensor, or a number, > 0.
         metrics: receives "accuracy", 0-d.
         reduction: "mean" over the 2N anchors; "none": (2N,), view1's before view2's.
-        backend, chunk_bytes, precision: see the module.
+        backend, chunk_bytes, precision, dist, group, sizes: see the module.
 
     Returns:
         The loss, 0-d or (2N,).
@@ -320,6 +362,9 @@ def nt_xent_loss(
         backend=backend,
         chunk_bytes=chunk_bytes,
         precision=precision,
+        dist=dist,
+        group=group,
+        sizes=sizes,
     )
 
 
@@ -332,6 +377,9 @@ def sup_con_loss(
     backend: str = "auto",
     chunk_bytes: int | None = None,
     precision: str = "auto",
+    dist: Exchange | None = None,
+    group: ProcessGroup | None = None,
+    sizes: Sequence[int] | None = None,
 ) -> Tensor:
     """Supervised contrastive loss, positives averaged outside the log (Khosla et al. 2020, eq. 2).
 
@@ -343,13 +391,15 @@ def sup_con_loss(
         temperature: 0-d or (1,) tensor, or a number, > 0.
         reduction: "mean" over the anchors that have a positive, 0 if none has; "none": (M,), 0
             where there is no positive.
-        backend, chunk_bytes, precision: see the module.
+        backend, chunk_bytes, precision, dist, group, sizes: see the module.
     """
     _check_reduction(reduction)
+    ranks = _ranks(dist, group, sizes, features)
     statistics = label_statistics(
         features,
         labels,
         _inverse(temperature),
+        ranks=ranks,
         backend=backend,
         chunk_bytes=chunk_bytes,
         precision=precision,
@@ -358,7 +408,8 @@ def sup_con_loss(
     loss = torch.where(has_positive, statistics.lse - statistics.positive_mean, 0.0)
     if reduction == "none":
         return loss
-    return loss.sum() / has_positive.sum().clamp(min=1) if reduction == "mean" else loss.sum()
+    total, anchors = global_sum(torch.stack((loss.sum(), has_positive.sum().to(loss))), ranks)
+    return total / anchors.detach().clamp(min=1) if reduction == "mean" else total
 
 
 def _check_reduction(reduction: str) -> None:
@@ -404,11 +455,34 @@ def _inverse(temperature: Tensor | float) -> Tensor | float:
     return 1 / temperature
 
 
-def _reduce(loss: Tensor, reduction: str) -> Tensor:
+def _ranks(
+    dist: str | None, group: ProcessGroup | None, sizes: Sequence[int] | None, features: Tensor
+) -> Ranks | None:
+    checks.check_features("features", features)
+    return ranks_of(dist, group, sizes, features.shape[0])
+
+
+def _reduce(loss: Tensor, reduction: str, ranks: Ranks | None, blocks: int = 1) -> Tensor:
+    """`loss` of each anchor, of which a row has one in each of so many blocks."""
     if reduction == "none":
         return loss
-    return loss.mean() if reduction == "mean" else loss.sum()
+    if ranks is None and reduction == "mean":
+        return loss.mean()
+    return _reduce_sum(loss.sum(), reduction, ranks, loss.shape[0], blocks)
 
 
-def _above(positive: Tensor, top: Tensor) -> Tensor:
-    return (positive.detach() > top).to(positive.dtype).mean()
+def _reduce_sum(
+    loss: Tensor, reduction: str, ranks: Ranks | None, anchors: int, blocks: int = 1
+) -> Tensor:
+    """`loss` summed over this process's anchors already, but for "none"."""
+    if reduction == "none":
+        return loss
+    total = global_sum(loss, ranks)
+    if reduction == "sum":
+        return total
+    return total / (anchors if ranks is None else ranks.rows * blocks)
+
+
+def _above(positive: Tensor, top: Tensor, ranks: Ranks | None) -> Tensor:
+    hits = (positive.detach() > top).to(positive.dtype)
+    return hits.mean() if ranks is None else global_sum(hits.sum(), ranks) / ranks.rows

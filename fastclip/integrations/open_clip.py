@@ -46,8 +46,9 @@ def patch_open_clip(
 
     The `forward` of ClipLoss, SigLipLoss and DistillClipLoss is exchanged, so instances that exist
     already, names imported before, subclasses (CoCaLoss) and open_clip's trainer all follow.
-    Values and gradients are open_clip's; what fastclip does not compute (local_loss without
-    gather_with_grad, Horovod, a teacher that is trained) keeps open_clip's code, with a warning.
+    Values and gradients are open_clip's; what fastclip does not compute (distillation with
+    local_loss without gather_with_grad, Horovod, a teacher that is trained) keeps open_clip's code,
+    with a warning.
 
     Args:
         model: an open_clip model whose attention is to be exchanged; this version has no attention

@@ -1,30 +1,50 @@
 """CLIP's loss and two that build on it, in place of open_clip's classes of the same names."""
 
+import functools
+import warnings
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
-from fastclip.functional import clip_loss
-from fastclip.ops.collectives import gather_rows
+from fastclip.functional import Exchange, clip_loss, info_nce_loss
+from fastclip.ops.collectives import AverageGradient, ScaleGradient, gather_rows, group_name
 from fastclip.ops.distillation import distillation
+
+_NOT_THE_GRADIENT = {
+    False: "gather_with_grad=False divides the towers' gradient by the number of processes, and "
+    "not the logit scale's",
+    True: "local_loss=True with gather_with_grad=False leaves out how a rank's features act in the "
+    "other ranks' losses: its gradient points elsewhere than the full batch's",
+}
 
 
 class ClipLoss(nn.Module):
     """Drop-in for `open_clip.ClipLoss`: same arguments, call and value, memory linear in N.
 
+    Over several processes each computes its share of the similarity matrix: two thirds of
+    open_clip's matrix products with local_loss, half of its traffic. The four modes have
+    open_clip's values and gradients of the features on every rank; a logit scale's gradient is
+    open_clip's after data-parallel averaging. With gather_with_grad that is the full batch's
+    gradient. The two modes without it are not, and warn once.
+
     Args:
-        local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod: open_clip's.
-            Over several processes features are gathered over the default process group, which
-            must have world_size ranks, and every rank computes the global loss. gather_with_grad
-            gives the full batch's gradient under data-parallel averaging. Without it, features
-            of other ranks are constants, which divides the towers' gradient by world_size, as in
-            open_clip.
+        local_loss: whether the value is that of the rank's own pairs, or of all.
+        gather_with_grad: whether gradients flow to the features of other ranks.
+        cache_labels, rank, world_size, use_horovod: open_clip's. world_size is the number of ranks
+            in `group`.
         label_smoothing: see `fastclip.functional.clip_loss`.
+        dist: "gather" or "ring", see `fastclip.functional`.
+        group: the process group; None is the default one.
         backend, chunk_bytes: see `fastclip.functional.clip_loss`.
 
     Raises:
-        ValueError: Horovod is asked for, or local_loss without gather_with_grad: that gradient
-            points elsewhere than the full batch's.
+        ValueError: Horovod is asked for, or label smoothing where neither gradients are gathered
+            nor the loss is global.
     """
+
+    _can_be_local_without_gradient = True
 
     def __init__(
         self,
@@ -36,16 +56,22 @@ class ClipLoss(nn.Module):
         use_horovod: bool = False,
         *,
         label_smoothing: float = 0.0,
+        dist: Exchange = "gather",
+        group: ProcessGroup | None = None,
         backend: str = "auto",
         chunk_bytes: int | None = None,
     ) -> None:
         super().__init__()
         if use_horovod:
             raise ValueError("use_horovod=True: Horovod is not supported, use torch.distributed")
-        if world_size > 1 and local_loss and not gather_with_grad:
-            raise ValueError(
-                "local_loss without gather_with_grad is not the gradient of any loss over the "
-                "full batch; set gather_with_grad=True"
+        if world_size > 1 and not gather_with_grad:
+            if local_loss and (label_smoothing or not self._can_be_local_without_gradient):
+                raise ValueError(
+                    "local_loss with label smoothing or distillation needs gather_with_grad=True"
+                )
+            _warn_once(
+                f"{_NOT_THE_GRADIENT[local_loss]}. For the full batch's gradient set "
+                "gather_with_grad=True (--gather-with-grad, best with --local-loss)"
             )
         self.local_loss = local_loss
         self.gather_with_grad = gather_with_grad
@@ -53,6 +79,8 @@ class ClipLoss(nn.Module):
         self.rank = rank
         self.world_size = world_size
         self.label_smoothing = label_smoothing
+        self.dist: Exchange = dist
+        self.group = group
         self.backend = backend
         self.chunk_bytes = chunk_bytes
 
@@ -102,31 +130,69 @@ class ClipLoss(nn.Module):
             logit_bias: 0-d, (1,) or None; cancels in this loss.
             output_dict: whether to return a dictionary.
         """
-        local = self.world_size > 1 and self.local_loss
-        if self.world_size > 1 and image_features.shape[0] != text_features.shape[0]:
-            raise ValueError(
-                f"{image_features.shape[0]} images and {text_features.shape[0]} texts: hard "
-                "negatives over several processes are not supported"
-            )
-        loss = clip_loss(
-            self._gather(image_features),
-            self._gather(text_features),
-            logit_scale,
-            logit_bias,
-            label_smoothing=self.label_smoothing,
-            reduction="none" if local else "mean",
-            backend=self.backend,
-            chunk_bytes=self.chunk_bytes,
-        )
-        if local:
-            n = image_features.shape[0]
-            loss = loss[self.rank * n : (self.rank + 1) * n].mean()
+        features = image_features, text_features
+        options: dict[str, Any] = {"backend": self.backend, "chunk_bytes": self.chunk_bytes}
+        if self.world_size > 1 and self.local_loss and not self.gather_with_grad:
+            loss = self._rows_alone(*features, logit_scale, options)
+            if logit_bias is not None:
+                loss = loss + 0 * logit_bias
+        else:
+            options["label_smoothing"] = self.label_smoothing
+            if self.world_size > 1:
+                options |= {"dist": self.dist, "group": self.group}
+                if self.local_loss:
+                    options["reduction"] = "none"
+                else:
+                    logit_scale = self._averaged(logit_scale)
+            loss = clip_loss(*self._scaled(features), logit_scale, logit_bias, **options).mean()
         return {"contrastive_loss": loss} if output_dict else loss
+
+    def _rows_alone(
+        self, images: Tensor, texts: Tensor, logit_scale: Tensor, options: dict[str, Any]
+    ) -> Tensor:
+        """The loss of own rows, other features and the own ones among them being constants."""
+        if images.shape != texts.shape:
+            raise ValueError(
+                f"{images.shape[0]} images and {texts.shape[0]} texts: hard negatives need "
+                "gather_with_grad=True"
+            )
+        n = images.shape[0]
+        positive = torch.arange(self.rank * n, (self.rank + 1) * n, device=images.device)
+        one, other = (
+            info_nce_loss(
+                own,
+                gather_rows(keys.detach(), self.group, with_grad=False),
+                logit_scale,
+                positive,
+                **options,
+            )
+            for own, keys in ((images, texts), (texts, images))
+        )
+        return (one + other) / 2
+
+    def _scaled(self, features: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The features, whose gradients lack the number of ranks unless they are gathered."""
+        if self.world_size == 1 or self.gather_with_grad:
+            return features
+        images, texts = (ScaleGradient.apply(f, 1 / self.world_size) for f in features)
+        return images, texts
+
+    def _averaged(self, scale: Tensor) -> Tensor:
+        """The scale, whose gradient is the global loss's on every rank."""
+        if not isinstance(scale, Tensor) or not scale.requires_grad:
+            return scale
+        averaged: Tensor = AverageGradient.apply(scale, group_name(self.group))
+        return averaged
 
     def _gather(self, features: Tensor) -> Tensor:
         if self.world_size == 1:
             return features
-        return gather_rows(features, with_grad=self.gather_with_grad)
+        return gather_rows(features, self.group, with_grad=self.gather_with_grad)
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    warnings.warn(text, stacklevel=3)
 
 
 class CoCaLoss(ClipLoss):
@@ -200,8 +266,14 @@ class DistillClipLoss(ClipLoss):
     """Drop-in for `open_clip.DistillClipLoss`: the contrastive loss and a teacher's.
 
     Arguments are those of `ClipLoss`. The teacher gets no gradient: compute its features under
-    `torch.no_grad()`, as open_clip's trainer does.
+    `torch.no_grad()`, as open_clip's trainer does. Over several processes the distillation loss
+    is computed whole on each of them.
+
+    Raises:
+        ValueError: local_loss without gather_with_grad over several processes.
     """
+
+    _can_be_local_without_gradient = False
 
     def forward(  # type: ignore[override]  # open_clip's own signature
         self,

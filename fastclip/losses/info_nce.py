@@ -3,8 +3,9 @@
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
-from fastclip.functional import info_nce_loss
+from fastclip.functional import Exchange, info_nce_loss
 from fastclip.losses.memory_bank import memory_bank
 from fastclip.ops.checks import check_positive
 
@@ -17,7 +18,8 @@ class InfoNCELoss(nn.Module):
         memory_bank_size: 0, or (rows, width) of a bank whose rows are further negatives without
             gradient. In training mode the keys go into it after each call.
         in_batch: whether other queries' keys are negatives; False only with a bank.
-        backend, chunk_bytes: see `fastclip.functional`.
+        dist, group: how processes share the loss, without a bank; see `fastclip.functional`, as
+            for backend, chunk_bytes.
 
     Raises:
         ValueError: a temperature that is not positive, a bank without width, or no negatives.
@@ -29,6 +31,8 @@ class InfoNCELoss(nn.Module):
         memory_bank_size: int | tuple[int, int] = 0,
         *,
         in_batch: bool = True,
+        dist: Exchange | None = None,
+        group: ProcessGroup | None = None,
         backend: str = "auto",
         chunk_bytes: int | None = None,
     ) -> None:
@@ -39,7 +43,12 @@ class InfoNCELoss(nn.Module):
         if self.memory_bank is None and not in_batch:
             raise ValueError("in_batch=False leaves no negatives; give memory_bank_size")
         self.in_batch = in_batch
-        self.options: dict[str, Any] = {"backend": backend, "chunk_bytes": chunk_bytes}
+        self.options: dict[str, Any] = {
+            "dist": dist,
+            "group": group,
+            "backend": backend,
+            "chunk_bytes": chunk_bytes,
+        }
 
     def forward(self, query: Tensor, keys: Tensor, positive_index: Tensor | None = None) -> Tensor:
         """The loss, 0-d.

@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
-from fastclip.functional import mp_nce_loss
+from fastclip.functional import Exchange, mp_nce_loss
 from fastclip.ops.checks import check_positive
 
 
@@ -22,7 +24,8 @@ class MPNCELoss(nn.Module):
         pair_weight: weights of the positives by domain pair: None for ones, "balanced" for
             weights under which every domain pair contributes alike, or a (P, P) tensor.
         max_scale: the limit that `clamp_scale_` holds 1 / temperature to.
-        backend, chunk_bytes: see `fastclip.functional`.
+        dist, group: how processes share the loss; see `fastclip.functional`, as for
+            backend, chunk_bytes.
 
     Raises:
         ValueError: numbers out of range.
@@ -39,6 +42,8 @@ class MPNCELoss(nn.Module):
         init_offset: float = 0.0,
         pair_weight: Tensor | str | None = None,
         max_scale: float = 100.0,
+        dist: Exchange | None = None,
+        group: ProcessGroup | None = None,
         backend: str = "auto",
         chunk_bytes: int | None = None,
     ) -> None:
@@ -60,8 +65,12 @@ class MPNCELoss(nn.Module):
         weight = pair_weight if isinstance(pair_weight, Tensor) else None
         self.register_buffer("pair_weight", weight, persistent=False)
         self.max_scale = max_scale
-        self.backend = backend
-        self.chunk_bytes = chunk_bytes
+        self.options: dict[str, Any] = {
+            "dist": dist,
+            "group": group,
+            "backend": backend,
+            "chunk_bytes": chunk_bytes,
+        }
 
     def forward(self, features: Sequence[Tensor], domains: Sequence[int]) -> Tensor:
         """The mean over all anchors, 0-d.
@@ -80,8 +89,7 @@ class MPNCELoss(nn.Module):
             scale[self.index],
             (-self.offset * scale)[self.index],
             pair_weight=weight,
-            backend=self.backend,
-            chunk_bytes=self.chunk_bytes,
+            **self.options,
         )
 
     @torch.no_grad()

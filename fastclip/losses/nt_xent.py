@@ -4,8 +4,9 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup, is_initialized
 
-from fastclip.functional import info_nce_loss, nt_xent_loss
+from fastclip.functional import Exchange, info_nce_loss, nt_xent_loss
 from fastclip.losses.memory_bank import memory_bank
 from fastclip.ops.checks import check_positive
 
@@ -20,12 +21,14 @@ class NTXentLoss(nn.Module):
         memory_bank_size: 0, or (rows, width) of a bank. With a bank its rows are the negatives of
             `out0`, and `out1` holds the positives and goes into the bank afterwards (where
             `out0` requires a gradient, so not in evaluation). It wraps around at its end.
-        gather_distributed: negatives of other processes; refused in this version.
-        backend, chunk_bytes: see `fastclip.functional`.
+        gather_distributed: whether other processes' samples are negatives too; a bank's loss is
+            the process's own. As in lightly the value is that of the process's own anchors, and
+            data-parallel averaging gives the gradient of the full batch.
+        dist, group: how features are exchanged then; see `fastclip.functional`, as for
+            backend, chunk_bytes.
 
     Raises:
-        ValueError: a temperature that is not positive, a bank without width, or
-            gather_distributed.
+        ValueError: a temperature that is not positive, or a bank without width.
     """
 
     def __init__(
@@ -34,22 +37,30 @@ class NTXentLoss(nn.Module):
         memory_bank_size: int | tuple[int, int] = 0,
         gather_distributed: bool = False,
         *,
+        dist: Exchange = "gather",
+        group: ProcessGroup | None = None,
         backend: str = "auto",
         chunk_bytes: int | None = None,
     ) -> None:
         super().__init__()
         check_positive("temperature", temperature)
-        if gather_distributed:
-            raise ValueError("gather_distributed=True is not supported by this version")
         self.temperature = temperature
         self.memory_bank = memory_bank(memory_bank_size)
         self.options: dict[str, Any] = {"backend": backend, "chunk_bytes": chunk_bytes}
+        self.gather_distributed = gather_distributed
+        self.dist: Exchange = dist
+        self.group = group
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         """The loss, 0-d, of two views (N, D) of the same samples."""
         out0, out1 = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
         if self.memory_bank is None:
-            loss = nt_xent_loss(out0, out1, self.temperature, **self.options)
+            shared: dict[str, Any] = {}
+            if self.gather_distributed and is_initialized():
+                shared = {"dist": self.dist, "group": self.group}
+            loss = nt_xent_loss(
+                out0, out1, self.temperature, reduction="none", **shared, **self.options
+            ).mean()
         else:
             bank = self.memory_bank.bank
             scale = 1 / self.temperature

@@ -4,23 +4,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from fastclip.functional import siglip_loss
-from fastclip.ops.collectives import gather_rows
+from fastclip.ops.collectives import ranks_of
 from fastclip.ops.sigmoid import sigmoid_loss
 
-EXCHANGES = ("bidir", "shift", "reduce", "gather")
+_WAYS = {"bidir": "ring", "shift": "ring", "reduce": "gather", "gather": "gather"}
 
 
 class SigLipLoss(nn.Module):
     """Drop-in for `open_clip.SigLipLoss`: same arguments, call and value, memory linear in N.
 
     Args:
-        cache_labels, rank, world_size: open_clip's. Over several processes texts are gathered
-            over the default process group, which must have world_size ranks; each rank compares
-            its images with all texts.
-        dist_impl: open_clip's four ways to exchange texts. They have one value and one gradient,
-            which is what is computed here, by one gather.
+        cache_labels, rank, world_size: open_clip's. Over several processes each compares its
+            images with all texts; world_size is the number of ranks in `group`.
+        dist_impl: open_clip's four ways to exchange texts, of one value and one gradient: with
+            "gather" and "reduce" all texts come at once, with "bidir" and "shift" one rank's
+            after the other.
+        group: the process group; None is the default one.
         backend, chunk_bytes: see `fastclip.functional`.
 
     Raises:
@@ -34,16 +36,18 @@ class SigLipLoss(nn.Module):
         world_size: int = 1,
         dist_impl: str | None = None,
         *,
+        group: ProcessGroup | None = None,
         backend: str = "auto",
         chunk_bytes: int | None = None,
     ) -> None:
         super().__init__()
-        if dist_impl is not None and dist_impl not in EXCHANGES:
-            raise ValueError(f"dist_impl is {dist_impl!r}; use one of {', '.join(EXCHANGES)}")
+        if dist_impl is not None and dist_impl not in _WAYS:
+            raise ValueError(f"dist_impl is {dist_impl!r}; use one of {', '.join(_WAYS)}")
         self.cache_labels = cache_labels
         self.rank = rank
         self.world_size = world_size
         self.dist_impl = dist_impl or "bidir"
+        self.group = group
         self.backend = backend
         self.chunk_bytes = chunk_bytes
 
@@ -90,11 +94,10 @@ class SigLipLoss(nn.Module):
             loss = siglip_loss(image_features, text_features, logit_scale, logit_bias, **options)
         else:
             n = image_features.shape[0]
-            if text_features.shape[0] != n:
-                raise ValueError(f"{n} images and {text_features.shape[0]} texts; give pairs")
-            texts = gather_rows(text_features, with_grad=True)
+            ranks = ranks_of(_WAYS[self.dist_impl], self.group, None, n)
+            # the value is the own rows', as open_clip's; its gradient reaches all texts
             total = sigmoid_loss(
-                image_features, texts, logit_scale, logit_bias, diagonal=self.rank * n, **options
+                image_features, text_features, logit_scale, logit_bias, ranks=ranks, **options
             )
             loss = total / n
         return {"contrastive_loss": loss} if output_dict else loss

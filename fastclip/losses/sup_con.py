@@ -1,9 +1,12 @@
 """The supervised contrastive loss as a module."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
-from fastclip.functional import sup_con_loss
+from fastclip.functional import Exchange, sup_con_loss
 from fastclip.ops.checks import check_positive
 
 
@@ -12,20 +15,31 @@ class SupConLoss(nn.Module):
 
     Args:
         temperature: > 0.
-        backend, chunk_bytes: see `fastclip.functional`.
+        dist, group: how processes share the loss; see `fastclip.functional`, as for
+            backend, chunk_bytes.
 
     Raises:
         ValueError: a temperature that is not positive.
     """
 
     def __init__(
-        self, temperature: float = 0.07, *, backend: str = "auto", chunk_bytes: int | None = None
+        self,
+        temperature: float = 0.07,
+        *,
+        dist: Exchange | None = None,
+        group: ProcessGroup | None = None,
+        backend: str = "auto",
+        chunk_bytes: int | None = None,
     ) -> None:
         super().__init__()
         check_positive("temperature", temperature)
         self.temperature = temperature
-        self.backend = backend
-        self.chunk_bytes = chunk_bytes
+        self.options: dict[str, Any] = {
+            "dist": dist,
+            "group": group,
+            "backend": backend,
+            "chunk_bytes": chunk_bytes,
+        }
 
     def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
         """The mean over all anchors that have a positive, 0-d.
@@ -49,6 +63,5 @@ class SupConLoss(nn.Module):
             features,
             labels,
             self.temperature,
-            backend=self.backend,
-            chunk_bytes=self.chunk_bytes,
+            **self.options,
         )

@@ -1,57 +1,348 @@
-"""Gathering features across processes, with or without gradient."""
+"""What the processes that share a batch send to each other, and a count of it.
 
-from typing import Any
+A rank owns the rows of its samples. Two ways bring it the columns of the others:
+
+    gather  all columns at once; partial gradients go home in one all-to-all
+    ring    one rank's columns after the other, the next under way while a block is computed;
+            each block's partial gradient is sent straight home: memory O(n D)
+
+Either way only one side of S travels. Maxima and sums of columns (8 bytes a column) go to their
+owners, and what their gradient needs is gathered from there (8 bytes again). Partial gradients
+travel in the features' dtype; their owner sums them in the accumulator's, in the order of the
+ranks, so a gradient is rounded once and the same bits come out every time.
+
+`columns.py` holds the walks' view of it. Processes may have different numbers of rows.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+WAYS = ("gather", "ring")
+# renamed in torch 2.14
+_ALL_GATHER = (
+    "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+)
+
+
+@dataclass
+class ByteCount:
+    """What this process received inside one `count_bytes()` block."""
+
+    calls: int = 0
+    received: int = 0
+
+
+_counts: list[ByteCount] = []
+
+
+@contextmanager
+def count_bytes() -> Iterator[ByteCount]:
+    """Count the bytes that this process receives in the operators' exchanges inside the block.
+
+    What a bandwidth-optimal algorithm brings over the wire: own parts, which never leave the
+    process, are not counted, padding is.
+    """
+    count = ByteCount()
+    _counts.append(count)
+    try:
+        yield count
+    finally:
+        _counts.remove(count)
+
+
+def _received(tensor: Tensor, share: float = 1.0) -> None:
+    for count in _counts:
+        count.calls += 1
+        count.received += round(tensor.numel() * tensor.element_size() * share)
+
+
+class Ranks(NamedTuple):
+    """The processes that share a batch, as plain values, which operators and graphs can hold.
+
+    way: "gather" or "ring"; group: the process group's name; sizes: the rows of every rank.
+    """
+
+    way: str
+    group: str
+    sizes: tuple[int, ...]
+    rank: int
+
+    @property
+    def rows(self) -> int:
+        """The rows of all ranks."""
+        return sum(self.sizes)
+
+    def columns(self, columns: int) -> tuple[int, ...]:
+        """The columns of every rank, where this one has `columns`.
+
+        Raises:
+            ValueError: the ranks differ in rows, and columns are no multiple of them.
+        """
+        own = self.sizes[self.rank]
+        if len(set(self.sizes)) == 1:
+            return (columns,) * len(self.sizes)
+        if columns % own:
+            raise ValueError(
+                f"{columns} columns for {own} rows: where sizes differ, every rank needs the same "
+                "number of columns a row"
+            )
+        return tuple(size * (columns // own) for size in self.sizes)
+
+
+def ranks_of(
+    way: str | None,
+    group: dist.ProcessGroup | None,
+    sizes: Sequence[int] | None,
+    rows: int,
+) -> Ranks | None:
+    """The `dist`, `group` and `sizes` arguments of a loss; None where one process works alone.
+
+    Args:
+        way: "gather", "ring" or None.
+        group: the process group; None is the default one.
+        sizes: rows of every rank; None means that all have as many as this one.
+        rows: this rank's.
+
+    Raises:
+        ValueError: the arguments do not fit together, or no process group exists.
+    """
+    found = _constants(way, group, None if sizes is None else tuple(sizes), rows)
+    return None if found is None else Ranks(*found)
+
+
+@torch.compiler.assume_constant_result  # a graph is compiled for the processes that share it
+def _constants(
+    way: str | None, group: dist.ProcessGroup | None, sizes: tuple[int, ...] | None, rows: int
+) -> tuple[str, str, tuple[int, ...], int] | None:
+    if way is None:
+        if group is not None or sizes is not None:
+            raise ValueError("group and sizes are for losses over several processes; give dist")
+        return None
+    if way not in WAYS:
+        raise ValueError(f"dist is {way!r}; use 'gather', 'ring' or None")
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ValueError(
+            f"dist={way!r} needs torch.distributed.init_process_group; a process alone leaves "
+            "dist out"
+        )
+    group = dist.group.WORLD if group is None else group
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    if rank < 0:
+        raise ValueError("this process is not in the group that the loss is to be shared in")
+    sizes = (rows,) * world if sizes is None else tuple(map(int, sizes))
+    if len(sizes) != world or sizes[rank] != rows or min(sizes) < 1:
+        raise ValueError(
+            f"sizes are {sizes} with {rows} rows on rank {rank} of {world}; give every rank's "
+            "rows, each at least 1"
+        )
+    if world == 1:
+        return None
+    return way, group_name(group), sizes, rank
+
+
+def plain(ranks: Ranks | None) -> tuple[str, str, list[int]]:
+    """`ranks` as the arguments of an operator."""
+    return ("", "", []) if ranks is None else (ranks.way, ranks.group, list(ranks.sizes))
+
+
+def unplain(way: str, group: str, sizes: Sequence[int]) -> Ranks | None:
+    """The inverse of `plain`."""
+    return Ranks(way, group, tuple(sizes), dist.get_rank(_handle(group))) if way else None
+
+
+def group_name(group: dist.ProcessGroup | None) -> str:
+    """The name that an operator knows a process group by; None is the default one."""
+    group = dist.group.WORLD if group is None else group
+    assert group is not None
+    return group.group_name
+
+
+def _handle(name: str) -> dist.ProcessGroup:
+    return _resolve_process_group(name)  # type: ignore[arg-type]
+
+
+def all_rows(group: str, own: Tensor, sizes: Sequence[int], out: Tensor | None = None) -> Tensor:
+    """The rows of all ranks in their order, into `out` where it is given."""
+    handle = _handle(group)
+    own = own.contiguous()
+    widest, shape = max(sizes), own.shape[1:]
+    if out is None:
+        out = own.new_empty((sum(sizes), *shape))
+    if min(sizes) == widest:
+        getattr(dist, _ALL_GATHER)(out, own, group=handle)
+        _received(out, 1 - 1 / len(sizes))
+        return out
+    # collectives want one size: shorter ranks send rows that nobody reads
+    padded = own.new_empty((widest, *shape))
+    padded[: len(own)] = own
+    everything = own.new_empty((len(sizes) * widest, *shape))
+    getattr(dist, _ALL_GATHER)(everything, padded, group=handle)
+    _received(everything, 1 - 1 / len(sizes))
+    parts = zip(everything.split(widest), sizes, strict=True)
+    return torch.cat([part[:size] for part, size in parts], out=out)
+
+
+def to_owners(group: str, blocks: Sequence[Tensor], rank: int, own: int) -> list[Tensor]:
+    """Send block q to rank q; returns what came from every rank, in order, the own block as it is.
+
+    Args:
+        blocks: (rows of rank q, ...) for every rank q.
+        own: the rows of every block that is received, this rank's.
+    """
+    others = [block for q, block in enumerate(blocks) if q != rank]
+    outgoing = torch.cat(others)
+    shape = outgoing.shape[1:]
+    incoming = outgoing.new_empty((own * len(others), *shape))
+    dist.all_to_all_single(
+        incoming,
+        outgoing,
+        [own * (q != rank) for q in range(len(blocks))],
+        [len(block) * (q != rank) for q, block in enumerate(blocks)],
+        group=_handle(group),
+    )
+    _received(incoming)
+    received = list(incoming.split(own))
+    received.insert(rank, blocks[rank])
+    return received
+
+
+def sum_over_ranks(group: str, tensor: Tensor) -> Tensor:
+    """The sum of every rank's tensor, of one shape, on all ranks."""
+    total = tensor.clone()
+    handle = _handle(group)
+    dist.all_reduce(total, group=handle)
+    _received(total, 2 * (1 - 1 / dist.get_world_size(handle)))
+    return total
+
+
+class Swap:
+    """Tensors under way to one rank and from another; `wait()` before the buffers are read."""
+
+    def __init__(self, group: str, outgoing: Tensor, to: int, incoming: Tensor, frm: int, tag: int):
+        handle = _handle(group)
+        # held until it has left
+        self.outgoing, self.incoming = outgoing, incoming
+        send, receive = (
+            dist.P2POp(way, tensor, dist.get_global_rank(handle, peer), handle, tag)
+            for way, tensor, peer in ((dist.isend, outgoing, to), (dist.irecv, incoming, frm))
+        )
+        self._works = dist.batch_isend_irecv([send, receive])
+        _received(incoming)
+
+    def wait(self) -> Tensor:
+        """What was received."""
+        for work in self._works:
+            work.wait()
+        return self.incoming
+
+
+@torch.library.custom_op("fastclip::global_sum", mutates_args=())
+def _global_sum(local: Tensor, group: str) -> Tensor:
+    return sum_over_ranks(group, local)
+
+
+@_global_sum.register_fake
+def _(local, group):
+    return torch.empty_like(local)
+
+
+def _keep_world(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.group = inputs[1]
+
+
+def _times_world(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+    return upstream * dist.get_world_size(_handle(ctx.group)), None
+
+
+_global_sum.register_autograd(_times_world, setup_context=_keep_world)
+
+
+def global_sum(local: Tensor, ranks: Ranks | None) -> Tensor:
+    """The sum over all ranks, on all ranks; a small tensor.
+
+    Its gradient is the world's size times the upstream's, so that data-parallel averaging of the
+    gradients of a loss that every rank holds whole gives the full batch's.
+    """
+    return local if ranks is None else _global_sum(local, ranks.group)
 
 
 def gather_rows(
-    features: Tensor, group: dist.ProcessGroup | None = None, *, with_grad: bool
+    features: Tensor,
+    group: dist.ProcessGroup | str | None = None,
+    *,
+    with_grad: bool,
+    sizes: Sequence[int] | None = None,
 ) -> Tensor:
-    """The rows of all ranks, (W * N, D), in the order of the ranks.
+    """The rows of all ranks in their order, (sum of sizes, D).
 
     With gradient, a rank receives the sum over all ranks of the gradients of its rows: each
     rank's loss contributes. Without, only the rank's own rows carry gradient, its own loss's.
 
     Args:
-        features: (N, D), the same N on every rank.
-        group: the process group; None is the default one.
+        features: (N, D).
+        group: the process group or its name; None is the default one.
         with_grad: whether gradients flow back across ranks.
+        sizes: N of every rank; None: all the same.
     """
+    if not isinstance(group, str):
+        group = group_name(group)
+    handle = _handle(group)
+    rank = dist.get_rank(handle)
+    sizes = [len(features)] * dist.get_world_size(handle) if sizes is None else list(sizes)
     if with_grad:
-        gathered: Tensor = _GatherRows.apply(features, group)
+        gathered: Tensor = _GatherRows.apply(features, group, sizes, rank)
         return gathered
-    rank = dist.get_rank(group)
-    parts = list(_all_gather(features.detach(), group).chunk(dist.get_world_size(group)))
+    parts = list(all_rows(group, features.detach(), sizes).split(sizes))
     parts[rank] = features
     return torch.cat(parts)
 
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, features: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        ctx.group, ctx.rows = group, features.shape[0]
-        return _all_gather(features, group)
+    def forward(ctx: Any, features: Tensor, group: str, sizes: list[int], rank: int) -> Tensor:
+        ctx.group, ctx.sizes, ctx.rank = group, sizes, rank
+        return all_rows(group, features, sizes)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = upstream
+        blocks = gradient.split(ctx.sizes)
+        first, *others = to_owners(ctx.group, blocks, ctx.rank, ctx.sizes[ctx.rank])
+        total = first.clone()
+        for other in others:
+            total += other
+        return total, None, None, None
+
+
+class ScaleGradient(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by a number."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return tensor.view_as(tensor)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = upstream
-        gradient = gradient.contiguous()
-        if dist.get_backend(ctx.group) == "nccl":
-            own = gradient.new_empty((ctx.rows, *gradient.shape[1:]))
-            dist.reduce_scatter_tensor(own, gradient, group=ctx.group)
-            return own, None
-        # gloo has no reduce-scatter in every release
-        gradient = gradient.clone()
-        dist.all_reduce(gradient, group=ctx.group)
-        start = dist.get_rank(ctx.group) * ctx.rows
-        return gradient[start : start + ctx.rows].clone(), None
+        return upstream[0] * ctx.factor, None
 
 
-def _all_gather(features: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    features = features.contiguous()
-    parts = [torch.empty_like(features) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, features, group=group)
-    return torch.cat(parts)
+class AverageGradient(torch.autograd.Function):
+    """The identity, whose gradient is averaged over the ranks of a group."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: str) -> Tensor:
+        ctx.group = group
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+        world = dist.get_world_size(_handle(ctx.group))
+        return sum_over_ranks(ctx.group, upstream[0]) / world, None

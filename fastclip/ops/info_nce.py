@@ -8,6 +8,7 @@ statistics and G: three products of N x M x D forward and backward together, one
 Shape suffixes: N rows, M columns, D feature width.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,9 +17,16 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastclip.ops import backend as backends
 from fastclip.ops import checks, rectangle
+from fastclip.ops.collectives import Ranks, plain, unplain
 from fastclip.ops.forward_gradient import multiply_saved, save_gradients, wants_gradient
 from fastclip.ops.gemm import accumulator_dtype
-from fastclip.ops.similarity import check_pair, check_positives, similarity_statistics
+from fastclip.ops.similarity import (
+    check_pair,
+    check_positives,
+    one_product,
+    rectangle_of,
+    similarity_statistics,
+)
 from fastclip.ops.tiles import softplus, tiles_of
 
 
@@ -30,6 +38,7 @@ def info_nce_sum(
     positive_index: Tensor | None = None,
     first: int = 0,
     trainable: int | None = None,
+    ranks: Ranks | None = None,
     backend: str = "auto",
     chunk_bytes: int | None = None,
     precision: str = "auto",
@@ -40,8 +49,10 @@ def info_nce_sum(
     """
     compute_dtype = checks.compute_dtype_of(x, precision)
     chosen = backends.choose("similarity", backend, x.device, compute_dtype)
-    if chosen == "reference":
-        dense = similarity_statistics(
+    in_parts = ranks is not None and ranks.way == "ring"
+    if chosen == "reference" or in_parts:
+        # a ring brings a row's columns one part after the other: S is formed twice
+        found = similarity_statistics(
             x,
             y,
             scale,
@@ -49,11 +60,13 @@ def info_nce_sum(
             positive_index=positive_index,
             first=first,
             trainable=trainable,
+            ranks=ranks,
             backend=chosen,
+            chunk_bytes=chunk_bytes,
             precision=precision,
         )
-        margin = dense.positive.detach() - dense.row_max
-        return softplus(dense.row_lse - dense.positive).sum(), margin
+        margin = found.positive.detach() - found.row_max
+        return softplus(found.row_lse - found.positive).sum(), margin
     chunk = checks.chunk_argument(chunk_bytes)
     check_pair(x, y, compute_dtype)
     positive_index, _, _ = check_positives(x, y, False, positive_index, None, None, first)
@@ -66,6 +79,7 @@ def info_nce_sum(
         positive_index,
         first,
         y.shape[0] if trainable is None else trainable,
+        *plain(ranks),
         *wants_gradient(x, y, scale),
         compute_dtype,
         chosen,
@@ -81,6 +95,9 @@ def _info_nce(
     positive_index: Tensor | None,
     first: int,
     trainable: int,
+    way: str,
+    group: str,
+    sizes: Sequence[int],
     need_x: bool,
     need_y: bool,
     need_scale: bool,
@@ -88,16 +105,23 @@ def _info_nce(
     backend: str,
     chunk_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    shape = rectangle.Rectangle(
-        x.shape[0], y.shape[0], positive_index=positive_index, first=first, trainable=trainable
-    )
     with torch.autocast(x.device.type, enabled=False):
+        shape, columns = rectangle_of(
+            x,
+            y,
+            False,
+            unplain(way, group, sizes),
+            positive_index,
+            first=first,
+            trainable=trainable,
+        )
         loss, margin, *gradients = rectangle.info_nce(
             tiles_of(backend, compute_dtype),
             x.to(compute_dtype),
             y.to(compute_dtype),
             scale,
             shape,
+            columns,
             (need_x, need_y, need_scale),
             chunk_bytes,
         )
@@ -106,8 +130,9 @@ def _info_nce(
 
 
 @_info_nce.register_fake
-def _(x, y, scale, positive_index, first, trainable, need_x, need_y, need_scale, dtype, *rest):
-    dtype = accumulator_dtype(dtype)
+def _(x, y, scale, positive_index, first, trainable, way, group, sizes, *rest):
+    need_x, need_y, need_scale, compute_dtype = rest[:4]
+    dtype = accumulator_dtype(compute_dtype)
     shapes = [(), x.shape[:1]]
     for shape, need in ((x.shape, need_x), (y.shape, need_y), ((), need_scale)):
         shapes.append(shape if need else (0,))
@@ -119,7 +144,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _autograd_backward(ctx: Any, upstream: Tensor | None, *rest: Any) -> tuple[Any, ...]:
-    return *multiply_saved(ctx, upstream), *(None,) * 9
+    return *multiply_saved(ctx, upstream), *(None,) * 12
 
 
 _info_nce.register_autograd(_autograd_backward, setup_context=_setup_context)
@@ -127,5 +152,5 @@ _info_nce.register_autograd(_autograd_backward, setup_context=_setup_context)
 
 @register_flop_formula(torch.ops.fastclip.info_nce)
 def _info_nce_flop(x_shape, y_shape, *args, out_shape=None, **kwargs) -> int:
-    need_x, need_y = args[4:6]
-    return 2 * x_shape[0] * y_shape[0] * x_shape[1] * (1 + bool(need_x) + bool(need_y))
+    need_x, need_y = args[7:9]
+    return one_product(x_shape, y_shape, *args[4:7]) * (1 + bool(need_x) + bool(need_y))

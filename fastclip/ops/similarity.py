@@ -17,9 +17,13 @@ A forward costs one N x M x D product, a backward three (S again, dX, dY). For a
 one direction, `info_nce.py` makes do with three in all; where both sides are the same,
 `symmetric.py` with two.
 
+Over several processes a rank has rows and the columns that belong to them, is told the statistics
+of these among the rows and columns of all, and gets the gradient of what all ranks made of theirs.
+
 Shape suffixes: N rows, M columns, D feature width.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +32,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastclip.ops import backend as backends
 from fastclip.ops import checks, rectangle, reference
+from fastclip.ops.collectives import Ranks, gather_rows, plain, unplain
+from fastclip.ops.columns import Columns, columns_of
 from fastclip.ops.gemm import accumulator_dtype
 from fastclip.ops.tiles import tiles_of
 
@@ -56,6 +62,7 @@ def similarity_statistics(
     first: int = 0,
     trainable: int | None = None,
     means: bool = False,
+    ranks: Ranks | None = None,
     backend: str = "auto",
     chunk_bytes: int | None = None,
     precision: str = "auto",
@@ -75,6 +82,8 @@ def similarity_statistics(
             paired keys); only without `both`.
         trainable: columns from it on get no gradient; None: all do.
         means: whether row_mean and column_mean are wanted.
+        ranks: the processes whose rows and columns these are part of; without `first` and
+            `trainable`. positive_index counts own columns, groups are the same on all ranks.
         backend: "auto", "torch", "triton" or "reference".
         chunk_bytes: size of a chunk of S, of which up to three are alive; None takes a fixed
             default.
@@ -90,6 +99,9 @@ def similarity_statistics(
     positive_index, row_group, column_group = check_positives(
         x, y, both, positive_index, row_group, column_group, first
     )
+    if ranks is not None:
+        # a count of columns that cannot be shared out is told before anything is sent
+        ranks.columns(y.shape[0])
     options = (
         both,
         positive_index,
@@ -101,11 +113,97 @@ def similarity_statistics(
     chosen = backends.choose("similarity", backend, x.device, compute_dtype)
     if chosen == "reference":
         with torch.autocast(x.device.type, enabled=False):
+            if ranks is not None:
+                return _shared_reference(x, y, scale, options, ranks, compute_dtype)
             return Statistics(
                 *reference.similarity_statistics(x, y, scale, *options, compute_dtype)
             )
     checks.refuse_forward_mode(x, y, scale)
-    return Statistics(*_statistics(x, y, scale, *options, means, compute_dtype, chosen, chunk))
+    return Statistics(
+        *_statistics(x, y, scale, *options, *plain(ranks), means, compute_dtype, chosen, chunk)[:7]
+    )
+
+
+def rectangle_of(
+    x: Tensor,
+    y: Tensor,
+    both: bool,
+    ranks: Ranks | None,
+    positive_index: Tensor | None = None,
+    row_group: Tensor | None = None,
+    column_group: Tensor | None = None,
+    first: int = 0,
+    trainable: int | None = None,
+) -> tuple[rectangle.Rectangle, Columns]:
+    """S as its walk wants it: own rows x, own columns y, and where all columns come from."""
+    n, m = x.shape[0], y.shape[0]
+    # true captions apart from hard negatives: only they have statistics
+    columns = columns_of(ranks, [n, m - n] if both else [m])
+    if ranks is not None:
+        trainable = None
+        if column_group is not None:
+            column_group = columns.all_lines(column_group)
+    shape = rectangle.Rectangle(
+        n,
+        columns.layout.columns(),
+        sum(columns.layout.sizes[0]) if both else 0,
+        columns.layout.start(0, columns.layout.rank),
+        positive_index,
+        row_group,
+        column_group,
+        first,
+        trainable,
+    )
+    return shape, columns
+
+
+def _shared_reference(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    options: tuple[Any, ...],
+    ranks: Ranks,
+    compute_dtype: torch.dtype,
+) -> Statistics:
+    """Every rank computes the whole of S and takes the lines that are its own."""
+    both, positive_index, row_group, column_group, *_ = options
+    n = x.shape[0]
+    layout = columns_of(ranks, [n, y.shape[0] - n]).layout
+
+    def everyone(own: Tensor | None, segments: Any) -> Tensor | None:
+        if own is None:
+            return None
+        parts = [
+            gather_rows(
+                own[s.start : s.stop], ranks.group, with_grad=True, sizes=layout.sizes[s.block]
+            )
+            for s in segments
+        ]
+        return torch.cat(parts)
+
+    rows, columns = layout.of_rank(ranks.rank)[:1], layout.of_rank(ranks.rank)
+    if positive_index is not None:
+        # keys in the order of the whole: those beside the rows come first
+        starts = [layout.start(block, ranks.rank) for block in range(2)]
+        positive_index = torch.where(
+            positive_index < n, positive_index + starts[0], positive_index - n + starts[1]
+        )
+    x_all, y_all = everyone(x, rows), everyone(y, columns)
+    assert x_all is not None and y_all is not None
+    found = reference.similarity_statistics(
+        x_all,
+        y_all,
+        scale,
+        both,
+        everyone(positive_index, rows),
+        everyone(row_group, rows),
+        everyone(column_group, columns),
+        0,
+        y_all.shape[0],
+        compute_dtype,
+    )
+    own = slice(layout.start(0, ranks.rank), layout.start(0, ranks.rank) + n)
+    return Statistics(*(line[own] for line in found))
 
 
 @torch.library.custom_op("fastclip::similarity_statistics", mutates_args=())
@@ -119,44 +217,59 @@ def _statistics(
     column_group: Tensor | None,
     first: int,
     trainable: int,
+    way: str,
+    group: str,
+    sizes: Sequence[int],
     means: bool,
     compute_dtype: torch.dtype,
     backend: str,
     chunk_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    n, m = x.shape[0], y.shape[0]
-    shape = rectangle.Rectangle(
-        n, m, both, 0, positive_index, row_group, column_group, first, trainable
-    )
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(x.device.type, enabled=False):
         x, y = x.to(compute_dtype), y.to(compute_dtype)
         tiles = tiles_of(backend, compute_dtype)
-        rows, columns, positive = rectangle.statistics(tiles, x, y, scale, shape, chunk_bytes)
-        row_mean = column_mean = positive.new_empty(0)
+        shape, columns = rectangle_of(
+            x,
+            y,
+            both,
+            unplain(way, group, sizes),
+            positive_index,
+            row_group,
+            column_group,
+            first,
+            trainable,
+        )
+        collected = columns.collect(y)
+        rows, own_columns, positive = rectangle.statistics(
+            tiles, x, y, collected, scale, shape, columns, chunk_bytes
+        )
+        row_mean, column_mean = positive.new_empty(0), positive.new_empty(0)
         if means:
             factor = scale.reshape(()).to(tiles.dtype)
-            row_mean, column_mean = (
-                torch.mv(a.to(tiles.dtype), b.mean(dim=0, dtype=tiles.dtype)).mul_(factor)
-                for a, b in ((x, y), (y[:n], x))
-            )
+            x_mean, y_mean = rectangle.means(x, y, columns, tiles.dtype)
+            row_mean = torch.mv(x.to(tiles.dtype), y_mean).mul_(factor)
+            column_mean = torch.mv(y[: shape.rows].to(tiles.dtype), x_mean).mul_(factor)
     return (
         rows.lse(),
         rows.max,
-        columns.lse(),
-        columns.max,
+        own_columns.lse(),
+        own_columns.max,
         positive,
         row_mean,
-        column_mean.clone() if not means else column_mean,
+        column_mean,
+        collected,
     )
 
 
 @_statistics.register_fake
 def _(x, y, scale, both, *rest):
-    means, compute_dtype = rest[5:7]
+    way, group, sizes, means, compute_dtype = rest[5:10]
     n, dtype = x.shape[0], accumulator_dtype(compute_dtype)
     columns, mean_size = n if both else 0, n if means else 0
-    sizes = (n, n, columns, columns, n, mean_size, mean_size)
-    return tuple(x.new_empty(size, dtype=dtype) for size in sizes)
+    lines = (n, n, columns, columns, n, mean_size, mean_size)
+    outputs = [x.new_empty(size, dtype=dtype) for size in lines]
+    collected = collected_shape(unplain(way, group, sizes), y)
+    return *outputs, y.new_empty(collected, dtype=compute_dtype)
 
 
 @torch.library.custom_op("fastclip::similarity_statistics_backward", mutates_args=())
@@ -170,6 +283,10 @@ def _statistics_backward(
     column_group: Tensor | None,
     first: int,
     trainable: int,
+    way: str,
+    group: str,
+    sizes: Sequence[int],
+    collected: Tensor,
     row_lse: Tensor,
     column_lse: Tensor,
     d_row_lse: Tensor,
@@ -184,17 +301,27 @@ def _statistics_backward(
     backend: str,
     chunk_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    shape = rectangle.Rectangle(
-        x.shape[0], y.shape[0], both, 0, positive_index, row_group, column_group, first, trainable
-    )
     upstream = rectangle.Upstream(d_row_lse, d_column_lse, d_positive, d_row_mean, d_column_mean)
     with torch.autocast(x.device.type, enabled=False):
+        shape, columns = rectangle_of(
+            x,
+            y,
+            both,
+            unplain(way, group, sizes),
+            positive_index,
+            row_group,
+            column_group,
+            first,
+            trainable,
+        )
         dx, dy, dscale = rectangle.statistics_gradient(
             tiles_of(backend, compute_dtype),
             x.to(compute_dtype),
             y.to(compute_dtype),
+            collected,
             scale,
             shape,
+            columns,
             row_lse,
             column_lse if both else None,
             upstream,
@@ -211,27 +338,29 @@ def _statistics_backward(
 
 @_statistics_backward.register_fake
 def _(x, y, scale, *rest):
-    need_x, need_y, need_scale = rest[13:16]
+    need_x, need_y, need_scale = rest[17:20]
     wanted = ((x, need_x), (y, need_y), (scale, need_scale))
     return tuple(t.new_empty(t.shape) if need else t.new_empty(0) for t, need in wanted)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, y, scale, both, positive_index, row_group, column_group, first, trainable, means = inputs[
-        :10
-    ]
+    x, y, scale, both, positive_index, row_group, column_group = inputs[:7]
     row_lse, row_max, column_lse, column_max = output[:4]
-    ctx.mark_non_differentiable(row_max, column_max)
+    collected = output[7]
+    ctx.mark_non_differentiable(row_max, column_max, collected)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, y, scale, positive_index, row_group, column_group, row_lse, column_lse)
-    ctx.both, ctx.means, ctx.columns = both, means, (first, trainable)
-    ctx.options = inputs[10:]
+    ctx.save_for_backward(
+        x, y, scale, positive_index, row_group, column_group, collected, row_lse, column_lse
+    )
+    # first, trainable and the ranks; then the dtype, the implementation and the chunk's size
+    ctx.both, ctx.columns, ctx.means, ctx.options = both, inputs[7:12], inputs[12], inputs[13:]
 
 
 def _autograd_backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, y, scale, positive_index, row_group, column_group, row_lse, column_lse = ctx.saved_tensors
+    x, y, scale, positive_index, row_group, column_group, *saved = ctx.saved_tensors
+    row_lse = saved[1]
     d_row_lse, _, d_column_lse, _, d_positive, d_row_mean, d_column_mean = (
-        torch.zeros_like(row_lse) if gradient is None else gradient for gradient in upstream
+        torch.zeros_like(row_lse) if gradient is None else gradient for gradient in upstream[:7]
     )
     needs = ctx.needs_input_grad[:3]
     gradients = _statistics_backward(
@@ -243,8 +372,7 @@ def _autograd_backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | Non
         row_group,
         column_group,
         *ctx.columns,
-        row_lse,
-        column_lse,
+        *saved,
         d_row_lse,
         d_column_lse if ctx.both else None,
         d_positive,
@@ -253,7 +381,7 @@ def _autograd_backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | Non
         *ctx.options,
     )
     wanted = tuple(g if need else None for g, need in zip(gradients, needs, strict=True))
-    return *wanted, *(None,) * 10
+    return *wanted, *(None,) * 13
 
 
 _statistics.register_autograd(_autograd_backward, setup_context=_setup_context)
@@ -262,13 +390,29 @@ _statistics_backward.register_autograd(checks.no_double_backward)
 
 @register_flop_formula(torch.ops.fastclip.similarity_statistics)
 def _statistics_flop(x_shape, y_shape, *args, out_shape=None, **kwargs) -> int:
-    return 2 * x_shape[0] * y_shape[0] * x_shape[1]
+    return one_product(x_shape, y_shape, *args[7:10])
 
 
 @register_flop_formula(torch.ops.fastclip.similarity_statistics_backward)
 def _statistics_backward_flop(x_shape, y_shape, *args, out_shape=None, **kwargs) -> int:
-    need_x, need_y = args[14], args[15]
-    return 2 * x_shape[0] * y_shape[0] * x_shape[1] * (1 + bool(need_x) + bool(need_y))
+    need_x, need_y = args[18], args[19]
+    return one_product(x_shape, y_shape, *args[7:10]) * (1 + bool(need_x) + bool(need_y))
+
+
+def one_product(
+    x_shape: Sequence[int], y_shape: Sequence[int], way: str, group: str, sizes: Sequence[int]
+) -> int:
+    """The FLOP of one product of this rank's rows with the columns of all."""
+    ranks = unplain(way, group, sizes)
+    columns = y_shape[0] if ranks is None else sum(ranks.columns(y_shape[0]))
+    return 2 * x_shape[0] * columns * x_shape[1]
+
+
+def collected_shape(ranks: Ranks | None, own: Tensor) -> tuple[int, ...]:
+    """The shape of what `Columns.collect` gives."""
+    if ranks is None or ranks.way != "gather":
+        return (0,)
+    return sum(ranks.columns(own.shape[0])), own.shape[1]
 
 
 def check_pair(x: Tensor, y: Tensor, compute_dtype: torch.dtype) -> None:

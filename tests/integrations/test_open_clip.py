@@ -125,15 +125,16 @@ def test_a_teacher_that_is_trained_stays_open_clips() -> None:
 
 
 def test_what_fastclip_does_not_compute_stays_open_clips() -> None:
-    loss = ClipLoss(local_loss=True, world_size=2)
+    loss = open_clip.loss.DistillClipLoss(local_loss=True, world_size=2)
     x = torch.randn(4, 8)
+    scale = torch.tensor(1.0)
     with (
         fastclip.patch_open_clip(),
         pytest.warns(UserWarning, match="open_clip's own loss"),
         # without a process group open_clip's own gather fails: it was called
         pytest.raises(Exception, match=r"(?i)process group|initialized|default"),
     ):
-        loss(x, x, torch.tensor(1.0))
+        loss(x, x, scale, x, x, scale)
 
 
 def test_nothing_is_patched_without_loss() -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightly.loss as lightly
 import open_clip
 import pytest
 import torch
@@ -13,14 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastclip
+from fastclip.losses import clip
 
 MODES = {
     "global": {"gather_with_grad": True},
     "local": {"gather_with_grad": True, "local_loss": True},
     "constant": {},
+    "constant local": {"local_loss": True},
 }
 EXCHANGES = ("bidir", "shift", "reduce", "gather")
-OTHERS = (*EXCHANGES, "distill", "distill local")
+OTHERS = (*EXCHANGES, "distill", "distill local", "nt_xent")
 ROWS = 6
 
 
@@ -50,6 +53,8 @@ def other_losses(module: Any, rank: int, world: int) -> dict[str, list[Tensor]]:
     losses = {way: module.SigLipLoss(**place, dist_impl=way) for way in EXCHANGES}
     losses["distill"] = module.DistillClipLoss(**place, **MODES["global"])
     losses["distill local"] = module.DistillClipLoss(**place, **MODES["local"])
+    ntxent = lightly.NTXentLoss if module is open_clip.loss else fastclip.NTXentLoss
+    losses["nt_xent"] = ntxent(0.1, gather_distributed=True)
     for name, loss_function in losses.items():
         x, y = (t[: world * ROWS][own].clone().requires_grad_() for t in features())
         scale, bias = (
@@ -57,6 +62,8 @@ def other_losses(module: Any, rank: int, world: int) -> dict[str, list[Tensor]]:
         )
         if name in EXCHANGES:
             loss = loss_function(x, y, scale, bias)
+        elif name == "nt_xent":
+            loss = loss_function(x, y) + 0 * scale + 0 * bias
         else:
             pair = loss_function(x, y, scale, *teacher, torch.tensor(7.0, dtype=torch.float64))
             loss = pair[0] + 3 * pair[1] + 0 * bias
@@ -102,9 +109,27 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Any]:
 @pytest.mark.parametrize("mode", [*MODES, *OTHERS])
 @pytest.mark.parametrize("world", [2, 3])
 def test_each_mode_is_open_clips(ranks: Callable[[int], Any], world: int, mode: str) -> None:
-    for results in ranks(world):
-        for ours, theirs in zip(results[mode, "ours"], results[mode, "theirs"], strict=True):
-            assert (ours - theirs).norm() <= 1e-12 * max(theirs.norm().item(), 1.0)
+    """Value and features' gradients on every rank, scalars' gradients after averaging."""
+    pairs = [(r[mode, "ours"], r[mode, "theirs"]) for r in ranks(world)]
+    for ours, theirs in pairs:
+        for got, want in zip(ours[:3], theirs[:3], strict=True):
+            assert (got - want).norm() <= 1e-12 * max(want.norm().item(), 1.0)
+    for index in range(3, len(pairs[0][0])):
+        got, want = (sum(pair[side][index] for pair in pairs) / world for side in range(2))
+        assert abs(got - want) <= 1e-12 * max(abs(want).item(), 1.0)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world", [2, 3])
+def test_scalars_gradients_need_no_averaging_where_open_clips_do_not(
+    ranks: Callable[[int], Any], world: int
+) -> None:
+    for mode in ("global", "constant", "constant local", *EXCHANGES):
+        for results in ranks(world):
+            for got, want in zip(
+                results[mode, "ours"][3:], results[mode, "theirs"][3:], strict=True
+            ):
+                assert abs(got - want) <= 1e-12 * max(abs(want).item(), 1.0), mode
 
 
 @pytest.mark.dist
@@ -125,3 +150,15 @@ def test_averaging_gives_the_full_batchs_gradient(
         got = torch.cat([r[index] for r in results]) / world
         assert (got - leaf.grad).norm() <= 1e-12 * max(leaf.grad.norm().item(), 1.0)
     assert abs(sum(r[3] for r in results) / world - scale.grad) <= 1e-12
+
+
+@pytest.mark.parametrize(
+    ("local", "says"), [(False, "divides the towers' gradient"), (True, "points elsewhere")]
+)
+def test_the_two_modes_that_are_not_the_gradient_warn_once(local: bool, says: str) -> None:
+    clip._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match=says) as caught:
+        for _ in range(3):
+            fastclip.ClipLoss(local_loss=local, world_size=2)
+    assert len(caught) == 1
+    assert "--gather-with-grad" in str(caught[0].message)

@@ -363,7 +363,15 @@ BLOCK, OTHER = torch.ones(4, 3), torch.ones(4, 5)
         (lambda: fastclip.functional.siglip_loss(BLOCK, BLOCK[:3], 1.0), "4 images and 3 texts"),
         (lambda: fastclip.NTXentLoss(-1.0), "temperature is -1.0"),
         (lambda: fastclip.NTXentLoss(0.1, 32), "memory_bank_size is 32"),
-        (lambda: fastclip.NTXentLoss(0.1, gather_distributed=True), "not supported"),
+        (
+            lambda: fastclip.functional.nt_xent_loss(BLOCK, BLOCK, 0.1, dist="star"),
+            "use 'gather', 'ring'",
+        ),
+        (
+            lambda: fastclip.functional.siglip_loss(BLOCK, BLOCK, 1.0, dist="ring"),
+            "init_process_group",
+        ),
+        (lambda: fastclip.functional.siglip_loss(BLOCK, BLOCK, 1.0, sizes=(4,)), "give dist"),
         (lambda: fastclip.InfoNCELoss(0.1, in_batch=False), "give memory_bank_size"),
         (lambda: fastclip.InfoNCELoss(0.1, (0, 3)), "0 x 3"),
         (lambda: fastclip.MPNCELoss(0), "num_domains is 0"),

@@ -131,25 +131,28 @@ def test_opcheck() -> None:
     bias = torch.tensor([-1.0], dtype=torch.float64, requires_grad=True)
     table = torch.rand(2, 2, dtype=torch.float64).requires_grad_()
     index, group = torch.tensor([0, 6, 6, 2, 1]), torch.tensor([0, 0, 1, 2, 3])
+    alone = ("", "", [])
     tail = (torch.float64, "torch", 0)
     ops = torch.ops.fastclip
     for both, means in ((True, True), (True, False), (False, False)):
-        arguments = (x, y, scale, both, None, None, None, 0, 7, means, *tail)
+        arguments = (x, y, scale, both, None, None, None, 0, 7, *alone, means, *tail)
         torch.library.opcheck(ops.similarity_statistics.default, arguments)
-    grouped = (x, y, scale, True, None, group, torch.arange(7), 0, 7, False, *tail)
+    grouped = (x, y, scale, True, None, group, torch.arange(7), 0, 7, *alone, False, *tail)
     torch.library.opcheck(ops.similarity_statistics.default, grouped)
     for needs in ((True, True, True), (True, False, False), (False, False, False)):
         inputs = [t if need else t.detach() for t, need in zip((x, y, scale), needs, strict=True)]
-        torch.library.opcheck(ops.info_nce.default, (*inputs, index, 0, 6, *needs, *tail))
-        inputs = [*inputs, bias if needs[2] else None]
+        torch.library.opcheck(ops.info_nce.default, (*inputs, index, 0, 6, *alone, *needs, *tail))
+        inputs = [inputs[0], inputs[1][:5], inputs[2], bias if needs[2] else None]
         flags = (*needs, needs[2])
-        torch.library.opcheck(ops.sigmoid_sum.default, (*inputs, *flags, 1, *tail))
-        torch.library.opcheck(ops.sigmoid_rows.default, (*inputs, 1, *tail))
+        torch.library.opcheck(ops.sigmoid_sum.default, (*inputs, *flags, *alone, *tail))
+        torch.library.opcheck(ops.sigmoid_rows.default, (*inputs, *alone, *tail))
     z = torch.cat([x, x.detach()]).detach().requires_grad_()
     for offset in (table, None):
-        torch.library.opcheck(ops.block_statistics.default, (z, table, offset, [0, 1], *tail))
+        torch.library.opcheck(
+            ops.block_statistics.default, (z, table, offset, [0, 1], *alone, *tail)
+        )
     labels = torch.tensor([1, 1, 2, 3, 3, 3, 3, 9, 9, 0])
-    torch.library.opcheck(ops.label_statistics.default, (z, labels, scale, *tail))
+    torch.library.opcheck(ops.label_statistics.default, (z, labels, scale, *alone, *tail))
     teacher = [t.detach() for t in (x, y[:5], scale)]
     student = (x, y[:5].detach().requires_grad_(), scale)
     torch.library.opcheck(

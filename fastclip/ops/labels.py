@@ -1,0 +1,306 @@
+"""Statistics of S among labelled rows (SupCon's L_out, Khosla et al. 2020).
+
+A row leaves out only itself. The operator returns
+
+    lse_i           = logsumexp of S_ij over j != i
+    positive_mean_i = mean of S_ip over the others p of the same label, by class sums: O(M D)
+    positives_i     = their number
+
+The walks are those of `symmetric.py`: `triangle.py` for one process, `strip.py` over several.
+
+Shape suffixes: M own rows, R rows of a part, D width.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from fastclip.ops import backend as backends
+from fastclip.ops import checks, reference, strip, triangle
+from fastclip.ops.collectives import Ranks, gather_rows, plain, unplain
+from fastclip.ops.columns import columns_of
+from fastclip.ops.gemm import accumulator_dtype
+from fastclip.ops.rectangle import add_rows_
+from fastclip.ops.similarity import collected_shape
+from fastclip.ops.symmetric import backward_flop, forward_flop
+from fastclip.ops.tiles import tiles_of
+from fastclip.ops.triangle import Blocks
+
+ROWS_OF_A_PART = 256
+
+
+class LabelStatistics(NamedTuple):
+    """Each (M,), float32 (float64 for float64 features)."""
+
+    lse: Tensor
+    positive_mean: Tensor
+    positives: Tensor
+
+
+def label_statistics(
+    z: Tensor,
+    labels: Tensor,
+    scale: Tensor | float,
+    *,
+    ranks: Ranks | None = None,
+    backend: str = "auto",
+    chunk_bytes: int | None = None,
+    precision: str = "auto",
+) -> LabelStatistics:
+    """Differentiable statistics of labelled rows; see the module's docstring.
+
+    Args:
+        z: (M, D).
+        labels: (M,) integers.
+        scale: 0-d or (1,) tensor, or a number; not zero.
+        ranks: the processes whose rows these are part of.
+        backend, chunk_bytes, precision: as `fastclip.ops.similarity.similarity_statistics`.
+
+    Raises:
+        ValueError: on shapes, dtypes, devices or options that do not fit together.
+    """
+    compute_dtype = checks.compute_dtype_of(z, precision)
+    chunk = checks.chunk_argument(chunk_bytes)
+    checks.check_features("features", z)
+    checks.check_ids("labels", labels, z.shape[0], z.device)
+    scale = checks.as_scalar("scale", scale, z)
+    chosen = backends.choose("symmetric", backend, z.device, compute_dtype)
+    if chosen == "reference":
+        with torch.autocast(z.device.type, enabled=False):
+            if ranks is not None:
+                return _shared_reference(z, labels, scale, ranks, compute_dtype)
+            return LabelStatistics(*reference.label_statistics(z, labels, scale, compute_dtype))
+    checks.refuse_forward_mode(z, scale)
+    options = (*plain(ranks), compute_dtype, chosen, chunk)
+    return LabelStatistics(*_labels(z, labels, scale, *options)[:3])
+
+
+def _shared_reference(
+    z: Tensor, labels: Tensor, scale: Tensor, ranks: Ranks, compute_dtype: torch.dtype
+) -> LabelStatistics:
+    """Every rank computes the whole of S and takes the lines that are its own."""
+    z, labels = (
+        gather_rows(own, ranks.group, with_grad=own is z, sizes=ranks.sizes) for own in (z, labels)
+    )
+    first = sum(ranks.sizes[: ranks.rank])
+    own = slice(first, first + ranks.sizes[ranks.rank])
+    found = reference.label_statistics(z, labels, scale, compute_dtype)
+    return LabelStatistics(*(line[own] for line in found))
+
+
+@torch.library.custom_op("fastclip::label_statistics", mutates_args=())
+def _labels(
+    z: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    way: str,
+    group: str,
+    sizes: Sequence[int],
+    compute_dtype: torch.dtype,
+    backend: str,
+    chunk_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shape = Blocks(z.shape[0], (0,))
+    ranks = unplain(way, group, sizes)
+    columns = columns_of(ranks, [z.shape[0]])
+    with torch.autocast(z.device.type, enabled=False):
+        tiles = tiles_of(backend, compute_dtype)
+        z = z.to(compute_dtype)
+        table = scale.reshape(1, 1).to(tiles.dtype)
+        collected = columns.collect(z)
+        classes = _Classes(labels, columns.all_lines(labels), tiles.dtype)
+        if ranks is None:
+            lines = triangle.statistics(tiles, z, table, None, shape, chunk_bytes)
+            classes.add(0, z.to(tiles.dtype))
+        else:
+            lines = strip.statistics(
+                tiles,
+                z,
+                collected,
+                table,
+                None,
+                shape,
+                columns,
+                chunk_bytes,
+                lambda part: classes.add(part.segments[0].column, part.features.to(tiles.dtype)),
+            )
+        dot = tiles.row_dot(z, classes.sums[0].sub_(z))
+        positive_mean = dot.mul_(table[0, 0]).div_(classes.others.clamp(min=1))
+    return lines.lse(), positive_mean, classes.others.clone(), collected
+
+
+@_labels.register_fake
+def _(z, labels, scale, way, group, sizes, compute_dtype, *rest):
+    dtype = accumulator_dtype(compute_dtype)
+    collected = collected_shape(unplain(way, group, sizes), z)
+    lines = (z.new_empty(z.shape[0], dtype=dtype) for _ in range(3))
+    return *lines, z.new_empty(collected, dtype=compute_dtype)
+
+
+@torch.library.custom_op("fastclip::label_statistics_backward", mutates_args=())
+def _labels_gradient(
+    z: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    way: str,
+    group: str,
+    sizes: Sequence[int],
+    collected: Tensor,
+    lse: Tensor,
+    d_lse: Tensor,
+    d_positive_mean: Tensor,
+    need_scale: bool,
+    compute_dtype: torch.dtype,
+    backend: str,
+    chunk_bytes: int,
+) -> tuple[Tensor, Tensor]:
+    shape = Blocks(z.shape[0], (0,))
+    dz = torch.empty_like(z, memory_format=torch.contiguous_format)
+    ranks = unplain(way, group, sizes)
+    columns = columns_of(ranks, [z.shape[0]])
+    with torch.autocast(z.device.type, enabled=False):
+        tiles = tiles_of(backend, compute_dtype)
+        features = z.to(compute_dtype)
+        table = scale.reshape(1, 1).to(tiles.dtype)
+        classes = _Classes(labels, columns.all_lines(labels), tiles.dtype)
+        weight = d_positive_mean / classes.others.clamp(min=1)
+        all_weights = columns.all_lines(weight)
+
+        def see(rows: Tensor, column: int) -> None:
+            wide = rows.to(tiles.dtype)
+            classes.add(column, wide, wide * all_weights[column : column + len(wide), None])
+
+        if ranks is None:
+            total, dscale, _ = triangle.statistics_gradient(
+                tiles, features, table, None, shape, lse, d_lse, need_scale, chunk_bytes
+            )
+            see(features, 0)
+        else:
+            total, dscale, _ = strip.statistics_gradient(
+                tiles,
+                features,
+                collected,
+                table,
+                None,
+                shape,
+                columns,
+                lse,
+                d_lse,
+                need_scale,
+                chunk_bytes,
+                lambda part: see(part.features, part.segments[0].column),
+            )
+        wide = features.to(tiles.dtype)
+        # row k is an anchor, and a positive of every other row of its class
+        others, as_positive = classes.sums
+        others.sub_(wide)
+        as_positive.sub_(wide * weight[:, None])
+        if need_scale:
+            dscale[0, 0] += (weight * tiles.row_dot(wide, others)).sum()
+        total.addcmul_((weight * table[0, 0])[:, None], others)
+        total.addcmul_(table, as_positive)
+        tiles.finish(total, [], dz)
+    return dz, dscale.to(scale.dtype).reshape(scale.shape)
+
+
+@_labels_gradient.register_fake
+def _(z, labels, scale, *rest):
+    return z.new_empty(z.shape), scale.new_empty(scale.shape)
+
+
+def _labels_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    z, labels, scale, *ctx.where = inputs[:6]
+    lse, _, positives, collected = output
+    ctx.mark_non_differentiable(positives, collected)
+    ctx.save_for_backward(z, labels, scale, collected, lse)
+    ctx.options = inputs[6:]
+
+
+def _labels_backward(
+    ctx: Any, d_lse: Tensor, d_positive_mean: Tensor, *rest: Any
+) -> tuple[Any, ...]:
+    need_z, _, need_scale = ctx.needs_input_grad[:3]
+    z, labels, scale, *saved = ctx.saved_tensors
+    dz, dscale = _labels_gradient(
+        z, labels, scale, *ctx.where, *saved, d_lse, d_positive_mean, need_scale, *ctx.options
+    )
+    return dz if need_z else None, None, dscale if need_scale else None, *(None,) * 6
+
+
+_labels.register_autograd(_labels_backward, setup_context=_labels_context)
+_labels_gradient.register_autograd(checks.no_double_backward)
+
+
+@register_flop_formula(torch.ops.fastclip.label_statistics)
+def _labels_flop(z_shape, *args, out_shape=None, **kwargs) -> int:
+    return forward_flop(z_shape, *args[2:5])
+
+
+@register_flop_formula(torch.ops.fastclip.label_statistics_backward)
+def _labels_gradient_flop(z_shape, *args, out_shape=None, **kwargs) -> int:
+    return backward_flop(z_shape, *args[2:5])
+
+
+class _Classes:
+    """For each own row sums over all rows of its label, without reading a label on the host.
+
+    Rows come in parts, each with the labels `labels[column:]`.
+
+    Attributes:
+        others: for each own row the number of others in its class.
+        sums: what was added up so far, (own rows, D) each.
+    """
+
+    def __init__(self, own: Tensor, labels: Tensor, dtype: torch.dtype) -> None:
+        self._own, self._labels = own, labels
+        ordered = labels.sort().values
+        first, last = (torch.searchsorted(ordered, own, right=right) for right in (False, True))
+        self.others = (last - first - 1).to(dtype)
+        self.sums: list[Tensor] = []
+
+    def add(self, column: int, *rows: Tensor) -> None:
+        """Add to each of the sums rows (R, D) of its own, whose labels begin at `column`."""
+        if self._labels is self._own:
+            index = _Index(self._own)
+            found = [index.sum(each) for each in rows]
+        else:
+            # own rows stand in front, to find the class of each; they add nothing
+            n = len(self._own)
+            index = _Index(torch.cat((self._own, self._labels[column : column + len(rows[0])])))
+            found = [index.sum(torch.cat((r.new_zeros(n, r.shape[1]), r)))[:n] for r in rows]
+        pairs = zip(self.sums, found, strict=True)
+        self.sums = [total + more for total, more in pairs] if self.sums else found
+
+
+class _Index:
+    """Classes of equal labels, and in which order their rows are added up.
+
+    Classes are numbered by the place of their first row in label order, so that any integers
+    serve and their number need not be known.
+    """
+
+    def __init__(self, labels: Tensor) -> None:
+        ordered, order = torch.sort(labels, stable=True)
+        place = torch.arange(len(labels), device=labels.device)
+        begins = torch.ones_like(ordered, dtype=torch.bool)
+        begins[1:] = ordered[1:] != ordered[:-1]
+        # a class is summed in parts: adding its rows one after the other would take long for few
+        # large classes
+        part = (begins | (place % ROWS_OF_A_PART == 0)).cumsum(0) - 1
+        class_of_row = begins.cumsum(0) - 1
+        self.part = torch.empty_like(order)
+        self.part[order] = part
+        self.index = torch.empty_like(order)
+        self.index[order] = class_of_row
+        # parts that do not exist add their zeros each to a place of its own
+        self.class_of_part = place.clone()
+        self.class_of_part[part] = class_of_row
+
+    def sum(self, rows_MD: Tensor) -> Tensor:
+        """For each row the sum over its class, (M, D)."""
+        parts = add_rows_(torch.zeros_like(rows_MD), self.part, rows_MD)
+        sums = add_rows_(torch.zeros_like(rows_MD), self.class_of_part, parts)
+        return sums.index_select(0, self.index)

@@ -1,0 +1,411 @@
+"""Every loss over several gloo ranks with unequal shares against one process, in float64."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastclip import functional
+from fastclip.ops.collectives import count_bytes
+from fastclip.ops.gemm import count_products
+from tests.ops.cases import LOSSES, Case, divisor, theirs, unit
+
+SIZES = {1: (6,), 2: (5, 3), 3: (4, 1, 3), 4: (2, 5, 1, 3)}
+WIDTH = 7
+WAYS = ("gather", "ring")
+BACKENDS = ("torch", "reference")
+
+
+def make(name: str, world: int) -> Case:
+    """A case over all ranks; its loss counts rows of all blocks, so that N is every rank's."""
+    rows = sum(SIZES[world])
+    blocks = {"mp_nce": 3, "nt_xent": 2}.get(name.removesuffix("_hard"), 1)
+    base = name.removesuffix("_hard")
+    case = LOSSES[base].make(rows * blocks, WIDTH, 9.0, 0.5, seed=world)
+    if name.endswith("_hard"):
+        # one hard caption an image, behind the true ones
+        x, y, *scalars = case.leaves
+        case = replace(case, leaves=[x, torch.cat([y, unit(rows, WIDTH, 31)]), *scalars])
+        if "column_group" in case.static:
+            ids = case.static["column_group"]
+            case.static["column_group"] = torch.cat([ids, ids.flip(0)])
+    if "positive_index" in case.static:
+        # in the order of the whole batch; shares hold what is local
+        starts = torch.tensor([sum(SIZES[world][:r]) for r in range(world)])
+        sizes = torch.tensor(SIZES[world])
+        owner = torch.arange(world).repeat_interleave(sizes)
+        local = torch.randint(0, 100, (rows,)) % sizes[owner]
+        case.static["positive_index"] = local + starts[owner]
+    return case
+
+
+NAMES = ("clip", "clip_hard", "clip_smoothed", "clip_smoothed_hard", "clip_grouped")
+NAMES += ("clip_grouped_hard", "siglip", "info_nce", "info_nce_hard", "info_nce_index")
+NAMES += ("nt_xent", "mp_nce", "sup_con")
+
+
+def share(name: str, case: Case, world: int, rank: int, own: bool = True) -> Case:
+    """What one rank has of a case; of features the gradient's shares, if not `own`."""
+    sizes = SIZES[world]
+
+    def cut(rows: Tensor) -> Tensor:
+        blocks = rows.split(sum(sizes))
+        return torch.cat([block.split(sizes)[rank] for block in blocks])
+
+    leaves = [
+        cut(leaf) if index < case.features else leaf for index, leaf in enumerate(case.leaves)
+    ]
+    static = {
+        key: cut(value)
+        if key in ("labels", "row_group", "column_group", "positive_index")
+        else value
+        for key, value in case.static.items()
+    }
+    if "positive_index" in static:
+        static["positive_index"] = static["positive_index"] - sum(sizes[:rank])
+    return replace(case, leaves=leaves, static=static)
+
+
+def run_share(
+    name: str, case: Case, world: int, rank: int, reduction: str = "mean", **options: Any
+) -> dict[str, Any]:
+    """Loss and gradients on one rank; with "none" those of the sum of (1 + i) loss_i."""
+    own = share(name, case, world, rank)
+    leaves = [leaf.clone().requires_grad_() for leaf in own.leaves]
+    base = LOSSES[name.removesuffix("_hard")]
+    metrics: dict[str, Tensor] = {}
+    if name in ("clip", "info_nce", "mp_nce", "nt_xent") and reduction == "mean":
+        options["metrics"] = metrics
+    sizes = SIZES[world]
+    loss = base.run(leaves, own.static, reduction=reduction, sizes=sizes, **options)
+    if reduction == "none":
+        weights = share_of_weights(len(loss) // sizes[rank], sizes)[rank]
+        gradients = torch.autograd.grad((loss * weights).sum(), leaves)
+    else:
+        gradients = torch.autograd.grad(loss, leaves)
+    return {"loss": loss.detach(), "gradients": list(gradients), "metrics": metrics}
+
+
+def share_of_weights(blocks: int, sizes: tuple[int, ...]) -> list[Tensor]:
+    """Upstream gradients of every rank's anchors."""
+    whole = torch.arange(1, blocks * sum(sizes) + 1, dtype=torch.float64)
+    parts = [block.split(sizes) for block in whole.split(sum(sizes))]
+    return [torch.cat([part[rank] for part in parts]) for rank in range(len(sizes))]
+
+
+def work(rank: int, world: int, folder: str) -> None:
+    store = dist.FileStore(f"{folder}/store", world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    torch.set_num_threads(1)
+    results = {}
+    for name in NAMES:
+        torch.manual_seed(0)
+        case = make(name, world)
+        for way in WAYS:
+            for backend in BACKENDS:
+                # small chunks: several of them
+                options: dict[str, Any] = {"dist": way, "backend": backend, "chunk_bytes": 100}
+                for reduction in ("mean", "none"):
+                    key = name, way, backend, reduction
+                    results[key] = run_share(name, case, world, rank, reduction, **options)
+            repeated = run_share(name, case, world, rank, dist=way, chunk_bytes=100)
+            first = results[name, way, "torch", "mean"]
+            results[name, way, "same bits"] = all(
+                map(torch.equal, repeated["gradients"], first["gradients"])
+            )
+    results["counts"] = {way: counts(world, rank, way) for way in WAYS}
+    results["low precision"] = {way: low_precision(world, rank, way) for way in WAYS}
+    if world == 2:
+        results["compiled"] = compiled(world, rank)
+    if world == 4:
+        results["subgroup"] = subgroup(rank)
+    torch.save(results, f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def counts(world: int, rank: int, way: str) -> dict[str, Any]:
+    """Bytes received and products computed for each loss, by our counters and from outside."""
+    rows, width = 32, 64
+    found = {}
+    labels = torch.arange(rows) % 7
+    f, share = functional, {"dist": way}
+    cases: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+        "clip": lambda x, y, scale: f.clip_loss(x, y, scale, **share),
+        "siglip": lambda x, y, scale: f.siglip_loss(x, y, scale, **share),
+        "info_nce": lambda x, y, scale: f.info_nce_loss(x, y, scale, **share),
+        "nt_xent": lambda x, y, scale: f.nt_xent_loss(x, y, 0.1, **share),
+        "sup_con": lambda x, y, scale: f.sup_con_loss(x, labels, 0.1, **share),
+    }
+    if way == "gather" and world > 1:
+        theirs = open_clip.ClipLoss(True, True, rank=rank, world_size=world)
+        cases["open_clip"] = lambda x, y, scale: theirs(x, y, scale.to(x.dtype))
+    for name, dtype in product(cases, (torch.float32, torch.bfloat16)):
+        x, y = (unit(rows, width, i).to(dtype).requires_grad_() for i in (rank, 9 + rank))
+        scale = torch.tensor(9.0, requires_grad=True)
+        with watched() as outside, count_bytes() as received, count_products() as products:
+            cases[name](x, y, scale).backward()
+        found[name, dtype] = {
+            "outside": outside["received"],
+            "inside": received.received,
+            "products": products.flop / (2 * rows * rows * world * width),
+        }
+    return found
+
+
+@contextmanager
+def watched() -> Iterator[dict[str, int]]:
+    """Bytes that this rank receives, seen at torch.distributed's own functions."""
+    seen = {"received": 0}
+    originals = {}
+
+    def watch(name: str, size: Callable[..., int]) -> None:
+        original = originals[name] = getattr(dist, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            seen["received"] += size(*arguments, **options)
+            return original(*arguments, **options)
+
+        setattr(dist, name, call)
+
+    def nbytes(tensor: Tensor) -> int:
+        return tensor.numel() * tensor.element_size()
+
+    world = dist.get_world_size()
+    for name in ("all_gather_into_tensor", "all_gather_single"):
+        if hasattr(dist, name):
+            watch(name, lambda out, own, **o: nbytes(out) - nbytes(own))
+    watch("all_gather", lambda out, own, **o: sum(map(nbytes, out)) - nbytes(own))
+    watch("all_to_all_single", lambda out, *a, **o: nbytes(out))
+    watch("all_reduce", lambda t, *a, **o: round(2 * (1 - 1 / world) * nbytes(t)))
+    watch("scatter", lambda out, _, src, *a, **o: nbytes(out) * (src != dist.get_rank()))
+    watch(
+        "batch_isend_irecv",
+        lambda ops: sum(nbytes(op.tensor) for op in ops if op.op is dist.irecv),
+    )
+    try:
+        yield seen
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+
+
+def low_precision(world: int, rank: int, way: str) -> dict[str, list[Tensor]]:
+    """Gradients of bf16 features, of float16 ones under a loss scale, and of Triton's kernels."""
+    found = {}
+    for name in ("clip", "siglip", "mp_nce", "sup_con"):
+        case = make(name, world)
+        for dtype, backend in (
+            (torch.bfloat16, "torch"),
+            (torch.float16, "torch"),
+            (torch.float32, "triton"),
+        ):
+            own = share(name, case.cast(dtype), world, rank)
+            leaves = [leaf.clone().requires_grad_() for leaf in own.leaves]
+            options = {"dist": way, "backend": backend, "sizes": SIZES[world]}
+            loss = LOSSES[name].run(leaves, own.static, **options)
+            factor = 2.0**12
+            gradients = torch.autograd.grad(loss * factor, leaves)
+            found[name, dtype] = [loss.detach(), *(g.double() / factor for g in gradients)]
+    return found
+
+
+def compiled(world: int, rank: int) -> list[bool]:
+    """Whether a graph without breaks gives the eager result, loss by loss."""
+    equal = []
+    for name in ("clip", "siglip", "mp_nce", "sup_con"):
+        torch._dynamo.reset()
+        own = share(name, make(name, world), world, rank)
+
+        def loss(*leaves: Tensor, name: str = name, own: Case = own) -> Tensor:
+            options = {"dist": "gather", "sizes": SIZES[world]}
+            return LOSSES[name].run(list(leaves), own.static, **options)
+
+        results = []
+        for function in (torch.compile(loss, fullgraph=True), loss):
+            leaves = [leaf.clone().requires_grad_() for leaf in own.leaves]
+            results.append([*torch.autograd.grad(function(*leaves), leaves)])
+        equal.append(all(close(a, b) for a, b in zip(*results, strict=True)))
+    return equal
+
+
+def subgroup(rank: int) -> dict[str, Any]:
+    """CLIP's loss among ranks 1 and 3 only."""
+    members = [1, 3]
+    group = dist.new_group(members)
+    found = {}
+    if rank in members:
+        case = make("clip", 2)
+        for way in WAYS:
+            options = {"dist": way, "group": group}
+            found[way] = run_share("clip", case, 2, members.index(rank), **options)
+    else:
+        with pytest.raises(ValueError, match="not in the group"):
+            functional.clip_loss(*make("clip", 2).leaves, dist="gather", group=group)
+    return found
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Any]:
+    folders: dict[int, Path] = {}
+
+    def get(world: int) -> Any:
+        if world not in folders:
+            folders[world] = tmp_path_factory.mktemp("ranks")
+            torch.multiprocessing.spawn(work, (world, str(folders[world])), nprocs=world)
+        # none there: the ranks failed in an earlier test
+        return [torch.load(folders[world] / f"rank{rank}.pt") for rank in range(world)]
+
+    return get
+
+
+def close(got: Tensor, want: Tensor) -> bool:
+    return bool((got - want).norm() <= 1e-12 * max(want.norm().item(), 1.0))
+
+
+def check_against_whole(name: str, case: Case, world: int, results: list[dict], reduction: str):
+    """One process's loss and gradients, from the definition, against all ranks'."""
+    base = name.removesuffix("_hard")
+    blocks = {"mp_nce": 3, "nt_xent": 2}.get(base, 1)
+    if reduction == "mean":
+        loss, *gradients = theirs(base, case)
+        factor = world
+        for result in results:
+            assert close(result["loss"], loss), name
+    else:
+        leaves = [leaf.clone().requires_grad_() for leaf in case.leaves]
+        per_anchor = LOSSES[base].oracle(*leaves, static=case.static)
+        weights = torch.arange(1, len(per_anchor) + 1, dtype=torch.float64)
+        gradients = torch.autograd.grad((per_anchor * weights).sum(), leaves)
+        factor = 1
+        sizes = SIZES[world]
+        for rank, result in enumerate(results):
+            parts = per_anchor.detach().split(sum(sizes))
+            own = torch.cat([part.split(sizes)[rank] for part in parts])
+            assert len(parts) == blocks and close(result["loss"], own), name
+    whole = replace(case, leaves=list(gradients), static={})
+    for rank, result in enumerate(results):
+        wanted = share(name, whole, world, rank).leaves
+        for index in range(case.features):
+            assert close(result["gradients"][index], factor * wanted[index]), (name, index)
+    for index in range(case.features, len(gradients)):
+        total = sum(result["gradients"][index] for result in results)
+        want = gradients[index]
+        # tables are read with a <= b: nothing below the diagonal has a gradient of its own
+        assert close(total / factor, want if want.ndim < 2 else want.triu()), (name, index)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("world", SIZES)
+def test_ranks_equal_one_process(
+    ranks: Callable[[int], Any], world: int, name: str, way: str, backend: str
+) -> None:
+    torch.manual_seed(0)
+    case = make(name, world)
+    for reduction in ("mean", "none"):
+        results = [r[name, way, backend, reduction] for r in ranks(world)]
+        check_against_whole(name, case, world, results, reduction)
+    assert all(r[name, way, "same bits"] for r in ranks(world))
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world", SIZES)
+def test_accuracies_are_the_whole_batchs(ranks: Callable[[int], Any], world: int) -> None:
+    for name in ("clip", "info_nce", "mp_nce", "nt_xent"):
+        torch.manual_seed(0)
+        case = make(name, world)
+        metrics: dict[str, Tensor] = {}
+        LOSSES[name].run(case.leaves, case.static, metrics=metrics)
+        for way in WAYS:
+            for result in ranks(world):
+                found = result[name, way, "torch", "mean"]["metrics"]
+                assert found.keys() == metrics.keys()
+                assert all(abs(found[key] - metrics[key]) < 1e-12 for key in metrics)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_bytes_exchanged(ranks: Callable[[int], Any], world: int) -> None:
+    """At most 0.55 and 0.8 of open_clip's; what is sent is what the formulas say."""
+    rows, width = 32, 64
+    for results in ranks(world):
+        for dtype in (torch.float32, torch.bfloat16):
+            eager = results["counts"]["gather"]["open_clip", dtype]["outside"]
+            block = (world - 1) * rows * width * dtype.itemsize
+            assert eager == 4 * block
+            lines = 16 * (world - 1) * rows
+            for way, products, most in (("gather", 2, 0.55), ("ring", 3, 0.8)):
+                count = results["counts"][way]["clip", dtype]
+                # and the loss itself, summed over the ranks
+                assert 0 <= count["inside"] - products * block - lines <= 8
+                assert count["inside"] <= most * eager
+            for way in WAYS:
+                for name in ("siglip", "info_nce", "nt_xent", "sup_con"):
+                    count = results["counts"][way][name, dtype]
+                    assert abs(count["inside"] - count["outside"]) <= 8
+                siglip = results["counts"][way]["siglip", dtype]["inside"]
+                assert 0 <= siglip - 2 * block <= 8
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_products_of_a_rank(ranks: Callable[[int], Any], world: int) -> None:
+    """In units of n x N x D: open_clip needs 6. Symmetric losses: of a strip of its own blocks."""
+    wanted = {"clip": 4, "siglip": 3, "info_nce": 3, "nt_xent": 3 * 4, "sup_con": 3}
+    for results in ranks(world):
+        for way in WAYS:
+            for name, products in wanted.items():
+                if (way, name) == ("ring", "info_nce"):
+                    products = 4
+                assert results["counts"][way][name, torch.float32]["products"] == products
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("world", [2, 4])
+def test_low_precision_keeps_the_error_rule(
+    ranks: Callable[[int], Any], world: int, way: str
+) -> None:
+    """bf16 and float16 features, partial gradients exchanged in them; Triton's kernels in float32.
+
+    A partial gradient is rounded once on its way, so a gradient of W of them has W roundings.
+    """
+    for name in ("clip", "siglip", "mp_nce", "sup_con"):
+        case = make(name, world)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            low = case.cast(dtype)
+            eager, truth = theirs(name, low), theirs(name, low.double())
+            results = [r["low precision"][way][name, dtype] for r in ranks(world)]
+            gradients = replace(case, leaves=truth[1:], static={})
+            eps = torch.finfo(dtype).eps
+            for rank, result in enumerate(results):
+                wanted = share(name, gradients, world, rank).leaves
+                for index in range(case.features):
+                    error = (result[1 + index] / world - wanted[index]).abs().max()
+                    own_error = (eager[1 + index].double() - truth[1 + index]).abs().max()
+                    units = (8 + world) * eps + 18 * torch.finfo(torch.float32).eps
+                    size = max(truth[1 + index].abs().max().item(), 1 / divisor(name, case))
+                    assert error <= 2 * own_error + units * size, (name, dtype, index)
+
+
+@pytest.mark.dist
+def test_graphs_have_no_break(ranks: Callable[[int], Any]) -> None:
+    for results in ranks(2):
+        assert results["compiled"] == [True] * 4
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("way", WAYS)
+def test_any_process_group(ranks: Callable[[int], Any], way: str) -> None:
+    results = [r["subgroup"][way] for r in ranks(4) if r["subgroup"]]
+    check_against_whole("clip", make("clip", 2), 2, results, "mean")
