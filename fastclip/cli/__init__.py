@@ -17,6 +17,7 @@ COMMANDS = {
     "data": "look at data: a contact sheet of images with captions",
     "quickstart": "train and evaluate a small model on the embedded data",
     "convert": "make shards from other formats",
+    "plan": "count memory, bytes and FLOP of a global batch on many GPUs; choose a setting",
     "bench": "time operators beside their rivals",
     "info": "versions, devices, and which implementation each operator uses",
 }

@@ -1,0 +1,148 @@
+"""What a training step costs each rank, in bytes and FLOP: pure functions of sizes.
+
+Names: N global batch, W ranks (one a GPU), n = N / W rows of a rank, D width of the features,
+b bytes of a feature in the loss, P parameters, k micro-batches a step.
+"""
+
+from typing import NamedTuple
+
+from fastclip.device import AUTOCAST_DTYPES
+from fastclip.ops.tiles import chunk_rows
+
+ENGINES = ("torch", "zero1", "zero2", "zero3")
+WAYS = ("gather", "ring")
+# Products of n x N x D, forward and backward. Of symmetric losses the rows count in all blocks.
+PRODUCTS = {"clip": 4, "siglip": 3, "symmetric": 3, "open_clip": 6}
+SYMMETRIC_ALONE = 2
+# In numbers: reduce_bucket_size of the shipped configurations, of which overlap_comm holds two;
+# DeepSpeed's default of stage3_max_live_parameters.
+ZERO_BUCKET = 200_000_000
+ZERO_LIVE = 1_000_000_000
+# The chunked implementation holds so many matrices of a chunk at once; the Triton kernels one.
+CHUNK_MATRICES = 3
+
+
+class LossBytes(NamedTuple):
+    """What one rank receives in a step for the loss."""
+
+    features: int
+    features_again: int
+    gradient_partials: int
+    column_statistics: int
+    column_gradients: int
+
+    @property
+    def total(self) -> int:
+        """All together."""
+        return sum(self)
+
+
+def bytes_per_rank(
+    loss: str, way: str, rows: int, ranks: int, width: int, b: int, blocks: int = 1
+) -> LossBytes:
+    """Bytes one rank receives for the features, their gradients and the columns' statistics.
+
+    Args:
+        loss: "clip", "siglip", "symmetric" (NT-Xent, SupCon, MP-NCE), or "open_clip" (its loss with
+            local_loss and gather_with_grad).
+        way: "gather" or "ring".
+        rows: n. ranks: W. width: D.
+        b: bytes of a feature as it is exchanged.
+        blocks: views of a pair, of a symmetric loss.
+    """
+    lines = 8 * (ranks - 1) * rows * blocks
+    unit = (ranks - 1) * rows * blocks * width * b
+    again = unit if way == "ring" else 0
+    if loss == "open_clip":
+        # images and texts, forward and backward
+        return LossBytes(2 * unit, 0, 2 * unit, 0, 0)
+    if loss == "siglip":
+        return LossBytes(unit, 0, unit, 0, 0)
+    if loss == "symmetric":
+        # a rank owns its gradient whole, and no column is shared
+        return LossBytes(unit, again, 0, 0, lines)
+    return LossBytes(unit, again, unit, lines, lines)
+
+
+def reduction_bytes(
+    engine: str, parameters: int, ranks: int, micro_batches: int, itemsize: int = 2
+) -> int:
+    """Bytes one rank receives in a step for parameters and their gradients.
+
+    Data-parallel torch reduces float32 gradients once a step. ZeRO-1 scatters gradients and gathers
+    parameters once; ZeRO-2 scatters once a micro-batch; ZeRO-3 does that too and gathers the
+    parameters for every forward and every backward of a micro-batch instead.
+
+    Args:
+        engine: one of `ENGINES`.
+        itemsize: bytes of a parameter and a gradient under ZeRO.
+    """
+    share = (ranks - 1) * parameters / ranks
+    if engine == "torch":
+        return round(2 * share * 4)
+    passes = 2 if micro_batches == 1 else 3
+    transfers = {"zero1": 2, "zero2": micro_batches + 1, "zero3": (1 + passes) * micro_batches}
+    return round(transfers[engine] * share * itemsize)
+
+
+def loss_flop(loss: str, rows: int, ranks: int, width: int, blocks: int = 1) -> int:
+    """FLOP of a rank's loss, forward and backward; `blocks` views of a pair if symmetric."""
+    products = SYMMETRIC_ALONE if loss == "symmetric" and ranks == 1 else PRODUCTS[loss]
+    return products * 2 * (blocks * rows) * (blocks * rows * ranks) * width
+
+
+def tower_flop(forward: int, rows: int, *, accumulating: bool, checkpointing: bool) -> int:
+    """FLOP of a rank's towers: a backward is two forwards, the two options add one each."""
+    return forward * rows * (3 + accumulating + checkpointing)
+
+
+def loss_memory(
+    loss: str, way: str, rows: int, ranks: int, width: int, b: int, chunk_bytes: int = 0
+) -> dict[str, int]:
+    """Bytes of a rank's loss by part, all counted as if they were alive at once.
+
+    Args:
+        chunk_bytes: of the chunk of S; 0 is the operators' default on CUDA.
+    """
+    N, nD = rows * ranks, rows * width
+    ring = way == "ring" and ranks > 1
+    columns = rows if ring else N
+    alone = ranks == 1
+    chunk = chunk_rows(rows, columns, 4, chunk_bytes, "cuda") * columns * 4
+    parts = {"own features": 2 * nD * b, "own gradients": 2 * nD * 4}
+    if ring:
+        parts |= {"two blocks of texts": 2 * nD * b, "a block's gradient": nD * 4}
+        parts |= {"gradient partials, sent and received": 2 * nD * b}
+    elif not alone:
+        parts |= {"all texts": N * width * b, "all texts' gradient": N * width * 4}
+        parts |= {"gradient partials, sent and received": 2 * N * width * b}
+    # row and column (max, sum), log-sum-exps and upstream gradients; their partials by exchange
+    statistics = 16 * rows + 16 * N + (0 if alone else 8 * N)
+    parts["statistics"] = 8 * rows if loss == "siglip" else statistics
+    parts["chunks of S"] = CHUNK_MATRICES * chunk
+    return parts
+
+
+def state_memory(engine: str, parameters: int, ranks: int, precision: str) -> dict[str, int]:
+    """Bytes of a rank's parameters, gradients, Adam's state and the engine's buffers.
+
+    torch keeps float32 parameters under autocast. ZeRO has parameters and gradients in the low
+    precision (float32 at fp32), a float32 master copy and two moments (12 bytes a parameter), and
+    divides the latter by the ranks, at stage 2 also gradients, at stage 3 also parameters.
+    """
+    if engine == "torch":
+        # data-parallel training keeps a second copy of the gradients, its buckets
+        buckets = 4 * parameters if ranks > 1 else 0
+        own = {"parameters": 4 * parameters, "gradients": 4 * parameters}
+        return own | {"Adam": 8 * parameters, "buckets": buckets}
+    stage = int(engine[-1])
+    size = 4 if AUTOCAST_DTYPES[precision] is None else 2
+    buffers = 2 * min(parameters, ZERO_BUCKET)
+    if stage == 3:
+        buffers += min(parameters, ZERO_LIVE)
+    return {
+        "parameters": size * parameters // (ranks if stage == 3 else 1),
+        "gradients": size * parameters // (ranks if stage >= 2 else 1),
+        "Adam": 12 * parameters // ranks,
+        "buckets": size * buffers,
+    }
