@@ -1,19 +1,34 @@
 """`fastclip train [--config FILE|RECIPE] [--FLAG VALUE ...]`."""
 
+import os
 import sys
 from collections.abc import Sequence
 
+from fastclip.train import stop, watch
 from fastclip.train.config import parse
+from fastclip.train.distributed import DeadRankError
 from fastclip.train.health import NonFiniteError
 from fastclip.train.loop import train
+from fastclip.train.stop import StoppedError
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Train; 0 on success, 3 if the run stopped at a non-finite loss or gradient."""
+    """Train; the process's exit status.
+
+    0: trained. 3: stopped at a non-finite loss or gradient. 4: another rank ended, or no data
+    came. 75: SIGTERM or SIGUSR1 received and a checkpoint saved; --resume latest goes on.
+    """
     try:
         run = train(parse(arguments))
     except NonFiniteError as error:
         print(f"fastclip train: stopped: {error}", file=sys.stderr)
         return 3
+    except DeadRankError as error:
+        print(f"fastclip train: stopped: {error}", file=sys.stderr, flush=True)
+        # process groups with a dead member do not close
+        os._exit(watch.EXIT_STATUS)
+    except StoppedError as error:
+        print(f"fastclip train: saved and stopped: {error} --resume latest", file=sys.stderr)
+        return stop.EXIT_STATUS
     print(run)
     return 0

@@ -4,6 +4,7 @@ A batch is never short: a sample that cannot be read is replaced by one that a h
 (seed, epoch, position) chooses, and the fault is reported with the batch.
 """
 
+import itertools
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -108,11 +109,15 @@ class EvaluationSamples(Dataset[dict[str, Any]]):
 class _Positions(Sampler[list[tuple[int, int]]]):
     """One rank's batches of (epoch, position) of one epoch from a given step on.
 
-    The ranks' batches of a step lie side by side: together they are the next positions.
+    The ranks' batches of a step lie side by side: together they are the next positions. Each is
+    cut into so many micro-batches.
     """
 
-    def __init__(self, batch_size: int, steps: int, rank: int, world_size: int) -> None:
+    def __init__(
+        self, batch_size: int, micro_batches: int, steps: int, rank: int, world_size: int
+    ) -> None:
         self.batch_size = batch_size
+        self.micro_batches = micro_batches
         self.steps = steps
         self.rank = rank
         self.world_size = world_size
@@ -120,12 +125,14 @@ class _Positions(Sampler[list[tuple[int, int]]]):
         self.first_step = 0
 
     def __len__(self) -> int:
-        return self.steps - self.first_step
+        return (self.steps - self.first_step) * self.micro_batches
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for step in range(self.first_step, self.steps):
-            start = (step * self.world_size + self.rank) * self.batch_size
-            yield [(self.epoch, start + i) for i in range(self.batch_size)]
+            first = (step * self.world_size + self.rank) * self.micro_batches
+            for number in range(first, first + self.micro_batches):
+                start = number * self.batch_size
+                yield [(self.epoch, start + i) for i in range(self.batch_size)]
 
 
 class TrainingLoader:
@@ -133,7 +140,8 @@ class TrainingLoader:
 
     Args:
         samples: what to load.
-        batch_size: samples a step on this rank.
+        batch_size: samples of a micro-batch on this rank.
+        micro_batches: how many of them make a step.
         epoch_samples: samples an epoch; None for all. What does not fill a batch of all ranks is
             left out, so that every rank makes the same number of steps.
         workers: loader processes; 0 loads in this one.
@@ -152,6 +160,7 @@ class TrainingLoader:
         samples: TrainingSamples,
         batch_size: int,
         *,
+        micro_batches: int = 1,
         epoch_samples: int | None = None,
         workers: int = 0,
         pin_memory: bool = False,
@@ -160,15 +169,18 @@ class TrainingLoader:
     ) -> None:
         available = len(samples.order)
         length = available if epoch_samples is None else min(epoch_samples, available)
-        self.steps_per_epoch = length // (batch_size * world_size)
+        batch = batch_size * micro_batches * world_size
+        self.steps_per_epoch = length // batch
         if self.steps_per_epoch == 0:
-            batch = batch_size * world_size
             raise ValueError(
                 f"an epoch of {length} samples does not fill one batch of {batch}; "
                 "lower --batch-size or give more data"
             )
         self.identity = {"seed": samples.order.seed, "counts": hash64(*samples.order.counts)}
-        self._positions = _Positions(batch_size, self.steps_per_epoch, rank, world_size)
+        self.micro_batches = micro_batches
+        self._positions = _Positions(
+            batch_size, micro_batches, self.steps_per_epoch, rank, world_size
+        )
         self._loader: DataLoader[dict[str, Any]] = DataLoader(
             samples,
             batch_sampler=self._positions,
@@ -182,10 +194,16 @@ class TrainingLoader:
         )
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[dict[str, Any]]:
-        """The batches of `epoch` from `first_step` on."""
+        """The micro-batches of `epoch` from `first_step` on, those of a step in a row."""
         self._positions.epoch = epoch
         self._positions.first_step = first_step
         return iter(self._loader)
+
+    def steps(self, epoch: int, first_step: int = 0) -> Iterator[list[dict[str, Any]]]:
+        """The micro-batches of each step of `epoch` from `first_step` on."""
+        batches = self.batches(epoch, first_step)
+        while step := list(itertools.islice(batches, self.micro_batches)):
+            yield step
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -80,6 +80,15 @@ def find_latest(folder: Path) -> Path | None:
     return None
 
 
+def named(folder: Path, prefix: str) -> list[Path]:
+    """The checkpoints whose names begin so, with or without a manifest, in order of their names.
+
+    They are files (.pt), or folders where the training was DeepSpeed's.
+    """
+    found = [p for p in folder.glob(f"{prefix}*") if p.suffix == ".pt" or p.is_dir()]
+    return sorted(path for path in found if PARTIAL_SUFFIX not in path.name)
+
+
 def run_of(path: Path) -> Path:
     """The run's folder of a run's folder or of a checkpoint inside it."""
     return path if path.is_dir() else path.parent.parent

@@ -82,7 +82,10 @@ class TrainConfig:
     """Probability of a horizontal flip."""
 
     batch_size: int = 128
-    """Samples a step."""
+    """Samples a micro-batch of one process; times --accum-freq and the processes, of a step."""
+    accum_freq: int = 1
+    """Micro-batches a step. Their gradient is exactly that of the whole batch, of every parameter;
+    the towers run forward twice."""
     epochs: int = 32
     """Passes over the data."""
     lr: float = 5e-4
@@ -103,8 +106,28 @@ class TrainConfig:
     """Greatest norm of the gradient; larger ones are scaled down."""
     label_smoothing: float = 0.0
     """Mass of the loss's target spread over all candidates."""
+    local_loss: bool = False
+    """open_clip's flag; the work is shared among the processes in any case."""
+    gather_with_grad: bool = True
+    """open_clip's flag; without it the gradient would not be the full batch's."""
+    loss_dist_impl: Literal["gather", "ring", "bidir", "shift", "reduce"] = "gather"
+    """How processes exchange features: all at once (gather; reduce), or one process's after the
+    other in less memory (ring; bidir, shift)."""
     loss_backend: str = "auto"
     """Implementation of the loss: auto, torch or reference."""
+
+    deepspeed: bool = False
+    """Train with DeepSpeed's ZeRO, which shards optimiser, gradients and parameters."""
+    deepspeed_config: str | None = None
+    """DeepSpeed's JSON file, or ds_zero1, ds_zero2, ds_zero3; "auto" there takes our flags."""
+    trust_checkpoint: bool = False
+    """Resume from DeepSpeed's files, which are pickles: they can run any code when loaded."""
+    local_rank: int | None = None
+    """Given by DeepSpeed's launcher; the environment says the same."""
+    dead_rank_timeout: float = 60.0
+    """Seconds without a sign of life after which a rank counts as dead and the others end."""
+    data_timeout: float = 1800.0
+    """Seconds that a rank may wait for a batch before the run ends."""
 
     workers: int = 4
     """Processes that load data; 0 loads in the training process. Does not change the samples."""
@@ -128,7 +151,19 @@ class TrainConfig:
     none."""
 
     def __post_init__(self) -> None:
-        least = {"batch_size": 1, "epochs": 1, "warmup": 0, "workers": 0, "save_frequency": 1}
+        if not self.gather_with_grad:
+            raise ValueError(
+                "--no-gather-with-grad is not the full batch's gradient; leave the flag out"
+            )
+        least = {
+            "accum_freq": 1,
+            "batch_size": 1,
+            "epochs": 1,
+            "warmup": 0,
+            "workers": 0,
+            "save_frequency": 1,
+        }
+        least |= {"dead_rank_timeout": 5, "data_timeout": 1}
         least |= {"val_frequency": 1, "log_every_n_steps": 1, "lr": 0, "wd": 0, "shuffle_window": 1}
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
@@ -151,6 +186,10 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; give a positive number")
+
+    def step_samples(self, processes: int) -> int:
+        """Samples of a step over all processes."""
+        return self.batch_size * self.accum_freq * processes
 
     @property
     def reporters(self) -> set[str]:

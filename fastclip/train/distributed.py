@@ -1,4 +1,4 @@
-"""Data-parallel processes, as torchrun starts them; a single process is a world of one."""
+"""Data-parallel processes, as torchrun or deepspeed starts them; one alone is a world of one."""
 
 import io
 import os
@@ -15,6 +15,10 @@ from torch import nn
 from fastclip.device import choose_device
 
 WAIT = timedelta(hours=2)
+
+
+class DeadRankError(RuntimeError):
+    """Another rank has ended or gives no sign of life."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,14 @@ class World:
         encoded: list[bytes] = [b""] * self.size
         dist.all_gather_object(encoded, buffer.getvalue())
         return [torch.load(io.BytesIO(one), weights_only=True) for one in encoded]
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up on any rank, on all ranks."""
+        if self.size == 1:
+            return flag
+        raised = torch.tensor(int(flag), dtype=torch.int32, device=self.device)
+        dist.all_reduce(raised, dist.ReduceOp.MAX)
+        return bool(raised.item())
 
     def barrier(self) -> None:
         """Wait for all processes."""
@@ -86,9 +98,14 @@ def world(device: str) -> Iterator[World]:
         chosen = torch.device("cuda", local_rank)
         torch.cuda.set_device(chosen)
     # the first rank evaluates while the others wait, which may take longer than NCCL's ten minutes;
-    # a rank that dies is noticed by torchrun, not by this
+    # a rank that dies is noticed by `watch.py`, not by this
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=WAIT)
     try:
         yield World(rank, size, chosen)
-    finally:
+    except DeadRankError:
+        # a group with a dead member may not close
+        raise
+    except BaseException:
         dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()

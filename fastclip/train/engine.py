@@ -2,6 +2,8 @@
 
 import functools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -9,7 +11,9 @@ from torch import Tensor, nn
 
 from fastclip.device import AUTOCAST_DTYPES, autocast
 from fastclip.losses.clip import ClipLoss
+from fastclip.models import checkpoint
 from fastclip.models.clip import Model
+from fastclip.train.accumulate import accumulate, refuse_batch_norm
 from fastclip.train.config import TrainConfig
 from fastclip.train.distributed import World
 from fastclip.train.health import NOTHING, NonFiniteError, first_non_finite
@@ -36,10 +40,12 @@ class Engine:
         self.model, self.config, self.world = model.model, config, world
         self.norm = torch.zeros(())
         self.skipped = 0
+        refuse_batch_norm(self.model, config.accum_freq)
         if config.grad_checkpointing:
             self.model.set_grad_checkpointing(True)  # type: ignore[operator]
         self._loss = ClipLoss(
             gather_with_grad=True,
+            dist="ring" if config.loss_dist_impl in ("ring", "bidir", "shift") else "gather",
             rank=world.rank,
             world_size=world.size,
             label_smoothing=config.label_smoothing,
@@ -68,8 +74,28 @@ class Engine:
 
     @property
     def logit_scale(self) -> float:
-        """The exponentiated logit scale."""
+        """The exponentiated logit scale; asked for on all ranks."""
         return self.model.get_parameter("logit_scale").exp().item()
+
+    def save(self, path: Path, training: dict[str, Any]) -> None:
+        """Write a checkpoint, whole or not at all; called on all ranks.
+
+        Args:
+            path: without suffix; the engine knows whether it is a file or a folder.
+            training: what belongs to the run besides the engine, see `state.training_state`.
+
+        Raises:
+            OSError: on all ranks alike; nothing that was there is lost.
+        """
+        raise NotImplementedError
+
+    def load(self, content: dict[str, Any]) -> None:
+        """Take over the checkpoint that `checkpoint.read` gave.
+
+        Raises:
+            ValueError: it is of another model or engine.
+        """
+        raise NotImplementedError
 
     def _inputs(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Normalised float images with channels innermost, and tokens, on the device."""
@@ -82,7 +108,8 @@ class Engine:
         """The loss of a whole batch's outputs."""
         # a bias cancels, but data-parallel training wants a gradient of every parameter
         features = output["image_features"], output["text_features"]
-        return self._loss(*features, output["logit_scale"], output.get("logit_bias"))
+        with self._autocast:
+            return self._loss(*features, output["logit_scale"], output.get("logit_bias"))
 
     def _refuse(self, loss: Tensor, batches: Sequence[dict[str, Any]]) -> NoReturn:
         """Raise for a loss or gradient that is not finite, and name where it began."""
@@ -108,18 +135,22 @@ class TorchEngine(Engine):
         super().__init__(model, config, world)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.model, config)
-        towers = world.wrap(self.model)
-        self._towers = torch.compile(towers) if config.torchcompile else towers
+        self._parallel: Any = world.wrap(self.model)
+        self._towers = torch.compile(self._parallel) if config.torchcompile else self._parallel
         scaled = AUTOCAST_DTYPES[config.precision] == torch.float16
         self._scaler = torch.amp.GradScaler(world.device.type, enabled=scaled)
 
     def backward(self, batches: Sequence[dict[str, Any]]) -> Tensor:
         """See `Engine.backward`; the gradients, unscaled, are in the parameters."""
-        (batch,) = batches
-        with self._autocast:
-            loss = self._whole_loss(self._towers(*self._inputs(batch)))
         self.optimizer.zero_grad(set_to_none=True)
-        self._scaler.scale(loss).backward()
+        loss = accumulate(
+            self._forward,
+            batches,
+            self._whole_loss,
+            shared=SHARED,
+            scale_loss=self._scaler.scale,
+            context=self._reduce_once,
+        )
         self._scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         self.norm = nn.utils.get_total_norm(gradients)
@@ -127,7 +158,17 @@ class TorchEngine(Engine):
         if not torch.isfinite(loss) or (overflow and not self._scaler.is_enabled()):
             self._refuse(loss, batches)
         self.skipped += int(overflow)
-        return loss.detach()
+        return loss
+
+    def _forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        with self._autocast:
+            return self._towers(*self._inputs(batch))
+
+    def _reduce_once(self, last: bool) -> AbstractContextManager[Any]:
+        """Gradients are averaged over the ranks with the last micro-batch's backward."""
+        if last or self.world.size == 1:
+            return nullcontext()
+        return self._parallel.no_sync()
 
     def update(self, rate: float) -> None:
         """See `Engine.update`."""
@@ -139,22 +180,30 @@ class TorchEngine(Engine):
         self._scaler.update()
         clamp_logit_scale(self.model)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Model, optimiser and loss scale, under open_clip's names."""
-        return {
-            "state_dict": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self._scaler.state_dict(),
-        }
+    def save(self, path: Path, training: dict[str, Any]) -> None:
+        """See `Engine.save`: one file, under open_clip's names, written by the first rank."""
+        problem = None
+        if self.world.is_first:
+            content = {
+                **training,
+                "state_dict": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self._scaler.state_dict(),
+            }
+            try:
+                checkpoint.write(path.with_suffix(".pt"), content)
+            except OSError as error:
+                problem = str(error)
+        problem = self.world.gather(problem)[0]
+        if problem is not None:
+            raise OSError(problem)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave.
-
-        Raises:
-            ValueError: the state is of another model.
-        """
+    def load(self, content: dict[str, Any]) -> None:
+        """See `Engine.load`."""
+        if "state_dict" not in content:
+            raise ValueError("the checkpoint is DeepSpeed's; go on with --deepspeed")
         try:
-            self.model.load_state_dict(state["state_dict"])
+            self.model.load_state_dict(content["state_dict"])
         except RuntimeError as error:
             name = self.config.model
             raise ValueError(f"the checkpoint is not of model {name}: {error}") from error
@@ -162,9 +211,19 @@ class TorchEngine(Engine):
             {key: value for key, value in group.items() if key != "params"}
             for group in self.optimizer.param_groups
         ]
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(content["optimizer"])
         # moments from the checkpoint, decay rates and the like from the configuration
         for group, own in zip(self.optimizer.param_groups, options, strict=True):
             group.update(own)
-        if state.get("scaler"):
-            self._scaler.load_state_dict(state["scaler"])
+        if content.get("scaler"):
+            self._scaler.load_state_dict(content["scaler"])
+
+
+def build_engine(model: Model, config: TrainConfig, world: World) -> Engine:
+    """The engine that the configuration asks for."""
+    if config.deepspeed:
+        # an installation of its own
+        from fastclip.train.zero import DeepSpeedEngine
+
+        return DeepSpeedEngine(model, config, world)
+    return TorchEngine(model, config, world)

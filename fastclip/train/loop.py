@@ -2,9 +2,11 @@
 
 import os
 import resource
+import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,12 @@ from tqdm import tqdm
 
 from fastclip.data.loader import FaultLog
 from fastclip.data.order import hash64
-from fastclip.models import checkpoint
 from fastclip.models.clip import create
+from fastclip.ops.collectives import count_bytes
 from fastclip.train import state
 from fastclip.train.config import TrainConfig
 from fastclip.train.distributed import World, world
-from fastclip.train.engine import TorchEngine
+from fastclip.train.engine import Engine, build_engine
 from fastclip.train.health import Hints, NonFiniteError
 from fastclip.train.log import RunLog, plot_loss
 from fastclip.train.optim import learning_rate
@@ -30,22 +32,30 @@ from fastclip.train.setup import (
     read_resumed,
     write_description,
 )
+from fastclip.train.stop import StoppedError, StopSignals
 from fastclip.train.validate import Validator
+from fastclip.train.watch import Watch
 
 
 def train(config: TrainConfig) -> Path:
-    """Train, alone or as one of torchrun's processes; returns the run's folder.
+    """Train, alone or as one of several processes; returns the run's folder.
 
     Raises:
         FileExistsError: the run's folder exists and --resume is not given.
         NonFiniteError: a step's loss or gradient is not finite; nothing of it was applied.
+        StoppedError: SIGTERM or SIGUSR1 asked to stop; a checkpoint was saved.
+        DeadRankError: another rank has ended.
+        OSError: the last checkpoint of the run could not be written.
         ValueError, FileNotFoundError: the configuration or the data cannot be used.
     """
-    with world(config.device) as here:
-        return _train(named(config, here), here)
+    with StopSignals() as stop, world(config.device) as here:
+        run = _train(named(config, here), here, stop)
+    if stop.received is not None:
+        raise StoppedError(f"{stop.received.name} received; go on with --name {run.name}")
+    return run
 
 
-def _train(config: TrainConfig, here: World) -> Path:
+def _train(config: TrainConfig, here: World, stop: StopSignals) -> Path:
     run = Path(config.logs) / str(config.name)
     resumed = read_resumed(config, run, here)
     if config.deterministic:
@@ -58,13 +68,14 @@ def _train(config: TrainConfig, here: World) -> Path:
     model.model.to(memory_format=torch.channels_last)
     loader = build_loader(config, model, here)
     validator = Validator(config, model) if config.val_data and here.is_first else None
-    engine = TorchEngine(model, config, here)
+    engine = build_engine(model, config, here)
+    samples = config.step_samples(here.size)
     step = epoch = step_in_epoch = 0
     if resumed is not None:
         check_same_data(resumed, loader, here)
-        engine.load_state_dict(resumed)
+        engine.load(resumed)
         step, epoch = resumed["step"], resumed["data"]["epoch"]
-        step_in_epoch = resumed["data"]["position"] // (config.batch_size * here.size)
+        step_in_epoch = resumed["data"]["position"] // samples
 
     # no rank may look for the folder after the first has made it
     here.barrier()
@@ -74,7 +85,7 @@ def _train(config: TrainConfig, here: World) -> Path:
         write_description(run, config, model)
         announce(config, here, model.model, loader, step)
     log = RunLog(run, step, config) if here.is_first else None
-    faults, hints = FaultLog(), Hints(config.batch_size * here.size, config.warmup)
+    faults, hints = FaultLog(), Hints(samples, config.warmup)
     total_steps = config.epochs * loader.steps_per_epoch
     # last of the set-up, so that nothing of it draws from these streams
     if resumed is not None and here.rank < len(resumed["rng"]):
@@ -84,71 +95,97 @@ def _train(config: TrainConfig, here: World) -> Path:
     # as large as model and optimiser together
     del resumed
 
-    def save(name: str) -> None:
-        position = step_in_epoch * config.batch_size * here.size
+    def save(name: str, *, needed: bool) -> bool:
+        """Whether it was written; a failure ends the run only where the checkpoint is needed."""
+        position = step_in_epoch * samples
         streams = here.gather(state.rng_state(here.device))
-        if here.is_first:
-            data = {**loader.identity, "epoch": epoch, "position": position}
-            content = state.capture(engine, config, streams, data, step)
-            checkpoint.write(checkpoints / name, content)
-        here.barrier()
+        data = {**loader.identity, "epoch": epoch, "position": position}
+        try:
+            engine.save(checkpoints / name, state.training_state(config, streams, data, step))
+        except OSError as error:
+            kept = f"checkpoint {name} could not be written: {error}; earlier ones are kept"
+            if needed:
+                raise OSError(f"{kept} in {checkpoints}") from error
+            bar.write(f"warning: {kept}, the run goes on", file=sys.stderr)
+            return False
+        return True
 
     quiet = None if here.is_first else True
     bar = tqdm(total=total_steps, initial=step, unit="step", disable=quiet, dynamic_ncols=True)
-    meter = _Meter(config.batch_size * here.size)
+    meter = _Meter(samples)
+    watch = Watch(here, dead_after=config.dead_rank_timeout, data_within=config.data_timeout)
     try:
-        while epoch < config.epochs:
-            model.model.train()
-            for batch in meter.waiting(loader.batches(epoch, step_in_epoch)):
-                for fault in faults.add(batch["faults"]):
-                    bar.write(f"skipped {fault}", file=sys.stderr)
-                loss = _backward(engine, batch, step, checkpoints)
-                done = epoch * loader.steps_per_epoch + step_in_epoch
-                rate = learning_rate(config, done, total_steps)
-                engine.update(rate)
-                step, step_in_epoch = step + 1, step_in_epoch + 1
-                meter.step()
-                bar.update()
-                if config.log_sample_ids:
-                    keys = [key for part in here.gather(batch["key"]) for key in part]
-                    if log is not None:
-                        log.samples(step, keys)
-                if log is not None and (
-                    step % config.log_every_n_steps == 0 or done + 1 == total_steps
-                ):
-                    values = {
-                        "loss": loss.item(),
-                        "grad_norm": engine.norm.item(),
-                        "lr": rate,
-                        "logit_scale": engine.logit_scale,
-                        "epoch": epoch + step_in_epoch / loader.steps_per_epoch,
-                        **meter.read(here.device),
-                    }
-                    log.metrics(step, values)
-                    _show(bar, step, values)
-                    for hint in hints.observe(step, values):
-                        bar.write(f"hint: {hint}", file=sys.stderr)
-                # the end of an epoch has a checkpoint of its own
-                at_end = step_in_epoch == loader.steps_per_epoch
-                if config.save_every_steps and step % config.save_every_steps == 0 and not at_end:
-                    save(f"step_{step:08d}.pt")
-                    if here.is_first:
-                        state.prune_step_checkpoints(checkpoints)
+        with watch:
+            stopping = False
+            while epoch < config.epochs and not stopping:
+                model.model.train()
+                steps = loader.steps(epoch, step_in_epoch)
+                for batches in meter.waiting(steps, watch.waiting_for_data):
+                    for fault in faults.add([f for batch in batches for f in batch["faults"]]):
+                        bar.write(f"skipped {fault}", file=sys.stderr)
+                    with count_bytes() as exchange:
+                        loss = _backward(engine, batches, step, checkpoints)
+                    done = epoch * loader.steps_per_epoch + step_in_epoch
+                    rate = learning_rate(config, done, total_steps)
+                    engine.update(rate)
+                    step, step_in_epoch = step + 1, step_in_epoch + 1
+                    meter.step()
+                    bar.update()
+                    if config.log_sample_ids:
+                        own = [key for batch in batches for key in batch["key"]]
+                        keys = [key for part in here.gather(own) for key in part]
+                        if log is not None:
+                            log.samples(step, keys)
+                    telling = step % config.log_every_n_steps == 0 or done + 1 == total_steps
+                    # where parameters are sharded all ranks have to ask
+                    scale = engine.logit_scale if telling else 0.0
+                    if log is not None and telling:
+                        values = {
+                            "loss": loss.item(),
+                            "grad_norm": engine.norm.item(),
+                            "lr": rate,
+                            "logit_scale": scale,
+                            "epoch": epoch + step_in_epoch / loader.steps_per_epoch,
+                            "loss_exchange_mib": exchange.received / 2**20,
+                            **meter.read(here.device),
+                        }
+                        log.metrics(step, values)
+                        _show(bar, step, values)
+                        for hint in hints.observe(step, values):
+                            bar.write(f"hint: {hint}", file=sys.stderr)
+                    stopping = here.any(stop.received is not None)
+                    # the end of an epoch has a checkpoint of its own
+                    if step_in_epoch == loader.steps_per_epoch:
+                        break
+                    due = config.save_every_steps and step % config.save_every_steps == 0
+                    if due or stopping:
+                        saved = save(f"step_{step:08d}", needed=stopping)
+                        if saved and here.is_first:
+                            state.prune_step_checkpoints(checkpoints)
+                    if stopping:
+                        break
+                if step_in_epoch < loader.steps_per_epoch:
+                    break
 
-            epoch, step_in_epoch = epoch + 1, 0
-            last = epoch == config.epochs
-            due = epoch % config.save_frequency == 0 or last
-            try:
-                if validator and log and (epoch % config.val_frequency == 0 or last):
-                    metrics = validator()
-                    log.metrics(step, metrics)
-                    bar.write(f"epoch {epoch}: {_readable(metrics)}", file=sys.stderr)
-            finally:
-                # an evaluation that fails must not cost the epoch
-                if due:
-                    save(f"epoch_{epoch}.pt")
-            if due and config.delete_previous_checkpoint and here.is_first:
-                state.prune_epoch_checkpoints(checkpoints, keep=epoch)
+                epoch, step_in_epoch = epoch + 1, 0
+                last = epoch == config.epochs or stopping
+                due = epoch % config.save_frequency == 0 or last
+                saved = False
+                try:
+                    judged = epoch % config.val_frequency == 0 or last
+                    if validator and log and judged and not stopping:
+                        metrics = validator()
+                        log.metrics(step, metrics)
+                        bar.write(f"epoch {epoch}: {_readable(metrics)}", file=sys.stderr)
+                finally:
+                    # an evaluation that fails must not cost the epoch
+                    if due:
+                        saved = save(f"epoch_{epoch}", needed=last)
+                if saved and config.delete_previous_checkpoint and here.is_first:
+                    state.prune_epoch_checkpoints(checkpoints, keep=epoch)
+            if stopping and stop.received is None:
+                # another rank was asked
+                stop.received = signal.SIGTERM
     finally:
         bar.close()
         if log is not None:
@@ -163,10 +200,10 @@ def _train(config: TrainConfig, here: World) -> Path:
 
 
 def _backward(
-    engine: TorchEngine, batch: dict[str, Any], step: int, checkpoints: Path
+    engine: Engine, batches: list[dict[str, Any]], step: int, checkpoints: Path
 ) -> torch.Tensor:
     try:
-        return engine.backward([batch])
+        return engine.backward(batches)
     except NonFiniteError as error:
         raise NonFiniteError(
             f"step {step + 1}: {error} Checkpoints from before are in {checkpoints}."
@@ -200,14 +237,19 @@ class _Meter:
         self.waited = 0.0
         self.steps = 0
 
-    def waiting(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    def waiting(
+        self,
+        steps: Iterator[list[dict[str, Any]]],
+        watched: Callable[[], AbstractContextManager[None]],
+    ) -> Iterator[list[dict[str, Any]]]:
         while True:
             before = time.perf_counter()
-            batch = next(batches, None)
+            with watched():
+                batches = next(steps, None)
             self.waited += time.perf_counter() - before
-            if batch is None:
+            if batches is None:
                 return
-            yield batch
+            yield batches
 
     def step(self) -> None:
         self.steps += 1

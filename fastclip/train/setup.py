@@ -26,7 +26,7 @@ from fastclip.train.distributed import World
 DEFINES_THE_RUN = (
     *("train_data", "train_data_upsampling_factors", "dataset_type", "csv_img_key"),
     *("csv_caption_key", "csv_separator", "image_root", "templates"),
-    *("train_num_samples", "shuffle_window", "batch_size", "seed"),
+    *("train_num_samples", "shuffle_window", "batch_size", "accum_freq", "seed"),
     *("aug_scale", "aug_flip", "model", "precision", "label_smoothing", "epochs", "warmup"),
     *("torchcompile", "loss_backend", "device"),
     *("lr", "lr_scheduler", "beta1", "beta2", "eps", "wd", "grad_clip_norm"),
@@ -60,6 +60,7 @@ def build_loader(config: TrainConfig, model: Model, world: World) -> TrainingLoa
     return TrainingLoader(
         TrainingSamples(source, order, augmentation, model.tokenizer),
         config.batch_size,
+        micro_batches=config.accum_freq,
         epoch_samples=config.train_num_samples,
         workers=config.workers,
         pin_memory=world.device.type == "cuda",
@@ -119,12 +120,12 @@ def read_resumed(config: TrainConfig, run: Path, world: World) -> dict[str, Any]
             flag = "--" + key.replace("_", "-")
             changed = f"{flag} was {before} and is now {value}"
             _note(world, f"{changed}; the run goes on, but not as it would have")
-    batch = config.batch_size * world.size
+    batch = config.step_samples(world.size)
     if resumed["data"]["position"] % batch:
         raise ValueError(
             f"{path} stands at sample {resumed['data']['position']} of an epoch, which is no "
-            f"multiple of {batch}, the samples of a step; keep --batch-size times the number of "
-            "processes, or resume from an epoch's end"
+            f"multiple of {batch}, the samples of a step; keep --batch-size times --accum-freq "
+            "times the number of processes, or resume from an epoch's end"
         )
     if world.size != len(resumed["rng"]):
         _note(
@@ -164,11 +165,12 @@ def announce(
     dtype = AUTOCAST_DTYPES[config.precision] or torch.float32
     parameters = sum(parameter.numel() for parameter in model.parameters())
     processes = f" x {world.size} processes" if world.size > 1 else ""
+    micro = f" in {config.accum_freq} micro-batches" if config.accum_freq > 1 else ""
     lines = [
         to_yaml(config).rstrip(),
         f"model: {parameters / 1e6:.1f} M parameters on {world.device}{processes}",
-        f"batches: {config.batch_size * world.size} samples, {loader.steps_per_epoch} steps an "
-        f"epoch, {config.epochs * loader.steps_per_epoch} in all, {step} done",
+        f"batches: {config.step_samples(world.size)} samples{micro}, {loader.steps_per_epoch} "
+        f"steps an epoch, {config.epochs * loader.steps_per_epoch} in all, {step} done",
     ]
     for name, status, description in explain("similarity", world.device, dtype):
         lines.append(f"loss: {name}: {status} ({description})")

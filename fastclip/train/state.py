@@ -10,19 +10,14 @@ import torch
 
 from fastclip.models import checkpoint
 from fastclip.train.config import TrainConfig
-from fastclip.train.engine import TorchEngine
 
 KEPT_STEP_CHECKPOINTS = 2
 
 
-def capture(
-    engine: TorchEngine,
-    config: TrainConfig,
-    streams: list[dict[str, Any]],
-    data: dict[str, int],
-    step: int,
+def training_state(
+    config: TrainConfig, streams: list[dict[str, Any]], data: dict[str, int], step: int
 ) -> dict[str, Any]:
-    """Everything the next step depends on.
+    """Everything the next step depends on but what the engine holds.
 
     The first entries have open_clip's names; `epoch` counts finished epochs. `data` is the whole
     state of the data: where in which epoch of which order the next sample lies.
@@ -35,7 +30,6 @@ def capture(
     return {
         "epoch": data["epoch"],
         "name": config.name,
-        **engine.state_dict(),
         "step": step,
         "data": data,
         "rng": streams,
@@ -75,12 +69,12 @@ def restore_rng(state: dict[str, Any], device: torch.device) -> None:
 
 def prune_step_checkpoints(folder: Path) -> None:
     """Delete all step checkpoints but the newest two, oldest first."""
-    for path in sorted(folder.glob("step_*.pt"))[:-KEPT_STEP_CHECKPOINTS]:
+    for path in checkpoint.named(folder, "step_")[:-KEPT_STEP_CHECKPOINTS]:
         checkpoint.remove(path)
 
 
 def prune_epoch_checkpoints(folder: Path, keep: int) -> None:
     """Delete all epoch checkpoints but that of epoch `keep`."""
-    for path in folder.glob("epoch_*.pt"):
-        if path.name != f"epoch_{keep}.pt":
+    for path in checkpoint.named(folder, "epoch_"):
+        if path.stem != f"epoch_{keep}":
             checkpoint.remove(path)

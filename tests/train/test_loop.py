@@ -15,7 +15,7 @@ import fastclip
 from fastclip.cli import main
 from fastclip.data.index import Fault
 from fastclip.models import checkpoint
-from fastclip.train import loop
+from fastclip.train import engine, loop
 from fastclip.train.config import parse
 from fastclip.train.health import NonFiniteError
 from fastclip.train.log import read_metrics
@@ -134,17 +134,17 @@ def test_a_checkpoint_is_kept_between_saves(train_flags: list[str]) -> None:
     """An epoch that is not saved must not cost the one that was."""
     flags = [*train_flags, "--name", "a", "--epochs", "3", "--save-frequency", "2"]
     seen = []
-    save = loop.checkpoint.write
+    save = engine.checkpoint.write
 
     def watch(path: Path, content: dict[str, Any]) -> None:
         seen.append(sorted(p.name for p in path.parent.glob("*.pt")))
         save(path, content)
 
-    loop.checkpoint.write = watch
+    engine.checkpoint.write = watch
     try:
         train(parse([*flags, "--delete-previous-checkpoint"]))
     finally:
-        loop.checkpoint.write = save
+        engine.checkpoint.write = save
     # when epoch 3, the last, is written, that of epoch 2 is still there
     assert seen == [[], ["epoch_2.pt"]]
 

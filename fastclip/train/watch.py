@@ -1,0 +1,187 @@
+"""A rank that dies or waits for data without end takes the others with it, and is named.
+
+Collectives cannot tell: NCCL's wait for hours, gloo's fail with the address of a socket. So every
+rank has a thread that gives a sign of life through a small store beside the collectives. The first
+rank's reads all signs and pronounces a verdict; every thread ends its process when there is one.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from types import TracebackType
+
+from torch.distributed import TCPStore
+
+from fastclip.train.distributed import DeadRankError, World
+
+EXIT_STATUS = 4
+"""Of a run that ended because another rank did, or because data did not come."""
+
+INTERVAL = 1.0
+# Ranks that fail together each report their own error; so long a thread holds back.
+GRACE = 3.0
+_SYMPTOMS = ("connection", "gloo", "nccl", "socket", "peer", "timed out", "timeout", "store")
+
+
+class Watch:
+    """The watch over all ranks of a run; a context manager around its steps.
+
+    Args:
+        world: this process among the others.
+        dead_after: seconds without a sign of life after which a rank counts as dead.
+        data_within: seconds that a rank may wait for its next batch.
+    """
+
+    def __init__(self, world: World, *, dead_after: float, data_within: float) -> None:
+        self.world, self.dead_after, self.data_within = world, dead_after, data_within
+        self._waiting_since: float | None = None
+        self._closing = threading.Event()
+        self._store = self._open_store() if world.size > 1 else None
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    @contextlib.contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Around the wait for a batch."""
+        self._waiting_since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._waiting_since = None
+
+    def __enter__(self) -> "Watch":
+        # before the first exchange, so that a rank that dies early has a place
+        self._sign(0)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._store is None or error is None:
+            self._close()
+            # nobody leaves before all have stopped watching
+            if error is None:
+                self.world.barrier()
+            return
+        if isinstance(error, RuntimeError) and _is_symptom(error):
+            verdict = self._await_verdict()
+            self._close()
+            raise DeadRankError(f"{verdict} (here: {str(error).splitlines()[0]})") from error
+        self._close()
+        if not isinstance(error, KeyboardInterrupt):
+            # the others may fail alike, each with its own message: theirs come first
+            text = f"{type(error).__name__}: {error}".splitlines()[0]
+            with contextlib.suppress(RuntimeError):
+                self._store.set("verdict", f"rank {self.world.rank} failed: {text}")
+
+    def _open_store(self) -> TCPStore:
+        port = 0
+        store = None
+        wait = timedelta(seconds=self.dead_after)
+        # launchers tell the address at which all ranks reach the first
+        host = os.environ.get("MASTER_ADDR", "localhost")
+        if self.world.is_first:
+            store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=wait)
+            port = store.port
+        port = self.world.gather(port)[0]
+        if store is None:
+            store = TCPStore(host, port, is_master=False, timeout=wait)
+        return store
+
+    def _close(self) -> None:
+        self._closing.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=2 * INTERVAL)
+
+    def _run(self) -> None:
+        beats = 0
+        seen: dict[int, tuple[str, float]] = {}
+        while not self._closing.wait(INTERVAL):
+            beats += 1
+            since = self._waiting_since
+            waited = 0.0 if since is None else time.monotonic() - since
+            if waited > self.data_within:
+                self._pronounce(
+                    f"rank {self.world.rank} ({_place()}) has waited {waited:.0f} s for a batch: "
+                    "its loader hangs, or storage does not answer (--data-timeout)"
+                )
+            if self._store is None:
+                continue
+            try:
+                self._sign(beats)
+                if self.world.is_first:
+                    self._look(seen)
+                verdict = self._verdict()
+            except RuntimeError:
+                verdict = "rank 0, which keeps the watch, has ended"
+            if verdict is not None:
+                self._end(verdict)
+
+    def _sign(self, beats: int) -> None:
+        if self._store is not None:
+            text = json.dumps([_place(), beats])
+            self._store.set(f"sign/{self.world.rank}", text)
+
+    def _look(self, seen: dict[int, tuple[str, float]]) -> None:
+        """Note which ranks gave a new sign; pronounce one dead that has not for too long."""
+        assert self._store is not None
+        now = time.monotonic()
+        for rank in range(1, self.world.size):
+            key = f"sign/{rank}"
+            sign = self._store.get(key).decode() if self._store.check([key]) else ""
+            if rank not in seen or seen[rank][0] != sign:
+                seen[rank] = sign, now
+            elif now - seen[rank][1] > self.dead_after:
+                place = f" ({json.loads(sign)[0]})" if sign else ""
+                self._pronounce(
+                    f"rank {rank}{place} has given no sign of life for {self.dead_after:.0f} s "
+                    "(--dead-rank-timeout)"
+                )
+
+    def _pronounce(self, verdict: str) -> None:
+        if self._store is None:
+            self._end(verdict)
+        elif self._verdict() is None:
+            self._store.set("verdict", verdict)
+
+    def _verdict(self) -> str | None:
+        assert self._store is not None
+        return self._store.get("verdict").decode() if self._store.check(["verdict"]) else None
+
+    def _await_verdict(self) -> str:
+        """The verdict on who ended, when this rank's collective has failed of it."""
+        deadline = time.monotonic() + self.dead_after + 5 * INTERVAL
+        while time.monotonic() < deadline:
+            try:
+                verdict = self._verdict()
+            except RuntimeError:
+                return "rank 0, which keeps the watch, has ended"
+            if verdict is not None:
+                return verdict
+            time.sleep(INTERVAL / 5)
+        return "an exchange between the ranks failed, though all give signs of life"
+
+    def _end(self, verdict: str) -> None:
+        if self._closing.wait(GRACE):
+            return
+        print(f"fastclip train: stopped: {verdict}", file=sys.stderr, flush=True)
+        # the main thread may hang inside a collective or a read: no exception reaches it
+        os._exit(EXIT_STATUS)
+
+
+def _place() -> str:
+    return f"{socket.gethostname()}, process {os.getpid()}"
+
+
+def _is_symptom(error: RuntimeError) -> bool:
+    text = str(error).lower()
+    return any(word in text for word in _SYMPTOMS)

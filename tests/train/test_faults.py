@@ -1,0 +1,223 @@
+"""Being stopped, ranks that die or hang, a full disk: what is kept, and what is said."""
+
+import errno
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fastclip.cli import main
+from fastclip.models import checkpoint
+from fastclip.train import engine
+from tests.train.conftest import ROOT
+from tests.train.test_kill import last_step
+from tests.train.test_loop import identical
+
+Start = Callable[..., subprocess.Popen[str]]
+DEAD_AFTER = 6
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while last_step(run) < step:
+        assert process.poll() is None, process.communicate()[1][-2000:]
+        assert time.monotonic() < deadline, "the run never came so far"
+        time.sleep(0.005)
+
+
+def start_ranks(world: int, command: list[str]) -> list[subprocess.Popen[str]]:
+    """Ranks without a launcher, which would end all where one dies."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    where = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+    return [
+        subprocess.Popen(
+            [sys.executable, *command],
+            cwd=ROOT,
+            env={**os.environ, **where, "RANK": str(r), "LOCAL_RANK": str(r)}
+            | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for r in range(world)
+    ]
+
+
+@pytest.fixture
+def long_flags(train_flags: list[str]) -> list[str]:
+    return [*train_flags, "--train-num-samples", "1600", "--log-sample-ids", "--workers", "1"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_within_a_step(
+    long_flags: list[str], start_training: Start, tmp_path: Path, number: signal.Signals
+) -> None:
+    run = tmp_path / "logs" / "stopped"
+    process = start_training(*long_flags, "--name", "stopped")
+    wait_for_step(run, 12, process)
+    before = last_step(run)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors[-2000:]
+    assert f"{number.name} received; go on with --name stopped --resume latest" in errors
+    latest = checkpoint.find_latest(run / "checkpoints")
+    assert latest is not None
+    # the step under way when the signal came, and no other
+    assert before <= checkpoint.step_of(latest) == last_step(run) <= before + 2
+    if number == signal.SIGTERM:
+        whole, again = ([*long_flags, "--name", name] for name in ("whole", "stopped"))
+        assert main(["train", *whole]) == 0
+        assert main(["train", *again, "--resume", "latest"]) == 0
+        ours, theirs = (
+            checkpoint.read(tmp_path / "logs" / name / "checkpoints" / "epoch_2.pt")
+            for name in ("stopped", "whole")
+        )
+        for key in ("state_dict", "optimizer", "rng", "data", "step"):
+            assert identical(ours[key], theirs[key]), key
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_a_signal_to_one_rank_stops_all(long_flags: list[str], tmp_path: Path) -> None:
+    command = ["-m", "fastclip.cli", "train", *long_flags, "--name", "pair"]
+    ranks = start_ranks(2, command)
+    wait_for_step(tmp_path / "logs" / "pair", 5, ranks[0])
+    ranks[1].send_signal(signal.SIGTERM)
+    for rank in ranks:
+        _, errors = rank.communicate(timeout=60)
+        assert rank.returncode == 75, errors[-2000:]
+    latest = checkpoint.find_latest(tmp_path / "logs" / "pair" / "checkpoints")
+    assert latest is not None and latest.name.startswith("step_")
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_dead_rank_ends_the_others_and_is_named(
+    long_flags: list[str], tmp_path: Path, killed: int
+) -> None:
+    flags = ["--name", "dead", "--dead-rank-timeout", str(DEAD_AFTER)]
+    ranks = start_ranks(3, ["-m", "fastclip.cli", "train", *long_flags, *flags])
+    wait_for_step(tmp_path / "logs" / "dead", 5, ranks[0])
+    ranks[killed].kill()
+    began = time.monotonic()
+    for index, rank in enumerate(ranks):
+        _, errors = rank.communicate(timeout=60)
+        if index != killed:
+            assert rank.returncode == 4, errors[-2000:]
+            assert f"rank {killed}" in errors, errors[-2000:]
+    # the time without a sign of life, and a few beats
+    assert time.monotonic() - began < DEAD_AFTER + 15
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_a_frozen_rank_is_named(long_flags: list[str], tmp_path: Path) -> None:
+    """Its sockets stay open, so that no collective notices."""
+    flags = ["--name", "frozen", "--dead-rank-timeout", str(DEAD_AFTER)]
+    ranks = start_ranks(2, ["-m", "fastclip.cli", "train", *long_flags, *flags])
+    wait_for_step(tmp_path / "logs" / "frozen", 5, ranks[0])
+    ranks[1].send_signal(signal.SIGSTOP)
+    try:
+        _, errors = ranks[0].communicate(timeout=DEAD_AFTER + 30)
+    finally:
+        ranks[1].kill()
+        ranks[1].communicate()
+    assert ranks[0].returncode == 4
+    assert f"has given no sign of life for {DEAD_AFTER} s" in errors
+    assert f"rank 1 ({socket.gethostname()}, process {ranks[1].pid})" in errors
+
+
+HANGING = """
+import sys, time, torch.distributed as dist
+from fastclip.train.distributed import world
+from fastclip.train.watch import Watch
+with world("cpu") as here, Watch(here, dead_after=60, data_within=2) as watch:
+    if here.rank == 1:
+        if {fails}:
+            raise ValueError("the shard is gone")
+        with watch.waiting_for_data():
+            time.sleep(600)
+    here.barrier()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("fails", "says"),
+    [(False, "has waited"), (True, "rank 1 failed: ValueError: the shard is gone")],
+)
+def test_a_rank_without_data_ends_all(fails: bool, says: str) -> None:
+    ranks = start_ranks(3, ["-c", HANGING.format(fails=fails)])
+    errors = [rank.communicate(timeout=90)[1] for rank in ranks]
+    assert all(rank.returncode != 0 for rank in ranks)
+    for index in (0, 2):
+        assert says in errors[index] and "rank 1" in errors[index], errors[index][-2000:]
+
+
+def test_a_full_disk_keeps_the_previous_checkpoint_and_the_run(
+    train_flags: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    original = engine.checkpoint.write
+    full: set[str] = set()
+
+    def write(path: Path, content: dict) -> None:
+        if path.name in full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(path, content)
+
+    monkeypatch.setattr(engine.checkpoint, "write", write)
+    full |= {"step_00000006.pt", "epoch_1.pt"}
+    flags = [*train_flags, "--name", "full", "--save-every-steps", "3"]
+    assert main(["train", *flags]) == 0
+    says = capsys.readouterr().err
+    assert "step_00000006 could not be written: [Errno 28] No space left on device" in says
+    names = {p.name for p in (tmp_path / "logs" / "full" / "checkpoints").glob("*.pt")}
+    assert names == {"step_00000012.pt", "step_00000015.pt", "epoch_2.pt"} and "epoch_1" in says
+
+    # the last one is what the run was for
+    full.add("epoch_2.pt")
+    assert main(["train", *train_flags, "--name", "lost", "--save-every-steps", "3"]) == 1
+    says = capsys.readouterr().err
+    assert "earlier ones are kept" in says
+    latest = checkpoint.find_latest(tmp_path / "logs" / "lost" / "checkpoints")
+    assert latest is not None and latest.name == "step_00000015.pt"
+
+
+def test_exact_accumulation_is_the_larger_batch(train_flags: list[str], tmp_path: Path) -> None:
+    """The same samples, losses and parameters as in one batch."""
+    model = tmp_path / "tiny.json"
+    model.write_text(model.read_text().replace('"patch_dropout": 0.5', '"patch_dropout": 0.0'))
+    runs = []
+    for name, batch, count in (("whole", 16, 1), ("parts", 4, 4)):
+        flags = ["--name", name, "--batch-size", str(batch), "--accum-freq", str(count)]
+        assert main(["train", *train_flags, *flags, "--log-sample-ids"]) == 0
+        run = tmp_path / "logs" / name
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        runs.append(([x["loss"] for x in lines], [x["logit_scale"] for x in lines], run))
+    for ours, theirs in zip(runs[0][:2], runs[1][:2], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    samples = [(run / "samples.jsonl").read_text() for *_, run in runs]
+    assert samples[0] == samples[1]
+
+
+def test_batch_norm_is_refused_with_accumulation(
+    train_flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*train_flags, "--model", "RN10t-64", "--accum-freq", "2", "--batch-size", "2"]
+    assert main(["train", *flags, "--name", "norm"]) == 1
+    assert "batch normalisation (visual.trunk." in capsys.readouterr().err
