@@ -189,28 +189,31 @@ def all_rows(group: str, own: Tensor, sizes: Sequence[int], out: Tensor | None =
     return torch.cat([part[:size] for part, size in parts], out=out)
 
 
-def to_owners(group: str, blocks: Sequence[Tensor], rank: int, own: int) -> list[Tensor]:
-    """Send block q to rank q; returns what came from every rank, in order, the own block as it is.
+def to_owners(group: str, outgoing: Tensor, sizes: Sequence[int], rank: int) -> list[Tensor]:
+    """What every other rank had for this one, in their order.
 
     Args:
-        blocks: (rows of rank q, ...) for every rank q.
-        own: the rows of every block that is received, this rank's.
+        outgoing: rows for every rank but this one, in the order of the ranks.
+        sizes: rows of every rank; each block that is received has this rank's.
     """
-    others = [block for q, block in enumerate(blocks) if q != rank]
-    outgoing = torch.cat(others)
-    shape = outgoing.shape[1:]
-    incoming = outgoing.new_empty((own * len(others), *shape))
+    own, others = sizes[rank], len(sizes) - 1
+    incoming = outgoing.new_empty((own * others, *outgoing.shape[1:]))
     dist.all_to_all_single(
         incoming,
         outgoing,
-        [own * (q != rank) for q in range(len(blocks))],
-        [len(block) * (q != rank) for q, block in enumerate(blocks)],
+        [own * (q != rank) for q in range(len(sizes))],
+        [size * (q != rank) for q, size in enumerate(sizes)],
         group=_handle(group),
     )
     _received(incoming)
-    received = list(incoming.split(own))
-    received.insert(rank, blocks[rank])
-    return received
+    return list(incoming.split(own))
+
+
+def without(rows: Tensor, sizes: Sequence[int], rank: int) -> tuple[Tensor, Tensor]:
+    """A rank's rows, and those of the others in one tensor."""
+    blocks = list(rows.split(list(sizes)))
+    own = blocks.pop(rank)
+    return own, torch.cat(blocks)
 
 
 def sum_over_ranks(group: str, tensor: Tensor) -> Tensor:
@@ -313,11 +316,10 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = upstream
-        blocks = gradient.split(ctx.sizes)
-        first, *others = to_owners(ctx.group, blocks, ctx.rank, ctx.sizes[ctx.rank])
-        total = first.clone()
-        for other in others:
-            total += other
+        own, others = without(gradient, ctx.sizes, ctx.rank)
+        total = own.clone()
+        for received in to_owners(ctx.group, others, ctx.sizes, ctx.rank):
+            total += received
         return total, None, None, None
 
 

@@ -149,11 +149,13 @@ class _Shared:
 
     def own_lines(self, lines: Running) -> Running:
         sizes = self.layout.sizes[0]
-        pairs = torch.stack(lines, dim=1).split(sizes)
-        own = Running.of(sizes[self.rank], lines.max, lines.max.dtype)
-        for pair in collectives.to_owners(self.group, pairs, self.rank, sizes[self.rank]):
-            own.merge_(*pair.unbind(dim=1))
-        return own
+        own, others = collectives.without(torch.stack(lines, dim=1), sizes, self.rank)
+        received = collectives.to_owners(self.group, others, sizes, self.rank)
+        received.insert(self.rank, own)
+        merged = Running.of(sizes[self.rank], lines.max, lines.max.dtype)
+        for pairs in received:
+            merged.merge_(*pairs.unbind(dim=1))
+        return merged
 
     def all_lines(self, own: Tensor) -> Tensor:
         found = [
@@ -187,16 +189,18 @@ class Gathered(_Shared):
         yield Part(collected, self.layout.of_all())
 
     def give(self, part: Part, gradient: Tensor, dtype: torch.dtype) -> None:
-        blocks = []
+        sizes = [self.layout.columns(rank) for rank in range(self.world)]
+        # what stays here is not rounded
+        own = gradient.new_empty((sizes[self.rank], *gradient.shape[1:]))
+        outgoing = gradient.new_empty((sum(sizes) - len(own), *gradient.shape[1:]), dtype=dtype)
+        room = outgoing.split([size * (q != self.rank) for q, size in enumerate(sizes)])
         for rank in range(self.world):
-            of_rank = [
-                gradient[s.column : s.column + s.stop - s.start] for s in self.layout.of_rank(rank)
-            ]
-            block = torch.cat(of_rank) if len(of_rank) > 1 else of_rank[0]
-            # what stays here is not rounded
-            blocks.append(block if rank == self.rank else block.to(dtype))
-        own = blocks[self.rank]
-        received = collectives.to_owners(self.group, blocks, self.rank, len(own))
+            block = own if rank == self.rank else room[rank]
+            for s in self.layout.of_rank(rank):
+                length = s.stop - s.start
+                block[s.start : s.stop] = gradient[s.column : s.column + length]
+        received = collectives.to_owners(self.group, outgoing, sizes, self.rank)
+        received.insert(self.rank, own)
         self._gradient = torch.zeros_like(own)
         for block in received:
             self._gradient += block
