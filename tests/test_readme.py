@@ -9,6 +9,7 @@ import tyro
 
 import fastclip
 from fastclip.cli.bench import BenchConfig
+from fastclip.cli.plan import PlanConfig
 from fastclip.train.config import parse
 from tests.ops.test_contracts import PRODUCTS
 from tests.test_repo_shape import ROOT
@@ -40,6 +41,22 @@ def test_train_commands_parse() -> None:
     assert len(found) == 3
     for words in found:
         assert parse([word for word in words[2:] if word != "..."]).name in ("first", "cifar10")
+
+
+def test_launchers_commands_parse() -> None:
+    """What follows the launcher are flags of `fastclip train`."""
+    lines = "".join(blocks("sh")).replace("\\\n", " ").splitlines()
+    found = [shlex.split(line) for line in lines if "fastclip.cli train" in line]
+    assert {words[0] for words in found} == {"torchrun", "deepspeed"} and len(found) == 3
+    for words in found:
+        flags = words[words.index("train") + 1 :]
+        config = parse([word for word in flags if word != "..."])
+        assert config.deepspeed == (words[0] == "deepspeed")
+
+
+def test_plan_commands_parse() -> None:
+    (words,) = commands("plan")
+    assert tyro.cli(PlanConfig, args=words[2:]).gpus == 64
 
 
 def test_bench_commands_parse() -> None:

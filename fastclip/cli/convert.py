@@ -11,7 +11,7 @@ import tyro
 from fastclip.data.convert import convert_cifar10, convert_table
 from fastclip.data.options import DataOptions
 from fastclip.data.tables import open_coco, open_csv
-from fastclip.models.convert import export_open_clip, import_open_clip
+from fastclip.models.convert import export_open_clip, export_universal, import_open_clip
 
 
 @dataclass(frozen=True)
@@ -19,19 +19,22 @@ class ConvertConfig:
     """Make webdataset shards from a data set on disk, or carry a checkpoint over."""
 
     format: Annotated[
-        Literal["cifar10", "coco", "csv", "to-open-clip", "from-open-clip"], tyro.conf.Positional
+        Literal["cifar10", "coco", "csv", "to-open-clip", "from-open-clip", "to-universal"],
+        tyro.conf.Positional,
     ]
     """cifar10: torchvision's CIFAR-10; captions are class templates, 5,000 images held out.
     coco: a COCO captions file, e.g. captions_train2017.json. csv: a table of paths and captions.
     The last two keep images as they are and all captions of each.
     to-open-clip: a run's weights as a checkpoint of open_clip's. from-open-clip: the reverse, with
-    --model."""
+    --model. to-universal: a checkpoint of DeepSpeed's in its universal format."""
     source: Annotated[Path, tyro.conf.Positional]
     """Where the data set or the checkpoint lies."""
     target: Annotated[Path, tyro.conf.Positional]
-    """Folder for the shards or the run; the .pt file of to-open-clip."""
+    """Folder for the shards, the run or the universal checkpoint; the .pt file of to-open-clip."""
     model: str | None = None
     """Architecture of a checkpoint that from-open-clip reads."""
+    trust_checkpoint: bool = False
+    """Read DeepSpeed's checkpoints: pickles, which can run any code when they are loaded."""
     seed: int = 0
     """Of CIFAR-10's split and captions."""
     image_root: str | None = None
@@ -50,8 +53,9 @@ class ConvertConfig:
 def main(arguments: Sequence[str]) -> int:
     """Convert; prints the number of samples a split."""
     config = tyro.cli(ConvertConfig, args=list(arguments), prog="fastclip convert")
-    if config.format == "to-open-clip":
-        export_open_clip(config.source, config.target)
+    if config.format in ("to-open-clip", "to-universal"):
+        export = export_open_clip if config.format == "to-open-clip" else export_universal
+        export(config.source, config.target, trust_checkpoint=config.trust_checkpoint)
         print(config.target)
         return 0
     if config.format == "from-open-clip":

@@ -31,6 +31,8 @@ class EmbedConfig:
     """A run's folder (its latest checkpoint is taken) or one of its checkpoints."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """The .npy file, (rows, width) float32. If the command is stopped, the same command goes on."""
+    trust_checkpoint: bool = False
+    """Read a checkpoint of DeepSpeed's: pickles, which can run any code when they are loaded."""
     batch_size: int = 256
     """Rows computed at a time."""
     workers: int = 2
@@ -50,7 +52,9 @@ def main(arguments: Sequence[str]) -> int:
     config = tyro.cli(EmbedConfig, args=list(arguments), prog="fastclip embed")
     if config.output.suffix != ".npy":
         raise ValueError(f"--output {config.output} must end in .npy")
-    model = load(config.model, choose_device(config.device))
+    model = load(
+        config.model, choose_device(config.device), trust_checkpoint=config.trust_checkpoint
+    )
     faults = FaultLog()
     options: dict[str, Any] = {"batch_size": config.batch_size, "precision": config.precision}
     batches: Callable[[int], Iterator[tuple[int, Tensor]]]

@@ -44,6 +44,8 @@ class EvalConfig:
     """Ranks at which recall is measured."""
     output: Path | None = None
     """File for the result; by default eval/TASK_DATA.json in the run's folder."""
+    trust_checkpoint: bool = False
+    """Read a checkpoint of DeepSpeed's: pickles, which can run any code when they are loaded."""
     batch_size: int = 256
     """Images encoded at a time."""
     workers: int = 2
@@ -57,7 +59,9 @@ class EvalConfig:
 def main(arguments: Sequence[str]) -> int:
     """Evaluate; prints one JSON object of metrics."""
     config = tyro.cli(EvalConfig, args=list(arguments), prog="fastclip eval")
-    model = load(config.model, choose_device(config.device))
+    model = load(
+        config.model, choose_device(config.device), trust_checkpoint=config.trust_checkpoint
+    )
     required = ("cls",) if config.task == "zeroshot" else ("txt",)
     source = open_source(
         config.data,

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from fastclip.data.loader import EvaluationSamples, FaultLog, Source
 from fastclip.device import autocast
 from fastclip.evaluate.features import evaluating, normalised
-from fastclip.models.checkpoint import write_text
+from fastclip.models.atomic import write_text
 from fastclip.models.clip import Model
 
 SAVE_EVERY_BATCHES = 20

@@ -2,10 +2,10 @@
 
 `step_00000120.pt` is written under another name, flushed to the disk and renamed; then the
 manifest `step_00000120.json` with its size and SHA-256 follows in the same way. A file without a
-matching manifest is torn and never chosen.
+matching manifest is torn and never chosen. Training with DeepSpeed leaves folders instead, see
+`sharded.py`.
 """
 
-import hashlib
 import json
 import os
 import warnings
@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PARTIAL_SUFFIX = ".partial"
+from fastclip.models import sharded
+from fastclip.models.atomic import PARTIAL_SUFFIX, describe, write_text
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
@@ -37,8 +38,7 @@ def write(path: Path, content: dict[str, Any]) -> None:
         manifest = {
             "file": path.name,
             "step": content["step"],
-            "bytes": partial.stat().st_size,
-            "sha256": _sha256(partial),
+            **describe(partial),
         }
         # the old manifest goes first: never may it vouch for the new file
         path.with_suffix(".json").unlink(missing_ok=True)
@@ -49,35 +49,30 @@ def write(path: Path, content: dict[str, Any]) -> None:
         raise
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a small text file atomically."""
-    partial = path.with_name(path.name + PARTIAL_SUFFIX)
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 def find_latest(folder: Path) -> Path | None:
     """The whole checkpoint with the highest step, or None; torn ones are passed over, warned of."""
     found = []
-    for path in folder.glob("*.pt"):
+    for path in named(folder, ""):
         try:
             manifest = json.loads(path.with_suffix(".json").read_text())
-            found.append((int(manifest["step"]), path.name, path, manifest))
+            found.append((int(manifest["step"]), path.name, path))
         except (OSError, ValueError, KeyError, TypeError):
             warnings.warn(f"{path} has no valid manifest: its writing was cut short", stacklevel=2)
-    for _, _, path, manifest in sorted(found, key=lambda entry: entry[:2], reverse=True):
-        if path.stat().st_size == manifest["bytes"] and _sha256(path) == manifest["sha256"]:
+    for _, _, path in sorted(found, reverse=True):
+        if _is_whole(path):
             return path
         warnings.warn(f"{path} does not match its manifest: passed over", stacklevel=2)
     return None
+
+
+def _is_whole(path: Path) -> bool:
+    if path.is_dir():
+        return sharded.verify(path)
+    manifest = json.loads(path.with_suffix(".json").read_text())
+    # a difference in size is told without reading
+    if path.stat().st_size != manifest.get("bytes"):
+        return False
+    return describe(path)["sha256"] == manifest.get("sha256")
 
 
 def named(folder: Path, prefix: str) -> list[Path]:
@@ -91,7 +86,11 @@ def named(folder: Path, prefix: str) -> list[Path]:
 
 def run_of(path: Path) -> Path:
     """The run's folder of a run's folder or of a checkpoint inside it."""
-    return path if path.is_dir() else path.parent.parent
+    return path.parent.parent if _is_checkpoint(path) else path
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return not path.is_dir() or sharded.is_sharded(path)
 
 
 def resolve(path: Path) -> Path:
@@ -100,7 +99,7 @@ def resolve(path: Path) -> Path:
     Raises:
         FileNotFoundError: the run has no whole checkpoint.
     """
-    if not path.is_dir():
+    if _is_checkpoint(path):
         return path
     latest = find_latest(path / "checkpoints")
     if latest is None:
@@ -110,6 +109,9 @@ def resolve(path: Path) -> Path:
 
 def remove(path: Path) -> None:
     """Delete a checkpoint and its manifest."""
+    if path.is_dir():
+        sharded.remove(path)
+        return
     path.unlink()
     path.with_suffix(".json").unlink(missing_ok=True)
 
@@ -122,30 +124,54 @@ def step_of(path: Path) -> int:
 def read(path: Path) -> dict[str, Any]:
     """The content of a checkpoint, on the CPU; never runs code from the file.
 
+    Of a folder of DeepSpeed's it is the part without parameters and optimiser, and "folder".
+
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, or no checkpoint of fastclip.
     """
+    if sharded.is_sharded(path):
+        return sharded.read_training(path)
     content = _load(path)
     if not isinstance(content, dict) or "state_dict" not in content:
         raise ValueError(f"{path} is no checkpoint: it has no 'state_dict'")
     return content
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path, *, trust: bool = False) -> dict[str, Tensor]:
     """The state dictionary in a checkpoint of fastclip's or open_clip's, or a bare one.
 
     Names lose the "module." that data-parallel training puts in front.
 
+    Args:
+        trust: whether a folder of DeepSpeed's may be read, which can run code.
+
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or holds no weights.
+        ValueError: the file is damaged, holds no weights, or is not trusted.
     """
+    if sharded.is_sharded(path):
+        require_trust(path, trust)
+        return sharded.export(path)
     content = _load(path)
     weights = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
         raise ValueError(f"{path} holds no state dictionary")
     return {name.removeprefix("module."): value for name, value in weights.items()}
+
+
+def require_trust(path: Path, trust: bool) -> None:
+    """Refuse a folder of DeepSpeed's that is not trusted.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if path.is_dir() and not trust:
+        raise ValueError(
+            f"{path} is DeepSpeed's: its files are pickles, which can run any code when they are "
+            "loaded; if you trust where it comes from, add --trust-checkpoint (trust_checkpoint="
+            "True)"
+        )
 
 
 def _load(path: Path) -> Any:
@@ -160,11 +186,3 @@ def _load(path: Path) -> Any:
     # the loaders raise many kinds of errors on damaged input
     except Exception as error:
         raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -92,20 +92,23 @@ def describe(name: str, model: Model) -> dict[str, Any]:
     }
 
 
-def load(path: str | Path, device: str | torch.device = "cpu") -> Model:
+def load(
+    path: str | Path, device: str | torch.device = "cpu", *, trust_checkpoint: bool = False
+) -> Model:
     """A trained model, its evaluation transform and its tokenizer.
 
     Args:
         path: a run folder as `fastclip train` writes it (its latest whole checkpoint is taken),
             or one checkpoint file inside it.
         device: where the parameters are put.
+        trust_checkpoint: whether DeepSpeed's files may be read, which can run any code.
 
     Returns:
         (model, preprocess, tokenizer), the model in evaluation mode.
 
     Raises:
         FileNotFoundError: there is no run, no checkpoint or no model description there.
-        ValueError: the checkpoint is not of the described model.
+        ValueError: the checkpoint is not of the described model, or is not trusted.
     """
     path = Path(path)
     run = run_of(path)
@@ -114,7 +117,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Model:
             f"{run / CONFIG_FILE} does not exist: {path} is no run of fastclip train"
         )
     checkpoint = resolve(path)
-    state = read_weights(checkpoint)
+    state = read_weights(checkpoint, trust=trust_checkpoint)
     built = _build(f"local-dir:{run}", device)
     _load_weights(built.model, state, str(checkpoint))
     built.model.eval()

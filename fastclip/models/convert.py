@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from fastclip.models import checkpoint
+from fastclip.models import checkpoint, sharded
 from fastclip.models.clip import CONFIG_FILE, create, describe
 
 
-def export_open_clip(source: Path, target: Path) -> None:
+def export_open_clip(source: Path, target: Path, *, trust_checkpoint: bool = False) -> None:
     """Write the weights of a run as a checkpoint that open_clip loads.
 
     `open_clip.create_model(NAME, pretrained=str(target))` reads it; beside it the model's
@@ -19,9 +19,11 @@ def export_open_clip(source: Path, target: Path) -> None:
     Args:
         source: a run's folder (its latest checkpoint is taken) or one of its checkpoints.
         target: the .pt file to write.
+        trust_checkpoint: whether DeepSpeed's files may be read, which can run any code.
 
     Raises:
         FileNotFoundError: there is no checkpoint. FileExistsError: the target is there already.
+        ValueError: the checkpoint is not trusted.
     """
     if target.exists():
         raise FileExistsError(f"{target} exists; choose another name")
@@ -29,7 +31,8 @@ def export_open_clip(source: Path, target: Path) -> None:
     content = checkpoint.read(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     kept: dict[str, Any] = {name: content[name] for name in ("epoch", "name") if name in content}
-    torch.save({**kept, "state_dict": content["state_dict"]}, target)
+    weights = checkpoint.read_weights(path, trust=trust_checkpoint)
+    torch.save({**kept, "state_dict": weights}, target)
     description = checkpoint.run_of(path) / CONFIG_FILE
     if description.is_file():
         (target.parent / CONFIG_FILE).write_text(description.read_text())
@@ -59,3 +62,22 @@ def import_open_clip(source: Path, model: str, run: Path) -> Path:
     path = folder / "imported.pt"
     checkpoint.write(path, {"step": 0, "epoch": 0, "state_dict": built.model.state_dict()})
     return path
+
+
+def export_universal(source: Path, target: Path, *, trust_checkpoint: bool = False) -> None:
+    """Convert a checkpoint of DeepSpeed's to its universal format, for any number of processes.
+
+    Args:
+        source: a run's folder (its latest checkpoint is taken) or one of its checkpoints.
+        target: the folder to write; `--resume` takes it.
+        trust_checkpoint: see `export_open_clip`; it has to be trusted.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint. FileExistsError: the target is there already.
+        ValueError: the checkpoint is no folder of DeepSpeed's, or is not trusted.
+    """
+    path = checkpoint.resolve(source)
+    if not sharded.is_sharded(path):
+        raise ValueError(f"{path} is not DeepSpeed's: it resumes on any number of processes")
+    checkpoint.require_trust(path, trust_checkpoint)
+    sharded.to_universal(path, target)

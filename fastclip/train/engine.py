@@ -77,6 +77,13 @@ class Engine:
         """The exponentiated logit scale; asked for on all ranks."""
         return self.model.get_parameter("logit_scale").exp().item()
 
+    def weights(self) -> dict[str, Tensor] | None:
+        """The full float32 weights on the first rank, where the model itself does not hold them.
+
+        All ranks must call this.
+        """
+        return None
+
     def save(self, path: Path, training: dict[str, Any]) -> None:
         """Write a checkpoint, whole or not at all; called on all ranks.
 

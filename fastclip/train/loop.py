@@ -67,7 +67,12 @@ def _train(config: TrainConfig, here: World, stop: StopSignals) -> Path:
     # convolutions are fastest with channels innermost, and nothing else minds
     model.model.to(memory_format=torch.channels_last)
     loader = build_loader(config, model, here)
-    validator = Validator(config, model) if config.val_data and here.is_first else None
+    # where the engine shards or rounds the model's parameters, whole ones go to another
+    judged_model, validator = model, None
+    if config.val_data and here.is_first:
+        if config.deepspeed:
+            judged_model = create(config.model, here.device)
+        validator = Validator(config, judged_model)
     engine = build_engine(model, config, here)
     samples = config.step_samples(here.size)
     step = epoch = step_in_epoch = 0
@@ -173,6 +178,10 @@ def _train(config: TrainConfig, here: World, stop: StopSignals) -> Path:
                 saved = False
                 try:
                     judged = epoch % config.val_frequency == 0 or last
+                    if config.val_data and judged and not stopping:
+                        weights = engine.weights()
+                        if weights:
+                            judged_model.model.load_state_dict(weights)
                     if validator and log and judged and not stopping:
                         metrics = validator()
                         log.metrics(step, metrics)

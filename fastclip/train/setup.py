@@ -17,6 +17,7 @@ from fastclip.data.order import Order
 from fastclip.data.sources import open_source, shard_weights
 from fastclip.device import AUTOCAST_DTYPES
 from fastclip.models import checkpoint
+from fastclip.models.atomic import write_text
 from fastclip.models.clip import CONFIG_FILE, Model, describe
 from fastclip.ops.backend import explain
 from fastclip.train.config import TrainConfig, from_dict, to_yaml
@@ -28,7 +29,7 @@ DEFINES_THE_RUN = (
     *("csv_caption_key", "csv_separator", "image_root", "templates"),
     *("train_num_samples", "shuffle_window", "batch_size", "accum_freq", "seed"),
     *("aug_scale", "aug_flip", "model", "precision", "label_smoothing", "epochs", "warmup"),
-    *("torchcompile", "loss_backend", "device"),
+    *("torchcompile", "loss_backend", "device", "deepspeed", "deepspeed_config"),
     *("lr", "lr_scheduler", "beta1", "beta2", "eps", "wd", "grad_clip_norm"),
 )
 
@@ -88,7 +89,7 @@ def read_resumed(config: TrainConfig, run: Path, world: World) -> dict[str, Any]
         FileNotFoundError, ValueError: the checkpoint is not there, or cannot be gone on from.
     """
     folder = run / "checkpoints"
-    existing = sorted(folder.glob("*.pt"))
+    existing = checkpoint.named(folder, "")
     if config.resume is None:
         if existing:
             raise FileExistsError(
@@ -103,6 +104,7 @@ def read_resumed(config: TrainConfig, run: Path, world: World) -> dict[str, Any]
     path = latest if config.resume == "latest" else Path(config.resume)
     if path is None:
         raise FileNotFoundError(f"--resume latest: {folder} holds no whole checkpoint")
+    checkpoint.require_trust(path, config.trust_checkpoint)
     resumed = checkpoint.read(path)
     if "data" not in resumed:
         raise ValueError(
@@ -151,8 +153,8 @@ def _note(world: World, text: str) -> None:
 def write_description(run: Path, config: TrainConfig, model: Model) -> None:
     """Write the model's description and the resolved configuration into the run's folder."""
     description = json.dumps(describe(config.model, model), indent=2)
-    checkpoint.write_text(run / CONFIG_FILE, description + "\n")
-    checkpoint.write_text(run / "config.yaml", to_yaml(config))
+    write_text(run / CONFIG_FILE, description + "\n")
+    write_text(run / "config.yaml", to_yaml(config))
     # a tokenizer from elsewhere must be at hand when the run is loaded
     if hasattr(model.tokenizer, "save_pretrained"):
         model.tokenizer.save_pretrained(str(run))
@@ -163,7 +165,8 @@ def announce(
 ) -> None:
     """Print the resolved configuration and what it amounts to, on standard error."""
     dtype = AUTOCAST_DTYPES[config.precision] or torch.float32
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    # sharded parameters are empty here, and know how large they are
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     processes = f" x {world.size} processes" if world.size > 1 else ""
     micro = f" in {config.accum_freq} micro-batches" if config.accum_freq > 1 else ""
     lines = [

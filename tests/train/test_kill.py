@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastclip.models import checkpoint
-from fastclip.models.checkpoint import PARTIAL_SUFFIX
+from fastclip.models.atomic import PARTIAL_SUFFIX
 from tests.train.test_loop import identical
 
 KILLS = 4

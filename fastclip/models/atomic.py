@@ -1,0 +1,39 @@
+"""Files that are written whole or not at all, and what vouches for them."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+PARTIAL_SUFFIX = ".partial"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small text file atomically."""
+    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Have a file, or a folder's entries, on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def describe(file: Path) -> dict[str, Any]:
+    """A file's size and SHA-256, as manifests hold them; reads every byte."""
+    digest = hashlib.sha256()
+    size = 0
+    with file.open("rb") as content:
+        while block := content.read(1 << 20):
+            digest.update(block)
+            size += len(block)
+    return {"bytes": size, "sha256": digest.hexdigest()}

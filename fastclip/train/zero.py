@@ -1,0 +1,345 @@
+"""Training with DeepSpeed: optimiser (ZeRO-1), gradients (2) and parameters (3) over the processes.
+
+What differs from `TorchEngine`: with --precision amp or amp_bf16 the parameters themselves are in
+float16 or bfloat16 and DeepSpeed keeps float32 ones beside the optimiser, so autocast is off. The
+logit scale that the loss sees is then rounded, too.
+"""
+
+import contextlib
+import functools
+import logging
+import math
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fastclip.device import AUTOCAST_DTYPES
+from fastclip.models import sharded
+from fastclip.models.clip import Model
+from fastclip.train import zero_checkpoint
+from fastclip.train.accumulate import accumulate
+from fastclip.train.config import TrainConfig
+from fastclip.train.distributed import WAIT, World
+from fastclip.train.engine import SHARED, Engine
+from fastclip.train.health import NOTHING, NonFiniteError, first_non_finite
+from fastclip.train.optim import LOGIT_SCALE_MAX, build_optimizer
+from fastclip.train.zero_config import resolve
+
+
+class DeepSpeedEngine(Engine):
+    """A model trained by DeepSpeed; see `Engine`.
+
+    Args:
+        model, config, world: see `Engine`; the model is changed: 0-d parameters become (1,).
+
+    Raises:
+        ModuleNotFoundError: DeepSpeed is not installed.
+        ValueError: the configuration cannot be used with DeepSpeed.
+    """
+
+    def __init__(self, model: Model, config: TrainConfig, world: World) -> None:
+        if config.torchcompile:
+            raise ValueError("--torchcompile does not work with --deepspeed; leave one out")
+        settings = resolve(
+            config.deepspeed_config,
+            config,
+            micro_batches=config.accum_freq,
+            world_size=world.size,
+        )
+        deepspeed = _import_deepspeed(world)
+        super().__init__(model, config, world)
+        _join_alone(world)
+        self._shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
+        _make_viewable(self.model)
+        self._dtype = AUTOCAST_DTYPES[config.precision] or torch.float32
+        optimizer = build_optimizer(self.model, config)
+        self._engine, *_ = deepspeed.initialize(
+            model=self.model, optimizer=optimizer, config=settings, dist_init_required=False
+        )
+        self._stage = int(self._engine.zero_optimization_stage())
+        self._zero = self._engine.optimizer
+        # a full disk on one rank must not keep it from the exchanges that follow
+        self._failures: list[Exception] = []
+        writer = self._engine.checkpoint_engine
+        writer.save = functools.partial(_save_or_note, writer.save, self._failures)
+        # those scripts go beside the checkpoints, unguarded; `fastclip convert` does their work
+        self._engine._copy_recovery_script = lambda folder: None
+        optimizer.register_step_post_hook(lambda *_: self._clamp_logit_scale())
+
+    def backward(self, batches: Sequence[dict[str, Any]]) -> Tensor:
+        """See `Engine.backward`; there is one reduction of gradients, at the end."""
+        scale = self._zero.loss_scale
+        reduction = (
+            self._engine.coalesce_grad_reduction() if len(batches) > 1 else contextlib.nullcontext()
+        )
+        with reduction:
+            loss = accumulate(
+                self._forward,
+                batches,
+                self._whole_loss,
+                shared=SHARED,
+                # DeepSpeed scales each backward; gradients of float16 features need it before
+                scale_loss=lambda value: value * scale,
+                backward=lambda value: self._engine.backward(value / scale, scale_wrt_gas=False),
+            )
+        self.norm = self._gradient_norm()
+        # the norm is the same on all ranks, so all of them come here or none
+        if not torch.isfinite(self.norm):
+            finite = all(self.world.gather(bool(torch.isfinite(loss))))
+            may_lower = self._dtype == torch.float16 and self._zero.loss_scale > 1
+            if not (finite and may_lower):
+                self._refuse(loss, batches)
+        return loss
+
+    def update(self, rate: float) -> None:
+        """See `Engine.update`."""
+        for group in self._zero.param_groups:
+            group["lr"] = rate
+        self._engine.step()
+        self.skipped += int(self._zero.overflow)
+
+    @property
+    def logit_scale(self) -> float:
+        """See `Engine.logit_scale`; of the float32 parameter."""
+        return self._full(self._logit_scale_parameter()).exp().item()
+
+    def weights(self) -> dict[str, Tensor]:
+        """See `Engine.weights`; on other ranks than the first an empty dictionary."""
+        weights: dict[str, Tensor] = {}
+        for name, parameter in self.model.named_parameters():
+            full = self._full(parameter)
+            if self.world.is_first:
+                weights[name] = full.cpu().view(self._shapes[name])
+        return weights | self._buffers() if self.world.is_first else {}
+
+    def save(self, path: Path, training: dict[str, Any]) -> None:
+        """Write a checkpoint folder; all ranks must call this.
+
+        Args:
+            path: the folder, without suffix; see `zero_checkpoint`.
+            training: plain state to store beside it; must hold "step".
+
+        Raises:
+            OSError: some rank could not write; raised on all, and earlier checkpoints are whole.
+        """
+
+        def write_shares(folder: Path) -> None:
+            self._failures.clear()
+            self._engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+            if self._failures:
+                raise self._failures[0]
+
+        own = {
+            "stage": self._stage,
+            "ranks": self.world.size,
+            "shapes": self._shapes,
+            "buffers": self._buffers(),
+            "skipped": self.skipped,
+        }
+        zero_checkpoint.write(path, {**training, "zero": own}, self.world, write_shares)
+
+    def load(self, content: dict[str, Any]) -> None:
+        """See `Engine.load`; called on all ranks.
+
+        Reads DeepSpeed's pickles, which may run code: only for folders that are trusted. Another
+        number of processes than before is served by a universal copy, written beside the folder
+        and deleted again.
+
+        Args:
+            content: what `sharded.read_training` gave.
+
+        Raises:
+            ValueError: the checkpoint is of another model, engine or stage.
+            OSError: it was to be converted for another number of processes, and could not be.
+        """
+        if "zero" not in content:
+            raise ValueError(
+                "the checkpoint is of a run without --deepspeed; go on without it, or begin with "
+                "the checkpoint's weights: --pretrained"
+            )
+        path, saved = Path(content["folder"]), content["zero"]
+        if saved["shapes"] != self._shapes:
+            raise ValueError(f"{path} is not of model {self.config.model}: its parameters differ")
+        # stages 1 and 2 keep the same things, 3 cuts every parameter
+        if (saved["stage"] == 3) != (self._stage == 3):
+            raise ValueError(
+                f"{path} is of ZeRO stage {saved['stage']} and cannot be gone on from in stage "
+                f"{self._stage}; keep the stage, or begin with its weights: fastclip convert "
+                "to-open-clip, then --pretrained"
+            )
+        options = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in self._zero.param_groups
+        ]
+        clipping = self._zero.clip_grad
+        with self._suiting(path, saved["ranks"]) as (folder, universal):
+            self._engine._config.load_universal_checkpoint = universal
+            try:
+                self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
+            finally:
+                self._engine._config.load_universal_checkpoint = False
+        # moments from the checkpoint, decay rates and the like from the configuration
+        for group, own in zip(self._zero.param_groups, options, strict=True):
+            group.update(own)
+        self._zero.clip_grad = clipping
+        for parameter, state in self._zero.optimizer.state.items():
+            # AdamW wants its step count as a tensor beside the moments, one a parameter
+            count = torch.as_tensor(state["step"], dtype=torch.float32, device=parameter.device)
+            state["step"] = count.clone()
+        self.skipped = saved["skipped"]
+
+    @contextlib.contextmanager
+    def _suiting(self, path: Path, ranks: int) -> Iterator[tuple[Path, bool]]:
+        """The folder to load with this number of ranks, and whether it is universal."""
+        if sharded.is_universal(path) or ranks == self.world.size:
+            yield path, sharded.is_universal(path)
+            return
+        temporary = path.with_name(path.name + ".universal")
+        failure = None
+        try:
+            if self.world.is_first:
+                shutil.rmtree(temporary, ignore_errors=True)
+                try:
+                    sharded.to_universal(path, temporary / "copy")
+                # whatever it is, the other ranks must hear of it
+                except Exception as error:
+                    failure = f"{type(error).__name__}: {error}"
+            failure = self.world.gather(failure)[0]
+            if failure:
+                raise OSError(f"{path} cannot be converted for {self.world.size} ranks: {failure}")
+            yield temporary / "copy", True
+            self.world.barrier()
+        finally:
+            if self.world.is_first:
+                shutil.rmtree(temporary, ignore_errors=True)
+
+    def _forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        images, texts = self._inputs(batch)
+        return self._engine(images.to(self._dtype), texts)
+
+    def _gradient_norm(self) -> Tensor:
+        """Over all ranks' gradients; infinite where one is not finite, in all types."""
+        if self._stage == 3:
+            from deepspeed.runtime.zero.stage3 import combine_grad_norm_groups
+
+            norm = combine_grad_norm_groups(self._zero._get_norm_groups())
+        else:
+            norm = self._zero.scaled_global_norm()
+        # DeepSpeed's sign for what is not finite is -1
+        norm = torch.as_tensor(norm, dtype=torch.float32)
+        return torch.where(norm < 0, math.inf, norm) / self._zero.loss_scale
+
+    @torch.no_grad()
+    def _clamp_logit_scale(self) -> None:
+        """Keep the float32 logit scale in [1, 100], before DeepSpeed hands it to the towers."""
+        scale: Any = self._logit_scale_parameter()
+        if self._stage == 3:
+            own = self._zero.get_local_fp32_param(scale)
+        else:
+            own = None if scale._hp_mapping is None else scale._hp_mapping.hp_fragment
+        if own is not None:
+            own.clamp_(0, _largest(LOGIT_SCALE_MAX, self._dtype))
+
+    def _logit_scale_parameter(self) -> nn.Parameter:
+        return self.model.get_parameter("logit_scale")
+
+    def _full(self, parameter: nn.Parameter) -> Tensor:
+        """The whole float32 parameter, a copy; all ranks must ask for it."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        full = safe_get_full_fp32_param(parameter)
+        # what is frozen has no float32 twin
+        return (parameter if full is None else full).detach().float().clone()
+
+    def _buffers(self) -> dict[str, Tensor]:
+        state = self.model.state_dict()
+        return {
+            name: state[name].detach().cpu().clone() for name in state if name not in self._shapes
+        }
+
+    def _refuse(self, loss: Tensor, batches: Sequence[dict[str, Any]]) -> NoReturn:
+        """See `Engine._refuse`; ranks search together, as the towers may need all of them."""
+        culprits = [NOTHING]
+        for batch in batches:
+            images, texts = self._inputs(batch)
+            images = images.to(self._dtype)
+            forward = functools.partial(self.model, images, texts)
+            found = first_non_finite(self.model, {"image": images, "text": texts}, forward)
+            culprits = self.world.gather(found)
+            if set(culprits) != {NOTHING}:
+                break
+        else:
+            culprits = [self._non_finite_gradient()]
+        rank = next((r for r, culprit in enumerate(culprits) if culprit != NOTHING), 0)
+        raise NonFiniteError(
+            f"loss {loss.item()}, gradient norm {self.norm.item()}; first non-finite tensor "
+            f"on rank {rank}: {culprits[rank]}. No parameter was changed. Samples on rank "
+            f"{self.world.rank}: {', '.join(batch['key'][:4])}, ..."
+        )
+
+    def _non_finite_gradient(self) -> str:
+        from deepspeed.utils import safe_get_full_grad
+
+        found = NOTHING
+        for name, parameter in self.model.named_parameters():
+            gradient = safe_get_full_grad(parameter)
+            if gradient is not None and not torch.isfinite(gradient).all() and found == NOTHING:
+                found = f"gradient of {name!r}"
+        return found
+
+
+def _import_deepspeed(world: World) -> Any:
+    # read once, at the first import; a machine with GPUs may still train on its CPU
+    os.environ.setdefault("DS_ACCELERATOR", world.device.type)
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    used = get_accelerator().device_name()
+    if used != world.device.type:
+        raise ValueError(
+            f"DeepSpeed uses {used} but --device is {world.device.type}; set "
+            f"DS_ACCELERATOR={world.device.type}"
+        )
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    return deepspeed
+
+
+def _join_alone(world: World) -> None:
+    """DeepSpeed wants a process group also for a single process."""
+    if not dist.is_initialized():
+        os.environ.setdefault("LOCAL_RANK", "0")
+        backend = "nccl" if world.device.type == "cuda" else "gloo"
+        store = dist.HashStore()
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=WAIT)
+
+
+def _make_viewable(model: nn.Module) -> None:
+    """DeepSpeed views parameters as bytes, which neither 0-d nor channels-last tensors allow."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            parameter.data = parameter.data.contiguous()
+            if parameter.ndim == 0:
+                wide = nn.Parameter(parameter.data.view(1), parameter.requires_grad)
+                setattr(module, name, wide)
+
+
+def _save_or_note(save: Any, failures: list[Exception], state_dict: Any, path: str) -> None:
+    try:
+        save(state_dict, path)
+    except (OSError, RuntimeError) as error:
+        failures.append(error)
+
+
+def _largest(limit: float, dtype: torch.dtype) -> float:
+    """The largest number of this type that is at most `limit`, as float32 rounds it."""
+    bound = torch.tensor(limit)
+    rounded = bound.to(dtype)
+    if rounded.float() > bound:
+        rounded = torch.nextafter(rounded, torch.zeros_like(rounded))
+    return rounded.item()

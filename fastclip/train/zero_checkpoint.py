@@ -1,0 +1,88 @@
+"""Writing a checkpoint folder from all ranks: whole or not at all.
+
+It is written under another name; when every rank has its files on the disk, the folder is renamed
+and the manifest follows (`fastclip.models.sharded` has the format). All ranks must see one folder.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastclip.models import sharded
+from fastclip.models.atomic import PARTIAL_SUFFIX, describe, flush
+from fastclip.train.distributed import World
+
+
+def write(
+    path: Path, training: dict[str, Any], world: World, write_shares: Callable[[Path], None]
+) -> None:
+    """Write a checkpoint folder from all ranks, atomically.
+
+    Args:
+        path: without suffix; a folder of this name is replaced.
+        training: the plain state, on the first rank; must hold "step".
+        write_shares: writes this rank's files into the folder that it gets, and takes part in
+            every exchange between ranks even where its own writing fails with OSError.
+
+    Raises:
+        OSError: some rank could not write; raised on all ranks, and `path` is as it was.
+    """
+    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+
+    def together(action: Callable[[], Any]) -> Any:
+        return _together(action, partial, world)
+
+    def prepare() -> None:
+        if world.is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+
+    def write_training() -> None:
+        write_shares(partial)
+        if world.is_first:
+            torch.save(training, partial / sharded.TRAINING)
+
+    def settle() -> dict[str, Any]:
+        # each rank reads back a share of the bytes, whoever wrote them
+        share = sharded.files_of(partial)[world.rank :: world.size]
+        for name in share:
+            flush(partial / name)
+        return {name: describe(partial / name) for name in share}
+
+    def publish() -> None:
+        if not world.is_first:
+            return
+        flush(partial)
+        if path.exists():
+            sharded.remove(path)
+        os.replace(partial, path)
+        sharded.write_manifest(
+            path, training["step"], {k: v for part in shares for k, v in part.items()}
+        )
+
+    together(prepare)
+    together(write_training)
+    shares = world.gather(together(settle))
+    together(publish)
+
+
+def _together(action: Callable[[], Any], partial: Path, world: World) -> Any:
+    """Act on every rank; where one fails, all raise and the unfinished folder goes."""
+    result, failure = None, None
+    try:
+        result = action()
+    # torch's own writer reports a full disk as RuntimeError
+    except (OSError, RuntimeError) as error:
+        failure = f"{type(error).__name__}: {error}"
+    failures = world.gather(failure)
+    if not any(failures):
+        return result
+    if world.is_first:
+        shutil.rmtree(partial, ignore_errors=True)
+    world.barrier()
+    told = (f"rank {rank}: {text}" for rank, text in enumerate(failures) if text)
+    raise OSError("; ".join(told))

@@ -1,0 +1,155 @@
+"""ZeRO under DeepSpeed's launcher: DDP's loss curve, and kill -9 of all ranks three times over."""
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastclip.cli import main
+from fastclip.models import checkpoint, sharded
+from fastclip.train.log import read_metrics
+from tests.train.conftest import ROOT
+from tests.train.test_ddp import torchrun
+from tests.train.test_kill import kill_when, last_step
+
+KILLS = 3
+STEPS = 50
+
+
+class Launched(subprocess.Popen):  # type: ignore[type-arg]
+    """A launcher and its ranks, which die together."""
+
+    def kill(self) -> None:
+        os.killpg(self.pid, signal.SIGKILL)
+
+
+def launch(*flags: str) -> Launched:
+    """`fastclip train` on two ranks, with what the README tells a user to type."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2"]
+    command += ["--master_port", str(port), "--module", "fastclip.cli", "train", *flags]
+    return Launched(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: Launched) -> str:
+    """Wait for the end; what was written on standard error."""
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, (output + errors)[-4000:]
+    return errors
+
+
+def tensors(content: Any) -> list[Tensor]:
+    """All tensors of a checkpoint, in order."""
+    if isinstance(content, Tensor):
+        return [content]
+    if isinstance(content, dict):
+        content = [content[key] for key in sorted(content, key=str)]
+    return [t for part in content for t in tensors(part)] if isinstance(content, list) else []
+
+
+@pytest.fixture(scope="module")
+def plain_losses() -> dict[str, list[float]]:
+    """Of plain data-parallel training, computed by the first test."""
+    return {}
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_killed_three_times_equals_uninterrupted(
+    train_flags: list[str], tmp_path: Path, stage: int, plain_losses: dict[str, list[float]]
+) -> None:
+    logs = tmp_path / "logs"
+    flags = [*train_flags, "--train-num-samples", "400", "--log-sample-ids"]
+    if not plain_losses:
+        torchrun(*flags, "--name", "plain")
+        plain_losses["plain"] = [line["loss"] for line in read_metrics(logs / "plain")]
+    flags += ["--save-every-steps", "4", "--deepspeed", "--deepspeed_config", f"ds_zero{stage}"]
+    finish(launch(*flags, "--name", "whole"))
+    losses = [line["loss"] for line in read_metrics(logs / "whole")]
+    assert len(losses) == STEPS
+    assert losses == pytest.approx(plain_losses["plain"], rel=1e-5)
+
+    run = logs / "killed"
+    points = sorted(random.Random(stage).sample(range(6, STEPS - 4), KILLS))
+    resume: list[str] = []
+    for point in points:
+        process = launch(*flags, "--name", "killed", *resume)
+        kill_when(process, lambda point=point: last_step(run) >= point)
+        process.communicate()
+        resume = ["--resume", "latest", "--trust-checkpoint"]
+    errors = finish(launch(*flags, "--name", "killed", *resume))
+    assert "resuming" in errors
+    assert (run / "samples.jsonl").read_text() == (logs / "whole" / "samples.jsonl").read_text()
+    for name in ("epoch_2", "step_00000048"):
+        ours, theirs = (folder / "checkpoints" / name for folder in (run, logs / "whole"))
+        assert sharded.verify(ours)
+        names = sharded.files_of(ours)
+        assert names == sharded.files_of(theirs)
+        for file in names:
+            pairs = [
+                tensors(torch.load(folder / file, weights_only=False)) for folder in (ours, theirs)
+            ]
+            assert len(pairs[0]) == len(pairs[1]) > 0
+            assert all(map(torch.equal, *pairs)), (name, file)
+
+    if stage == 2:
+        check_what_a_user_does_next(run, tmp_path, flags)
+
+
+def check_what_a_user_does_next(run: Path, folder: Path, flags: list[str]) -> None:
+    """Pickles are not read unasked; weights go out; one process goes on."""
+    command = [sys.executable, "-m", "fastclip.cli"]
+
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, *arguments],
+            cwd=ROOT,
+            env={**os.environ, "DS_ACCELERATOR": "cpu"},
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+
+    latest = checkpoint.find_latest(run / "checkpoints")
+    assert latest == run / "checkpoints" / "epoch_2"
+    middle = run / "checkpoints" / "step_00000048"
+    refused = call("train", *flags, "--name", "x", "--resume", str(middle))
+    assert refused.returncode == 1 and "add --trust-checkpoint" in refused.stderr
+    alone = call(
+        *("train", *flags, "--batch-size", "16", "--name", "alone", "--workers", "0"),
+        *("--resume", str(middle), "--trust-checkpoint"),
+    )
+    assert alone.returncode == 0, alone.stderr[-3000:]
+    ours = [line["loss"] for line in read_metrics(folder / "logs" / "alone")]
+    theirs = [line["loss"] for line in read_metrics(run)][48:]
+    # patch dropout draws other numbers for other ranks
+    assert len(ours) == 2 and ours == pytest.approx(theirs, rel=0.2)
+
+    assert call("convert", "to-open-clip", str(run), str(folder / "no.pt")).returncode == 1
+    assert (
+        main(["convert", "to-open-clip", str(run), str(folder / "out.pt"), "--trust-checkpoint"])
+        == 0
+    )
+    weights = checkpoint.read_weights(folder / "out.pt")
+    exported = sharded.export(latest)
+    assert weights.keys() == exported.keys()
+    assert all(torch.equal(weights[name], exported[name]) for name in weights)
