@@ -131,10 +131,8 @@ def state_memory(engine: str, parameters: int, ranks: int, precision: str) -> di
     divides the latter by the ranks, at stage 2 also gradients, at stage 3 also parameters.
     """
     if engine == "torch":
-        # data-parallel training keeps a second copy of the gradients, its buckets
-        buckets = 4 * parameters if ranks > 1 else 0
         own = {"parameters": 4 * parameters, "gradients": 4 * parameters}
-        return own | {"Adam": 8 * parameters, "buckets": buckets}
+        return own | {"Adam": 8 * parameters}
     stage = int(engine[-1])
     size = 4 if AUTOCAST_DTYPES[precision] is None else 2
     buffers = 2 * min(parameters, ZERO_BUCKET)

@@ -39,7 +39,10 @@ class World:
         if self.size == 1:
             return model
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=ids)
+        # the gradients lie in the buckets that are reduced, instead of being copied there
+        return nn.parallel.DistributedDataParallel(
+            model, device_ids=ids, gradient_as_bucket_view=True
+        )
 
     def gather(self, value: Any) -> list[Any]:
         """One small value (tensors, numbers, text, nested) of every rank, on all ranks."""
