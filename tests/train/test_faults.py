@@ -1,7 +1,6 @@
 """Being stopped, ranks that die or hang, a full disk: what is kept, and what is said."""
 
 import errno
-import json
 import os
 import signal
 import socket
@@ -196,28 +195,3 @@ def test_a_full_disk_keeps_the_previous_checkpoint_and_the_run(
     assert "earlier ones are kept" in says
     latest = checkpoint.find_latest(tmp_path / "logs" / "lost" / "checkpoints")
     assert latest is not None and latest.name == "step_00000015.pt"
-
-
-def test_exact_accumulation_is_the_larger_batch(train_flags: list[str], tmp_path: Path) -> None:
-    """The same samples, losses and parameters as in one batch."""
-    model = tmp_path / "tiny.json"
-    model.write_text(model.read_text().replace('"patch_dropout": 0.5', '"patch_dropout": 0.0'))
-    runs = []
-    for name, batch, count in (("whole", 16, 1), ("parts", 4, 4)):
-        flags = ["--name", name, "--batch-size", str(batch), "--accum-freq", str(count)]
-        assert main(["train", *train_flags, *flags, "--log-sample-ids"]) == 0
-        run = tmp_path / "logs" / name
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        runs.append(([x["loss"] for x in lines], [x["logit_scale"] for x in lines], run))
-    for ours, theirs in zip(runs[0][:2], runs[1][:2], strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-5)
-    samples = [(run / "samples.jsonl").read_text() for *_, run in runs]
-    assert samples[0] == samples[1]
-
-
-def test_batch_norm_is_refused_with_accumulation(
-    train_flags: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    flags = [*train_flags, "--model", "RN10t-64", "--accum-freq", "2", "--batch-size", "2"]
-    assert main(["train", *flags, "--name", "norm"]) == 1
-    assert "batch normalisation (visual.trunk." in capsys.readouterr().err
