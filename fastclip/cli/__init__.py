@@ -44,9 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("fastclip"):
             raise
+        extra = "deepspeed" if error.name == "deepspeed" else "train"
         print(
             f"fastclip {parsed.command} needs the package {error.name!r}: pip install "
-            f"'fastclip-kernels[train]', or {error.name} itself where that does not bring it",
+            f"'fastclip-kernels[{extra}]', or {error.name} itself where that does not bring it",
             file=sys.stderr,
         )
     except (ValueError, OSError) as error:

@@ -111,4 +111,6 @@ def world(device: str) -> Iterator[World]:
     except BaseException:
         dist.destroy_process_group()
         raise
+    # a rank that has left may still be in another's last exchange
+    dist.barrier()
     dist.destroy_process_group()

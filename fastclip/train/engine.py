@@ -51,7 +51,7 @@ class Engine:
             label_smoothing=config.label_smoothing,
             backend=config.loss_backend,
         )
-        self._autocast = autocast(world.device, config.precision)
+        self._autocast: AbstractContextManager[Any] = autocast(world.device, config.precision)
         self._mean, self._std = (
             torch.tensor(model.preprocess_config[name], device=world.device).view(3, 1, 1) * 255
             for name in ("mean", "std")
@@ -119,20 +119,30 @@ class Engine:
             return self._loss(*features, output["logit_scale"], output.get("logit_bias"))
 
     def _refuse(self, loss: Tensor, batches: Sequence[dict[str, Any]]) -> NoReturn:
-        """Raise for a loss or gradient that is not finite, and name where it began."""
+        """Raise for a loss or gradient that is not finite, and name where it began.
+
+        All ranks search together: the fault may be on one alone.
+        """
         for batch in batches:
             images, texts = self._inputs(batch)
-            inputs = {"image": images, "text": texts}
             forward = functools.partial(self.model, images, texts)
             with self._autocast:
-                culprit = first_non_finite(self.model, inputs, forward)
-            if culprit != NOTHING:
+                found = first_non_finite(self.model, {"image": images, "text": texts}, forward)
+            culprits = self.world.gather(found)
+            if set(culprits) != {NOTHING}:
                 break
+        else:
+            culprits = self.world.gather(self._non_finite_gradient())
+        rank = next((r for r, culprit in enumerate(culprits) if culprit != NOTHING), 0)
         raise NonFiniteError(
             f"loss {loss.item()}, gradient norm {self.norm.item()}; first non-finite tensor "
-            f"on rank {self.world.rank}: {culprit}. No parameter was changed. Samples: "
-            f"{', '.join(batch['key'][:4])}, ..."
+            f"on rank {rank}: {culprits[rank]}. No parameter was changed. Samples on rank "
+            f"{self.world.rank}: {', '.join(batch['key'][:4])}, ..."
         )
+
+    def _non_finite_gradient(self) -> str:
+        """The first parameter whose gradient is not finite, where `first_non_finite` sees none."""
+        return NOTHING
 
 
 class TorchEngine(Engine):

@@ -2,7 +2,7 @@
 
 What differs from `TorchEngine`: with --precision amp or amp_bf16 the parameters themselves are in
 float16 or bfloat16 and DeepSpeed keeps float32 ones beside the optimiser, so autocast is off. The
-logit scale that the loss sees is then rounded, too.
+loss sees the float32 logit scale all the same.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,7 @@ from fastclip.train.accumulate import accumulate
 from fastclip.train.config import TrainConfig
 from fastclip.train.distributed import WAIT, World
 from fastclip.train.engine import SHARED, Engine
-from fastclip.train.health import NOTHING, NonFiniteError, first_non_finite
+from fastclip.train.health import NOTHING
 from fastclip.train.optim import LOGIT_SCALE_MAX, build_optimizer
 from fastclip.train.zero_config import resolve
 
@@ -58,6 +58,7 @@ class DeepSpeedEngine(Engine):
         self._shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
         _make_viewable(self.model)
         self._dtype = AUTOCAST_DTYPES[config.precision] or torch.float32
+        self._autocast = contextlib.nullcontext()
         optimizer = build_optimizer(self.model, config)
         self._engine, *_ = deepspeed.initialize(
             model=self.model, optimizer=optimizer, config=settings, dist_init_required=False
@@ -74,6 +75,7 @@ class DeepSpeedEngine(Engine):
 
     def backward(self, batches: Sequence[dict[str, Any]]) -> Tensor:
         """See `Engine.backward`; there is one reduction of gradients, at the end."""
+        self._exact_scale = self._full(self._logit_scale_parameter()).exp()
         scale = self._zero.loss_scale
         reduction = (
             self._engine.coalesce_grad_reduction() if len(batches) > 1 else contextlib.nullcontext()
@@ -219,9 +221,17 @@ class DeepSpeedEngine(Engine):
             if self.world.is_first:
                 shutil.rmtree(temporary, ignore_errors=True)
 
+    def _inputs(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        images, texts = super()._inputs(batch)
+        return images.to(self._dtype), texts
+
     def _forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        images, texts = self._inputs(batch)
-        return self._engine(images.to(self._dtype), texts)
+        output = dict(self._engine(*self._inputs(batch)))
+        if self._dtype != torch.float32:
+            # the float32 parameter's value; the ratio, which is 1, carries the gradient
+            rounded = output["logit_scale"].float()
+            output["logit_scale"] = self._exact_scale * (rounded / rounded.detach())
+        return output
 
     def _gradient_norm(self) -> Tensor:
         """Over all ranks' gradients; infinite where one is not finite, in all types."""
@@ -263,27 +273,8 @@ class DeepSpeedEngine(Engine):
             name: state[name].detach().cpu().clone() for name in state if name not in self._shapes
         }
 
-    def _refuse(self, loss: Tensor, batches: Sequence[dict[str, Any]]) -> NoReturn:
-        """See `Engine._refuse`; ranks search together, as the towers may need all of them."""
-        culprits = [NOTHING]
-        for batch in batches:
-            images, texts = self._inputs(batch)
-            images = images.to(self._dtype)
-            forward = functools.partial(self.model, images, texts)
-            found = first_non_finite(self.model, {"image": images, "text": texts}, forward)
-            culprits = self.world.gather(found)
-            if set(culprits) != {NOTHING}:
-                break
-        else:
-            culprits = [self._non_finite_gradient()]
-        rank = next((r for r, culprit in enumerate(culprits) if culprit != NOTHING), 0)
-        raise NonFiniteError(
-            f"loss {loss.item()}, gradient norm {self.norm.item()}; first non-finite tensor "
-            f"on rank {rank}: {culprits[rank]}. No parameter was changed. Samples on rank "
-            f"{self.world.rank}: {', '.join(batch['key'][:4])}, ..."
-        )
-
     def _non_finite_gradient(self) -> str:
+        """See `Engine._non_finite_gradient`."""
         from deepspeed.utils import safe_get_full_grad
 
         found = NOTHING
