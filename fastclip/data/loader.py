@@ -5,7 +5,10 @@ A batch is never short: a sample that cannot be read is replaced by one that a h
 """
 
 import itertools
+import os
 import random
+import signal
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -188,6 +191,7 @@ class TrainingLoader:
             collate_fn=collate,
             pin_memory=pin_memory,
             persistent_workers=workers > 0,
+            worker_init_fn=obey_parent_only,
             # DataLoader draws a seed from here each epoch; the global stream must stay the
             # model's alone, or a resumed run would draw other numbers than the first
             generator=torch.Generator(),
@@ -204,6 +208,27 @@ class TrainingLoader:
         batches = self.batches(epoch, first_step)
         while step := list(itertools.islice(batches, self.micro_batches)):
             yield step
+
+
+def obey_parent_only(worker: int) -> None:
+    """In a loader process: outlive a signal that is meant to have the run save and stop.
+
+    Launchers and schedulers send it to the whole process group, and a loader that died of it would
+    take the run down before it has saved. The training process ends its loaders itself.
+    """
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    # blocked, so that it comes to the thread below, which sees from whom
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    parent = os.getppid()
+
+    def listen() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=listen, name="signals", daemon=True).start()
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:

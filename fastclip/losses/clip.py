@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from fastclip.functional import Exchange, clip_loss, info_nce_loss
-from fastclip.ops.collectives import AverageGradient, ScaleGradient, gather_rows, group_name
+from fastclip.ops.collectives import average_gradient, gather_rows, scale_gradient
 from fastclip.ops.distillation import distillation
 
 _NOT_THE_GRADIENT = {
@@ -135,7 +135,7 @@ class ClipLoss(nn.Module):
         if self.world_size > 1 and self.local_loss and not self.gather_with_grad:
             loss = self._rows_alone(*features, logit_scale, options)
             if logit_bias is not None:
-                loss = loss + 0 * logit_bias
+                loss = loss + 0 * logit_bias.sum()
         else:
             options["label_smoothing"] = self.label_smoothing
             if self.world_size > 1:
@@ -174,15 +174,14 @@ class ClipLoss(nn.Module):
         """The features, whose gradients lack the number of ranks unless they are gathered."""
         if self.world_size == 1 or self.gather_with_grad:
             return features
-        images, texts = (ScaleGradient.apply(f, 1 / self.world_size) for f in features)
+        images, texts = (scale_gradient(f, 1 / self.world_size) for f in features)
         return images, texts
 
     def _averaged(self, scale: Tensor) -> Tensor:
         """The scale, whose gradient is the global loss's on every rank."""
         if not isinstance(scale, Tensor) or not scale.requires_grad:
             return scale
-        averaged: Tensor = AverageGradient.apply(scale, group_name(self.group))
-        return averaged
+        return average_gradient(scale, self.group)
 
     def _gather(self, features: Tensor) -> Tensor:
         if self.world_size == 1:

@@ -8,8 +8,8 @@ A rank owns the rows of its samples. Two ways bring it the columns of the others
 
 Either way only one side of S travels. Maxima and sums of columns (8 bytes a column) go to their
 owners, and what their gradient needs is gathered from there (8 bytes again). Partial gradients
-travel in the features' dtype; their owner sums them in the accumulator's, in the order of the
-ranks, so a gradient is rounded once and the same bits come out every time.
+travel in the features' dtype (`columns.exchange_dtype`); their owner sums them in the
+accumulator's, in a fixed order, so a partial is rounded once and the same bits come out every time.
 
 `columns.py` holds the walks' view of it. Processes may have different numbers of rows.
 """
@@ -113,38 +113,34 @@ def ranks_of(
     Raises:
         ValueError: the arguments do not fit together, or no process group exists.
     """
-    found = _constants(way, group, None if sizes is None else tuple(sizes), rows)
-    return None if found is None else Ranks(*found)
-
-
-@torch.compiler.assume_constant_result  # a graph is compiled for the processes that share it
-def _constants(
-    way: str | None, group: dist.ProcessGroup | None, sizes: tuple[int, ...] | None, rows: int
-) -> tuple[str, str, tuple[int, ...], int] | None:
     if way is None:
         if group is not None or sizes is not None:
             raise ValueError("group and sizes are for losses over several processes; give dist")
         return None
     if way not in WAYS:
         raise ValueError(f"dist is {way!r}; use 'gather', 'ring' or None")
+    name, rank, world = _place(way, group)
+    shares = (rows,) * world if sizes is None else tuple(sizes)
+    if len(shares) != world or shares[rank] != rows or min(shares) < 1:
+        raise ValueError(
+            f"sizes are {shares} with {rows} rows on rank {rank} of {world}; give every rank's "
+            "rows, each at least 1"
+        )
+    return None if world == 1 else Ranks(way, name, shares, rank)
+
+
+@torch.compiler.assume_constant_result  # a graph is compiled for the processes that share it
+def _place(way: str, group: dist.ProcessGroup | None) -> tuple[str, int, int]:
+    """The group's name, this process's rank in it, and the number of ranks."""
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError(
             f"dist={way!r} needs torch.distributed.init_process_group; a process alone leaves "
             "dist out"
         )
-    group = dist.group.WORLD if group is None else group
-    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    rank = dist.get_rank(group)
     if rank < 0:
         raise ValueError("this process is not in the group that the loss is to be shared in")
-    sizes = (rows,) * world if sizes is None else tuple(map(int, sizes))
-    if len(sizes) != world or sizes[rank] != rows or min(sizes) < 1:
-        raise ValueError(
-            f"sizes are {sizes} with {rows} rows on rank {rank} of {world}; give every rank's "
-            "rows, each at least 1"
-        )
-    if world == 1:
-        return None
-    return way, group_name(group), sizes, rank
+    return group_name(group), rank, dist.get_world_size(group)
 
 
 def plain(ranks: Ranks | None) -> tuple[str, str, list[int]]:
@@ -157,6 +153,7 @@ def unplain(way: str, group: str, sizes: Sequence[int]) -> Ranks | None:
     return Ranks(way, group, tuple(sizes), dist.get_rank(_handle(group))) if way else None
 
 
+@torch.compiler.assume_constant_result
 def group_name(group: dist.ProcessGroup | None) -> str:
     """The name that an operator knows a process group by; None is the default one."""
     group = dist.group.WORLD if group is None else group
@@ -256,15 +253,15 @@ def _(local, group):
     return torch.empty_like(local)
 
 
-def _keep_world(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.group = inputs[1]
+def _keep_arguments(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.arguments = inputs[1:]
 
 
 def _times_world(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-    return upstream * dist.get_world_size(_handle(ctx.group)), None
+    return upstream * dist.get_world_size(_handle(*ctx.arguments)), None
 
 
-_global_sum.register_autograd(_times_world, setup_context=_keep_world)
+_global_sum.register_autograd(_times_world, setup_context=_keep_arguments)
 
 
 def global_sum(local: Tensor, ranks: Ranks | None) -> Tensor:
@@ -278,7 +275,7 @@ def global_sum(local: Tensor, ranks: Ranks | None) -> Tensor:
 
 def gather_rows(
     features: Tensor,
-    group: dist.ProcessGroup | str | None = None,
+    group: dist.ProcessGroup | None = None,
     *,
     with_grad: bool,
     sizes: Sequence[int] | None = None,
@@ -290,61 +287,79 @@ def gather_rows(
 
     Args:
         features: (N, D).
-        group: the process group or its name; None is the default one.
+        group: the process group; None is the default one.
         with_grad: whether gradients flow back across ranks.
         sizes: N of every rank; None: all the same.
     """
-    if not isinstance(group, str):
-        group = group_name(group)
-    handle = _handle(group)
-    rank = dist.get_rank(handle)
-    sizes = [len(features)] * dist.get_world_size(handle) if sizes is None else list(sizes)
+    name, rank, world = _place("gather", group)
+    sizes = [features.shape[0]] * world if sizes is None else list(sizes)
     if with_grad:
-        gathered: Tensor = _GatherRows.apply(features, group, sizes, rank)
-        return gathered
-    parts = list(all_rows(group, features.detach(), sizes).split(sizes))
+        return _gather_rows(features, name, sizes, rank)
+    parts = list(_gather_rows(features.detach(), name, sizes, rank).split(sizes))
     parts[rank] = features
     return torch.cat(parts)
 
 
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, features: Tensor, group: str, sizes: list[int], rank: int) -> Tensor:
-        ctx.group, ctx.sizes, ctx.rank = group, sizes, rank
-        return all_rows(group, features, sizes)
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient,) = upstream
-        own, others = without(gradient, ctx.sizes, ctx.rank)
-        total = own.clone()
-        for received in to_owners(ctx.group, others, ctx.sizes, ctx.rank):
-            total += received
-        return total, None, None, None
+@torch.library.custom_op("fastclip::gather_rows", mutates_args=())
+def _gather_rows(features: Tensor, group: str, sizes: Sequence[int], rank: int) -> Tensor:
+    return all_rows(group, features, sizes)
 
 
-class ScaleGradient(torch.autograd.Function):
-    """The identity, whose gradient is multiplied by a number."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
-        return upstream[0] * ctx.factor, None
+@_gather_rows.register_fake
+def _(features, group, sizes, rank):
+    return features.new_empty((sum(sizes), *features.shape[1:]))
 
 
-class AverageGradient(torch.autograd.Function):
-    """The identity, whose gradient is averaged over the ranks of a group."""
+@torch.library.custom_op("fastclip::gather_rows_backward", mutates_args=())
+def _gather_rows_gradient(upstream: Tensor, group: str, sizes: Sequence[int], rank: int) -> Tensor:
+    own, others = without(upstream, sizes, rank)
+    total = own.clone()
+    for received in to_owners(group, others, sizes, rank):
+        total += received
+    return total
 
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: str) -> Tensor:
-        ctx.group = group
-        return tensor.view_as(tensor)
 
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
-        world = dist.get_world_size(_handle(ctx.group))
-        return sum_over_ranks(ctx.group, upstream[0]) / world, None
+@_gather_rows_gradient.register_fake
+def _(upstream, group, sizes, rank):
+    return upstream.new_empty((sizes[rank], *upstream.shape[1:]))
+
+
+def _send_home(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
+    return _gather_rows_gradient(upstream, *ctx.arguments), None, None, None
+
+
+_gather_rows.register_autograd(_send_home, setup_context=_keep_arguments)
+
+
+@torch.library.custom_op("fastclip::average_gradient", mutates_args=())
+def _average_gradient(tensor: Tensor, group: str) -> Tensor:
+    return tensor.clone()
+
+
+@_average_gradient.register_fake
+def _(tensor, group):
+    return torch.empty_like(tensor)
+
+
+def _average(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+    (group,) = ctx.arguments
+    return _global_sum(upstream, group) / dist.get_world_size(_handle(group)), None
+
+
+_average_gradient.register_autograd(_average, setup_context=_keep_arguments)
+
+
+def rows_of_all(own: Tensor, ranks: Ranks, sizes: Sequence[int]) -> Tensor:
+    """The rows of all ranks with gradient, where rank q has sizes[q] of them."""
+    return _gather_rows(own, ranks.group, list(sizes), ranks.rank)
+
+
+def average_gradient(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The tensor itself, whose gradient is averaged over the ranks."""
+    return _average_gradient(tensor, group_name(group))
+
+
+def scale_gradient(tensor: Tensor, factor: float) -> Tensor:
+    """The tensor itself, whose gradient is multiplied by a factor."""
+    scaled = tensor * factor
+    return scaled + (tensor - scaled).detach()

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastclip.ops import backend as backends
 from fastclip.ops import checks, reference, strip, triangle
-from fastclip.ops.collectives import Ranks, gather_rows, plain, unplain
+from fastclip.ops.collectives import Ranks, plain, rows_of_all, unplain
 from fastclip.ops.columns import columns_of
 from fastclip.ops.gemm import accumulator_dtype
 from fastclip.ops.rectangle import add_rows_
@@ -82,9 +82,7 @@ def _shared_reference(
     z: Tensor, labels: Tensor, scale: Tensor, ranks: Ranks, compute_dtype: torch.dtype
 ) -> LabelStatistics:
     """Every rank computes the whole of S and takes the lines that are its own."""
-    z, labels = (
-        gather_rows(own, ranks.group, with_grad=own is z, sizes=ranks.sizes) for own in (z, labels)
-    )
+    z, labels = (rows_of_all(own, ranks, ranks.sizes) for own in (z, labels))
     first = sum(ranks.sizes[: ranks.rank])
     own = slice(first, first + ranks.sizes[ranks.rank])
     found = reference.label_statistics(z, labels, scale, compute_dtype)

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastclip.ops import backend as backends
 from fastclip.ops import checks, rectangle, reference
-from fastclip.ops.collectives import Ranks, gather_rows, plain, unplain
+from fastclip.ops.collectives import Ranks, plain, rows_of_all, unplain
 from fastclip.ops.forward_gradient import multiply_saved, save_gradients, wants_gradient
 from fastclip.ops.gemm import accumulator_dtype
 from fastclip.ops.similarity import check_pair, one_product, rectangle_of
@@ -65,7 +65,7 @@ def sigmoid_loss(
         with torch.autocast(x.device.type, enabled=False):
             start = 0
             if ranks is not None:
-                y = gather_rows(y, ranks.group, with_grad=True, sizes=ranks.sizes)
+                y = rows_of_all(y, ranks, ranks.sizes)
                 start = sum(ranks.sizes[: ranks.rank])
             rows = reference.sigmoid_rows(x, y, scale, offset, start, compute_dtype)
         return rows if per_row else rows.sum()

@@ -32,7 +32,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastclip.ops import backend as backends
 from fastclip.ops import checks, rectangle, reference
-from fastclip.ops.collectives import Ranks, gather_rows, plain, unplain
+from fastclip.ops.collectives import Ranks, plain, rows_of_all, unplain
 from fastclip.ops.columns import Columns, columns_of
 from fastclip.ops.gemm import accumulator_dtype
 from fastclip.ops.tiles import tiles_of
@@ -167,42 +167,35 @@ def _shared_reference(
 ) -> Statistics:
     """Every rank computes the whole of S and takes the lines that are its own."""
     both, positive_index, row_group, column_group, *_ = options
-    n = x.shape[0]
-    layout = columns_of(ranks, [n, y.shape[0] - n]).layout
+    n, m = x.shape[0], y.shape[0]
+    layout = columns_of(ranks, [n, m - n] if both else [m]).layout
+    first = layout.start(0, ranks.rank)
+    if positive_index is None and not both:
+        positive_index = torch.arange(n, device=x.device)
 
-    def everyone(own: Tensor | None, segments: Any) -> Tensor | None:
-        if own is None:
-            return None
-        parts = [
-            gather_rows(
-                own[s.start : s.stop], ranks.group, with_grad=True, sizes=layout.sizes[s.block]
-            )
-            for s in segments
-        ]
-        return torch.cat(parts)
+    def everyone(own: Tensor, blocks: Sequence[Sequence[int]]) -> Tensor:
+        parts = own.split([sizes[ranks.rank] for sizes in blocks])
+        return torch.cat([rows_of_all(p, ranks, s) for p, s in zip(parts, blocks, strict=True)])
 
-    rows, columns = layout.of_rank(ranks.rank)[:1], layout.of_rank(ranks.rank)
-    if positive_index is not None:
-        # keys in the order of the whole: those beside the rows come first
-        starts = [layout.start(block, ranks.rank) for block in range(2)]
-        positive_index = torch.where(
-            positive_index < n, positive_index + starts[0], positive_index - n + starts[1]
-        )
-    x_all, y_all = everyone(x, rows), everyone(y, columns)
-    assert x_all is not None and y_all is not None
+    def everyones(ids: Tensor | None, blocks: Sequence[Sequence[int]]) -> Tensor | None:
+        return None if ids is None else everyone(ids, blocks)
+
+    rows, columns = [ranks.sizes], layout.sizes
+    y_all = everyone(y, columns)
     found = reference.similarity_statistics(
-        x_all,
+        everyone(x, rows),
         y_all,
         scale,
         both,
-        everyone(positive_index, rows),
-        everyone(row_group, rows),
-        everyone(column_group, columns),
+        everyones(None if positive_index is None else positive_index + first, rows),
+        everyones(row_group, rows),
+        everyones(column_group, columns),
         0,
         y_all.shape[0],
         compute_dtype,
     )
-    own = slice(layout.start(0, ranks.rank), layout.start(0, ranks.rank) + n)
+    start = sum(ranks.sizes[: ranks.rank])
+    own = slice(start, start + n)
     return Statistics(*(line[own] for line in found))
 
 

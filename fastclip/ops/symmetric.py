@@ -27,7 +27,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastclip.ops import backend as backends
 from fastclip.ops import checks, reference, strip, triangle
-from fastclip.ops.collectives import Ranks, gather_rows, plain, unplain
+from fastclip.ops.collectives import Ranks, plain, rows_of_all, unplain
 from fastclip.ops.columns import columns_of
 from fastclip.ops.gemm import accumulator_dtype
 from fastclip.ops.similarity import collected_shape, one_product
@@ -93,10 +93,7 @@ def _shared_reference(
 ) -> BlockStatistics:
     """Every rank computes the whole of S and takes the lines that are its own."""
     blocks = len(shape.domains)
-    parts = [
-        gather_rows(block, ranks.group, with_grad=True, sizes=ranks.sizes)
-        for block in z.split(shape.pairs)
-    ]
+    parts = [rows_of_all(block, ranks, ranks.sizes) for block in z.split(shape.pairs)]
     everyone = Blocks(ranks.rows, shape.domains)
     found = reference.block_statistics(torch.cat(parts), scale, offset, everyone, compute_dtype)
     first = sum(ranks.sizes[: ranks.rank])

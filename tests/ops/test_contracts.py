@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+import fastclip
 from fastclip.ops import distillation
 from fastclip.ops.gemm import count_products
 from tests.ops.cases import LOSSES, Case, ours
@@ -123,6 +124,17 @@ def test_compiles_without_a_graph_break(name: str, autocast: bool) -> None:
         results.append([value.detach(), *(leaf.grad for leaf in leaves)])
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want)
+
+
+def test_one_graph_serves_all_batch_sizes() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(fastclip.functional.clip_loss, fullgraph=True)
+    for rows in (8, 16, 24):
+        x, y = (torch.nn.functional.normalize(torch.randn(rows, 4), dim=-1) for _ in range(2))
+        want = fastclip.functional.clip_loss(x, y, 9.0)
+        torch.testing.assert_close(compiled(x, y, 9.0), want)
+    stances = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert stances <= 2
 
 
 def test_opcheck() -> None:

@@ -13,9 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import fastclip
 from fastclip import functional
 from fastclip.ops.collectives import count_bytes
 from fastclip.ops.gemm import count_products
+from tests.ops import oracles
 from tests.ops.cases import LOSSES, Case, divisor, theirs, unit
 
 SIZES = {1: (6,), 2: (5, 3), 3: (4, 1, 3), 4: (2, 5, 1, 3)}
@@ -121,6 +123,7 @@ def work(rank: int, world: int, folder: str) -> None:
             results[name, way, "same bits"] = all(
                 map(torch.equal, repeated["gradients"], first["gradients"])
             )
+    results["few keys"] = few_keys(world, rank)
     results["counts"] = {way: counts(world, rank, way) for way in WAYS}
     results["low precision"] = {way: low_precision(world, rank, way) for way in WAYS}
     if world == 2:
@@ -129,6 +132,25 @@ def work(rank: int, world: int, folder: str) -> None:
         results["subgroup"] = subgroup(rank)
     torch.save(results, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
+
+
+def few_keys(world: int, rank: int) -> list[bool]:
+    """Whether queries that share keys, 4 and 2 on every rank, equal one process."""
+    index = torch.tensor([0, 1, 1, 0])
+    whole = [unit(4 * world, WIDTH, 1), unit(2 * world, WIDTH, 2)]
+    everywhere = torch.cat([index + 2 * r for r in range(world)])
+    leaves = [leaf.requires_grad_() for leaf in whole]
+    per_query = oracles.info_nce(*leaves, torch.tensor(9.0), {"positive_index": everywhere})
+    wanted = torch.autograd.grad(per_query.mean(), leaves)
+    equal = []
+    for way, backend in product(WAYS, BACKENDS):
+        own = [t.detach().chunk(world)[rank].clone().requires_grad_() for t in whole]
+        loss = functional.info_nce_loss(*own, 9.0, index, dist=way, backend=backend)
+        got = torch.autograd.grad(loss, own)
+        equal.append(close(loss, per_query.mean()))
+        for gradient, want in zip(got, wanted, strict=True):
+            equal.append(close(gradient, world * want.chunk(world)[rank]))
+    return equal
 
 
 def counts(world: int, rank: int, way: str) -> dict[str, Any]:
@@ -218,8 +240,20 @@ def low_precision(world: int, rank: int, way: str) -> dict[str, list[Tensor]]:
 
 
 def compiled(world: int, rank: int) -> list[bool]:
-    """Whether a graph without breaks gives the eager result, loss by loss."""
+    """Whether a graph without breaks gives the eager result: losses, then ClipLoss's modes."""
     equal = []
+    for local, with_grad in product((False, True), (False, True)):
+        torch._dynamo.reset()
+        module = fastclip.ClipLoss(local, with_grad, rank=rank, world_size=world)
+        results = []
+        for function in (torch.compile(module, fullgraph=True), module):
+            # another batch size than the first is compiled for any
+            for rows in (4, 6):
+                x, y = (unit(rows, WIDTH, i).requires_grad_() for i in (rank, 9 + rank))
+                scale = torch.tensor(9.0, dtype=torch.float64, requires_grad=True)
+                results += torch.autograd.grad(function(x, y, scale), (x, y, scale))
+        half = len(results) // 2
+        equal.append(all(map(close, results[:half], results[half:])))
     for name in ("clip", "siglip", "mp_nce", "sup_con"):
         torch._dynamo.reset()
         own = share(name, make(name, world), world, rank)
@@ -399,9 +433,16 @@ def test_low_precision_keeps_the_error_rule(
 
 
 @pytest.mark.dist
+@pytest.mark.parametrize("world", SIZES)
+def test_fewer_keys_than_queries(ranks: Callable[[int], Any], world: int) -> None:
+    for results in ranks(world):
+        assert results["few keys"] == [True] * 12
+
+
+@pytest.mark.dist
 def test_graphs_have_no_break(ranks: Callable[[int], Any]) -> None:
     for results in ranks(2):
-        assert results["compiled"] == [True] * 4
+        assert results["compiled"] == [True] * 8
 
 
 @pytest.mark.dist
