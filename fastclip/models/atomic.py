@@ -10,13 +10,27 @@ PARTIAL_SUFFIX = ".partial"
 
 def write_text(path: Path, text: str) -> None:
     """Replace a small text file atomically."""
-    partial = path.with_name(path.name + PARTIAL_SUFFIX)
-    with partial.open("w") as file:
+    prepare_text(path, text)
+    publish(path)
+
+
+def prepare_text(path: Path, text: str) -> None:
+    """Have a text on the disk under another name, to be published."""
+    with partial_of(path).open("w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(partial, path)
+
+
+def publish(path: Path) -> None:
+    """Give what was prepared its name."""
+    os.replace(partial_of(path), path)
     flush(path.parent)
+
+
+def partial_of(path: Path) -> Path:
+    """The name under which a file or folder is written."""
+    return path.with_name(path.name + PARTIAL_SUFFIX)
 
 
 def flush(path: Path) -> None:

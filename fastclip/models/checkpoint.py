@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastclip.models import sharded
-from fastclip.models.atomic import PARTIAL_SUFFIX, describe, write_text
+from fastclip.models.atomic import PARTIAL_SUFFIX, describe, partial_of, prepare_text, publish
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
@@ -29,23 +29,25 @@ def write(path: Path, content: dict[str, Any]) -> None:
     Raises:
         OSError: the disk is full or the folder cannot be written; `path` is then as it was.
     """
-    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    partial, manifest = partial_of(path), path.with_suffix(".json")
     try:
         with partial.open("wb") as file:
-            torch.save(content, file)
+            try:
+                torch.save(content, file)
+            except RuntimeError as error:
+                # torch's writer hides what the file said
+                raise OSError(str(error.__context__ or error)) from error
             file.flush()
             os.fsync(file.fileno())
-        manifest = {
-            "file": path.name,
-            "step": content["step"],
-            **describe(partial),
-        }
+        description = {"file": path.name, "step": content["step"], **describe(partial)}
+        prepare_text(manifest, json.dumps(description, indent=1) + "\n")
         # the old manifest goes first: never may it vouch for the new file
-        path.with_suffix(".json").unlink(missing_ok=True)
+        manifest.unlink(missing_ok=True)
         os.replace(partial, path)
-        write_text(path.with_suffix(".json"), json.dumps(manifest, indent=1) + "\n")
+        publish(manifest)
     except BaseException:
         partial.unlink(missing_ok=True)
+        partial_of(manifest).unlink(missing_ok=True)
         raise
 
 
@@ -81,7 +83,11 @@ def named(folder: Path, prefix: str) -> list[Path]:
     They are files (.pt), or folders where the training was DeepSpeed's.
     """
     found = [p for p in folder.glob(f"{prefix}*") if p.suffix == ".pt" or p.is_dir()]
-    return sorted(path for path in found if PARTIAL_SUFFIX not in path.name)
+    # others are being written, or converted for the time of a start
+    finished = [
+        p for p in found if not {PARTIAL_SUFFIX, sharded.TEMPORARY_SUFFIX} & set(p.suffixes)
+    ]
+    return sorted(finished)
 
 
 def run_of(path: Path) -> Path:
@@ -166,7 +172,7 @@ def require_trust(path: Path, trust: bool) -> None:
     Raises:
         ValueError: it is not.
     """
-    if path.is_dir() and not trust:
+    if sharded.is_sharded(path) and not trust:
         raise ValueError(
             f"{path} is DeepSpeed's: its files are pickles, which can run any code when they are "
             "loaded; if you trust where it comes from, add --trust-checkpoint (trust_checkpoint="

@@ -21,6 +21,8 @@ from torch import Tensor
 from fastclip.models.atomic import describe, write_text
 
 TRAINING = "training.pt"
+TEMPORARY_SUFFIX = ".universal"
+"""Of a copy that is made to resume with another number of processes."""
 
 
 def read_training(path: Path) -> dict[str, Any]:
@@ -122,7 +124,7 @@ def to_universal(path: Path, target: Path) -> None:
             ds_to_universal.main(options)
         shutil.copy2(path / TRAINING, target)
         described = {name: describe(target / name) for name in files_of(target)}
-        write_manifest(target, training["step"], described)
+        write_text(target.with_suffix(".json"), manifest_text(training["step"], described))
     except BaseException:
         shutil.rmtree(target, ignore_errors=True)
         raise
@@ -143,10 +145,9 @@ def files_of(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
 
-def write_manifest(path: Path, step: int, files: dict[str, Any]) -> None:
-    """Vouch for a folder whose files are described so; the last thing to be written."""
-    manifest = {"step": step, "files": dict(sorted(files.items()))}
-    write_text(path.with_suffix(".json"), json.dumps(manifest, indent=1) + "\n")
+def manifest_text(step: int, files: dict[str, Any]) -> str:
+    """The manifest of a folder whose files are described so."""
+    return json.dumps({"step": step, "files": dict(sorted(files.items()))}, indent=1) + "\n"
 
 
 def _universal_parameter(path: Path, name: str) -> Tensor:

@@ -39,7 +39,7 @@ class World:
         if self.size == 1:
             return model
         ids = [self.device.index] if self.device.type == "cuda" else None
-        # the gradients lie in the buckets that are reduced, instead of being copied there
+        # after the first step gradients lie in the buckets that are reduced: no copy of them
         return nn.parallel.DistributedDataParallel(
             model, device_ids=ids, gradient_as_bucket_view=True
         )

@@ -159,7 +159,8 @@ class TorchEngine(Engine):
 
     def backward(self, batches: Sequence[dict[str, Any]]) -> Tensor:
         """See `Engine.backward`; the gradients, unscaled, are in the parameters."""
-        self.optimizer.zero_grad(set_to_none=True)
+        # data-parallel gradients stay in the buckets that they are reduced in
+        self.optimizer.zero_grad(set_to_none=self.world.size == 1)
         loss = accumulate(
             self._forward,
             batches,

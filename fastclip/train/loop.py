@@ -2,7 +2,6 @@
 
 import os
 import resource
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -48,14 +47,22 @@ def train(config: TrainConfig) -> Path:
         OSError: the last checkpoint of the run could not be written.
         ValueError, FileNotFoundError: the configuration or the data cannot be used.
     """
-    with StopSignals() as stop, world(config.device) as here:
-        run = _train(named(config, here), here, stop)
-    if stop.received is not None:
-        raise StoppedError(f"{stop.received.name} received; go on with --name {run.name}")
+    limits = {"dead_after": config.dead_rank_timeout, "data_within": config.data_timeout}
+    with (
+        StopSignals() as stop,
+        world(config.device) as here,
+        Watch(here, **limits) as watch,
+    ):
+        run, signals = _train(named(config, here), here, stop, watch)
+    if signals:
+        raise StoppedError(f"{' and '.join(signals)} received; go on with --name {run.name}")
     return run
 
 
-def _train(config: TrainConfig, here: World, stop: StopSignals) -> Path:
+def _train(
+    config: TrainConfig, here: World, stop: StopSignals, watch: Watch
+) -> tuple[Path, list[str]]:
+    """The run's folder, and the signals that ended it before its time."""
     run = Path(config.logs) / str(config.name)
     resumed = read_resumed(config, run, here)
     if config.deterministic:
@@ -118,83 +125,78 @@ def _train(config: TrainConfig, here: World, stop: StopSignals) -> Path:
     quiet = None if here.is_first else True
     bar = tqdm(total=total_steps, initial=step, unit="step", disable=quiet, dynamic_ncols=True)
     meter = _Meter(samples)
-    watch = Watch(here, dead_after=config.dead_rank_timeout, data_within=config.data_timeout)
+    stopping = False
     try:
-        with watch:
-            stopping = False
-            while epoch < config.epochs and not stopping:
-                model.model.train()
-                steps = loader.steps(epoch, step_in_epoch)
-                for batches in meter.waiting(steps, watch.waiting_for_data):
-                    for fault in faults.add([f for batch in batches for f in batch["faults"]]):
-                        bar.write(f"skipped {fault}", file=sys.stderr)
-                    with count_bytes() as exchange:
-                        loss = _backward(engine, batches, step, checkpoints)
-                    done = epoch * loader.steps_per_epoch + step_in_epoch
-                    rate = learning_rate(config, done, total_steps)
-                    engine.update(rate)
-                    step, step_in_epoch = step + 1, step_in_epoch + 1
-                    meter.step()
-                    bar.update()
-                    if config.log_sample_ids:
-                        own = [key for batch in batches for key in batch["key"]]
-                        keys = [key for part in here.gather(own) for key in part]
-                        if log is not None:
-                            log.samples(step, keys)
-                    telling = step % config.log_every_n_steps == 0 or done + 1 == total_steps
-                    # where parameters are sharded all ranks have to ask
-                    scale = engine.logit_scale if telling else 0.0
-                    if log is not None and telling:
-                        values = {
-                            "loss": loss.item(),
-                            "grad_norm": engine.norm.item(),
-                            "lr": rate,
-                            "logit_scale": scale,
-                            "epoch": epoch + step_in_epoch / loader.steps_per_epoch,
-                            "loss_exchange_mib": exchange.received / 2**20,
-                            **meter.read(here.device),
-                        }
-                        log.metrics(step, values)
-                        _show(bar, step, values)
-                        for hint in hints.observe(step, values):
-                            bar.write(f"hint: {hint}", file=sys.stderr)
-                    stopping = here.any(stop.received is not None)
-                    # the end of an epoch has a checkpoint of its own
-                    if step_in_epoch == loader.steps_per_epoch:
-                        break
-                    due = config.save_every_steps and step % config.save_every_steps == 0
-                    if due or stopping:
-                        saved = save(f"step_{step:08d}", needed=stopping)
-                        if saved and here.is_first:
-                            state.prune_step_checkpoints(checkpoints)
-                    if stopping:
-                        break
-                if step_in_epoch < loader.steps_per_epoch:
+        while epoch < config.epochs and not stopping:
+            model.model.train()
+            steps = loader.steps(epoch, step_in_epoch)
+            for batches in meter.waiting(steps, watch.waiting_for_data):
+                for fault in faults.add([f for batch in batches for f in batch["faults"]]):
+                    bar.write(f"skipped {fault}", file=sys.stderr)
+                with count_bytes() as exchange:
+                    loss = _backward(engine, batches, step, checkpoints)
+                done = epoch * loader.steps_per_epoch + step_in_epoch
+                rate = learning_rate(config, done, total_steps)
+                engine.update(rate)
+                step, step_in_epoch = step + 1, step_in_epoch + 1
+                meter.step()
+                bar.update()
+                if config.log_sample_ids:
+                    own = [key for batch in batches for key in batch["key"]]
+                    keys = [key for part in here.gather(own) for key in part]
+                    if log is not None:
+                        log.samples(step, keys)
+                telling = step % config.log_every_n_steps == 0 or done + 1 == total_steps
+                # where parameters are sharded all ranks have to ask
+                scale = engine.logit_scale if telling else 0.0
+                if log is not None and telling:
+                    values = {
+                        "loss": loss.item(),
+                        "grad_norm": engine.norm.item(),
+                        "lr": rate,
+                        "logit_scale": scale,
+                        "epoch": epoch + step_in_epoch / loader.steps_per_epoch,
+                        "loss_exchange_mib": exchange.received / 2**20,
+                        **meter.read(here.device),
+                    }
+                    log.metrics(step, values)
+                    _show(bar, step, values)
+                    for hint in hints.observe(step, values):
+                        bar.write(f"hint: {hint}", file=sys.stderr)
+                stopping = here.any(stop.received is not None)
+                # the end of an epoch has a checkpoint of its own
+                if step_in_epoch == loader.steps_per_epoch:
                     break
+                due = config.save_every_steps and step % config.save_every_steps == 0
+                if due or stopping:
+                    saved = save(f"step_{step:08d}", needed=stopping)
+                    if saved and here.is_first:
+                        state.prune_step_checkpoints(checkpoints)
+                if stopping:
+                    break
+            if step_in_epoch < loader.steps_per_epoch:
+                break
 
-                epoch, step_in_epoch = epoch + 1, 0
-                last = epoch == config.epochs or stopping
-                due = epoch % config.save_frequency == 0 or last
-                saved = False
-                try:
-                    judged = epoch % config.val_frequency == 0 or last
-                    if config.val_data and judged and not stopping:
-                        weights = engine.weights()
-                        if weights:
-                            judged_model.model.load_state_dict(weights)
-                    if validator and log and judged and not stopping:
-                        metrics = validator()
-                        log.metrics(step, metrics)
-                        bar.write(f"epoch {epoch}: {_readable(metrics)}", file=sys.stderr)
-                finally:
-                    # an evaluation that fails must not cost the epoch
-                    if due:
-                        saved = save(f"epoch_{epoch}", needed=last)
-                if saved and config.delete_previous_checkpoint and here.is_first:
-                    state.prune_epoch_checkpoints(checkpoints, keep=epoch)
-            if stopping and stop.received is None:
-                # another rank was asked
-                stop.received = signal.SIGTERM
+            epoch, step_in_epoch = epoch + 1, 0
+            last = epoch == config.epochs or stopping
+            due = epoch % config.save_frequency == 0 or last
+            saved = False
+            try:
+                judged = epoch % config.val_frequency == 0 or last
+                if config.val_data and judged and not stopping:
+                    weights = engine.weights()
+                    if weights:
+                        judged_model.model.load_state_dict(weights)
+                if validator and log and judged and not stopping:
+                    metrics = validator()
+                    log.metrics(step, metrics)
+                    bar.write(f"epoch {epoch}: {_readable(metrics)}", file=sys.stderr)
+            finally:
+                # an evaluation that fails must not cost the epoch
+                if due:
+                    saved = save(f"epoch_{epoch}", needed=last)
+            if saved and config.delete_previous_checkpoint and here.is_first:
+                state.prune_epoch_checkpoints(checkpoints, keep=epoch)
     finally:
         bar.close()
         if log is not None:
@@ -205,7 +207,10 @@ def _train(config: TrainConfig, here: World, stop: StopSignals) -> Path:
             print(f"skipped samples and shards: {faults.summary()}", file=sys.stderr)
         if engine.skipped and here.is_first:
             print(f"float16 overflowed in {engine.skipped} steps; skipped", file=sys.stderr)
-    return run
+    # a run that came to its end was not stopped
+    unfinished = stopping and epoch < config.epochs
+    received = here.gather(stop.received.name if stop.received else "") if unfinished else []
+    return run, sorted(set(received) - {""})
 
 
 def _backward(

@@ -89,7 +89,8 @@ def read_resumed(config: TrainConfig, run: Path, world: World) -> dict[str, Any]
         FileNotFoundError, ValueError: the checkpoint is not there, or cannot be gone on from.
     """
     folder = run / "checkpoints"
-    existing = checkpoint.named(folder, "")
+    # one rank looks, and all do as it says: others may see a shared folder late
+    existing = world.gather(bool(checkpoint.named(folder, "")))[0]
     if config.resume is None:
         if existing:
             raise FileExistsError(
@@ -100,7 +101,9 @@ def read_resumed(config: TrainConfig, run: Path, world: World) -> dict[str, Any]
         _note(world, f"{folder} holds no checkpoint yet; the run begins")
         return None
     # found once: it reads every byte of a checkpoint
-    latest = checkpoint.find_latest(folder) if existing else None
+    found = checkpoint.find_latest(folder) if existing and world.is_first else None
+    found_name = world.gather(found.name if found else "")[0]
+    latest = folder / found_name if found_name else None
     path = latest if config.resume == "latest" else Path(config.resume)
     if path is None:
         raise FileNotFoundError(f"--resume latest: {folder} holds no whole checkpoint")

@@ -1,6 +1,8 @@
 """The state of a run as plain values, saved and restored exactly."""
 
 import random
+import sys
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -68,13 +70,19 @@ def restore_rng(state: dict[str, Any], device: torch.device) -> None:
 
 
 def prune_step_checkpoints(folder: Path) -> None:
-    """Delete all step checkpoints but the newest two, oldest first."""
-    for path in checkpoint.named(folder, "step_")[:-KEPT_STEP_CHECKPOINTS]:
-        checkpoint.remove(path)
+    """Delete all step checkpoints but the newest two whole ones, oldest first."""
+    written = [p for p in checkpoint.named(folder, "step_") if p.with_suffix(".json").is_file()]
+    _delete(path for path in written[:-KEPT_STEP_CHECKPOINTS])
 
 
 def prune_epoch_checkpoints(folder: Path, keep: int) -> None:
     """Delete all epoch checkpoints but that of epoch `keep`."""
-    for path in checkpoint.named(folder, "epoch_"):
-        if path.stem != f"epoch_{keep}":
+    _delete(p for p in checkpoint.named(folder, "epoch_") if p.stem != f"epoch_{keep}")
+
+
+def _delete(paths: Iterable[Path]) -> None:
+    for path in paths:
+        try:
             checkpoint.remove(path)
+        except OSError as error:
+            print(f"warning: {path} could not be deleted: {error}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from types import FrameType, TracebackType
 
 EXIT_STATUS = 75
@@ -15,7 +16,8 @@ class StoppedError(RuntimeError):
 class StopSignals:
     """Within the block SIGTERM and SIGUSR1 (which SLURM sends ahead of a time limit) are noted.
 
-    A second one ends the process as if nobody listened.
+    A second one ends the process as if nobody listened. Outside the main thread Python hears no
+    signals, and nothing is noted.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -25,7 +27,9 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         self._process = os.getpid()
-        self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
         return self
 
     def __exit__(

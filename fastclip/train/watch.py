@@ -2,7 +2,8 @@
 
 Collectives cannot tell: NCCL's wait for hours, gloo's fail with the address of a socket. So every
 rank has a thread that gives a sign of life through a small store beside the collectives. The first
-rank's reads all signs and pronounces a verdict; every thread ends its process when there is one.
+rank's reads all signs and pronounces a verdict; every thread ends its process when there is one. A
+second thread sees to it that the first does not itself wait for a store that no longer answers.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from types import TracebackType
 
-from torch.distributed import TCPStore
+import torch.distributed as dist
 
 from fastclip.train.distributed import DeadRankError, World
 
@@ -26,11 +27,13 @@ EXIT_STATUS = 4
 INTERVAL = 1.0
 # Ranks that fail together each report their own error; so long a thread holds back.
 GRACE = 3.0
-_SYMPTOMS = ("connection", "gloo", "nccl", "socket", "peer", "timed out", "timeout", "store")
+# A thread that slept so much longer than it meant to was suspended, with all others perhaps.
+SUSPENDED = 5.0
+_SYMPTOMS = ("gloo", "nccl", "connection closed", "connection reset", "socket")
 
 
 class Watch:
-    """The watch over all ranks of a run; a context manager around its steps.
+    """The watch over all ranks of a run; a context manager around everything they do.
 
     Args:
         world: this process among the others.
@@ -41,9 +44,13 @@ class Watch:
     def __init__(self, world: World, *, dead_after: float, data_within: float) -> None:
         self.world, self.dead_after, self.data_within = world, dead_after, data_within
         self._waiting_since: float | None = None
+        self._last_round = time.monotonic()
         self._closing = threading.Event()
         self._store = self._open_store() if world.size > 1 else None
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._threads = [
+            threading.Thread(target=target, name=target.__name__, daemon=True)
+            for target in ([self._guard] if self._store is None else [self._guard, self._beat])
+        ]
 
     @contextlib.contextmanager
     def waiting_for_data(self) -> Iterator[None]:
@@ -57,7 +64,9 @@ class Watch:
     def __enter__(self) -> "Watch":
         # before the first exchange, so that a rank that dies early has a place
         self._sign(0)
-        self._thread.start()
+        self._last_round = time.monotonic()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(
@@ -66,13 +75,13 @@ class Watch:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if error is None:
+            # signs go on until all have come here
+            self.world.barrier()
         if self._store is None or error is None:
             self._close()
-            # nobody leaves before all have stopped watching
-            if error is None:
-                self.world.barrier()
             return
-        if isinstance(error, RuntimeError) and _is_symptom(error):
+        if _is_symptom(error):
             verdict = self._await_verdict()
             self._close()
             raise DeadRankError(f"{verdict} (here: {str(error).splitlines()[0]})") from error
@@ -83,58 +92,78 @@ class Watch:
             with contextlib.suppress(RuntimeError):
                 self._store.set("verdict", f"rank {self.world.rank} failed: {text}")
 
-    def _open_store(self) -> TCPStore:
+    def _open_store(self) -> dist.TCPStore:
         port = 0
         store = None
         wait = timedelta(seconds=self.dead_after)
         # launchers tell the address at which all ranks reach the first
         host = os.environ.get("MASTER_ADDR", "localhost")
         if self.world.is_first:
-            store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=wait)
+            store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=wait)
             port = store.port
         port = self.world.gather(port)[0]
         if store is None:
-            store = TCPStore(host, port, is_master=False, timeout=wait)
+            store = dist.TCPStore(host, port, is_master=False, timeout=wait)
         return store
 
     def _close(self) -> None:
         self._closing.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout=2 * INTERVAL)
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(timeout=2 * INTERVAL)
 
-    def _run(self) -> None:
+    def _guard(self) -> None:
+        """Look at this process alone: the wait for a batch, and the store's answers."""
+        before = time.monotonic()
+        while not self._closing.wait(INTERVAL):
+            now = time.monotonic()
+            slept, before = now - before, now
+            if slept > SUSPENDED:
+                # time in which nothing ran counts for nothing
+                self._last_round = now
+                if self._waiting_since is not None:
+                    self._waiting_since += slept
+            since = self._waiting_since
+            if since is not None and now - since > self.data_within:
+                self._pronounce(
+                    f"rank {self.world.rank} ({_place()}) has waited {now - since:.0f} s for a "
+                    "batch: its loader hangs, or storage does not answer (--data-timeout)"
+                )
+            if self._store is not None and now - self._last_round > self.dead_after:
+                self._end(
+                    "rank 0, which keeps the watch, has given no sign of life for "
+                    f"{self.dead_after:.0f} s (--dead-rank-timeout)"
+                )
+
+    def _beat(self) -> None:
+        """Give signs of life and read the verdict; the first rank looks after the others."""
         beats = 0
         seen: dict[int, tuple[str, float]] = {}
+        before = time.monotonic()
         while not self._closing.wait(INTERVAL):
             beats += 1
-            since = self._waiting_since
-            waited = 0.0 if since is None else time.monotonic() - since
-            if waited > self.data_within:
-                self._pronounce(
-                    f"rank {self.world.rank} ({_place()}) has waited {waited:.0f} s for a batch: "
-                    "its loader hangs, or storage does not answer (--data-timeout)"
-                )
-            if self._store is None:
-                continue
+            now = time.monotonic()
+            if now - before > SUSPENDED:
+                seen.clear()
+            before = now
             try:
                 self._sign(beats)
                 if self.world.is_first:
-                    self._look(seen)
+                    self._look(seen, now)
                 verdict = self._verdict()
             except RuntimeError:
                 verdict = "rank 0, which keeps the watch, has ended"
+            self._last_round = time.monotonic()
             if verdict is not None:
                 self._end(verdict)
 
     def _sign(self, beats: int) -> None:
         if self._store is not None:
-            text = json.dumps([_place(), beats])
-            self._store.set(f"sign/{self.world.rank}", text)
+            self._store.set(f"sign/{self.world.rank}", json.dumps([_place(), beats]))
 
-    def _look(self, seen: dict[int, tuple[str, float]]) -> None:
+    def _look(self, seen: dict[int, tuple[str, float]], now: float) -> None:
         """Note which ranks gave a new sign; pronounce one dead that has not for too long."""
         assert self._store is not None
-        now = time.monotonic()
         for rank in range(1, self.world.size):
             key = f"sign/{rank}"
             sign = self._store.get(key).decode() if self._store.check([key]) else ""
@@ -182,6 +211,9 @@ def _place() -> str:
     return f"{socket.gethostname()}, process {os.getpid()}"
 
 
-def _is_symptom(error: RuntimeError) -> bool:
+def _is_symptom(error: BaseException) -> bool:
+    """Whether a collective failed, of another rank's end perhaps; gloo's errors have no type."""
+    if isinstance(error, dist.DistError):
+        return True
     text = str(error).lower()
-    return any(word in text for word in _SYMPTOMS)
+    return type(error) is RuntimeError and any(word in text for word in _SYMPTOMS)

@@ -67,8 +67,9 @@ class DeepSpeedEngine(Engine):
         self._zero = self._engine.optimizer
         # a full disk on one rank must not keep it from the exchanges that follow
         self._failures: list[Exception] = []
+        self._written: list[Path] = []
         writer = self._engine.checkpoint_engine
-        writer.save = functools.partial(_save_or_note, writer.save, self._failures)
+        writer.save = functools.partial(_save_or_note, writer.save, self._failures, self._written)
         # those scripts go beside the checkpoints, unguarded; `fastclip convert` does their work
         self._engine._copy_recovery_script = lambda folder: None
         optimizer.register_step_post_hook(lambda *_: self._clamp_logit_scale())
@@ -131,11 +132,13 @@ class DeepSpeedEngine(Engine):
             OSError: some rank could not write; raised on all, and earlier checkpoints are whole.
         """
 
-        def write_shares(folder: Path) -> None:
+        def write_shares(folder: Path) -> list[Path]:
             self._failures.clear()
+            self._written.clear()
             self._engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
             if self._failures:
                 raise self._failures[0]
+            return self._written
 
         own = {
             "stage": self._stage,
@@ -202,7 +205,7 @@ class DeepSpeedEngine(Engine):
         if sharded.is_universal(path) or ranks == self.world.size:
             yield path, sharded.is_universal(path)
             return
-        temporary = path.with_name(path.name + ".universal")
+        temporary = path.with_name(path.name + sharded.TEMPORARY_SUFFIX)
         failure = None
         try:
             if self.world.is_first:
@@ -320,9 +323,12 @@ def _make_viewable(model: nn.Module) -> None:
                 setattr(module, name, wide)
 
 
-def _save_or_note(save: Any, failures: list[Exception], state_dict: Any, path: str) -> None:
+def _save_or_note(
+    save: Any, failures: list[Exception], written: list[Path], state_dict: Any, path: str
+) -> None:
     try:
         save(state_dict, path)
+        written.append(Path(path))
     except (OSError, RuntimeError) as error:
         failures.append(error)
 

@@ -13,25 +13,32 @@ from typing import Any
 import torch
 
 from fastclip.models import sharded
-from fastclip.models.atomic import PARTIAL_SUFFIX, describe, flush
+from fastclip.models.atomic import (
+    describe,
+    flush,
+    partial_of,
+    prepare_text,
+    publish,
+)
 from fastclip.train.distributed import World
 
 
 def write(
-    path: Path, training: dict[str, Any], world: World, write_shares: Callable[[Path], None]
+    path: Path, training: dict[str, Any], world: World, write_shares: Callable[[Path], list[Path]]
 ) -> None:
     """Write a checkpoint folder from all ranks, atomically.
 
     Args:
         path: without suffix; a folder of this name is replaced.
         training: the plain state, on the first rank; must hold "step".
-        write_shares: writes this rank's files into the folder that it gets, and takes part in
-            every exchange between ranks even where its own writing fails with OSError.
+        write_shares: writes this rank's files into the folder that it gets and returns their
+            paths; takes part in every exchange between ranks even where its own writing fails with
+            OSError.
 
     Raises:
         OSError: some rank could not write; raised on all ranks, and `path` is as it was.
     """
-    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    partial = partial_of(path)
 
     def together(action: Callable[[], Any]) -> Any:
         return _together(action, partial, world)
@@ -41,33 +48,31 @@ def write(
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
 
-    def write_training() -> None:
-        write_shares(partial)
+    def write_own() -> dict[str, Any]:
+        # what a rank wrote it describes: listings of a shared folder may lag behind
+        own = write_shares(partial)
         if world.is_first:
             torch.save(training, partial / sharded.TRAINING)
+            own = [*own, partial / sharded.TRAINING]
+        for file in own:
+            flush(file)
+        return {str(file.relative_to(partial)): describe(file) for file in own}
 
-    def settle() -> dict[str, Any]:
-        # each rank reads back a share of the bytes, whoever wrote them
-        share = sharded.files_of(partial)[world.rank :: world.size]
-        for name in share:
-            flush(partial / name)
-        return {name: describe(partial / name) for name in share}
-
-    def publish() -> None:
+    def publish_all() -> None:
         if not world.is_first:
             return
         flush(partial)
+        manifest = path.with_suffix(".json")
+        files = {name: described for share in shares for name, described in share.items()}
+        prepare_text(manifest, sharded.manifest_text(training["step"], files))
         if path.exists():
             sharded.remove(path)
         os.replace(partial, path)
-        sharded.write_manifest(
-            path, training["step"], {k: v for part in shares for k, v in part.items()}
-        )
+        publish(manifest)
 
     together(prepare)
-    together(write_training)
-    shares = world.gather(together(settle))
-    together(publish)
+    shares = world.gather(together(write_own))
+    together(publish_all)
 
 
 def _together(action: Callable[[], Any], partial: Path, world: World) -> Any:

@@ -27,7 +27,7 @@ def make(folder: Path, step: int, shard: object = 1) -> Path:
     torch.save({"step": step}, path / sharded.TRAINING)
     torch.save(shard, path / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
     files = {name: describe(path / name) for name in sharded.files_of(path)}
-    sharded.write_manifest(path, step, files)
+    path.with_suffix(".json").write_text(sharded.manifest_text(step, files))
     return path
 
 
@@ -45,6 +45,8 @@ def test_the_newest_whole_checkpoint_is_chosen(tmp_path: Path) -> None:
         assert checkpoint.find_latest(tmp_path) == tmp_path / "epoch_1.pt"
     # one that is being written has another name
     third.rename(third.with_name(third.name + ".partial"))
+    # and so has a copy for another number of processes
+    (tmp_path / f"step_00000040{sharded.TEMPORARY_SUFFIX}").mkdir()
     assert len(checkpoint.named(tmp_path, "step_")) == 2
 
 

@@ -40,7 +40,7 @@ def train_flags(tiny_model: str, tmp_path: Path) -> list[str]:
 def start_training() -> Callable[..., subprocess.Popen[str]]:
     """Start `fastclip train` in a process of its own."""
 
-    def start(*flags: str) -> subprocess.Popen[str]:
+    def start(*flags: str, own_group: bool = False) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, "-m", "fastclip.cli", "train", *flags],
             cwd=ROOT,
@@ -48,6 +48,7 @@ def start_training() -> Callable[..., subprocess.Popen[str]]:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=own_group,
         )
 
     return start

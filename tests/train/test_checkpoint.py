@@ -3,6 +3,7 @@
 import errno
 import os
 import pickle
+import resource
 import warnings
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,23 @@ def test_a_full_disk_keeps_the_previous_file(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert checkpoint.find_latest(tmp_path) == path
+
+
+def test_a_write_that_the_system_refuses_keeps_the_previous_file(tmp_path: Path) -> None:
+    """Through torch's own writer, which reports it in its own way."""
+    path = tmp_path / "a.pt"
+    checkpoint.write(path, content(1))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    large = {**content(2), "state_dict": {"w": torch.zeros(100_000)}}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            checkpoint.write(path, large)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert checkpoint.read(path)["step"] == 1
+    assert checkpoint.find_latest(tmp_path) == path
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a.pt"]
 
 
 class Malicious:

@@ -53,7 +53,7 @@ def start_ranks(world: int, command: list[str]) -> list[subprocess.Popen[str]]:
 
 @pytest.fixture
 def long_flags(train_flags: list[str]) -> list[str]:
-    return [*train_flags, "--train-num-samples", "1600", "--log-sample-ids", "--workers", "1"]
+    return [*train_flags, "--train-num-samples", "1600", "--log-sample-ids", "--workers", "2"]
 
 
 @pytest.mark.slow
@@ -62,10 +62,11 @@ def test_a_signal_saves_within_a_step(
     long_flags: list[str], start_training: Start, tmp_path: Path, number: signal.Signals
 ) -> None:
     run = tmp_path / "logs" / "stopped"
-    process = start_training(*long_flags, "--name", "stopped")
+    # schedulers and launchers signal whole groups, loaders included
+    process = start_training(*long_flags, "--name", "stopped", own_group=True)
     wait_for_step(run, 12, process)
     before = last_step(run)
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 75, errors[-2000:]
     assert f"{number.name} received; go on with --name stopped --resume latest" in errors
@@ -121,20 +122,54 @@ def test_a_dead_rank_ends_the_others_and_is_named(
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_a_frozen_rank_is_named(long_flags: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_rank_is_named(long_flags: list[str], tmp_path: Path, frozen: int) -> None:
     """Its sockets stay open, so that no collective notices."""
     flags = ["--name", "frozen", "--dead-rank-timeout", str(DEAD_AFTER)]
     ranks = start_ranks(2, ["-m", "fastclip.cli", "train", *long_flags, *flags])
     wait_for_step(tmp_path / "logs" / "frozen", 5, ranks[0])
-    ranks[1].send_signal(signal.SIGSTOP)
+    ranks[frozen].send_signal(signal.SIGSTOP)
+    other = ranks[1 - frozen]
     try:
-        _, errors = ranks[0].communicate(timeout=DEAD_AFTER + 30)
+        _, errors = other.communicate(timeout=DEAD_AFTER + 30)
     finally:
-        ranks[1].kill()
-        ranks[1].communicate()
-    assert ranks[0].returncode == 4
-    assert f"has given no sign of life for {DEAD_AFTER} s" in errors
-    assert f"rank 1 ({socket.gethostname()}, process {ranks[1].pid})" in errors
+        ranks[frozen].kill()
+        ranks[frozen].communicate()
+    assert other.returncode == 4
+    place = f" ({socket.gethostname()}, process {ranks[1].pid})"
+    if frozen == 0:
+        place = ", which keeps the watch,"
+    assert f"rank {frozen}{place} has given no sign of life for {DEAD_AFTER} s" in errors
+
+
+HEALTHY = """
+import sys, time
+from fastclip.train.distributed import world
+from fastclip.train.watch import Watch
+with world("cpu") as here, Watch(here, dead_after=5, data_within=60) as watch:
+    print("watching", flush=True)
+    time.sleep({seconds}[here.rank])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("suspended", [False, True])
+def test_a_late_or_suspended_run_is_healthy(suspended: bool) -> None:
+    """The first rank busy at the end for longer than the limit; all stopped and continued."""
+    seconds = (4, 4) if suspended else (12, 0)
+    ranks = start_ranks(2, ["-c", HEALTHY.format(seconds=seconds)])
+    if suspended:
+        for rank in ranks:
+            assert rank.stdout is not None and rank.stdout.readline() == "watching\n"
+        time.sleep(1.5)
+        for number, pause in ((signal.SIGSTOP, 8), (signal.SIGCONT, 0)):
+            for rank in ranks:
+                rank.send_signal(number)
+            time.sleep(pause)
+    for rank in ranks:
+        _, errors = rank.communicate(timeout=90)
+        assert rank.returncode == 0, errors[-2000:]
 
 
 HANGING = """

@@ -299,8 +299,9 @@ def test_a_torn_folder_is_not_whole(tmp_path: Path) -> None:
     here = World(0, 1, torch.device("cpu"))
     path = tmp_path / "step_00000007"
 
-    def share(folder: Path) -> None:
+    def share(folder: Path) -> list[Path]:
         torch.save({"a": torch.ones(3)}, folder / "part.pt")
+        return [folder / "part.pt"]
 
     zero_checkpoint.write(path, {"step": 7}, here, share)
     assert sharded.verify(path)
