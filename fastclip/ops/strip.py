@@ -10,6 +10,7 @@ Shape suffixes: B blocks, N own pairs, M = B N own rows, R columns of a part, D 
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -37,23 +38,14 @@ def statistics(
 
     `see` is called with each part.
     """
-    z_op_MD = tiles.operand(z_MD)
+    rows = _Rows(tiles.operand(z_MD), scale_PP, offset_PP, shape, columns)
     lines = Running.of(shape.rows, z_MD, tiles.dtype)
     for part in columns.parts(z_MD, collected):
         see(part)
         z_op_RD = tiles.operand(part.features)
         for start, stop, block in _strips(tiles, z_MD, len(z_op_RD), shape, chunk_bytes):
             for segment in part.segments:
-                tile = _tile(
-                    z_op_MD[start:stop],
-                    z_op_RD[segment.start : segment.stop],
-                    (scale_PP, offset_PP),
-                    shape,
-                    columns,
-                    start,
-                    block,
-                    segment,
-                )
+                tile = rows.tile(z_op_RD, start, stop, block, segment)
                 tiles.statistics(tile, lines.part(start, stop), None)
     return lines
 
@@ -76,7 +68,7 @@ def statistics_gradient(
 
     An entry (p, q) of the two, (P, P), has what was met with domain p in the row's place.
     """
-    z_op_MD = tiles.operand(z_MD)
+    rows = _Rows(tiles.operand(z_MD), scale_PP, offset_PP, shape, columns)
     pairs = columns.all_lines(torch.stack((lse_M, d_lse_M), dim=1))
     all_lse, all_d_lse = (line.contiguous() for line in pairs.unbind(dim=1))
     dz_MD = z_MD.new_zeros(z_MD.shape, dtype=tiles.dtype)
@@ -87,22 +79,12 @@ def statistics_gradient(
         z_grad_RD = tiles.gradient_operand(z_op_RD)
         for start, stop, block in _strips(tiles, z_MD, len(z_op_RD), shape, chunk_bytes):
             G_CR = tiles.gradient_buffer(stop - start, z_grad_RD)
-            rows = Lines(lse_M[start:stop], d_lse_M[start:stop])
             for segment in part.segments:
-                tile = _tile(
-                    z_op_MD[start:stop],
-                    z_op_RD[segment.start : segment.stop],
-                    (scale_PP, offset_PP),
-                    shape,
-                    columns,
-                    start,
-                    block,
-                    segment,
-                )
+                tile = rows.tile(z_op_RD, start, stop, block, segment)
                 seen = slice(segment.column, segment.column + segment.stop - segment.start)
                 dscale, doffset = tiles.gradient(
                     tile,
-                    rows,
+                    Lines(lse_M[start:stop], d_lse_M[start:stop]),
                     Lines(all_lse[seen], all_d_lse[seen]),
                     G_CR[:, segment.start : segment.stop],
                     need_scalars,
@@ -128,21 +110,26 @@ def _strips(
             yield start, stop, block
 
 
-def _tile(
-    z_CD: Tensor,
-    z_SD: Tensor,
-    tables: tuple[Tensor, Tensor | None],
-    shape: Blocks,
-    columns: Columns,
-    start: int,
-    block: int,
-    segment: Segment,
-) -> Tile:
-    scale_PP, offset_PP = tables
-    entry = shape.domains[block], shape.domains[segment.block]
-    layout = columns.layout
-    # numbers of the pairs, over all ranks, that the first row and the first column are of
-    row_pair = layout.start(0, layout.rank) + start - shape.block(block).start
-    column_pair = segment.column - layout.start(segment.block, 0)
-    offset = None if offset_PP is None else offset_PP[entry]
-    return Tile(z_CD, z_SD, scale_PP[entry], offset, row_pair - column_pair)
+@dataclass(frozen=True)
+class _Rows:
+    """Own rows as they enter S, and what makes a tile of some of them and some columns."""
+
+    z_op_MD: Tensor
+    scale_PP: Tensor
+    offset_PP: Tensor | None
+    shape: Blocks
+    columns: Columns
+
+    def tile(self, z_op_RD: Tensor, start: int, stop: int, block: int, segment: Segment) -> Tile:
+        layout = self.columns.layout
+        entry = self.shape.domains[block], self.shape.domains[segment.block]
+        # numbers of the pairs, over all ranks, that the first row and the first column are of
+        row_pair = layout.start(0, layout.rank) + start - self.shape.block(block).start
+        column_pair = segment.column - layout.start(segment.block, 0)
+        return Tile(
+            self.z_op_MD[start:stop],
+            z_op_RD[segment.start : segment.stop],
+            self.scale_PP[entry],
+            None if self.offset_PP is None else self.offset_PP[entry],
+            row_pair - column_pair,
+        )
