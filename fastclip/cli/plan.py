@@ -94,6 +94,10 @@ def report(plan: Plan, model: str) -> list[str]:
     k, alone = plan.micro_batches, request.gpus == 1
     flags = f"--batch-size {plan.micro_batch} --accum-freq {k} --precision {request.precision}"
     flags += " --grad-checkpointing" if plan.checkpointing else ""
+    flags += " --siglip" if request.loss == "siglip" else ""
+    flags += " --loss-dist-impl ring" if plan.dist == "ring" and not alone else ""
+    if plan.engine != "torch":
+        flags += f" --deepspeed --deepspeed_config ds_{plan.engine}"
     lines = [
         f"{model}, global batch {request.batch:,} on {request.gpus:,} x {request.memory:g} GiB: "
         f"{request.rows:,} samples a GPU (computed, not measured)",

@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from fastclip.models.checkpoint import read_weights, resolve, run_of
 
 CONFIG_FILE = "open_clip_config.json"
+
+# Zhai et al. 2023, section 3.2: so that the many negatives do not drown the start.
+SIGLIP = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
 
 _CONFIGS = Path(__file__).with_name("configs")
 
@@ -32,7 +36,11 @@ class Model(NamedTuple):
 
 
 def create(
-    name: str, device: str | torch.device = "cpu", *, pretrained: str | None = None
+    name: str,
+    device: str | torch.device = "cpu",
+    *,
+    pretrained: str | None = None,
+    siglip: bool = False,
 ) -> Model:
     """A new model with random or pretrained weights.
 
@@ -42,6 +50,7 @@ def create(
         device: where the parameters live.
         pretrained: a name of open_clip's weights for this model, or the path of a checkpoint of
             open_clip's or fastclip's; None for random weights.
+        siglip: whether the model has a logit bias, and begins with SigLIP's scale and bias.
 
     Returns:
         The model (called with images and texts it gives a dictionary of normalised
@@ -65,10 +74,11 @@ def create(
         near = difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.4)
         hint = f"; near names: {', '.join(near)}" if near else ""
         raise ValueError(f"model {name!r} is unknown{hint}")
+    options = SIGLIP if siglip else None
     if pretrained is None:
-        return _build(name, device)
+        return _build(name, device, options=options)
     if Path(pretrained).is_file():
-        built = _build(name, device)
+        built = _build(name, device, options=options)
         _load_weights(built.model, read_weights(Path(pretrained)), pretrained)
         return built
     tags = open_clip.list_pretrained_tags_by_model(name)
@@ -77,17 +87,19 @@ def create(
         raise ValueError(
             f"pretrained {pretrained!r} is neither a file nor weights of {name} (known: {known})"
         )
-    return _build(name, device, pretrained)
+    return _build(name, device, pretrained, options)
 
 
 def describe(name: str, model: Model) -> dict[str, Any]:
     """The model's full description as open_clip's `open_clip_config.json` holds it."""
     import open_clip
 
+    model_config = open_clip.get_model_config(Path(name).stem if name.endswith(".json") else name)
+    if getattr(model.model, "logit_bias", None) is not None:
+        # without it the model would be built without a bias
+        model_config = {**SIGLIP, **(model_config or {})}
     return {
-        "model_cfg": open_clip.get_model_config(
-            Path(name).stem if name.endswith(".json") else name
-        ),
+        "model_cfg": model_config,
         "preprocess_cfg": model.preprocess_config,
     }
 
@@ -131,7 +143,12 @@ def _load_weights(model: nn.Module, state_dict: dict[str, Tensor], origin: str) 
         raise ValueError(f"{origin} does not fit the model: {error}") from error
 
 
-def _build(name: str, device: str | torch.device, pretrained: str | None = None) -> Model:
+def _build(
+    name: str,
+    device: str | torch.device,
+    pretrained: str | None = None,
+    options: dict[str, float] | None = None,
+) -> Model:
     import open_clip
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
@@ -145,6 +162,7 @@ def _build(name: str, device: str | torch.device, pretrained: str | None = None)
             output_dict=True,
             load_weights=pretrained is not None,
             pretrained_text=False,
+            **(options or {}),
         )
     finally:
         logging.disable(logging.NOTSET)

@@ -104,6 +104,8 @@ class TrainConfig:
     """Course of the learning rate after warm-up."""
     grad_clip_norm: float | None = None
     """Greatest norm of the gradient; larger ones are scaled down."""
+    siglip: bool = False
+    """The sigmoid loss; the model gets a logit bias."""
     label_smoothing: float = 0.0
     """Mass of the loss's target spread over all candidates."""
     local_loss: bool = False
@@ -151,6 +153,10 @@ class TrainConfig:
     none."""
 
     def __post_init__(self) -> None:
+        if self.siglip and self.label_smoothing:
+            raise ValueError(
+                "--label-smoothing is for the softmax loss; leave it out with --siglip"
+            )
         if not self.gather_with_grad:
             raise ValueError(
                 "--no-gather-with-grad is not the full batch's gradient; leave the flag out"

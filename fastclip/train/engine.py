@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastclip.device import AUTOCAST_DTYPES, autocast
-from fastclip.losses.clip import ClipLoss
+from fastclip.functional import clip_loss, siglip_loss
 from fastclip.models import checkpoint
 from fastclip.models.clip import Model
 from fastclip.train.accumulate import accumulate, refuse_batch_norm
@@ -43,14 +43,10 @@ class Engine:
         refuse_batch_norm(self.model, config.accum_freq)
         if config.grad_checkpointing:
             self.model.set_grad_checkpointing(True)  # type: ignore[operator]
-        self._loss = ClipLoss(
-            gather_with_grad=True,
-            dist="ring" if config.loss_dist_impl in ("ring", "bidir", "shift") else "gather",
-            rank=world.rank,
-            world_size=world.size,
-            label_smoothing=config.label_smoothing,
-            backend=config.loss_backend,
-        )
+        self._loss_options: dict[str, Any] = {"backend": config.loss_backend}
+        if world.size > 1:
+            way = "ring" if config.loss_dist_impl in ("ring", "bidir", "shift") else "gather"
+            self._loss_options["dist"] = way
         self._autocast: AbstractContextManager[Any] = autocast(world.device, config.precision)
         self._mean, self._std = (
             torch.tensor(model.preprocess_config[name], device=world.device).view(3, 1, 1) * 255
@@ -113,10 +109,14 @@ class Engine:
 
     def _whole_loss(self, output: dict[str, Tensor]) -> Tensor:
         """The loss of a whole batch's outputs."""
-        # a bias cancels, but data-parallel training wants a gradient of every parameter
-        features = output["image_features"], output["text_features"]
+        # with a softmax a bias cancels, but data-parallel training wants a gradient of everything
+        names = ("image_features", "text_features", "logit_scale", "logit_bias")
+        inputs = [output.get(name) for name in names]
         with self._autocast:
-            return self._loss(*features, output["logit_scale"], output.get("logit_bias"))
+            if self.config.siglip:
+                return siglip_loss(*inputs, **self._loss_options)  # type: ignore[arg-type]
+            smoothing = self.config.label_smoothing
+            return clip_loss(*inputs, label_smoothing=smoothing, **self._loss_options)  # type: ignore[arg-type]
 
     def _refuse(self, loss: Tensor, batches: Sequence[dict[str, Any]]) -> NoReturn:
         """Raise for a loss or gradient that is not finite, and name where it began.

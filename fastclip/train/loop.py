@@ -70,7 +70,7 @@ def _train(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     state.seed_rng(config.seed)
-    model = create(config.model, here.device, pretrained=config.pretrained)
+    model = create(config.model, here.device, pretrained=config.pretrained, siglip=config.siglip)
     # convolutions are fastest with channels innermost, and nothing else minds
     model.model.to(memory_format=torch.channels_last)
     loader = build_loader(config, model, here)
@@ -78,7 +78,7 @@ def _train(
     judged_model, validator = model, None
     if config.val_data and here.is_first:
         if config.deepspeed:
-            judged_model = create(config.model, here.device)
+            judged_model = create(config.model, here.device, siglip=config.siglip)
         validator = Validator(config, judged_model)
     engine = build_engine(model, config, here)
     samples = config.step_samples(here.size)

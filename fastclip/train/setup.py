@@ -28,8 +28,17 @@ DEFINES_THE_RUN = (
     *("train_data", "train_data_upsampling_factors", "dataset_type", "csv_img_key"),
     *("csv_caption_key", "csv_separator", "image_root", "templates"),
     *("train_num_samples", "shuffle_window", "batch_size", "accum_freq", "seed"),
-    *("aug_scale", "aug_flip", "model", "precision", "label_smoothing", "epochs", "warmup"),
-    *("torchcompile", "loss_backend", "device", "deepspeed", "deepspeed_config"),
+    *(
+        "aug_scale",
+        "aug_flip",
+        "model",
+        "precision",
+        "siglip",
+        "label_smoothing",
+        "epochs",
+        "warmup",
+    ),
+    *("torchcompile", "loss_backend", "loss_dist_impl", "device", "deepspeed", "deepspeed_config"),
     *("lr", "lr_scheduler", "beta1", "beta2", "eps", "wd", "grad_clip_norm"),
 )
 
@@ -178,6 +187,8 @@ def announce(
         f"batches: {config.step_samples(world.size)} samples{micro}, {loader.steps_per_epoch} "
         f"steps an epoch, {config.epochs * loader.steps_per_epoch} in all, {step} done",
     ]
-    for name, status, description in explain("similarity", world.device, dtype):
+    for name, status, description in explain(
+        "sigmoid" if config.siglip else "similarity", world.device, dtype
+    ):
         lines.append(f"loss: {name}: {status} ({description})")
     print("\n".join(lines), file=sys.stderr)

@@ -1,6 +1,7 @@
 """Evaluation during training."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -10,7 +11,7 @@ from fastclip.data.sources import guess_type, open_source
 from fastclip.evaluate.features import embed_images, embed_texts
 from fastclip.evaluate.retrieval import evaluate_retrieval
 from fastclip.evaluate.zeroshot import classes_of, evaluate_zeroshot
-from fastclip.functional import clip_loss
+from fastclip.functional import clip_loss, siglip_loss
 from fastclip.models.clip import Model
 from fastclip.train.config import TrainConfig
 
@@ -55,8 +56,13 @@ class Validator:
         """The loss over batches of the training's size, with each image's first caption."""
         first = [own[0] for own in texts]
         features = embed_texts(self.model, first, precision=self.config.precision)
-        scale = self.model.model.get_parameter("logit_scale").exp().cpu()
+        model = self.model.model
+        scalars = [model.get_parameter("logit_scale").exp().cpu()]
+        function: Callable[..., torch.Tensor] = clip_loss
+        if self.config.siglip:
+            function = siglip_loss
+            scalars.append(model.get_parameter("logit_bias").cpu())
         size = min(self.config.batch_size, len(texts))
         starts = range(0, len(texts) - size + 1, size)
-        losses = [clip_loss(images[i : i + size], features[i : i + size], scale) for i in starts]
+        losses = [function(images[i : i + size], features[i : i + size], *scalars) for i in starts]
         return torch.stack(losses).mean().item()

@@ -2,7 +2,7 @@
 
 What differs from `TorchEngine`: with --precision amp or amp_bf16 the parameters themselves are in
 float16 or bfloat16 and DeepSpeed keeps float32 ones beside the optimiser, so autocast is off. The
-loss sees the float32 logit scale all the same.
+loss sees the float32 logit scale and bias all the same.
 """
 
 import contextlib
@@ -76,7 +76,11 @@ class DeepSpeedEngine(Engine):
 
     def backward(self, batches: Sequence[dict[str, Any]]) -> Tensor:
         """See `Engine.backward`; there is one reduction of gradients, at the end."""
-        self._exact_scale = self._full(self._logit_scale_parameter()).exp()
+        self._exact = {
+            name: self._full(parameter)
+            for name, parameter in self.model.named_parameters()
+            if name in SHARED
+        }
         scale = self._zero.loss_scale
         reduction = (
             self._engine.coalesce_grad_reduction() if len(batches) > 1 else contextlib.nullcontext()
@@ -231,9 +235,12 @@ class DeepSpeedEngine(Engine):
     def _forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         output = dict(self._engine(*self._inputs(batch)))
         if self._dtype != torch.float32:
-            # the float32 parameter's value; the ratio, which is 1, carries the gradient
+            # the float32 parameters' values; a ratio of 1 and a difference of 0 carry the gradient
             rounded = output["logit_scale"].float()
-            output["logit_scale"] = self._exact_scale * (rounded / rounded.detach())
+            output["logit_scale"] = self._exact["logit_scale"].exp() * (rounded / rounded.detach())
+            if "logit_bias" in output:
+                rounded = output["logit_bias"].float()
+                output["logit_bias"] = self._exact["logit_bias"] + rounded - rounded.detach()
         return output
 
     def _gradient_norm(self) -> Tensor:

@@ -70,6 +70,22 @@ def test_two_ranks_equal_one_process_and_resume_exactly(flags: list[str], tmp_pa
     assert len(files[0].read_text().splitlines()) == 20
 
 
+@pytest.mark.slow
+@pytest.mark.dist
+def test_two_ranks_with_the_sigmoid_loss_in_a_ring(flags: list[str], tmp_path: Path) -> None:
+    """And exact accumulation."""
+    flags = [*flags, "--siglip", "--train-num-samples", "160"]
+    alone = train(parse([*flags, "--name", "alone", "--batch-size", "16"]))
+    ring = ["--batch-size", "4", "--accum-freq", "2", "--loss-dist-impl", "ring"]
+    torchrun(*flags, *ring, "--name", "pair")
+    lines = [read_metrics(run) for run in (tmp_path / "logs" / "pair", alone)]
+    for name, tolerance in (("loss", 1e-5), ("logit_scale", 1e-6)):
+        ours, theirs = ([line[name] for line in run if name in line] for run in lines)
+        assert len(ours) > 0 and ours == pytest.approx(theirs, rel=tolerance), name
+    exchanged = [line["loss_exchange_mib"] for line in lines[0] if "loss" in line]
+    assert min(exchanged) > 0
+
+
 @pytest.mark.dist
 def test_a_global_batch_that_cannot_follow_is_refused(flags: list[str]) -> None:
     run = train(parse([*flags, "--name", "a", "--save-every-steps", "3", "--epochs", "1"]))

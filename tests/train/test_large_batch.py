@@ -6,24 +6,34 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastclip
 from fastclip.cli import main
 from fastclip.models import checkpoint
 from fastclip.ops.gemm import count_products
 
 
-def test_exact_accumulation_is_the_larger_batch(train_flags: list[str], tmp_path: Path) -> None:
-    """The same samples, losses and parameters as in one batch."""
+@pytest.mark.parametrize("loss", ["--no-siglip", "--siglip"])
+def test_exact_accumulation_is_the_larger_batch(
+    train_flags: list[str], tmp_path: Path, loss: str
+) -> None:
+    """The same samples, losses and scales as in one batch."""
+    judged = ["--val-data", "synthetic"]
     model = tmp_path / "tiny.json"
     model.write_text(model.read_text().replace('"patch_dropout": 0.5', '"patch_dropout": 0.0'))
     runs = []
     for name, batch, count in (("whole", 16, 1), ("parts", 4, 4)):
         flags = ["--name", name, "--batch-size", str(batch), "--accum-freq", str(count)]
-        assert main(["train", *train_flags, *flags, "--log-sample-ids"]) == 0
+        assert main(["train", *train_flags, *flags, "--log-sample-ids", loss, *judged]) == 0
         run = tmp_path / "logs" / name
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert any("val/loss" in line for line in lines)
+        lines = [line for line in lines if "loss" in line]
         runs.append(([x["loss"] for x in lines], [x["logit_scale"] for x in lines], run))
     for ours, theirs in zip(runs[0][:2], runs[1][:2], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
+    if loss == "--siglip":
+        biases = [fastclip.load(run).model.get_parameter("logit_bias").item() for *_, run in runs]
+        assert biases[0] == pytest.approx(biases[1], rel=1e-5) and biases[0] != -10
     samples = [(run / "samples.jsonl").read_text() for *_, run in runs]
     assert samples[0] == samples[1]
 

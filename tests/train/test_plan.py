@@ -16,6 +16,7 @@ from fastclip.functional import clip_loss, nt_xent_loss, siglip_loss
 from fastclip.models.clip import create
 from fastclip.ops.gemm import count_products
 from fastclip.train import costs
+from fastclip.train.config import parse
 from fastclip.train.footprint import Footprint, Line, as_fake, footprint, measure
 from fastclip.train.plan import (
     USABLE,
@@ -255,6 +256,14 @@ def test_the_command(plain_model: str, capsys: pytest.CaptureFixture[str]) -> No
     captured = capsys.readouterr()
     assert "is no multiple of --gpus 8; use 1,000 or 1,008" in captured.err
     assert "global batch 1,000 on 8" in captured.out
+
+    # the flags are the trainer's
+    asked = "--gpus 8 --batch 8192 --engine zero2 --dist ring --loss siglip --model".split()
+    assert main(["plan", *asked, plain_model]) == 0
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("  flags")]
+    config = parse(line.split()[1:])
+    assert config.step_samples(8) == 8192 and config.siglip and config.loss_dist_impl == "ring"
+    assert config.deepspeed_config == "ds_zero2"
 
     tight = ["--batch", str(2**30), "--model", plain_model, "--memory", "4"]
     assert main(["plan", "--gpus", "2", *tight]) == 1
