@@ -128,13 +128,14 @@ def test_compiles_without_a_graph_break(name: str, autocast: bool) -> None:
 
 def test_one_graph_serves_all_batch_sizes() -> None:
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     compiled = torch.compile(fastclip.functional.clip_loss, fullgraph=True)
     for rows in (8, 16, 24):
         x, y = (torch.nn.functional.normalize(torch.randn(rows, 4), dim=-1) for _ in range(2))
         want = fastclip.functional.clip_loss(x, y, 9.0)
         torch.testing.assert_close(compiled(x, y, 9.0), want)
-    stances = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert stances <= 2
+    # one for the first size, one for any other
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
 def test_opcheck() -> None:
