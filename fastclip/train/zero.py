@@ -307,6 +307,9 @@ def _import_deepspeed(world: World) -> Any:
             f"DeepSpeed uses {used} but --device is {world.device.type}; set "
             f"DS_ACCELERATOR={world.device.type}"
         )
+    # on a CPU it would compile an exchange through shared memory, for minutes and behind a lock
+    # that a killed process leaves; the process group does as well
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel(logging.WARNING)
     return deepspeed
 
