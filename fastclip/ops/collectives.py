@@ -35,7 +35,6 @@ _ALL_GATHER = (
 class ByteCount:
     """What this process received inside one `count_bytes()` block."""
 
-    calls: int = 0
     received: int = 0
 
 
@@ -59,7 +58,6 @@ def count_bytes() -> Iterator[ByteCount]:
 
 def _received(tensor: Tensor, share: float = 1.0) -> None:
     for count in _counts:
-        count.calls += 1
         count.received += round(tensor.numel() * tensor.element_size() * share)
 
 

@@ -64,12 +64,8 @@ class Layout:
 
     def of_all(self) -> list[Segment]:
         """All columns in their order."""
-        stops = accumulate(sum(sizes) for sizes in self.sizes)
-        segments = [
-            Segment(stop - sum(self.sizes[block]), stop, stop - sum(self.sizes[block]), block)
-            for block, stop in enumerate(stops)
-        ]
-        return [segment for segment in segments if segment.start < segment.stop]
+        totals = [(block, self.start(block, 0), sum(s)) for block, s in enumerate(self.sizes)]
+        return [Segment(start, start + n, start, block) for block, start, n in totals if n > 0]
 
 
 class Columns(Protocol):

@@ -182,12 +182,12 @@ def _train(
             due = epoch % config.save_frequency == 0 or last
             saved = False
             try:
-                judged = epoch % config.val_frequency == 0 or last
-                if config.val_data and judged and not stopping:
+                judged = not stopping and (epoch % config.val_frequency == 0 or last)
+                if config.val_data and judged:
                     weights = engine.weights()
                     if weights:
                         judged_model.model.load_state_dict(weights)
-                if validator and log and judged and not stopping:
+                if validator and log and judged:
                     metrics = validator()
                     log.metrics(step, metrics)
                     bar.write(f"epoch {epoch}: {_readable(metrics)}", file=sys.stderr)

@@ -76,11 +76,13 @@ class DeepSpeedEngine(Engine):
 
     def backward(self, batches: Sequence[dict[str, Any]]) -> Tensor:
         """See `Engine.backward`; there is one reduction of gradients, at the end."""
-        self._exact = {
-            name: self._full(parameter)
-            for name, parameter in self.model.named_parameters()
-            if name in SHARED
-        }
+        if self._dtype != torch.float32:
+            # asked for once a step: where parameters are sharded it is an exchange
+            self._exact = {
+                name: self._full(parameter)
+                for name, parameter in self.model.named_parameters()
+                if name in SHARED
+            }
         scale = self._zero.loss_scale
         reduction = (
             self._engine.coalesce_grad_reduction() if len(batches) > 1 else contextlib.nullcontext()
