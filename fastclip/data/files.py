@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fastclip.data.index import MAX_MEMBER_BYTES, Fault
-from fastclip.data.samples import Sample, UnreadableSample, decode_image
+from fastclip.data.samples import Sample, UnreadableSample, decode, open_image
 
 # Tables are cut into stretches of this many rows, which the order shuffles as it does shards: long
 # enough that millions of rows make a short list, short enough that a table sorted by class, of
@@ -53,16 +53,20 @@ class ImageFiles(ABC):
         """The class index, None where there are no classes."""
         return None
 
-    def read(self, shard: int, index: int) -> Sample:
-        """The sample at `index` of stretch `shard`, its image decoded to RGB.
+    def read(self, shard: int, index: int, *, pixels: bool = True) -> Sample:
+        """The sample at `index` of stretch `shard`; without `pixels` its image is only opened.
 
         Raises:
             UnreadableSample: with the reason and the place.
         """
         number = shard * STRETCH + index
         path = self.path_of(number)
-        image = decode_image(self.read_bytes(number), f"{self.name}:{path}")
-        return Sample(path, image, self.texts_of(number), self.label_of(number))
+        where = f"{self.name}:{path}"
+        encoded = self.read_bytes(number)
+        image = open_image(encoded, where)
+        if pixels:
+            image = decode(image, where)
+        return Sample(path, image, self.texts_of(number), self.label_of(number), encoded)
 
     def read_bytes(self, number: int) -> bytes:
         """The image file of a sample, as it is.

@@ -7,11 +7,13 @@ from fastclip.data.index import Fault
 from fastclip.data.order import hash64
 from fastclip.data.samples import Sample
 from fastclip.data.scenes import (
+    NEGATIVE_KINDS,
     QUALITIES,
     SHIFTS,
     SPLITS,
     caption,
     class_index,
+    hard_negatives,
     render,
     sample_scene,
 )
@@ -37,6 +39,11 @@ class SceneSource:
         objects: draw exactly this many objects a scene; None for one to three.
         shift: one of `fastclip.data.scenes.SHIFTS`, or None.
         quality: of the captions, one of `fastclip.data.scenes.QUALITIES`.
+        captions: qualities to tell apart as sources of captions.
+        negatives: whether samples have hard negatives.
+
+    Raises:
+        ValueError: a source is no quality.
     """
 
     def __init__(
@@ -46,7 +53,15 @@ class SceneSource:
         objects: int | None = None,
         shift: str | None = None,
         quality: str = "short",
+        captions: tuple[str, ...] = (),
+        negatives: bool = False,
     ) -> None:
+        for name in captions:
+            if name not in QUALITIES:
+                known = ", ".join(QUALITIES)
+                raise ValueError(f"scenes have no captions called {name!r}; they have {known}")
+        self.captions = captions
+        self.negatives = negatives
         self.split = split
         self.objects = objects
         self.shift = shift
@@ -54,12 +69,21 @@ class SceneSource:
         self.counts: tuple[int, ...] = (count,)
         self.parts: tuple[int, ...] = (1,)
 
-    def read(self, shard: int, index: int) -> Sample:
-        """The image, caption and class (of single objects) of scene `index`."""
+    def read(self, shard: int, index: int, *, pixels: bool = True) -> Sample:
+        """The image, captions, hard negatives and class (of single objects) of scene `index`."""
         scene = sample_scene(index, split=self.split, shift=self.shift, objects=self.objects)
-        text = caption(scene, self.quality, seed=hash64(index))
-        image = render(scene, SCENE_PIXELS)
-        return Sample(f"{self.split}{index:08d}", image, (text,), class_index(scene))
+        seed = hash64(index)
+        texts = tuple(caption(scene, name, seed) for name in self.captions or (self.quality,))
+        sample = Sample(
+            f"{self.split}{index:08d}", render(scene, SCENE_PIXELS), texts, class_index(scene)
+        )
+        if self.captions:
+            sample.captions = {n: (text,) for n, text in zip(self.captions, texts, strict=True)}
+        if self.negatives:
+            sample.negatives = tuple(
+                text for kind in NEGATIVE_KINDS for text in hard_negatives(scene, kind, seed)
+            )
+        return sample
 
     def drain_faults(self) -> list[Fault]:
         """Nothing can be damaged here."""
@@ -79,7 +103,7 @@ class SyntheticSource:
         self.counts: tuple[int, ...] = (count,)
         self.parts: tuple[int, ...] = (1,)
 
-    def read(self, shard: int, index: int) -> Sample:
+    def read(self, shard: int, index: int, *, pixels: bool = True) -> Sample:
         """The noise and caption of sample `index`."""
         shape = (SYNTHETIC_PIXELS, SYNTHETIC_PIXELS, 3)
         stream = np.random.PCG64(hash64(index, self.split == "train"))
@@ -92,13 +116,20 @@ class SyntheticSource:
         return []
 
 
-def open_scenes(data: str, split: str, count: int) -> SceneSource:
+def open_scenes(
+    data: str,
+    split: str,
+    count: int,
+    captions: tuple[str, ...] = (),
+    negatives: bool = False,
+) -> SceneSource:
     """The scenes that `scenes` or e.g. `scenes:split=compositional,caption=dense` names.
 
     Args:
         data: keys are split, shift, caption and objects.
         split: where `data` names none.
         count: number of scenes.
+        captions, negatives: see `SceneSource`.
 
     Raises:
         ValueError: a key or value is unknown; the message lists the known ones.
@@ -119,4 +150,5 @@ def open_scenes(data: str, split: str, count: int) -> SceneSource:
         chosen[key] = value
     objects = int(chosen["objects"]) if "objects" in chosen else None
     quality = chosen.get("caption", "short")
-    return SceneSource(chosen.get("split", split), count, objects, chosen.get("shift"), quality)
+    split, shift = chosen.get("split", split), chosen.get("shift")
+    return SceneSource(split, count, objects, shift, quality, captions, negatives)

@@ -1,5 +1,6 @@
 """What the flags say of data, apart from its name."""
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -12,7 +13,8 @@ class DataOptions:
     """How data is read; the fields are the flags of the same names.
 
     Raises:
-        ValueError: the separator is no single character, or the cache has no room at all.
+        ValueError: the separator is no single character, the sources of captions cannot be read, a
+            number is negative, or the cache has no room at all.
     """
 
     dataset_type: DatasetType = "auto"
@@ -28,12 +30,21 @@ class DataOptions:
     templates: str | None = None
     """File of prompt templates, one a line with {} or {c} for the class name; they make an
     image folder's captions, and the prompts of a zero-shot evaluation."""
+    captions: str | None = None
+    """Which captions to use of shards and scenes, with the weights they are drawn by, e.g.
+    'txt=1,recaption=3': txt is KEY.txt, other names are keys of KEY.json with a text or a list of
+    texts; the scenes have alt, short and dense."""
+    hard_negatives: int = 0
+    """False captions that come with each sample: the list hard_negatives of KEY.json where there is
+    one, else made from the caption."""
     cache_dir: str | None = None
     """Folder that remote shards are fetched to; by default fastclip in the user's cache."""
     cache_bytes: int = CACHE_BYTES
     """Most bytes kept there."""
 
     def __post_init__(self) -> None:
+        # told now, not when the first sample is read
+        _ = self.caption_weights
         # a shell passes '\t' on as two characters
         if self.csv_separator == "\\t":
             object.__setattr__(self, "csv_separator", "\t")
@@ -41,11 +52,40 @@ class DataOptions:
             raise ValueError(
                 f"--csv-separator is {self.csv_separator!r}; give one character, e.g. ',' or '\\t'"
             )
+        if self.hard_negatives < 0:
+            raise ValueError(f"--hard-negatives is {self.hard_negatives}; give 0 or more")
         if self.cache_bytes <= 0:
             raise ValueError(f"--cache-bytes is {self.cache_bytes}; give a positive number")
+
+    @property
+    def caption_weights(self) -> dict[str, float]:
+        """The sources of captions with their weights; empty where none are named."""
+        return parse_weights(self.captions) if self.captions else {}
 
     @classmethod
     def of(cls, flags: Any) -> "DataOptions":
         """The options among a configuration's fields; those it lacks keep their defaults."""
         names = [field.name for field in fields(cls) if hasattr(flags, field.name)]
         return cls(**{name: getattr(flags, name) for name in names})
+
+
+def parse_weights(text: str) -> dict[str, float]:
+    """Names with positive weights from e.g. 'txt=1,recaption=3'; without '=', the weight is 1.
+
+    Raises:
+        ValueError: a name is empty or comes twice, or a weight is no positive number.
+    """
+    weights: dict[str, float] = {}
+    for item in text.split(","):
+        name, equals, value = (part.strip() for part in item.partition("="))
+        try:
+            weight = float(value) if equals else 1.0
+        except ValueError:
+            weight = math.nan
+        if not name or name in weights or not 0 < weight < math.inf:
+            raise ValueError(
+                f"--captions {text!r}: give each source once with a positive weight, "
+                "e.g. 'txt=1,recaption=3'"
+            )
+        weights[name] = weight
+    return weights

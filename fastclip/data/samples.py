@@ -1,7 +1,7 @@
 """One sample, and what makes one unusable."""
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from PIL import Image, UnidentifiedImageError
 
@@ -13,9 +13,15 @@ MAX_TEXT_BYTES = 1 << 20
 
 @dataclass
 class Sample:
-    """One image with its captions; label is the class index where the data has one.
+    """One image with its captions.
 
-    encoded: the image file's own bytes, where they are to be kept as they are.
+    Attributes:
+        image: RGB; what the file's header says, without pixels, where it was not to be decoded.
+        texts: the captions, where no source of them is asked for by name.
+        label: the class index, where the data has one.
+        encoded: the image file's own bytes, where there is a file.
+        captions: the captions of each source that was asked for and is there, by its name.
+        negatives: false captions that the data bring.
     """
 
     key: str
@@ -23,6 +29,8 @@ class Sample:
     texts: tuple[str, ...]
     label: int | None = None
     encoded: bytes | None = None
+    captions: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    negatives: tuple[str, ...] = ()
 
 
 class UnreadableSample(Exception):
@@ -44,7 +52,6 @@ def open_image(encoded: bytes, where: str) -> Image.Image:
     except UnidentifiedImageError as error:
         detail = "no JPEG, PNG or WebP"
         raise UnreadableSample(Fault("corrupt image", where, detail)) from error
-    # Pillow raises more than OSError on damaged input, and the set changes with releases
     except Exception as error:
         raise UnreadableSample(Fault("corrupt image", where, str(error)[:80])) from error
     if image.width * image.height > MAX_IMAGE_PIXELS:
@@ -59,8 +66,17 @@ def decode_image(encoded: bytes, where: str) -> Image.Image:
     Raises:
         UnreadableSample: the bytes are no whole image, or it has over 25 million pixels.
     """
-    image = open_image(encoded, where)
+    return decode(open_image(encoded, where), where)
+
+
+def decode(image: Image.Image, where: str) -> Image.Image:
+    """The pixels of an opened image as RGB.
+
+    Raises:
+        UnreadableSample: the file is no whole image.
+    """
     try:
         return image.convert("RGB")
+    # Pillow raises more than OSError on damaged input, and the set changes with releases
     except Exception as error:
         raise UnreadableSample(Fault("corrupt image", where, str(error)[:80])) from error

@@ -4,14 +4,14 @@ import json
 import os
 from collections import OrderedDict
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from braceexpand import braceexpand
 
 from fastclip.data.index import IMAGE_EXTENSIONS, Fault, ShardIndex, index_file
 from fastclip.data.order import DEFAULT_WINDOW
 from fastclip.data.remote import FetchError, ShardCache, is_remote, remote_counts
-from fastclip.data.samples import MAX_TEXT_BYTES, Sample, UnreadableSample, decode_image
+from fastclip.data.samples import MAX_TEXT_BYTES, Sample, UnreadableSample, decode, open_image
 
 # some windows' worth, whatever the size of the shards; about 0.6 kB each
 INDEX_CACHE_SAMPLES = 4 * DEFAULT_WINDOW
@@ -53,11 +53,14 @@ def _expand_parts(pattern: str) -> list[list[str]]:
 class ShardSource:
     """Random access to the samples of a list of shards.
 
-    A sample's captions are the list "captions" of KEY.json where there is one, else KEY.txt.
+    A sample's captions are the list "captions" of KEY.json where there is one, else KEY.txt. Its
+    hard negatives are the list "hard_negatives" of KEY.json.
 
     Args:
         pattern: see `expand_shards`.
         required: extensions a sample must have besides an image, e.g. ("txt",) or ("cls",).
+        captions: sources of captions to tell apart: "txt", and keys of KEY.json that hold a text
+            or a list of texts. A sample then needs a caption of one of these only.
         cache: where remote shards are kept; by default fastclip's folder of the user's cache.
 
     Attributes:
@@ -75,10 +78,17 @@ class ShardSource:
         pattern: str,
         required: tuple[str, ...] = ("txt",),
         cache: ShardCache | None = None,
+        captions: tuple[str, ...] = (),
     ) -> None:
         parts = _expand_parts(pattern)
         self.names = [name for part in parts for name in part]
         self.parts = tuple(len(part) for part in parts)
+        self.captions = captions
+        if captions:
+            # any of them will do, which only reading tells where there are several
+            members = {"txt" if name == "txt" else "json" for name in captions}
+            others = tuple(extension for extension in required if extension != "txt")
+            required = (*others, *(members if len(members) == 1 else ()))
         self.required = required
         self.cache = cache or ShardCache()
         self.counts: tuple[int, ...] = ()
@@ -91,8 +101,8 @@ class ShardSource:
             found = "; ".join(map(str, self._faults[:5])) or "no members"
             raise ValueError(f"no readable sample in {len(self.names)} shards: {found}")
 
-    def read(self, shard: int, index: int) -> Sample:
-        """The sample at `index` of `shard`, its image decoded to RGB.
+    def read(self, shard: int, index: int, *, pixels: bool = True) -> Sample:
+        """The sample at `index` of `shard`; without `pixels` its image is opened, not decoded.
 
         Raises:
             UnreadableSample: with the reason and the place.
@@ -114,11 +124,34 @@ class ShardSource:
             raise UnreadableSample(Fault("shard not fetched", name, str(error))) from error
         where = f"{name}:{key}"
         encoded = next(parts[extension] for extension in IMAGE_EXTENSIONS if extension in parts)
-        texts = _listed_captions(parts["json"]) if "json" in parts else ()
-        if not texts and "txt" in parts:
-            texts = (_decode_text(parts["txt"], where),)
-        label = _decode_label(parts["cls"], where) if "cls" in parts else None
-        return Sample(key, decode_image(encoded, where), texts, label)
+        image = open_image(encoded, where)
+        sample = Sample(key, decode(image, where) if pixels else image, (), encoded=encoded)
+        self._add_texts(sample, parts, where)
+        if "cls" in parts:
+            sample.label = _decode_label(parts["cls"], where)
+        return sample
+
+    def _add_texts(self, sample: Sample, parts: dict[str, bytes], where: str) -> None:
+        content = _json_object(parts.get("json", b""))
+        sample.negatives = _texts(content.get("hard_negatives"))
+        found: tuple[str, ...]
+        for name in self.captions:
+            if name != "txt":
+                found = _texts(content.get(name))
+            elif "txt" in parts:
+                found = (_decode_text(parts["txt"], where),)
+            else:
+                found = ()
+            if found:
+                sample.captions[name] = found
+        sample.texts = tuple(text for found in sample.captions.values() for text in found)
+        if not sample.texts:
+            listed = content.get("captions")
+            sample.texts = _texts(listed) if isinstance(listed, list) else ()
+            if not sample.texts and "txt" in parts:
+                sample.texts = (_decode_text(parts["txt"], where),)
+        if self.captions and not sample.texts:
+            raise UnreadableSample(Fault("sample without caption", where))
 
     def drain_faults(self) -> list[Fault]:
         """The faults found in shards since the last call (not those of single samples)."""
@@ -127,8 +160,9 @@ class ShardSource:
 
     def _wants(self, extension: str, size: int) -> bool:
         if extension == "json":
-            return "txt" in self.required and size <= MAX_TEXT_BYTES
-        return extension in self.required or extension == "cls"
+            wanted = "txt" in self.required or bool(self.captions)
+            return wanted and size <= MAX_TEXT_BYTES
+        return extension in self.required or extension == "cls" or extension in self.captions
 
     def _count(self, shard: int, declared: dict[str, int]) -> int:
         name = self.names[shard]
@@ -173,15 +207,24 @@ def _decode_text(encoded: bytes, where: str) -> str:
     return text
 
 
-def _listed_captions(encoded: bytes) -> tuple[str, ...]:
-    """The list "captions" of a sample's JSON; empty where there is none, KEY.txt then serves."""
+def _json_object(encoded: bytes) -> dict[str, Any]:
+    """A sample's KEY.json; empty where it is none, which KEY.txt then makes up for."""
     try:
-        captions = json.loads(encoded).get("captions")
-        if not isinstance(captions, list):
+        content = json.loads(encoded) if encoded else {}
+    except (ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    """The texts of a value of JSON, one or a list of them; empty where it is anything else."""
+    try:
+        listed = [value] if isinstance(value, str) else value
+        if not isinstance(listed, list):
             return ()
         # half a surrogate pair, which JSON may spell and no tokenizer takes, fails here
-        return tuple(c.encode().decode().strip() for c in captions if c.strip())
-    except (ValueError, AttributeError, TypeError, RecursionError):
+        return tuple(text.encode().decode().strip() for text in listed if text.strip())
+    except (ValueError, AttributeError, TypeError):
         return ()
 
 

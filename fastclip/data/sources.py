@@ -38,10 +38,10 @@ class Mixture:
         self.parts = tuple(len(source.counts) for source in sources)
         self._starts = np.cumsum((0, *self.parts))
 
-    def read(self, shard: int, index: int) -> Sample:
+    def read(self, shard: int, index: int, *, pixels: bool = True) -> Sample:
         """The sample at `index` of `shard`, as the source it belongs to reads it."""
         number = int(np.searchsorted(self._starts, shard, side="right")) - 1
-        return self.sources[number].read(shard - int(self._starts[number]), index)
+        return self.sources[number].read(shard - int(self._starts[number]), index, pixels=pixels)
 
     def drain_faults(self) -> list[Fault]:
         """The faults of all."""
@@ -86,8 +86,14 @@ def open_source(
     kind = guess_type(data) if options.dataset_type == "auto" else options.dataset_type
     if kind is None or (kind == "webdataset" and os.path.isdir(data)):
         raise ValueError(_untold(data))
+    if options.captions and kind not in ("webdataset", "scenes"):
+        raise ValueError(
+            f"--captions {options.captions}: only shards and scenes have captions by name; leave "
+            "it out, all captions of a table are used alike"
+        )
     if kind == "webdataset":
-        return ShardSource(data, required, ShardCache(options.cache_dir, options.cache_bytes))
+        cache = ShardCache(options.cache_dir, options.cache_bytes)
+        return ShardSource(data, required, cache, tuple(options.caption_weights))
     sources = [_open_one(part, kind, options, split, count) for part in data.split("::")]
     classes = {tuple(source.classes) for source in sources if isinstance(source, FolderSource)}
     if len(classes) > 1:
@@ -145,7 +151,9 @@ def _open_one(
     part: str, kind: DatasetType, options: DataOptions, split: str, count: int | None
 ) -> Source:
     if kind == "scenes":
-        return open_scenes(part, split, count or SCENES.get(split, SCENES["val"]))
+        count = count or SCENES.get(split, SCENES["val"])
+        captions = tuple(options.caption_weights)
+        return open_scenes(part, split, count, captions, options.hard_negatives > 0)
     if kind == "synthetic":
         return SyntheticSource(split, count or SYNTHETIC)
     path = Path(part).expanduser()
