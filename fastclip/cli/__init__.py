@@ -15,12 +15,16 @@ COMMANDS = {
     "eval": "zero-shot classification or retrieval of a trained model",
     "embed": "write the features of images or texts to a .npy file",
     "data": "look at data: a contact sheet of images with captions",
+    "check-data": "read shards whole: report all that is wrong, count the samples",
     "quickstart": "train and evaluate a small model on the embedded data",
-    "convert": "make shards from other formats",
+    "convert": "make shards from other formats, caption them anew; checkpoints in and out",
     "plan": "count memory, bytes and FLOP of a global batch on many GPUs; choose a setting",
-    "bench": "time operators beside their rivals",
+    "bench": "time losses and loading beside their rivals",
     "info": "versions, devices, and which implementation each operator uses",
 }
+
+# The extra that brings a package, where it is not `train`.
+EXTRAS = {"deepspeed": "deepspeed", "nvidia": "dali", "transformers": "recaption"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,11 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("options", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     parsed = parser.parse_args(arguments)
     try:
-        return importlib.import_module(f"fastclip.cli.{parsed.command}").main(parsed.options)
+        module = parsed.command.replace("-", "_")
+        return importlib.import_module(f"fastclip.cli.{module}").main(parsed.options)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("fastclip"):
             raise
-        extra = "deepspeed" if error.name == "deepspeed" else "train"
+        extra = EXTRAS.get((error.name or "").partition(".")[0], "train")
         print(
             f"fastclip {parsed.command} needs the package {error.name!r}: pip install "
             f"'fastclip-kernels[{extra}]', or {error.name} itself where that does not bring it",

@@ -66,7 +66,9 @@ class ImageFiles(ABC):
         image = open_image(encoded, where)
         if pixels:
             image = decode(image, where)
-        return Sample(path, image, self.texts_of(number), self.label_of(number), encoded)
+        sample = Sample(path, image, self.texts_of(number), self.label_of(number), encoded)
+        sample.where = where
+        return sample
 
     def read_bytes(self, number: int) -> bytes:
         """The image file of a sample, as it is.
@@ -90,6 +92,10 @@ class ImageFiles(ABC):
             return found.read_bytes()
         except OSError as error:
             raise UnreadableSample(Fault("unreadable image file", where, str(error))) from error
+
+    def place(self, shard: int) -> str:
+        """The name of the table or folder."""
+        return self.name
 
     def drain_faults(self) -> list[Fault]:
         """Faults lie in single samples only."""

@@ -85,6 +85,10 @@ class SceneSource:
             )
         return sample
 
+    def place(self, shard: int) -> str:
+        """What it is called in `--train-data`."""
+        return "scenes"
+
     def drain_faults(self) -> list[Fault]:
         """Nothing can be damaged here."""
         return []
@@ -110,6 +114,10 @@ class SyntheticSource:
         noise = stream.random_raw(np.prod(shape) // 8).view(np.uint8).reshape(shape)
         text = f"noise of {self.split} number {index}"
         return Sample(f"{self.split}{index:08d}", Image.fromarray(noise), (text,))
+
+    def place(self, shard: int) -> str:
+        """What it is called in `--train-data`."""
+        return "synthetic"
 
     def drain_faults(self) -> list[Fault]:
         """Nothing can be damaged here."""

@@ -41,6 +41,9 @@ class DataOptions:
     """Folder that remote shards are fetched to; by default fastclip in the user's cache."""
     cache_bytes: int = CACHE_BYTES
     """Most bytes kept there."""
+    allow_commands: bool = False
+    """Run data named pipe:COMMAND with the shell and take the output for a shard; for names that
+    you trust only."""
 
     def __post_init__(self) -> None:
         # told now, not when the first sample is read

@@ -6,6 +6,9 @@ import json
 import math
 import os
 import re
+import selectors
+import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -21,6 +24,9 @@ PAUSE_SECONDS = 1.0
 # A shard that could not be fetched is not asked for again before this time has passed.
 GIVE_UP_SECONDS = 60.0
 THRASHING_SECONDS = 60.0
+# A command that takes longer is ended with all that it started.
+COMMAND = "pipe:"
+COMMAND_SECONDS = 1800.0
 
 _LOCKS = 64
 _STALE_SECONDS = 24 * 3600
@@ -73,7 +79,7 @@ class ShardCache:
 
     def _path(self, url: str) -> Path:
         digest = hashlib.sha256(url.encode()).hexdigest()[:24]
-        name = re.sub(r"[^\w.-]", "_", url.rpartition("/")[2])[-100:]
+        name = re.sub(r"[^\w.-]", "_", url.rpartition("/")[2], flags=re.ASCII)[-100:]
         return self.folder / f"{digest}-{name}"
 
     def _fetch(self, url: str, path: Path) -> BinaryIO:
@@ -109,15 +115,13 @@ class ShardCache:
                 time.sleep(PAUSE_SECONDS * 2 ** (attempt - 1))
             partial = ""
             try:
-                files, remote = _filesystem(url)
-                size = files.size(remote)
-                self._make_room(size or 0)
                 handle, partial = tempfile.mkstemp(".part", f".{path.name}.", self.folder)
                 os.close(handle)
-                files.get_file(remote, partial)
-                got = os.path.getsize(partial)
-                if size is not None and got != size:
-                    raise OSError(f"{got:,} of {size:,} bytes arrived")
+                if is_command(url):
+                    self._make_room(0)
+                    run_command(url, partial, self.limit)
+                else:
+                    self._copy(url, partial)
                 # opened first: under its name, another process may delete it at once
                 file = self._opened(Path(partial))
                 assert file is not None
@@ -125,6 +129,11 @@ class ShardCache:
                 # several processes may have made room for several files at the same time
                 self._make_room(0)
                 return file
+            except FetchError:
+                raise
+            except subprocess.TimeoutExpired as error:
+                took = f"ran for over {COMMAND_SECONDS:,g} seconds and was ended"
+                raise FetchError(f"{url} {took}") from error
             except FileNotFoundError as error:
                 raise FetchError(f"{url} does not exist") from error
             # what a storage library raises is its own affair: botocore, aiohttp, google.auth
@@ -135,6 +144,15 @@ class ShardCache:
                     with suppress(FileNotFoundError):
                         os.unlink(partial)
         raise FetchError(f"{url} could not be fetched in {ATTEMPTS} attempts: {last}") from last
+
+    def _copy(self, url: str, target: str) -> None:
+        files, remote = _filesystem(url)
+        size = files.size(remote)
+        self._make_room(size or 0)
+        files.get_file(remote, target)
+        got = os.path.getsize(target)
+        if size is not None and got != size:
+            raise OSError(f"{got:,} of {size:,} bytes arrived")
 
     def _make_room(self, incoming: int) -> None:
         """Delete the least recently used copies until `incoming` bytes fit."""
@@ -164,9 +182,14 @@ class ShardCache:
             yield
 
 
+def is_command(name: str) -> bool:
+    """Whether a shard's name is a command that writes the shard to its standard output."""
+    return name.startswith(COMMAND)
+
+
 def is_remote(name: str) -> bool:
-    """Whether a shard's name is a URL."""
-    return "://" in name
+    """Whether a shard's name is a URL or a command: what is fetched before it is read."""
+    return is_command(name) or "://" in name
 
 
 def read_small(urls: Iterable[str]) -> dict[str, bytes]:
@@ -198,19 +221,19 @@ def remote_counts(names: list[str]) -> dict[str, int]:
         ValueError: one of these files is damaged. FetchError: it could not be read.
     """
     counts: dict[str, int] = {}
-    sizes = {name: name.rpartition("/")[0] + "/sizes.json" for name in names}
-    declared = {url: _parsed(url, text) for url, text in read_small(set(sizes.values())).items()}
+    # what lies beside a command's output, nobody knows
+    urls = [name for name in names if not is_command(name)]
+    sizes = {name: name.rpartition("/")[0] + "/sizes.json" for name in urls}
+    declared = {url: parsed(url, text) for url, text in read_small(set(sizes.values())).items()}
     for name, url in sizes.items():
         count = declared.get(url, {}).get(name.rpartition("/")[2])
         if count is not None:
-            counts[name] = _whole(url, count)
-    stats = {
-        f"{name.removesuffix('.tar')}_stats.json": name for name in names if name not in counts
-    }
+            counts[name] = whole(url, count)
+    stats = {f"{name.removesuffix('.tar')}_stats.json": name for name in urls if name not in counts}
     for url, text in read_small(stats).items():
-        count = _parsed(url, text).get("successes")
+        count = parsed(url, text).get("successes")
         if count is not None:
-            counts[stats[url]] = _whole(url, count)
+            counts[stats[url]] = whole(url, count)
     if len(counts) < len(names):
         print(
             f"note: {len(names) - len(counts)} of {len(names)} remote shards have no count in "
@@ -220,20 +243,34 @@ def remote_counts(names: list[str]) -> dict[str, int]:
     return counts
 
 
-def _parsed(url: str, text: bytes) -> dict[str, Any]:
+def parsed(where: str, text: bytes) -> dict[str, Any]:
+    """A file of counts, sizes.json or _stats.json.
+
+    Raises:
+        ValueError: it is no dictionary in JSON.
+    """
     try:
         content = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{url} is damaged ({error}); repair or delete it") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is damaged ({error}); repair or delete it") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{url} is damaged (no dictionary); repair or delete it")
+        raise ValueError(f"{where} is damaged (no dictionary); repair or delete it")
     return content
 
 
-def _whole(url: str, count: Any) -> int:
-    if not isinstance(count, int):
-        raise ValueError(f"{url} is damaged (a count is {count!r}); repair or delete it")
-    return count
+def whole(where: str, count: Any) -> int:
+    """One of its counts.
+
+    Raises:
+        ValueError: it is no number, or negative.
+    """
+    try:
+        number = int(count)
+    except (ValueError, TypeError, OverflowError):
+        number = -1
+    if number < 0:
+        raise ValueError(f"{where} is damaged (a count is {count!r}); repair or delete it")
+    return number
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
@@ -242,8 +279,82 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
     try:
         return fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
+    # a library is missing, or what an implementation makes of a URL that it cannot take
+    except Exception as error:
         raise ValueError(f"{url} cannot be read: {error}") from error
+
+
+def run_command(name: str, target: str, limit: int) -> None:
+    """Write to `target` what the shell's command behind `pipe:` writes to its standard output.
+
+    Whatever is raised, the command and what it started are ended.
+
+    Raises:
+        FetchError: it wrote more than `limit` bytes, or nothing at all.
+        subprocess.TimeoutExpired: it took longer than half an hour. OSError: it failed otherwise.
+    """
+    deadline = time.monotonic() + COMMAND_SECONDS
+    # a group of its own, so that all of a pipeline can be ended
+    with (
+        open(target, "wb") as output,
+        subprocess.Popen(
+            name.removeprefix(COMMAND),
+            shell=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        ) as process,
+    ):
+        try:
+            told = _stream(process, output, limit, deadline)
+            status = process.wait(max(0.0, deadline - time.monotonic()))
+        except BaseException:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+        written = output.tell()
+    if status:
+        lines = told.decode("utf-8", "backslashreplace").split("\n")
+        said = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+        how = f"exit status {status}" if status > 0 else f"ended by signal {-status}"
+        raise OSError(f"{how}: {said[-200:]}")
+    if not written:
+        raise FetchError(f"{name} wrote nothing")
+
+
+def _stream(
+    process: "subprocess.Popen[bytes]", output: BinaryIO, limit: int, deadline: float
+) -> bytes:
+    """Copy standard output as it comes; returns the end of standard error.
+
+    Raises:
+        FetchError: there are more than `limit` bytes. subprocess.TimeoutExpired: it took too long.
+    """
+    written, told = 0, b""
+    with selectors.DefaultSelector() as selector:
+        for stream in (process.stdout, process.stderr):
+            assert stream is not None
+            selector.register(stream, selectors.EVENT_READ)
+        while selector.get_map():
+            ready = selector.select(max(0.0, deadline - time.monotonic()))
+            if time.monotonic() >= deadline:
+                raise subprocess.TimeoutExpired(process.args, COMMAND_SECONDS)
+            for key, _ in ready:
+                chunk = os.read(key.fd, 1 << 20)
+                if not chunk:
+                    selector.unregister(key.fileobj)
+                elif key.fileobj is process.stderr:
+                    told = (told + chunk)[-4096:]
+                else:
+                    written += len(chunk)
+                    if written > limit:
+                        raise FetchError(
+                            f"{COMMAND}{process.args!s} wrote over {limit:,} bytes and was ended; "
+                            "raise --cache-bytes if a shard is so large"
+                        )
+                    output.write(chunk)
+    return told
 
 
 def _user_cache() -> Path:

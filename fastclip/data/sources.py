@@ -10,10 +10,9 @@ import numpy as np
 from fastclip.data.folders import FolderSource, holds_image_folders
 from fastclip.data.generated import SceneSource, SyntheticSource, open_scenes
 from fastclip.data.index import Fault
-from fastclip.data.loader import Source
 from fastclip.data.options import DataOptions, DatasetType
 from fastclip.data.remote import ShardCache
-from fastclip.data.samples import Sample
+from fastclip.data.samples import Sample, Source
 from fastclip.data.shards import ShardSource
 from fastclip.data.tables import open_coco, open_csv
 from fastclip.data.templates import read_lines
@@ -40,12 +39,21 @@ class Mixture:
 
     def read(self, shard: int, index: int, *, pixels: bool = True) -> Sample:
         """The sample at `index` of `shard`, as the source it belongs to reads it."""
-        number = int(np.searchsorted(self._starts, shard, side="right")) - 1
-        return self.sources[number].read(shard - int(self._starts[number]), index, pixels=pixels)
+        source, shard = self._find(shard)
+        return source.read(shard, index, pixels=pixels)
+
+    def place(self, shard: int) -> str:
+        """The name of the table or folder that the shard is part of."""
+        source, shard = self._find(shard)
+        return source.place(shard)
 
     def drain_faults(self) -> list[Fault]:
         """The faults of all."""
         return [fault for source in self.sources for fault in source.drain_faults()]
+
+    def _find(self, shard: int) -> tuple[Source, int]:
+        number = int(np.searchsorted(self._starts, shard, side="right")) - 1
+        return self.sources[number], shard - int(self._starts[number])
 
 
 def guess_type(data: str) -> DatasetType | None:
@@ -93,7 +101,8 @@ def open_source(
         )
     if kind == "webdataset":
         cache = ShardCache(options.cache_dir, options.cache_bytes)
-        return ShardSource(data, required, cache, tuple(options.caption_weights))
+        captions = tuple(options.caption_weights)
+        return ShardSource(data, required, cache, captions, options.allow_commands)
     sources = [_open_one(part, kind, options, split, count) for part in data.split("::")]
     classes = {tuple(source.classes) for source in sources if isinstance(source, FolderSource)}
     if len(classes) > 1:

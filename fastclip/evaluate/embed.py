@@ -14,10 +14,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from fastclip.data.loader import EvaluationSamples, FaultLog, Source
+from fastclip.atomic import write_text
+from fastclip.data.faults import FaultLog
+from fastclip.data.loader import EvaluationSamples
+from fastclip.data.samples import Source
 from fastclip.device import autocast
 from fastclip.evaluate.features import evaluating, normalised
-from fastclip.models.atomic import write_text
 from fastclip.models.clip import Model
 
 SAVE_EVERY_BATCHES = 20

@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from fastclip.data.loader import EvaluationSamples, FaultLog, Source, collate
+from fastclip.data.faults import FaultLog
+from fastclip.data.loader import EvaluationSamples, collate
+from fastclip.data.samples import Source
 from fastclip.device import autocast
 from fastclip.models.clip import Model
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from fastclip.data.loader import Source
 from fastclip.data.order import Order
+from fastclip.data.samples import Source
 from fastclip.evaluate.features import ImageFeatures, embed_texts
 from fastclip.models.clip import Model
 

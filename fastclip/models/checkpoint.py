@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastclip.atomic import PARTIAL_SUFFIX, describe, partial_of, prepare_text, publish
 from fastclip.models import sharded
-from fastclip.models.atomic import PARTIAL_SUFFIX, describe, partial_of, prepare_text, publish
 
 
 def write(path: Path, content: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastclip.models.atomic import describe, write_text
+from fastclip.atomic import describe, write_text
 
 TRAINING = "training.pt"
 TEMPORARY_SUFFIX = ".universal"

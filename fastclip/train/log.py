@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-from fastclip.models.atomic import write_text
+from fastclip.atomic import write_text
 from fastclip.train.config import TrainConfig
 
 METRICS_FILE = "metrics.jsonl"

@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from fastclip.models import sharded
-from fastclip.models.atomic import (
+from fastclip.atomic import (
     describe,
     flush,
     partial_of,
     prepare_text,
     publish,
 )
+from fastclip.models import sharded
 from fastclip.train.distributed import World
 
 

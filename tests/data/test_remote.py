@@ -192,8 +192,9 @@ def test_three_failures_are_not(
 def test_what_is_not_there_or_cannot_be_reached(bucket: str, tmp_path: Path) -> None:
     with pytest.raises(FetchError, match=r"memory://bucket/7.tar does not exist"):
         ShardSource(bucket + "7.tar", cache=ShardCache(tmp_path / "cache"))
-    with pytest.raises(ValueError, match=r"nosuch://b/0.tar cannot be read|nosuch://b/sizes.json"):
-        ShardSource("nosuch://b/0.tar", cache=ShardCache(tmp_path / "cache"))
+    for scheme in ("nosuch", "zip", "generic", "dir", "cached"):
+        with pytest.raises(ValueError, match=f"{scheme}://b/(0.tar|sizes.json) cannot be read"):
+            ShardSource(f"{scheme}://b/0.tar", cache=ShardCache(tmp_path / "cache"))
 
 
 def _open_once(url: str, folder: Path) -> None:
@@ -238,3 +239,102 @@ def test_faults_name_the_url(bucket: str, tmp_path: Path) -> None:
     put(bucket + "x.tar", b"<html>" * 200)
     with pytest.raises(ValueError, match=r"not a tar: memory://bucket/x.tar"):
         ShardSource(bucket + "x.tar", cache=ShardCache(tmp_path / "cache"))
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that ended and was not waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize(
+    "pattern, message",
+    [
+        ("pipe:touch ran", "--allow-commands"),
+        ("pipe:touch ran; cat {0..2}.tar", "--allow-commands"),
+        ("0.tar::pipe:touch ran", "--allow-commands"),
+        ("PIPE:touch ran", "runs only pipe:COMMAND"),
+        (" pipe:touch ran", "runs only pipe:COMMAND"),
+        ("exec:touch ran", "runs only pipe:COMMAND"),
+        ("sh://touch ran", "runs only pipe:COMMAND"),
+        ("|touch ran", "runs only pipe:COMMAND"),
+        ("reference://ran", "runs only pipe:COMMAND"),
+    ],
+)
+def test_commands_are_refused_where_they_are_not_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for allowed in {False, "pipe:COMMAND" in message}:
+        options = DataOptions("webdataset", cache_dir=str(tmp_path), allow_commands=allowed)
+        with pytest.raises(ValueError, match=message):
+            open_source(pattern, options, split="train")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["", " ", "ls\nls", "ls\rls", "ls\0"])
+def test_a_command_is_one_line(tmp_path: Path, command: str) -> None:
+    with pytest.raises(ValueError, match="give one command on one line"):
+        ShardSource(f"pipe:{command}", cache=ShardCache(tmp_path), allow_commands=True)
+
+
+def test_allowed_commands_are_run_once_and_read_as_shards(bucket: str, tmp_path: Path) -> None:
+    # a command may name URLs, and nothing is looked for beside them
+    pattern = f"pipe:echo x >> {tmp_path}/log; : {bucket}; cat {tmp_path}/{{0..2}}.tar | cat"
+    options = DataOptions(cache_dir=str(tmp_path / "cache"), allow_commands=True)
+    source = open_source(pattern, options, split="train")
+    assert source.counts == (4, 4, 4)
+    assert [source.read(shard, 1).key for shard in range(3)] == ["00001", "00005", "00009"]
+    again = open_source(f"{pattern}::{tmp_path}/0.tar", options, split="train")
+    assert again.counts == (4, 4, 4, 4)
+    assert (tmp_path / "log").read_text() == "x\n" * 3
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ("cat {0}; echo first >&2; echo last >&2; echo >&2; exit 3", "exit status 3: last$"),
+        ("exit 3", "exit status 3: it said nothing"),
+        ("kill -9 $$", "ended by signal 9"),
+        ("no-such-command", "exit status 127: .*not found"),
+        ("true", "wrote nothing"),
+        ("cat /dev/zero", "wrote over 100,000 bytes and was ended; raise --cache-bytes"),
+    ],
+    ids=["status", "silent", "signal", "unknown", "nothing", "endless"],
+)
+def test_commands_that_fail(bucket: str, tmp_path: Path, command: str, message: str) -> None:
+    pattern = "pipe:" + command.replace("{0}", f"{tmp_path}/0.tar")
+    cache = ShardCache(tmp_path / "cache", limit=100_000)
+    with pytest.raises(FetchError, match=message) as error:
+        ShardSource(pattern, cache=cache, allow_commands=True)
+    assert str(error.value).startswith(pattern)
+    assert left_in(tmp_path / "cache") == []
+
+
+@pytest.mark.parametrize("end", ["wait", "exec >&- 2>&-; sleep 1000"], ids=["open", "closed"])
+def test_a_command_that_hangs_is_ended_with_all_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    monkeypatch.setattr(remote, "COMMAND_SECONDS", 0.5)
+    command = f"pipe:echo $$ > {tmp_path}/pids; sleep 1000 & echo $! >> {tmp_path}/pids; {end}"
+    with pytest.raises(FetchError, match=r"pids; .* ran for over 0\.5 seconds and was ended"):
+        ShardSource(command, cache=ShardCache(tmp_path / "cache"), allow_commands=True)
+    pids = [int(line) for line in (tmp_path / "pids").read_text().split()]
+    deadline = time.monotonic() + 30
+    while any(map(alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert len(pids) == 2 and not any(map(alive, pids))
+
+
+def test_what_a_command_says_besides_is_not_kept(bucket: str, tmp_path: Path) -> None:
+    command = f"pipe:head -c 10000000 /dev/zero >&2; cat {tmp_path}/0.tar"
+    source = ShardSource(command, cache=ShardCache(tmp_path / "cache"), allow_commands=True)
+    assert source.counts == (4,)
+
+
+def test_names_in_any_script_become_files(bucket: str, tmp_path: Path) -> None:
+    url = "memory://bucket/" + "\u5199" * 120 + ".tar"
+    put(url, (tmp_path / "0.tar").read_bytes())
+    assert ShardSource(url, cache=ShardCache(tmp_path / "cache")).counts == (4,)

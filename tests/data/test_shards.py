@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from fastclip.data import index, shards
 from fastclip.data.index import index_shard
 from fastclip.data.shards import ShardSource, UnreadableSample, expand_shards
 from tests.conftest import jpeg
@@ -36,7 +38,7 @@ def test_missing_shards_are_counted_and_named(make_shard: MakeShard, tmp_path: P
 
 @pytest.mark.parametrize(
     "pattern, message",
-    [("pipe:rm x", "does not run commands"), ("a.tar::", "names no shard"), ("", "names no shard")],
+    [("pipe:rm x", "--allow-commands"), ("a.tar::", "names no shard"), ("", "names no shard")],
 )
 def test_refused_patterns(pattern: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -54,9 +56,9 @@ def test_samples_are_read(make_shard: MakeShard) -> None:
 
 def test_keys_with_folders_dots_and_meta_data(make_shard: MakeShard) -> None:
     members = [("d/x.seg.png", b"1"), ("d/x.JPG", jpeg()), ("d/x.txt", b"t"), ("__meta__.txt", b"")]
-    index = index_shard(make_shard(members=members), ("txt",))
-    assert index.faults == []
-    assert [(key, sorted(files)) for key, files in index.samples] == [
+    found = index_shard(make_shard(members=members), ("txt",))
+    assert found.faults == []
+    assert [(key, sorted(files)) for key, files in found.samples] == [
         ("d/x", ["jpg", "seg.png", "txt"])
     ]
 
@@ -74,9 +76,10 @@ def test_declared_counts_are_taken(make_shard: MakeShard, tmp_path: Path) -> Non
     source.read(1, 0)
     (fault,) = source.drain_faults()
     assert fault.kind == "more samples than declared" and "4 readable, 3 declared" in str(fault)
-    (tmp_path / "sizes.json").write_text("{")
-    with pytest.raises(ValueError, match=r"sizes.json is damaged"):
-        ShardSource(f"{tmp_path}/00000.tar")
+    for damage in ("{", "[]", "[" * 100_000, *(f'{{"00000.tar": {n}}}' for n in ("-1", "1e999"))):
+        (tmp_path / "sizes.json").write_text(damage)
+        with pytest.raises(ValueError, match=r"sizes.json is damaged"):
+            ShardSource(f"{tmp_path}/00000.tar")
 
 
 # A good member is a header of 512 bytes and data padded to the next 512.
@@ -99,9 +102,9 @@ def test_cut_tars(make_shard: MakeShard, keep: str, kind: str, samples: int) -> 
         "between members": fifth.offset,
     }[keep]
     path.write_bytes(path.read_bytes()[:size])
-    index = index_shard(path, ("txt",))
-    assert index.faults[0].kind == kind
-    assert len(index.samples) == samples
+    found = index_shard(path, ("txt",))
+    assert found.faults[0].kind == kind
+    assert len(found.samples) == samples
 
 
 def test_damaged_header(make_shard: MakeShard) -> None:
@@ -162,12 +165,25 @@ def test_duplicate_member_keeps_the_first(make_shard: MakeShard) -> None:
         (b'{"captions": "abc"}', ("t",)),
         (b'{"captions": [1]}', ("t",)),
         (rb'{"captions": ["\ud800"]}', ("t",)),
+        (rb'{"captions": ["a\u0000b"]}', ("t",)),
         (b"[1]", ("t",)),
         (b"{", ("t",)),
         (b"[" * 100_000, ("t",)),
         (b'{"captions": ["' + b"x" * (1 << 20) + b'"]}', ("t",)),
     ],
-    ids=["list", "empty", "none", "text", "number", "surrogate", "array", "cut", "deep", "huge"],
+    ids=[
+        "list",
+        "empty",
+        "none",
+        "text",
+        "number",
+        "surrogate",
+        "zero",
+        "array",
+        "cut",
+        "deep",
+        "huge",
+    ],
 )
 def test_listed_captions_or_else_the_text(
     make_shard: MakeShard, listed: bytes, texts: tuple[str, ...]
@@ -175,6 +191,38 @@ def test_listed_captions_or_else_the_text(
     members = [("a.jpg", jpeg()), ("a.txt", b"t"), ("a.json", listed)]
     assert ShardSource(str(make_shard(members=members))).read(0, 0).texts == texts
     assert ShardSource(str(make_shard(members=members)), required=()).read(0, 0).texts == ()
+
+
+def test_many_faults_are_counted_and_some_kept(
+    make_shard: MakeShard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index, "MAX_PLACES", 2)
+    monkeypatch.setattr(shards, "MAX_PLACES", 2)
+    members = [("a.jpg", jpeg()), ("a.txt", b"t"), *((f"{i}.txt", b"t") for i in range(5))]
+    path = make_shard(members=members)
+    found = index_shard(path, ("txt",))
+    assert found.counts == {"sample without image": 5} and len(found.faults) == 2
+    faults = ShardSource(str(path)).drain_faults()
+    assert [fault.detail for fault in faults] == ["", "", "3 more in this shard"]
+
+
+def test_too_many_members(make_shard: MakeShard, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index, "MAX_MEMBERS", 6)
+    found = index_shard(make_shard(samples=4), ("txt",))
+    assert len(found.samples) == 2
+    assert found.counts == {"too many members": 1}
+
+
+def test_a_shard_that_is_lost_or_cut_while_it_is_used(make_shard: MakeShard) -> None:
+    path = make_shard(samples=4)
+    source = ShardSource(str(path))
+    os.truncate(path, 4000)
+    assert source.read(0, 0).key == "00000"
+    with pytest.raises(UnreadableSample, match=r"shard changed while it was read: .*:00003\.jpg"):
+        source.read(0, 3)
+    path.unlink()
+    with pytest.raises(UnreadableSample, match=r"shard not readable: .*shard-00000.tar"):
+        source.read(0, 0)
 
 
 def big_png() -> bytes:

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastclip.data.loader import Source
 from fastclip.data.options import DataOptions
 from fastclip.data.order import Order, hash64
+from fastclip.data.samples import Source
 from fastclip.data.scenes import caption, class_index, sample_scene
 from fastclip.data.sources import guess_type, open_source, shard_weights
 from tests.conftest import jpeg

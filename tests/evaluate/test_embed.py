@@ -90,6 +90,18 @@ def test_the_output_must_be_npy(run: str, capsys: pytest.CaptureFixture[str]) ->
     assert "must end in .npy" in capsys.readouterr().err
 
 
+def test_preview_shows_what_training_sees(tmp_path: Path) -> None:
+    """With --augment the sheet shows views and false captions, so it is another and longer one."""
+    sheets = []
+    for flags in ([], ["--augment", "strong"], ["--augment", "strong", "--hard-negatives", "2"]):
+        output = tmp_path / f"{len(sheets)}.png"
+        assert main(["data", "preview", "-o", str(output), "--count", "3", *flags]) == 0
+        sheets.append(Image.open(output))
+    plain, strong, negatives = sheets
+    assert plain.size[0] == strong.size[0] and plain.tobytes() != strong.tobytes()
+    assert negatives.size[1] > strong.size[1]
+
+
 @pytest.mark.parametrize("data", ["scenes", "scenes:caption=dense,shift=style", "synthetic"])
 def test_preview(data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "sheet.png"

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import fastclip
+from fastclip.atomic import describe
 from fastclip.models import checkpoint, sharded
-from fastclip.models.atomic import describe
 
 
 class Malicious:

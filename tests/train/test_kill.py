@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from fastclip.atomic import PARTIAL_SUFFIX
 from fastclip.models import checkpoint
-from fastclip.models.atomic import PARTIAL_SUFFIX
 from tests.train.test_loop import identical
 
 KILLS = 4

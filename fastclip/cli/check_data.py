@@ -1,0 +1,98 @@
+"""`fastclip check-data SHARD ...`: read all of the shards before training does."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from fastclip.data.check import Report, check_shards
+from fastclip.data.options import CACHE_BYTES, parse_weights
+from fastclip.data.remote import ShardCache, is_remote
+from fastclip.data.samples import SampleReader
+from fastclip.data.shards import expand_shards
+
+
+@dataclass(frozen=True)
+class CheckDataConfig:
+    """Read shards whole, decode every image, and report all that is wrong with them."""
+
+    shards: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """As --train-data of `fastclip train`, e.g. '/data/{00000..00041}.tar'; several if need be."""
+    required: tuple[str, ...] = ("txt",)
+    """What a sample must have besides an image: txt for training, cls for a zero-shot evaluation.
+    Training counts the samples that have it."""
+    captions: str | None = None
+    """As --captions of the training."""
+    workers: int | None = None
+    """Processes; by default one for each core."""
+    write: bool = True
+    """Write sizes.json, which spares training the counting, and NAME.idx for DALI's reader."""
+    strict: bool = False
+    """Exit with status 1 where anything at all is wrong."""
+    json: Path | None = None
+    """File to write the report to."""
+    cache_dir: str | None = None
+    """Folder that remote shards are fetched to; by default fastclip in the user's cache."""
+    cache_bytes: int = CACHE_BYTES
+    """Most bytes kept there."""
+    allow_commands: bool = False
+    """Run shards named pipe:COMMAND with the shell; for names that you trust only."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Check; prints the report. The status is 1 where nothing can be read, and see --strict."""
+    config = tyro.cli(CheckDataConfig, args=list(arguments), prog="fastclip check-data")
+    names = [name for part in config.shards for name in expand_shards(part, config.allow_commands)]
+    folders = {os.path.dirname(name) or "." for name in names if not is_remote(name)}
+    if config.write and (closed := [f for f in sorted(folders) if not os.access(f, os.W_OK)]):
+        raise ValueError(f"{closed[0]} cannot be written to; give --no-write")
+    captions = tuple(parse_weights(config.captions)) if config.captions else ()
+    report = check_shards(
+        names,
+        SampleReader(config.required, captions),
+        ShardCache(config.cache_dir, config.cache_bytes),
+        workers=_cores() if config.workers is None else config.workers,
+        write=config.write,
+        progress=True,
+    )
+    print(table(report))
+    if config.json:
+        config.json.write_text(json.dumps(as_json(report), indent=1) + "\n")
+    return int(report.good == 0 or (config.strict and bool(report.counts)))
+
+
+def table(report: Report) -> str:
+    """The faults with their counts and first places, and a line on the whole."""
+    lines = []
+    width = max((len(kind) for kind in report.counts), default=0)
+    for kind, count in report.counts.most_common():
+        first, *others = report.places[kind]
+        lines.append(f"{kind:{width}}  {count:>11,}  {first}")
+        lines.extend(" " * (width + 15) + place for place in others)
+    if lines:
+        lines.insert(0, f"{'fault':{width}}  {'count':>11}  first places")
+    lines.append(
+        f"{report.samples:,} samples in {report.shards:,} shards, {report.good:,} of them good; "
+        f"{report.bytes / 1e6:,.1f} MB in {report.seconds:.1f} s, "
+        f"{report.samples / report.seconds:,.0f} samples/s"
+    )
+    return "\n".join(lines)
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """The same for programs; faults are {kind: {"count": ..., "places": [...]}}."""
+    names = ("shards", "samples", "good", "bytes", "seconds", "written")
+    faults = {
+        kind: {"count": count, "places": report.places[kind]}
+        for kind, count in report.counts.most_common()
+    }
+    return {name: getattr(report, name) for name in names} | {"faults": faults}
+
+
+def _cores() -> int:
+    # fewer than the machine has where the process is bound to some
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
