@@ -1,17 +1,19 @@
 """Making webdataset shards from other formats."""
 
-import io
-import json
 import re
-import tarfile
-from collections.abc import Iterable, Iterator
-from itertools import chain, islice
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+from fastclip.data.faults import FaultLog
 from fastclip.data.files import ImageFiles
-from fastclip.data.loader import FaultLog
 from fastclip.data.order import hash64, permutation
-from fastclip.data.samples import Sample, UnreadableSample, open_image
+from fastclip.data.samples import (
+    Sample,
+    UnreadableSample,
+    open_image,
+)
+from fastclip.data.writing import DetailedSample, write_shards
 
 # The prompts that CLIP's authors used for CIFAR-10, one drawn for each image's caption.
 CIFAR10_TEMPLATES = (
@@ -25,36 +27,6 @@ CIFAR10_TEMPLATES = (
     "a photo of a big {}.",
 )
 CIFAR10_VALIDATION = 5000
-
-EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
-
-
-def write_shards(samples: Iterable[Sample], folder: Path, prefix: str, per_shard: int) -> list[int]:
-    """Write `PREFIX-00000.tar`, ... with KEY.jpg, KEY.txt and KEY.cls; returns the sample counts.
-
-    Args:
-        samples: written in the order given; a label of None leaves KEY.cls out. One that carries
-            its `encoded` image keeps it as it is, and all of its captions in KEY.json.
-        folder: made if needed; `sizes.json` in it gets an entry a shard.
-        per_shard: most samples in one shard.
-
-    Raises:
-        FileExistsError: a shard of that name is there already; nothing is overwritten.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    counts: list[int] = []
-    waiting = iter(samples)
-    while first := next(waiting, None):
-        path = folder / f"{prefix}-{len(counts):05d}.tar"
-        counts.append(0)
-        with tarfile.open(path, "x", format=tarfile.USTAR_FORMAT) as tar:
-            for sample in chain([first], islice(waiting, per_shard - 1)):
-                _add_sample(tar, sample)
-                counts[-1] += 1
-    sizes = _read_sizes(folder)
-    sizes |= {f"{prefix}-{i:05d}.tar": count for i, count in enumerate(counts)}
-    (folder / "sizes.json").write_text(json.dumps(sizes, indent=1) + "\n")
-    return counts
 
 
 def cifar10_samples(source: Path, split: str, *, seed: int = 0) -> Iterator[Sample]:
@@ -108,14 +80,23 @@ def convert_cifar10(source: Path, target: Path, *, seed: int = 0) -> dict[str, l
 
 
 def convert_table(
-    source: ImageFiles, target: Path, prefix: str, *, per_shard: int = 1000
+    source: ImageFiles,
+    target: Path,
+    prefix: str,
+    *,
+    per_shard: int = 1000,
+    details_of: Callable[[int], dict[str, Any]] | None = None,
 ) -> tuple[list[int], FaultLog]:
-    """Write a table's images, byte for byte, with all of their captions.
+    """Write a table's images, byte for byte, with all of their captions and their labels.
 
     Keys are the row's number and the image's name, so that they differ.
 
+    Args:
+        details_of: what a row's KEY.json is to hold in place of the list of its captions.
+
     Returns:
-        Samples in each shard, and the images that were left out because they cannot be read.
+        Samples in each shard, and what was left out: rows that the source found fault with, and
+        images that cannot be read.
 
     Raises:
         ValueError: per_shard is less than 1, or no image at all can be read.
@@ -124,13 +105,17 @@ def convert_table(
     if per_shard < 1:
         raise ValueError(f"--per-shard is {per_shard}; give at least 1")
     faults = FaultLog()
-    counts = write_shards(_encoded_samples(source, faults), target, prefix, per_shard)
+    faults.add(source.drain_faults())
+    samples = _encoded_samples(source, faults, details_of)
+    counts = write_shards(samples, target, prefix, per_shard)
     if not counts:
         raise ValueError(f"no image of {source.name} can be read: {faults.summary()}")
     return counts, faults
 
 
-def _encoded_samples(source: ImageFiles, faults: FaultLog) -> Iterator[Sample]:
+def _encoded_samples(
+    source: ImageFiles, faults: FaultLog, details_of: Callable[[int], dict[str, Any]] | None
+) -> Iterator[Sample]:
     for number in range(source.count):
         path = source.path_of(number)
         try:
@@ -141,27 +126,7 @@ def _encoded_samples(source: ImageFiles, faults: FaultLog) -> Iterator[Sample]:
             continue
         # a key ends at its first dot, and USTAR takes names of 100 bytes
         name = re.sub(r"[^A-Za-z0-9_-]", "_", Path(path).stem)[:60]
-        yield Sample(f"{number:08d}_{name}", image, source.texts_of(number), encoded=encoded)
-
-
-def _read_sizes(folder: Path) -> dict[str, int]:
-    path = folder / "sizes.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def _add_sample(tar: tarfile.TarFile, sample: Sample) -> None:
-    if sample.encoded is None:
-        jpeg = io.BytesIO()
-        sample.image.convert("RGB").save(jpeg, "JPEG", quality=95)
-        parts = {"jpg": jpeg.getvalue(), "txt": sample.texts[0].encode()}
-    else:
-        extension = EXTENSIONS[sample.image.format or "JPEG"]
-        captions = json.dumps({"captions": sample.texts}, ensure_ascii=False)
-        parts = {extension: sample.encoded, "txt": sample.texts[0].encode()}
-        parts["json"] = captions.encode()
-    if sample.label is not None:
-        parts["cls"] = str(sample.label).encode()
-    for extension, content in parts.items():
-        member = tarfile.TarInfo(f"{sample.key}.{extension}")
-        member.size = len(content)
-        tar.addfile(member, io.BytesIO(content))
+        sample = DetailedSample(f"{number:08d}_{name}", image, source.texts_of(number))
+        sample.encoded, sample.label = encoded, source.label_of(number)
+        sample.details = details_of(number) if details_of else None
+        yield sample

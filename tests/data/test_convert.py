@@ -5,6 +5,8 @@ import hashlib
 import json
 import pickle
 import tarfile
+from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +16,12 @@ from torchvision.datasets import CIFAR10
 
 from fastclip.cli import main
 from fastclip.data.convert import CIFAR10_TEMPLATES, convert_cifar10
+from fastclip.data.editing import Journal, ShardEditor
 from fastclip.data.options import DataOptions
-from fastclip.data.samples import decode_image
+from fastclip.data.samples import UnreadableSample, decode_image
 from fastclip.data.shards import ShardSource
 from fastclip.data.tables import open_coco
+from fastclip.data.writing import add_sizes
 from tests.conftest import jpeg
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -179,3 +183,134 @@ def test_real_photographs_through_tars_and_tables(real_data: Path, tmp_path: Pat
             assert sample.image.tobytes() == decode_image(file, path).tobytes()
             seen += 1
     assert seen == 50
+
+
+def test_a_key_is_added_wherever_a_tar_was_cut(
+    make_shard: Callable[..., Path], tmp_path: Path
+) -> None:
+    """What can be read gets it, and what lies behind the last readable member is kept."""
+    members = []
+    for i in range(3):
+        members.append((f"{i}.jpg", jpeg((90 * i, 0, 0))))
+        members.append((f"{i}.json", b'{"n": 1.0}' if i % 2 else b" {} \n"))
+    whole = make_shard("s.tar", [*members, ("9.jpg", jpeg()), ("9.txt", b"t")]).read_bytes()
+    whole = whole.rstrip(b"\0") + bytes(1500)
+    path, out = tmp_path / "cut.tar", tmp_path / "out.tar"
+    edited = set()
+    for size in range(600, len(whole), 149):
+        for behind in (b"", b"\1" * 700):
+            path.write_bytes(whole[:size] + behind)
+            with path.open("rb") as file:
+                shard = ShardEditor(file, "cut")
+                shard.write(out, "k", {})
+                assert out.read_bytes() == whole[:size] + behind
+                shard.write(out, "k", dict.fromkeys(shard.samples, "v"))
+                check_edited(shard, out)
+            files = [place for files in shard.samples.values() for place in files.values()]
+            end = max((-(-(offset + size) // 512) * 512 for offset, size in files), default=0)
+            assert out.read_bytes().endswith((whole[:size] + behind)[end:])
+            edited.add(len(shard.samples))
+    assert edited == {0, 1, 2, 3, 4}
+    assert json.loads((tmp_path / "sizes.json").read_text()) == {"out.tar": 4}
+
+
+def check_edited(shard: ShardEditor, path: Path) -> None:
+    with path.open("rb") as file:
+        found = ShardEditor(file, "out")
+        assert list(found.samples) == list(shard.samples)
+        for key, places in shard.samples.items():
+            n = {"n": 1.0} if key == "1" and "json" in places else {}
+            assert found.json(key)[1] == n | {"k": "v"}
+            assert found.read(*found.samples[key]["jpg"]) == shard.read(*places["jpg"])
+
+
+def test_members_whose_name_or_size_is_out_of_the_ordinary(tmp_path: Path) -> None:
+    """What an editor cannot change safely it leaves as it is, and says so."""
+    path, out = tmp_path / "s.tar", tmp_path / "out.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, content, headers in (
+            ("0.jpg", jpeg(), {}),
+            ("0.json", b"{}", {"size": "2"}),
+            ("1.jpg", jpeg(), {}),
+            ("1.json", None, {}),
+            ("b\u0007l.jpg", jpeg(), {}),
+            ("3.jpg", jpeg(), {}),
+            ("3.json", b'{"a": "' + b"x" * (1 << 20) + b'"}', {}),
+            ("ü" * 80 + ".jpg", jpeg(), {}),
+            ("ü" * 80 + ".json", b"{}", {}),
+        ):
+            info = tarfile.TarInfo(name)
+            info.pax_headers = headers
+            if content is None:
+                info.type, info.linkname = tarfile.SYMTYPE, "0.json"
+                tar.addfile(info)
+            else:
+                info.size = len(content)
+                tar.addfile(info, BytesIO(content))
+    with path.open("rb") as file:
+        shard = ShardEditor(file, "s")
+        assert len(shard.samples) == 5
+        faults, fine = [], []
+        for key in shard.samples:
+            try:
+                shard.json(key)
+                fine.append(key)
+            except UnreadableSample as error:
+                faults.append(error.fault.kind)
+        assert faults == ["damaged JSON", "damaged JSON", "damaged JSON", "JSON too long"]
+        assert fine == ["ü" * 80]
+        shard.write(out, "k", {fine[0]: "v"})
+    before, after = bytes_of_files(path), bytes_of_files(out)
+    assert after.pop(fine[0] + ".json") == b'{"k": "v"}' and before.pop(fine[0] + ".json")
+    assert before == after
+
+
+def bytes_of_files(path: Path) -> dict[str, bytes]:
+    with tarfile.open(path) as tar:
+        return {m.name: tar.extractfile(m).read() if m.isreg() else b"" for m in tar}
+
+
+def test_a_journal_is_held_by_one_and_forgets_what_is_torn(tmp_path: Path) -> None:
+    first = Journal(tmp_path / "a.tar")
+    first.begin({"n": 1})
+    first.add({"done": "ü"})
+    assert not Journal(tmp_path / "a.tar").mine
+    first.close()
+    text = first.path.read_bytes()
+    for size in range(len(text) + 1):
+        first.path.write_bytes(text[:size])
+        again = Journal(tmp_path / "a.tar")
+        again.begin({"n": 1})
+        assert again.mine and again.pieces == [{"done": "ü"}] * (size == len(text))
+        again.close()
+        # it can always be gone on with
+        assert first.path.read_bytes() == (text if size == len(text) else text[:9])
+    with pytest.raises(ValueError, match="n was 1 and is 2; delete it"):
+        Journal(tmp_path / "a.tar").begin({"n": 2})
+    with pytest.raises(ValueError, match="m was None and is 1"):
+        Journal(tmp_path / "a.tar").begin({"n": 1, "m": 1})
+
+
+def test_sizes_that_are_damaged_are_told(tmp_path: Path) -> None:
+    add_sizes(tmp_path, {"a.tar": 1})
+    add_sizes(tmp_path, {"b.tar": 2})
+    assert json.loads((tmp_path / "sizes.json").read_text()) == {"a.tar": 1, "b.tar": 2}
+    for content in ("{", "[]"):
+        (tmp_path / "sizes.json").write_text(content)
+        with pytest.raises(ValueError, match="is damaged"):
+            add_sizes(tmp_path, {"c.tar": 3})
+        assert (tmp_path / "sizes.json").read_text() == content
+
+
+def test_each_format_has_its_own_options(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, told in (
+        (["--help"], "imagenet-captions"),
+        (["csv", "--help"], "--csv-img-key"),
+        (["cifar10", "--help"], "--seed"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(["convert", *words])
+        assert stop.value.code == 0 and told in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        main(["convert", "cifar10", "a", "b", "--csv-img-key", "x"])
+    assert stop.value.code == 2
