@@ -1,5 +1,7 @@
-"""`fastclip bench losses`: operators beside their rivals, timed in turn."""
+"""`fastclip bench losses|data`: operators and loading beside their rivals, timed in turn."""
 
+import json
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,7 @@ LossName = Literal["clip", "info_nce", "siglip", "nt_xent", "mp_nce", "sup_con"]
 
 
 @dataclass(frozen=True)
-class BenchConfig:
+class LossConfig:
     """Measure losses beside their rivals: time, peak memory, error, repeatability.
 
     Columns: milliseconds forward alone, and forward and backward (20th, 50th and 80th
@@ -22,8 +24,6 @@ class BenchConfig:
     MiB above the inputs; the relative error of dX against float64; whether its bits repeat.
     """
 
-    what: Annotated[Literal["losses"], tyro.conf.Positional] = "losses"
-    """losses: the contrastive losses."""
     loss: tuple[LossName, ...] = ("clip", "info_nce", "siglip", "nt_xent", "mp_nce", "sup_con")
     """Which ones."""
     n: tuple[int, ...] = (1024, 4096)
@@ -46,12 +46,74 @@ class BenchConfig:
     """JSON file for the result."""
 
 
+@dataclass(frozen=True)
+class DataConfig:
+    """Measure loading beside its rivals, images a second from shards to batches of views.
+
+    strong: two views each of a strong augmentation. plain: one view of open_clip's. A rival that is
+    not installed is a row that says so.
+    """
+
+    data: Annotated[str | None, tyro.conf.Positional] = None
+    """Shards of photographs, e.g. '/data/{00000..00007}.tar', local ones, at least as many as
+    --workers; by default 512 generated pictures of 640 x 480."""
+    size: int = 224
+    """Side of the views, in pixels."""
+    batch_size: int = 64
+    """Images of a batch."""
+    workers: int = 2
+    """Loader processes, or DALI's threads."""
+    rounds: int = 5
+    """Epochs of each loader that count; one more goes before."""
+    device: str = "auto"
+    """Where DALI makes views: auto, cpu, cuda or cuda:1."""
+    output: Path | None = None
+    """JSON file for the result."""
+
+
+Config = (
+    Annotated[
+        LossConfig, tyro.conf.subcommand("losses", description="losses: time, peak memory, error")
+    ]
+    | Annotated[DataConfig, tyro.conf.subcommand("data", description="loading: images a second")]
+)
+
+
 def main(arguments: Sequence[str]) -> int:
-    """Print a table; an operator whose quick check fails is not timed, and the status is 1."""
+    """Print a table; the status is 1 where an operator fails its quick check and is not timed."""
+    arguments = list(arguments)
+    if arguments[:1] not in (["losses"], ["data"], ["--help"], ["-h"]):
+        arguments.insert(0, "losses")
+    config = tyro.cli(Config, args=arguments, prog="fastclip bench")
+    return _losses(config) if isinstance(config, LossConfig) else _data(config)
+
+
+def _data(config: DataConfig) -> int:
+    from fastclip.bench.data import DataSettings, as_json, run, write_photographs
+
+    if min(config.size, config.batch_size, config.workers, config.rounds) < 1:
+        raise ValueError("--size, --batch-size, --workers and --rounds must be at least 1")
+    with tempfile.TemporaryDirectory(prefix="fastclip-bench-") as folder:
+        shards = config.data or write_photographs(Path(folder), 512)
+        settings = DataSettings(
+            shards,
+            config.size,
+            config.batch_size,
+            config.workers,
+            config.rounds,
+            str(choose_device(config.device)),
+        )
+        rows = run(settings)
+    if config.output is not None:
+        config.output.parent.mkdir(parents=True, exist_ok=True)
+        config.output.write_text(json.dumps(as_json(settings, rows), indent=1) + "\n")
+    return 0
+
+
+def _losses(config: LossConfig) -> int:
     from fastclip.bench.losses import run
     from fastclip.bench.runner import Settings, write_json
 
-    config = tyro.cli(BenchConfig, args=list(arguments), prog="fastclip bench")
     if any(n < 4 or n % 4 for n in config.n):
         raise ValueError(f"--n is {config.n}; give multiples of 4")
     if config.rounds < 1 or min(config.width) < 1:

@@ -6,14 +6,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import tyro
+from PIL import Image
 
-from fastclip.data.loader import FaultLog
+from fastclip.data.augment import Augmentation
+from fastclip.data.captions import CaptionSampling
+from fastclip.data.faults import FaultLog
 from fastclip.data.options import DataOptions
 from fastclip.data.order import Order
 from fastclip.data.preview import contact_sheet
-from fastclip.data.samples import UnreadableSample
+from fastclip.data.samples import Source, UnreadableSample
 from fastclip.data.sources import open_source
+from fastclip.data.training_samples import TrainingSamples
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,9 @@ class DataConfig:
     """Images in a row."""
     size: int = 160
     """Side of an image, in pixels."""
+    augment: Literal["none", "weak", "strong"] = "none"
+    """Show what training sees: views as of --augment of `fastclip train`, and the captions drawn;
+    --hard-negatives of them follow each."""
     seed: int = 0
     """Of the order."""
     options: Annotated[DataOptions, tyro.conf.arg(name="")] = field(default_factory=DataOptions)
@@ -46,6 +54,18 @@ def main(arguments: Sequence[str]) -> int:
     source = open_source(config.data, config.options, split="train", count=config.count)
     order = Order(source.counts, config.seed)
     faults = FaultLog()
+    shown = _originals if config.augment == "none" else _views
+    images, captions = shown(config, source, order, faults)
+    for place in faults.places():
+        print(f"skipped {place}", file=sys.stderr)
+    contact_sheet(images, captions, config.columns, config.size).save(config.output)
+    print(config.output)
+    return 0
+
+
+def _originals(
+    config: DataConfig, source: Source, order: Order, faults: FaultLog
+) -> tuple[list[Image.Image], list[str]]:
     images, captions = [], []
     for position in range(min(config.count, len(order))):
         try:
@@ -55,8 +75,23 @@ def main(arguments: Sequence[str]) -> int:
             continue
         images.append(sample.image)
         captions.append("\n".join(sample.texts))
-    for place in faults.places():
-        print(f"skipped {place}", file=sys.stderr)
-    contact_sheet(images, captions, config.columns, config.size).save(config.output)
-    print(config.output)
-    return 0
+    return images, captions
+
+
+def _views(
+    config: DataConfig, source: Source, order: Order, faults: FaultLog
+) -> tuple[list[Image.Image], list[str]]:
+    view = Augmentation.weak(224) if config.augment == "weak" else Augmentation.strong(224)
+    weights = tuple(config.options.caption_weights.items())
+    drawing = CaptionSampling(weights, negatives=config.options.hard_negatives)
+    # only the pixels and the texts are looked at
+    samples = TrainingSamples(
+        source, order, view, lambda texts: torch.zeros(len(texts), 1), drawing
+    )
+    images, captions = [], []
+    for position in range(min(config.count, len(order))):
+        sample = samples[0, position]
+        faults.add(sample["faults"])
+        images.append(Image.fromarray(sample["images"][0].permute(1, 2, 0).numpy()))
+        captions.append("\nnot: ".join([*sample["captions"], *sample.get("false_captions", ())]))
+    return images, captions

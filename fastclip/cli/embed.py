@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from torch import Tensor
 
-from fastclip.data.loader import FaultLog
+from fastclip.data.faults import FaultLog
 from fastclip.data.options import DataOptions
 from fastclip.data.sources import open_source
 from fastclip.device import choose_device

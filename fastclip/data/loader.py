@@ -1,87 +1,21 @@
-"""Batches in the contract's order, whatever the number of workers.
-
-A batch is never short: a sample that cannot be read is replaced by one that a hash of
-(seed, epoch, position) chooses, and the fault is reported with the batch.
-"""
+"""Batches in the contract's order, whatever the number of loader processes."""
 
 import itertools
 import os
-import random
 import signal
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from fastclip.data.augment import Augmentation, apply_view, draw_view
-from fastclip.data.index import Fault
 from fastclip.data.order import Order, hash64
-from fastclip.data.samples import Sample, UnreadableSample
-
-REPLACEMENT_ATTEMPTS = 32
-
-Tokenizer = Callable[[list[str]], Tensor]
-
-
-class Source(Protocol):
-    """Where samples come from: declared counts per shard and random access.
-
-    parts: number of shards of each pattern joined by '::'.
-    """
-
-    counts: tuple[int, ...]
-    parts: tuple[int, ...]
-
-    def read(self, shard: int, index: int, *, pixels: bool = True) -> Sample: ...
-
-    def drain_faults(self) -> list[Fault]: ...
-
-
-class TrainingSamples(Dataset[dict[str, Any]]):
-    """The sample at (epoch, position), augmented and tokenized; a pure function of both.
-
-    One of a sample's captions is drawn anew each epoch.
-    """
-
-    def __init__(
-        self, source: Source, order: Order, augmentation: Augmentation, tokenizer: Tokenizer
-    ) -> None:
-        self.source = source
-        self.order = order
-        self.augmentation = augmentation
-        self.tokenizer = tokenizer
-
-    def __getitem__(self, where: tuple[int, int]) -> dict[str, Any]:
-        epoch, position = where
-        sample, faults = self._read(epoch, position)
-        rng = random.Random(hash64(self.order.seed, epoch, position, 2))
-        view = draw_view(self.augmentation, sample.image.width, sample.image.height, rng)
-        text = sample.texts[int(rng.random() * len(sample.texts))]
-        return {
-            "image": apply_view(sample.image, view, self.augmentation.size),
-            "text": self.tokenizer([text])[0],
-            "key": sample.key,
-            "faults": faults,
-        }
-
-    def _read(self, epoch: int, position: int) -> tuple[Sample, list[Fault]]:
-        faults: list[Fault] = []
-        candidate = position
-        for attempt in range(REPLACEMENT_ATTEMPTS):
-            try:
-                sample = self.source.read(*self.order.locate(epoch, candidate))
-                return sample, faults + self.source.drain_faults()
-            except UnreadableSample as error:
-                faults.append(error.fault)
-            candidate = hash64(self.order.seed, epoch, position, 3, attempt) % len(self.order)
-        raise ValueError(
-            f"{REPLACEMENT_ATTEMPTS} samples in a row could not be read, the last: {faults[-1]}; "
-            "the data is damaged beyond skipping"
-        )
+from fastclip.data.progress import LoaderDiedError, ReadingBoard
+from fastclip.data.samples import Source, UnreadableSample
+from fastclip.data.training_samples import TrainingSamples
 
 
 class EvaluationSamples(Dataset[dict[str, Any]]):
@@ -139,7 +73,13 @@ class _Positions(Sampler[list[tuple[int, int]]]):
 
 
 class TrainingLoader:
-    """Batches of dictionaries: image (B, 3, S, S) uint8, text (B, L) int64, key, faults.
+    """Batches of dictionaries.
+
+    images: V tensors (B, 3, S, S) uint8, one a view. params: (B, V, PARAMS) float32, see
+    `AugmentationParams.encode`. texts: T tensors (B, L) int64, one a text view. captions: the
+    texts themselves. negatives: (B, K, L) int64, where hard negatives are asked for, and
+    false_captions, their texts. key, position: of each sample. faults: what could not be read on
+    the way.
 
     Args:
         samples: what to load.
@@ -179,7 +119,10 @@ class TrainingLoader:
                 f"an epoch of {length} samples does not fill one batch of {batch}; "
                 "lower --batch-size or give more data"
             )
+        self.samples = samples
+        self.samples.board = ReadingBoard(workers)
         self.identity = {"seed": samples.order.seed, "counts": hash64(*samples.order.counts)}
+        self.batch_size = batch_size
         self.micro_batches = micro_batches
         self._positions = _Positions(
             batch_size, micro_batches, self.steps_per_epoch, rank, world_size
@@ -203,6 +146,27 @@ class TrainingLoader:
         self._positions.first_step = first_step
         return iter(self._loader)
 
+    def waiting_for(self) -> str:
+        """What each loader process is reading now, and since when; empty if none is reading."""
+        return self.samples.board.describe(self.samples.source.place)
+
+    @contextmanager
+    def naming_the_dead(self) -> Iterator[None]:
+        """Around everything that the loader may interrupt when one of its processes has died.
+
+        Raises:
+            LoaderDiedError: it names the process's shard in the place of torch's process number.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise LoaderDiedError(
+                f"{str(error).splitlines()[0]}; {self.waiting_for() or 'it was not reading'}. "
+                "A process that is killed has most often used up the memory: lower --workers"
+            ) from error
+
     def steps(self, epoch: int, first_step: int = 0) -> Iterator[list[dict[str, Any]]]:
         """The micro-batches of each step of `epoch` from `first_step` on."""
         batches = self.batches(epoch, first_step)
@@ -211,12 +175,13 @@ class TrainingLoader:
 
 
 def obey_parent_only(worker: int) -> None:
-    """In a loader process: outlive a signal that is meant to have the run save and stop.
+    """In a loader process: outlive a signal that is meant to have the run save and stop, but not
+    the training process, even where a read hangs.
 
     Launchers and schedulers send it to the whole process group, and a loader that died of it would
     take the run down before it has saved. The training process ends its loaders itself.
     """
-    if not hasattr(signal, "sigwaitinfo"):
+    if not hasattr(signal, "sigtimedwait"):
         return
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     # blocked, so that it comes to the thread below, which sees from whom
@@ -224,59 +189,34 @@ def obey_parent_only(worker: int) -> None:
     parent = os.getppid()
 
     def listen() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-            pass
+        while os.getppid() == parent:
+            sent = signal.sigtimedwait({signal.SIGTERM}, 1.0)
+            if sent is not None and sent.si_pid == parent:
+                break
         os._exit(0)
 
     threading.Thread(target=listen, name="signals", daemon=True).start()
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stack tensors, keep the rest as lists; samples without an image lend only their faults."""
-    readable = [sample for sample in samples if "image" in sample]
+    """Stack tensors, keep the rest as lists; samples without an image lend only their faults.
+
+    A list of tensors becomes a list of stacks; encoded images, which differ in length, are laid end
+    to end, their lengths beside them: one piece of shared memory instead of one an image.
+    """
+    readable = [sample for sample in samples if "key" in sample]
     batch: dict[str, Any] = {"faults": [fault for sample in samples for fault in sample["faults"]]}
     if not readable:
         return batch
-    for name in readable[0]:
-        if name == "faults":
-            continue
+    for name, first in readable[0].items():
         values = [sample[name] for sample in readable]
-        batch[name] = torch.stack(values) if isinstance(values[0], Tensor) else values
+        if name == "encoded":
+            batch[name] = torch.cat(values)
+            batch["lengths"] = [len(value) for value in values]
+        elif isinstance(first, Tensor):
+            batch[name] = torch.stack(values)
+        elif isinstance(first, list) and first and isinstance(first[0], Tensor):
+            batch[name] = [torch.stack(column) for column in zip(*values, strict=True)]
+        elif name != "faults":
+            batch[name] = values
     return batch
-
-
-class FaultLog:
-    """Counts faults by kind, each place once, and keeps the first few of a kind to show."""
-
-    EXAMPLES = 3
-
-    def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
-        self.examples: dict[str, list[Fault]] = {}
-        self._seen: set[tuple[str, str]] = set()
-
-    def add(self, faults: list[Fault]) -> list[Fault]:
-        """Count faults; returns those worth printing: the first few new ones of each kind."""
-        fresh = []
-        for fault in faults:
-            if (fault.kind, fault.where) in self._seen:
-                continue
-            self._seen.add((fault.kind, fault.where))
-            self.counts[fault.kind] += 1
-            examples = self.examples.setdefault(fault.kind, [])
-            if len(examples) < self.EXAMPLES:
-                examples.append(fault)
-                fresh.append(fault)
-        return fresh
-
-    def places(self) -> list[str]:
-        """The first few faults of each kind, one text each."""
-        return [str(fault) for examples in self.examples.values() for fault in examples]
-
-    def report(self) -> str:
-        """The summary, and the places below it."""
-        return "\n".join([self.summary(), *self.places()])
-
-    def summary(self) -> str:
-        """One line, e.g. "3 corrupt image, 1 cut inside a header"; empty where all was well."""
-        return ", ".join(f"{count} {kind}" for kind, count in self.counts.most_common())

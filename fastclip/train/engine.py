@@ -103,8 +103,9 @@ class Engine:
     def _inputs(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Normalised float images with channels innermost, and tokens, on the device."""
         device = self.world.device
-        images = batch["image"].to(device, non_blocking=True, memory_format=torch.channels_last)
-        texts = batch["text"].to(device, non_blocking=True)
+        first, *_ = batch["images"]
+        images = first.to(device, non_blocking=True, memory_format=torch.channels_last)
+        texts = batch["texts"][0].to(device, non_blocking=True)
         return (images.float() - self._mean) / self._std, texts
 
     def _whole_loss(self, output: dict[str, Tensor]) -> Tensor:

@@ -1,18 +1,19 @@
 """The training loop, top to bottom."""
 
+import functools
 import os
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from fastclip.data.loader import FaultLog
+from fastclip.data.faults import FaultLog
 from fastclip.data.order import hash64
 from fastclip.models.clip import create
 from fastclip.ops.collectives import count_bytes
@@ -44,7 +45,7 @@ def train(config: TrainConfig) -> Path:
         NonFiniteError: a step's loss or gradient is not finite; nothing of it was applied.
         StoppedError: SIGTERM or SIGUSR1 asked to stop; a checkpoint was saved.
         DeadRankError: another rank has ended.
-        OSError: the last checkpoint of the run could not be written.
+        OSError: the last checkpoint of the run could not be written, or a loader process died.
         ValueError, FileNotFoundError: the configuration or the data cannot be used.
     """
     limits = {"dead_after": config.dead_rank_timeout, "data_within": config.data_timeout}
@@ -52,15 +53,16 @@ def train(config: TrainConfig) -> Path:
         StopSignals() as stop,
         world(config.device) as here,
         Watch(here, **limits) as watch,
+        ExitStack() as around,
     ):
-        run, signals = _train(named(config, here), here, stop, watch)
+        run, signals = _train(named(config, here), here, stop, watch, around)
     if signals:
         raise StoppedError(f"{' and '.join(signals)} received; go on with --name {run.name}")
     return run
 
 
 def _train(
-    config: TrainConfig, here: World, stop: StopSignals, watch: Watch
+    config: TrainConfig, here: World, stop: StopSignals, watch: Watch, around: ExitStack
 ) -> tuple[Path, list[str]]:
     """The run's folder, and the signals that ended it before its time."""
     run = Path(config.logs) / str(config.name)
@@ -74,6 +76,7 @@ def _train(
     # convolutions are fastest with channels innermost, and nothing else minds
     model.model.to(memory_format=torch.channels_last)
     loader = build_loader(config, model, here)
+    around.enter_context(loader.naming_the_dead())
     # where the engine shards or rounds the model's parameters, whole ones go to another
     judged_model, validator = model, None
     if config.val_data and here.is_first:
@@ -130,7 +133,8 @@ def _train(
         while epoch < config.epochs and not stopping:
             model.model.train()
             steps = loader.steps(epoch, step_in_epoch)
-            for batches in meter.waiting(steps, watch.waiting_for_data):
+            waiting = functools.partial(watch.waiting_for_data, loader.waiting_for)
+            for batches in meter.waiting(steps, waiting):
                 for fault in faults.add([f for batch in batches for f in batch["faults"]]):
                     bar.write(f"skipped {fault}", file=sys.stderr)
                 with count_bytes() as exchange:

@@ -4,20 +4,25 @@ import json
 import sys
 from dataclasses import replace
 from datetime import datetime
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from fastclip.atomic import write_text
 from fastclip.data.augment import Augmentation
-from fastclip.data.loader import TrainingLoader, TrainingSamples
+from fastclip.data.captions import CaptionSampling
+from fastclip.data.loader import TrainingLoader
 from fastclip.data.options import DataOptions
 from fastclip.data.order import Order
 from fastclip.data.sources import open_source, shard_weights
+from fastclip.data.text_augment import TextAugmentation
+from fastclip.data.training_samples import TrainingSamples
 from fastclip.device import AUTOCAST_DTYPES
 from fastclip.models import checkpoint
-from fastclip.models.atomic import write_text
 from fastclip.models.clip import CONFIG_FILE, Model, describe
 from fastclip.ops.backend import explain
 from fastclip.train.config import TrainConfig, from_dict, to_yaml
@@ -29,8 +34,12 @@ DEFINES_THE_RUN = (
     *("csv_caption_key", "csv_separator", "image_root", "templates"),
     *("train_num_samples", "shuffle_window", "batch_size", "accum_freq", "seed"),
     *(
+        "augment",
         "aug_scale",
         "aug_flip",
+        "captions",
+        "sentence_sampling",
+        "text_augment",
         "model",
         "precision",
         "siglip",
@@ -66,16 +75,61 @@ def build_loader(config: TrainConfig, model: Model, world: World) -> TrainingLoa
     source = open_source(config.train_data, options, split="train", count=config.train_num_samples)
     weights = shard_weights(source, config.train_data_upsampling_factors)
     order = Order(source.counts, config.seed, config.shuffle_window, weights)
-    augmentation = Augmentation(size, scale=config.aug_scale, flip=config.aug_flip)
-    return TrainingLoader(
-        TrainingSamples(source, order, augmentation, model.tokenizer),
-        config.batch_size,
-        micro_batches=config.accum_freq,
-        epoch_samples=config.train_num_samples,
-        workers=config.workers,
-        pin_memory=world.device.type == "cuda",
-        rank=world.rank,
-        world_size=world.size,
+    on_gpu = world.device.type == "cuda"
+    dali = choose_backend(config.data_backend, world.device) == "dali"
+    samples = TrainingSamples(
+        source, order, _view(config, size), model.tokenizer, _captions(config), pixels=not dali
+    )
+    shared: dict[str, Any] = {
+        "batch_size": config.batch_size,
+        "micro_batches": config.accum_freq,
+        "epoch_samples": config.train_num_samples,
+        "workers": config.workers,
+        "rank": world.rank,
+        "world_size": world.size,
+    }
+    if dali:
+        # imported where it is wanted: not everyone has it
+        from fastclip.data.dali import DaliLoader
+
+        return DaliLoader(samples, device=world.device, **shared)
+    return TrainingLoader(samples, pin_memory=on_gpu, **shared)
+
+
+def choose_backend(wanted: str, device: torch.device) -> str:
+    """ "dali" or "torchvision": what is asked for, or else DALI where there is a GPU for it.
+
+    Raises:
+        ModuleNotFoundError: DALI is asked for and not installed.
+    """
+    if wanted == "dali":
+        import_module("nvidia.dali")
+    if wanted != "auto":
+        return wanted
+    try:
+        installed = find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:
+        installed = False
+    return "dali" if installed and device.type == "cuda" else "torchvision"
+
+
+def _view(config: TrainConfig, size: int) -> Augmentation:
+    if config.augment == "crop":
+        return Augmentation(size, scale=config.aug_scale, flip=config.aug_flip)
+    return Augmentation.weak(size) if config.augment == "weak" else Augmentation.strong(size)
+
+
+def _captions(config: TrainConfig) -> CaptionSampling:
+    options = DataOptions.of(config)
+    made = {
+        "none": TextAugmentation,
+        "weak": TextAugmentation.weak,
+        "strong": TextAugmentation.strong,
+    }
+    return CaptionSampling(
+        weights=tuple(options.caption_weights.items()),
+        sentences=config.sentence_sampling,
+        views=(made[config.text_augment](),),
     )
 
 

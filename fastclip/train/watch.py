@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from types import TracebackType
 
@@ -27,6 +27,8 @@ EXIT_STATUS = 4
 INTERVAL = 1.0
 # Ranks that fail together each report their own error; so long a thread holds back.
 GRACE = 3.0
+# A wait for a batch so long is told, with what the loaders read, and again at twice the time.
+SLOW_BATCH = 30.0
 # A thread that slept so much longer than it meant to was suspended, with all others perhaps.
 SUSPENDED = 5.0
 _SYMPTOMS = ("gloo", "nccl", "connection closed", "connection reset", "socket")
@@ -44,6 +46,8 @@ class Watch:
     def __init__(self, world: World, *, dead_after: float, data_within: float) -> None:
         self.world, self.dead_after, self.data_within = world, dead_after, data_within
         self._waiting_since: float | None = None
+        self._reading: Callable[[], str] = str
+        self._told_after = 0.0
         self._last_round = time.monotonic()
         self._closing = threading.Event()
         self._store = self._open_store() if world.size > 1 else None
@@ -53,8 +57,9 @@ class Watch:
         ]
 
     @contextlib.contextmanager
-    def waiting_for_data(self) -> Iterator[None]:
-        """Around the wait for a batch."""
+    def waiting_for_data(self, reading: Callable[[], str]) -> Iterator[None]:
+        """Around the wait for a batch; `reading` tells what the loader is at, for messages."""
+        self._reading, self._told_after = reading, min(SLOW_BATCH, self.data_within / 2)
         self._waiting_since = time.monotonic()
         try:
             yield
@@ -124,11 +129,17 @@ class Watch:
                 if self._waiting_since is not None:
                     self._waiting_since += slept
             since = self._waiting_since
-            if since is not None and now - since > self.data_within:
-                self._pronounce(
-                    f"rank {self.world.rank} ({_place()}) has waited {now - since:.0f} s for a "
-                    "batch: its loader hangs, or storage does not answer (--data-timeout)"
-                )
+            if since is not None and now - since > min(self.data_within, self._told_after):
+                waited = f"rank {self.world.rank} ({_place()}) has waited {now - since:.0f} s"
+                reading = f"{self._reading() or 'no process is reading'}"
+                if now - since > self.data_within:
+                    self._pronounce(
+                        f"{waited} for a batch: its loader hangs, or storage does not answer "
+                        f"(--data-timeout); {reading}"
+                    )
+                else:
+                    print(f"note: {waited} for a batch; {reading}", file=sys.stderr, flush=True)
+                    self._told_after *= 2
             if self._store is not None and now - self._last_round > self.dead_after:
                 self._end(
                     "rank 0, which keeps the watch, has given no sign of life for "

@@ -7,17 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from fastclip.data.augment import Augmentation
+from fastclip.data.augment import PARAMS, Augmentation
+from fastclip.data.captions import CaptionSampling
+from fastclip.data.faults import FaultLog
 from fastclip.data.index import Fault
-from fastclip.data.loader import (
-    EvaluationSamples,
-    FaultLog,
-    TrainingLoader,
-    TrainingSamples,
-    collate,
-)
+from fastclip.data.loader import EvaluationSamples, TrainingLoader, collate
 from fastclip.data.order import Order
 from fastclip.data.shards import ShardSource
+from fastclip.data.text_augment import TextAugmentation
+from fastclip.data.training_samples import TrainingSamples
+from fastclip.data.views import replay
 from tests.conftest import jpeg
 
 MakeShard = Callable[..., Path]
@@ -41,8 +40,9 @@ def collect(batches: Any) -> list[dict[str, Any]]:
 def same(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> bool:
     return len(a) == len(b) and all(
         x["key"] == y["key"]
-        and torch.equal(x["image"], y["image"])
-        and torch.equal(x["text"], y["text"])
+        and torch.equal(x["params"], y["params"])
+        and all(map(torch.equal, x["images"], y["images"]))
+        and all(map(torch.equal, x["texts"], y["texts"]))
         for x, y in zip(a, b, strict=True)
     )
 
@@ -53,13 +53,39 @@ def test_batches_do_not_depend_on_workers_or_on_the_start(make_shard: MakeShard)
     assert alone.steps_per_epoch == 6
     first, second = collect(alone.batches(0)), collect(alone.batches(1))
     assert not same(first, second)
-    assert first[0]["image"].shape == (4, 3, 16, 16)
-    assert first[0]["image"].dtype == torch.uint8
+    (images,) = first[0]["images"]
+    assert images.shape == (4, 3, 16, 16) and images.dtype == torch.uint8
     with_workers = loader(pattern, workers=2)
     assert same(collect(with_workers.batches(0)), first)
     assert same(collect(with_workers.batches(1, first_step=2)), second[2:])
     keys = [key for batch in first for key in batch["key"]]
     assert len(set(keys)) == 24
+
+
+def test_views_texts_and_negatives(make_shard: MakeShard) -> None:
+    source = ShardSource(str(make_shard(samples=8)))
+    views = (Augmentation.weak(16), Augmentation.strong(24), Augmentation.strong(24))
+    captions = CaptionSampling(views=(TextAugmentation(), TextAugmentation.strong()), negatives=2)
+    samples = TrainingSamples(source, Order(source.counts, 0), views, tokenize, captions)
+    batch = next(TrainingLoader(samples, 4).batches(0))
+    assert [tuple(images.shape) for images in batch["images"]] == [
+        (4, 3, 16, 16),
+        (4, 3, 24, 24),
+        (4, 3, 24, 24),
+    ]
+    assert batch["params"].shape == (4, 3, PARAMS) and batch["params"].dtype == torch.float32
+    assert not torch.equal(batch["params"][:, 1], batch["params"][:, 2])
+    assert [tuple(texts.shape) for texts in batch["texts"]] == [(4, 2), (4, 2)]
+    assert batch["negatives"].shape == (4, 2, 2)
+    assert batch["position"] == [0, 1, 2, 3]
+    plain, strong = zip(*batch["captions"], strict=True)
+    assert torch.equal(batch["texts"][0], tokenize(list(plain)))
+    assert torch.equal(batch["texts"][1], tokenize(list(strong)))
+    for key, images, params in zip(
+        batch["key"], batch["images"][1], batch["params"][:, 1], strict=True
+    ):
+        original = source.read(0, int(key)).image
+        assert torch.equal(replay(original, params, 24), images)
 
 
 def test_loading_leaves_the_global_random_stream_alone(make_shard: MakeShard) -> None:
@@ -77,7 +103,7 @@ def test_unreadable_samples_are_replaced_and_reported(make_shard: MakeShard) -> 
     batches = collect(loader(pattern).batches(0))
     assert [len(batch["key"]) for batch in batches] == [4, 4, 4]
     faults = {fault for batch in batches for fault in batch["faults"]}
-    assert {fault.where.rsplit(":", 1)[1] for fault in faults} == {"0", "4", "8"}
+    assert {fault.where.rsplit(":", 1)[1] for fault in faults} == {"0.jpg", "4.jpg", "8.jpg"}
     assert not {"0", "4", "8"} & {key for batch in batches for key in batch["key"]}
     assert same(collect(loader(pattern, workers=2).batches(0)), batches)
 

@@ -15,13 +15,14 @@ import torch
 from fastclip.data.augment import Augmentation
 from fastclip.data.files import STRETCH
 from fastclip.data.folders import FolderSource
-from fastclip.data.loader import Source, TrainingLoader, TrainingSamples
+from fastclip.data.loader import TrainingLoader
 from fastclip.data.options import DataOptions
 from fastclip.data.order import Order
-from fastclip.data.samples import Sample, UnreadableSample
+from fastclip.data.samples import Sample, Source, UnreadableSample
 from fastclip.data.sources import open_source
 from fastclip.data.strings import Strings
 from fastclip.data.tables import TableSource, open_coco, open_csv
+from fastclip.data.training_samples import TrainingSamples
 from fastclip.evaluate.zeroshot import classes_of
 from tests.conftest import jpeg
 

@@ -1,6 +1,7 @@
 """Flags of data on their way through training and evaluation."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -69,3 +70,39 @@ def test_data_flags_are_saved_and_read_back(tmp_path: Path) -> None:
         config = parse(flags)
         (tmp_path / "c.yaml").write_text(to_yaml(config))
         assert parse(["--config", str(tmp_path / "c.yaml")]) == config
+
+
+def test_dali_trains_on_the_same_samples_and_resumes(
+    flags: list[str], make_shard: Callable[..., Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed: pip install '.[dali]'")
+    shard = str(make_shard(samples=24))
+    flags += ["--train-data", shard, "--augment", "strong", "--text-augment", "strong"]
+    losses = {}
+    for backend in ("torchvision", "dali"):
+        own = [*flags, "--data-backend", backend, "--logs", f"{tmp_path}/{backend}"]
+        assert main(["train", *own, "--save-every-steps", "3"]) == 0
+        lines = (tmp_path / backend / "a" / "samples.jsonl").read_text()
+        losses[backend] = lines
+    assert losses["dali"] == losses["torchvision"]
+
+    run = tmp_path / "dali" / "a" / "checkpoints"
+    for path in run.glob("epoch_1*"):
+        path.unlink()
+    own = [*flags, "--data-backend", "dali", "--logs", f"{tmp_path}/dali"]
+    assert main(["train", *own, "--resume", "latest", "--save-every-steps", "3"]) == 0
+    assert (tmp_path / "dali" / "a" / "samples.jsonl").read_text() == losses["dali"]
+
+
+def test_caption_flags(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags += "--train-data scenes --train-num-samples 12".split()
+    good = ["--captions", "dense=2,alt", "--sentence-sampling", "--text-augment", "weak"]
+    assert main(["train", *flags, *good]) == 0
+    for wrong, says in (
+        ("dense=0", "positive weight"),
+        ("long", "scenes have no captions called 'long'; they have short, alt, dense"),
+    ):
+        assert main(["train", *flags, "--name", "b", "--captions", wrong]) == 1
+        assert says in capsys.readouterr().err

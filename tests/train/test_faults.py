@@ -182,7 +182,7 @@ with world("cpu") as here, Watch(here, dead_after=60, data_within=2) as watch:
     if here.rank == 1:
         if {fails}:
             raise ValueError("the shard is gone")
-        with watch.waiting_for_data():
+        with watch.waiting_for_data(lambda: "process 7 reads 3.tar"):
             time.sleep(600)
     here.barrier()
 """
@@ -192,7 +192,10 @@ with world("cpu") as here, Watch(here, dead_after=60, data_within=2) as watch:
 @pytest.mark.dist
 @pytest.mark.parametrize(
     ("fails", "says"),
-    [(False, "has waited"), (True, "rank 1 failed: ValueError: the shard is gone")],
+    [
+        (False, "(--data-timeout); process 7 reads 3.tar"),
+        (True, "rank 1 failed: ValueError: the shard is gone"),
+    ],
 )
 def test_a_rank_without_data_ends_all(fails: bool, says: str) -> None:
     ranks = start_ranks(3, ["-c", HANGING.format(fails=fails)])

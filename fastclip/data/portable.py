@@ -1,0 +1,94 @@
+"""Images for decoders that are faster than Pillow, and do as it does.
+
+One bad image ends DALI's run. So only JPEGs whose structure is whole reach it as they are; all else
+(PNG, WebP, CMYK, damaged files, images made by the program) is decoded by Pillow, as torchvision's
+pipeline does, and handed on as a PPM, which has no compression to be damaged.
+"""
+
+from contextlib import suppress
+
+import numpy as np
+import torch
+from PIL import Image
+from simplejpeg import decode_jpeg
+from torch import Tensor
+
+from fastclip.data.samples import Sample, decode
+
+_START_OF_SCAN = 0xDA
+# markers that stand alone, without a length: TEM, RST0 to RST7, SOI, EOI
+_BARE = frozenset({0x01, *range(0xD0, 0xDA)})
+
+
+def portable(sample: Sample) -> bytes:
+    """The sample's image as a whole JPEG of 1 or 3 components, else as a PPM.
+
+    Args:
+        sample: its image opened but not decoded, or without a file.
+
+    Raises:
+        UnreadableSample: the file is no whole image.
+    """
+    return _plain_jpeg(sample) or to_ppm(_decoded(sample))
+
+
+def decode_pixels(sample: Sample) -> Tensor:
+    """The sample's image as (3, H, W) uint8 with channels innermost in memory.
+
+    simplejpeg decodes the JPEGs that `portable` lets pass, to the same bits as Pillow and without
+    its copies; Pillow all else, and where it finds damage.
+
+    Args:
+        sample: its image opened but not decoded, or without a file.
+
+    Raises:
+        UnreadableSample: the file is no whole image.
+    """
+    encoded = _plain_jpeg(sample)
+    if encoded is not None:
+        with suppress(ValueError):
+            return torch.from_numpy(decode_jpeg(encoded, strict=True)).permute(2, 0, 1)
+    return as_tensor(_decoded(sample))
+
+
+def as_tensor(image: Image.Image) -> Tensor:
+    """An RGB image as (3, H, W) uint8 with channels innermost in memory."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _plain_jpeg(sample: Sample) -> bytes | None:
+    """The image's file, where it is a whole JPEG of 1 or 3 components."""
+    image, encoded = sample.image, sample.encoded
+    plain = image.format == "JPEG" and image.mode in ("RGB", "L")
+    return encoded if plain and encoded is not None and is_whole_jpeg(encoded) else None
+
+
+def _decoded(sample: Sample) -> Image.Image:
+    return sample.image if sample.encoded is None else decode(sample.image, sample.where)
+
+
+def to_ppm(image: Image.Image) -> bytes:
+    """An RGB image without compression: portable pixmap, 8 bits."""
+    return b"P6\n%d %d\n255\n" % image.size + image.convert("RGB").tobytes()
+
+
+def is_whole_jpeg(encoded: bytes) -> bool:
+    """Whether segments follow one another up to a scan, and an end-of-image mark comes after it.
+
+    A file cut anywhere fails this; inside a scan any bits decode to something.
+    """
+    if encoded[:2] != b"\xff\xd8":
+        return False
+    at = 2
+    while at + 4 <= len(encoded) and encoded[at] == 0xFF:
+        marker = encoded[at + 1]
+        if marker == 0xFF or marker in _BARE:
+            at += 1 if marker == 0xFF else 2
+            continue
+        length = int.from_bytes(encoded[at + 2 : at + 4], "big")
+        if length < 2:
+            return False
+        at += 2 + length
+        if marker == _START_OF_SCAN:
+            return encoded.rfind(b"\xff\xd9", at) >= 0
+    return False

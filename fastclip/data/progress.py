@@ -1,0 +1,45 @@
+"""What the loader processes are doing, for when they do not come back."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.utils.data import get_worker_info
+
+
+class LoaderDiedError(OSError):
+    """A loader process has died; the message names what it was reading."""
+
+
+class ReadingBoard:
+    """Which shard each loader process is reading, and since when, in memory that all share.
+
+    Args:
+        workers: loader processes; 0 where the training process loads.
+    """
+
+    def __init__(self, workers: int = 0) -> None:
+        # shard, or -1; when it began, in nanoseconds of the machine's clock; process
+        self._rows = torch.full((max(1, workers), 3), -1, dtype=torch.int64).share_memory_()
+
+    @contextmanager
+    def reading(self, shard: int) -> Iterator[None]:
+        """Around the reading of one sample."""
+        worker = get_worker_info()
+        row = self._rows[worker.id if worker else 0].numpy()
+        row[1], row[2], row[0] = time.monotonic_ns(), os.getpid(), shard
+        yield
+        # left as it is by an error, which a caller may ask about, until the next sample
+        row[0] = -1
+
+    def describe(self, place: Callable[[int], str]) -> str:
+        """A clause on each process that is reading, that which has been for longest first."""
+        now = time.monotonic_ns()
+        rows = sorted((started, shard, pid) for shard, started, pid in self._rows.tolist())
+        return "; ".join(
+            f"process {pid} has been reading {place(shard)} for {(now - started) / 1e9:.0f} s"
+            for started, shard, pid in rows
+            if shard >= 0
+        )

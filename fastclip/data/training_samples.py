@@ -1,0 +1,137 @@
+"""What is trained on at each position: a pure function of (seed, epoch, position).
+
+A batch is never short: a sample that cannot be read is replaced by one that a hash of
+(seed, epoch, position) chooses, and the fault is reported with the batch.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fastclip.data.augment import Augmentation, draw_view
+from fastclip.data.captions import CaptionSampling, DrawnCaptions
+from fastclip.data.index import Fault
+from fastclip.data.order import Order, hash64
+from fastclip.data.portable import decode_pixels, portable, to_ppm
+from fastclip.data.progress import ReadingBoard
+from fastclip.data.samples import Sample, Source, UnreadableSample, decode
+from fastclip.data.views import Hue, render_view
+
+REPLACEMENT_ATTEMPTS = 32
+
+Tokenizer = Callable[[list[str]], Tensor]
+
+
+class TrainingSamples(Dataset[dict[str, Any]]):
+    """The sample at (epoch, position), augmented and tokenized; a pure function of both.
+
+    Args:
+        source: where samples come from.
+        order: which one is where.
+        views: what each view of an image may be; one or more.
+        tokenizer: makes (n, L) int64 of n texts.
+        captions: how texts are drawn; by default one of the sample's, as it is.
+        pixels: make the views here. Otherwise a batch carries the images' bytes and the drawn
+            parameters, for `fastclip.data.dali`.
+        hue: see `fastclip.data.views.render_view`.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        order: Order,
+        views: Augmentation | Sequence[Augmentation],
+        tokenizer: Tokenizer,
+        captions: CaptionSampling | None = None,
+        *,
+        pixels: bool = True,
+        hue: Hue = "yiq",
+    ) -> None:
+        self.source = source
+        self.order = order
+        self.views = (views,) if isinstance(views, Augmentation) else tuple(views)
+        self.tokenizer = tokenizer
+        self.captions = captions or CaptionSampling()
+        self.pixels = pixels
+        self.hue: Hue = hue
+        self.board = ReadingBoard()
+
+    def __getitem__(self, where: tuple[int, int]) -> dict[str, Any]:
+        return self._read(*where, decode_pixels if self.pixels else portable)
+
+    def decoded(self, epoch: int, position: int) -> dict[str, Any]:
+        """As without pixels, but with an image that Pillow has decoded to its end."""
+        return self._read(
+            epoch, position, lambda sample: to_ppm(decode(sample.image, sample.where))
+        )
+
+    def _read(
+        self, epoch: int, position: int, prepare: Callable[[Sample], Tensor | bytes]
+    ) -> dict[str, Any]:
+        """The sample, or the first readable one of those that a hash chooses in its place.
+
+        Raises:
+            ValueError: 32 in a row cannot be read.
+        """
+        faults: list[Fault] = []
+        candidate = position
+        for attempt in range(REPLACEMENT_ATTEMPTS):
+            shard, index = self.order.locate(epoch, candidate)
+            try:
+                with self.board.reading(shard):
+                    sample = self.source.read(shard, index, pixels=False)
+                    image = prepare(sample)
+                texts = self.captions.draw(sample, self._stream(epoch, position, 5))
+                faults += self.source.drain_faults()
+                return self._prepared(sample, image, texts, faults, epoch, position)
+            except UnreadableSample as error:
+                faults.append(error.fault)
+            candidate = hash64(self.order.seed, epoch, position, 3, attempt) % len(self.order)
+        raise ValueError(
+            f"{REPLACEMENT_ATTEMPTS} samples in a row could not be read, the last: {faults[-1]}; "
+            "the data is damaged beyond skipping"
+        )
+
+    def _prepared(
+        self,
+        sample: Sample,
+        image: Tensor | bytes,
+        texts: DrawnCaptions,
+        faults: list[Fault],
+        epoch: int,
+        position: int,
+    ) -> dict[str, Any]:
+        width, height = sample.image.size
+        draws = [
+            draw_view(view, width, height, self._stream(epoch, position, 2, number))
+            for number, view in enumerate(self.views)
+        ]
+        tokens = self.tokenizer([*texts.texts, *texts.negatives])
+        count = len(texts.texts)
+        prepared = {
+            "key": sample.key,
+            "position": position,
+            "faults": faults,
+            "params": torch.stack([draw.encode(width, height) for draw in draws]),
+            "texts": list(tokens[:count]),
+            "captions": texts.texts,
+        }
+        if texts.negatives:
+            prepared["negatives"] = tokens[count:]
+            prepared["false_captions"] = texts.negatives
+        if isinstance(image, bytes):
+            prepared["encoded"] = torch.frombuffer(bytearray(image), dtype=torch.uint8)
+            prepared["draws"] = draws
+            return prepared
+        prepared["images"] = [
+            render_view(image, draw, view.size, self.hue)
+            for draw, view in zip(draws, self.views, strict=True)
+        ]
+        return prepared
+
+    def _stream(self, epoch: int, position: int, *purpose: int) -> random.Random:
+        return random.Random(hash64(self.order.seed, epoch, position, *purpose))

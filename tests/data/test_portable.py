@@ -1,0 +1,109 @@
+"""Images for fast decoders: what passes as it is, and that its bits are Pillow's."""
+
+import random
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from fastclip.data.portable import as_tensor, decode_pixels, is_whole_jpeg, portable
+from fastclip.data.samples import Sample, UnreadableSample, decode_image, open_image
+from tests.data.pipelines import encode, smooth_image
+
+
+def sample_of(encoded: bytes) -> Sample:
+    return Sample("a", open_image(encoded, "s.tar:a.jpg"), (), encoded=encoded, where="s.tar:a.jpg")
+
+
+def test_real_photographs_have_pillows_bits(real_data: Path) -> None:
+    for path in sorted((real_data / "coco_mini" / "val2017").glob("*.jpg")):
+        encoded = path.read_bytes()
+        pixels = decode_pixels(sample_of(encoded))
+        assert torch.equal(pixels, as_tensor(decode_image(encoded, ""))), path.name
+        assert portable(sample_of(encoded)) is encoded
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"quality": 30},
+        {"quality": 100, "subsampling": 0},
+        {"subsampling": 1},
+        {"subsampling": 2, "progressive": True},
+        {"optimize": True, "restart_marker_rows": 1},
+    ],
+    ids=["low", "444", "422", "progressive", "restarts"],
+)
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_every_kind_of_jpeg_has_pillows_bits(mode: str, options: dict) -> None:
+    # sides that are no multiple of a block
+    encoded = encode(smooth_image(0, width=67, height=41).convert(mode), **options)
+    pixels = decode_pixels(sample_of(encoded))
+    assert torch.equal(pixels, as_tensor(decode_image(encoded, "")))
+    passed = portable(sample_of(encoded))
+    # four components are decoded by Pillow, for all decoders alike
+    assert (passed is encoded) == (mode != "CMYK")
+    assert torch.equal(as_tensor(Image.open(BytesIO(passed)).convert("RGB")), pixels)
+
+
+def test_damage_inside_a_scan_looks_as_pillow_shows_it() -> None:
+    rng = random.Random(0)
+    seen = 0
+    for number in range(60):
+        content = bytearray(encode(smooth_image(number)))
+        for _ in range(rng.randint(1, 8)):
+            content[rng.randrange(600, len(content) - 2)] = rng.randrange(256)
+        encoded = bytes(content)
+        try:
+            expected = as_tensor(decode_image(encoded, ""))
+        except UnreadableSample as error:
+            with pytest.raises(UnreadableSample, match=error.fault.kind):
+                decode_pixels(sample_of(encoded))
+            continue
+        seen += 1
+        assert torch.equal(decode_pixels(sample_of(encoded)), expected)
+    assert seen >= 20
+
+
+def test_images_without_a_file() -> None:
+    image = smooth_image(0)
+    assert torch.equal(decode_pixels(Sample("a", image, ())), as_tensor(image))
+    passed = portable(Sample("a", image, ()))
+    assert passed.startswith(b"P6\n90 70\n255\n")
+    assert torch.equal(as_tensor(Image.open(BytesIO(passed))), as_tensor(image))
+
+
+@pytest.mark.parametrize("make", [portable, decode_pixels])
+def test_what_is_no_whole_image_is_told_with_its_place(
+    make: Callable[[Sample], object],
+) -> None:
+    with pytest.raises(UnreadableSample, match=r"corrupt image: s.tar:a.jpg"):
+        make(sample_of(encode(smooth_image(0))[:-200]))
+
+
+@pytest.mark.parametrize(
+    "content, whole",
+    [
+        (encode(smooth_image(0)), True),
+        (encode(smooth_image(0), progressive=True), True),
+        (encode(smooth_image(0)) + b"xyz", True),
+        (encode(smooth_image(0))[:-2], False),
+        (encode(smooth_image(0))[:30], False),
+        (b"\xff\xd8\xff\xe0\x00\x01" + bytes(50), False),
+        (b"\xff\xd8" + b"\xff" * 100_000, False),
+        (b"", False),
+    ],
+    ids=["jpeg", "progressive", "trailing", "no end", "header", "length", "fill", "empty"],
+)
+def test_whole_jpegs(content: bytes, whole: bool) -> None:
+    assert is_whole_jpeg(content) is whole
+
+
+def test_an_end_mark_of_a_thumbnail_is_not_the_images() -> None:
+    thumbnail = encode(smooth_image(3, 16, 12))
+    image = encode(smooth_image(0), exif=b"Exif\0\0" + thumbnail)
+    assert is_whole_jpeg(image)
+    assert b"\xff\xd9" in image[:-100] and not is_whole_jpeg(image[:-100])
