@@ -2,13 +2,15 @@
 
 import re
 import shlex
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 import tyro
 
 import fastclip
-from fastclip.cli.bench import BenchConfig
+from fastclip.cli.bench import Config, DataConfig
 from fastclip.cli.plan import PlanConfig
 from fastclip.train.config import parse
 from tests.ops.test_contracts import PRODUCTS
@@ -29,6 +31,23 @@ def test_the_drop_in_runs() -> None:
     assert torch.isfinite(names["loss"])
 
 
+def test_the_views_are_as_shown(make_shard: Callable[..., Path]) -> None:
+    (snippet,) = [block for block in blocks("python") if "Augmentation.strong" in block]
+    names = {
+        "shards": str(make_shard(samples=8)),
+        "tokenizer": lambda texts: torch.zeros(len(texts), 4, dtype=torch.int64),
+        "batch_size": 4,
+    }
+    exec(snippet, names)
+    batch = names["batch"]
+    assert [tuple(images.shape) for images in batch["images"]] == [(4, 3, 224, 224)] * 3
+    assert batch["images"][0].dtype == torch.uint8 and batch["params"].shape == (4, 3, 18)
+    view = names["replay"](
+        names["source"].read(0, int(batch["key"][0])).image, batch["params"][0, 2], 224
+    )
+    assert torch.equal(view, batch["images"][2][0])
+
+
 def commands(name: str) -> list[list[str]]:
     """The words of every `fastclip NAME ...` in a shell block."""
     lines = "".join(blocks("sh")).replace("\\\n", " ").splitlines()
@@ -38,9 +57,10 @@ def commands(name: str) -> list[list[str]]:
 
 def test_train_commands_parse() -> None:
     found = commands("train")
-    assert len(found) == 3
+    assert len(found) == 4
     for words in found:
-        assert parse([word for word in words[2:] if word != "..."]).name in ("first", "cifar10")
+        name = parse([word for word in words[2:] if word != "..."]).name
+        assert name in ("first", "cifar10", "captions")
 
 
 def test_launchers_commands_parse() -> None:
@@ -60,10 +80,8 @@ def test_plan_commands_parse() -> None:
 
 
 def test_bench_commands_parse() -> None:
-    found = commands("bench")
-    assert len(found) == 2
-    for words in found:
-        assert tyro.cli(BenchConfig, args=words[2:]).what == "losses"
+    found = [tyro.cli(Config, args=words[2:]) for words in commands("bench")]
+    assert [isinstance(config, DataConfig) for config in found] == [False, False, True]
 
 
 def test_the_table_of_losses() -> None:

@@ -1,0 +1,351 @@
+"""Loading beside its rivals: images a second from shards to batches of views.
+
+Every loader reads the same shards with the same number of processes or threads, and runs through
+an epoch in turn with the others, round after round, from the request to the last batch; nothing
+of one is under way while another is measured.
+
+    strong  two views each of CLIP-Rocket's strong augmentation
+    plain   one view: open_clip's own augmentation, a crop of 90 % or more
+"""
+
+import math
+import statistics
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fastclip.bench.runner import environment
+from fastclip.data.augment import Augmentation
+from fastclip.data.index import dali_line, index_shard
+from fastclip.data.loader import TrainingLoader
+from fastclip.data.order import Order
+from fastclip.data.shards import ShardSource
+from fastclip.data.training_samples import TrainingSamples
+
+Epoch = Callable[[], Iterator[Any]]
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What is loaded, and how.
+
+    Attributes:
+        shards: see `fastclip.data.shards.expand_shards`; the rivals take local files only.
+        size: side of the views, in pixels.
+        batch_size: images of a batch.
+        workers: loader processes, or DALI's threads.
+        rounds: epochs of each loader that count; one more goes before.
+        device: where DALI makes views.
+    """
+
+    shards: str
+    size: int = 224
+    batch_size: int = 64
+    workers: int = 2
+    rounds: int = 5
+    device: str = "cpu"
+
+
+@dataclass
+class DataRow:
+    """Images a second of one loader: the 20th, 50th and 80th percentile of the rounds."""
+
+    task: str
+    loader: str
+    p20: float | None = None
+    p50: float | None = None
+    p80: float | None = None
+    ratio: float | None = None
+    """Of the medians, to fastclip's own loader for this task and device."""
+    status: str = "ok"
+
+
+def run(settings: DataSettings) -> list[DataRow]:
+    """Measure all loaders that are installed, and print a table."""
+    source = ShardSource(settings.shards)
+    if sum(source.counts) < settings.batch_size:
+        raise ValueError(
+            f"{settings.shards} holds {sum(source.counts)} samples, less than a batch of "
+            f"{settings.batch_size}; give more, or lower --batch-size"
+        )
+    rows: list[DataRow] = []
+    epochs: list[tuple[DataRow, Epoch]] = []
+    for (task, name), build in LOADERS.items():
+        row = DataRow(task, name)
+        rows.append(row)
+        try:
+            epoch = build(settings, source)
+            _images(epoch())
+        except ImportError as error:
+            row.status = f"not installed: {error.name}"
+            continue
+        epochs.append((row, epoch))
+    rates: dict[str, list[float]] = {f"{row.task} {row.loader}": [] for row in rows}
+    for _ in range(settings.rounds):
+        for row, epoch in epochs:
+            started = time.perf_counter()
+            images = _images(epoch())
+            rate = images / (time.perf_counter() - started)
+            rates[f"{row.task} {row.loader}"].append(rate)
+    for row, _ in epochs:
+        found = sorted(rates[f"{row.task} {row.loader}"])
+        row.p20, row.p80 = found[len(found) // 5], found[-1 - len(found) // 5]
+        row.p50 = statistics.median(found)
+    for row in rows:
+        (own,) = (r for r in rows if r.task == row.task and r.loader == OWN)
+        if row.p50 is not None and own.p50 is not None:
+            row.ratio = row.p50 / own.p50
+    _print(rows)
+    return rows
+
+
+def as_json(settings: DataSettings, rows: list[DataRow]) -> dict[str, Any]:
+    """The result with what it depends on."""
+    device = torch.device(settings.device).type
+    return {
+        "environment": environment(device),
+        "settings": asdict(settings),
+        "results": [asdict(row) for row in rows],
+    }
+
+
+OWN = "fastclip, torchvision"
+
+
+def _print(rows: list[DataRow]) -> None:
+    print(f"{'task':7} {'loader':34} {'p20':>7} {'p50':>7} {'p80':>7} {'/ ours':>7}   images/s")
+    for row in rows:
+        if row.p50 is None:
+            print(f"{row.task:7} {row.loader:34} {row.status}")
+            continue
+        rates = f"{row.p20:7.0f} {row.p50:7.0f} {row.p80:7.0f}"
+        print(f"{row.task:7} {row.loader:34} {rates} {row.ratio:7.2f}")
+    sys.stdout.flush()
+
+
+def _images(batches: Iterator[Any]) -> int:
+    """Load an epoch to its end; how many images it had."""
+    count = 0
+    for batch in batches:
+        if isinstance(batch, dict):
+            count += len(batch["key"])
+        else:
+            count += len(batch[0])
+    if count == 0:
+        raise RuntimeError("a loader gave no image at all")
+    return count
+
+
+def _views(task: str, size: int) -> tuple[Augmentation, ...]:
+    return (Augmentation(size),) if task == "plain" else (Augmentation.strong(size),) * 2
+
+
+def _tokenizer() -> Callable[[list[str]], Tensor]:
+    from open_clip.tokenizer import SimpleTokenizer
+
+    tokenizer: Callable[[list[str]], Tensor] = SimpleTokenizer()
+    return tokenizer
+
+
+def _host(task: str) -> Callable[[DataSettings, ShardSource], Epoch]:
+    def build(settings: DataSettings, source: ShardSource) -> Epoch:
+        order = Order(source.counts, seed=0)
+        samples = TrainingSamples(source, order, _views(task, settings.size), _tokenizer())
+        loader = TrainingLoader(samples, settings.batch_size, workers=settings.workers)
+        return lambda: loader.batches(0)
+
+    return build
+
+
+def _dali(task: str) -> Callable[[DataSettings, ShardSource], Epoch]:
+    def build(settings: DataSettings, source: ShardSource) -> Epoch:
+        from fastclip.data.dali import DaliLoader
+
+        order = Order(source.counts, seed=0)
+        views = _views(task, settings.size)
+        samples = TrainingSamples(source, order, views, _tokenizer(), pixels=False)
+        # on a GPU one process cannot read fast enough
+        workers = 0 if settings.device == "cpu" else settings.workers
+        loader = DaliLoader(
+            samples,
+            settings.batch_size,
+            workers=workers,
+            device=settings.device,
+            threads=settings.workers,
+        )
+        return lambda: loader.batches(0)
+
+    return build
+
+
+def _dali_reader(settings: DataSettings, source: ShardSource) -> Epoch:
+    """DALI's own webdataset reader, with a crop that DALI draws."""
+    import tempfile
+
+    from nvidia.dali import fn, pipeline_def, types
+
+    folder = Path(tempfile.mkdtemp(prefix="fastclip-bench-"))
+    indexes = []
+    for number, name in enumerate(source.names):
+        samples = index_shard(Path(name), ("txt",)).samples
+        lines = [f"v1.2 {len(samples)}", *(dali_line(*sample) for sample in samples)]
+        indexes.append(folder / f"{number}.idx")
+        indexes[-1].write_text("\n".join(lines) + "\n")
+    on_gpu = settings.device != "cpu"
+
+    @pipeline_def(
+        batch_size=settings.batch_size,
+        num_threads=settings.workers,
+        device_id=(torch.device(settings.device).index or 0) if on_gpu else None,
+        seed=0,
+    )
+    def graph() -> Any:
+        encoded, text = fn.readers.webdataset(
+            paths=source.names,
+            index_paths=[str(index) for index in indexes],
+            ext=["jpg", "txt"],
+            random_shuffle=True,
+            name="reader",
+        )
+        images = fn.decoders.image(encoded, device="mixed" if on_gpu else "cpu")
+        views = fn.random_resized_crop(
+            images,
+            size=settings.size,
+            random_area=(0.9, 1.0),
+            interp_type=types.INTERP_CUBIC,
+            antialias=True,
+        )
+        return views, text
+
+    pipeline = graph()
+    pipeline.build()
+    batches, tokenizer = sum(source.counts) // settings.batch_size, _tokenizer()
+
+    def epoch() -> Iterator[Any]:
+        # its reader has no ends of epochs; what it prefetches beyond is the next one's beginning
+        for _ in range(batches):
+            views, text = pipeline.run()
+            yield tokenizer([bytes(text.at(i)).decode() for i in range(len(text))]), views
+
+    return epoch
+
+
+class _ComposedViews(Dataset[tuple[list[Tensor], Tensor]]):
+    """Two strong views by torchvision's transforms on Pillow's images, as training scripts do."""
+
+    def __init__(self, source: ShardSource, size: int) -> None:
+        from PIL import ImageFilter
+        from torchvision.transforms import InterpolationMode, v2
+
+        def blur(image: Any) -> Any:
+            sigma = float(torch.empty(1).uniform_(0.1, 2.0))
+            return image.filter(ImageFilter.GaussianBlur(sigma))
+
+        self.source, self.order = source, Order(source.counts, seed=0)
+        self.tokenizer = _tokenizer()
+        bicubic = InterpolationMode.BICUBIC
+        self.transform = v2.Compose(
+            [
+                v2.RandomResizedCrop(size, scale=(0.08, 1.0), interpolation=bicubic),
+                v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+                v2.RandomGrayscale(0.2),
+                v2.RandomApply([v2.Lambda(blur)], p=0.5),
+                v2.RandomHorizontalFlip(0.5),
+                v2.PILToTensor(),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, position: int) -> tuple[list[Tensor], Tensor]:
+        sample = self.source.read(*self.order.locate(0, position))
+        views = [self.transform(sample.image) for _ in range(2)]
+        return views, self.tokenizer([sample.texts[0]])[0]
+
+
+def _composed(settings: DataSettings, source: ShardSource) -> Epoch:
+    loader = DataLoader(
+        _ComposedViews(source, settings.size),
+        settings.batch_size,
+        num_workers=settings.workers,
+        persistent_workers=settings.workers > 0,
+        drop_last=True,
+    )
+
+    def epoch() -> Iterator[Any]:
+        for views, texts in loader:
+            yield texts, views
+
+    return epoch
+
+
+def _open_clip(settings: DataSettings, source: ShardSource) -> Epoch:
+    """open_clip's webdataset loader with its own preprocessing."""
+    from open_clip.transform import image_transform
+    from open_clip_train.data import get_wds_dataset
+
+    arguments = Namespace(
+        train_data="::".join(source.names),
+        train_num_samples=sum(source.counts),
+        train_data_upsampling_factors=None,
+        dataset_resampled=False,
+        batch_size=settings.batch_size,
+        # it wants a shard for each process at least
+        workers=min(settings.workers, len(source.names)),
+        world_size=1,
+        seed=0,
+    )
+    preprocess = image_transform(settings.size, is_train=True)
+    data = get_wds_dataset(arguments, preprocess, True, floor=True, tokenizer=_tokenizer())
+
+    def epoch() -> Iterator[Any]:
+        yield from data.dataloader
+
+    return epoch
+
+
+LOADERS: dict[tuple[str, str], Callable[[DataSettings, ShardSource], Epoch]] = {
+    ("strong", OWN): _host("strong"),
+    ("strong", "fastclip, DALI"): _dali("strong"),
+    ("strong", "torchvision's transforms"): _composed,
+    ("plain", OWN): _host("plain"),
+    ("plain", "fastclip, DALI"): _dali("plain"),
+    ("plain", "DALI's webdataset reader"): _dali_reader,
+    ("plain", "open_clip's loader"): _open_clip,
+}
+
+
+def write_photographs(folder: Path, count: int, shards: int = 2) -> str:
+    """Shards of generated pictures of 640 x 480, as large as photographs; returns their pattern."""
+    import io
+    import tarfile
+
+    import numpy as np
+    from PIL import Image
+
+    each = math.ceil(count / shards)
+    for shard in range(shards):
+        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
+            for number in range(shard * each, (shard + 1) * each):
+                stream = np.random.default_rng(number)
+                coarse = Image.fromarray(stream.integers(0, 256, (60, 80, 3), dtype=np.uint8))
+                picture = np.asarray(coarse.resize((640, 480), Image.Resampling.BICUBIC))
+                grain = stream.integers(-12, 13, picture.shape, dtype=np.int16)
+                grained = np.clip(picture + grain, 0, 255).astype(np.uint8)
+                encoded = io.BytesIO()
+                Image.fromarray(grained).save(encoded, "JPEG", quality=80)
+                text = f"a generated picture, number {number}".encode()
+                for extension, content in (("jpg", encoded.getvalue()), ("txt", text)):
+                    member = tarfile.TarInfo(f"{number:06d}.{extension}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    return str(folder / f"{{00000..{shards - 1:05d}}}.tar")
