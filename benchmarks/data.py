@@ -112,7 +112,8 @@ def as_json(settings: DataSettings, rows: list[DataRow]) -> dict[str, Any]:
     device = torch.device(settings.device).type
     return {
         "environment": environment(device),
-        "settings": asdict(settings),
+        # where they lie is nobody's business
+        "settings": asdict(settings) | {"shards": Path(settings.shards).name},
         "results": [asdict(row) for row in rows],
     }
 

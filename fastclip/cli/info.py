@@ -42,7 +42,18 @@ def main(arguments: Sequence[str]) -> int:
         for device in {device.type: device for device in devices}.values():
             for name, status, description in explain(operator, device, torch.float32):
                 print(f"  {operator} on {device.type:5} {name:10} {status} ({description})")
+    print("\ndata (--data-backend chooses another)")
+    for device in {device.type: device for device in devices}.values():
+        print(f"  decoding and augmenting for {device.type:5} {_data_backend(device)}")
     return 0
+
+
+def _data_backend(device: torch.device) -> str:
+    try:
+        from fastclip.train.setup import choose_backend
+    except ModuleNotFoundError as error:
+        return f"none: {error.name} is not installed"
+    return choose_backend("auto", device)
 
 
 def _version(package: str) -> str:

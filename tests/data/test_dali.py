@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fastclip.data import dali
 from fastclip.data.augment import Augmentation
 from fastclip.data.portable import is_whole_jpeg
 from fastclip.data.views import replay
@@ -64,15 +65,10 @@ def test_the_pipelines_give_the_same_samples_and_all_but_the_same_pixels(tmp_pat
 @pytest.mark.slow
 @pytest.mark.parametrize("data", ["photographs", "cifar10"])
 def test_views_of_real_images_can_be_replayed(data: str, real_data: Path, tmp_path: Path) -> None:
-    """500 draws: torchvision's to the bit, DALI's within a mean of 1.5 levels, for each view.
-
-    A solarized level at the threshold may be a level off and then lands at the other end: such
-    views are apart by what the share of levels at the threshold makes of it, and still within.
-    """
+    """500 draws: torchvision's to the bit, DALI's within a mean of 1.5 levels, for each view."""
+    size = 224 if data == "photographs" else 32
     strong = Augmentation(
-        *(224 if data == "photographs" else 32,),
-        **{"scale": (0.08, 1.0), "flip": 0.5, "jitter": 0.8, "gray": 0.2, "blur": 0.5},
-        solarize=0.0,
+        size, scale=(0.08, 1.0), flip=0.5, jitter=0.8, gray=0.2, blur=0.5, solarize=0.2
     )
     if data == "photographs":
         pattern, batch = str(photograph_shard(tmp_path / "p.tar", real_data)), 50
@@ -196,6 +192,34 @@ def test_what_only_dali_refuses_is_decoded_by_pillow(tmp_path: Path) -> None:
     again = list(build_loader("dali", pattern, (Augmentation(24), STRONG), 8).batches(0))
     for a, b in zip(batches, again, strict=True):
         assert a["key"] == b["key"] and all(map(torch.equal, a["images"], b["images"]))
+
+
+def test_the_graph_for_a_gpu_can_be_made_without_one() -> None:
+    """Every argument is of the kind and on the device that its operator takes."""
+    views = (Augmentation.weak(32), STRONG)
+    placed = {}
+    for device in ("cpu", "gpu"):
+        pipeline, inputs = dali._graph(
+            views, device, batch_size=4, num_threads=1, device_id=None, prefetch_queue_depth=1
+        )
+        placed[device] = pipeline.serialize(), inputs
+    (on_cpu, inputs), (on_gpu, same) = placed.values()
+    assert inputs == same and len(inputs) > 20
+    assert on_gpu.count(b"mixed") == 1 and on_cpu.count(b"mixed") == 0
+    assert on_gpu.count(b"gpu") > 10 * on_cpu.count(b"gpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+def test_views_made_on_a_gpu(tmp_path: Path) -> None:
+    pattern = str(smooth_shard(tmp_path / "s.tar", 40))
+    host = list(build_loader("torchvision", pattern, (STRONG,) * 2, 8).batches(0))
+    for _ in range(2):
+        loader = build_loader("dali", pattern, (STRONG,) * 2, 8, device="cuda")
+        for ours, theirs in zip(host, loader.batches(0), strict=True):
+            assert ours["key"] == theirs["key"]
+            for a, b in zip(ours["images"], theirs["images"], strict=True):
+                assert b.is_cuda and mean_apart(a, b.cpu()).max() <= 1.5
 
 
 def test_a_missing_dali_is_told(tmp_path: Path) -> None:
