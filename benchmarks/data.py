@@ -11,6 +11,7 @@ of one is under way while another is measured.
 import math
 import statistics
 import sys
+import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from fastclip.data.augment import Augmentation
 from fastclip.data.index import dali_line, index_shard
 from fastclip.data.loader import TrainingLoader
 from fastclip.data.order import Order
+from fastclip.data.remote import is_remote
 from fastclip.data.shards import ShardSource
 from fastclip.data.training_samples import TrainingSamples
 
@@ -71,6 +73,8 @@ class DataRow:
 def run(settings: DataSettings) -> list[DataRow]:
     """Measure all loaders that are installed, and print a table."""
     source = ShardSource(settings.shards)
+    if any(map(is_remote, source.names)):
+        raise ValueError(f"{settings.shards}: the rivals read local files only; fetch them first")
     if sum(source.counts) < settings.batch_size:
         raise ValueError(
             f"{settings.shards} holds {sum(source.counts)} samples, less than a batch of "
@@ -83,16 +87,22 @@ def run(settings: DataSettings) -> list[DataRow]:
         rows.append(row)
         try:
             epoch = build(settings, source)
-            _images(epoch())
+            _load(epoch(), settings.device)
         except ImportError as error:
             row.status = f"not installed: {error.name}"
+            continue
+        # whatever a rival makes of these shards, the others are measured
+        except Exception as error:
+            if name.startswith("fastclip"):
+                raise
+            row.status = f"failed: {str(error).strip().splitlines()[-1]}"[:80]
             continue
         epochs.append((row, epoch))
     rates: dict[str, list[float]] = {f"{row.task} {row.loader}": [] for row in rows}
     for _ in range(settings.rounds):
         for row, epoch in epochs:
             started = time.perf_counter()
-            images = _images(epoch())
+            images = _load(epoch(), settings.device)
             rate = images / (time.perf_counter() - started)
             rates[f"{row.task} {row.loader}"].append(rate)
     for row, _ in epochs:
@@ -132,14 +142,17 @@ def _print(rows: list[DataRow]) -> None:
     sys.stdout.flush()
 
 
-def _images(batches: Iterator[Any]) -> int:
-    """Load an epoch to its end; how many images it had."""
+def _load(batches: Iterator[Any], device: str) -> int:
+    """Load an epoch to its end, views on the device; how many images it had."""
     count = 0
     for batch in batches:
-        if isinstance(batch, dict):
-            count += len(batch["key"])
-        else:
-            count += len(batch[0])
+        texts, views = batch if isinstance(batch, tuple) else (batch["texts"][0], batch["images"])
+        count += len(texts)
+        if device != "cpu":
+            for view in views:
+                view.to(device, non_blocking=True)
+    if device != "cpu":
+        torch.cuda.synchronize(device)
     if count == 0:
         raise RuntimeError("a loader gave no image at all")
     return count
@@ -160,7 +173,10 @@ def _host(task: str) -> Callable[[DataSettings, ShardSource], Epoch]:
     def build(settings: DataSettings, source: ShardSource) -> Epoch:
         order = Order(source.counts, seed=0)
         samples = TrainingSamples(source, order, _views(task, settings.size), _tokenizer())
-        loader = TrainingLoader(samples, settings.batch_size, workers=settings.workers)
+        pinned = settings.device != "cpu"
+        loader = TrainingLoader(
+            samples, settings.batch_size, workers=settings.workers, pin_memory=pinned
+        )
         return lambda: loader.batches(0)
 
     return build
@@ -189,16 +205,15 @@ def _dali(task: str) -> Callable[[DataSettings, ShardSource], Epoch]:
 
 def _dali_reader(settings: DataSettings, source: ShardSource) -> Epoch:
     """DALI's own webdataset reader, with a crop that DALI draws."""
-    import tempfile
-
     from nvidia.dali import fn, pipeline_def, types
+    from nvidia.dali.plugin.pytorch import feed_ndarray
 
-    folder = Path(tempfile.mkdtemp(prefix="fastclip-bench-"))
+    folder = tempfile.TemporaryDirectory(prefix="fastclip-bench-")
     indexes = []
     for number, name in enumerate(source.names):
         samples = index_shard(Path(name), ("txt",)).samples
         lines = [f"v1.2 {len(samples)}", *(dali_line(*sample) for sample in samples)]
-        indexes.append(folder / f"{number}.idx")
+        indexes.append(Path(folder.name) / f"{number}.idx")
         indexes[-1].write_text("\n".join(lines) + "\n")
     on_gpu = settings.device != "cpu"
 
@@ -206,6 +221,7 @@ def _dali_reader(settings: DataSettings, source: ShardSource) -> Epoch:
         batch_size=settings.batch_size,
         num_threads=settings.workers,
         device_id=(torch.device(settings.device).index or 0) if on_gpu else None,
+        prefetch_queue_depth=1,
         seed=0,
     )
     def graph() -> Any:
@@ -231,10 +247,21 @@ def _dali_reader(settings: DataSettings, source: ShardSource) -> Epoch:
     batches, tokenizer = sum(source.counts) // settings.batch_size, _tokenizer()
 
     def epoch() -> Iterator[Any]:
-        # its reader has no ends of epochs; what it prefetches beyond is the next one's beginning
-        for _ in range(batches):
-            views, text = pipeline.run()
-            yield tokenizer([bytes(text.at(i)).decode() for i in range(len(text))]), views
+        # scheduled one by one: run() would go on with what comes after the epoch
+        pipeline.schedule_run()
+        for number in range(batches):
+            if number + 1 < batches:
+                pipeline.schedule_run()
+            shown, text = pipeline.share_outputs()
+            views = torch.empty(
+                shown.as_tensor().shape(), dtype=torch.uint8, device=settings.device
+            )
+            feed_ndarray(shown.as_tensor(), views)
+            texts = [bytes(text.at(i)).decode() for i in range(len(text))]
+            pipeline.release_outputs()
+            yield tokenizer(texts), [views]
+        # the indexes are read as long as the pipeline lives
+        assert folder.name
 
     return epoch
 
@@ -279,6 +306,7 @@ def _composed(settings: DataSettings, source: ShardSource) -> Epoch:
         settings.batch_size,
         num_workers=settings.workers,
         persistent_workers=settings.workers > 0,
+        pin_memory=settings.device != "cpu",
         drop_last=True,
     )
 
@@ -309,7 +337,8 @@ def _open_clip(settings: DataSettings, source: ShardSource) -> Epoch:
     data = get_wds_dataset(arguments, preprocess, True, floor=True, tokenizer=_tokenizer())
 
     def epoch() -> Iterator[Any]:
-        yield from data.dataloader
+        for images, texts in data.dataloader:
+            yield texts, [images]
 
     return epoch
 

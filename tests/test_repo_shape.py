@@ -1,6 +1,7 @@
 """The layout's rules: room sizes, the direction of imports, what must never be there."""
 
 import ast
+import re
 import statistics
 import subprocess
 from pathlib import Path
@@ -77,6 +78,18 @@ def test_rooms_have_contents() -> None:
         assert siblings or init.parent.name in ("bench", "kernels"), f"{init.parent} is empty"
     # a regular package of this name would shadow Hugging Face's `kernels` and break transformers
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_the_map_of_the_data_room_is_whole() -> None:
+    folder = ROOT / "fastclip" / "data"
+    listed = re.findall(
+        r"`(\w+)`", ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
+    )
+    found = {
+        path.relative_to(folder).parts[0].removesuffix(".py")
+        for path in tracked("fastclip/data/*.py")
+    }
+    assert sorted(listed) == sorted(found - {"__init__"})
 
 
 def test_every_module_and_public_function_is_documented() -> None:

@@ -38,8 +38,10 @@ class DataConfig:
     size: int = 160
     """Side of an image, in pixels."""
     augment: Literal["none", "weak", "strong"] = "none"
-    """Show what training sees: views as of --augment of `fastclip train`, and the captions drawn;
-    --hard-negatives of them follow each."""
+    """Show what training sees: views as with --augment of `fastclip train`, captions as drawn."""
+    hard_negatives: int = 0
+    """With --augment, so many false captions of each sample: the list hard_negatives of KEY.json
+    where there is one, else made from the caption."""
     seed: int = 0
     """Of the order."""
     options: Annotated[DataOptions, tyro.conf.arg(name="")] = field(default_factory=DataOptions)
@@ -51,7 +53,13 @@ def main(arguments: Sequence[str]) -> int:
     config = tyro.cli(DataConfig, args=list(arguments), prog="fastclip data")
     if config.count < 1:
         raise ValueError(f"--count is {config.count}; give at least 1")
-    source = open_source(config.data, config.options, split="train", count=config.count)
+    source = open_source(
+        config.data,
+        config.options,
+        split="train",
+        count=config.count,
+        negatives=config.hard_negatives > 0,
+    )
     order = Order(source.counts, config.seed)
     faults = FaultLog()
     shown = _originals if config.augment == "none" else _views
@@ -83,7 +91,7 @@ def _views(
 ) -> tuple[list[Image.Image], list[str]]:
     view = Augmentation.weak(224) if config.augment == "weak" else Augmentation.strong(224)
     weights = tuple(config.options.caption_weights.items())
-    drawing = CaptionSampling(weights, negatives=config.options.hard_negatives)
+    drawing = CaptionSampling(weights, negatives=config.hard_negatives)
     # only the pixels and the texts are looked at
     samples = TrainingSamples(
         source, order, view, lambda texts: torch.zeros(len(texts), 1), drawing

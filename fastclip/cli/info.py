@@ -12,7 +12,7 @@ from fastclip.ops.backend import ENVIRONMENT_VARIABLE, IMPLEMENTATIONS, explain
 
 PACKAGES = (
     *("torch", "triton", "open_clip_torch", "timm", "torchvision", "transformers", "deepspeed"),
-    *("nvidia-dali-cuda130", "numpy", "pillow", "tyro"),
+    *("nvidia-dali-cuda130", "numpy", "pillow", "simplejpeg", "tyro"),
 )
 
 

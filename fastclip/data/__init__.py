@@ -1,1 +1,14 @@
-"""Samples in a reproducible order: shards, the embedded `scenes`, augmentation, loading."""
+"""From shards to batches: samples in a reproducible order, augmented, with their captions.
+
+| rooms | what |
+| --- | --- |
+| `sources`, `options` | what `--train-data` names, and how it is read |
+| `index`, `shards`, `samples`, `remote` | webdataset tars, local and remote |
+| `files`, `tables`, `folders`, `strings`, `templates` | images named by CSV, COCO and folders |
+| `generated`, `scenes` | samples that are made: the embedded world, noise |
+| `order`, `training_samples`, `loader`, `progress`, `faults` | which sample when, and batches |
+| `augment`, `views`, `portable`, `dali` | parameters of views, and the two pipelines |
+| `captions`, `text_augment`, `hard_negatives` | texts |
+| `check`, `preview` | looking at data |
+| `convert`, `imagenet_captions`, `recaption`, `writing`, `editing` | making shards |
+"""

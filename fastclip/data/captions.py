@@ -109,7 +109,7 @@ class CaptionSampling:
         if not pools:
             pools = [(1.0, _filled(sample.texts))]
         if not pools[0][1]:
-            raise UnreadableSample(Fault("sample without caption", sample.key))
+            raise UnreadableSample(Fault("sample without caption", sample.where or sample.key))
         return pools
 
     def _draw_caption(self, pools: list[tuple[float, list[str]]], rng: random.Random) -> str:

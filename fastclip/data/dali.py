@@ -4,9 +4,10 @@ On a GPU it decodes and augments there; without one it runs the same graph on th
 as bytes in the contract's order and parameters as numbers: nothing in the graph is random.
 """
 
+import itertools
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,87 +20,150 @@ from fastclip.data.augment import (
     AugmentationParams,
     blur_radius,
 )
+from fastclip.data.index import Fault
 from fastclip.data.loader import TrainingLoader, collate
+from fastclip.data.training_samples import TrainingSamples
 from fastclip.data.views import GRAY
 
 PREFETCH = 2
+# How DALI's own errors begin, whatever their type.
+_DALIS = "Critical error in pipeline"
 _CONTRAST = COLOR_STEPS.index("contrast")
 
 
 class DaliLoader(TrainingLoader):
-    """A `TrainingLoader` whose views DALI makes, on `device`.
+    """A `TrainingLoader` whose views DALI makes.
 
     Args:
-        samples: with `pixels=False`.
-        device: where the views are made and arrive.
-        threads: of the CPU that DALI decodes with; by default the process's share of the cores.
-        others: see `TrainingLoader`.
+        samples: with `pixels=False`; their hue is YIQ.
+        batch_size, micro_batches, epoch_samples, workers, rank, world_size: see `TrainingLoader`.
+        device: where views are made and arrive; on a GPU those of a step of several micro-batches
+            arrive on the host, since all of a step are held.
+        threads: of the CPU that DALI decodes with; by default this process's share of the cores.
 
     Raises:
         ModuleNotFoundError: DALI is not installed.
+        ValueError: the samples are of torchvision's pipeline, or see `TrainingLoader`.
     """
 
     def __init__(
         self,
-        *args: Any,
+        samples: TrainingSamples,
+        batch_size: int,
+        *,
         device: torch.device | str = "cpu",
         threads: int | None = None,
-        **others: Any,
+        micro_batches: int = 1,
+        epoch_samples: int | None = None,
+        workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
-        super().__init__(*args, **others)
-        if self.samples.pixels:
-            raise ValueError("DALI makes the pixels: give TrainingSamples(..., pixels=False)")
+        super().__init__(
+            samples,
+            batch_size,
+            micro_batches=micro_batches,
+            epoch_samples=epoch_samples,
+            workers=workers,
+            rank=rank,
+            world_size=world_size,
+        )
+        if samples.pixels or samples.hue != "yiq":
+            raise ValueError(
+                f"samples have pixels={samples.pixels}, hue={samples.hue!r}; DALI makes the "
+                'pixels, with a hue in YIQ: give TrainingSamples(..., pixels=False, hue="yiq")'
+            )
         self.device = torch.device(device)
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        self.threads = threads or max(1, len(os.sched_getaffinity(0)) // processes)
-        self._pipeline = self._built()
+        self.threads = threads or _own_cores()
+        # built now, so that what is missing is told before training begins
+        self._idle: ViewPipeline | None = self._built()
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[dict[str, Any]]:
         """The micro-batches of `epoch` from `first_step` on, those of a step in a row."""
-        waiting: deque[dict[str, Any]] = deque()
-        try:
-            for batch in super().batches(epoch, first_step):
-                waiting.append(batch)
-                self._pipeline.feed(batch)
-                if len(waiting) > PREFETCH:
-                    yield self._finished(epoch, waiting)
-            while waiting:
-                yield self._finished(epoch, waiting)
-        finally:
-            # left before its end: what is under way must not come out in the next epoch
-            if waiting:
-                self._pipeline = self._built()
+        # each iterator has a pipeline of its own; one that is left early takes it along
+        pipeline, self._idle = self._idle or self._built(), None
+        work = _Work(self, epoch, pipeline)
+        for batch in super().batches(epoch, first_step):
+            work.begin(batch)
+            if len(work.waiting) > PREFETCH:
+                yield work.finished()
+        while work.waiting:
+            yield work.finished()
+        self._idle = work.pipeline
 
     def _built(self) -> "ViewPipeline":
         return ViewPipeline(self.samples.views, self.batch_size, self.device, self.threads)
 
-    def _finished(self, epoch: int, waiting: deque[dict[str, Any]]) -> dict[str, Any]:
-        try:
-            images = self._pipeline.images()
-        except RuntimeError:
-            # a pipeline is of no use after an error, which may be of any batch under way
-            self._pipeline = self._built()
-            waiting[0], images = self._one(epoch, waiting[0])
-            for batch in list(waiting)[1:]:
-                self._pipeline.feed(batch)
-        batch = waiting.popleft()
+
+class _Work:
+    """The batches of an epoch that are on their way through a pipeline.
+
+    A pipeline is of no use after an error, which may be of any batch under way. It is then built
+    anew and gets them one after the other; one that fails by itself is decoded by Pillow, which
+    replaces what it must, as torchvision's pipeline does.
+    """
+
+    def __init__(self, loader: DaliLoader, epoch: int, pipeline: "ViewPipeline") -> None:
+        self.loader = loader
+        self.epoch = epoch
+        self.pipeline: ViewPipeline | None = pipeline
+        self.waiting: deque[dict[str, Any]] = deque()
+
+    def begin(self, batch: dict[str, Any]) -> None:
+        self.waiting.append(batch)
+        if self.pipeline is not None:
+            self._try(self.pipeline.feed, batch)
+
+    def finished(self) -> dict[str, Any]:
+        images = self._try(self.pipeline.images) if self.pipeline else None
+        if images is None:
+            images = self._by_itself()
+            for batch in itertools.islice(self.waiting, 1, None):
+                if self.pipeline is not None:
+                    self._try(self.pipeline.feed, batch)
+        batch = self.waiting.popleft()
+        if self.loader.micro_batches > 1:
+            images = [view.cpu() for view in images]
         for name in ("encoded", "lengths", "draws"):
             del batch[name]
         return {"images": images, **batch}
 
-    def _one(self, epoch: int, batch: dict[str, Any]) -> tuple[dict[str, Any], list[Tensor]]:
-        """A batch by itself; if DALI cannot decode it, Pillow does, which replaces what it must."""
+    def _by_itself(self) -> list[Tensor]:
+        self.pipeline = self.loader._built()
+        batch = self.waiting[0]
+        self._try(self.pipeline.feed, batch)
+        images = self._try(self.pipeline.images) if self.pipeline else None
+        if images is not None:
+            return images
+        samples, positions = self.loader.samples, batch["position"]
+        decoded = collate([samples.decoded(self.epoch, position) for position in positions])
+        place = f"epoch {self.epoch}, positions {positions[0]} to {positions[-1]}"
+        told = [*batch["faults"], Fault("batch that DALI cannot decode", place)]
+        decoded["faults"] += [fault for fault in told if fault not in decoded["faults"]]
+        self.waiting[0] = decoded
+        # what fails now is no image's fault
+        self.pipeline = self.loader._built()
+        self.pipeline.feed(decoded)
+        return self.pipeline.images()
+
+    def _try(self, step: Callable[..., Any], *arguments: Any) -> Any:
+        """What a step of the pipeline returns; None, and no pipeline, where DALI fails."""
         try:
-            self._pipeline.feed(batch)
-            return batch, self._pipeline.images()
-        except RuntimeError:
-            self._pipeline = self._built()
-        decoded = [self.samples.decoded(epoch, position) for position in batch["position"]]
-        known = batch["faults"]
-        batch = collate(decoded)
-        batch["faults"] += [fault for fault in known if fault not in batch["faults"]]
-        self._pipeline.feed(batch)
-        return batch, self._pipeline.images()
+            return step(*arguments)
+        except Exception as error:
+            # its types are those of C++: RuntimeError, ValueError, IndexError, ...
+            if _DALIS not in str(error):
+                raise
+            # before another is built, which may need its memory
+            self.pipeline = None
+            return None
+
+
+def _own_cores() -> int:
+    """This process's share of the cores; torchrun and DeepSpeed's launcher tell how many share."""
+    told = (os.environ.get(name) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
+    processes = next((int(value) for value in told if value), 1)
+    return max(1, len(os.sched_getaffinity(0)) // processes)
 
 
 class ViewPipeline:
@@ -148,7 +212,8 @@ class ViewPipeline:
         """The views of the earliest batch under way: (B, 3, S, S) uint8, channels innermost.
 
         Raises:
-            RuntimeError: an image of a batch under way cannot be decoded; build another pipeline.
+            Exception: of DALI's choice, where an image of a batch under way cannot be decoded; the
+                pipeline is then of no more use.
         """
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
@@ -231,6 +296,8 @@ def _graph(views: tuple[Augmentation, ...], device: str, **options: Any) -> tupl
             "output_type": types.RGB,
             # an orientation in EXIF is not looked at, as in Pillow and open_clip
             "adjust_orientation": False,
+            # else a GPU enlarges colour differences otherwise than a CPU
+            "jpeg_fancy_upsampling": True,
         }
         crop: dict[str, Any] = {"axis_names": "HW"}
         crop |= {"normalized_anchor": False, "normalized_shape": False}

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -16,6 +17,11 @@ from fastclip.data.order import Order, hash64
 from fastclip.data.progress import LoaderDiedError, ReadingBoard
 from fastclip.data.samples import Source, UnreadableSample
 from fastclip.data.training_samples import TrainingSamples
+
+# What torch says of a process that has gone; of one that raised it says "Caught ...".
+_DIED = re.compile(
+    r"DataLoader worker \(pid(?:\(s\))? (?P<processes>[\d, ]+)\) (?:is killed|exited)"
+)
 
 
 class EvaluationSamples(Dataset[dict[str, Any]]):
@@ -65,11 +71,15 @@ class _Positions(Sampler[list[tuple[int, int]]]):
         return (self.steps - self.first_step) * self.micro_batches
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for step in range(self.first_step, self.steps):
+        # as they are now: another epoch may be asked for before this one is through
+        return self._batches(self.epoch, self.first_step)
+
+    def _batches(self, epoch: int, first_step: int) -> Iterator[list[tuple[int, int]]]:
+        for step in range(first_step, self.steps):
             first = (step * self.world_size + self.rank) * self.micro_batches
             for number in range(first, first + self.micro_batches):
                 start = number * self.batch_size
-                yield [(self.epoch, start + i) for i in range(self.batch_size)]
+                yield [(epoch, start + i) for i in range(self.batch_size)]
 
 
 class TrainingLoader:
@@ -79,7 +89,8 @@ class TrainingLoader:
     `AugmentationParams.encode`. texts: T tensors (B, L) int64, one a text view. captions: the
     texts themselves. negatives: (B, K, L) int64, where hard negatives are asked for, and
     false_captions, their texts. key, position: of each sample. faults: what could not be read on
-    the way.
+    the way. Samples without pixels have, in the place of images, what `fastclip.data.dali` takes:
+    encoded, all files end to end (bytes,) uint8; lengths, of each; draws, of each its V views'.
 
     Args:
         samples: what to load.
@@ -88,6 +99,7 @@ class TrainingLoader:
         epoch_samples: samples an epoch; None for all. What does not fill a batch of all ranks is
             left out, so that every rank makes the same number of steps.
         workers: loader processes; 0 loads in this one.
+        pin_memory: have batches in memory that a GPU can fetch from by itself.
         rank, world_size: which part of each step's samples is loaded here.
 
     Attributes:
@@ -155,16 +167,20 @@ class TrainingLoader:
         """Around everything that the loader may interrupt when one of its processes has died.
 
         Raises:
-            LoaderDiedError: it names the process's shard in the place of torch's process number.
+            LoaderDiedError: it names the shard that the process was reading.
         """
         try:
             yield
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            died = _DIED.match(str(error))
+            if died is None:
                 raise
+            processes = [int(number) for number in re.findall(r"\d+", died["processes"])]
+            board, place = self.samples.board, self.samples.source.place
+            told = [text for number in processes if (text := board.describe(place, number))]
             raise LoaderDiedError(
-                f"{str(error).splitlines()[0]}; {self.waiting_for() or 'it was not reading'}. "
-                "A process that is killed has most often used up the memory: lower --workers"
+                f"{'; '.join([str(error).splitlines()[0], *told])}. A process that is killed has "
+                "most often used up the memory: lower --workers"
             ) from error
 
     def steps(self, epoch: int, first_step: int = 0) -> Iterator[list[dict[str, Any]]]:

@@ -13,8 +13,8 @@ class DataOptions:
     """How data is read; the fields are the flags of the same names.
 
     Raises:
-        ValueError: the separator is no single character, the sources of captions cannot be read, a
-            number is negative, or the cache has no room at all.
+        ValueError: the separator is no single character, the sources of captions cannot be read, or
+            the cache has no room at all.
     """
 
     dataset_type: DatasetType = "auto"
@@ -34,9 +34,6 @@ class DataOptions:
     """Which captions to use of shards and scenes, with the weights they are drawn by, e.g.
     'txt=1,recaption=3': txt is KEY.txt, other names are keys of KEY.json with a text or a list of
     texts; the scenes have alt, short and dense."""
-    hard_negatives: int = 0
-    """False captions that come with each sample: the list hard_negatives of KEY.json where there is
-    one, else made from the caption."""
     cache_dir: str | None = None
     """Folder that remote shards are fetched to; by default fastclip in the user's cache."""
     cache_bytes: int = CACHE_BYTES
@@ -55,8 +52,6 @@ class DataOptions:
             raise ValueError(
                 f"--csv-separator is {self.csv_separator!r}; give one character, e.g. ',' or '\\t'"
             )
-        if self.hard_negatives < 0:
-            raise ValueError(f"--hard-negatives is {self.hard_negatives}; give 0 or more")
         if self.cache_bytes <= 0:
             raise ValueError(f"--cache-bytes is {self.cache_bytes}; give a positive number")
 

@@ -5,7 +5,9 @@ One bad image ends DALI's run. So only JPEGs whose structure is whole reach it a
 pipeline does, and handed on as a PPM, which has no compression to be damaged.
 """
 
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,6 +15,7 @@ from PIL import Image
 from simplejpeg import decode_jpeg
 from torch import Tensor
 
+from fastclip.data.augment import AugmentationParams
 from fastclip.data.samples import Sample, decode
 
 _START_OF_SCAN = 0xDA
@@ -20,8 +23,8 @@ _START_OF_SCAN = 0xDA
 _BARE = frozenset({0x01, *range(0xD0, 0xDA)})
 
 
-def portable(sample: Sample) -> bytes:
-    """The sample's image as a whole JPEG of 1 or 3 components, else as a PPM.
+def portable(sample: Sample) -> bytes | Image.Image:
+    """The sample's file, where it is a whole JPEG of 1 or 3 components, else its pixels.
 
     Args:
         sample: its image opened but not decoded, or without a file.
@@ -29,7 +32,7 @@ def portable(sample: Sample) -> bytes:
     Raises:
         UnreadableSample: the file is no whole image.
     """
-    return _plain_jpeg(sample) or to_ppm(_decoded(sample))
+    return _plain_jpeg(sample) or _decoded(sample)
 
 
 def decode_pixels(sample: Sample) -> Tensor:
@@ -67,9 +70,19 @@ def _decoded(sample: Sample) -> Image.Image:
     return sample.image if sample.encoded is None else decode(sample.image, sample.where)
 
 
-def to_ppm(image: Image.Image) -> bytes:
-    """An RGB image without compression: portable pixmap, 8 bits."""
-    return b"P6\n%d %d\n255\n" % image.size + image.convert("RGB").tobytes()
+def trim(
+    image: Image.Image, draws: Sequence[AugmentationParams]
+) -> tuple[bytes, list[AugmentationParams]]:
+    """What views show of an RGB image as a PPM of 8 bits, and their parameters on that part.
+
+    A PPM is large: what no view shows is left out.
+    """
+    left, top = min(draw.left for draw in draws), min(draw.top for draw in draws)
+    right = max(draw.left + draw.width for draw in draws)
+    bottom = max(draw.top + draw.height for draw in draws)
+    part = image.crop((left, top, right, bottom))
+    moved = [replace(draw, left=draw.left - left, top=draw.top - top) for draw in draws]
+    return b"P6\n%d %d\n255\n" % part.size + part.tobytes(), moved
 
 
 def is_whole_jpeg(encoded: bytes) -> bool:

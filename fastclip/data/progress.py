@@ -17,7 +17,7 @@ class ReadingBoard:
     """Which shard each loader process is reading, and since when, in memory that all share.
 
     Args:
-        workers: loader processes; 0 where the training process loads.
+        workers: loader processes that have a line; 0 where the training process loads.
     """
 
     def __init__(self, workers: int = 0) -> None:
@@ -28,18 +28,23 @@ class ReadingBoard:
     def reading(self, shard: int) -> Iterator[None]:
         """Around the reading of one sample."""
         worker = get_worker_info()
-        row = self._rows[worker.id if worker else 0].numpy()
+        number = worker.id if worker else 0
+        if number >= len(self._rows):
+            # a process of a loader of someone else's
+            yield
+            return
+        row = self._rows[number].numpy()
         row[1], row[2], row[0] = time.monotonic_ns(), os.getpid(), shard
         yield
         # left as it is by an error, which a caller may ask about, until the next sample
         row[0] = -1
 
-    def describe(self, place: Callable[[int], str]) -> str:
-        """A clause on each process that is reading, that which has been for longest first."""
+    def describe(self, place: Callable[[int], str], process: int | None = None) -> str:
+        """A clause on each process that is reading, or on one; the one that began first, first."""
         now = time.monotonic_ns()
         rows = sorted((started, shard, pid) for shard, started, pid in self._rows.tolist())
         return "; ".join(
             f"process {pid} has been reading {place(shard)} for {(now - started) / 1e9:.0f} s"
             for started, shard, pid in rows
-            if shard >= 0
+            if shard >= 0 and process in (None, pid)
         )

@@ -213,6 +213,8 @@ def recaption_shards(
         FileExistsError: the target holds such shards that were not written here.
         OSError, ModuleNotFoundError: a shard or the model cannot be read, or transformers is not.
     """
+    if any(part.startswith("pipe:") for part in pattern.split("::")):
+        raise ValueError(f"{pattern} names shards by commands; fetch them first to rewrite them")
     names = expand_shards(pattern)
     paths = [target / name.rpartition("/")[2] for name in names]
     if len(set(paths)) < len(paths):

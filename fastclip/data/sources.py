@@ -76,6 +76,7 @@ def open_source(
     split: str,
     count: int | None = None,
     required: tuple[str, ...] = ("txt",),
+    negatives: bool = False,
 ) -> Source:
     """The samples that `data` names.
 
@@ -86,6 +87,7 @@ def open_source(
         split: which scenes or noise, where `data` does not say.
         count: how many scenes or noise images; of no meaning for the others.
         required: extensions a shard's sample must have besides an image.
+        negatives: have the scenes' own hard negatives made, which takes time.
 
     Raises:
         ValueError, FileNotFoundError: the data cannot be told or read; the message says why.
@@ -103,7 +105,14 @@ def open_source(
         cache = ShardCache(options.cache_dir, options.cache_bytes)
         captions = tuple(options.caption_weights)
         return ShardSource(data, required, cache, captions, options.allow_commands)
-    sources = [_open_one(part, kind, options, split, count) for part in data.split("::")]
+    sources: list[Source] = []
+    for part in data.split("::"):
+        if kind == "scenes":
+            number = count or SCENES.get(split, SCENES["val"])
+            captions = tuple(options.caption_weights)
+            sources.append(open_scenes(part, split, number, captions, negatives))
+        else:
+            sources.append(_open_one(part, kind, options, split, count))
     classes = {tuple(source.classes) for source in sources if isinstance(source, FolderSource)}
     if len(classes) > 1:
         raise ValueError(f"the folders of {data} hold different classes, so their labels differ")
@@ -159,10 +168,6 @@ def _guess_part(part: str) -> DatasetType | None:
 def _open_one(
     part: str, kind: DatasetType, options: DataOptions, split: str, count: int | None
 ) -> Source:
-    if kind == "scenes":
-        count = count or SCENES.get(split, SCENES["val"])
-        captions = tuple(options.caption_weights)
-        return open_scenes(part, split, count, captions, options.hard_negatives > 0)
     if kind == "synthetic":
         return SyntheticSource(split, count or SYNTHETIC)
     path = Path(part).expanduser()

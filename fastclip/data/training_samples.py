@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -16,7 +17,7 @@ from fastclip.data.augment import Augmentation, draw_view
 from fastclip.data.captions import CaptionSampling, DrawnCaptions
 from fastclip.data.index import Fault
 from fastclip.data.order import Order, hash64
-from fastclip.data.portable import decode_pixels, portable, to_ppm
+from fastclip.data.portable import decode_pixels, portable, trim
 from fastclip.data.progress import ReadingBoard
 from fastclip.data.samples import Sample, Source, UnreadableSample, decode
 from fastclip.data.views import Hue, render_view
@@ -65,12 +66,10 @@ class TrainingSamples(Dataset[dict[str, Any]]):
 
     def decoded(self, epoch: int, position: int) -> dict[str, Any]:
         """As without pixels, but with an image that Pillow has decoded to its end."""
-        return self._read(
-            epoch, position, lambda sample: to_ppm(decode(sample.image, sample.where))
-        )
+        return self._read(epoch, position, lambda sample: decode(sample.image, sample.where))
 
     def _read(
-        self, epoch: int, position: int, prepare: Callable[[Sample], Tensor | bytes]
+        self, epoch: int, position: int, prepare: Callable[[Sample], Tensor | Image.Image | bytes]
     ) -> dict[str, Any]:
         """The sample, or the first readable one of those that a hash chooses in its place.
 
@@ -99,7 +98,7 @@ class TrainingSamples(Dataset[dict[str, Any]]):
     def _prepared(
         self,
         sample: Sample,
-        image: Tensor | bytes,
+        image: Tensor | Image.Image | bytes,
         texts: DrawnCaptions,
         faults: list[Fault],
         epoch: int,
@@ -123,14 +122,16 @@ class TrainingSamples(Dataset[dict[str, Any]]):
         if texts.negatives:
             prepared["negatives"] = tokens[count:]
             prepared["false_captions"] = texts.negatives
-        if isinstance(image, bytes):
-            prepared["encoded"] = torch.frombuffer(bytearray(image), dtype=torch.uint8)
-            prepared["draws"] = draws
+        if isinstance(image, Tensor):
+            prepared["images"] = [
+                render_view(image, draw, view.size, self.hue)
+                for draw, view in zip(draws, self.views, strict=True)
+            ]
             return prepared
-        prepared["images"] = [
-            render_view(image, draw, view.size, self.hue)
-            for draw, view in zip(draws, self.views, strict=True)
-        ]
+        if isinstance(image, Image.Image):
+            image, draws = trim(image, draws)
+        prepared["encoded"] = torch.frombuffer(bytearray(image), dtype=torch.uint8)
+        prepared["draws"] = draws
         return prepared
 
     def _stream(self, epoch: int, position: int, *purpose: int) -> random.Random:

@@ -42,6 +42,8 @@ def render_view(image: Tensor, params: AugmentationParams, size: int, hue: Hue =
     """
     p = params
     crop = image[None, :, p.top : p.top + p.height, p.left : p.left + p.width]
+    # the fast way, and to all callers the same one
+    crop = crop.contiguous(memory_format=torch.channels_last)
     view = F.interpolate(crop, (size, size), mode="bicubic", antialias=True)[0]
     if p.flip:
         view = view.flip(2)
@@ -60,13 +62,19 @@ def render_view(image: Tensor, params: AugmentationParams, size: int, hue: Hue =
     return torch.from_numpy(pixels.astype(np.uint8))
 
 
-def replay(image: Image.Image | Tensor, params: AugmentationParams | Tensor, size: int) -> Tensor:
+def replay(
+    image: Image.Image | Tensor,
+    params: AugmentationParams | Tensor,
+    size: int,
+    hue: Hue = "yiq",
+) -> Tensor:
     """The view of an original image that its augmentation parameters describe.
 
     Args:
         image: RGB, or (3, H, W) uint8.
         params: of the view, or its vector of a batch's `params`.
         size: side of the view, in pixels.
+        hue: as it was made with, see `render_view`.
 
     Returns:
         (3, size, size) uint8: the delivered view, to the bit where torchvision's pipeline made it.
@@ -77,7 +85,7 @@ def replay(image: Image.Image | Tensor, params: AugmentationParams | Tensor, siz
     pixels = image if isinstance(image, Tensor) else as_tensor(image.convert("RGB"))
     if isinstance(params, Tensor):
         params = AugmentationParams.decode(params, pixels.shape[2], pixels.shape[1])
-    return render_view(pixels, params, size)
+    return render_view(pixels, params, size, hue)
 
 
 def brighten(pixels: np.ndarray, factor: float) -> np.ndarray:

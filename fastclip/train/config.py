@@ -77,19 +77,20 @@ class TrainConfig:
     """Compile the towers with torch.compile."""
 
     data_backend: Literal["auto", "dali", "torchvision"] = "auto"
-    """Which library decodes and augments: DALI, on the GPU if there is one, or Pillow and
-    torchvision's libraries in loader processes. auto takes DALI where it is installed and there is
-    a GPU; on a CPU it is the slower one."""
+    """What decodes and augments: DALI, on the GPU if there is one; or, named after the transforms
+    it stands in for, the host's loader processes. auto takes DALI where it is installed and there
+    is a GPU; on a CPU it is the slower one."""
     augment: Literal["crop", "weak", "strong"] = "crop"
-    """crop: a random crop and flip as the next two say. weak, strong: CLIP-Rocket's views; the
-    strong one has colour jitter, grayscale and blur."""
-    aug_scale: tuple[float, float] = (0.9, 1.0)
-    """Least and greatest share of the image that a random crop keeps."""
-    aug_flip: float = 0.0
-    """Probability of a horizontal flip."""
+    """crop: a random crop, of 0.9 of the image or more. weak, strong: CLIP-Rocket's views, crops of
+    0.5 and of 0.08 or more; the strong one has flip, colour jitter, grayscale and blur."""
+    aug_scale: tuple[float, float] | None = None
+    """Least and greatest share of the image that a random crop keeps, in place of --augment's."""
+    aug_flip: float | None = None
+    """Probability of a horizontal flip, in place of --augment's."""
     captions: str | None = None
-    """Which captions to draw, with weights, e.g. 'txt=1,recaption=3': txt is KEY.txt, other names
-    are keys of KEY.json with a text or a list of texts; the scenes have alt, short and dense."""
+    """Which captions to train on, with weights, e.g. 'txt=1,recaption=3': txt is KEY.txt, other
+    names are keys of KEY.json with a text or a list of texts; the scenes have alt, short and
+    dense."""
     sentence_sampling: bool = False
     """Train on a random part of a caption's sentences, in their order."""
     text_augment: Literal["none", "weak", "strong"] = "none"

@@ -57,7 +57,8 @@ class Engine:
         """Compute the loss, 0-d, and the gradient of all micro-batches together.
 
         Args:
-            batches: image (B, 3, S, S) uint8, text (B, L) int64, key: B strings, each.
+            batches: of the loader; the first of images (B, 3, S, S) uint8 and of texts (B, L) int64
+                is taken, and key: B strings.
 
         Raises:
             NonFiniteError: the loss is not finite, or, but for float16's overflows, the gradient.

@@ -2,10 +2,10 @@
 
 import json
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ DEFINES_THE_RUN = (
     *("csv_caption_key", "csv_separator", "image_root", "templates"),
     *("train_num_samples", "shuffle_window", "batch_size", "accum_freq", "seed"),
     *(
+        "data_backend",
         "augment",
         "aug_scale",
         "aug_flip",
@@ -47,7 +48,15 @@ DEFINES_THE_RUN = (
         "epochs",
         "warmup",
     ),
-    *("torchcompile", "loss_backend", "loss_dist_impl", "device", "deepspeed", "deepspeed_config"),
+    *(
+        "torchcompile",
+        "loss_backend",
+        "loss_dist_impl",
+        "device",
+        "deterministic",
+        "deepspeed",
+        "deepspeed_config",
+    ),
     *("lr", "lr_scheduler", "beta1", "beta2", "eps", "wd", "grad_clip_norm"),
 )
 
@@ -106,17 +115,19 @@ def choose_backend(wanted: str, device: torch.device) -> str:
         import_module("nvidia.dali")
     if wanted != "auto":
         return wanted
-    try:
-        installed = find_spec("nvidia.dali") is not None
-    except ModuleNotFoundError:
-        installed = False
-    return "dali" if installed and device.type == "cuda" else "torchvision"
+    if device.type == "cuda":
+        # one for another CUDA than is here does not load
+        with suppress(ImportError):
+            import_module("nvidia.dali")
+            return "dali"
+    return "torchvision"
 
 
 def _view(config: TrainConfig, size: int) -> Augmentation:
-    if config.augment == "crop":
-        return Augmentation(size, scale=config.aug_scale, flip=config.aug_flip)
-    return Augmentation.weak(size) if config.augment == "weak" else Augmentation.strong(size)
+    presets = {"crop": Augmentation, "weak": Augmentation.weak, "strong": Augmentation.strong}
+    view = presets[config.augment](size)
+    flip = view.flip if config.aug_flip is None else config.aug_flip
+    return replace(view, scale=config.aug_scale or view.scale, flip=flip)
 
 
 def _captions(config: TrainConfig) -> CaptionSampling:

@@ -28,8 +28,12 @@ class Validator:
         self.config = config
         self.model = model
         kind = guess_type(config.val_data) or config.dataset_type
+        # --captions names what to train on; here each sample has its own
         options = replace(
-            DataOptions.of(config), dataset_type=kind, image_root=config.val_image_root
+            DataOptions.of(config),
+            dataset_type=kind,
+            image_root=config.val_image_root,
+            captions=None,
         )
         self.source = open_source(config.val_data, options, split="val")
         self.classes = classes_of(config.val_data, kind)

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
 
@@ -34,6 +35,15 @@ SUSPENDED = 5.0
 _SYMPTOMS = ("gloo", "nccl", "connection closed", "connection reset", "socket")
 
 
+@dataclass
+class _Wait:
+    """A wait for a batch: when it began, what the loader is at, after how long it is told."""
+
+    since: float
+    reading: Callable[[], str]
+    told_after: float
+
+
 class Watch:
     """The watch over all ranks of a run; a context manager around everything they do.
 
@@ -45,9 +55,7 @@ class Watch:
 
     def __init__(self, world: World, *, dead_after: float, data_within: float) -> None:
         self.world, self.dead_after, self.data_within = world, dead_after, data_within
-        self._waiting_since: float | None = None
-        self._reading: Callable[[], str] = str
-        self._told_after = 0.0
+        self._wait: _Wait | None = None
         self._last_round = time.monotonic()
         self._closing = threading.Event()
         self._store = self._open_store() if world.size > 1 else None
@@ -59,12 +67,11 @@ class Watch:
     @contextlib.contextmanager
     def waiting_for_data(self, reading: Callable[[], str]) -> Iterator[None]:
         """Around the wait for a batch; `reading` tells what the loader is at, for messages."""
-        self._reading, self._told_after = reading, min(SLOW_BATCH, self.data_within / 2)
-        self._waiting_since = time.monotonic()
+        self._wait = _Wait(time.monotonic(), reading, min(SLOW_BATCH, self.data_within / 2))
         try:
             yield
         finally:
-            self._waiting_since = None
+            self._wait = None
 
     def __enter__(self) -> "Watch":
         # before the first exchange, so that a rank that dies early has a place
@@ -126,25 +133,32 @@ class Watch:
             if slept > SUSPENDED:
                 # time in which nothing ran counts for nothing
                 self._last_round = now
-                if self._waiting_since is not None:
-                    self._waiting_since += slept
-            since = self._waiting_since
-            if since is not None and now - since > min(self.data_within, self._told_after):
-                waited = f"rank {self.world.rank} ({_place()}) has waited {now - since:.0f} s"
-                reading = f"{self._reading() or 'no process is reading'}"
-                if now - since > self.data_within:
-                    self._pronounce(
-                        f"{waited} for a batch: its loader hangs, or storage does not answer "
-                        f"(--data-timeout); {reading}"
-                    )
-                else:
-                    print(f"note: {waited} for a batch; {reading}", file=sys.stderr, flush=True)
-                    self._told_after *= 2
+            # another may begin at any time; this one then changes nothing any more
+            wait = self._wait
+            if wait is not None:
+                self._look_at_wait(wait, now, slept if slept > SUSPENDED else 0.0)
             if self._store is not None and now - self._last_round > self.dead_after:
                 self._end(
                     "rank 0, which keeps the watch, has given no sign of life for "
                     f"{self.dead_after:.0f} s (--dead-rank-timeout)"
                 )
+
+    def _look_at_wait(self, wait: "_Wait", now: float, slept: float) -> None:
+        """Tell of a wait for a batch that is long, and end the run for one that is too long."""
+        wait.since += slept
+        seconds = now - wait.since
+        if seconds <= min(self.data_within, wait.told_after):
+            return
+        waited = f"rank {self.world.rank} ({_place()}) has waited {seconds:.0f} s for a batch"
+        reading = wait.reading() or "no process is reading"
+        if seconds > self.data_within:
+            self._pronounce(
+                f"{waited}: its loader hangs, or storage does not answer (--data-timeout); "
+                f"{reading}"
+            )
+        else:
+            print(f"note: {waited}; {reading}", file=sys.stderr, flush=True)
+            wait.told_after *= 2
 
     def _beat(self) -> None:
         """Give signs of life and read the verdict; the first rank looks after the others."""

@@ -14,7 +14,10 @@ from PIL import Image
 
 from fastclip.data import dali
 from fastclip.data.augment import Augmentation
+from fastclip.data.order import Order
 from fastclip.data.portable import is_whole_jpeg
+from fastclip.data.shards import ShardSource
+from fastclip.data.training_samples import TrainingSamples
 from fastclip.data.views import replay
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed: pip install '.[dali]'")
@@ -25,6 +28,7 @@ from tests.data.pipelines import (
     encode,
     photograph_shard,
     smooth_image,
+    tokenize,
     write_tar,
 )
 
@@ -110,6 +114,47 @@ def test_the_same_bits_again_whatever_the_workers_and_the_start(tmp_path: Path) 
         for a, b in zip(again, whole[first:], strict=True):
             assert a["key"] == b["key"] and torch.equal(a["params"], b["params"])
             assert all(map(torch.equal, a["images"], b["images"]))
+
+
+def test_epochs_may_overlap_and_be_left(tmp_path: Path) -> None:
+    """Each iterator has a pipeline of its own: nothing of one shows in another."""
+    pattern = str(smooth_shard(tmp_path / "s.tar", 40))
+    loader = build_loader("dali", pattern, (STRONG,), 8, micro_batches=1)
+    whole = [list(loader.batches(epoch)) for epoch in range(2)]
+    left = loader.batches(0)
+    next(left)
+    mixed = []
+    for batch in loader.batches(1):
+        mixed.append(batch)
+        if len(mixed) == 2:
+            left.close()
+    for a, b in zip(mixed, whole[1], strict=True):
+        assert a["key"] == b["key"] and torch.equal(a["images"][0], b["images"][0])
+
+
+def test_only_dalis_own_errors_are_taken_for_bad_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pattern = str(smooth_shard(tmp_path / "s.tar", 40))
+    feed, calls = dali.ViewPipeline.feed, []
+
+    def failing(self: dali.ViewPipeline, batch: dict[str, Any]) -> None:
+        calls.append(batch)
+        if len(calls) == 3:
+            raise MemoryError("no memory")
+        feed(self, batch)
+
+    monkeypatch.setattr(dali.ViewPipeline, "feed", failing)
+    with pytest.raises(MemoryError, match="no memory"):
+        list(build_loader("dali", pattern, (STRONG,), 8).batches(0))
+
+
+def test_samples_of_the_other_pipeline_are_refused(tmp_path: Path) -> None:
+    source = ShardSource(str(smooth_shard(tmp_path / "s.tar", 8)))
+    for options in ({"pixels": True}, {"pixels": False, "hue": "hsv"}):
+        samples = TrainingSamples(source, Order(source.counts, 0), STRONG, tokenize, **options)
+        with pytest.raises(ValueError, match="pixels=False, hue="):
+            dali.DaliLoader(samples, 4)
 
 
 def odd_images() -> dict[str, bytes]:

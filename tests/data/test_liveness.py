@@ -19,7 +19,7 @@ import os, signal, sys, time
 from fastclip.cli import main
 from fastclip.data.shards import ShardSource
 from fastclip.train import watch
-watch.SLOW_BATCH = 2.0
+watch.SLOW_BATCH = 1.0
 read = ShardSource.read
 def reading(self, shard, index, *, pixels=True):
     if self.names[shard].endswith("bad.tar") and not os.path.exists({once!r}):
@@ -57,14 +57,14 @@ def shards(make_shard: Callable[..., Path]) -> str:
 def test_a_hung_loader_ends_the_run_and_its_shard_is_named(
     train_flags: list[str], shards: str, tmp_path: Path
 ) -> None:
-    flags = [*train_flags, "--data-timeout", "6"]
+    flags = [*train_flags, "--data-timeout", "4"]
     done, seconds = train("time.sleep(600)", flags, shards, tmp_path / "once")
     assert done.returncode == 4, done.stderr[-2000:]
     notes = [line for line in done.stderr.splitlines() if line.startswith("note: rank 0")]
     assert notes and all("for a batch; process" in n and "bad.tar for" in n for n in notes)
     (verdict,) = (line for line in done.stderr.splitlines() if "stopped: rank 0" in line)
     assert "(--data-timeout); process" in verdict and "bad.tar for" in verdict
-    # six seconds of waiting, and what the start takes
+    # four seconds of waiting, and what the start takes
     assert seconds < 60
 
 
@@ -81,7 +81,7 @@ def test_a_dead_loader_is_told_with_its_shard(
 def test_a_slow_loader_is_told_and_waited_for(
     train_flags: list[str], shards: str, tmp_path: Path
 ) -> None:
-    does = "open({once!r}, 'w').close(); time.sleep(5)".replace("{once!r}", "'{once}'")
+    does = "open({once!r}, 'w').close(); time.sleep(3)".replace("{once!r}", "'{once}'")
     done, _ = train(does, train_flags, shards, tmp_path / "once")
     assert done.returncode == 0, done.stderr[-2000:]
     notes = [line for line in done.stderr.splitlines() if line.startswith("note: rank 0")]

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
+from fastclip.data import training_samples
 from fastclip.data.augment import PARAMS, Augmentation
 from fastclip.data.captions import CaptionSampling
 from fastclip.data.faults import FaultLog
@@ -86,6 +88,35 @@ def test_views_texts_and_negatives(make_shard: MakeShard) -> None:
     ):
         original = source.read(0, int(key)).image
         assert torch.equal(replay(original, params, 24), images)
+
+
+def test_an_iterator_stays_in_its_epoch(make_shard: MakeShard) -> None:
+    several = loader(str(make_shard(samples=24)))
+    whole = collect(several.batches(0))
+    first = several.batches(0)
+    found = [next(first)]
+    next(several.batches(1))
+    assert same(found + collect(first), whole)
+
+
+def test_samples_serve_any_dataloader(make_shard: MakeShard) -> None:
+    """Also one with more processes than the samples know of."""
+    samples = loader(str(make_shard(samples=24))).samples
+    sampler = [[(0, 2 * i), (0, 2 * i + 1)] for i in range(6)]
+    plain = DataLoader(samples, batch_sampler=sampler, collate_fn=collate, num_workers=2)
+    assert [batch["position"] for batch in plain] == [[2 * i, 2 * i + 1] for i in range(6)]
+
+
+def test_an_error_in_a_loader_process_keeps_its_cause(
+    make_shard: MakeShard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any) -> None:
+        raise RuntimeError("the real cause")
+
+    monkeypatch.setattr(training_samples, "render_view", failing)
+    broken = loader(str(make_shard(samples=24)), workers=1)
+    with pytest.raises(RuntimeError, match="the real cause"), broken.naming_the_dead():
+        collect(broken.batches(0))
 
 
 def test_loading_leaves_the_global_random_stream_alone(make_shard: MakeShard) -> None:

@@ -95,11 +95,13 @@ def test_dali_trains_on_the_same_samples_and_resumes(
 
 
 def test_caption_flags(
-    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    flags: list[str], photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags += "--train-data scenes --train-num-samples 12".split()
     good = ["--captions", "dense=2,alt", "--sentence-sampling", "--text-augment", "weak"]
-    assert main(["train", *flags, *good]) == 0
+    # what is trained on says nothing of the data to validate on
+    validate = ["--val-data", str(photographs), "--augment", "weak"]
+    assert main(["train", *flags, *good, *validate]) == 0
     for wrong, says in (
         ("dense=0", "positive weight"),
         ("long", "scenes have no captions called 'long'; they have short, alt, dense"),
