@@ -357,6 +357,16 @@ def average_gradient(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return _average_gradient(tensor, group_name(group))
 
 
+def sum_with_gradient(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The sum over all ranks, on all ranks; its gradient is the sum of all ranks' upstreams.
+
+    For statistics that every rank uses in a loss of its own, as batch normalisation does.
+    """
+    name = group_name(group)
+    # backward the average of the upstreams first, then the world's size times it
+    return _average_gradient(_global_sum(local, name), name)
+
+
 def scale_gradient(tensor: Tensor, factor: float) -> Tensor:
     """The tensor itself, whose gradient is multiplied by a factor."""
     scaled = tensor * factor
