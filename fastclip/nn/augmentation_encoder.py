@@ -22,6 +22,9 @@ class AugmentationEncoder(nn.Module):
         params: entries of the vector; `fastclip.data.augment.PARAMS` of a batch's `params`.
         widths: of the layers; the last is the embedding's.
 
+    Attributes:
+        width: of the embedding.
+
     Raises:
         ValueError: a width below 1, or none.
     """
@@ -30,6 +33,7 @@ class AugmentationEncoder(nn.Module):
         super().__init__()
         if not widths or min(widths) < 1 or params < 1:
             raise ValueError(f"params is {params} and widths {tuple(widths)}; give each at least 1")
+        self.width = widths[-1]
         sizes = (params, *widths)
         self.layers = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(sizes))
 
