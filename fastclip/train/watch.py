@@ -95,6 +95,9 @@ class Watch:
             return
         if _is_symptom(error):
             verdict = self._await_verdict()
+            if self.world.is_first:
+                # the store goes with this process, and the others have yet to read the verdict
+                time.sleep(GRACE)
             self._close()
             raise DeadRankError(f"{verdict} (here: {str(error).splitlines()[0]})") from error
         self._close()

@@ -114,7 +114,7 @@ def batches(step: int, here: World, cuts: int = 1) -> list[dict[str, Any]]:
     texts = torch.randint(1, 49000, (2 * BATCH, 12), generator=stream)
     own = slice(here.rank * len(images) // here.size, (here.rank + 1) * len(images) // here.size)
     pairs = zip(images[own].chunk(cuts), texts[own].chunk(cuts), strict=True)
-    return [{"image": i, "text": t, "key": [str(step)] * len(t)} for i, t in pairs]
+    return [{"images": [i], "texts": [t], "key": [str(step)] * len(t)} for i, t in pairs]
 
 
 def steps(engine: Any, here: World, first: int, last: int, cuts: int = 1) -> list[float]:
