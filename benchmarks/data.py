@@ -29,8 +29,10 @@ from fastclip.data.index import dali_line, index_shard
 from fastclip.data.loader import TrainingLoader
 from fastclip.data.order import Order
 from fastclip.data.remote import is_remote
+from fastclip.data.samples import Sample
 from fastclip.data.shards import ShardSource
 from fastclip.data.training_samples import TrainingSamples
+from fastclip.data.writing import write_shards
 
 Epoch = Callable[[], Iterator[Any]]
 
@@ -356,26 +358,23 @@ LOADERS: dict[tuple[str, str], Callable[[DataSettings, ShardSource], Epoch]] = {
 
 def write_photographs(folder: Path, count: int, shards: int = 2) -> str:
     """Shards of generated pictures of 640 x 480, as large as photographs; returns their pattern."""
+    samples = map(_picture, range(count))
+    counts = write_shards(samples, folder, "pictures", math.ceil(count / shards))
+    return str(folder / f"pictures-{{00000..{len(counts) - 1:05d}}}.tar")
+
+
+def _picture(number: int) -> Sample:
     import io
-    import tarfile
 
     import numpy as np
     from PIL import Image
 
-    each = math.ceil(count / shards)
-    for shard in range(shards):
-        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
-            for number in range(shard * each, (shard + 1) * each):
-                stream = np.random.default_rng(number)
-                coarse = Image.fromarray(stream.integers(0, 256, (60, 80, 3), dtype=np.uint8))
-                picture = np.asarray(coarse.resize((640, 480), Image.Resampling.BICUBIC))
-                grain = stream.integers(-12, 13, picture.shape, dtype=np.int16)
-                grained = np.clip(picture + grain, 0, 255).astype(np.uint8)
-                encoded = io.BytesIO()
-                Image.fromarray(grained).save(encoded, "JPEG", quality=80)
-                text = f"a generated picture, number {number}".encode()
-                for extension, content in (("jpg", encoded.getvalue()), ("txt", text)):
-                    member = tarfile.TarInfo(f"{number:06d}.{extension}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-    return str(folder / f"{{00000..{shards - 1:05d}}}.tar")
+    stream = np.random.default_rng(number)
+    coarse = Image.fromarray(stream.integers(0, 256, (60, 80, 3), dtype=np.uint8))
+    picture = np.asarray(coarse.resize((640, 480), Image.Resampling.BICUBIC))
+    grain = stream.integers(-12, 13, picture.shape, dtype=np.int16)
+    image = Image.fromarray(np.clip(picture + grain, 0, 255).astype(np.uint8))
+    encoded = io.BytesIO()
+    image.save(encoded, "JPEG", quality=80)
+    text = f"a generated picture, number {number}"
+    return Sample(f"{number:06d}", image, (text,), encoded=encoded.getvalue())

@@ -62,3 +62,8 @@ def cuda_obstacle() -> str | None:
 def driver_is_installed() -> bool:
     """Whether this machine has an NVIDIA driver, usable or not."""
     return Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
+
+
+def available_cores() -> int:
+    """The cores this process may run on: fewer than the machine has where it is bound to some."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

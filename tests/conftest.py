@@ -44,6 +44,16 @@ def jpeg(color: tuple[int, int, int] = (200, 30, 30), size: int = 32) -> bytes:
     return buffer.getvalue()
 
 
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    """A tar of (member name, bytes) pairs."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, BytesIO(content))
+    return path
+
+
 @pytest.fixture
 def make_shard(tmp_path: Path) -> Callable[..., Path]:
     """Write a tar of (member name, bytes) pairs; by default of `samples` good samples."""
@@ -61,12 +71,6 @@ def make_shard(tmp_path: Path) -> Callable[..., Path]:
                 members.append((f"{i:05d}.jpg", jpeg(color)))
                 members.append((f"{i:05d}.txt", f"caption number {i}".encode()))
                 members.append((f"{i:05d}.cls", str(i % 3).encode()))
-        path = tmp_path / name
-        with tarfile.open(path, "w") as tar:
-            for member_name, content in members:
-                info = tarfile.TarInfo(member_name)
-                info.size = len(content)
-                tar.addfile(info, BytesIO(content))
-        return path
+        return write_tar(tmp_path / name, members)
 
     return make

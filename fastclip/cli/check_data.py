@@ -14,6 +14,7 @@ from fastclip.data.options import CACHE_BYTES, parse_weights
 from fastclip.data.remote import ShardCache, is_remote
 from fastclip.data.samples import SampleReader
 from fastclip.data.shards import expand_shards
+from fastclip.device import available_cores
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
         names,
         SampleReader(config.required, captions),
         ShardCache(config.cache_dir, config.cache_bytes),
-        workers=_cores() if config.workers is None else config.workers,
+        workers=available_cores() if config.workers is None else config.workers,
         write=config.write,
         progress=True,
     )
@@ -91,8 +92,3 @@ def as_json(report: Report) -> dict[str, Any]:
         for kind, count in report.counts.most_common()
     }
     return {name: getattr(report, name) for name in names} | {"faults": faults}
-
-
-def _cores() -> int:
-    # fewer than the machine has where the process is bound to some
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

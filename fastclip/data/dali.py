@@ -24,6 +24,7 @@ from fastclip.data.index import Fault
 from fastclip.data.loader import TrainingLoader, collate
 from fastclip.data.training_samples import TrainingSamples
 from fastclip.data.views import GRAY
+from fastclip.device import available_cores
 
 PREFETCH = 2
 # How DALI's own errors begin, whatever their type.
@@ -111,16 +112,14 @@ class _Work:
 
     def begin(self, batch: dict[str, Any]) -> None:
         self.waiting.append(batch)
-        if self.pipeline is not None:
-            self._try(self.pipeline.feed, batch)
+        self._feed(batch)
 
     def finished(self) -> dict[str, Any]:
-        images = self._try(self.pipeline.images) if self.pipeline else None
+        images = self._images()
         if images is None:
             images = self._by_itself()
             for batch in itertools.islice(self.waiting, 1, None):
-                if self.pipeline is not None:
-                    self._try(self.pipeline.feed, batch)
+                self._feed(batch)
         batch = self.waiting.popleft()
         if self.loader.micro_batches > 1:
             images = [view.cpu() for view in images]
@@ -131,8 +130,8 @@ class _Work:
     def _by_itself(self) -> list[Tensor]:
         self.pipeline = self.loader._built()
         batch = self.waiting[0]
-        self._try(self.pipeline.feed, batch)
-        images = self._try(self.pipeline.images) if self.pipeline else None
+        self._feed(batch)
+        images = self._images()
         if images is not None:
             return images
         samples, positions = self.loader.samples, batch["position"]
@@ -146,10 +145,16 @@ class _Work:
         self.pipeline.feed(decoded)
         return self.pipeline.images()
 
-    def _try(self, step: Callable[..., Any], *arguments: Any) -> Any:
-        """What a step of the pipeline returns; None, and no pipeline, where DALI fails."""
+    def _feed(self, batch: dict[str, Any]) -> None:
+        self._try(lambda pipeline: pipeline.feed(batch))
+
+    def _images(self) -> list[Tensor] | None:
+        return self._try(lambda pipeline: pipeline.images())
+
+    def _try(self, step: Callable[["ViewPipeline"], Any]) -> Any:
+        """What a step returns; None where there is no pipeline, or, from then on, DALI fails."""
         try:
-            return step(*arguments)
+            return None if self.pipeline is None else step(self.pipeline)
         except Exception as error:
             # its types are those of C++: RuntimeError, ValueError, IndexError, ...
             if _DALIS not in str(error):
@@ -163,7 +168,7 @@ def _own_cores() -> int:
     """This process's share of the cores; torchrun and DeepSpeed's launcher tell how many share."""
     told = (os.environ.get(name) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
     processes = next((int(value) for value in told if value), 1)
-    return max(1, len(os.sched_getaffinity(0)) // processes)
+    return max(1, available_cores() // processes)
 
 
 class ViewPipeline:

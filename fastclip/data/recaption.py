@@ -20,7 +20,7 @@ from fastclip.data.editing import Journal, ShardEditor, claim_folder
 from fastclip.data.faults import FaultLog
 from fastclip.data.index import Fault
 from fastclip.data.order import hash64
-from fastclip.data.remote import ShardCache, is_remote
+from fastclip.data.remote import ShardCache, is_command, is_remote
 from fastclip.data.samples import UnreadableSample
 from fastclip.data.shards import expand_shards
 from fastclip.device import choose_device
@@ -213,7 +213,7 @@ def recaption_shards(
         FileExistsError: the target holds such shards that were not written here.
         OSError, ModuleNotFoundError: a shard or the model cannot be read, or transformers is not.
     """
-    if any(part.startswith("pipe:") for part in pattern.split("::")):
+    if any(map(is_command, pattern.split("::"))):
         raise ValueError(f"{pattern} names shards by commands; fetch them first to rewrite them")
     names = expand_shards(pattern)
     paths = [target / name.rpartition("/")[2] for name in names]

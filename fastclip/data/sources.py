@@ -11,7 +11,7 @@ from fastclip.data.folders import FolderSource, holds_image_folders
 from fastclip.data.generated import SceneSource, SyntheticSource, open_scenes
 from fastclip.data.index import Fault
 from fastclip.data.options import DataOptions, DatasetType
-from fastclip.data.remote import ShardCache
+from fastclip.data.remote import ShardCache, is_command, is_remote
 from fastclip.data.samples import Sample, Source
 from fastclip.data.shards import ShardSource
 from fastclip.data.tables import open_coco, open_csv
@@ -159,9 +159,9 @@ def _guess_part(part: str) -> DatasetType | None:
     if os.path.isdir(path):
         return "imagefolder" if holds_image_folders(path) else None
     ending = path.suffix.lower()
-    if ending in ENDINGS and not part.startswith("pipe:"):
+    if ending in ENDINGS and not is_command(part):
         return ENDINGS[ending]
-    shards = part.startswith("pipe:") or "{" in part or "://" in part or ".tar" in path.name.lower()
+    shards = is_remote(part) or "{" in part or ".tar" in path.name.lower()
     return "webdataset" if shards else None
 
 

@@ -28,6 +28,7 @@ from fastclip.ops.collectives import (
     rows_of_all,
     sum_over_ranks,
 )
+from fastclip.ops.gemm import accumulator_dtype
 
 # of the cross-correlation matrix at a time
 CHUNK_BYTES = 64 << 20
@@ -246,7 +247,7 @@ def _mean(terms: Tensor, ranks: Ranks | None) -> Tensor:
 
 
 def _wide(features: Tensor) -> Tensor:
-    return features if features.dtype == torch.float64 else features.float()
+    return features.to(accumulator_dtype(features.dtype))
 
 
 def _check_alike(first: Tensor, second: Tensor, names: tuple[str, str]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup, get_world_size, is_available, is_initialized
 
 from fastclip.ops.collectives import sum_with_gradient
+from fastclip.ops.gemm import accumulator_dtype
 
 
 class GlobalBatchNorm(nn.Module):
@@ -68,7 +69,7 @@ class GlobalBatchNorm(nn.Module):
         if len(rows) < 2 and not shared:
             raise ValueError("a batch of a single row has no variance; give at least 2")
         with torch.autocast(rows.device.type, enabled=False):
-            wide = rows.double() if rows.dtype == torch.float64 else rows.float()
+            wide = rows.to(accumulator_dtype(rows.dtype))
             count = wide.new_tensor([len(wide)])
             sums = self._total(torch.cat([wide.sum(0), count]), shared)
             total = sums[-1]

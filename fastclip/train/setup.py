@@ -84,7 +84,6 @@ def build_loader(config: TrainConfig, model: Model, world: World) -> TrainingLoa
     source = open_source(config.train_data, options, split="train", count=config.train_num_samples)
     weights = shard_weights(source, config.train_data_upsampling_factors)
     order = Order(source.counts, config.seed, config.shuffle_window, weights)
-    on_gpu = world.device.type == "cuda"
     dali = choose_backend(config.data_backend, world.device) == "dali"
     samples = TrainingSamples(
         source, order, _view(config, size), model.tokenizer, _captions(config), pixels=not dali
@@ -102,7 +101,7 @@ def build_loader(config: TrainConfig, model: Model, world: World) -> TrainingLoa
         from fastclip.data.dali import DaliLoader
 
         return DaliLoader(samples, device=world.device, **shared)
-    return TrainingLoader(samples, pin_memory=on_gpu, **shared)
+    return TrainingLoader(samples, pin_memory=world.device.type == "cuda", **shared)
 
 
 def choose_backend(wanted: str, device: torch.device) -> str:

@@ -1,7 +1,6 @@
 """The two pipelines over one shard, for tests of what they have in common."""
 
 import io
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from fastclip.data.loader import TrainingLoader
 from fastclip.data.order import Order
 from fastclip.data.shards import ShardSource
 from fastclip.data.training_samples import TrainingSamples
+from tests.conftest import write_tar
 
 BACKENDS = ("torchvision", "dali")
 
@@ -34,15 +34,6 @@ def encode(image: Image.Image, form: str = "JPEG", **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, form, **options)
     return buffer.getvalue()
-
-
-def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
 
 
 def photograph_shard(path: Path, real_data: Path) -> Path:

@@ -22,6 +22,7 @@ from fastclip.data.views import replay
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed: pip install '.[dali]'")
 
+from tests.conftest import write_tar
 from tests.data.pipelines import (
     BACKENDS,
     build_loader,
@@ -29,7 +30,6 @@ from tests.data.pipelines import (
     photograph_shard,
     smooth_image,
     tokenize,
-    write_tar,
 )
 
 STRONG = Augmentation(48, scale=(0.2, 1.0), flip=0.5, jitter=0.8, gray=0.2, blur=0.5, solarize=0.2)

@@ -20,12 +20,9 @@ from fastclip.data.text_augment import TextAugmentation
 from fastclip.data.training_samples import TrainingSamples
 from fastclip.data.views import replay
 from tests.conftest import jpeg
+from tests.data.pipelines import tokenize
 
 MakeShard = Callable[..., Path]
-
-
-def tokenize(texts: list[str]) -> torch.Tensor:
-    return torch.tensor([[len(text), sum(text.encode())] for text in texts])
 
 
 def loader(pattern: str, batch_size: int = 4, seed: int = 0, **options: Any) -> TrainingLoader:

@@ -15,7 +15,8 @@ from fastclip.data.augment import Augmentation
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed: pip install '.[dali]'")
 
-from tests.data.pipelines import build_loader, encode, smooth_image, write_tar
+from tests.conftest import write_tar
+from tests.data.pipelines import build_loader, encode, smooth_image
 
 GLOBAL_BATCH = 12
 STEPS_BEFORE = 4
