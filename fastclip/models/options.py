@@ -1,0 +1,85 @@
+"""What the flags say of the system that is trained: objective, heads, towers."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+_Language = Literal["clip", "slip", "siamlip", "byolip", "barlip", "swalip", "rocket", "uniclip"]
+Objective = Literal[_Language, "classify", "simclr"]
+
+
+@dataclass(frozen=True)
+class SystemOptions:
+    """The fields are the flags of the same names.
+
+    Raises:
+        ValueError: values out of range, or that exclude each other.
+    """
+
+    objective: Objective = "clip"
+    """clip (with --siglip, its loss); slip, siamlip, byolip, barlip, swalip: CLIP with a
+    non-contrastive or image-image term; rocket: CLIP-Rocket; uniclip; without language: classify
+    (by label) and simclr."""
+    strong_views: int | None = None
+    """Strongly augmented views of each image, and for the objectives from siamlip to rocket of each
+    text, besides the weak one; by default 2 where the objective has any."""
+    head_width: int | None = None
+    """Width of the common space behind heads; by default that of the towers' features."""
+    head_hidden: int = 4096
+    """Width of the hidden layers of MLP heads."""
+    separate_heads: bool = True
+    """Heads of their own for strong views; without, one linear head a modality serves all."""
+    projector_hidden: int | None = None
+    """Width of the hidden layers of the added term's projectors; by default the paper's."""
+    projector_width: int | None = None
+    """Width of what they project to; by default the paper's."""
+    separate_projectors: bool = False
+    """Projectors of their own for strong views."""
+    extra_weight: float | None = None
+    """Weight of the term that is added to CLIP's loss; by default the paper's: 0.2 of swalip, 1 of
+    the others."""
+    label_smoothing: float = 0.0
+    """Mass of the loss's target spread over all candidates; for rocket and its kin, of the strong
+    views' loss."""
+
+    pair_loss: Literal["mp-nce", "info-nce", "sup-con"] = "mp-nce"
+    """uniclip: the loss over views and texts. info-nce takes each two blocks by themselves; sup-con
+    has positives in each other's denominators, and one scale."""
+    pair_weight: tuple[float, float, float] | None = None
+    """uniclip: weights of the positives of image-image, image-text and text-text pairs; by default
+    each kind present contributes alike."""
+    augmentation_encoder: bool = True
+    """uniclip: tell the image head how a view was augmented."""
+    shared_similarity: bool = False
+    """uniclip: one temperature and offset for all pairs, not one for each kind."""
+
+    hard_negatives: int = 0
+    """False captions of each image, as further columns of its row; for clip."""
+
+    text_lm: str | None = None
+    """A language model of Hugging Face's, by name or folder, as text tower in place of --model's.
+    It is frozen but for its last layers, which attend in both directions."""
+    text_lm_unfrozen: int = 4
+    """How many layers those are."""
+    text_lm_pooling: Literal["mean", "last"] = "mean"
+    """Which of its states are the text's feature: all tokens' mean, or the last token's."""
+    text_lm_cache_bytes: int = 0
+    """Most bytes of the frozen part's states kept in memory, by text."""
+    context_length: int | None = None
+    """Tokens that a text is cut to; by default the text tower's own."""
+    lock_image: bool = False
+    """Train nothing of the image tower."""
+    lock_image_unlocked_groups: int = 0
+    """But for its last so many groups of layers."""
+    lock_image_freeze_bn_stats: bool = False
+    """Also keep the locked batch normalisations' running statistics."""
+
+    classes: str | None = None
+    """classify: file of class names, one a line in the order of the labels."""
+    label_source: Literal["cls", "text"] = "cls"
+    """classify: labels from the data (KEY.cls, folders), or from class names found in captions;
+    samples without one take no part in the loss."""
+    classifier_init: Literal["random", "zeroshot"] = "random"
+    """classify: how the classifier begins; zeroshot: the class names' text features of --finetune's
+    model."""
+    finetune: str | None = None
+    """Run or checkpoint, of any objective, whose image tower is begun with."""

@@ -1,0 +1,99 @@
+"""Systems on one process and on several, their losses and gradients by name."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fastclip.models.clip import create
+from fastclip.models.system import System
+from tests.train.conftest import TINY_MODEL
+
+WIDTH = TINY_MODEL["embed_dim"]
+Batch = dict[str, Any]
+
+
+def tiny_towers(folder: Path) -> nn.Module:
+    """The same float64 towers every time: 16 pixels, 12 tokens, features of WIDTH."""
+    torch.manual_seed(0)
+    config = folder / "tiny.json"
+    if not config.is_file():
+        config.write_text(json.dumps(TINY_MODEL))
+    return create(str(config)).model.double()
+
+
+def draw_batch(rows: int, images: int, texts: int) -> Batch:
+    """Views of noise, float64, and texts that end like CLIP's tokens."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(1, 40_000, (texts, rows, 12), generator=generator)
+    tokens[:, :, -1] = 49_407
+    shape = (images, rows, 3, 16, 16)
+    pixels = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return {"images": list(pixels), "texts": list(tokens)}
+
+
+def rows_of(batch: Batch, start: int, stop: int) -> Batch:
+    """A part of the samples."""
+    return {
+        name: [v[start:stop] for v in value] if isinstance(value, list) else value[start:stop]
+        for name, value in batch.items()
+    }
+
+
+def loss_and_gradients(
+    system: System, batch: Batch, teacher: System | None = None, **exchange: Any
+) -> dict[str, Tensor]:
+    """The loss, and the gradient of every parameter that has one, by name."""
+    output = system(batch)
+    if teacher is not None:
+        with torch.no_grad():
+            features = teacher.features(batch)
+        output |= {f"teacher.{name}": value for name, value in features.items()}
+    loss = system.loss(output, teacher, **exchange)
+    loss.backward()
+    grads = {n: p.grad for n, p in system.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), **grads}
+
+
+def _work(
+    rank: int,
+    sizes: tuple[int, ...],
+    folder: str,
+    build: Callable[[Path], tuple[System, System | None]],
+    batch: Batch,
+) -> None:
+    store = dist.FileStore(f"{folder}/store", len(sizes))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=len(sizes))
+    torch.set_num_threads(1)
+    start = sum(sizes[:rank])
+    own = rows_of(batch, start, start + sizes[rank])
+    system, teacher = build(Path(folder))
+    found = loss_and_gradients(system, own, teacher, dist="gather", sizes=sizes)
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def on_ranks(
+    folder: Path,
+    sizes: tuple[int, ...],
+    build: Callable[[Path], tuple[System, System | None]],
+    batch: Batch,
+) -> Mapping[str, Tensor]:
+    """As `loss_and_gradients` of all rows, from so many gloo ranks with `sizes` rows each.
+
+    Losses must be equal on all ranks; gradients are averaged, as data-parallel training does.
+
+    Args:
+        build: a function of a module (it is pickled) that makes system and teacher, or None.
+    """
+    # so that the ranks find it and need not write it together
+    tiny_towers(folder)
+    torch.multiprocessing.spawn(_work, (sizes, str(folder), build, batch), nprocs=len(sizes))
+    ranks = [torch.load(folder / f"{rank}.pt") for rank in range(len(sizes))]
+    for found in ranks:
+        torch.testing.assert_close(found["loss"], ranks[0]["loss"], rtol=1e-12, atol=0)
+    return {name: sum(found[name] for found in ranks) / len(ranks) for name in ranks[0]}
