@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fastclip.losses.nt_xent import NTXentLoss as NTXentLoss
     from fastclip.losses.siglip import SigLipLoss as SigLipLoss
     from fastclip.losses.sup_con import SupConLoss as SupConLoss
-    from fastclip.models.clip import load as load
+    from fastclip.models.build import load as load
 
 _LAZY = {
     "ClipLoss": "fastclip.losses.clip",
@@ -31,7 +31,7 @@ _LAZY = {
     "SigLipLoss": "fastclip.losses.siglip",
     "SupConLoss": "fastclip.losses.sup_con",
     "functional": "fastclip",
-    "load": "fastclip.models.clip",
+    "load": "fastclip.models.build",
     "patch_open_clip": "fastclip.integrations.open_clip",
 }
 

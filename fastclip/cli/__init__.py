@@ -20,6 +20,7 @@ COMMANDS = {
     "convert": "make shards from other formats, caption them anew; checkpoints in and out",
     "plan": "count memory, bytes and FLOP of a global batch on many GPUs; choose a setting",
     "bench": "time losses and loading beside their rivals",
+    "study": "ask a question of several training runs, in miniature; a table and a plot",
     "info": "versions, devices, and which implementation each operator uses",
 }
 

@@ -16,7 +16,7 @@ from fastclip.data.sources import open_source
 from fastclip.device import choose_device
 from fastclip.evaluate.embed import Embedding, fingerprint, image_batches
 from fastclip.evaluate.features import text_batches
-from fastclip.models.clip import load
+from fastclip.models.build import load
 
 
 @dataclass(frozen=True)

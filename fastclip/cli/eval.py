@@ -12,12 +12,23 @@ import tyro
 from fastclip.data.options import DataOptions
 from fastclip.data.sources import open_source
 from fastclip.device import choose_device
-from fastclip.evaluate.features import embed_images
+from fastclip.evaluate.features import ImageFeatures, embed_images
+from fastclip.evaluate.interpolation import accuracy_by_head_weight, choose_head_weight
 from fastclip.evaluate.results import write_result
 from fastclip.evaluate.retrieval import evaluate_retrieval
-from fastclip.evaluate.zeroshot import DEFAULT_TEMPLATES, classes_of, evaluate_zeroshot, read_lines
+from fastclip.evaluate.zeroshot import (
+    DEFAULT_TEMPLATES,
+    classes_of,
+    classification_metrics,
+    evaluate_zeroshot,
+    labelled,
+    read_lines,
+)
+from fastclip.models.build import load
 from fastclip.models.checkpoint import run_of
-from fastclip.models.clip import load
+from fastclip.models.clip import Model
+from fastclip.models.controls import Classifier
+from fastclip.models.rocket import Rocket
 
 TASKS = {"zeroshot": "zeroshot_classification", "retrieval": "zeroshot_retrieval"}
 
@@ -40,6 +51,12 @@ class EvalConfig:
     classes: Path | None = None
     """Class names, one a line in index order; by default classnames.txt or classes.txt beside
     the shards."""
+    average: bool = False
+    """Evaluate the averaged weights of a run with --ema."""
+    head_weight: float | None = None
+    """Of a model with weak and strong heads: the weak one's share in the similarity."""
+    held_out: str | None = None
+    """Labelled data, as --data, on which that share is chosen."""
     recall_k: tuple[int, ...] = (1, 5, 10)
     """Ranks at which recall is measured."""
     output: Path | None = None
@@ -60,29 +77,21 @@ def main(arguments: Sequence[str]) -> int:
     """Evaluate; prints one JSON object of metrics."""
     config = tyro.cli(EvalConfig, args=list(arguments), prog="fastclip eval")
     model = load(
-        config.model, choose_device(config.device), trust_checkpoint=config.trust_checkpoint
-    )
-    required = ("cls",) if config.task == "zeroshot" else ("txt",)
-    source = open_source(
-        config.data,
-        config.options,
-        split="val",
-        count=config.num_samples,
-        required=required,
+        config.model,
+        choose_device(config.device),
+        average=config.average,
+        trust_checkpoint=config.trust_checkpoint,
     )
     classes, templates = _classes(config) if config.task == "zeroshot" else ([], [])
-    images = embed_images(
-        model,
-        source,
-        batch_size=config.batch_size,
-        workers=config.workers,
-        precision=config.precision,
-        progress=sys.stderr.isatty(),
-    )
-    if config.task == "zeroshot":
-        metrics = evaluate_zeroshot(model, images, classes, templates, precision=config.precision)
-    else:
+    weight = _head_weight(config, model, classes, templates)
+    images = _embed(config, model, config.data)
+    if config.task == "retrieval":
         metrics = evaluate_retrieval(model, images, k=config.recall_k, precision=config.precision)
+    elif isinstance(model.model, Classifier):
+        metrics = classification_metrics(*labelled(images))
+    else:
+        metrics = evaluate_zeroshot(model, images, classes, templates, precision=config.precision)
+    metrics |= weight
     if images.faults.counts:
         print(f"skipped: {images.faults.report()}", file=sys.stderr)
     print(json.dumps(metrics, indent=2))
@@ -100,6 +109,53 @@ def main(arguments: Sequence[str]) -> int:
     )
     print(f"written to {output}", file=sys.stderr)
     return 0
+
+
+def _embed(config: EvalConfig, model: Model, data: str) -> ImageFeatures:
+    """The features of the images; of a classifier its logits."""
+    required = ("cls",) if config.task == "zeroshot" else ("txt",)
+    classifier = model.model if isinstance(model.model, Classifier) else None
+    return embed_images(
+        model,
+        open_source(data, config.options, split="val", count=config.num_samples, required=required),
+        batch_size=config.batch_size,
+        workers=config.workers,
+        precision=config.precision,
+        progress=sys.stderr.isatty(),
+        encode=classifier.classify if classifier and config.task == "zeroshot" else None,
+    )
+
+
+def _head_weight(
+    config: EvalConfig, model: Model, classes: list[str], templates: list[str]
+) -> dict[str, float]:
+    """Set the share of the weak head, given or chosen; what to say of it."""
+    weight = config.head_weight
+    if weight is None and config.held_out is None:
+        return {}
+    if weight is not None and (config.held_out is not None or not 0 <= weight <= 1):
+        raise ValueError(
+            f"--head-weight is {weight}; give one in [0, 1], or --held-out to choose it on"
+        )
+    if not isinstance(model.model, Rocket):
+        raise ValueError(
+            "--head-weight, --held-out: the model has no weak and strong heads; leave them out"
+        )
+    if config.held_out is not None:
+        if config.held_out == config.data:
+            raise ValueError(
+                f"--held-out is --data, {config.data}: a weight chosen on the test data shows more "
+                "than the model can"
+            )
+        if not classes:
+            raise ValueError("--held-out chooses by zero-shot accuracy; give --head-weight")
+        images = _embed(config, model, config.held_out)
+        precision = config.precision
+        found = accuracy_by_head_weight(model, images, classes, templates, precision=precision)
+        weight = choose_head_weight(found)
+    assert weight is not None
+    model.model.head_weight.fill_(weight)
+    return {"head_weight": weight}
 
 
 def _classes(config: EvalConfig) -> tuple[list[str], list[str]]:

@@ -1,13 +1,11 @@
 """`fastclip quickstart`: train and evaluate a small model on the embedded data."""
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
 import tyro
-from torch import Tensor
 
 from fastclip.data.scenes import CLASSES, TEMPLATES
 from fastclip.data.sources import SceneSource
@@ -15,9 +13,9 @@ from fastclip.device import choose_device
 from fastclip.evaluate.features import embed_images
 from fastclip.evaluate.gallery import draw_retrieval
 from fastclip.evaluate.results import write_result
-from fastclip.evaluate.retrieval import caption_pairs, evaluate_retrieval
+from fastclip.evaluate.retrieval import caption_pairs, chance_of_recall, evaluate_retrieval
 from fastclip.evaluate.zeroshot import evaluate_zeroshot
-from fastclip.models.clip import load
+from fastclip.models.build import load
 from fastclip.train.config import parse
 from fastclip.train.loop import train
 
@@ -72,8 +70,10 @@ def main(arguments: Sequence[str]) -> int:
     queries = sorted(texts, key=lambda text: (-len(text), text))[:: SCENES // 12]
     draw_retrieval(run / "retrieval.png", model, source, images, queries[:QUERIES])
 
-    chance = {("text", k): _chance(pairs[:, 0].bincount(), len(texts), k) for k in (1, 5)} | {
-        ("image", k): _chance(pairs[:, 1].bincount(), len(images.texts), k) for k in (1, 5)
+    chance = {
+        ("text", k): chance_of_recall(pairs[:, 0].bincount(), len(texts), k) for k in (1, 5)
+    } | {
+        ("image", k): chance_of_recall(pairs[:, 1].bincount(), len(images.texts), k) for k in (1, 5)
     }
     rows = [
         (f"zero-shot top-1, {len(CLASSES)} classes", zeroshot["acc1"], 1 / len(CLASSES)),
@@ -90,9 +90,3 @@ def main(arguments: Sequence[str]) -> int:
     print(f"use it              model, preprocess, tokenizer = fastclip.load({str(run)!r})")
     print(f"took {(time.monotonic() - started) / 60:.1f} minutes")
     return 0
-
-
-def _chance(matches: Tensor, keys: int, k: int) -> float:
-    """Expected recall@k of a random ranking of `keys`, given each query's number of matches."""
-    misses = [math.comb(keys - count, k) / math.comb(keys, k) for count in matches.tolist()]
-    return 1 - sum(misses) / len(misses)

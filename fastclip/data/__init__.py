@@ -8,7 +8,7 @@
 | `generated`, `scenes` | samples that are made: the embedded world, noise |
 | `order`, `training_samples`, `loader`, `progress`, `faults` | which sample when, and batches |
 | `augment`, `views`, `portable`, `dali` | parameters of views, and the two pipelines |
-| `captions`, `text_augment`, `hard_negatives` | texts |
+| `captions`, `text_augment`, `hard_negatives`, `tokens`, `labels` | texts, labels |
 | `check`, `preview` | looking at data |
 | `convert`, `imagenet_captions`, `recaption`, `writing`, `editing` | making shards |
 """

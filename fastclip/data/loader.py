@@ -88,9 +88,12 @@ class TrainingLoader:
     images: V tensors (B, 3, S, S) uint8, one a view. params: (B, V, PARAMS) float32, see
     `AugmentationParams.encode`. texts: T tensors (B, L) int64, one a text view. captions: the
     texts themselves. negatives: (B, K, L) int64, where hard negatives are asked for, and
-    false_captions, their texts. key, position: of each sample. faults: what could not be read on
-    the way. Samples without pixels have, in the place of images, what `fastclip.data.dali` takes:
-    encoded, all files end to end (bytes,) uint8; lengths, of each; draws, of each its V views'.
+    false_captions, their texts. cut: how many of each sample's texts, negatives included, were
+    longer than the tokenizer's context. label: (B,) int64, -1 for none, where labels are asked for.
+    key, position: of each sample. faults: what could not be read on the way. Samples without a
+    tokenizer have nothing of texts. Samples without pixels have, in the place of images, what
+    `fastclip.data.dali` takes: encoded, all files end to end (bytes,) uint8; lengths, of each;
+    draws, of each its V views'.
 
     Args:
         samples: what to load.

@@ -14,17 +14,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fastclip.data.augment import Augmentation, draw_view
-from fastclip.data.captions import CaptionSampling, DrawnCaptions
+from fastclip.data.captions import CaptionSampling
 from fastclip.data.index import Fault
+from fastclip.data.labels import LabelSource
 from fastclip.data.order import Order, hash64
 from fastclip.data.portable import decode_pixels, portable, trim
 from fastclip.data.progress import ReadingBoard
 from fastclip.data.samples import Sample, Source, UnreadableSample, decode
+from fastclip.data.tokens import Tokenizer, tokenize
 from fastclip.data.views import Hue, render_view
 
 REPLACEMENT_ATTEMPTS = 32
-
-Tokenizer = Callable[[list[str]], Tensor]
 
 
 class TrainingSamples(Dataset[dict[str, Any]]):
@@ -34,8 +34,10 @@ class TrainingSamples(Dataset[dict[str, Any]]):
         source: where samples come from.
         order: which one is where.
         views: what each view of an image may be; one or more.
-        tokenizer: makes (n, L) int64 of n texts.
+        tokenizer: makes (n, L) int64 of n texts; None for batches without texts, of samples that
+            need no caption.
         captions: how texts are drawn; by default one of the sample's, as it is.
+        labels: where labels come from; None for batches without.
         pixels: make the views here. Otherwise a batch carries the images' bytes and the drawn
             parameters, for `fastclip.data.dali`.
         hue: see `fastclip.data.views.render_view`.
@@ -46,9 +48,10 @@ class TrainingSamples(Dataset[dict[str, Any]]):
         source: Source,
         order: Order,
         views: Augmentation | Sequence[Augmentation],
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         captions: CaptionSampling | None = None,
         *,
+        labels: LabelSource | None = None,
         pixels: bool = True,
         hue: Hue = "yiq",
     ) -> None:
@@ -57,6 +60,7 @@ class TrainingSamples(Dataset[dict[str, Any]]):
         self.views = (views,) if isinstance(views, Augmentation) else tuple(views)
         self.tokenizer = tokenizer
         self.captions = captions or CaptionSampling()
+        self.labels = labels
         self.pixels = pixels
         self.hue: Hue = hue
         self.board = ReadingBoard()
@@ -84,9 +88,10 @@ class TrainingSamples(Dataset[dict[str, Any]]):
                 with self.board.reading(shard):
                     sample = self.source.read(shard, index, pixels=False)
                     image = prepare(sample)
-                texts = self.captions.draw(sample, self._stream(epoch, position, 5))
+                texts = self._texts(sample, self._stream(epoch, position, 5))
                 faults += self.source.drain_faults()
-                return self._prepared(sample, image, texts, faults, epoch, position)
+                prepared = self._prepared(sample, image, epoch, position)
+                return {**prepared, **texts, "faults": faults}
             except UnreadableSample as error:
                 faults.append(error.fault)
             candidate = hash64(self.order.seed, epoch, position, 3, attempt) % len(self.order)
@@ -95,33 +100,35 @@ class TrainingSamples(Dataset[dict[str, Any]]):
             "the data is damaged beyond skipping"
         )
 
+    def _texts(self, sample: Sample, rng: random.Random) -> dict[str, Any]:
+        """What a batch has of the sample's texts."""
+        if self.tokenizer is None:
+            return {}
+        drawn = self.captions.draw(sample, rng)
+        tokens, cut = tokenize(self.tokenizer, [*drawn.texts, *drawn.negatives])
+        count = len(drawn.texts)
+        texts = {"texts": list(tokens[:count]), "captions": drawn.texts, "cut": cut}
+        if drawn.negatives:
+            texts |= {"negatives": tokens[count:], "false_captions": drawn.negatives}
+        return texts
+
     def _prepared(
-        self,
-        sample: Sample,
-        image: Tensor | Image.Image | bytes,
-        texts: DrawnCaptions,
-        faults: list[Fault],
-        epoch: int,
-        position: int,
+        self, sample: Sample, image: Tensor | Image.Image | bytes, epoch: int, position: int
     ) -> dict[str, Any]:
+        """What a batch has of all but the sample's texts."""
         width, height = sample.image.size
         draws = [
             draw_view(view, width, height, self._stream(epoch, position, 2, number))
             for number, view in enumerate(self.views)
         ]
-        tokens = self.tokenizer([*texts.texts, *texts.negatives])
-        count = len(texts.texts)
-        prepared = {
+        prepared: dict[str, Any] = {
             "key": sample.key,
             "position": position,
-            "faults": faults,
             "params": torch.stack([draw.encode(width, height) for draw in draws]),
-            "texts": list(tokens[:count]),
-            "captions": texts.texts,
         }
-        if texts.negatives:
-            prepared["negatives"] = tokens[count:]
-            prepared["false_captions"] = texts.negatives
+        if self.labels is not None:
+            label = self.labels.draw(sample, self._stream(epoch, position, 6))
+            prepared["label"] = torch.tensor(label)
         if isinstance(image, Tensor):
             prepared["images"] = [
                 render_view(image, draw, view.size, self.hue)

@@ -1,6 +1,6 @@
 """Normalised features of a data set, in the data's own order."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,8 +41,13 @@ def embed_images(
     workers: int = 0,
     precision: str = "fp32",
     progress: bool = False,
+    encode: Callable[[Tensor], Tensor] | None = None,
 ) -> ImageFeatures:
     """Image features of every readable sample of `source`.
+
+    Args:
+        encode: what is made of a batch of images in their place, (N, D): a classifier's logits,
+            say, which are left as they are; by default the model's image features, normalised.
 
     Raises:
         ValueError: no sample at all could be read.
@@ -67,7 +72,9 @@ def embed_images(
             if "image" not in batch:
                 continue
             images = batch["image"].to(device)
-            found.append(normalised(towers.encode_image(images)))
+            found.append(
+                encode(images).float().cpu() if encode else normalised(towers.encode_image(images))
+            )
             texts += batch["texts"]
             labels += batch["label"]
             keys += batch["key"]

@@ -1,5 +1,6 @@
 """Image-text retrieval: recall at k, chunked and exact."""
 
+import math
 from itertools import chain
 
 import torch
@@ -86,3 +87,9 @@ def caption_pairs(captions: list[tuple[str, ...]]) -> tuple[list[str], Tensor]:
     index = {text: i for i, text in enumerate(dict.fromkeys(chain.from_iterable(captions)))}
     pairs = [[image, index[text]] for image, own in enumerate(captions) for text in set(own)]
     return list(index), torch.tensor(sorted(pairs))
+
+
+def chance_of_recall(matches: Tensor, keys: int, k: int) -> float:
+    """Expected recall@k of a random ranking of `keys`, given each query's number of matches."""
+    misses = [math.comb(keys - count, k) / math.comb(keys, k) for count in matches.tolist()]
+    return 1 - sum(misses) / len(misses)

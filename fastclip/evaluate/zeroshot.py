@@ -35,7 +35,13 @@ def class_embeddings(
         raise ValueError(f"{len(classes)} classes and {len(templates)} templates: both are needed")
     prompts = [fill_template(template, name) for name in classes for template in templates]
     features = embed_texts(model, prompts, precision=precision)
-    return F.normalize(features.view(len(classes), len(templates), -1).mean(dim=1), dim=-1)
+    means = features.view(len(classes), len(templates), -1).mean(dim=1)
+    # a feature of several parts has a norm for each
+    return getattr(model.model, "renormalize", _unit)(means)
+
+
+def _unit(features: Tensor) -> Tensor:
+    return F.normalize(features, dim=-1)
 
 
 def zeroshot_metrics(features: Tensor, classes: Tensor, labels: Tensor) -> dict[str, float]:
@@ -47,7 +53,16 @@ def zeroshot_metrics(features: Tensor, classes: Tensor, labels: Tensor) -> dict[
     Raises:
         ValueError: a label is outside the classes.
     """
-    count = classes.shape[0]
+    return classification_metrics(features @ classes.T, labels)
+
+
+def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """As `zeroshot_metrics`, of logits (N, C).
+
+    Raises:
+        ValueError: a label is outside the classes.
+    """
+    count = logits.shape[1]
     if labels.numel() == 0 or labels.min() < 0 or labels.max() >= count:
         raise ValueError(
             f"labels run from {labels.min()} to {labels.max()}, but the {count} classes given are "
@@ -55,7 +70,6 @@ def zeroshot_metrics(features: Tensor, classes: Tensor, labels: Tensor) -> dict[
             if labels.numel()
             else "there are no labels"
         )
-    logits = features @ classes.T
     # rank of the true class, ties against it
     truth = logits.gather(1, labels[:, None])
     # NaN is below nothing: a broken model must not look perfect
@@ -82,12 +96,21 @@ def evaluate_zeroshot(
     Raises:
         ValueError: no image has a label.
     """
-    labelled = [i for i, label in enumerate(images.labels) if label is not None]
-    if not labelled:
-        raise ValueError("no sample has a class index (KEY.cls); zero-shot needs labels")
-    labels = torch.tensor([images.labels[i] for i in labelled])
+    features, labels = labelled(images)
     embeddings = class_embeddings(model, classes, templates, precision=precision)
-    return zeroshot_metrics(images.features[labelled], embeddings, labels)
+    return zeroshot_metrics(features, embeddings, labels)
+
+
+def labelled(images: ImageFeatures) -> tuple[Tensor, Tensor]:
+    """The features (or logits) of images that carry labels, and the labels.
+
+    Raises:
+        ValueError: no image has a label.
+    """
+    rows = [i for i, label in enumerate(images.labels) if label is not None]
+    if not rows:
+        raise ValueError("no sample has a class index (KEY.cls); zero-shot needs labels")
+    return images.features[rows], torch.tensor([images.labels[i] for i in rows])
 
 
 def classes_of(data: str, dataset_type: str = "auto") -> tuple[list[str], list[str]] | None:

@@ -18,6 +18,9 @@ from torch import Tensor
 from fastclip.atomic import PARTIAL_SUFFIX, describe, partial_of, prepare_text, publish
 from fastclip.models import sharded
 
+# of averaged weights, beside "state_dict"; timm's name
+AVERAGE = "state_dict_ema"
+
 
 def write(path: Path, content: dict[str, Any]) -> None:
     """Write `content` to `path` atomically, then its manifest.
@@ -144,18 +147,24 @@ def read(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_weights(path: Path, *, trust: bool = False) -> dict[str, Tensor]:
+def read_weights(path: Path, *, average: bool = False, trust: bool = False) -> dict[str, Tensor]:
     """The state dictionary in a checkpoint of fastclip's or open_clip's, or a bare one.
 
     Names lose the "module." that data-parallel training puts in front.
 
     Args:
+        average: the averaged weights beside them.
         trust: whether a folder of DeepSpeed's may be read, which can run code.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, holds no weights, or is not trusted.
+        ValueError: the file is damaged, holds no weights or no average, or is not trusted.
     """
+    if average:
+        content = read(path)
+        if AVERAGE not in content:
+            raise ValueError(f"{path} holds no averaged weights: its run had no --ema")
+        return content[AVERAGE]
     if sharded.is_sharded(path):
         require_trust(path, trust)
         return sharded.export(path)

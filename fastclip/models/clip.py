@@ -3,14 +3,14 @@
 import difflib
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastclip.models.checkpoint import read_weights, resolve, run_of
+from fastclip.models.checkpoint import read_weights
 
 CONFIG_FILE = "open_clip_config.json"
 
@@ -18,6 +18,9 @@ CONFIG_FILE = "open_clip_config.json"
 SIGLIP = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
 
 _CONFIGS = Path(__file__).with_name("configs")
+_COUNT = ".num_batches_tracked"
+# names in a message
+_SHOWN = 3
 
 
 class Model(NamedTuple):
@@ -79,7 +82,7 @@ def create(
         return _build(name, device, options=options)
     if Path(pretrained).is_file():
         built = _build(name, device, options=options)
-        _load_weights(built.model, read_weights(Path(pretrained)), pretrained)
+        load_weights(built.model, read_weights(Path(pretrained)), pretrained)
         return built
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained not in tags:
@@ -104,43 +107,45 @@ def describe(name: str, model: Model) -> dict[str, Any]:
     }
 
 
-def load(
-    path: str | Path, device: str | torch.device = "cpu", *, trust_checkpoint: bool = False
-) -> Model:
-    """A trained model, its evaluation transform and its tokenizer.
+def build_described(run: Path, device: str | torch.device) -> Model:
+    """The model that `open_clip_config.json` in a run's folder describes, with random weights."""
+    return _build(f"local-dir:{run}", device)
+
+
+def load_weights(model: nn.Module, state_dict: dict[str, Tensor], origin: str) -> None:
+    """Load weights, all of them.
 
     Args:
-        path: a run folder as `fastclip train` writes it (its latest whole checkpoint is taken),
-            or one checkpoint file inside it.
-        device: where the parameters are put.
-        trust_checkpoint: whether DeepSpeed's files may be read, which can run any code.
-
-    Returns:
-        (model, preprocess, tokenizer), the model in evaluation mode.
+        origin: where they are from, for the message.
 
     Raises:
-        FileNotFoundError: there is no run, no checkpoint or no model description there.
-        ValueError: the checkpoint is not of the described model, or is not trusted.
+        ValueError: they are of another architecture; the message tells which names differ.
     """
-    path = Path(path)
-    run = run_of(path)
-    if not (run / CONFIG_FILE).is_file():
-        raise FileNotFoundError(
-            f"{run / CONFIG_FILE} does not exist: {path} is no run of fastclip train"
-        )
-    checkpoint = resolve(path)
-    state = read_weights(checkpoint, trust=trust_checkpoint)
-    built = _build(f"local-dir:{run}", device)
-    _load_weights(built.model, state, str(checkpoint))
-    built.model.eval()
-    return built
+    own = model.state_dict()
+    # a frozen batch normalisation counts no batches: no difference in architecture
+    counted = {n: v for n, v in own.items() if n.endswith(_COUNT)}
+    kept = {n: v for n, v in state_dict.items() if n in own or not n.endswith(_COUNT)}
+    problem = differences(own, {**counted, **kept})
+    if problem:
+        raise ValueError(f"{origin} does not fit the model: {problem}")
+    model.load_state_dict({**counted, **kept})
 
 
-def _load_weights(model: nn.Module, state_dict: dict[str, Tensor], origin: str) -> None:
-    try:
-        model.load_state_dict(state_dict)
-    except RuntimeError as error:
-        raise ValueError(f"{origin} does not fit the model: {error}") from error
+def differences(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
+    """How weights differ in names and shapes from those wanted, in a line; empty if they do not."""
+    shared = wanted.keys() & found.keys()
+    others = sorted(name for name in shared if wanted[name].shape != found[name].shape)
+    shapes = [f"{n} {tuple(found[n].shape)} for {tuple(wanted[n].shape)}" for n in others]
+    kinds = {
+        "missing": sorted(wanted.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - wanted.keys()),
+        "of another shape": shapes,
+    }
+    return "; ".join(
+        f"{len(names)} {kind}: {', '.join(names[:_SHOWN])}{', ...' if names[_SHOWN:] else ''}"
+        for kind, names in kinds.items()
+        if names
+    )
 
 
 def _build(

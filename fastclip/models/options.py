@@ -1,10 +1,15 @@
 """What the flags say of the system that is trained: objective, heads, towers."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 _Language = Literal["clip", "slip", "siamlip", "byolip", "barlip", "swalip", "rocket", "uniclip"]
 Objective = Literal[_Language, "classify", "simclr"]
+
+# with a weak view of image and text, and strong ones besides
+CROSSED = ("siamlip", "byolip", "barlip", "swalip", "rocket")
+_STRONG_VIEWS = {"slip": 2, "uniclip": 2, "simclr": 2, **dict.fromkeys(CROSSED, 2)}
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,8 @@ class SystemOptions:
     separate_heads: bool = True
     """Heads of their own for strong views; without, one linear head a modality serves all."""
     projector_hidden: int | None = None
-    """Width of the hidden layers of the added term's projectors; by default the paper's."""
+    """Width of the hidden layers of the projectors of slip, simclr and the added terms; by default
+    the paper's."""
     projector_width: int | None = None
     """Width of what they project to; by default the paper's."""
     separate_projectors: bool = False
@@ -83,3 +89,64 @@ class SystemOptions:
     model."""
     finetune: str | None = None
     """Run or checkpoint, of any objective, whose image tower is begun with."""
+
+    def __post_init__(self) -> None:
+        views, objective = self.strong_views, self.objective
+        if views is not None:
+            if objective not in _STRONG_VIEWS:
+                raise ValueError(f"--strong-views: {objective} has none; leave it out")
+            if objective in ("slip", "simclr", "swalip") and views != 2:
+                raise ValueError(f"--strong-views is {views}; {objective} contrasts 2")
+            if views < 0:
+                raise ValueError(f"--strong-views is {views}; give 0 or more")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"--label-smoothing is {self.label_smoothing}; give one in [0, 1)")
+        if objective == "swalip" and self.label_smoothing:
+            raise ValueError("--label-smoothing: swalip has soft targets already; leave it out")
+        if self.label_smoothing and (objective == "slip" or (objective in CROSSED and views == 0)):
+            raise ValueError(
+                f"--label-smoothing: {objective} has no pairs of strong views to smooth; leave it "
+                "out"
+            )
+        if self.hard_negatives < 0 or (self.hard_negatives and objective != "clip"):
+            raise ValueError(
+                f"--hard-negatives is {self.hard_negatives} with {objective}; give 0 or more, to "
+                "clip alone"
+            )
+        if objective != "uniclip" and (self.pair_weight or self.pair_loss != "mp-nce"):
+            raise ValueError(f"--pair-loss, --pair-weight are uniclip's, not {objective}'s")
+        for name in ("head_width", "head_hidden", "projector_hidden", "projector_width"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {value}; give at least 1")
+        if self.extra_weight is not None and not 0 < self.extra_weight < math.inf:
+            raise ValueError(f"--extra-weight is {self.extra_weight}; give a positive number")
+        if self.context_length is not None and self.text_lm is None:
+            raise ValueError(
+                "--context-length is for --text-lm; of other text towers it is in --model's config"
+            )
+        if self.text_lm is not None and objective in ("classify", "simclr"):
+            raise ValueError(f"--text-lm: {objective} has no text; leave it out")
+        if objective == "classify" and self.label_source == "text" and self.classes is None:
+            raise ValueError("--label-source text finds class names: give --classes FILE")
+        if self.classifier_init == "zeroshot" and (objective != "classify" or not self.finetune):
+            raise ValueError(
+                "--classifier-init zeroshot takes the text features of --finetune's model for "
+                "--objective classify; give both"
+            )
+
+    @property
+    def strong(self) -> int:
+        """Strong views of each image."""
+        if self.strong_views is not None:
+            return self.strong_views
+        return _STRONG_VIEWS.get(self.objective, 0)
+
+    @property
+    def views(self) -> tuple[int, int]:
+        """Image views and text views of each sample, the weak one included."""
+        if self.objective == "simclr":
+            return self.strong, 0
+        if self.objective == "classify":
+            return 1, 0
+        return 1 + self.strong, 1 + self.strong if self.objective in CROSSED else 1

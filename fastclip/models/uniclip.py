@@ -1,118 +1,223 @@
 """UniCLIP (Lee et al. 2022): one space for views and texts, and a head told the augmentation."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastclip.data.augment import PARAMS, AugmentationParams
-from fastclip.losses.mp_nce import MPNCELoss
+from fastclip.functional import clip_loss, mp_nce_loss, sup_con_loss
+from fastclip.losses.mp_nce import balanced_pair_weight
+from fastclip.models.options import SystemOptions
+from fastclip.models.system import PREFIX, Criterion, TwoTowers
 from fastclip.nn.augmentation_encoder import AugmentationEncoder, ResidualHead
 from fastclip.nn.heads import linear_head
+from fastclip.ops.collectives import ranks_of
 
 IMAGE, TEXT = 0, 1
+MAX_SCALE = 100.0
 
 
-class Blocks(NamedTuple):
-    """What `MPNCELoss` takes: V + T blocks (N, D) of one pair order, and their domains."""
+class UniClipCriterion(Criterion):
+    """Heads, the similarity of each domain pair, and the loss over the blocks of views and texts.
 
-    features: list[Tensor]
-    domains: list[int]
-
-
-class UniClip(nn.Module):
-    """Towers of open_clip's under UniCLIP's heads, with the loss's temperatures and offsets.
-
-    The towers' own features, before their last normalisation, are what the heads project.
+    The similarity of domains p and q is s = (cos - offset_pq) / temperature_pq; both are learned,
+    packed as image-image, image-text, text-text.
 
     Args:
-        towers: has `encode_image` and `encode_text`, as open_clip's models have.
-        width: of the towers' features, open_clip's `embed_dim`.
+        width: of the towers' features.
         output: of the common space; by default `width`.
-        augmentation_encoder: False leaves the image head without it: the same residual head, which
-            always sees the embedding of no augmentation (the paper's ablation).
-        loss: by default MP-NCE with a temperature and offset for each domain pair and pairs weighed
-            alike; `MPNCELoss(num_domains=1)` shares one (the ablation).
+        pair_loss: "mp-nce"; or its ablations "info-nce", CLIP's loss of each two blocks by
+            themselves, and "sup-con", with positives in each other's denominators and one
+            temperature.
+        pair_weight: weights of image-image, image-text and text-text positives in the mean over
+            all; None for weights under which each kind present contributes alike.
+        augmentation_encoder: False leaves the image head as it is but tells it of no augmentation.
+        shared_similarity: one temperature for all pairs, whose offset would cancel.
+        temperature: the initial one, of every pair.
         blocks: residual blocks of the image head.
 
     Attributes:
-        no_augmentation: (PARAMS,), the vector that evaluation uses.
+        no_augmentation: (1, PARAMS), the vector that evaluation uses.
+        log_temperature: (3,), or (1,) where it is shared.
+        offset: (3,), or None where it would cancel.
+
+    Raises:
+        ValueError: a weight is negative, that of image-text is 0, or sup-con is given any.
     """
 
     no_augmentation: Tensor
+    pair: Tensor
 
     def __init__(
         self,
-        towers: nn.Module,
         width: int,
         output: int | None = None,
         *,
+        pair_loss: str = "mp-nce",
+        pair_weight: tuple[float, float, float] | None = None,
         augmentation_encoder: bool = True,
-        loss: MPNCELoss | None = None,
+        shared_similarity: bool = False,
+        temperature: float = 0.07,
         blocks: int = 3,
     ) -> None:
         super().__init__()
+        if pair_weight is not None:
+            _check_weight(pair_weight, pair_loss)
         output = width if output is None else output
-        self.towers = towers
+        self.pair_loss, self.pair_weight = pair_loss, pair_weight
         self.tells_augmentation = augmentation_encoder
         self.augmentation_encoder = AugmentationEncoder(PARAMS)
         self.image_head = ResidualHead(
             width, self.augmentation_encoder.width, output, blocks=blocks
         )
         self.text_head = linear_head(width, output)
-        self.loss = MPNCELoss(pair_weight="balanced") if loss is None else loss
         neutral = AugmentationParams.identity(1, 1).encode(1, 1)
-        self.register_buffer("no_augmentation", neutral, persistent=False)
+        self.register_buffer("no_augmentation", neutral[None], persistent=False)
 
-    def forward(self, images: Sequence[Tensor], params: Tensor, texts: Sequence[Tensor]) -> Blocks:
-        """The normalised blocks of a batch.
+        shared = shared_similarity or pair_loss == "sup-con"
+        table = torch.tensor([[0, 0], [0, 0]] if shared else [[0, 1], [1, 2]])
+        self.register_buffer("pair", table, persistent=False)
+        pairs = int(table.max()) + 1
+        self.log_temperature = nn.Parameter(torch.full((pairs,), math.log(temperature)))
+        self.bounds = {"log_temperature": (-math.log(MAX_SCALE), math.inf)}
+        self.offset: nn.Parameter | None = None
+        # a constant cancels in a softmax, so offsets count only where one mixes domain pairs
+        if pair_loss == "mp-nce" and not shared:
+            self.offset = nn.Parameter(torch.zeros(pairs))
+            self.bounds["offset"] = (-math.inf, math.inf)
 
-        Args:
-            images: V views, each (N, 3, S, S), normalised as the towers want them.
-            params: (N, V, PARAMS), a batch's `params`.
-            texts: T tensors (N, L) of tokens.
+    def forward(
+        self,
+        features: Mapping[str, Tensor],
+        *,
+        targets: Mapping[str, Tensor] | None = None,
+        **exchange: Any,
+    ) -> Tensor:
+        """See `Criterion.forward`; features: image.0, ..., text.0, ..., params (N, V, PARAMS)."""
+        blocks, domains = [], []
+        for name, rows in features.items():
+            kind, _, view = name.partition(".")
+            if kind == "image":
+                blocks.append(self.project_image(rows, features["params"][:, int(view)]))
+                domains.append(IMAGE)
+            elif kind == "text":
+                blocks.append(self.text_head(rows))
+                domains.append(TEXT)
+        losses = {"mp-nce": self._mp_nce, "info-nce": self._info_nce, "sup-con": self._sup_con}
+        normalised = [F.normalize(block, dim=-1) for block in blocks]
+        return losses[self.pair_loss](normalised, domains, exchange)
+
+    def project_image(self, features: Tensor, params: Tensor | None = None) -> Tensor:
+        """(N, width), told (N, PARAMS) or None for no augmentation, to (N, output)."""
+        if params is None or not self.tells_augmentation:
+            params = self.no_augmentation
+        told = self.augmentation_encoder(params.to(features.dtype))
+        return self.image_head(features, told.expand(len(features), -1))
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """The inverse temperatures, (2, 2)."""
+        return torch.exp(-self.log_temperature)[self.pair]
+
+    def _mp_nce(
+        self, blocks: Sequence[Tensor], domains: Sequence[int], exchange: dict[str, Any]
+    ) -> Tensor:
+        scale = self.logit_scale
+        offset = None if self.offset is None else -self.offset[self.pair] * scale
+        weight = self._weights(domains)
+        return mp_nce_loss(blocks, domains, scale, offset, pair_weight=weight, **exchange)
+
+    def _info_nce(
+        self, blocks: Sequence[Tensor], domains: Sequence[int], exchange: dict[str, Any]
+    ) -> Tensor:
+        scale, weight = self.logit_scale, self._weights(domains)
+        terms = [
+            weight[p][q] * clip_loss(x, y, scale[p, q], **exchange)
+            for (x, p), (y, q) in combinations(zip(blocks, domains, strict=True), 2)
+        ]
+        return torch.stack(terms).mean()
+
+    def _sup_con(
+        self, blocks: Sequence[Tensor], domains: Sequence[int], exchange: dict[str, Any]
+    ) -> Tensor:
+        count, own, sizes = len(blocks), len(blocks[0]), exchange.get("sizes")
+        ranks = ranks_of(exchange.get("dist"), exchange.get("group"), sizes, own)
+        if sizes is not None:
+            exchange = {**exchange, "sizes": [count * size for size in sizes]}
+        # samples are numbered over all ranks
+        first = 0 if ranks is None else sum(ranks.sizes[: ranks.rank])
+        sample = torch.arange(first, first + own, device=blocks[0].device)
+        temperature = self.log_temperature.exp()
+        return sup_con_loss(torch.cat(list(blocks)), sample.repeat(count), temperature, **exchange)
+
+    def _weights(self, domains: Sequence[int]) -> list[list[float]]:
+        if self.pair_weight is None:
+            return balanced_pair_weight(domains, 2)
+        image_image, image_text, text_text = self.pair_weight
+        return [[image_image, image_text], [image_text, text_text]]
+
+
+class UniClip(TwoTowers):
+    """Towers under UniCLIP's heads; see `TwoTowers`."""
+
+    criterion: UniClipCriterion
+
+    @classmethod
+    def of(cls, towers: nn.Module, width: int, options: SystemOptions) -> "UniClip":
+        """The system that the options describe, on towers with features of this width."""
+        criterion = UniClipCriterion(
+            width,
+            options.head_width,
+            pair_loss=options.pair_loss,
+            pair_weight=options.pair_weight,
+            augmentation_encoder=options.augmentation_encoder,
+            shared_similarity=options.shared_similarity,
+        )
+        return cls(towers, criterion, *options.views)
+
+    def features(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """See `TwoTowers.features`; beside them params, (N, V, PARAMS).
 
         Raises:
             ValueError: `params` is not of these views.
         """
+        images, params = batch["images"], batch["params"]
         if params.shape != (len(images[0]), len(images), PARAMS):
             raise ValueError(
                 f"params are {tuple(params.shape)} for {len(images)} views of {len(images[0])} "
                 f"images; give (N, V, {PARAMS})"
             )
-        blocks = [
-            self.encode_image(image, params[:, view], normalize=True)
-            for view, image in enumerate(images)
-        ]
-        blocks += [self.encode_text(text, normalize=True) for text in texts]
-        return Blocks(blocks, [IMAGE] * len(images) + [TEXT] * len(texts))
-
-    def objective(self, blocks: Blocks) -> Tensor:
-        """The loss, 0-d, of what `forward` gave; one shared domain where the loss has one."""
-        domains = blocks.domains
-        if self.loss.index.shape[0] == 1:
-            domains = [0] * len(domains)
-        return self.loss(blocks.features, domains)
+        return {**super().features(batch), "params": params}
 
     def encode_image(
-        self, image: Tensor, params: Tensor | None = None, normalize: bool = False
+        self, image: Tensor, normalize: bool = False, params: Tensor | None = None
     ) -> Tensor:
         """(N, 3, S, S) to (N, output); params (N, PARAMS), or None for no augmentation."""
-        if params is None or not self.tells_augmentation:
-            params = self.no_augmentation.expand(len(image), -1)
-        features = self.towers.encode_image(image)  # type: ignore[operator]
-        told = self.augmentation_encoder(params.to(self.no_augmentation.device))
-        projected = self.image_head(features, told)
+        projected = self.criterion.project_image(self.towers.encode_image(image), params)
         return F.normalize(projected, dim=-1) if normalize else projected
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
         """(N, L) tokens to (N, output)."""
-        projected = self.text_head(self.towers.encode_text(text))  # type: ignore[operator]
+        projected = self.criterion.text_head(self.towers.encode_text(text))
         return F.normalize(projected, dim=-1) if normalize else projected
 
-    @torch.no_grad()
-    def clamp_scale_(self) -> None:
-        """Hold every temperature in its bound; call it after an optimiser step."""
-        self.loss.clamp_scale_()
+    @property
+    def logit_scale_of(self) -> tuple[str, Callable[[Tensor], Tensor]]:
+        """See `System.logit_scale_of`."""
+        entry = self.criterion.pair[IMAGE, TEXT].item()
+        return PREFIX + "log_temperature", lambda value: torch.exp(-value[entry])
+
+
+def _check_weight(weight: tuple[float, float, float], pair_loss: str) -> None:
+    if pair_loss == "sup-con":
+        raise ValueError(f"pair_weight is {weight}, and has no part in sup-con; leave it out")
+    if not (min(weight) >= 0 and weight[1] > 0 and math.isfinite(sum(weight))):
+        raise ValueError(
+            f"pair_weight is {weight}; give three numbers from 0 on, the second, of image-text "
+            "pairs, above 0"
+        )

@@ -32,6 +32,7 @@ def accumulate(
     loss: Callable[[dict[str, Tensor]], Tensor],
     *,
     shared: Collection[str] = ("logit_scale", "logit_bias"),
+    constant: Callable[[Batch], Mapping[str, Tensor]] = lambda batch: {},
     backward: Callable[[Tensor], Any] = torch.Tensor.backward,
     scale_loss: Callable[[Tensor], Tensor] | None = None,
     context: Callable[[bool], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
@@ -54,6 +55,8 @@ def accumulate(
             micro-batches, the shared ones once. Parameters of its own (a projection head) get
             their gradient too, but must not be under data-parallel averaging.
         shared: names of outputs that belong to no sample and are equal in all micro-batches.
+        constant: further outputs of a micro-batch, by names of their own, that no gradient reaches
+            (a teacher's); computed once, without a graph, after `forward`'s.
         backward: takes a 0-d tensor backward: once a micro-batch, through every output. Of several
             micro-batches it gets surrogates, whose values mean nothing and whose gradients are to
             be added up, not averaged.
@@ -77,15 +80,18 @@ def accumulate(
         with context(True):
             output = forward(micro_batches[0])
             _check([output], shared)
-            value = loss(dict(output))
+            with torch.no_grad():
+                fixed = constant(micro_batches[0])
+            value = loss({**output, **fixed})
             backward(value if scale_loss is None else scale_loss(value))
         return value.detach()
 
-    outputs, states = [], []
+    outputs, constants, states = [], [], []
     with torch.no_grad():
         for batch in micro_batches:
             states.append(_random_state())
             outputs.append(forward(batch))
+            constants.append(constant(batch))
     # casts of weights that older releases of torch cached just now have no gradient
     torch.clear_autocast_cache()
     _check(outputs, shared)
@@ -99,7 +105,8 @@ def accumulate(
         for name, value in whole.items()
         if value.is_floating_point()
     }
-    value = loss({**whole, **leaves})
+    fixed = {name: torch.cat([part[name] for part in constants]) for name in constants[0]}
+    value = loss({**whole, **leaves, **fixed})
     (value if scale_loss is None else scale_loss(value)).backward()
     end = _random_state()
     gradients = {}
@@ -110,7 +117,7 @@ def accumulate(
             gradients[name] = [torch.zeros_like(leaf)] * last + [gradient]
         else:
             gradients[name] = list(gradient.split([len(output[name]) for output in outputs]))
-    del outputs, whole, leaves
+    del outputs, whole, leaves, constants, fixed
 
     for index, batch in enumerate(micro_batches):
         with context(index == last):

@@ -6,19 +6,20 @@ types, and a flag given by hand wins.
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from fastclip.data.options import CACHE_BYTES, DatasetType
+from fastclip.models.options import SystemOptions
 from fastclip.ops.backend import IMPLEMENTATIONS
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Train a CLIP model. Flag names are open_clip's where open_clip has them."""
+class TrainConfig(SystemOptions):
+    """Train a CLIP model, or another system. Flag names are open_clip's where it has them."""
 
     name: str | None = None
     """Name of the run's folder under --logs; by default the time and the model."""
@@ -80,11 +81,14 @@ class TrainConfig:
     """What decodes and augments: DALI, on the GPU if there is one; or, named after the transforms
     it stands in for, the host's loader processes. auto takes DALI where it is installed and there
     is a GPU; on a CPU it is the slower one."""
-    augment: Literal["crop", "weak", "strong"] = "crop"
+    augment: Literal["crop", "weak", "strong"] | None = None
     """crop: a random crop, of 0.9 of the image or more. weak, strong: CLIP-Rocket's views, crops of
-    0.5 and of 0.08 or more; the strong one has flip, colour jitter, grayscale and blur."""
+    0.5 and of 0.08 or more; the strong one has flip, colour jitter, grayscale and blur. By default
+    crop, or weak where --objective has strong views besides."""
     aug_scale: tuple[float, float] | None = None
     """Least and greatest share of the image that a random crop keeps, in place of --augment's."""
+    strong_scale: tuple[float, float] | None = None
+    """As --aug-scale, for the strong views of --objective."""
     aug_flip: float | None = None
     """Probability of a horizontal flip, in place of --augment's."""
     captions: str | None = None
@@ -94,7 +98,8 @@ class TrainConfig:
     sentence_sampling: bool = False
     """Train on a random part of a caption's sentences, in their order."""
     text_augment: Literal["none", "weak", "strong"] = "none"
-    """weak: stop-words removed, often. strong: then a synonym, a swap or a deletion as well."""
+    """weak: stop-words removed, often. strong: then a synonym, a swap or a deletion as well. The
+    strong views of --objective are strong in any case."""
     allow_commands: bool = False
     """Let data be named by commands, 'pipe:COMMAND', which the shell then runs."""
 
@@ -121,10 +126,11 @@ class TrainConfig:
     """Course of the learning rate after warm-up."""
     grad_clip_norm: float | None = None
     """Greatest norm of the gradient; larger ones are scaled down."""
+    ema: float | None = None
+    """Keep an average of the weights that keeps this share of itself in each step, e.g. 0.999, and
+    evaluate it too. byolip's teacher is this average, by default with 0.99."""
     siglip: bool = False
     """The sigmoid loss; the model gets a logit bias."""
-    label_smoothing: float = 0.0
-    """Mass of the loss's target spread over all candidates."""
     local_loss: bool = False
     """open_clip's flag; the work is shared among the processes in any case."""
     gather_with_grad: bool = True
@@ -170,6 +176,18 @@ class TrainConfig:
     none."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.siglip and (self.objective != "clip" or self.hard_negatives):
+            raise ValueError(
+                "--siglip is a loss of --objective clip without --hard-negatives; leave it out"
+            )
+        if self.objective == "simclr" and self.val_data:
+            raise ValueError(
+                "--val-data: simclr has nothing to tell classes by; evaluate what --finetune makes "
+                "of it"
+            )
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise ValueError(f"--ema is {self.ema}; give one in [0, 1), e.g. 0.999")
         if self.siglip and self.label_smoothing:
             raise ValueError(
                 "--label-smoothing is for the softmax loss; leave it out with --siglip"
@@ -192,8 +210,6 @@ class TrainConfig:
             if getattr(self, name) < minimum:
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} is {getattr(self, name)}; give at least {minimum}")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"--label-smoothing is {self.label_smoothing}; give one in [0, 1)")
         known = [implementation.name for implementation in IMPLEMENTATIONS["similarity"]]
         if self.loss_backend not in ["auto", *known]:
             raise ValueError(
@@ -213,6 +229,10 @@ class TrainConfig:
     def step_samples(self, processes: int) -> int:
         """Samples of a step over all processes."""
         return self.batch_size * self.accum_freq * processes
+
+    def plain(self) -> "TrainConfig":
+        """The same model, without what its weights begin with."""
+        return replace(self, finetune=None, lock_image=False, classifier_init="random")
 
     @property
     def reporters(self) -> set[str]:

@@ -10,17 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from fastclip.device import AUTOCAST_DTYPES, autocast
-from fastclip.functional import clip_loss, siglip_loss
 from fastclip.models import checkpoint
-from fastclip.models.clip import Model
+from fastclip.models.clip import Model, load_weights
+from fastclip.models.system import TEACHER
 from fastclip.train.accumulate import accumulate, refuse_batch_norm
+from fastclip.train.average import TEACHER_DECAY, WeightAverage
 from fastclip.train.config import TrainConfig
 from fastclip.train.distributed import World
 from fastclip.train.health import NOTHING, NonFiniteError, first_non_finite
-from fastclip.train.optim import build_optimizer, clamp_logit_scale
-
-# Outputs of a model that belong to no sample.
-SHARED = ("logit_scale", "logit_bias")
+from fastclip.train.objective import objective_of
+from fastclip.train.optim import build_optimizer, clamp
 
 
 class Engine:
@@ -32,12 +31,19 @@ class Engine:
         world: this process among the others.
 
     Attributes:
+        objective: how `model` is run.
+        average: of the weights, where the configuration or the objective wants one.
         norm: the gradient's norm of the last `backward`, 0-d.
         skipped: updates left out because float16 overflowed, which the loss scale then avoids.
     """
 
     def __init__(self, model: Model, config: TrainConfig, world: World) -> None:
         self.model, self.config, self.world = model.model, config, world
+        self.objective = objective_of(self.model, config)
+        self.average: WeightAverage | None = None
+        if self.objective.needs_teacher or config.ema is not None:
+            decay = TEACHER_DECAY if config.ema is None else config.ema
+            self.average = WeightAverage(self.model, decay)
         self.norm = torch.zeros(())
         self.skipped = 0
         refuse_batch_norm(self.model, config.accum_freq)
@@ -57,8 +63,7 @@ class Engine:
         """Compute the loss, 0-d, and the gradient of all micro-batches together.
 
         Args:
-            batches: of the loader; the first of images (B, 3, S, S) uint8 and of texts (B, L) int64
-                is taken, and key: B strings.
+            batches: of the loader, see `fastclip.data.loader.TrainingLoader`.
 
         Raises:
             NonFiniteError: the loss is not finite, or, but for float16's overflows, the gradient.
@@ -70,9 +75,9 @@ class Engine:
         raise NotImplementedError
 
     @property
-    def logit_scale(self) -> float:
-        """The exponentiated logit scale; asked for on all ranks."""
-        return self.model.get_parameter("logit_scale").exp().item()
+    def logit_scale(self) -> float | None:
+        """The scale of image-text logits, where there is one; asked for on all ranks."""
+        return self.objective.logit_scale(self.model.get_parameter)
 
     def weights(self) -> dict[str, Tensor] | None:
         """The full float32 weights on the first rank, where the model itself does not hold them.
@@ -101,24 +106,46 @@ class Engine:
         """
         raise NotImplementedError
 
-    def _inputs(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Normalised float images with channels innermost, and tokens, on the device."""
+    def _inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """On the device: normalised float images with channels innermost, tokens, parameters."""
         device = self.world.device
-        first, *_ = batch["images"]
-        images = first.to(device, non_blocking=True, memory_format=torch.channels_last)
-        texts = batch["texts"][0].to(device, non_blocking=True)
-        return (images.float() - self._mean) / self._std, texts
+        moved = [
+            view.to(device, non_blocking=True, memory_format=torch.channels_last)
+            for view in batch["images"]
+        ]
+        inputs = {"images": [(view.float() - self._mean) / self._std for view in moved]}
+        inputs["texts"] = [text.to(device, non_blocking=True) for text in batch.get("texts", ())]
+        for name in ("params", "negatives", "label"):
+            if name in batch:
+                inputs[name] = batch[name].to(device, non_blocking=True)
+        return inputs
+
+    def _taught(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """A teacher's features of a micro-batch."""
+        if not self.objective.needs_teacher:
+            return {}
+        assert self.average is not None
+        teacher: Any = self.average.model.train()
+        with autocast(self.world.device, self.config.precision):
+            features = teacher.features(Engine._inputs(self, batch))
+        # what DeepSpeed casts to low precision is no part of the teacher
+        wide = {n: v.to(torch.promote_types(v.dtype, torch.float32)) for n, v in features.items()}
+        return {TEACHER + name: value for name, value in wide.items()}
 
     def _whole_loss(self, output: dict[str, Tensor]) -> Tensor:
         """The loss of a whole batch's outputs."""
-        # with a softmax a bias cancels, but data-parallel training wants a gradient of everything
-        names = ("image_features", "text_features", "logit_scale", "logit_bias")
-        inputs = [output.get(name) for name in names]
+        teacher = self.average.model if self.average else None
         with self._autocast:
-            if self.config.siglip:
-                return siglip_loss(*inputs, **self._loss_options)  # type: ignore[arg-type]
-            smoothing = self.config.label_smoothing
-            return clip_loss(*inputs, label_smoothing=smoothing, **self._loss_options)  # type: ignore[arg-type]
+            return self.objective.loss(output, teacher, **self._loss_options)
+
+    def _averaged_state(self) -> dict[str, Any]:
+        """What a checkpoint holds of the average."""
+        return {checkpoint.AVERAGE: self.average.state_dict()} if self.average else {}
+
+    def _load_average(self, content: dict[str, Any]) -> None:
+        """Take over the average; one that the run did not have begins at its weights."""
+        if self.average is not None:
+            self.average.load_state_dict(content.get(checkpoint.AVERAGE, self.model.state_dict()))
 
     def _refuse(self, loss: Tensor, batches: Sequence[dict[str, Any]]) -> NoReturn:
         """Raise for a loss or gradient that is not finite, and name where it began.
@@ -126,10 +153,11 @@ class Engine:
         All ranks search together: the fault may be on one alone.
         """
         for batch in batches:
-            images, texts = self._inputs(batch)
-            forward = functools.partial(self.model, images, texts)
+            inputs = self._inputs(batch)
+            forward = functools.partial(self.objective.forward, self.model, inputs)
+            pixels = {f"image {view}": image for view, image in enumerate(inputs["images"])}
             with self._autocast:
-                found = first_non_finite(self.model, {"image": images, "text": texts}, forward)
+                found = first_non_finite(self.model, pixels, forward)
             culprits = self.world.gather(found)
             if set(culprits) != {NOTHING}:
                 break
@@ -167,7 +195,8 @@ class TorchEngine(Engine):
             self._forward,
             batches,
             self._whole_loss,
-            shared=SHARED,
+            shared=self.objective.shared,
+            constant=self._taught,
             scale_loss=self._scaler.scale,
             context=self._reduce_once,
         )
@@ -182,7 +211,7 @@ class TorchEngine(Engine):
 
     def _forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         with self._autocast:
-            return self._towers(*self._inputs(batch))
+            return self.objective.forward(self._towers, self._inputs(batch))
 
     def _reduce_once(self, last: bool) -> AbstractContextManager[Any]:
         """Gradients are averaged over the ranks with the last micro-batch's backward."""
@@ -198,7 +227,9 @@ class TorchEngine(Engine):
             group["lr"] = rate
         self._scaler.step(self.optimizer)
         self._scaler.update()
-        clamp_logit_scale(self.model)
+        clamp(self.model, self.objective.bounds)
+        if self.average is not None:
+            self.average.update(self.model)
 
     def save(self, path: Path, training: dict[str, Any]) -> None:
         """See `Engine.save`: one file, under open_clip's names, written by the first rank."""
@@ -209,6 +240,7 @@ class TorchEngine(Engine):
                 "state_dict": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self._scaler.state_dict(),
+                **self._averaged_state(),
             }
             try:
                 checkpoint.write(path.with_suffix(".pt"), content)
@@ -222,11 +254,8 @@ class TorchEngine(Engine):
         """See `Engine.load`."""
         if "state_dict" not in content:
             raise ValueError("the checkpoint is DeepSpeed's; go on with --deepspeed")
-        try:
-            self.model.load_state_dict(content["state_dict"])
-        except RuntimeError as error:
-            name = self.config.model
-            raise ValueError(f"the checkpoint is not of model {name}: {error}") from error
+        load_weights(self.model, content["state_dict"], f"the checkpoint ({self.config.model})")
+        self._load_average(content)
         options = [
             {key: value for key, value in group.items() if key != "params"}
             for group in self.optimizer.param_groups

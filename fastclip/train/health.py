@@ -70,27 +70,28 @@ class Hints:
     """Notices signs of a run that will not succeed, and says each once.
 
     Args:
-        batch_size: samples a step over all processes; the loss of a model that tells nothing
-            apart is its logarithm.
+        chance: the loss of a model that tells nothing apart, ln(batch) of CLIP's; None where it is
+            not known.
         warmup: steps before which nothing is expected.
     """
 
     PATIENCE = 5
 
-    def __init__(self, batch_size: int, warmup: int) -> None:
-        self.chance = math.log(batch_size)
+    def __init__(self, chance: float | None, warmup: int) -> None:
+        self.chance = chance
         self.warmup = warmup
         self._streaks: Counter[str] = Counter()
 
     def observe(self, step: int, values: Mapping[str, float]) -> list[str]:
         """The hints that this line of metrics gives rise to."""
+        chance = math.inf if self.chance is None else self.chance
         signs = {
-            f"the loss stays at ln(batch) = {self.chance:.2f}: the model tells no pair apart; "
+            f"the loss stays at ln(batch) = {chance:.2f}: the model tells no pair apart; "
             "check that captions belong to their images, lower --lr or lengthen --warmup": (
-                step > self.warmup and abs(values["loss"] - self.chance) < 0.01 * self.chance
+                step > self.warmup and abs(values["loss"] / chance - 1) < 0.01
             ),
             "the logit scale stays at its cap of 100: the data may hold many duplicates, or "
-            "--lr be too high": values["logit_scale"] > 99.9,
+            "--lr be too high": values.get("logit_scale", 0.0) > 99.9,
             "over half of the time is spent waiting for data: raise --workers, or store "
             "smaller images": values["data_wait"] > 0.5,
         }

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from fastclip.data.faults import FaultLog
 from fastclip.data.order import hash64
-from fastclip.models.clip import create
+from fastclip.models.build import build
 from fastclip.ops.collectives import count_bytes
 from fastclip.train import state
 from fastclip.train.config import TrainConfig
@@ -28,6 +28,7 @@ from fastclip.train.setup import (
     announce,
     build_loader,
     check_same_data,
+    class_names,
     named,
     read_resumed,
     write_description,
@@ -72,16 +73,25 @@ def _train(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     state.seed_rng(config.seed)
-    model = create(config.model, here.device, pretrained=config.pretrained, siglip=config.siglip)
+    classes = class_names(config)
+    plan: dict[str, Any] = {"siglip": config.siglip, "classes": classes}
+    model = build(
+        config.model,
+        config,
+        here.device,
+        pretrained=config.pretrained,
+        trust_checkpoint=config.trust_checkpoint,
+        **plan,
+    )
     # convolutions are fastest with channels innermost, and nothing else minds
     model.model.to(memory_format=torch.channels_last)
-    loader = build_loader(config, model, here)
+    loader = build_loader(config, model, classes, here)
     around.enter_context(loader.naming_the_dead())
     # where the engine shards or rounds the model's parameters, whole ones go to another
     judged_model, validator = model, None
     if config.val_data and here.is_first:
         if config.deepspeed:
-            judged_model = create(config.model, here.device, siglip=config.siglip)
+            judged_model = build(config.model, config.plain(), here.device, **plan)
         validator = Validator(config, judged_model)
     engine = build_engine(model, config, here)
     samples = config.step_samples(here.size)
@@ -97,10 +107,11 @@ def _train(
     checkpoints = run / "checkpoints"
     if here.is_first:
         checkpoints.mkdir(parents=True, exist_ok=True)
-        write_description(run, config, model)
+        write_description(run, config, model, classes)
         announce(config, here, model.model, loader, step)
     log = RunLog(run, step, config) if here.is_first else None
-    faults, hints = FaultLog(), Hints(samples, config.warmup)
+    cut = _CutTexts()
+    faults, hints = FaultLog(), Hints(engine.objective.chance(samples), config.warmup)
     total_steps = config.epochs * loader.steps_per_epoch
     # last of the set-up, so that nothing of it draws from these streams
     if resumed is not None and here.rank < len(resumed["rng"]):
@@ -137,6 +148,8 @@ def _train(
             for batches in meter.waiting(steps, waiting):
                 for fault in faults.add([f for batch in batches for f in batch["faults"]]):
                     bar.write(f"skipped {fault}", file=sys.stderr)
+                if cut.add(batches):
+                    bar.write(f"note: {cut.notice(model.tokenizer)}", file=sys.stderr)
                 with count_bytes() as exchange:
                     loss = _backward(engine, batches, step, checkpoints)
                 done = epoch * loader.steps_per_epoch + step_in_epoch
@@ -152,13 +165,13 @@ def _train(
                         log.samples(step, keys)
                 telling = step % config.log_every_n_steps == 0 or done + 1 == total_steps
                 # where parameters are sharded all ranks have to ask
-                scale = engine.logit_scale if telling else 0.0
+                scale = engine.logit_scale if telling else None
                 if log is not None and telling:
                     values = {
                         "loss": loss.item(),
                         "grad_norm": engine.norm.item(),
                         "lr": rate,
-                        "logit_scale": scale,
+                        **({} if scale is None else {"logit_scale": scale}),
                         "epoch": epoch + step_in_epoch / loader.steps_per_epoch,
                         "loss_exchange_mib": exchange.received / 2**20,
                         **meter.read(here.device),
@@ -193,6 +206,10 @@ def _train(
                         judged_model.model.load_state_dict(weights)
                 if validator and log and judged:
                     metrics = validator()
+                    if engine.average is not None:
+                        averaged = judged_model._replace(model=engine.average.model)
+                        of_average = Validator(config, averaged)()
+                        metrics |= {f"{name}_ema": value for name, value in of_average.items()}
                     log.metrics(step, metrics)
                     bar.write(f"epoch {epoch}: {_readable(metrics)}", file=sys.stderr)
             finally:
@@ -209,6 +226,8 @@ def _train(
         if faults.counts:
             # the places were shown when they came up
             print(f"skipped samples and shards: {faults.summary()}", file=sys.stderr)
+        if cut.count:
+            print(f"note: {cut.count} texts were cut to the context", file=sys.stderr)
         if engine.skipped and here.is_first:
             print(f"float16 overflowed in {engine.skipped} steps; skipped", file=sys.stderr)
     # a run that came to its end was not stopped
@@ -241,6 +260,27 @@ def _show(bar: tqdm, step: int, values: dict[str, Any]) -> None:
 
 def _readable(metrics: dict[str, float]) -> str:
     return "  ".join(f"{name.removeprefix('val/')} {value:.4f}" for name, value in metrics.items())
+
+
+class _CutTexts:
+    """Counts texts that were longer than the context; the first are told."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add(self, batches: list[dict[str, Any]]) -> bool:
+        """Whether these are the first."""
+        before = self.count
+        self.count += sum(sum(batch.get("cut", ())) for batch in batches)
+        return before == 0 < self.count
+
+    def notice(self, tokenizer: Any) -> str:
+        """What is said of the first."""
+        length = getattr(tokenizer, "context_length", None)
+        return (
+            f"a text is longer than the context of {length} tokens, and is cut; the number of such "
+            "texts is told at the end"
+        )
 
 
 class _Meter:

@@ -1,6 +1,7 @@
 """Optimiser and learning-rate schedule."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -40,8 +41,10 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
 
 
 @torch.no_grad()
-def clamp_logit_scale(model: nn.Module) -> None:
-    """Keep the logit scale in [1, 100], as CLIP does (section 2.5)."""
-    scale = getattr(model, "logit_scale", None)
-    if scale is not None:
-        scale.clamp_(0, LOGIT_SCALE_MAX)
+def clamp(model: nn.Module, bounds: Mapping[str, tuple[float, float]]) -> None:
+    """Keep the named parameters between their least and greatest values.
+
+    Of a logit scale these are 1 and 100, exponentiated, as CLIP has it (section 2.5).
+    """
+    for name, (least, greatest) in bounds.items():
+        model.get_parameter(name).clamp_(least, greatest)

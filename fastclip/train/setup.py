@@ -2,8 +2,9 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import datetime
 from importlib import import_module
 from pathlib import Path
@@ -15,15 +16,20 @@ from torch import nn
 from fastclip.atomic import write_text
 from fastclip.data.augment import Augmentation
 from fastclip.data.captions import CaptionSampling
+from fastclip.data.labels import LabelSource
 from fastclip.data.loader import TrainingLoader
 from fastclip.data.options import DataOptions
 from fastclip.data.order import Order
 from fastclip.data.sources import open_source, shard_weights
+from fastclip.data.templates import read_lines
 from fastclip.data.text_augment import TextAugmentation
 from fastclip.data.training_samples import TrainingSamples
 from fastclip.device import AUTOCAST_DTYPES
+from fastclip.evaluate.zeroshot import classes_of
 from fastclip.models import checkpoint
-from fastclip.models.clip import CONFIG_FILE, Model, describe
+from fastclip.models.build import describe
+from fastclip.models.clip import CONFIG_FILE, Model
+from fastclip.models.options import SystemOptions
 from fastclip.ops.backend import explain
 from fastclip.train.config import TrainConfig, from_dict, to_yaml
 from fastclip.train.distributed import World
@@ -37,6 +43,8 @@ DEFINES_THE_RUN = (
         "data_backend",
         "augment",
         "aug_scale",
+        "strong_scale",
+        "ema",
         "aug_flip",
         "captions",
         "sentence_sampling",
@@ -44,7 +52,6 @@ DEFINES_THE_RUN = (
         "model",
         "precision",
         "siglip",
-        "label_smoothing",
         "epochs",
         "warmup",
     ),
@@ -58,6 +65,7 @@ DEFINES_THE_RUN = (
         "deepspeed_config",
     ),
     *("lr", "lr_scheduler", "beta1", "beta2", "eps", "wd", "grad_clip_norm"),
+    *(field.name for field in fields(SystemOptions)),
 )
 
 
@@ -73,7 +81,28 @@ def named(config: TrainConfig, world: World) -> TrainConfig:
     return replace(config, name=world.gather(name)[0])
 
 
-def build_loader(config: TrainConfig, model: Model, world: World) -> TrainingLoader:
+def class_names(config: TrainConfig) -> list[str]:
+    """What a classifier is to tell apart: --classes, or what the data bring; else none.
+
+    Raises:
+        ValueError: a classifier is wanted, and there are no class names.
+    """
+    if config.objective != "classify":
+        return []
+    if config.classes is not None:
+        return read_lines(Path(config.classes))
+    found = classes_of(config.train_data, config.dataset_type)
+    if found is None:
+        raise ValueError(
+            "--objective classify has no class names: give --classes FILE, or put classes.txt "
+            "beside the data"
+        )
+    return found[0]
+
+
+def build_loader(
+    config: TrainConfig, model: Model, classes: list[str], world: World
+) -> TrainingLoader:
     """The training data as the configuration names it, in the model's image size.
 
     Raises:
@@ -81,12 +110,27 @@ def build_loader(config: TrainConfig, model: Model, world: World) -> TrainingLoa
     """
     size = _image_size(model)
     options = DataOptions.of(config)
-    source = open_source(config.train_data, options, split="train", count=config.train_num_samples)
+    language_free = config.views[1] == 0
+    labels = LabelSource(classes, config.label_source) if classes else None
+    needed = "cls" if labels and config.label_source == "cls" else "txt"
+    source = open_source(
+        config.train_data,
+        options,
+        split="train",
+        count=config.train_num_samples,
+        required=() if config.objective == "simclr" else (needed,),
+    )
     weights = shard_weights(source, config.train_data_upsampling_factors)
     order = Order(source.counts, config.seed, config.shuffle_window, weights)
     dali = choose_backend(config.data_backend, world.device) == "dali"
     samples = TrainingSamples(
-        source, order, _view(config, size), model.tokenizer, _captions(config), pixels=not dali
+        source,
+        order,
+        _views(config, size),
+        None if language_free else model.tokenizer,
+        None if language_free else _captions(config),
+        labels=labels,
+        pixels=not dali,
     )
     shared: dict[str, Any] = {
         "batch_size": config.batch_size,
@@ -122,24 +166,30 @@ def choose_backend(wanted: str, device: torch.device) -> str:
     return "torchvision"
 
 
-def _view(config: TrainConfig, size: int) -> Augmentation:
+def _views(config: TrainConfig, size: int) -> tuple[Augmentation, ...]:
+    """What the views of an image are: the one of --augment, then the strong ones."""
     presets = {"crop": Augmentation, "weak": Augmentation.weak, "strong": Augmentation.strong}
-    view = presets[config.augment](size)
-    flip = view.flip if config.aug_flip is None else config.aug_flip
-    return replace(view, scale=config.aug_scale or view.scale, flip=flip)
+    first = presets[config.augment or ("weak" if config.strong else "crop")](size)
+    flip = first.flip if config.aug_flip is None else config.aug_flip
+    first = replace(first, scale=config.aug_scale or first.scale, flip=flip)
+    strong = Augmentation.strong(size)
+    strong = replace(strong, scale=config.strong_scale or strong.scale)
+    weak = config.views[0] - config.strong
+    return (first,) * weak + (strong,) * config.strong
 
 
 def _captions(config: TrainConfig) -> CaptionSampling:
-    options = DataOptions.of(config)
     made = {
         "none": TextAugmentation,
         "weak": TextAugmentation.weak,
         "strong": TextAugmentation.strong,
     }
+    further = config.views[1] - 1
     return CaptionSampling(
-        weights=tuple(options.caption_weights.items()),
+        weights=tuple(DataOptions.of(config).caption_weights.items()),
         sentences=config.sentence_sampling,
-        views=(made[config.text_augment](),),
+        views=(made[config.text_augment](), *(TextAugmentation.strong(),) * further),
+        negatives=config.hard_negatives,
     )
 
 
@@ -226,9 +276,11 @@ def _note(world: World, text: str) -> None:
         print(f"note: {text}", file=sys.stderr)
 
 
-def write_description(run: Path, config: TrainConfig, model: Model) -> None:
+def write_description(
+    run: Path, config: TrainConfig, model: Model, classes: Sequence[str] = ()
+) -> None:
     """Write the model's description and the resolved configuration into the run's folder."""
-    description = json.dumps(describe(config.model, model), indent=2)
+    description = json.dumps(describe(config.model, model, config, classes), indent=2)
     write_text(run / CONFIG_FILE, description + "\n")
     write_text(run / "config.yaml", to_yaml(config))
     # a tokenizer from elsewhere must be at hand when the run is loaded

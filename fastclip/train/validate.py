@@ -10,10 +10,17 @@ from fastclip.data.options import DataOptions
 from fastclip.data.sources import guess_type, open_source
 from fastclip.evaluate.features import embed_images, embed_texts
 from fastclip.evaluate.retrieval import evaluate_retrieval
-from fastclip.evaluate.zeroshot import classes_of, evaluate_zeroshot
+from fastclip.evaluate.zeroshot import (
+    classes_of,
+    classification_metrics,
+    evaluate_zeroshot,
+    labelled,
+)
 from fastclip.functional import clip_loss, siglip_loss
 from fastclip.models.clip import Model
+from fastclip.models.controls import Classifier
 from fastclip.train.config import TrainConfig
+from fastclip.train.objective import objective_of
 
 
 class Validator:
@@ -35,33 +42,43 @@ class Validator:
             image_root=config.val_image_root,
             captions=None,
         )
-        self.source = open_source(config.val_data, options, split="val")
+        required = ("cls",) if config.objective == "classify" else ("txt",)
+        self.source = open_source(config.val_data, options, split="val", required=required)
         self.classes = classes_of(config.val_data, kind)
         self._told = False
 
     def __call__(self) -> dict[str, float]:
         """Metrics by name, each beginning with "val/"."""
-        precision = self.config.precision
+        model, precision = self.model.model, self.config.precision
+        classifier = isinstance(model, Classifier)
         images = embed_images(
-            self.model, self.source, workers=self.config.workers, precision=precision
+            self.model,
+            self.source,
+            workers=self.config.workers,
+            precision=precision,
+            encode=model.classify if isinstance(model, Classifier) else None,
         )
         for place in () if self._told else images.faults.places():
             print(f"skipped in validation: {place}", file=sys.stderr)
         self._told = True
-        metrics = {"loss": self._loss(images.features, images.texts)}
-        retrieval = evaluate_retrieval(self.model, images, k=(1, 5), precision=precision)
-        metrics |= {name: value for name, value in retrieval.items() if "recall" in name}
-        if self.classes and any(label is not None for label in images.labels):
-            metrics |= evaluate_zeroshot(self.model, images, *self.classes, precision=precision)
+        if classifier:
+            metrics = classification_metrics(*labelled(images))
+        else:
+            metrics = {"loss": self._loss(images.features, images.texts)}
+            retrieval = evaluate_retrieval(self.model, images, k=(1, 5), precision=precision)
+            metrics |= {name: value for name, value in retrieval.items() if "recall" in name}
+            if self.classes and any(label is not None for label in images.labels):
+                metrics |= evaluate_zeroshot(self.model, images, *self.classes, precision=precision)
         return {f"val/{name}": value for name, value in metrics.items()}
 
     @torch.no_grad()
     def _loss(self, images: torch.Tensor, texts: list[tuple[str, ...]]) -> float:
-        """The loss over batches of the training's size, with each image's first caption."""
+        """CLIP's or SigLIP's loss over batches of the training's size, with first captions."""
         first = [own[0] for own in texts]
         features = embed_texts(self.model, first, precision=self.config.precision)
         model = self.model.model
-        scalars = [model.get_parameter("logit_scale").exp().cpu()]
+        objective = objective_of(model, self.config)
+        scalars = [torch.tensor(objective.logit_scale(model.get_parameter))]
         function: Callable[..., torch.Tensor] = clip_loss
         if self.config.siglip:
             function = siglip_loss

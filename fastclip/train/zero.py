@@ -2,7 +2,8 @@
 
 What differs from `TorchEngine`: with --precision amp or amp_bf16 the parameters themselves are in
 float16 or bfloat16 and DeepSpeed keeps float32 ones beside the optimiser, so autocast is off. The
-loss sees the float32 logit scale and bias all the same.
+loss sees the float32 scales and biases all the same. An average of the weights is float32, of the
+parameters as the towers have them, in every process.
 """
 
 import contextlib
@@ -26,9 +27,9 @@ from fastclip.train import zero_checkpoint
 from fastclip.train.accumulate import accumulate
 from fastclip.train.config import TrainConfig
 from fastclip.train.distributed import WAIT, World
-from fastclip.train.engine import SHARED, Engine
+from fastclip.train.engine import Engine
 from fastclip.train.health import NOTHING
-from fastclip.train.optim import LOGIT_SCALE_MAX, build_optimizer
+from fastclip.train.optim import build_optimizer
 from fastclip.train.zero_config import resolve
 
 
@@ -60,10 +61,16 @@ class DeepSpeedEngine(Engine):
         self._dtype = AUTOCAST_DTYPES[config.precision] or torch.float32
         self._autocast = contextlib.nullcontext()
         optimizer = build_optimizer(self.model, config)
+        self._stage = int(settings["zero_optimization"]["stage"])
+        if self._stage == 3 and self.average is not None:
+            wanted = f"{config.objective}'s teacher" if config.ema is None else "--ema"
+            raise ValueError(
+                f"{wanted} averages whole parameters, which ZeRO-3 shards: use --deepspeed-config "
+                "ds_zero2"
+            )
         self._engine, *_ = deepspeed.initialize(
             model=self.model, optimizer=optimizer, config=settings, dist_init_required=False
         )
-        self._stage = int(self._engine.zero_optimization_stage())
         self._zero = self._engine.optimizer
         # a full disk on one rank must not keep it from the exchanges that follow
         self._failures: list[Exception] = []
@@ -72,16 +79,14 @@ class DeepSpeedEngine(Engine):
         writer.save = functools.partial(_save_or_note, writer.save, self._failures, self._written)
         # those scripts go beside the checkpoints, unguarded; `fastclip convert` does their work
         self._engine._copy_recovery_script = lambda folder: None
-        optimizer.register_step_post_hook(lambda *_: self._clamp_logit_scale())
+        optimizer.register_step_post_hook(lambda *_: self._clamp())
 
     def backward(self, batches: Sequence[dict[str, Any]]) -> Tensor:
         """See `Engine.backward`; there is one reduction of gradients, at the end."""
         if self._dtype != torch.float32:
             # asked for once a step: where parameters are sharded it is an exchange
             self._exact = {
-                name: self._full(parameter)
-                for name, parameter in self.model.named_parameters()
-                if name in SHARED
+                name: self._full(self.model.get_parameter(name)) for name in self.objective.bounds
             }
         scale = self._zero.loss_scale
         reduction = (
@@ -92,7 +97,8 @@ class DeepSpeedEngine(Engine):
                 self._forward,
                 batches,
                 self._whole_loss,
-                shared=SHARED,
+                shared=self.objective.shared,
+                constant=self._taught,
                 # DeepSpeed scales each backward; gradients of float16 features need it before
                 scale_loss=lambda value: value * scale,
                 backward=lambda value: self._engine.backward(value / scale, scale_wrt_gas=False),
@@ -112,11 +118,13 @@ class DeepSpeedEngine(Engine):
             group["lr"] = rate
         self._engine.step()
         self.skipped += int(self._zero.overflow)
+        if self.average is not None:
+            self.average.update(self.model)
 
     @property
-    def logit_scale(self) -> float:
+    def logit_scale(self) -> float | None:
         """See `Engine.logit_scale`; of the float32 parameter."""
-        return self._full(self._logit_scale_parameter()).exp().item()
+        return self.objective.logit_scale(lambda name: self._full(self.model.get_parameter(name)))
 
     def weights(self) -> dict[str, Tensor]:
         """See `Engine.weights`; on other ranks than the first an empty dictionary."""
@@ -153,7 +161,8 @@ class DeepSpeedEngine(Engine):
             "buffers": self._buffers(),
             "skipped": self.skipped,
         }
-        zero_checkpoint.write(path, {**training, "zero": own}, self.world, write_shares)
+        training = {**training, "zero": own, **self._averaged_state()}
+        zero_checkpoint.write(path, training, self.world, write_shares)
 
     def load(self, content: dict[str, Any]) -> None:
         """See `Engine.load`; called on all ranks.
@@ -204,6 +213,7 @@ class DeepSpeedEngine(Engine):
             count = torch.as_tensor(state["step"], dtype=torch.float32, device=parameter.device)
             state["step"] = count.clone()
         self.skipped = saved["skipped"]
+        self._load_average(content)
 
     @contextlib.contextmanager
     def _suiting(self, path: Path, ranks: int) -> Iterator[tuple[Path, bool]]:
@@ -230,19 +240,15 @@ class DeepSpeedEngine(Engine):
             if self.world.is_first:
                 shutil.rmtree(temporary, ignore_errors=True)
 
-    def _inputs(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        images, texts = super()._inputs(batch)
-        return images.to(self._dtype), texts
+    def _inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        inputs = super()._inputs(batch)
+        inputs["images"] = [image.to(self._dtype) for image in inputs["images"]]
+        return inputs
 
     def _forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        output = dict(self._engine(*self._inputs(batch)))
+        output = self.objective.forward(self._engine, self._inputs(batch))
         if self._dtype != torch.float32:
-            # the float32 parameters' values; a ratio of 1 and a difference of 0 carry the gradient
-            rounded = output["logit_scale"].float()
-            output["logit_scale"] = self._exact["logit_scale"].exp() * (rounded / rounded.detach())
-            if "logit_bias" in output:
-                rounded = output["logit_bias"].float()
-                output["logit_bias"] = self._exact["logit_bias"] + rounded - rounded.detach()
+            self.objective.exact(output, self._exact)
         return output
 
     def _gradient_norm(self) -> Tensor:
@@ -258,18 +264,16 @@ class DeepSpeedEngine(Engine):
         return torch.where(norm < 0, math.inf, norm) / self._zero.loss_scale
 
     @torch.no_grad()
-    def _clamp_logit_scale(self) -> None:
-        """Keep the float32 logit scale in [1, 100], before DeepSpeed hands it to the towers."""
-        scale: Any = self._logit_scale_parameter()
-        if self._stage == 3:
-            own = self._zero.get_local_fp32_param(scale)
-        else:
-            own = None if scale._hp_mapping is None else scale._hp_mapping.hp_fragment
-        if own is not None:
-            own.clamp_(0, _largest(LOGIT_SCALE_MAX, self._dtype))
-
-    def _logit_scale_parameter(self) -> nn.Parameter:
-        return self.model.get_parameter("logit_scale")
+    def _clamp(self) -> None:
+        """Keep the float32 scales in their bounds, before DeepSpeed hands them to the towers."""
+        for name, (least, greatest) in self.objective.bounds.items():
+            parameter: Any = self.model.get_parameter(name)
+            if self._stage == 3:
+                own = self._zero.get_local_fp32_param(parameter)
+            else:
+                own = None if parameter._hp_mapping is None else parameter._hp_mapping.hp_fragment
+            if own is not None:
+                own.clamp_(-_largest(-least, self._dtype), _largest(greatest, self._dtype))
 
     def _full(self, parameter: nn.Parameter) -> Tensor:
         """The whole float32 parameter, a copy; all ranks must ask for it."""

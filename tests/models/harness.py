@@ -1,6 +1,8 @@
 """Systems on one process and on several, their losses and gradients by name."""
 
+import copy
 import json
+import multiprocessing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,15 +17,23 @@ from tests.train.conftest import TINY_MODEL
 
 WIDTH = TINY_MODEL["embed_dim"]
 Batch = dict[str, Any]
+Build = Callable[[Path], tuple[System, System | None]]
+
+# made once, which takes long, and copied
+_towers: list[nn.Module] = []
 
 
 def tiny_towers(folder: Path) -> nn.Module:
     """The same float64 towers every time: 16 pixels, 12 tokens, features of WIDTH."""
-    torch.manual_seed(0)
     config = folder / "tiny.json"
     if not config.is_file():
         config.write_text(json.dumps(TINY_MODEL))
-    return create(str(config)).model.double()
+    if not _towers:
+        torch.manual_seed(0)
+        _towers.append(create(str(config)).model.double())
+    # heads that are drawn next are the same every time, too
+    torch.manual_seed(0)
+    return copy.deepcopy(_towers[0])
 
 
 def draw_batch(rows: int, images: int, texts: int) -> Batch:
@@ -44,6 +54,12 @@ def rows_of(batch: Batch, start: int, stop: int) -> Batch:
     }
 
 
+def views_of(batch: Batch, system: System) -> Batch:
+    """The first views, as many as the system takes."""
+    counts = {"images": system.image_views, "texts": system.text_views}
+    return batch | {name: batch[name][:count] for name, count in counts.items()}
+
+
 def loss_and_gradients(
     system: System, batch: Batch, teacher: System | None = None, **exchange: Any
 ) -> dict[str, Tensor]:
@@ -60,28 +76,47 @@ def loss_and_gradients(
 
 
 def _work(
-    rank: int,
-    sizes: tuple[int, ...],
-    folder: str,
-    build: Callable[[Path], tuple[System, System | None]],
-    batch: Batch,
+    rank: int, sizes: tuple[int, ...], folder: str, builds: Mapping[str, Build], batch: Batch
 ) -> None:
     store = dist.FileStore(f"{folder}/store", len(sizes))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=len(sizes))
     torch.set_num_threads(1)
     start = sum(sizes[:rank])
     own = rows_of(batch, start, start + sizes[rank])
-    system, teacher = build(Path(folder))
-    found = loss_and_gradients(system, own, teacher, dist="gather", sizes=sizes)
+    found = {}
+    for name, build in builds.items():
+        system, teacher = build(Path(folder))
+        taken = views_of(own, system)
+        found[name] = loss_and_gradients(system, taken, teacher, dist="gather", sizes=sizes)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
+def all_on_ranks(
+    folder: Path, sizes: tuple[int, ...], builds: Mapping[str, Build], batch: Batch
+) -> dict[str, Mapping[str, Tensor]]:
+    """As `on_ranks`, of several systems by name on the same ranks."""
+    # so that the ranks find it and need not write it together
+    tiny_towers(folder)
+    # one process imports for all calls, whose ranks are its forks
+    multiprocessing.set_forkserver_preload(["open_clip", "tests.models.harness"])
+    torch.multiprocessing.start_processes(
+        _work,
+        (sizes, str(folder), builds, batch),
+        nprocs=len(sizes),
+        start_method="forkserver",
+    )
+    ranks = [torch.load(folder / f"{rank}.pt") for rank in range(len(sizes))]
+    means = {}
+    for name, first in ranks[0].items():
+        for found in ranks:
+            torch.testing.assert_close(found[name]["loss"], first["loss"], rtol=1e-12, atol=0)
+        means[name] = {n: sum(found[name][n] for found in ranks) / len(ranks) for n in first}
+    return means
+
+
 def on_ranks(
-    folder: Path,
-    sizes: tuple[int, ...],
-    build: Callable[[Path], tuple[System, System | None]],
-    batch: Batch,
+    folder: Path, sizes: tuple[int, ...], build: Build, batch: Batch
 ) -> Mapping[str, Tensor]:
     """As `loss_and_gradients` of all rows, from so many gloo ranks with `sizes` rows each.
 
@@ -90,10 +125,4 @@ def on_ranks(
     Args:
         build: a function of a module (it is pickled) that makes system and teacher, or None.
     """
-    # so that the ranks find it and need not write it together
-    tiny_towers(folder)
-    torch.multiprocessing.spawn(_work, (sizes, str(folder), build, batch), nprocs=len(sizes))
-    ranks = [torch.load(folder / f"{rank}.pt") for rank in range(len(sizes))]
-    for found in ranks:
-        torch.testing.assert_close(found["loss"], ranks[0]["loss"], rtol=1e-12, atol=0)
-    return {name: sum(found[name] for found in ranks) / len(ranks) for name in ranks[0]}
+    return all_on_ranks(folder, sizes, {"": build}, batch)[""]

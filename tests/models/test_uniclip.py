@@ -1,116 +1,283 @@
-"""UniCLIP on a tiny open_clip model: its space, its ablations, and that it learns."""
+"""UniCLIP against loops over anchors and positives: its loss, its ablations, ranks, micro-batches.
 
-import json
+float64: the two sums differ in order alone, by far less than 1e-10.
+"""
+
+import functools
+import math
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastclip.data.augment import PARAMS, Augmentation, AugmentationParams, draw_view
-from fastclip.losses.mp_nce import MPNCELoss
-from fastclip.models.clip import create
-from fastclip.models.uniclip import IMAGE, TEXT, UniClip
-from tests.train.conftest import TINY_MODEL
+from fastclip.models.options import SystemOptions
+from fastclip.models.uniclip import UniClip, UniClipCriterion
+from fastclip.train.accumulate import accumulate
+from fastclip.train.optim import clamp
+from tests.models import harness
 
-WIDTH = TINY_MODEL["embed_dim"]
+VARIANTS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "weighted": {"pair_weight": (0.5, 2.0, 7.0)},
+    "untold": {"augmentation_encoder": False},
+    "shared": {"shared_similarity": True},
+    "shared weighted": {"shared_similarity": True, "pair_weight": (0.5, 2.0, 7.0)},
+    "info-nce": {"pair_loss": "info-nce"},
+    "info-nce weighted": {"pair_loss": "info-nce", "pair_weight": (0.5, 2.0, 7.0)},
+    "sup-con": {"pair_loss": "sup-con"},
+    "nothing": {
+        "pair_loss": "info-nce",
+        "augmentation_encoder": False,
+        "shared_similarity": True,
+    },
+}
+CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 
 
-def build(tmp_path: Path, **options: object) -> UniClip:
-    torch.manual_seed(0)
-    config = tmp_path / "tiny.json"
-    config.write_text(json.dumps(TINY_MODEL))
-    return UniClip(create(str(config)).model, WIDTH, **options)
+def begin(folder: Path, views: tuple[int, int] = (3, 1), **options: Any) -> UniClip:
+    towers = harness.tiny_towers(folder)
+    options = {"head_width": 10, "strong_views": views[0] - 1, **options}
+    system = UniClip.of(towers, harness.WIDTH, SystemOptions("uniclip", **options))
+    return UniClip(towers, system.criterion, *views).double()
 
 
-def batch(count: int = 6, views: int = 3) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    images = [torch.randn(count, 3, 16, 16, generator=generator) for _ in range(views)]
+def build(folder: Path, views: tuple[int, int] = (3, 1), **options: Any) -> UniClip:
+    """A system of which every parameter matters; at first some layers are zero."""
+    system = begin(folder, views, **options)
+    with torch.no_grad():
+        for parameter in system.criterion.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    return system
+
+
+def build_with_teacher(folder: Path, **options: Any) -> tuple[UniClip, None]:
+    return build(folder, **options), None
+
+
+def draw(rows: int, images: int = 3, texts: int = 1) -> harness.Batch:
+    """A batch with the parameters of strong views, float32 as a loader gives them."""
     strong = Augmentation.strong(16)
-    drawn = [draw_view(strong, 20, 30, random.Random(i)) for i in range(count * views)]
-    params = torch.stack([draw.encode(20, 30) for draw in drawn]).view(count, views, PARAMS)
-    texts = [torch.randint(1, 40_000, (count, 12), generator=generator)]
-    return images, params, texts
+    drawn = [draw_view(strong, 20, 30, random.Random(i)) for i in range(rows * images)]
+    params = torch.stack([view.encode(20, 30) for view in drawn]).view(rows, images, PARAMS)
+    return {**harness.draw_batch(rows, images, texts), "params": params}
 
 
-def test_blocks_are_views_then_texts_in_one_space(tmp_path: Path) -> None:
-    model = build(tmp_path, output=10)
-    images, params, texts = batch()
-    blocks = model(images, params, texts)
-    assert blocks.domains == [IMAGE, IMAGE, IMAGE, TEXT]
-    assert [tuple(block.shape) for block in blocks.features] == [(6, 10)] * 4
-    for block in blocks.features:
-        torch.testing.assert_close(block.norm(dim=1), torch.ones(6))
-    torch.testing.assert_close(
-        blocks.features[1], model.encode_image(images[1], params[:, 1], normalize=True)
-    )
+def image_head(p: dict[str, Tensor], feature: Tensor, params: Tensor) -> Tensor:
+    told = params
+    for layer in range(3):
+        told = p[f"augmentation_encoder.layers.{layer}.weight"] @ told
+        told = told + p[f"augmentation_encoder.layers.{layer}.bias"]
+        told = told.clamp_min(0) if layer < 2 else told
+    for block in range(3):
+        inner = p[f"image_head.enter.{block}.weight"] @ torch.cat([feature, told])
+        inner = (inner + p[f"image_head.enter.{block}.bias"]).clamp_min(0)
+        leave = f"image_head.leave.{block}"
+        feature = feature + p[f"{leave}.weight"] @ inner + p[f"{leave}.bias"]
+    return p["image_head.project.weight"] @ feature
 
 
-def test_every_parameter_gets_a_gradient(tmp_path: Path) -> None:
-    model = build(tmp_path)
-    # the residual blocks begin at zero, behind which nothing has a gradient yet
-    for layer in model.image_head.leave:
-        torch.nn.init.normal_(layer.weight, std=0.1)
-    model.objective(model(*batch())).backward()
-    # the towers' own scale serves CLIP's loss; no two texts of a pair meet
-    unused = {name for name, p in model.named_parameters() if p.grad is None}
-    assert unused == {"towers.logit_scale"}
-    silent = {n for n, p in model.named_parameters() if p.grad is not None and not p.grad.any()}
-    assert silent <= {"towers.transformer.resblocks.0.attn.in_proj_bias"}
+def slow_loss(system: UniClip, batch: harness.Batch, options: dict[str, Any]) -> Tensor:
+    """A loop over all anchors and their positives."""
+    p = dict(system.criterion.named_parameters())
+    neutral = AugmentationParams.identity(50, 40).encode(50, 40).double()
+    points: list[tuple[int, str, int, Tensor]] = []
+    for view, image in enumerate(batch["images"]):
+        for sample, feature in enumerate(system.towers.encode_image(image)):
+            told = options.get("augmentation_encoder", True)
+            params = batch["params"][sample, view].double() if told else neutral
+            z = image_head(p, feature, params)
+            points.append((sample, "I", view, z / z.norm()))
+    for view, text in enumerate(batch["texts"]):
+        for sample, feature in enumerate(system.towers.encode_text(text)):
+            z = p["text_head.weight"] @ feature
+            points.append((sample, "T", view, z / z.norm()))
+
+    kind = options.get("pair_loss", "mp-nce")
+    kinds = ["II", "IT", "TT"]
+
+    def logit(i: int, j: int) -> Tensor:
+        (_, a, _, x), (_, b, _, y) = points[i], points[j]
+        pair = kinds.index("".join(sorted(a + b)))
+        temperature = p["log_temperature"].exp()
+        temperature = temperature[pair] if len(temperature) == 3 else temperature[0]
+        offset = p["offset"][pair] if "offset" in p else 0.0
+        return (x @ y - offset) / temperature
+
+    terms: dict[str, list[Tensor]] = {k: [] for k in kinds}
+    for i, (sample, a, _, _) in enumerate(points):
+        for j, (other, b, view, _) in enumerate(points):
+            if i == j or sample != other:
+                continue
+            if kind == "sup-con":
+                candidates = [n for n in range(len(points)) if n != i]
+            else:
+                candidates = [j] + [n for n, point in enumerate(points) if point[0] != sample]
+            if kind == "info-nce":
+                candidates = [n for n in candidates if points[n][1:3] == (b, view)]
+            total = sum(logit(i, n).exp() for n in candidates)
+            terms["".join(sorted(a + b))].append(-(logit(i, j).exp() / total).log())
+
+    weight = options.get("pair_weight")
+    if weight is None and kind != "sup-con":
+        return torch.stack([torch.stack(each).mean() for each in terms.values() if each]).mean()
+    weights = dict(zip(kinds, weight or (1, 1, 1), strict=True))
+    return torch.stack([weights[k] * term for k, each in terms.items() for term in each]).mean()
+
+
+def slow(folder: Path, batch: harness.Batch, **options: Any) -> dict[str, Tensor]:
+    """Loss and gradients, as the harness has them."""
+    views = len(batch["images"]), len(batch["texts"])
+    system = build(folder, views, **options)
+    loss = slow_loss(system, batch, options)
+    loss.backward()
+    trained = {n: p for n, p in system.named_parameters() if p.requires_grad}
+    return {"loss": loss.detach(), **{n: p.grad for n, p in trained.items()}}
+
+
+@pytest.mark.parametrize("views", [(3, 1), (2, 2), (1, 1)])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_loss_and_gradients_are_the_loops(
+    variant: str, views: tuple[int, int], tmp_path: Path
+) -> None:
+    batch, options = draw(4, *views), VARIANTS[variant]
+    found = harness.loss_and_gradients(build(tmp_path, views, **options), batch)
+    # a gradient of every parameter that is trained, or data-parallel training would wait
+    torch.testing.assert_close(found, slow(tmp_path, batch, **options), **CLOSE)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("sizes", [(3, 2), (1, 3, 2)])
+def test_ranks_are_one_batch(sizes: tuple[int, ...], tmp_path: Path) -> None:
+    batch = draw(sum(sizes))
+    builds = {
+        name: functools.partial(build_with_teacher, **options) for name, options in VARIANTS.items()
+    }
+    found = harness.all_on_ranks(tmp_path, sizes, builds, batch)
+    for name, options in VARIANTS.items():
+        torch.testing.assert_close(found[name], slow(tmp_path, batch, **options), **CLOSE)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_micro_batches_are_one_batch(variant: str, tmp_path: Path) -> None:
+    batch, options = draw(7), VARIANTS[variant]
+    want = harness.loss_and_gradients(build(tmp_path, **options), batch)
+    system = build(tmp_path, **options)
+    shared = {f"criterion.{name}" for name, _ in system.criterion.named_parameters()}
+    parts = [harness.rows_of(batch, start, start + 3) for start in (0, 3, 6)]
+    loss = accumulate(system, parts, system.loss, shared=shared)
+    found = {n: p.grad for n, p in system.named_parameters() if p.grad is not None}
+    torch.testing.assert_close({"loss": loss, **found}, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("pair_loss", ["mp-nce", "info-nce", "sup-con"])
+def test_the_exchange_reaches_the_loss(pair_loss: str, tmp_path: Path) -> None:
+    system = build(tmp_path, pair_loss=pair_loss)
+    output = system(draw(4))
+    for backend in ("torch", "reference"):
+        torch.testing.assert_close(system.loss(output, backend=backend), system.loss(output))
+    with pytest.raises(ValueError, match="backend 'other' of"):
+        system.loss(output, backend="other")
+
+
+@pytest.mark.parametrize("variant", ["full", "info-nce", "sup-con"])
+def test_in_low_precision(variant: str, tmp_path: Path) -> None:
+    """Under autocast, and as ZeRO has it: rounded parameters, but for what is held in bounds."""
+    batch = draw(8)
+    want = harness.loss_and_gradients(build(tmp_path, **VARIANTS[variant]), batch)["loss"].float()
+    batch["images"] = [image.float() for image in batch["images"]]
+    mixed = build(tmp_path, **VARIANTS[variant]).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        # cosines are off by about 2^-8, logits by 2^-8 / temperature
+        torch.testing.assert_close(mixed.loss(mixed(batch)), want, rtol=0.05, atol=0)
+    rounded = build(tmp_path, **VARIANTS[variant]).bfloat16()
+    batch["images"] = [image.bfloat16() for image in batch["images"]]
+    output = rounded(batch) | {name: mixed.get_parameter(name) for name in rounded.bounds}
+    loss = rounded.loss(output)
+    loss.backward()
+    torch.testing.assert_close(loss, want, rtol=0.05, atol=0)
+    assert loss.dtype == torch.float32
 
 
 def test_the_augmentation_counts_unless_it_is_left_out(tmp_path: Path) -> None:
-    images, params, _ = batch()
+    batch = draw(6)
+    image, params = batch["images"][0], batch["params"]
     for told in (True, False):
-        model = build(tmp_path, augmentation_encoder=told).eval()
-        for layer in model.image_head.leave:
-            torch.nn.init.normal_(layer.weight)
-        a, b = (model.encode_image(images[0], params[:, view]) for view in (0, 1))
+        system = build(tmp_path, augmentation_encoder=told)
+        a, b = (system.encode_image(image, params=params[:, view]) for view in (0, 1))
         assert torch.equal(a, b) != told
         # evaluation knows of no augmentation
         neutral = AugmentationParams.identity(33, 44).encode(33, 44).expand(6, -1)
-        plain = model.encode_image(images[0])
-        torch.testing.assert_close(plain, model.encode_image(images[0], neutral))
+        plain = system.encode_image(image, normalize=True)
+        torch.testing.assert_close(
+            plain, system.encode_image(image, normalize=True, params=neutral)
+        )
+        torch.testing.assert_close(plain.norm(dim=1), torch.ones(6).double())
 
 
-def test_one_shared_similarity_is_an_ablation(tmp_path: Path) -> None:
-    shared = build(tmp_path, loss=MPNCELoss(num_domains=1))
-    blocks = shared(*batch())
-    expected = shared.loss(blocks.features, [0, 0, 0, 0])
-    torch.testing.assert_close(shared.objective(blocks), expected)
-    assert shared.loss.log_temperature.numel() == 1
-    assert build(tmp_path).loss.log_temperature.numel() == 3
+def test_it_begins_as_plain_projections_with_clips_scale(tmp_path: Path) -> None:
+    system = begin(tmp_path)
+    batch = draw(5)
+    image, text = batch["images"][0], batch["texts"][0]
+    projected = system.towers.encode_image(image) @ system.criterion.image_head.project.weight.T
+    torch.testing.assert_close(system.encode_image(image), projected)
+    torch.testing.assert_close(system.encode_image(image, params=batch["params"][:, 1]), projected)
+    assert system.encode_text(text).shape == (5, 10)
+    name, scale = system.logit_scale_of
+    assert scale(system.get_parameter(name)).item() == pytest.approx(1 / 0.07)
+
+
+@pytest.mark.parametrize(
+    "options, pairs, offsets",
+    [({}, 3, 3), ({"shared_similarity": True}, 1, 0), ({"pair_loss": "info-nce"}, 3, 0)],
+)
+def test_temperatures_are_learned_one_a_domain_pair_and_bounded(
+    options: dict[str, Any], pairs: int, offsets: int, tmp_path: Path
+) -> None:
+    system = build(tmp_path, **options)
+    assert system.criterion.log_temperature.shape == (pairs,)
+    assert offsets == (0 if system.criterion.offset is None else len(system.criterion.offset))
+    name, scale = system.logit_scale_of
+    with torch.no_grad():
+        system.get_parameter(name).copy_(torch.linspace(-6.0, -1.0, pairs))
+    if pairs == 3:
+        assert scale(system.get_parameter(name)).item() == pytest.approx(math.exp(3.5))
+    clamp(system, system.bounds)
+    torch.testing.assert_close(system.criterion.logit_scale.max().item(), 100.0)
 
 
 def test_it_learns_a_batch_and_is_saved_whole(tmp_path: Path) -> None:
-    model = build(tmp_path)
-    images, params, texts = batch(8, 2)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    system, batch = begin(tmp_path), draw(8)
+    optimizer = torch.optim.AdamW(system.parameters(), lr=1e-2)
     losses = []
-    for _ in range(30):
-        loss = model.objective(model(images, params, texts))
+    for _ in range(40):
+        loss = system.loss(system(batch))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        model.clamp_scale_()
+        clamp(system, system.bounds)
         losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
-    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    assert losses[-1] < 0.1 * losses[0]
+    torch.save(system.state_dict(), tmp_path / "weights.pt")
     again = build(tmp_path)
     again.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
-    for a, b in zip(
-        again.eval()(images, params, texts).features,
-        model.eval()(images, params, texts).features,
-        strict=True,
-    ):
-        assert torch.equal(a, b)
-    logits = F.normalize(model.encode_image(images[0]), dim=-1) @ model.encode_text(texts[0]).T
-    assert logits.shape == (8, 8)
+    with torch.no_grad():
+        assert torch.equal(again.loss(again(batch)), system.loss(system(batch)))
+    image, text = batch["images"][0], batch["texts"][0]
+    told = system.encode_image(image, params=batch["params"][:, 0])
+    found = (told @ system.encode_text(text, normalize=True).mT).argmax(dim=1)
+    assert (found == torch.arange(8)).double().mean() == 1
 
 
-def test_params_of_other_views_are_refused(tmp_path: Path) -> None:
-    images, params, texts = batch()
+def test_mistakes_are_told(tmp_path: Path) -> None:
+    batch = draw(6)
     with pytest.raises(ValueError, match=r"\(6, 2, 18\) for 3 views of 6 images"):
-        build(tmp_path)(images, params[:, :2], texts)
+        build(tmp_path)({**batch, "params": batch["params"][:, :2]})
+    for weight in ((1.0, 0.0, 0.0), (-1.0, 1.0, 1.0), (1.0, math.inf, 1.0)):
+        with pytest.raises(ValueError, match=r"pair_weight is .*give three numbers from 0 on"):
+            UniClipCriterion(4, pair_weight=weight)
+    with pytest.raises(ValueError, match="no part in sup-con; leave it out"):
+        UniClipCriterion(4, pair_weight=(1.0, 1.0, 1.0), pair_loss="sup-con")

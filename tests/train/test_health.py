@@ -8,7 +8,7 @@ GOOD = {"loss": 1.0, "logit_scale": 20.0, "data_wait": 0.1}
 
 
 def said(values: dict[str, float], lines: int = 20, warmup: int = 0) -> list[str]:
-    hints = Hints(batch_size=64, warmup=warmup)
+    hints = Hints(chance=math.log(64), warmup=warmup)
     return [hint for step in range(1, lines + 1) for hint in hints.observe(step, values)]
 
 

@@ -261,7 +261,7 @@ def test_a_checkpoint_of_another_model_is_refused(
     (tmp_path / "other.json").write_text(json.dumps(model))
     flags = [*train_flags, "--name", "a", "--resume", "latest"]
     assert main(["train", *flags, "--model", str(tmp_path / "other.json")]) == 1
-    assert "the checkpoint is not of model" in capsys.readouterr().err
+    assert "does not fit the model: 2 of another shape: text_projection" in capsys.readouterr().err
     # and the run's own description was left alone
     assert fastclip.load(tmp_path / "logs" / "a")
 
@@ -300,10 +300,10 @@ def test_a_non_finite_loss_stops_before_the_update(
 ) -> None:
     """NaN in one weight's path at the fifth step: the tensor is named, the weights are intact."""
     made: list[torch.nn.Module] = []
-    create = loop.create
+    build = loop.build
 
     def spoiled(*arguments: Any, **options: Any) -> Any:
-        model = create(*arguments, **options)
+        model = build(*arguments, **options)
         made.append(model.model)
         calls = [0]
 
@@ -314,7 +314,7 @@ def test_a_non_finite_loss_stops_before_the_update(
         model.model.transformer.resblocks[0].mlp.c_fc.register_forward_hook(hook)
         return model
 
-    monkeypatch.setattr(loop, "create", spoiled)
+    monkeypatch.setattr(loop, "build", spoiled)
     flags = [*train_flags, "--name", "a", "--save-every-steps", "4"]
     with pytest.raises(NonFiniteError, match=r"step 5: .*'transformer.resblocks.0.mlp.c_fc'"):
         train(parse(flags))
@@ -327,14 +327,14 @@ def test_a_non_finite_loss_stops_before_the_update(
 def test_non_finite_gradients_are_named(
     train_flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    create = loop.create
+    build = loop.build
 
     def spoiled(*arguments: Any, **options: Any) -> Any:
-        model = create(*arguments, **options)
+        model = build(*arguments, **options)
         model.model.text_projection.register_hook(lambda gradient: gradient * torch.inf)
         return model
 
-    monkeypatch.setattr(loop, "create", spoiled)
+    monkeypatch.setattr(loop, "build", spoiled)
     assert main(["train", *train_flags, "--name", "a"]) == 3
     assert "gradient of 'text_projection'" in capsys.readouterr().err
 

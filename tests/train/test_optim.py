@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fastclip.train.config import TrainConfig
-from fastclip.train.optim import build_optimizer, clamp_logit_scale, learning_rate
+from fastclip.train.optim import LOGIT_SCALE_MAX, build_optimizer, clamp, learning_rate
 
 
 class Towers(nn.Module):
@@ -49,5 +49,5 @@ def test_the_scale_is_clamped() -> None:
     for start, end in ((9.0, math.log(100)), (-1.0, 0.0), (2.0, 2.0)):
         with torch.no_grad():
             model.logit_scale.fill_(start)
-        clamp_logit_scale(model)
+        clamp(model, {"logit_scale": (0.0, LOGIT_SCALE_MAX)})
         assert model.logit_scale.item() == pytest.approx(end)

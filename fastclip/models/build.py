@@ -1,0 +1,157 @@
+"""Whole models by their options: made for training, described, and loaded again."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastclip.models import checkpoint
+from fastclip.models.clip import CONFIG_FILE, Model, build_described, create, load_weights
+from fastclip.models.clip import describe as describe_towers
+from fastclip.models.controls import Classifier, SimCLR, load_image_tower
+from fastclip.models.options import CROSSED, SystemOptions
+from fastclip.models.rocket import Rocket
+from fastclip.models.semantic import LanguageModelTower, with_language_model
+from fastclip.models.system import PREFIX, System
+from fastclip.models.uniclip import UniClip
+
+# in a run's description, beside what open_clip reads
+SYSTEM = "fastclip_cfg"
+
+
+def build(
+    name: str,
+    options: SystemOptions,
+    device: str | torch.device = "cpu",
+    *,
+    pretrained: str | None = None,
+    siglip: bool = False,
+    classes: Sequence[str] = (),
+    trust_checkpoint: bool = False,
+) -> Model:
+    """A model for training: towers, and around them the system that the options name.
+
+    Args:
+        name, device, siglip: of the towers, see `fastclip.models.clip.create`.
+        pretrained: as there; or a run's folder or a checkpoint, of the towers or the whole system.
+        options: what to make of them.
+        classes: names of what a classifier tells apart.
+        trust_checkpoint: whether DeepSpeed's files may be read, which can run any code.
+
+    Raises:
+        ValueError: a name is unknown, weights do not fit, or options exclude each other.
+        FileNotFoundError: a file that they name does not exist.
+    """
+    # weights of a language model's tower or of a system find their places only in the whole
+    begin = Path(pretrained) if pretrained and Path(pretrained).exists() else None
+    base = create(name, device, pretrained=None if begin else pretrained, siglip=siglip)
+    if options.text_lm is not None:
+        base = with_language_model(base, options)
+    if options.finetune is not None:
+        path = checkpoint.resolve(Path(options.finetune))
+        load_image_tower(base.model, checkpoint.read_weights(path, trust=trust_checkpoint))
+    if options.lock_image:
+        base.model.lock_image_tower(  # type: ignore[operator]
+            unlocked_groups=options.lock_image_unlocked_groups,
+            freeze_bn_stats=options.lock_image_freeze_bn_stats,
+        )
+    width = describe_towers(name, base)["model_cfg"]["embed_dim"]
+    built = _wrap(base, width, device, options, classes)
+    if begin:
+        weights = checkpoint.read_weights(checkpoint.resolve(begin), trust=trust_checkpoint)
+        whole = any(name.startswith(PREFIX) for name in weights)
+        load_weights(built.model if whole else base.model, weights, str(begin))
+    return built
+
+
+def _wrap(
+    base: Model,
+    width: int,
+    device: str | torch.device,
+    options: SystemOptions,
+    classes: Sequence[str],
+) -> Model:
+    """The system around towers whose features are so wide; the towers themselves for CLIP."""
+    kinds: dict[str, Any] = {"uniclip": UniClip, "simclr": SimCLR, "slip": Rocket}
+    kinds |= dict.fromkeys(CROSSED, Rocket)
+    if options.objective == "clip":
+        return base
+    system: System
+    if options.objective == "classify":
+        system = Classifier.of(base.model, width, options, len(classes))
+    else:
+        system = kinds[options.objective].of(base.model, width, options)
+    return base._replace(model=system.to(device))
+
+
+def describe(
+    name: str, model: Model, options: SystemOptions, classes: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What `load` builds the model from: open_clip's description, and beside it the system's."""
+    described = describe_towers(name, model)
+    own: dict[str, Any] = {}
+    # how training began is no part of the model
+    lasting = replace(options, finetune=None, lock_image=False, classifier_init="random")
+    if options.objective != "clip" or options.text_lm is not None:
+        own["options"] = {f.name: getattr(lasting, f.name) for f in fields(SystemOptions)}
+        own["classes"] = list(classes)
+    tower = getattr(getattr(model.model, "towers", model.model), "text", None)
+    if isinstance(tower, LanguageModelTower):
+        own["language_model"] = tower.config_dict()
+    return {**described, SYSTEM: own} if own else described
+
+
+def load(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    *,
+    average: bool = False,
+    trust_checkpoint: bool = False,
+) -> Model:
+    """A trained model, its evaluation transform and its tokenizer.
+
+    Args:
+        path: a run folder as `fastclip train` writes it (its latest whole checkpoint is taken),
+            or one checkpoint file inside it.
+        device: where the parameters are put.
+        average: take the averaged weights of a run with --ema.
+        trust_checkpoint: whether DeepSpeed's files may be read, which can run any code.
+
+    Returns:
+        (model, preprocess, tokenizer), the model in evaluation mode.
+
+    Raises:
+        FileNotFoundError: there is no run, no checkpoint or no model description there.
+        ValueError: the checkpoint is not of the described model, is not trusted, or has no average.
+    """
+    path = Path(path)
+    run = checkpoint.run_of(path)
+    if not (run / CONFIG_FILE).is_file():
+        raise FileNotFoundError(
+            f"{run / CONFIG_FILE} does not exist: {path} is no run of fastclip train"
+        )
+    found = checkpoint.resolve(path)
+    state = checkpoint.read_weights(found, average=average, trust=trust_checkpoint)
+    built = build_described(run, device)
+    description = json.loads((run / CONFIG_FILE).read_text())
+    own = description.get(SYSTEM)
+    if own:
+        plain = own["options"].items()
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in plain}
+        options = SystemOptions(**values)
+        if "language_model" in own:
+            built = with_language_model(built, options, described=run)
+        width = description["model_cfg"]["embed_dim"]
+        built = _wrap(built, width, device, options, own["classes"])
+    load_weights(built.model, state, str(found))
+    built.model.eval()
+    return built
+
+
+def class_names(path: Path) -> list[str]:
+    """The names that a run's classifier tells apart, in the order of its logits; none of others."""
+    description = json.loads((checkpoint.run_of(path) / CONFIG_FILE).read_text())
+    return list(description.get(SYSTEM, {}).get("classes", []))

@@ -1,0 +1,104 @@
+"""CLIP, CLIP-Rocket and UniCLIP on CIFAR-10, in equal training time."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastclip.data.options import DataOptions
+from fastclip.data.sources import open_source
+from fastclip.evaluate.features import embed_images
+from fastclip.evaluate.interpolation import accuracy_by_head_weight, choose_head_weight
+from fastclip.evaluate.zeroshot import classes_of, evaluate_zeroshot
+from fastclip.models.build import load
+from fastclip.models.rocket import Rocket
+from fastclip.study.report import Row, write
+from fastclip.study.runs import (
+    Outcome,
+    first_rows,
+    losses_of,
+    steady_speed,
+    train,
+    training_seconds,
+)
+from fastclip.train.config import parse
+
+COLUMNS = {"accuracy": "zero-shot", "head_weight": "weak head's weight"}
+RECIPES = {"CLIP": "cifar10", "CLIP-Rocket": "cifar10_rocket", "UniCLIP": "cifar10_uniclip"}
+# of the training set: what the heads' weight is chosen on is not the test set
+HELD_OUT = 2000
+TRIAL_STEPS = 12
+IMAGES = 50_000
+CHANCE = {"accuracy": 0.1}
+
+
+def study(
+    data: Path, folder: Path, minutes: float = 5, seeds: int = 2, flags: Sequence[str] = ()
+) -> str:
+    """Train each for as many samples as it manages in this time, and compare; the report.
+
+    Args:
+        data: folder that `fastclip convert cifar10` wrote.
+        folder: for runs and report.
+        minutes: of training, evaluation apart.
+        seeds: runs of each.
+        flags: of `fastclip train`, for all of them.
+    """
+    shards = ["--train-data", str(data / "train-{00000..00004}.tar")]
+    rows: list[Row] = []
+    for label, recipe in RECIPES.items():
+        given = ["--config", recipe, *shards, *flags]
+        samples = _samples(recipe, given, folder, minutes)
+        outcomes = []
+        for seed in range(seeds):
+            ends = ["--seed", str(seed), "--train-num-samples", str(samples[0])]
+            ends += ["--epochs", str(samples[1])]
+            outcomes.append(_run(f"{recipe}-{seed}", [*given, *ends], data, folder))
+            print(f"{outcomes[-1].name}: {outcomes[-1].scores}", flush=True)
+        rows.append((label, outcomes))
+    notes = [
+        f"10,000 test images; {seeds} seeds, mean ± standard deviation; {minutes} minutes of "
+        "training each, at the speed that each had in a short trial. The weight between the heads "
+        f"is chosen on {HELD_OUT} images of the training set."
+    ]
+    return write(folder, "CIFAR-10 in equal time", rows, COLUMNS, notes)
+
+
+def _samples(recipe: str, flags: Sequence[str], folder: Path, minutes: float) -> tuple[int, int]:
+    """Samples an epoch and epochs that fill the time, by the speed of a short trial."""
+    batch = parse(flags).batch_size
+    trial = ["--train-num-samples", str(batch * TRIAL_STEPS), "--epochs", "1"]
+    path = folder / f"{recipe}-trial"
+    if not path.is_dir():
+        train(path.name, [*flags, *trial, "--log-every-n-steps", "1"], folder)
+    total = max(batch, int(steady_speed(path) * minutes * 60))
+    epochs = -(-total // IMAGES)
+    return total // epochs, epochs
+
+
+def _run(name: str, flags: Sequence[str], data: Path, folder: Path) -> Outcome:
+    path = folder / name
+    if not (path / "checkpoints").is_dir():
+        train(name, flags, folder)
+    batch = parse(flags).batch_size
+    scores = judge(path, data)
+    return Outcome(
+        name, tuple(flags), training_seconds(path, batch), *losses_of(path), scores, CHANCE
+    )
+
+
+def judge(run: Path, data: Path) -> dict[str, float]:
+    """Zero-shot accuracy on the test images; where there are two heads, with their weight."""
+    model = load(run)
+    test = str(data / "val-00000.tar")
+    prompts = classes_of(test)
+    if prompts is None:
+        raise ValueError(f"{data} has no classes.txt; make it with `fastclip convert cifar10`")
+    options = DataOptions()
+    scores = {}
+    if isinstance(model.model, Rocket):
+        held_out = open_source(str(data / "train-00000.tar"), options, split="val")
+        images = first_rows(embed_images(model, held_out), HELD_OUT)
+        weight = choose_head_weight(accuracy_by_head_weight(model, images, *prompts))
+        model.model.head_weight.fill_(weight)
+        scores["head_weight"] = weight
+    images = embed_images(model, open_source(test, options, split="val"))
+    return {"accuracy": evaluate_zeroshot(model, images, *prompts)["acc1"], **scores}

@@ -1,0 +1,163 @@
+"""One training run of a study, and what is measured of it.
+
+A run is a process of `fastclip train`, as a user would start it. Its outcome is kept beside it, so
+that a study that was stopped goes on where it was.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from fastclip.atomic import write_text
+from fastclip.data.scenes import CLASSES, TEMPLATES
+from fastclip.data.sources import SceneSource
+from fastclip.evaluate.features import ImageFeatures, embed_images
+from fastclip.evaluate.interpolation import accuracy_by_head_weight, choose_head_weight
+from fastclip.evaluate.retrieval import caption_pairs, chance_of_recall, evaluate_retrieval
+from fastclip.evaluate.zeroshot import classification_metrics, evaluate_zeroshot, labelled
+from fastclip.models.build import load
+from fastclip.models.clip import Model
+from fastclip.models.controls import Classifier, SimCLR
+from fastclip.models.rocket import Rocket
+from fastclip.train.log import read_metrics
+
+SCENES = 1000
+OUTCOME = "outcome.json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A run that came to its end.
+
+    Attributes:
+        name, flags: of the run.
+        seconds: that training took, from the first step to the last.
+        first_loss, last_loss: means of the first and last tenth of the lines of metrics.
+        scores: by name, in [0, 1].
+        chance: what guessing would score, by the same names.
+    """
+
+    name: str
+    flags: tuple[str, ...]
+    seconds: float
+    first_loss: float
+    last_loss: float
+    scores: dict[str, float]
+    chance: dict[str, float]
+
+
+def train(name: str, flags: Sequence[str], folder: Path) -> tuple[Path, float]:
+    """Train in a process of its own; the run's folder, and the seconds that it took.
+
+    Raises:
+        RuntimeError: it failed; the message ends as its output did.
+    """
+    log = folder / f"{name}.log"
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "fastclip.cli", "train", *flags]
+    command += ["--logs", str(folder), "--name", name, "--report-to", "none"]
+    started = time.monotonic()
+    with log.open("w") as output:
+        status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode
+    if status:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
+        raise RuntimeError(f"run {name} ended with status {status}; {log} ends:\n{tail}")
+    return folder / name, time.monotonic() - started
+
+
+def run(name: str, flags: Sequence[str], folder: Path, *, judged: bool = True) -> Outcome:
+    """Train and judge on held-out scenes; what an earlier call with these flags found is kept.
+
+    Args:
+        judged: False leaves the scores empty.
+    """
+    kept = folder / name / OUTCOME
+    if kept.is_file():
+        values = json.loads(kept.read_text())
+        if values["flags"] == list(flags):
+            return Outcome(**{**values, "flags": tuple(flags)})
+        raise FileExistsError(
+            f"{kept.parent} is of other flags; choose another --output or delete it"
+        )
+    path, seconds = train(name, flags, folder)
+    scores, chance = judge_scenes(load(path)) if judged else ({}, {})
+    outcome = Outcome(name, tuple(flags), seconds, *losses_of(path), scores, chance)
+    write_text(kept, json.dumps(asdict(outcome), indent=1) + "\n")
+    return outcome
+
+
+def losses_of(run: Path) -> tuple[float, float]:
+    """The mean loss of the first and of the last tenth of a run's lines of metrics."""
+    losses = [line["loss"] for line in _steps(run)]
+    tenth = max(1, len(losses) // 10)
+    return sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
+
+
+def steady_speed(run: Path) -> float:
+    """Samples a second, the median over the second half of a run's lines."""
+    speeds = [line["samples_per_second"] for line in _steps(run)]
+    return statistics.median(speeds[len(speeds) // 2 :])
+
+
+def training_seconds(run: Path, batch: int) -> float:
+    """What the steps took, evaluation and start-up apart; `batch` is a step's samples."""
+    lines = _steps(run)
+    done = [0, *(line["step"] for line in lines)]
+    pairs = zip(pairwise(done), lines, strict=True)
+    return sum((b - a) * batch / line["samples_per_second"] for (a, b), line in pairs)
+
+
+def _steps(run: Path) -> list[dict[str, Any]]:
+    return [line for line in read_metrics(run) if "loss" in line]
+
+
+def judge_scenes(model: Model) -> tuple[dict[str, float], dict[str, float]]:
+    """Scores on 1000 held-out scenes, and what guessing would score.
+
+    accuracy is zero-shot's (a classifier's own); image_to_text and text_to_image are recall@5.
+    Where there are weak and strong heads, their weight is chosen on 1000 further scenes.
+    """
+    system = model.model
+    chance = {"accuracy": 1 / len(CLASSES)}
+    if isinstance(system, SimCLR):
+        return {}, {}
+    if isinstance(system, Classifier):
+        images = embed_images(model, SceneSource("val", SCENES), encode=system.classify)
+        return {"accuracy": classification_metrics(*labelled(images))["acc1"]}, chance
+    prompts = list(CLASSES), list(TEMPLATES)
+    images = embed_images(model, SceneSource("val", 2 * SCENES))
+    test, held_out = first_rows(images, SCENES), first_rows(images, SCENES, start=SCENES)
+    scores = {}
+    if isinstance(system, Rocket) and system.criterion.two_spaces:
+        weight = choose_head_weight(accuracy_by_head_weight(model, held_out, *prompts))
+        both = system.weak_and_strong(test.features)
+        system.head_weight.fill_(weight)
+        test = replace(test, features=system.weigh(*both))
+        scores["head_weight"] = weight
+    scores["accuracy"] = evaluate_zeroshot(model, test, *prompts)["acc1"]
+    found = evaluate_retrieval(model, test, k=(5,))
+    scores["image_to_text"] = found["text_retrieval_recall@5"]
+    scores["text_to_image"] = found["image_retrieval_recall@5"]
+    texts, pairs = caption_pairs(test.texts)
+    chance["image_to_text"] = chance_of_recall(pairs[:, 0].bincount(), len(texts), 5)
+    chance["text_to_image"] = chance_of_recall(pairs[:, 1].bincount(), SCENES, 5)
+    return scores, chance
+
+
+def first_rows(images: ImageFeatures, count: int, start: int = 0) -> ImageFeatures:
+    """So many images from `start` on."""
+    rows = slice(start, start + count)
+    return replace(
+        images,
+        features=images.features[rows],
+        texts=images.texts[rows],
+        labels=images.labels[rows],
+        keys=images.keys[rows],
+    )

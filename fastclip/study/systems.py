@@ -1,0 +1,76 @@
+"""Every system, from its recipe for the scenes: what it learns in minutes."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from fastclip.study.language_model import teach
+from fastclip.study.report import Row, write
+from fastclip.study.runs import run
+
+COLUMNS = {
+    "accuracy": "zero-shot",
+    "image_to_text": "image → text @5",
+    "text_to_image": "text → image @5",
+}
+# in this order: some begin with an earlier one's weights
+SYSTEMS = (
+    *("clip", "siglip", "slip", "siamlip", "byolip", "barlip", "swalip", "rocket", "uniclip"),
+    *("semantic", "semantic_negatives", "align", "basic", "classify", "simclr", "finetuned"),
+)
+_BEGINS_WITH = {"semantic_negatives": "semantic", "finetuned": "simclr"}
+
+
+def study(folder: Path, systems: Sequence[str] = SYSTEMS, flags: Sequence[str] = ()) -> str:
+    """Train and judge the systems, one after the other; returns the report.
+
+    Args:
+        folder: for runs and report; runs that are there already are not made again.
+        systems: names of `SYSTEMS`; what one of them begins with is added.
+        flags: of `fastclip train`, for all of them.
+
+    Raises:
+        ValueError: a system is unknown.
+    """
+    unknown = set(systems) - set(SYSTEMS)
+    if unknown:
+        raise ValueError(f"unknown: {', '.join(sorted(unknown))}; use {', '.join(SYSTEMS)}")
+    wanted = {*systems, *(_BEGINS_WITH[name] for name in systems if name in _BEGINS_WITH)}
+    rows: list[Row] = []
+    for name in SYSTEMS:
+        if name in wanted:
+            outcome = run(
+                name,
+                [*_flags(name, folder), *flags],
+                folder,
+                judged=name != "simclr",
+            )
+            rows.append((name, [outcome]))
+            print(f"{name}: {outcome.seconds:.0f} s, {outcome.scores}", flush=True)
+    notes = [
+        "1000 held-out scenes; semantic's captions are dense ones in training, short ones here. "
+        "classify and finetuned have no text: their accuracy is of their own classifier. The loss "
+        "is not comparable between systems."
+    ]
+    return write(folder, "Every system on the scenes", rows, COLUMNS, notes)
+
+
+def _flags(name: str, folder: Path) -> list[str]:
+    recipes: dict[str, Callable[[], list[str]]] = {
+        "clip": lambda: ["quickstart"],
+        "siglip": lambda: ["quickstart", "--siglip"],
+        "semantic": lambda: ["semantic_scenes", "--text-lm", _language_model(folder)],
+        "semantic_negatives": lambda: [
+            *("semantic_negatives_scenes", "--text-lm", _language_model(folder)),
+            *("--pretrained", str(folder / "semantic")),
+        ],
+        "finetuned": lambda: ["classify_scenes", "--finetune", str(folder / "simclr")],
+    }
+    return ["--config", *recipes.get(name, lambda: [f"{name}_scenes"])()]
+
+
+def _language_model(folder: Path) -> str:
+    path = folder / "language_model"
+    if not (path / "config.json").is_file():
+        loss = teach(path)
+        print(f"language model: {loss:.2f} nats a token", flush=True)
+    return str(path)

@@ -1,0 +1,38 @@
+"""What a study writes, of outcomes made by hand."""
+
+import json
+from pathlib import Path
+
+from fastclip.study.report import table, write
+from fastclip.study.runs import Outcome
+
+COLUMNS = {"accuracy": "zero-shot", "recall": "recall @5"}
+
+
+def outcome(name: str, accuracy: float, recall: float | None = None) -> Outcome:
+    scores = {"accuracy": accuracy} | ({} if recall is None else {"recall": recall})
+    return Outcome(name, ("--lr", "1"), 90.0, 4.0, 1.5, scores, {"accuracy": 0.05})
+
+
+ROWS = [
+    ("ours", [outcome("a-0", 0.5, 0.25), outcome("a-1", 0.6, 0.35)]),
+    ("theirs", [outcome("b-0", 0.125)]),
+]
+
+
+def test_a_row_is_mean_and_spread_of_its_runs() -> None:
+    lines = table(ROWS, COLUMNS).splitlines()
+    assert lines[0] == "|  | minutes | loss | zero-shot | recall @5 |"
+    # sample standard deviation of 50 and 60
+    assert lines[2] == "| ours | 1.5 | 4.00 → 1.50 | 55.0% ± 7.1 | 30.0% ± 7.1 |"
+    assert lines[3] == "| theirs | 1.5 | 4.00 → 1.50 | 12.5% |  |"
+    assert lines[4] == "| chance |  |  | 5.0% |  |"
+
+
+def test_a_report_has_text_numbers_and_a_plot(tmp_path: Path) -> None:
+    text = write(tmp_path, "Ours and theirs", ROWS, COLUMNS, ["Two seeds."])
+    assert (tmp_path / "report.md").read_text() == text
+    assert text.startswith("# Ours and theirs\n\n| ") and text.endswith("Two seeds.\n")
+    values = json.loads((tmp_path / "results.json").read_text())
+    assert values["ours"][1]["scores"] == {"accuracy": 0.6, "recall": 0.35}
+    assert (tmp_path / "scores.png").read_bytes()[:4] == b"\x89PNG"
