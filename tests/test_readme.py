@@ -4,6 +4,7 @@ import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ import tyro
 import fastclip
 from fastclip.cli.bench import Config, DataConfig
 from fastclip.cli.plan import PlanConfig
+from fastclip.cli.study import Cifar10, Study, Systems, Uniclip
+from fastclip.models.options import Objective
 from fastclip.train.config import parse
 from tests.ops.test_contracts import PRODUCTS
 from tests.test_repo_shape import ROOT
@@ -57,10 +60,10 @@ def commands(name: str) -> list[list[str]]:
 
 def test_train_commands_parse() -> None:
     found = commands("train")
-    assert len(found) == 4
+    assert len(found) == 5
     for words in found:
         name = parse([word for word in words[2:] if word != "..."]).name
-        assert name in ("first", "cifar10", "captions")
+        assert name in ("first", "cifar10", "captions", "uniclip")
 
 
 def test_launchers_commands_parse() -> None:
@@ -82,6 +85,24 @@ def test_plan_commands_parse() -> None:
 def test_bench_commands_parse() -> None:
     found = [tyro.cli(Config, args=words[2:]) for words in commands("bench")]
     assert [isinstance(config, DataConfig) for config in found] == [False, False, True]
+
+
+def test_study_commands_parse() -> None:
+    found = [tyro.cli(Study, args=words[2:]) for words in commands("study")]
+    assert [type(study) for study in found] == [Systems, Uniclip, Cifar10]
+
+
+def test_the_table_of_systems() -> None:
+    """Its objectives exist, and its recipes train what they stand beside."""
+    table = TEXT.split("| `--objective` | what |")[1].split("\n\n")[0]
+    told = set()
+    for line in table.splitlines()[2:]:
+        objectives, _, recipes = (re.findall(r"`(\w+)`", cell) for cell in line.split("|")[1:4])
+        told |= set(objectives)
+        for recipe in recipes:
+            flags = ["--classes", "names.txt"] if recipe == "classify_text" else []
+            assert parse(["--config", recipe, *flags]).objective in objectives, recipe
+    assert told == set(get_args(Objective))
 
 
 def test_the_table_of_losses() -> None:

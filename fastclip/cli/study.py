@@ -46,7 +46,7 @@ class Uniclip:
 class Cifar10:
     """CLIP, CLIP-Rocket and UniCLIP on CIFAR-10 in equal training time."""
 
-    data: Path
+    data: Annotated[Path, tyro.conf.Positional]
     """Folder that `fastclip convert cifar10` wrote."""
     minutes: float = 5
     """Of training, for each run."""

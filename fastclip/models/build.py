@@ -2,14 +2,14 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastclip.models import checkpoint
-from fastclip.models.clip import CONFIG_FILE, Model, build_described, create, load_weights
+from fastclip.models.clip import CONFIG_FILE, SYSTEM, Model, build_described, create, load_weights
 from fastclip.models.clip import describe as describe_towers
 from fastclip.models.controls import Classifier, SimCLR, load_image_tower
 from fastclip.models.options import CROSSED, SystemOptions
@@ -17,9 +17,6 @@ from fastclip.models.rocket import Rocket
 from fastclip.models.semantic import LanguageModelTower, with_language_model
 from fastclip.models.system import PREFIX, System
 from fastclip.models.uniclip import UniClip
-
-# in a run's description, beside what open_clip reads
-SYSTEM = "fastclip_cfg"
 
 
 def build(
@@ -94,7 +91,7 @@ def describe(
     described = describe_towers(name, model)
     own: dict[str, Any] = {}
     # how training began is no part of the model
-    lasting = replace(options, finetune=None, lock_image=False, classifier_init="random")
+    lasting = options.lasting()
     if options.objective != "clip" or options.text_lm is not None:
         own["options"] = {f.name: getattr(lasting, f.name) for f in fields(SystemOptions)}
         own["classes"] = list(classes)

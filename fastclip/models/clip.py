@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from fastclip.models.checkpoint import read_weights
 
 CONFIG_FILE = "open_clip_config.json"
+# in there, beside what open_clip reads: what makes a system of the towers
+SYSTEM = "fastclip_cfg"
 
 # Zhai et al. 2023, section 3.2: so that the many negatives do not drown the start.
 SIGLIP = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}

@@ -170,8 +170,14 @@ class Classifier(ImageSystem):
         weight: Tensor | None = None,
     ) -> "Classifier":
         """With the image tower of an open_clip model, whose features have `width`."""
-        smoothing = options.label_smoothing
-        return cls(model.visual, width, classes, label_smoothing=smoothing, weight=weight)
+        return cls(
+            model.visual,
+            width,
+            classes,
+            label_smoothing=options.label_smoothing,
+            prototype=options.classifier != "linear",
+            weight=weight,
+        )
 
     def features(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """image.0, (N, D), and label, (N,)."""

@@ -1,8 +1,10 @@
 """What the flags say of the system that is trained: objective, heads, towers."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
+
+Options = TypeVar("Options", bound="SystemOptions")
 
 _Language = Literal["clip", "slip", "siamlip", "byolip", "barlip", "swalip", "rocket", "uniclip"]
 Objective = Literal[_Language, "classify", "simclr"]
@@ -71,7 +73,8 @@ class SystemOptions:
     text_lm_cache_bytes: int = 0
     """Most bytes of the frozen part's states kept in memory, by text."""
     context_length: int | None = None
-    """Tokens that a text is cut to; by default the text tower's own."""
+    """Tokens that --text-lm's texts are cut to; by default 128, or as many as it takes. Other text
+    towers have theirs in --model's config."""
     lock_image: bool = False
     """Train nothing of the image tower."""
     lock_image_unlocked_groups: int = 0
@@ -84,9 +87,10 @@ class SystemOptions:
     label_source: Literal["cls", "text"] = "cls"
     """classify: labels from the data (KEY.cls, folders), or from class names found in captions;
     samples without one take no part in the loss."""
-    classifier_init: Literal["random", "zeroshot"] = "random"
-    """classify: how the classifier begins; zeroshot: the class names' text features of --finetune's
-    model."""
+    classifier: Literal["linear", "prototype", "zeroshot"] = "linear"
+    """classify: linear, with a bias; prototype: by the cosine of features and one vector a class,
+    times a learned scale; zeroshot: prototypes that begin as the class names' text features of
+    --finetune's model, where it has not been trained yet."""
     finetune: str | None = None
     """Run or checkpoint, of any objective, whose image tower is begun with."""
 
@@ -129,11 +133,17 @@ class SystemOptions:
             raise ValueError(f"--text-lm: {objective} has no text; leave it out")
         if objective == "classify" and self.label_source == "text" and self.classes is None:
             raise ValueError("--label-source text finds class names: give --classes FILE")
-        if self.classifier_init == "zeroshot" and (objective != "classify" or not self.finetune):
+        if self.classifier != "linear" and objective != "classify":
+            raise ValueError(f"--classifier is classify's, not {objective}'s; leave it out")
+        if self.classifier == "zeroshot" and not self.finetune:
             raise ValueError(
-                "--classifier-init zeroshot takes the text features of --finetune's model for "
-                "--objective classify; give both"
+                "--classifier zeroshot begins with the text features of a model: give --finetune"
             )
+
+    def lasting(self: Options) -> Options:
+        """The same model, without what its training begins with."""
+        classifier = "prototype" if self.classifier == "zeroshot" else self.classifier
+        return replace(self, finetune=None, lock_image=False, classifier=classifier)
 
     @property
     def strong(self) -> int:

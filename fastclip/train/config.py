@@ -6,7 +6,7 @@ types, and a flag given by hand wins.
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -229,10 +229,6 @@ class TrainConfig(SystemOptions):
     def step_samples(self, processes: int) -> int:
         """Samples of a step over all processes."""
         return self.batch_size * self.accum_freq * processes
-
-    def plain(self) -> "TrainConfig":
-        """The same model, without what its weights begin with."""
-        return replace(self, finetune=None, lock_image=False, classifier_init="random")
 
     @property
     def reporters(self) -> set[str]:

@@ -26,6 +26,7 @@ from fastclip.train.log import RunLog, plot_loss
 from fastclip.train.optim import learning_rate
 from fastclip.train.setup import (
     announce,
+    begin_classifier,
     build_loader,
     check_same_data,
     class_names,
@@ -83,6 +84,7 @@ def _train(
         trust_checkpoint=config.trust_checkpoint,
         **plan,
     )
+    begin_classifier(config, model, classes)
     # convolutions are fastest with channels innermost, and nothing else minds
     model.model.to(memory_format=torch.channels_last)
     loader = build_loader(config, model, classes, here)
@@ -91,7 +93,7 @@ def _train(
     judged_model, validator = model, None
     if config.val_data and here.is_first:
         if config.deepspeed:
-            judged_model = build(config.model, config.plain(), here.device, **plan)
+            judged_model = build(config.model, config.lasting(), here.device, **plan)
         validator = Validator(config, judged_model)
     engine = build_engine(model, config, here)
     samples = config.step_samples(here.size)

@@ -21,15 +21,17 @@ from fastclip.data.loader import TrainingLoader
 from fastclip.data.options import DataOptions
 from fastclip.data.order import Order
 from fastclip.data.sources import open_source, shard_weights
-from fastclip.data.templates import read_lines
+from fastclip.data.templates import DEFAULT_TEMPLATES, read_lines
 from fastclip.data.text_augment import TextAugmentation
 from fastclip.data.training_samples import TrainingSamples
 from fastclip.device import AUTOCAST_DTYPES
-from fastclip.evaluate.zeroshot import classes_of
+from fastclip.evaluate.zeroshot import class_embeddings, classes_of
 from fastclip.models import checkpoint
-from fastclip.models.build import describe
+from fastclip.models.build import describe, load
 from fastclip.models.clip import CONFIG_FILE, Model
+from fastclip.models.controls import Classifier
 from fastclip.models.options import SystemOptions
+from fastclip.models.system import System
 from fastclip.ops.backend import explain
 from fastclip.train.config import TrainConfig, from_dict, to_yaml
 from fastclip.train.distributed import World
@@ -98,6 +100,33 @@ def class_names(config: TrainConfig) -> list[str]:
             "beside the data"
         )
     return found[0]
+
+
+@torch.no_grad()
+def begin_classifier(config: TrainConfig, model: Model, classes: list[str]) -> None:
+    """Let a classifier begin as zero-shot classification by --finetune's model, if asked to.
+
+    Raises:
+        ValueError: that model's image features are not compared with text as they are.
+    """
+    if config.classifier != "zeroshot":
+        return
+    assert config.finetune is not None and isinstance(model.model, Classifier)
+    source = load(config.finetune, trust_checkpoint=config.trust_checkpoint)
+    if isinstance(source.model, System):
+        raise ValueError(
+            f"--classifier zeroshot: {config.finetune} is a {type(source.model).__name__}, which "
+            "compares text with what its heads make of image features; give a run of --objective "
+            "clip"
+        )
+    beside = classes_of(config.train_data, config.dataset_type)
+    templates = beside[1] if beside else list(DEFAULT_TEMPLATES)
+    if config.templates is not None:
+        templates = read_lines(Path(config.templates))
+    criterion = model.model.criterion
+    criterion.weight.copy_(class_embeddings(source, classes, templates))
+    assert criterion.logit_scale is not None
+    criterion.logit_scale.copy_(source.model.get_parameter("logit_scale"))
 
 
 def build_loader(

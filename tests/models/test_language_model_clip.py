@@ -68,6 +68,6 @@ def test_refuses_other_models(tiny: Model, tmp_path: Path) -> None:
     name = make_language_model(tmp_path / "lm", "gpt2")
     with pytest.raises(ValueError, match="not of a Linear"):
         with_language_model(tiny._replace(model=nn.Linear(1, 1)), SystemOptions(text_lm=name))
-    with pytest.raises(ValueError, match="is 25; .* takes 1 to 24"):
+    with pytest.raises(ValueError, match=r"is 25; .* takes 1 to 24"):
         options = SystemOptions(text_lm=name, text_lm_unfrozen=1, context_length=25)
         with_language_model(tiny, options)

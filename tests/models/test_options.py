@@ -43,7 +43,8 @@ def test_strong_views_are_chosen() -> None:
         ({"context_length": 128}, "--context-length is for --text-lm"),
         ({"objective": "simclr", "text_lm": "gpt2"}, "simclr has no text"),
         ({"objective": "classify", "label_source": "text"}, "give --classes FILE"),
-        ({"classifier_init": "zeroshot"}, "give both"),
+        ({"classifier": "prototype"}, "--classifier is classify's, not clip's"),
+        ({"objective": "classify", "classifier": "zeroshot"}, "give --finetune"),
     ],
 )
 def test_contradictions(options: dict[str, Any], told: str) -> None:

@@ -91,7 +91,7 @@ def test_padding_does_not_matter(family: str, cache_bytes: int, tmp_path: Path) 
 
 
 def frozen_names(tower: LanguageModelTower) -> set[str]:
-    """By what the brief of a tower says: embeddings, and the layers but for the last."""
+    """Embeddings, the layers but for the last, and a pooler that nothing asks."""
     return {
         name
         for name, _ in tower.named_parameters()
