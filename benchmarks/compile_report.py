@@ -183,9 +183,10 @@ def _tensor_core(ptx: str) -> str:
 
 
 def main() -> None:
-    """Print the table, and write JSON where a path is given."""
+    """Print the table, and write JSON where a path is given; only of architectures after it."""
     rows = []
-    for report in reports():
+    chosen = tuple(int(number) for number in sys.argv[2:])
+    for report in reports(chosen) if chosen else reports():
         rows.append(asdict(report))
         print(*rows[-1].values(), flush=True)
     if len(sys.argv) > 1:

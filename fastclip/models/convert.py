@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fastclip.models import checkpoint, sharded
-from fastclip.models.clip import CONFIG_FILE, create, describe
+from fastclip.models.clip import CONFIG_FILE, SYSTEM, create, describe
 
 
 def export_open_clip(source: Path, target: Path, *, trust_checkpoint: bool = False) -> None:
@@ -23,11 +23,17 @@ def export_open_clip(source: Path, target: Path, *, trust_checkpoint: bool = Fal
 
     Raises:
         FileNotFoundError: there is no checkpoint. FileExistsError: the target is there already.
-        ValueError: the checkpoint is not trusted.
+        ValueError: the checkpoint is not trusted, or is no model of open_clip's.
     """
     if target.exists():
         raise FileExistsError(f"{target} exists; choose another name")
     path = checkpoint.resolve(source)
+    described = checkpoint.run_of(path) / CONFIG_FILE
+    if described.is_file() and SYSTEM in json.loads(described.read_text()):
+        raise ValueError(
+            f"{source} is more than a model of open_clip's, which has no place for its heads or "
+            "its language model; fastclip.load reads it"
+        )
     content = checkpoint.read(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     kept: dict[str, Any] = {name: content[name] for name in ("epoch", "name") if name in content}

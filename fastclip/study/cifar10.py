@@ -1,6 +1,7 @@
 """CLIP, CLIP-Rocket and UniCLIP on CIFAR-10, in equal training time."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from fastclip.data.options import DataOptions
@@ -23,10 +24,10 @@ from fastclip.train.config import parse
 
 COLUMNS = {"accuracy": "zero-shot", "head_weight": "weak head's weight"}
 RECIPES = {"CLIP": "cifar10", "CLIP-Rocket": "cifar10_rocket", "UniCLIP": "cifar10_uniclip"}
-# of the training set: what the heads' weight is chosen on is not the test set
-HELD_OUT = 2000
+# of the images not trained on: the heads' weight is chosen on these, and no score is theirs
+HELD_OUT = 1000
 TRIAL_STEPS = 12
-IMAGES = 50_000
+IMAGES = 45_000
 CHANCE = {"accuracy": 0.1}
 
 
@@ -55,9 +56,9 @@ def study(
             print(f"{outcomes[-1].name}: {outcomes[-1].scores}", flush=True)
         rows.append((label, outcomes))
     notes = [
-        f"10,000 test images; {seeds} seeds, mean ± standard deviation; {minutes} minutes of "
-        "training each, at the speed that each had in a short trial. The weight between the heads "
-        f"is chosen on {HELD_OUT} images of the training set."
+        f"The images of val-00000.tar but for the first {HELD_OUT}, on which the weight between "
+        f"the heads is chosen; {seeds} seeds, mean ± standard deviation; {minutes} minutes of "
+        "training each, at the speed that each had in a short trial."
     ]
     return write(folder, "CIFAR-10 in equal time", rows, COLUMNS, notes)
 
@@ -86,19 +87,20 @@ def _run(name: str, flags: Sequence[str], data: Path, folder: Path) -> Outcome:
 
 
 def judge(run: Path, data: Path) -> dict[str, float]:
-    """Zero-shot accuracy on the test images; where there are two heads, with their weight."""
+    """Zero-shot accuracy on all but the first images; those choose the weight of two heads."""
     model = load(run)
     test = str(data / "val-00000.tar")
     prompts = classes_of(test)
     if prompts is None:
         raise ValueError(f"{data} has no classes.txt; make it with `fastclip convert cifar10`")
-    options = DataOptions()
+    images = embed_images(model, open_source(test, DataOptions(), split="val"))
+    rest = first_rows(images, len(images.keys) - HELD_OUT, start=HELD_OUT)
     scores = {}
     if isinstance(model.model, Rocket):
-        held_out = open_source(str(data / "train-00000.tar"), options, split="val")
-        images = first_rows(embed_images(model, held_out), HELD_OUT)
-        weight = choose_head_weight(accuracy_by_head_weight(model, images, *prompts))
+        held_out = first_rows(images, HELD_OUT)
+        weight = choose_head_weight(accuracy_by_head_weight(model, held_out, *prompts))
+        parts = model.model.weak_and_strong(rest.features)
         model.model.head_weight.fill_(weight)
+        rest = replace(rest, features=model.model.weigh(*parts))
         scores["head_weight"] = weight
-    images = embed_images(model, open_source(test, options, split="val"))
-    return {"accuracy": evaluate_zeroshot(model, images, *prompts)["acc1"], **scores}
+    return {"accuracy": evaluate_zeroshot(model, rest, *prompts)["acc1"], **scores}

@@ -11,7 +11,7 @@ from fastclip.data.scenes import caption, sample_scene
 
 WIDTH, LAYERS, HEADS, CONTEXT = 128, 4, 4, 96
 CAPTIONS = 4000
-BATCH, STEPS, RATE = 32, 300, 2e-3
+BATCH, STEPS, RATE = 32, 200, 2e-3
 
 
 def teach(folder: Path, seed: int = 0) -> float:

@@ -20,7 +20,7 @@ def test_the_check_passes_here(capsys: pytest.CaptureFixture[str]) -> None:
     """The same cases that a GPU session runs, thinned; Triton's under the interpreter."""
     for backend in ("torch", "triton") if not torch.cuda.is_available() else ("torch",):
         found, well = check.report("cpu", backend, few=True)
-        assert well and len(found) >= 20
+        assert well and len(found) >= 12
     assert "0 wrong" in capsys.readouterr().out
 
 

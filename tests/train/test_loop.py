@@ -339,5 +339,17 @@ def test_non_finite_gradients_are_named(
     assert "gradient of 'text_projection'" in capsys.readouterr().err
 
 
+def test_texts_that_are_cut_are_told_once(
+    train_flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(parse([*train_flags, "--name", "a", "--captions", "dense"]))
+    told = capsys.readouterr().err
+    assert told.count("a text is longer than the context of 12 tokens, and is cut") == 1
+    # every dense caption is longer: two epochs of 64
+    assert "note: 128 texts were cut to the context" in told
+    train(parse([*train_flags, "--name", "b", "--train-data", "synthetic"]))
+    assert "were cut" not in capsys.readouterr().err
+
+
 def test_faults_are_values() -> None:
     assert str(Fault("corrupt image", "a.tar:1", "cut")) == "corrupt image: a.tar:1 (cut)"

@@ -42,6 +42,8 @@ SYSTEMS = {
     "swalip": SMALL,
     "simclr": PROJECTED,
     "classify": SMALL,
+    # with false captions
+    "clip": {"hard_negatives": 2, "grad_clip_norm": 0.5, "wd": 0.1},
 }
 # those that also go through ZeRO-3, bfloat16 and a resumed run
 THOROUGH = ("uniclip", "byolip")
@@ -75,13 +77,14 @@ def make(objective: str, folder: Path, here: World, double: bool, **flags: Any) 
     return engine
 
 
-def batches(step: int, here: World, cuts: int, system: System) -> list[dict[str, Any]]:
+def batches(step: int, here: World, cuts: int, model: Any) -> list[dict[str, Any]]:
     """A step's samples, 16 over all ranks, in this rank's micro-batches."""
     stream = torch.Generator().manual_seed(step)
-    views, texts = system.image_views, system.text_views
+    views, texts = getattr(model, "image_views", 1), getattr(model, "text_views", 1)
     images = torch.randint(0, 256, (views, 2 * BATCH, 3, 16, 16), generator=stream).byte()
     tokens = torch.randint(1, 49_000, (texts, 2 * BATCH, 12), generator=stream)
     params = torch.rand(2 * BATCH, views, 18, generator=stream)
+    negatives = torch.randint(1, 49_000, (2 * BATCH, 2, 12), generator=stream)
     label = torch.randint(-1, len(CLASSES), (2 * BATCH,), generator=stream)
     first, share = here.rank * 2 * BATCH // here.size, 2 * BATCH // here.size
     size = share // cuts
@@ -92,6 +95,7 @@ def batches(step: int, here: World, cuts: int, system: System) -> list[dict[str,
             "texts": list(tokens[:, part]),
             "params": params[part],
             "label": label[part],
+            **({} if isinstance(model, System) else {"negatives": negatives[part]}),
             "key": ["sample"] * size,
         }
         for part in parts

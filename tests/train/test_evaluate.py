@@ -1,0 +1,65 @@
+"""`fastclip eval` and `convert` of systems: heads weighed on held-out data, averages, controls."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fastclip.cli import main
+from fastclip.train.config import parse
+from fastclip.train.loop import train
+
+
+@pytest.fixture
+def rocket(train_flags: list[str]) -> Path:
+    flags = [*train_flags, "--objective", "rocket", "--head-hidden", "12", "--strong-views", "1"]
+    return train(parse([*flags, "--epochs", "1", "--ema", "0.5", "--name", "rocket"]))
+
+
+def evaluate(run: Path, *more: str) -> int:
+    flags = ["--model", str(run), "--workers", "0", "--num-samples", "60"]
+    return main(["eval", "zeroshot", *flags, *more])
+
+
+def test_heads_are_weighed_on_other_data(rocket: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate(rocket, "--held-out", "scenes:split=compositional") == 0
+    chosen = json.loads(capsys.readouterr().out)
+    assert chosen["head_weight"] in [step / 10 for step in range(11)]
+    weight = str(chosen["head_weight"])
+    assert evaluate(rocket, "--head-weight", weight) == 0
+    assert json.loads(capsys.readouterr().out) == chosen
+    assert evaluate(rocket, "--average") == 0
+    assert "head_weight" not in json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--held-out", "scenes"], "shows more than the model can"),
+        (["--head-weight", "1.5"], "give one in [0, 1]"),
+        (["--head-weight", "0.5", "--held-out", "x.tar"], "or --held-out to choose it on"),
+    ],
+)
+def test_mistakes(
+    rocket: Path, more: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate(rocket, *more) == 1
+    assert told in capsys.readouterr().err
+
+
+def test_a_plain_model_has_no_heads_to_weigh(
+    train_flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(parse([*train_flags, "--epochs", "1", "--name", "clip"]))
+    assert evaluate(run, "--head-weight", "0.5") == 1
+    assert "has no weak and strong heads; leave them out" in capsys.readouterr().err
+    assert evaluate(run, "--average") == 1
+    assert "its run had no --ema" in capsys.readouterr().err
+
+
+def test_a_system_is_no_model_of_open_clips(
+    rocket: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert", "to-open-clip", str(rocket), str(tmp_path / "out.pt")]) == 1
+    assert "open_clip's, which has no place for its heads" in capsys.readouterr().err
+    assert not (tmp_path / "out.pt").exists()
