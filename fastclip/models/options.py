@@ -1,7 +1,7 @@
 """What the flags say of the system that is trained: objective, heads, towers."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal, TypeVar
 
 Options = TypeVar("Options", bound="SystemOptions")
@@ -12,6 +12,27 @@ Objective = Literal[_Language, "classify", "simclr"]
 # with a weak view of image and text, and strong ones besides
 CROSSED = ("siamlip", "byolip", "barlip", "swalip", "rocket")
 _STRONG_VIEWS = {"slip": 2, "uniclip": 2, "simclr": 2, **dict.fromkeys(CROSSED, 2)}
+
+_PROJECTED = ("siamlip", "byolip", "barlip")
+# the objectives that an option is for, where it is not for all
+_USERS: dict[str, tuple[str, ...]] = {
+    "strong_views": tuple(_STRONG_VIEWS),
+    "head_width": ("uniclip", "slip", *CROSSED),
+    "head_hidden": CROSSED,
+    "separate_heads": CROSSED,
+    **dict.fromkeys(("projector_hidden", "projector_width"), ("slip", "simclr", *_PROJECTED)),
+    "separate_projectors": _PROJECTED,
+    "extra_weight": ("slip", "swalip", *_PROJECTED),
+    # swalip's targets are soft already, slip has no pairs of strong views
+    "label_smoothing": ("clip", "classify", "rocket", *_PROJECTED),
+    **dict.fromkeys(
+        ("pair_loss", "pair_weight", "augmentation_encoder", "shared_similarity"), ("uniclip",)
+    ),
+    "hard_negatives": ("clip",),
+    "text_lm": ("clip", "uniclip", "slip", *CROSSED),
+    **dict.fromkeys(("classes", "label_source", "classifier"), ("classify",)),
+}
+_FROM_ZERO = ("strong_views", "lock_image_unlocked_groups", "text_lm_cache_bytes", "hard_negatives")
 
 
 @dataclass(frozen=True)
@@ -95,46 +116,40 @@ class SystemOptions:
     """Run or checkpoint, of any objective, whose image tower is begun with."""
 
     def __post_init__(self) -> None:
-        views, objective = self.strong_views, self.objective
-        if views is not None:
-            if objective not in _STRONG_VIEWS:
-                raise ValueError(f"--strong-views: {objective} has none; leave it out")
-            if objective in ("slip", "simclr", "swalip") and views != 2:
-                raise ValueError(f"--strong-views is {views}; {objective} contrasts 2")
-            if views < 0:
-                raise ValueError(f"--strong-views is {views}; give 0 or more")
+        objective = self.objective
+        for field in fields(SystemOptions):
+            value = getattr(self, field.name)
+            flag = "--" + field.name.replace("_", "-")
+            if value == field.default:
+                continue
+            users = _USERS.get(field.name)
+            if users is not None and objective not in users:
+                raise ValueError(f"{flag} is for {', '.join(users)}, not {objective}; leave it out")
+            for prefix, needed in (("text_lm_", "text_lm"), ("lock_image_", "lock_image")):
+                if field.name.startswith(prefix) and not getattr(self, needed):
+                    raise ValueError(f"{flag} needs --{needed.replace('_', '-')}; leave it out")
+            # fractions have bounds of their own
+            if isinstance(value, int) and not isinstance(value, bool):
+                least = 0 if field.name in _FROM_ZERO else 1
+                if value < least:
+                    raise ValueError(f"{flag} is {value}; give at least {least}")
+        if objective in ("slip", "simclr", "swalip") and self.strong != 2:
+            raise ValueError(f"--strong-views is {self.strong_views}; {objective} contrasts 2")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"--label-smoothing is {self.label_smoothing}; give one in [0, 1)")
-        if objective == "swalip" and self.label_smoothing:
-            raise ValueError("--label-smoothing: swalip has soft targets already; leave it out")
-        if self.label_smoothing and (objective == "slip" or (objective in CROSSED and views == 0)):
+        if self.label_smoothing and objective in CROSSED and not self.strong:
             raise ValueError(
-                f"--label-smoothing: {objective} has no pairs of strong views to smooth; leave it "
-                "out"
+                f"--label-smoothing: without strong views {objective} has no pairs of them to "
+                "smooth; leave it out"
             )
-        if self.hard_negatives < 0 or (self.hard_negatives and objective != "clip"):
-            raise ValueError(
-                f"--hard-negatives is {self.hard_negatives} with {objective}; give 0 or more, to "
-                "clip alone"
-            )
-        if objective != "uniclip" and (self.pair_weight or self.pair_loss != "mp-nce"):
-            raise ValueError(f"--pair-loss, --pair-weight are uniclip's, not {objective}'s")
-        for name in ("head_width", "head_hidden", "projector_hidden", "projector_width"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {value}; give at least 1")
         if self.extra_weight is not None and not 0 < self.extra_weight < math.inf:
             raise ValueError(f"--extra-weight is {self.extra_weight}; give a positive number")
         if self.context_length is not None and self.text_lm is None:
             raise ValueError(
                 "--context-length is for --text-lm; of other text towers it is in --model's config"
             )
-        if self.text_lm is not None and objective in ("classify", "simclr"):
-            raise ValueError(f"--text-lm: {objective} has no text; leave it out")
         if objective == "classify" and self.label_source == "text" and self.classes is None:
             raise ValueError("--label-source text finds class names: give --classes FILE")
-        if self.classifier != "linear" and objective != "classify":
-            raise ValueError(f"--classifier is classify's, not {objective}'s; leave it out")
         if self.classifier == "zeroshot" and not self.finetune:
             raise ValueError(
                 "--classifier zeroshot begins with the text features of a model: give --finetune"
@@ -143,7 +158,14 @@ class SystemOptions:
     def lasting(self: Options) -> Options:
         """The same model, without what its training begins with."""
         classifier = "prototype" if self.classifier == "zeroshot" else self.classifier
-        return replace(self, finetune=None, lock_image=False, classifier=classifier)
+        return replace(
+            self,
+            finetune=None,
+            classifier=classifier,
+            lock_image=False,
+            lock_image_unlocked_groups=0,
+            lock_image_freeze_bn_stats=False,
+        )
 
     @property
     def strong(self) -> int:

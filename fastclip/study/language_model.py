@@ -15,14 +15,15 @@ BATCH, STEPS, RATE = 32, 200, 2e-3
 
 
 def teach(folder: Path, seed: int = 0) -> float:
-    """Make a GPT-2 of 4 layers, train it to predict dense captions, and save it as a folder.
+    """Make a GPT-2 of 4 layers, train it to predict dense and short captions, and save it as a folder.
 
     Returns:
         Its loss over the last tenth of training, nats a token.
     """
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    texts = [caption(sample_scene(i, split="train"), "dense", i) for i in range(CAPTIONS)]
+    scenes = [sample_scene(i, split="train") for i in range(CAPTIONS)]
+    texts = [caption(s, q, i) for i, s in enumerate(scenes) for q in ("dense", "short")]
     tokenizer = _tokenizer(texts)
     torch.manual_seed(seed)
     config = GPT2Config(

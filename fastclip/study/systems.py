@@ -47,7 +47,7 @@ def study(folder: Path, systems: Sequence[str] = SYSTEMS, flags: Sequence[str] =
             rows.append((name, [outcome]))
             print(f"{name}: {outcome.seconds:.0f} s, {outcome.scores}", flush=True)
     notes = [
-        "1000 held-out scenes; semantic's captions are dense ones in training, short ones here. "
+        "1000 held-out scenes, with short captions. "
         "classify and finetuned have no text: their accuracy is of their own classifier. The loss "
         "is not comparable between systems."
     ]

@@ -27,23 +27,41 @@ def test_strong_views_are_chosen() -> None:
     assert SystemOptions(objective="uniclip", strong_views=0).views == (1, 1)
 
 
+def test_what_training_begins_with_is_no_part_of_the_model() -> None:
+    locked = SystemOptions(
+        lock_image=True, lock_image_unlocked_groups=1, lock_image_freeze_bn_stats=True
+    )
+    assert locked.lasting() == SystemOptions()
+    begun = SystemOptions(objective="classify", classifier="zeroshot", finetune="logs/a")
+    assert begun.lasting() == SystemOptions(objective="classify", classifier="prototype")
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"strong_views": 2}, "--strong-views: clip has none"),
+        ({"strong_views": 2}, "--strong-views is for slip, uniclip, simclr, .*, not clip"),
         ({"objective": "swalip", "strong_views": 1}, "--strong-views is 1; swalip contrasts 2"),
-        ({"objective": "uniclip", "strong_views": -1}, "--strong-views is -1; give 0 or more"),
+        ({"objective": "uniclip", "strong_views": -1}, "--strong-views is -1; give at least 0"),
         ({"label_smoothing": 1.0}, r"--label-smoothing is 1.0; give one in \[0, 1\)"),
-        ({"objective": "swalip", "label_smoothing": 0.1}, "swalip has soft targets already"),
-        ({"objective": "slip", "label_smoothing": 0.1}, "no pairs of strong views to smooth"),
-        ({"objective": "uniclip", "hard_negatives": 1}, "to clip alone"),
-        ({"pair_loss": "sup-con"}, "uniclip's, not clip's"),
+        ({"objective": "swalip", "label_smoothing": 0.1}, "--label-smoothing is for clip, .*not s"),
+        (
+            {"objective": "rocket", "strong_views": 0, "label_smoothing": 0.1},
+            "without strong views rocket has no pairs",
+        ),
+        ({"objective": "uniclip", "hard_negatives": 1}, "--hard-negatives is for clip, not unicl"),
+        ({"hard_negatives": -1}, "--hard-negatives is -1; give at least 0"),
+        ({"pair_loss": "sup-con"}, "--pair-loss is for uniclip, not clip"),
+        ({"objective": "rocket", "augmentation_encoder": False}, "--augmentation-encoder is for"),
         ({"objective": "rocket", "head_width": 0}, "--head-width is 0; give at least 1"),
+        ({"objective": "rocket", "projector_width": 8}, "--projector-width is for slip, simclr"),
         ({"objective": "siamlip", "extra_weight": 0.0}, "--extra-weight is 0.0"),
+        ({"text_lm_unfrozen": 2}, "--text-lm-unfrozen needs --text-lm"),
+        ({"text_lm": "gpt2", "text_lm_unfrozen": 0}, "--text-lm-unfrozen is 0; give at least 1"),
+        ({"lock_image_freeze_bn_stats": True}, "--lock-image-freeze-bn-stats needs --lock-image"),
         ({"context_length": 128}, "--context-length is for --text-lm"),
-        ({"objective": "simclr", "text_lm": "gpt2"}, "simclr has no text"),
+        ({"objective": "simclr", "text_lm": "gpt2"}, "--text-lm is for .*, not simclr"),
         ({"objective": "classify", "label_source": "text"}, "give --classes FILE"),
-        ({"classifier": "prototype"}, "--classifier is classify's, not clip's"),
+        ({"classifier": "prototype"}, "--classifier is for classify, not clip"),
         ({"objective": "classify", "classifier": "zeroshot"}, "give --finetune"),
     ],
 )

@@ -20,6 +20,7 @@ import fastclip
 from fastclip.cli import main
 from fastclip.models import checkpoint
 from fastclip.models.build import build
+from fastclip.models.clip import load_weights
 from fastclip.models.system import System
 from fastclip.train.config import TrainConfig, parse
 from fastclip.train.distributed import World, world
@@ -221,6 +222,19 @@ def check_saved(engine: Any, here: World, folder: Path) -> None:
     engine.average.load_state_dict({name: value * 0 for name, value in before.items()})
     engine.load(content)
     assert furthest(engine.average.state_dict(), before) == 0
+    whole = engine.weights()
+    if here.is_first:
+        # what `fastclip.load` reads: heads and running statistics too, in their own shapes
+        exported = checkpoint.read_weights(folder / "step_00000004", trust=True)
+        assert furthest(exported, whole) == 0
+        load_weights(build_again(folder), exported, "the export")
+
+
+def build_again(folder: Path) -> System:
+    config = TrainConfig(model=str(folder / "tiny.json"), objective="byolip", **SYSTEMS["byolip"])
+    model = build(config.model, config).model
+    assert isinstance(model, System)
+    return model
 
 
 def check_scales(engine: Any, here: World) -> tuple[list[float], list[float]]:
