@@ -15,7 +15,7 @@ BATCH, STEPS, RATE = 32, 200, 2e-3
 
 
 def teach(folder: Path, seed: int = 0) -> float:
-    """Make a GPT-2 of 4 layers, train it to predict dense and short captions, and save it as a folder.
+    """Make a GPT-2 of 4 layers, train it on dense and short captions, save it as a folder.
 
     Returns:
         Its loss over the last tenth of training, nats a token.

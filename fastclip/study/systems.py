@@ -15,9 +15,14 @@ COLUMNS = {
 # in this order: some begin with an earlier one's weights
 SYSTEMS = (
     *("clip", "siglip", "slip", "siamlip", "byolip", "barlip", "swalip", "rocket", "uniclip"),
-    *("semantic", "semantic_negatives", "align", "basic", "classify", "simclr", "finetuned"),
+    *("semantic", "semantic_negatives", "align", "basic_image", "basic"),
+    *("classify", "simclr", "finetuned"),
 )
-_BEGINS_WITH = {"semantic_negatives": "semantic", "finetuned": "simclr"}
+_BEGINS_WITH = {
+    "semantic_negatives": "semantic",
+    "basic": "basic_image",
+    "finetuned": "simclr",
+}
 
 
 def study(folder: Path, systems: Sequence[str] = SYSTEMS, flags: Sequence[str] = ()) -> str:
@@ -48,8 +53,8 @@ def study(folder: Path, systems: Sequence[str] = SYSTEMS, flags: Sequence[str] =
             print(f"{name}: {outcome.seconds:.0f} s, {outcome.scores}", flush=True)
     notes = [
         "1000 held-out scenes, with short captions. "
-        "classify and finetuned have no text: their accuracy is of their own classifier. The loss "
-        "is not comparable between systems."
+        "basic_image, classify and finetuned have no text: their accuracy is of their own "
+        "classifier. The loss is not comparable between systems."
     ]
     return write(folder, "Every system on the scenes", rows, COLUMNS, notes)
 
@@ -65,6 +70,7 @@ def _flags(name: str, folder: Path) -> list[str]:
             *("semantic_negatives_scenes", "--text-lm", _language_model(folder)),
             *("--pretrained", str(folder / "semantic")),
         ],
+        "basic": lambda: ["basic_scenes", "--finetune", str(folder / "basic_image")],
         "finetuned": lambda: ["classify_scenes", "--finetune", str(folder / "simclr")],
     }
     return ["--config", *recipes.get(name, lambda: [f"{name}_scenes"])()]

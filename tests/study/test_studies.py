@@ -60,7 +60,9 @@ def test_a_study_goes_on_where_it_was(
 
 
 def test_a_run_that_fails_tells_how(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"run bad ended with status 1; .*'nonsense' is unknown"):
+    with pytest.raises(
+        RuntimeError, match=r"(?s)run bad ended with status 1; .*'nonsense' is unknown"
+    ):
         run("bad", ["--model", "nonsense"], tmp_path)
 
 
