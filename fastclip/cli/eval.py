@@ -24,10 +24,10 @@ from fastclip.evaluate.zeroshot import (
     labelled,
     read_lines,
 )
-from fastclip.models.build import load
+from fastclip.models.build import class_names, load
 from fastclip.models.checkpoint import run_of
 from fastclip.models.clip import Model
-from fastclip.models.controls import Classifier
+from fastclip.models.controls import Classifier, ImageSystem
 from fastclip.models.rocket import Rocket
 
 TASKS = {"zeroshot": "zeroshot_classification", "retrieval": "zeroshot_retrieval"}
@@ -82,7 +82,18 @@ def main(arguments: Sequence[str]) -> int:
         average=config.average,
         trust_checkpoint=config.trust_checkpoint,
     )
-    classes, templates = _classes(config) if config.task == "zeroshot" else ([], [])
+    language_free = isinstance(model.model, ImageSystem)
+    if language_free and not (config.task == "zeroshot" and isinstance(model.model, Classifier)):
+        raise ValueError(
+            f"{config.model} was trained without language: there is nothing for {config.task} to "
+            "compare images with"
+        )
+    classes: list[str] = []
+    templates: list[str] = []
+    if language_free:
+        _check_classes(config)
+    elif config.task == "zeroshot":
+        classes, templates = _classes(config)
     weight = _head_weight(config, model, classes, templates)
     images = _embed(config, model, config.data)
     if config.task == "retrieval":
@@ -137,7 +148,7 @@ def _head_weight(
         raise ValueError(
             f"--head-weight is {weight}; give one in [0, 1], or --held-out to choose it on"
         )
-    if not isinstance(model.model, Rocket):
+    if not (isinstance(model.model, Rocket) and model.model.criterion.two_spaces):
         raise ValueError(
             "--head-weight, --held-out: the model has no weak and strong heads; leave them out"
         )
@@ -156,6 +167,18 @@ def _head_weight(
     assert weight is not None
     model.model.head_weight.fill_(weight)
     return {"head_weight": weight}
+
+
+def _check_classes(config: EvalConfig) -> None:
+    """A classifier has its classes' order; named for the data in another, labels would be wrong."""
+    own = class_names(Path(config.model))
+    beside = classes_of(config.data, config.options.dataset_type)
+    given = read_lines(config.classes) if config.classes else beside[0] if beside else own
+    if given != own:
+        raise ValueError(
+            f"the classifier's classes are {', '.join(own[:3])}, ... ({len(own)}), the data's "
+            f"{', '.join(given[:3])}, ... ({len(given)}): the labels would mean other classes"
+        )
 
 
 def _classes(config: EvalConfig) -> tuple[list[str], list[str]]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.lib.format import open_memmap
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
@@ -131,8 +132,9 @@ def image_batches(
     )
     towers: Any = model.model
     with evaluating(model.model), autocast(device, precision):
-        # the towers share it, and a text is at hand where no image is readable
-        width = towers.encode_text(model.tokenizer(["a"]).to(device)).shape[1]
+        # asked of an image of zeros: the first batches may hold none that is readable
+        blank = model.preprocess(Image.new("RGB", (8, 8)))[None].to(device)
+        width = towers.encode_image(blank).shape[1]
         for batch in loader:
             readable = [i for i, sample in enumerate(batch) if "image" in sample]
             faults.add([fault for sample in batch for fault in sample["faults"]])

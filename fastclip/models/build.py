@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastclip.models import checkpoint
 from fastclip.models.clip import CONFIG_FILE, SYSTEM, Model, build_described, create, load_weights
@@ -47,21 +48,33 @@ def build(
     base = create(name, device, pretrained=None if begin else pretrained, siglip=siglip)
     if options.text_lm is not None:
         base = with_language_model(base, options)
-    if options.finetune is not None:
-        path = checkpoint.resolve(Path(options.finetune))
-        load_image_tower(base.model, checkpoint.read_weights(path, trust=trust_checkpoint))
     if options.lock_image:
-        base.model.lock_image_tower(  # type: ignore[operator]
-            unlocked_groups=options.lock_image_unlocked_groups,
-            freeze_bn_stats=options.lock_image_freeze_bn_stats,
-        )
+        lock_image(base.model, options)
     width = describe_towers(name, base)["model_cfg"]["embed_dim"]
     built = _wrap(base, width, device, options, classes)
     if begin:
         weights = checkpoint.read_weights(checkpoint.resolve(begin), trust=trust_checkpoint)
         whole = any(name.startswith(PREFIX) for name in weights)
         load_weights(built.model if whole else base.model, weights, str(begin))
+    if options.finetune is not None:
+        path = checkpoint.resolve(Path(options.finetune))
+        load_image_tower(base.model, checkpoint.read_weights(path, trust=trust_checkpoint))
     return built
+
+
+def lock_image(model: nn.Module, options: SystemOptions) -> None:
+    """Freeze the image tower of a model of open_clip's but for its last groups of layers."""
+    # open_clip's own freezing of statistics takes timm's normalisations for plain ones, and drops
+    # the activations that they hold
+    model.lock_image_tower(unlocked_groups=options.lock_image_unlocked_groups)  # type: ignore[operator]
+    if not options.lock_image_freeze_bn_stats:
+        return
+    from timm.layers import freeze_batch_norm_2d
+
+    for parent in list(model.visual.modules()):  # type: ignore[union-attr]
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.BatchNorm2d) and not child.weight.requires_grad:
+                setattr(parent, name, freeze_batch_norm_2d(child))
 
 
 def _wrap(

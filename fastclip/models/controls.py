@@ -17,6 +17,7 @@ from fastclip.data.labels import NO_LABEL
 from fastclip.functional import Exchange, nt_xent_loss
 from fastclip.models.clip import load_weights
 from fastclip.models.options import SystemOptions
+from fastclip.models.rocket import SIMCLR_TEMPERATURE, TERMS
 from fastclip.models.system import Criterion, System
 from fastclip.nn.heads import MLPHead
 from fastclip.ops.collectives import global_sum, ranks_of
@@ -201,7 +202,7 @@ class ViewCriterion(Criterion):
     def __init__(self, width: int, hidden: int, output: int, temperature: float) -> None:
         super().__init__()
         self.temperature = temperature
-        self.projector = MLPHead([width, hidden, hidden, output])
+        self.projector = MLPHead([width, hidden, hidden, output], last_bias=True)
 
     def forward(
         self,
@@ -231,9 +232,9 @@ class SimCLR(ImageSystem):
         visual: nn.Module,
         width: int,
         *,
-        hidden: int = 4096,
-        output: int = 256,
-        temperature: float = 0.1,
+        hidden: int = TERMS["slip"].widths[0],
+        output: int = TERMS["slip"].widths[-1],
+        temperature: float = SIMCLR_TEMPERATURE,
     ) -> None:
         super().__init__(visual, ViewCriterion(width, hidden, output, temperature), image_views=2)
 

@@ -30,7 +30,9 @@ _USERS: dict[str, tuple[str, ...]] = {
     ),
     "hard_negatives": ("clip",),
     "text_lm": ("clip", "uniclip", "slip", *CROSSED),
-    **dict.fromkeys(("classes", "label_source", "classifier"), ("classify",)),
+    **dict.fromkeys(
+        ("classes", "label_source", "label_case_sensitive", "classifier"), ("classify",)
+    ),
 }
 _FROM_ZERO = ("strong_views", "lock_image_unlocked_groups", "text_lm_cache_bytes", "hard_negatives")
 
@@ -108,6 +110,8 @@ class SystemOptions:
     label_source: Literal["cls", "text"] = "cls"
     """classify: labels from the data (KEY.cls, folders), or from class names found in captions;
     samples without one take no part in the loss."""
+    label_case_sensitive: bool = False
+    """classify: whether capitals matter in that."""
     classifier: Literal["linear", "prototype", "zeroshot"] = "linear"
     """classify: linear, with a bias; prototype: by the cosine of features and one vector a class,
     times a learned scale; zeroshot: prototypes that begin as the class names' text features of

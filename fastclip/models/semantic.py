@@ -179,9 +179,9 @@ class LanguageModelCLIP(nn.Module):
         self.visual.set_grad_checkpointing(enable)
         self.text.set_grad_checkpointing(enable)
 
-    def lock_image_tower(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
+    def lock_image_tower(self, unlocked_groups: int = 0) -> None:
         """Freeze the image tower but for its last groups of layers."""
-        self.visual.lock(unlocked_groups=unlocked_groups, freeze_bn_stats=freeze_bn_stats)
+        self.visual.lock(unlocked_groups=unlocked_groups)
 
 
 def with_language_model(

@@ -106,6 +106,13 @@ def to_universal(path: Path, target: Path) -> None:
     from deepspeed.checkpoint import ds_to_universal
 
     training = read_training(path)
+    frozen = training["zero"].get("frozen", [])
+    if training["zero"]["stage"] == 3 and frozen:
+        raise ValueError(
+            f"{path} is of ZeRO-3 with frozen parameters ({frozen[0]}, {len(frozen)} in all), of "
+            "which DeepSpeed's universal form holds nothing: go on with as many processes as "
+            "before, or with its weights: --pretrained"
+        )
     if target.exists():
         raise FileExistsError(f"{target} exists; give another name")
     target.mkdir(parents=True)

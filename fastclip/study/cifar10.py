@@ -1,5 +1,6 @@
 """CLIP, CLIP-Rocket and UniCLIP on CIFAR-10, in equal training time."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,17 +10,10 @@ from fastclip.data.sources import open_source
 from fastclip.evaluate.features import embed_images
 from fastclip.evaluate.interpolation import accuracy_by_head_weight, choose_head_weight
 from fastclip.evaluate.zeroshot import classes_of, evaluate_zeroshot
-from fastclip.models.build import load
+from fastclip.models.clip import Model
 from fastclip.models.rocket import Rocket
 from fastclip.study.report import Row, write
-from fastclip.study.runs import (
-    Outcome,
-    first_rows,
-    losses_of,
-    steady_speed,
-    train,
-    training_seconds,
-)
+from fastclip.study.runs import Scores, first_rows, run, steady_speed, training_seconds
 from fastclip.train.config import parse
 
 COLUMNS = {"accuracy": "zero-shot", "head_weight": "weak head's weight"}
@@ -28,7 +22,6 @@ RECIPES = {"CLIP": "cifar10", "CLIP-Rocket": "cifar10_rocket", "UniCLIP": "cifar
 HELD_OUT = 1000
 TRIAL_STEPS = 12
 IMAGES = 45_000
-CHANCE = {"accuracy": 0.1}
 
 
 def study(
@@ -52,7 +45,10 @@ def study(
         for seed in range(seeds):
             ends = ["--seed", str(seed), "--train-num-samples", str(samples[0])]
             ends += ["--epochs", str(samples[1])]
-            outcomes.append(_run(f"{recipe}-{seed}", [*given, *ends], data, folder))
+            name, ends = f"{recipe}-{seed}", [*given, *ends]
+            outcome = run(name, ends, folder, functools.partial(judge, data=data))
+            seconds = training_seconds(folder / name, parse(given).batch_size)
+            outcomes.append(replace(outcome, seconds=seconds))
             print(f"{outcomes[-1].name}: {outcomes[-1].scores}", flush=True)
         rows.append((label, outcomes))
     notes = [
@@ -67,28 +63,19 @@ def _samples(recipe: str, flags: Sequence[str], folder: Path, minutes: float) ->
     """Samples an epoch and epochs that fill the time, by the speed of a short trial."""
     batch = parse(flags).batch_size
     trial = ["--train-num-samples", str(batch * TRIAL_STEPS), "--epochs", "1"]
-    path = folder / f"{recipe}-trial"
-    if not path.is_dir():
-        train(path.name, [*flags, *trial, "--log-every-n-steps", "1"], folder)
-    total = max(batch, int(steady_speed(path) * minutes * 60))
+    trial += ["--log-every-n-steps", "1"]
+    run(f"{recipe}-trial", [*flags, *trial], folder, lambda model: ({}, {}))
+    total = max(batch, int(steady_speed(folder / f"{recipe}-trial") * minutes * 60))
     epochs = -(-total // IMAGES)
     return total // epochs, epochs
 
 
-def _run(name: str, flags: Sequence[str], data: Path, folder: Path) -> Outcome:
-    path = folder / name
-    if not (path / "checkpoints").is_dir():
-        train(name, flags, folder)
-    batch = parse(flags).batch_size
-    scores = judge(path, data)
-    return Outcome(
-        name, tuple(flags), training_seconds(path, batch), *losses_of(path), scores, CHANCE
-    )
+def judge(model: Model, data: Path) -> Scores:
+    """Zero-shot accuracy on all but the first images; those choose the weight of two heads.
 
-
-def judge(run: Path, data: Path) -> dict[str, float]:
-    """Zero-shot accuracy on all but the first images; those choose the weight of two heads."""
-    model = load(run)
+    Raises:
+        ValueError: there are no class names beside the data.
+    """
     test = str(data / "val-00000.tar")
     prompts = classes_of(test)
     if prompts is None:
@@ -96,11 +83,12 @@ def judge(run: Path, data: Path) -> dict[str, float]:
     images = embed_images(model, open_source(test, DataOptions(), split="val"))
     rest = first_rows(images, len(images.keys) - HELD_OUT, start=HELD_OUT)
     scores = {}
-    if isinstance(model.model, Rocket):
+    if isinstance(model.model, Rocket) and model.model.criterion.two_spaces:
         held_out = first_rows(images, HELD_OUT)
         weight = choose_head_weight(accuracy_by_head_weight(model, held_out, *prompts))
         parts = model.model.weak_and_strong(rest.features)
         model.model.head_weight.fill_(weight)
         rest = replace(rest, features=model.model.weigh(*parts))
         scores["head_weight"] = weight
-    return {"accuracy": evaluate_zeroshot(model, rest, *prompts)["acc1"], **scores}
+    scores["accuracy"] = evaluate_zeroshot(model, rest, *prompts)["acc1"]
+    return scores, {"accuracy": 0.1}

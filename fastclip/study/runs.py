@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -38,7 +38,8 @@ class Outcome:
 
     Attributes:
         name, flags: of the run.
-        seconds: that training took, from the first step to the last.
+        seconds: that the run took, its start and its validation included; of CIFAR-10's, that the
+            steps took.
         first_loss, last_loss: means of the first and last tenth of the lines of metrics.
         scores: by name, in [0, 1].
         chance: what guessing would score, by the same names.
@@ -63,6 +64,8 @@ def train(name: str, flags: Sequence[str], folder: Path) -> tuple[Path, float]:
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "fastclip.cli", "train", *flags]
     command += ["--logs", str(folder), "--name", name, "--report-to", "none"]
+    # what was cut short goes on; what has not begun begins
+    command += ["--resume", "latest"]
     started = time.monotonic()
     with log.open("w") as output:
         status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode
@@ -72,11 +75,20 @@ def train(name: str, flags: Sequence[str], folder: Path) -> tuple[Path, float]:
     return folder / name, time.monotonic() - started
 
 
-def run(name: str, flags: Sequence[str], folder: Path, *, judged: bool = True) -> Outcome:
-    """Train and judge on held-out scenes; what an earlier call with these flags found is kept.
+Scores = tuple[dict[str, float], dict[str, float]]
+
+
+def run(
+    name: str, flags: Sequence[str], folder: Path, judge: Callable[[Model], Scores] | None = None
+) -> Outcome:
+    """Train and judge; what an earlier call with these flags found is kept.
 
     Args:
-        judged: False leaves the scores empty.
+        judge: gives scores, and what guessing would score; by default `judge_scenes`.
+
+    Raises:
+        FileExistsError: there is a run of this name with other flags.
+        RuntimeError: training failed.
     """
     kept = folder / name / OUTCOME
     if kept.is_file():
@@ -87,7 +99,7 @@ def run(name: str, flags: Sequence[str], folder: Path, *, judged: bool = True) -
             f"{kept.parent} is of other flags; choose another --output or delete it"
         )
     path, seconds = train(name, flags, folder)
-    scores, chance = judge_scenes(load(path)) if judged else ({}, {})
+    scores, chance = (judge or judge_scenes)(load(path))
     outcome = Outcome(name, tuple(flags), seconds, *losses_of(path), scores, chance)
     write_text(kept, json.dumps(asdict(outcome), indent=1) + "\n")
     return outcome
@@ -118,7 +130,7 @@ def _steps(run: Path) -> list[dict[str, Any]]:
     return [line for line in read_metrics(run) if "loss" in line]
 
 
-def judge_scenes(model: Model) -> tuple[dict[str, float], dict[str, float]]:
+def judge_scenes(model: Model) -> Scores:
     """Scores on 1000 held-out scenes, and what guessing would score.
 
     accuracy is zero-shot's (a classifier's own); image_to_text and text_to_image are recall@5.

@@ -43,12 +43,7 @@ def study(folder: Path, systems: Sequence[str] = SYSTEMS, flags: Sequence[str] =
     rows: list[Row] = []
     for name in SYSTEMS:
         if name in wanted:
-            outcome = run(
-                name,
-                [*_flags(name, folder), *flags],
-                folder,
-                judged=name != "simclr",
-            )
+            outcome = run(name, [*_flags(name, folder), *flags], folder)
             rows.append((name, [outcome]))
             print(f"{name}: {outcome.seconds:.0f} s, {outcome.scores}", flush=True)
     notes = [

@@ -8,7 +8,7 @@ from fastclip.study.runs import run
 from fastclip.study.systems import COLUMNS
 
 # samples of a run: every variant has left chance behind, and fifteen runs take half an hour
-SAMPLES = 8000
+SAMPLES = 6400
 VARIANTS: dict[str, tuple[str, ...]] = {
     "full": (),
     "no augmentation encoder": ("--no-augmentation-encoder",),

@@ -86,15 +86,21 @@ def accumulate(
             backward(value if scale_loss is None else scale_loss(value))
         return value.detach()
 
-    outputs, constants, states = [], [], []
+    outputs: list[Mapping[str, Tensor]] = []
+    constants, states = [], []
     with torch.no_grad():
         for batch in micro_batches:
             states.append(_random_state())
-            outputs.append(forward(batch))
+            output = forward(batch)
+            if outputs:
+                _check([outputs[0], output], shared)
+                # the first one's serve: these may be copies of large parameters
+                output = {name: v for name, v in output.items() if name not in shared}
+            outputs.append(output)
             constants.append(constant(batch))
     # casts of weights that older releases of torch cached just now have no gradient
     torch.clear_autocast_cache()
-    _check(outputs, shared)
+    _check(outputs[:1], shared)
 
     whole = {
         name: value if name in shared else torch.cat([output[name] for output in outputs])

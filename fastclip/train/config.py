@@ -186,6 +186,18 @@ class TrainConfig(SystemOptions):
                 "--val-data: simclr has nothing to tell classes by; evaluate what --finetune makes "
                 "of it"
             )
+        if self.strong_scale is not None and not self.strong:
+            raise ValueError(f"--strong-scale: {self.objective} has no strong views; leave it out")
+        if self.objective == "simclr" and (self.augment or self.aug_scale or self.aug_flip):
+            raise ValueError(
+                "--augment, --aug-scale, --aug-flip are for the weak view, which simclr has not; "
+                "give --strong-scale"
+            )
+        if not self.views[1] and (self.sentence_sampling or self.text_augment != "none"):
+            raise ValueError(
+                f"--sentence-sampling, --text-augment: {self.objective} trains without texts; "
+                "leave them out"
+            )
         if self.ema is not None and not 0 <= self.ema < 1:
             raise ValueError(f"--ema is {self.ema}; give one in [0, 1), e.g. 0.999")
         if self.siglip and self.label_smoothing:

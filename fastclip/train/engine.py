@@ -186,6 +186,7 @@ class TorchEngine(Engine):
         self._towers = torch.compile(self._parallel) if config.torchcompile else self._parallel
         scaled = AUTOCAST_DTYPES[config.precision] == torch.float16
         self._scaler = torch.amp.GradScaler(world.device.type, enabled=scaled)
+        self._overflowed = False
 
     def backward(self, batches: Sequence[dict[str, Any]]) -> Tensor:
         """See `Engine.backward`; the gradients, unscaled, are in the parameters."""
@@ -206,6 +207,7 @@ class TorchEngine(Engine):
         overflow = not torch.isfinite(self.norm)
         if not torch.isfinite(loss) or (overflow and not self._scaler.is_enabled()):
             self._refuse(loss, batches)
+        self._overflowed = bool(overflow)
         self.skipped += int(overflow)
         return loss
 
@@ -228,7 +230,7 @@ class TorchEngine(Engine):
         self._scaler.step(self.optimizer)
         self._scaler.update()
         clamp(self.model, self.objective.bounds)
-        if self.average is not None:
+        if self.average is not None and not self._overflowed:
             self.average.update(self.model)
 
     def save(self, path: Path, training: dict[str, Any]) -> None:

@@ -96,6 +96,10 @@ def _train(
             judged_model = build(config.model, config.lasting(), here.device, **plan)
         validator = Validator(config, judged_model)
     engine = build_engine(model, config, here)
+    averaged_validator = None
+    if validator and engine.average is not None:
+        averaged = judged_model._replace(model=engine.average.model)
+        averaged_validator = Validator(config, averaged)
     samples = config.step_samples(here.size)
     step = epoch = step_in_epoch = 0
     if resumed is not None:
@@ -208,9 +212,8 @@ def _train(
                         judged_model.model.load_state_dict(weights)
                 if validator and log and judged:
                     metrics = validator()
-                    if engine.average is not None:
-                        averaged = judged_model._replace(model=engine.average.model)
-                        of_average = Validator(config, averaged)()
+                    if averaged_validator:
+                        of_average = averaged_validator()
                         metrics |= {f"{name}_ema": value for name, value in of_average.items()}
                     log.metrics(step, metrics)
                     bar.write(f"epoch {epoch}: {_readable(metrics)}", file=sys.stderr)

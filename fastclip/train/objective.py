@@ -64,6 +64,7 @@ class ClipObjective(Objective):
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
         self.siglip, self.label_smoothing = config.siglip, config.label_smoothing
+        self.hard_negatives = config.hard_negatives
         self.bounds = {"logit_scale": (0.0, LOGIT_SCALE_MAX)}
         if getattr(model, "logit_bias", None) is not None:
             self.bounds["logit_bias"] = (-math.inf, math.inf)
@@ -109,7 +110,7 @@ class ClipObjective(Objective):
 
     def chance(self, samples: int) -> float | None:
         """See `Objective.chance`."""
-        return None if self.siglip else math.log(samples)
+        return None if self.siglip or self.hard_negatives else math.log(samples)
 
 
 class SystemObjective(Objective):

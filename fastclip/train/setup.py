@@ -140,7 +140,10 @@ def build_loader(
     size = _image_size(model)
     options = DataOptions.of(config)
     language_free = config.views[1] == 0
-    labels = LabelSource(classes, config.label_source) if classes else None
+    labels = None
+    if classes:
+        case = config.label_case_sensitive
+        labels = LabelSource(classes, config.label_source, case_sensitive=case)
     needed = "cls" if labels and config.label_source == "cls" else "txt"
     source = open_source(
         config.train_data,

@@ -123,7 +123,7 @@ class DeepSpeedEngine(Engine):
             group["lr"] = rate
         self._engine.step()
         self.skipped += int(self._zero.overflow)
-        if self.average is not None:
+        if self.average is not None and not self._zero.overflow:
             self.average.update(self.model)
 
     @property
@@ -165,6 +165,7 @@ class DeepSpeedEngine(Engine):
             "shapes": self._shapes,
             "buffers": self._buffers(),
             "skipped": self.skipped,
+            "frozen": [n for n, p in self.model.named_parameters() if not p.requires_grad],
         }
         training = {**training, "zero": own, **self._averaged_state()}
         zero_checkpoint.write(path, training, self.world, write_shares)
@@ -285,8 +286,15 @@ class DeepSpeedEngine(Engine):
         from deepspeed.utils import safe_get_full_fp32_param
 
         full = safe_get_full_fp32_param(parameter)
-        # what is frozen has no float32 twin
-        return (parameter if full is None else full).detach().float().clone()
+        if full is not None:
+            return full.detach().float().clone()
+        # what is frozen has no float32 twin, and in stage 3 is sharded all the same
+        if not hasattr(parameter, "ds_id"):
+            return parameter.detach().float().clone()
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters([parameter]):
+            return parameter.detach().float().clone()
 
     def _buffers(self) -> dict[str, Tensor]:
         state = self.model.state_dict()
