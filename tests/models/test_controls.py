@@ -91,7 +91,7 @@ def simclr_loss(system: SimCLR, batch: Batch) -> Tensor:
             variance = (rows - mean).square().sum(0) / len(rows)
             rows = (rows - mean) / (variance + 1e-5).sqrt() * norm.weight + norm.bias
             rows = rows * (rows > 0)
-        rows = rows @ last.weight.T
+        rows = rows @ last.weight.T + last.bias
         return rows / rows.norm(dim=1, keepdim=True)
 
     views = torch.cat([project(system.visual(view)) for view in batch["images"]])

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -338,3 +339,26 @@ def test_batch_normalisation_is_refused() -> None:
     with pytest.raises(ValueError, match="the model itself"):
         refuse_batch_norm(nn.BatchNorm2d(3, track_running_stats=False).eval(), 2)
     refuse_batch_norm(nn.GroupNorm(1, 3), 2)
+
+
+def test_what_is_shared_is_held_once() -> None:
+    """Copies of a criterion's parameters, of which one micro-batch's serve."""
+    weight = torch.randn(3, 3, requires_grad=True)
+    copies: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def forward(rows: Tensor) -> dict[str, Tensor]:
+        copy = weight.clone()
+        copies.append(weakref.ref(copy))
+        return {"rows": rows @ weight, "head": copy}
+
+    def loss(output: dict[str, Tensor]) -> Tensor:
+        alive.append(sum(copy() is not None for copy in copies))
+        return (output["rows"] @ output["head"]).square().sum()
+
+    batches = list(torch.randn(12, 3).split(2))
+    accumulate(forward, batches, loss, shared=("head",))
+    assert alive == [1]
+    found, weight.grad = weight.grad, None
+    accumulate(forward, [torch.cat(batches)], loss, shared=("head",))
+    torch.testing.assert_close(found, weight.grad)

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fastclip.cli import main
@@ -63,3 +64,22 @@ def test_a_system_is_no_model_of_open_clips(
     assert main(["convert", "to-open-clip", str(rocket), str(tmp_path / "out.pt")]) == 1
     assert "open_clip's, which has no place for its heads" in capsys.readouterr().err
     assert not (tmp_path / "out.pt").exists()
+
+
+def test_models_without_language(
+    train_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*train_flags, "--objective", "classify", "--epochs", "1", "--name", "labels"]
+    run = train(parse(flags))
+    assert evaluate(run) == 0
+    assert {"acc1", "acc5"} <= json.loads(capsys.readouterr().out).keys()
+    assert main(["eval", "retrieval", "--model", str(run)]) == 1
+    assert "trained without language: there is nothing for retrieval" in capsys.readouterr().err
+    names = tmp_path / "names.txt"
+    names.write_text("red square\nred circle\n")
+    assert evaluate(run, "--classes", str(names)) == 1
+    assert "the labels would mean other classes" in capsys.readouterr().err
+    output = tmp_path / "features.npy"
+    embed = ["embed", "images", "scenes", "--model", str(run), "-o", str(output)]
+    assert main([*embed, "--workers", "0", "--num-samples", "20"]) == 0
+    assert np.load(output).shape == (20, 16)

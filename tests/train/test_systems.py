@@ -31,20 +31,21 @@ from tests.train.conftest import ROOT, TINY_MODEL
 BATCH = 8
 STEPS = 4
 RATE = 1e-3
-SMALL: dict[str, Any] = {"head_hidden": 12, "grad_clip_norm": 0.5, "wd": 0.1}
-PROJECTED = {**SMALL, "projector_hidden": 12, "projector_width": 8}
+COMMON: dict[str, Any] = {"grad_clip_norm": 0.5, "wd": 0.1}
+PROJECTED = {**COMMON, "projector_hidden": 12, "projector_width": 8}
+CROSSED = {**COMMON, "strong_views": 1, "head_hidden": 12}
 SYSTEMS = {
-    "uniclip": {**SMALL, "strong_views": 1},
-    "byolip": {**PROJECTED, "strong_views": 1, "label_smoothing": 0.1},
-    "rocket": {**SMALL, "strong_views": 1},
+    "uniclip": {**COMMON, "strong_views": 1},
+    "byolip": {**CROSSED, **PROJECTED, "label_smoothing": 0.1},
+    "rocket": CROSSED,
     "slip": PROJECTED,
-    "siamlip": {**PROJECTED, "strong_views": 1},
-    "barlip": {**PROJECTED, "strong_views": 1},
-    "swalip": SMALL,
+    "siamlip": {**CROSSED, **PROJECTED},
+    "barlip": {**CROSSED, **PROJECTED},
+    "swalip": {**COMMON, "head_hidden": 12},
     "simclr": PROJECTED,
-    "classify": SMALL,
+    "classify": COMMON,
     # with false captions
-    "clip": {"hard_negatives": 2, "grad_clip_norm": 0.5, "wd": 0.1},
+    "clip": {**COMMON, "hard_negatives": 2},
 }
 # those that also go through ZeRO-3, bfloat16 and a resumed run
 THOROUGH = ("uniclip", "byolip")
