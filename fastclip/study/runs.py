@@ -130,8 +130,8 @@ def _steps(run: Path) -> list[dict[str, Any]]:
     return [line for line in read_metrics(run) if "loss" in line]
 
 
-def judge_scenes(model: Model) -> Scores:
-    """Scores on 1000 held-out scenes, and what guessing would score.
+def judge_scenes(model: Model, quality: str = "short") -> Scores:
+    """Scores on 1000 held-out scenes with captions of a quality, and what guessing would score.
 
     accuracy is zero-shot's (a classifier's own); image_to_text and text_to_image are recall@5.
     Where there are weak and strong heads, their weight is chosen on 1000 further scenes.
@@ -144,7 +144,7 @@ def judge_scenes(model: Model) -> Scores:
         images = embed_images(model, SceneSource("val", SCENES), encode=system.classify)
         return {"accuracy": classification_metrics(*labelled(images))["acc1"]}, chance
     prompts = list(CLASSES), list(TEMPLATES)
-    images = embed_images(model, SceneSource("val", 2 * SCENES))
+    images = embed_images(model, SceneSource("val", 2 * SCENES, quality=quality))
     test, held_out = first_rows(images, SCENES), first_rows(images, SCENES, start=SCENES)
     scores = {}
     if isinstance(system, Rocket) and system.criterion.two_spaces:

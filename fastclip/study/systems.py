@@ -1,11 +1,12 @@
 """Every system, from its recipe for the scenes: what it learns in minutes."""
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fastclip.study.language_model import teach
 from fastclip.study.report import Row, write
-from fastclip.study.runs import run
+from fastclip.study.runs import judge_scenes, run
 
 COLUMNS = {
     "accuracy": "zero-shot",
@@ -43,11 +44,14 @@ def study(folder: Path, systems: Sequence[str] = SYSTEMS, flags: Sequence[str] =
     rows: list[Row] = []
     for name in SYSTEMS:
         if name in wanted:
-            outcome = run(name, [*_flags(name, folder), *flags], folder)
+            # rich captions are what that system is about
+            quality = "dense" if name.startswith("semantic") else "short"
+            judge = functools.partial(judge_scenes, quality=quality)
+            outcome = run(name, [*_flags(name, folder), *flags], folder, judge)
             rows.append((name, [outcome]))
             print(f"{name}: {outcome.seconds:.0f} s, {outcome.scores}", flush=True)
     notes = [
-        "1000 held-out scenes, with short captions. "
+        "1000 held-out scenes, with short captions; semantic's with dense ones. "
         "basic_image, classify and finetuned have no text: their accuracy is of their own "
         "classifier. The loss is not comparable between systems."
     ]
