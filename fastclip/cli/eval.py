@@ -13,22 +13,18 @@ from fastclip.data.options import DataOptions
 from fastclip.data.sources import open_source
 from fastclip.device import choose_device
 from fastclip.evaluate.features import ImageFeatures, embed_images
-from fastclip.evaluate.interpolation import accuracy_by_head_weight, choose_head_weight
+from fastclip.evaluate.interpolation import (
+    accuracy_by_head_weight,
+    choose_head_weight,
+    has_two_heads,
+)
 from fastclip.evaluate.results import write_result
 from fastclip.evaluate.retrieval import evaluate_retrieval
-from fastclip.evaluate.zeroshot import (
-    DEFAULT_TEMPLATES,
-    classes_of,
-    classification_metrics,
-    evaluate_zeroshot,
-    labelled,
-    read_lines,
-)
+from fastclip.evaluate.zeroshot import DEFAULT_TEMPLATES, classes_of, evaluate_zeroshot, read_lines
 from fastclip.models.build import class_names, load
 from fastclip.models.checkpoint import run_of
 from fastclip.models.clip import Model
 from fastclip.models.controls import Classifier, ImageSystem
-from fastclip.models.rocket import Rocket
 
 TASKS = {"zeroshot": "zeroshot_classification", "retrieval": "zeroshot_retrieval"}
 
@@ -98,8 +94,6 @@ def main(arguments: Sequence[str]) -> int:
     images = _embed(config, model, config.data)
     if config.task == "retrieval":
         metrics = evaluate_retrieval(model, images, k=config.recall_k, precision=config.precision)
-    elif isinstance(model.model, Classifier):
-        metrics = classification_metrics(*labelled(images))
     else:
         metrics = evaluate_zeroshot(model, images, classes, templates, precision=config.precision)
     metrics |= weight
@@ -123,9 +117,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _embed(config: EvalConfig, model: Model, data: str) -> ImageFeatures:
-    """The features of the images; of a classifier its logits."""
     required = ("cls",) if config.task == "zeroshot" else ("txt",)
-    classifier = model.model if isinstance(model.model, Classifier) else None
     return embed_images(
         model,
         open_source(data, config.options, split="val", count=config.num_samples, required=required),
@@ -133,7 +125,6 @@ def _embed(config: EvalConfig, model: Model, data: str) -> ImageFeatures:
         workers=config.workers,
         precision=config.precision,
         progress=sys.stderr.isatty(),
-        encode=classifier.classify if classifier and config.task == "zeroshot" else None,
     )
 
 
@@ -148,7 +139,7 @@ def _head_weight(
         raise ValueError(
             f"--head-weight is {weight}; give one in [0, 1], or --held-out to choose it on"
         )
-    if not (isinstance(model.model, Rocket) and model.model.criterion.two_spaces):
+    if not has_two_heads(model):
         raise ValueError(
             "--head-weight, --held-out: the model has no weak and strong heads; leave them out"
         )
@@ -165,7 +156,7 @@ def _head_weight(
         found = accuracy_by_head_weight(model, images, classes, templates, precision=precision)
         weight = choose_head_weight(found)
     assert weight is not None
-    model.model.head_weight.fill_(weight)
+    model.model.get_buffer("head_weight").fill_(weight)
     return {"head_weight": weight}
 
 

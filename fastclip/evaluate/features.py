@@ -1,6 +1,6 @@
 """Normalised features of a data set, in the data's own order."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +15,15 @@ from fastclip.data.loader import EvaluationSamples, collate
 from fastclip.data.samples import Source
 from fastclip.device import autocast
 from fastclip.models.clip import Model
+from fastclip.models.controls import Classifier
 
 
 @dataclass
 class ImageFeatures:
     """Features of every readable sample and what came with them.
 
-    features: (N, D) float32, normalised. texts (all captions of each image), labels and keys have
-    length N.
+    features: (N, D) float32, normalised; of a classifier its logits. texts (all captions of each
+    image), labels and keys have length N.
     """
 
     features: Tensor
@@ -41,13 +42,8 @@ def embed_images(
     workers: int = 0,
     precision: str = "fp32",
     progress: bool = False,
-    encode: Callable[[Tensor], Tensor] | None = None,
 ) -> ImageFeatures:
-    """Image features of every readable sample of `source`.
-
-    Args:
-        encode: what is made of a batch of images in their place, (N, D): a classifier's logits,
-            say, which are left as they are; by default the model's image features, normalised.
+    """Image features of every readable sample of `source`; of a classifier its logits, as they are.
 
     Raises:
         ValueError: no sample at all could be read.
@@ -72,9 +68,10 @@ def embed_images(
             if "image" not in batch:
                 continue
             images = batch["image"].to(device)
-            found.append(
-                encode(images).float().cpu() if encode else normalised(towers.encode_image(images))
-            )
+            if isinstance(towers, Classifier):
+                found.append(towers.classify(images).float().cpu())
+            else:
+                found.append(normalised(towers.encode_image(images)))
             texts += batch["texts"]
             labels += batch["label"]
             keys += batch["key"]

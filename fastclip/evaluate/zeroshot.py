@@ -13,6 +13,7 @@ from fastclip.data.sources import guess_type
 from fastclip.data.templates import DEFAULT_TEMPLATES, fill_template, read_lines
 from fastclip.evaluate.features import ImageFeatures, embed_texts
 from fastclip.models.clip import Model
+from fastclip.models.controls import Classifier
 
 # Looked for beside the data, in this order: CLIP_benchmark's names, then fastclip's own.
 CLASS_FILES = ("classnames.txt", "classes.txt")
@@ -93,10 +94,14 @@ def evaluate_zeroshot(
 ) -> dict[str, float]:
     """Zero-shot metrics of embedded images that carry labels; unlabelled ones are left out.
 
+    Of a classifier they are its own: it tells its classes apart without names and templates.
+
     Raises:
         ValueError: no image has a label.
     """
     features, labels = labelled(images)
+    if isinstance(model.model, Classifier):
+        return classification_metrics(features, labels)
     embeddings = class_embeddings(model, classes, templates, precision=precision)
     return zeroshot_metrics(features, embeddings, labels)
 

@@ -10,10 +10,18 @@ import torch
 from torch import nn
 
 from fastclip.models import checkpoint
-from fastclip.models.clip import CONFIG_FILE, SYSTEM, Model, build_described, create, load_weights
+from fastclip.models.clip import (
+    CONFIG_FILE,
+    SYSTEM,
+    Model,
+    build_described,
+    create,
+    load_weights,
+    system_of,
+)
 from fastclip.models.clip import describe as describe_towers
 from fastclip.models.controls import Classifier, SimCLR, load_image_tower
-from fastclip.models.options import CROSSED, SystemOptions
+from fastclip.models.options import SystemOptions
 from fastclip.models.rocket import Rocket
 from fastclip.models.semantic import LanguageModelTower, with_language_model
 from fastclip.models.system import PREFIX, System
@@ -85,15 +93,17 @@ def _wrap(
     classes: Sequence[str],
 ) -> Model:
     """The system around towers whose features are so wide; the towers themselves for CLIP."""
-    kinds: dict[str, Any] = {"uniclip": UniClip, "simclr": SimCLR, "slip": Rocket}
-    kinds |= dict.fromkeys(CROSSED, Rocket)
+    system: System
     if options.objective == "clip":
         return base
-    system: System
     if options.objective == "classify":
         system = Classifier.of(base.model, width, options, len(classes))
+    elif options.objective == "simclr":
+        system = SimCLR.of(base.model, width, options)
+    elif options.objective == "uniclip":
+        system = UniClip.of(base.model, width, options)
     else:
-        system = kinds[options.objective].of(base.model, width, options)
+        system = Rocket.of(base.model, width, options)
     return base._replace(model=system.to(device))
 
 
@@ -146,15 +156,14 @@ def load(
     found = checkpoint.resolve(path)
     state = checkpoint.read_weights(found, average=average, trust=trust_checkpoint)
     built = build_described(run, device)
-    description = json.loads((run / CONFIG_FILE).read_text())
-    own = description.get(SYSTEM)
+    own = system_of(run)
     if own:
         plain = own["options"].items()
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in plain}
         options = SystemOptions(**values)
         if "language_model" in own:
             built = with_language_model(built, options, described=run)
-        width = description["model_cfg"]["embed_dim"]
+        width = json.loads((run / CONFIG_FILE).read_text())["model_cfg"]["embed_dim"]
         built = _wrap(built, width, device, options, own["classes"])
     load_weights(built.model, state, str(found))
     built.model.eval()
@@ -163,5 +172,4 @@ def load(
 
 def class_names(path: Path) -> list[str]:
     """The names that a run's classifier tells apart, in the order of its logits; none of others."""
-    description = json.loads((checkpoint.run_of(path) / CONFIG_FILE).read_text())
-    return list(description.get(SYSTEM, {}).get("classes", []))
+    return list(system_of(checkpoint.run_of(path)).get("classes", []))

@@ -1,6 +1,7 @@
 """Two-tower models by name, from open_clip's registry and the configs shipped here."""
 
 import difflib
+import json
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -109,6 +110,11 @@ def describe(name: str, model: Model) -> dict[str, Any]:
     }
 
 
+def system_of(run: Path) -> dict[str, Any]:
+    """What a run's description says beside open_clip's; nothing for a model of open_clip's."""
+    return json.loads((run / CONFIG_FILE).read_text()).get(SYSTEM, {})
+
+
 def build_described(run: Path, device: str | torch.device) -> Model:
     """The model that `open_clip_config.json` in a run's folder describes, with random weights."""
     return _build(f"local-dir:{run}", device)
@@ -127,13 +133,13 @@ def load_weights(model: nn.Module, state_dict: dict[str, Tensor], origin: str) -
     # a frozen batch normalisation counts no batches: no difference in architecture
     counted = {n: v for n, v in own.items() if n.endswith(_COUNT)}
     kept = {n: v for n, v in state_dict.items() if n in own or not n.endswith(_COUNT)}
-    problem = differences(own, {**counted, **kept})
+    problem = _differences(own, {**counted, **kept})
     if problem:
         raise ValueError(f"{origin} does not fit the model: {problem}")
     model.load_state_dict({**counted, **kept})
 
 
-def differences(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
+def _differences(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
     """How weights differ in names and shapes from those wanted, in a line; empty if they do not."""
     shared = wanted.keys() & found.keys()
     others = sorted(name for name in shared if wanted[name].shape != found[name].shape)

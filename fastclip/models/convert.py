@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fastclip.models import checkpoint, sharded
-from fastclip.models.clip import CONFIG_FILE, SYSTEM, create, describe
+from fastclip.models.clip import CONFIG_FILE, create, describe, system_of
 
 
 def export_open_clip(source: Path, target: Path, *, trust_checkpoint: bool = False) -> None:
@@ -28,8 +28,8 @@ def export_open_clip(source: Path, target: Path, *, trust_checkpoint: bool = Fal
     if target.exists():
         raise FileExistsError(f"{target} exists; choose another name")
     path = checkpoint.resolve(source)
-    described = checkpoint.run_of(path) / CONFIG_FILE
-    if described.is_file() and SYSTEM in json.loads(described.read_text()):
+    run = checkpoint.run_of(path)
+    if (run / CONFIG_FILE).is_file() and system_of(run):
         raise ValueError(
             f"{source} is more than a model of open_clip's, which has no place for its heads or "
             "its language model; fastclip.load reads it"

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastclip.models.clip import CONFIG_FILE, SYSTEM, Model
+from fastclip.models.clip import Model, system_of
 from fastclip.models.lm_tokenizer import LanguageModelTokenizer, import_transformers
 from fastclip.models.options import SystemOptions
 from fastclip.models.split_model import SplitModel
@@ -217,8 +217,7 @@ def with_language_model(
     if described is None:
         text = LanguageModelTower.from_pretrained(options.text_lm, width, **how)
     else:
-        description = json.loads((described / CONFIG_FILE).read_text())
-        config = description[SYSTEM]["language_model"]
+        config = system_of(described)["language_model"]
         text = LanguageModelTower.from_config(config, width, **how)
     tokenizer = LanguageModelTokenizer(
         described or options.text_lm, options.context_length, text.max_length

@@ -8,10 +8,9 @@ from pathlib import Path
 from fastclip.data.options import DataOptions
 from fastclip.data.sources import open_source
 from fastclip.evaluate.features import embed_images
-from fastclip.evaluate.interpolation import accuracy_by_head_weight, choose_head_weight
+from fastclip.evaluate.interpolation import has_two_heads, weigh_heads
 from fastclip.evaluate.zeroshot import classes_of, evaluate_zeroshot
 from fastclip.models.clip import Model
-from fastclip.models.rocket import Rocket
 from fastclip.study.report import Row, write
 from fastclip.study.runs import Scores, first_rows, run, steady_speed, training_seconds
 from fastclip.train.config import parse
@@ -83,12 +82,8 @@ def judge(model: Model, data: Path) -> Scores:
     images = embed_images(model, open_source(test, DataOptions(), split="val"))
     rest = first_rows(images, len(images.keys) - HELD_OUT, start=HELD_OUT)
     scores = {}
-    if isinstance(model.model, Rocket) and model.model.criterion.two_spaces:
+    if has_two_heads(model):
         held_out = first_rows(images, HELD_OUT)
-        weight = choose_head_weight(accuracy_by_head_weight(model, held_out, *prompts))
-        parts = model.model.weak_and_strong(rest.features)
-        model.model.head_weight.fill_(weight)
-        rest = replace(rest, features=model.model.weigh(*parts))
-        scores["head_weight"] = weight
+        rest, scores["head_weight"] = weigh_heads(model, held_out, rest, *prompts)
     scores["accuracy"] = evaluate_zeroshot(model, rest, *prompts)["acc1"]
     return scores, {"accuracy": 0.1}

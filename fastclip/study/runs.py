@@ -19,13 +19,12 @@ from fastclip.atomic import write_text
 from fastclip.data.scenes import CLASSES, TEMPLATES
 from fastclip.data.sources import SceneSource
 from fastclip.evaluate.features import ImageFeatures, embed_images
-from fastclip.evaluate.interpolation import accuracy_by_head_weight, choose_head_weight
+from fastclip.evaluate.interpolation import has_two_heads, weigh_heads
 from fastclip.evaluate.retrieval import caption_pairs, chance_of_recall, evaluate_retrieval
-from fastclip.evaluate.zeroshot import classification_metrics, evaluate_zeroshot, labelled
+from fastclip.evaluate.zeroshot import evaluate_zeroshot
 from fastclip.models.build import load
 from fastclip.models.clip import Model
 from fastclip.models.controls import Classifier, SimCLR
-from fastclip.models.rocket import Rocket
 from fastclip.train.log import read_metrics
 
 SCENES = 1000
@@ -140,19 +139,15 @@ def judge_scenes(model: Model, quality: str = "short") -> Scores:
     chance = {"accuracy": 1 / len(CLASSES)}
     if isinstance(system, SimCLR):
         return {}, {}
-    if isinstance(system, Classifier):
-        images = embed_images(model, SceneSource("val", SCENES), encode=system.classify)
-        return {"accuracy": classification_metrics(*labelled(images))["acc1"]}, chance
     prompts = list(CLASSES), list(TEMPLATES)
+    if isinstance(system, Classifier):
+        images = embed_images(model, SceneSource("val", SCENES))
+        return {"accuracy": evaluate_zeroshot(model, images, *prompts)["acc1"]}, chance
     images = embed_images(model, SceneSource("val", 2 * SCENES, quality=quality))
     test, held_out = first_rows(images, SCENES), first_rows(images, SCENES, start=SCENES)
     scores = {}
-    if isinstance(system, Rocket) and system.criterion.two_spaces:
-        weight = choose_head_weight(accuracy_by_head_weight(model, held_out, *prompts))
-        both = system.weak_and_strong(test.features)
-        system.head_weight.fill_(weight)
-        test = replace(test, features=system.weigh(*both))
-        scores["head_weight"] = weight
+    if has_two_heads(model):
+        test, scores["head_weight"] = weigh_heads(model, held_out, test, *prompts)
     scores["accuracy"] = evaluate_zeroshot(model, test, *prompts)["acc1"]
     found = evaluate_retrieval(model, test, k=(5,))
     scores["image_to_text"] = found["text_retrieval_recall@5"]

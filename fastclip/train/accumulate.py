@@ -92,15 +92,14 @@ def accumulate(
         for batch in micro_batches:
             states.append(_random_state())
             output = forward(batch)
+            _check([*outputs[:1], output], shared)
             if outputs:
-                _check([outputs[0], output], shared)
                 # the first one's serve: these may be copies of large parameters
                 output = {name: v for name, v in output.items() if name not in shared}
             outputs.append(output)
             constants.append(constant(batch))
     # casts of weights that older releases of torch cached just now have no gradient
     torch.clear_autocast_cache()
-    _check(outputs[:1], shared)
 
     whole = {
         name: value if name in shared else torch.cat([output[name] for output in outputs])

@@ -10,12 +10,7 @@ from fastclip.data.options import DataOptions
 from fastclip.data.sources import guess_type, open_source
 from fastclip.evaluate.features import embed_images, embed_texts
 from fastclip.evaluate.retrieval import evaluate_retrieval
-from fastclip.evaluate.zeroshot import (
-    classes_of,
-    classification_metrics,
-    evaluate_zeroshot,
-    labelled,
-)
+from fastclip.evaluate.zeroshot import classes_of, evaluate_zeroshot
 from fastclip.functional import clip_loss, siglip_loss
 from fastclip.models.clip import Model
 from fastclip.models.controls import Classifier
@@ -49,20 +44,15 @@ class Validator:
 
     def __call__(self) -> dict[str, float]:
         """Metrics by name, each beginning with "val/"."""
-        model, precision = self.model.model, self.config.precision
-        classifier = isinstance(model, Classifier)
+        precision = self.config.precision
         images = embed_images(
-            self.model,
-            self.source,
-            workers=self.config.workers,
-            precision=precision,
-            encode=model.classify if isinstance(model, Classifier) else None,
+            self.model, self.source, workers=self.config.workers, precision=precision
         )
         for place in () if self._told else images.faults.places():
             print(f"skipped in validation: {place}", file=sys.stderr)
         self._told = True
-        if classifier:
-            metrics = classification_metrics(*labelled(images))
+        if isinstance(self.model.model, Classifier):
+            metrics = evaluate_zeroshot(self.model, images, [], [])
         else:
             metrics = {"loss": self._loss(images.features, images.texts)}
             retrieval = evaluate_retrieval(self.model, images, k=(1, 5), precision=precision)

@@ -62,11 +62,6 @@ class DeepSpeedEngine(Engine):
         self._autocast = contextlib.nullcontext()
         optimizer = build_optimizer(self.model, config)
         self._stage = int(settings["zero_optimization"]["stage"])
-        if self._stage == 3 and config.text_lm_cache_bytes:
-            raise ValueError(
-                "--text-lm-cache-bytes: with ZeRO-3 a process whose texts are all known would keep "
-                "the others waiting; leave it out, or use --deepspeed-config ds_zero2"
-            )
         if self._stage == 3 and self.average is not None:
             wanted = f"{config.objective}'s teacher" if config.ema is None else "--ema"
             raise ValueError(

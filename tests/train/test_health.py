@@ -30,6 +30,6 @@ def test_each_sign_once() -> None:
 
 def test_not_before_the_warmup_is_over_and_not_for_a_moment() -> None:
     assert said(GOOD | {"loss": math.log(64)}, warmup=100) == []
-    hints = Hints(batch_size=64, warmup=0)
+    hints = Hints(chance=math.log(64), warmup=0)
     waits = [0.7, 0.7, 0.7, 0.7, 0.1] * 5
     assert not any(hints.observe(i, GOOD | {"data_wait": wait}) for i, wait in enumerate(waits))
