@@ -12,7 +12,7 @@ from fastclip._version import __version__
 
 COMMANDS = {
     "train": "train a model from a configuration and flags",
-    "eval": "zero-shot classification or retrieval of a trained model",
+    "eval": "score any model on a benchmark: zero-shot, retrieval, compositional, robustness",
     "embed": "write the features of images or texts to a .npy file",
     "data": "look at data: a contact sheet of images with captions",
     "check-data": "read shards whole: report all that is wrong, count the samples",
@@ -25,7 +25,12 @@ COMMANDS = {
 }
 
 # The extra that brings a package, where it is not `train`.
-EXTRAS = {"deepspeed": "deepspeed", "nvidia": "dali", "transformers": "recaption"}
+EXTRAS = {
+    "deepspeed": "deepspeed",
+    "nvidia": "dali",
+    "transformers": "recaption",
+    "spacy": "tagger",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,7 +9,9 @@ from typing import Annotated
 
 import tyro
 
+from fastclip.cli.convert_order import AroOrder
 from fastclip.data.convert import convert_cifar10, convert_table
+from fastclip.data.corrupt import EXTRA_KINDS, KINDS, corrupt_shards
 from fastclip.data.faults import FaultLog
 from fastclip.data.files import ImageFiles
 from fastclip.data.imagenet_captions import CAPTION_PARTS, convert_imagenet_captions
@@ -147,6 +149,32 @@ class Recaption(Conversion):
 
 
 @dataclass(frozen=True)
+class Corrupt(Conversion):
+    """Shards with ImageNet-C's corruptions, one a kind; labels and captions as they are.
+
+    Needs the package imagecorruptions-imaug. For example, for `fastclip eval robustness`:
+
+    fastclip convert corrupt /data/val-00000.tar /data/corrupted --kinds fog snow --severity 3
+    """
+
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SHARDS")]
+    """Shards as for --train-data of `fastclip train`."""
+    target: Target
+    """Folder for KIND-SEVERITY.tar, and classes.txt and templates.txt from beside the shards."""
+    kinds: tuple[str, ...] = KINDS
+    """Corruptions; by default ImageNet-C's 15; 'all' for its 4 extra ones too."""
+    severity: int = 3
+    """1 (slight) to 5."""
+
+    def run(self) -> None:
+        kinds = (*KINDS, *EXTRA_KINDS) if self.kinds == ("all",) else self.kinds
+        counts, faults = corrupt_shards(self.source, self.target, kinds, self.severity)
+        for name, count in counts.items():
+            _report(name, [count])
+        _tell("skipped", faults)
+
+
+@dataclass(frozen=True)
 class ToOpenClip(Conversion):
     """A run's weights as a checkpoint of open_clip's."""
 
@@ -200,7 +228,16 @@ class ToUniversal(Conversion):
 
 
 ConvertConfig = (
-    Cifar10 | Coco | Csv | ImagenetCaptions | Recaption | ToOpenClip | FromOpenClip | ToUniversal
+    Cifar10
+    | Coco
+    | Csv
+    | ImagenetCaptions
+    | Recaption
+    | Corrupt
+    | AroOrder
+    | ToOpenClip
+    | FromOpenClip
+    | ToUniversal
 )
 
 

@@ -10,5 +10,6 @@
 | `augment`, `views`, `portable`, `dali` | parameters of views, and the two pipelines |
 | `captions`, `text_augment`, `hard_negatives`, `tokens`, `labels` | texts, labels |
 | `check`, `preview` | looking at data |
-| `convert`, `imagenet_captions`, `recaption`, `writing`, `editing` | making shards |
+| `convert`, `imagenet_captions`, `recaption`, `corrupt`, `writing`, `editing` | making shards |
+| `order_perturbations` | ARO's shuffled captions |
 """

@@ -1,1 +1,1 @@
-"""Evaluation: zero-shot classification and retrieval, in CLIP_benchmark's result format."""
+"""Evaluation of any model on published benchmarks, in CLIP_benchmark's result format."""

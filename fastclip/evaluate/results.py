@@ -1,18 +1,23 @@
 """Result files in CLIP_benchmark's JSON layout."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+_TEXTS = ("dataset", "model", "pretrained", "task")
 
 
 def write_result(
-    path: Path, *, dataset: str, model: str, pretrained: str, task: str, metrics: dict[str, float]
+    path: Path, *, dataset: str, model: str, pretrained: str, task: str, metrics: Mapping[str, Any]
 ) -> None:
     """Write one result; the folder is made if needed.
 
     Args:
         dataset, model, pretrained: what was evaluated; pretrained is the run or checkpoint.
-        task: "zeroshot_classification" or "zeroshot_retrieval".
-        metrics: shares in [0, 1] by CLIP_benchmark's metric names.
+        task: "zeroshot_classification", "zeroshot_retrieval", "linear_probe" or
+            "image_caption_selection".
+        metrics: shares in [0, 1] by CLIP_benchmark's metric names, nested where they have parts.
     """
     result = {
         "dataset": dataset,
@@ -24,3 +29,28 @@ def write_result(
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A result that `write_result` or CLIP_benchmark wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no result.
+    """
+    try:
+        result = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no result of an evaluation: {error}") from error
+    wrong = [key for key in _TEXTS if not _of(result, key, str)]
+    wrong += ["metrics"] if not _of(result, "metrics", dict) else []
+    if wrong:
+        raise ValueError(
+            f"{path} is no result of an evaluation: it lacks {', '.join(wrong)}; give files as "
+            "`fastclip eval` and CLIP_benchmark write them"
+        )
+    return result
+
+
+def _of(result: Any, key: str, kind: type) -> bool:
+    return isinstance(result, dict) and isinstance(result.get(key), kind)

@@ -53,7 +53,7 @@ def test_a_plain_model_has_no_heads_to_weigh(
 ) -> None:
     run = train(parse([*train_flags, "--epochs", "1", "--name", "clip"]))
     assert evaluate(run, "--head-weight", "0.5") == 1
-    assert "has no weak and strong heads; leave them out" in capsys.readouterr().err
+    assert "has no weak and strong heads; leave it out" in capsys.readouterr().err
     assert evaluate(run, "--average") == 1
     assert "its run had no --ema" in capsys.readouterr().err
 

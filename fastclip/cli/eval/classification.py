@@ -1,0 +1,140 @@
+"""`fastclip eval zeroshot` and `linear-probe`: classes by their names, or by a trained head."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastclip.cli.eval.flags import DataEvaluation, set_head_weight
+from fastclip.data.templates import DEFAULT_TEMPLATES, read_lines
+from fastclip.evaluate.interpolation import (
+    accuracy_by_head_weight,
+    choose_head_weight,
+    has_two_heads,
+)
+from fastclip.evaluate.wds import expand_wds, is_wds, wds_classes
+from fastclip.evaluate.zeroshot import classes_of, evaluate_zeroshot
+from fastclip.models.build import class_names
+from fastclip.models.clip import Model
+from fastclip.models.controls import Classifier
+
+
+@dataclass(frozen=True, kw_only=True)
+class Zeroshot(DataEvaluation):
+    """Classify images by their similarity to prompts of the classes' names."""
+
+    classes: Path | None = None
+    """Class names, one a line in index order; by default classnames.txt or classes.txt beside
+    the shards."""
+    held_out: str | None = None
+    """Labelled data, as --data, on which the share of the weak head is chosen."""
+
+    task = "zeroshot_classification"
+    required = ("cls",)
+
+    def suits(self, model: Model) -> bool:
+        """A classifier needs no language for its own classes."""
+        return super().suits(model) or isinstance(model.model, Classifier)
+
+    def measure(self, model: Model) -> dict[str, Any]:
+        """acc1, acc5 and mean_per_class_recall; and the share of the weak head if it is chosen."""
+        classes: list[str] = []
+        templates: list[str] = []
+        if isinstance(model.model, Classifier):
+            self._check_classes()
+        else:
+            classes, templates = self._prompts()
+        chosen = self._choose_head_weight(model, classes, templates)
+        images = self.embed(model, self.data)
+        metrics = evaluate_zeroshot(model, images, classes, templates, precision=self.precision)
+        return {**metrics, **chosen}
+
+    def _choose_head_weight(
+        self, model: Model, classes: list[str], templates: list[str]
+    ) -> dict[str, float]:
+        """Set the share of the weak head that is best on --held-out; what to say of it."""
+        if self.held_out is None:
+            return {}
+        if self.head_weight is not None:
+            raise ValueError(
+                f"--head-weight is {self.head_weight}; give it, or --held-out to choose it on"
+            )
+        if not has_two_heads(model):
+            raise ValueError("--held-out: the model has no weak and strong heads; leave it out")
+        if self.held_out == self.data:
+            raise ValueError(
+                f"--held-out is --data, {self.data}: a weight chosen on the test data shows more "
+                "than the model can"
+            )
+        images = self.embed(model, self.held_out)
+        precision = self.precision
+        found = accuracy_by_head_weight(model, images, classes, templates, precision=precision)
+        weight = choose_head_weight(found)
+        set_head_weight(model, weight)
+        return {"head_weight": weight}
+
+    def _check_classes(self) -> None:
+        """A classifier's classes have an order; in another the data's labels would be wrong."""
+        own = class_names(Path(self.model))
+        beside = self._beside()
+        given = read_lines(self.classes) if self.classes else beside[0] if beside else own
+        if given != own:
+            raise ValueError(
+                f"the classifier's classes are {', '.join(own[:3])}, ... ({len(own)}), the data's "
+                f"{', '.join(given[:3])}, ... ({len(given)}): the labels would mean other classes"
+            )
+
+    def _prompts(self) -> tuple[list[str], list[str]]:
+        """Class names and templates: the flags', or else the data's."""
+        beside = self._beside()
+        if self.classes is None and beside is None:
+            raise ValueError(
+                f"no class names: give --classes FILE, or put classes.txt beside {self.data}"
+            )
+        classes, templates = beside or ([], list(DEFAULT_TEMPLATES))
+        if self.classes is not None:
+            classes = read_lines(self.classes)
+        if self.options.templates is not None:
+            templates = read_lines(Path(self.options.templates))
+        return classes, templates
+
+    def _beside(self) -> tuple[list[str], list[str]] | None:
+        if is_wds(self.data):
+            return wds_classes(self.data)
+        return classes_of(self.data, self.options.dataset_type)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearProbe(DataEvaluation):
+    """Train a linear classifier on the features of labelled images, and test it on others."""
+
+    train_data: str
+    """Labelled data to train it on, as --data, e.g. scenes:split=train."""
+    train_split: str = "train"
+    """Of a folder in CLIP_benchmark's layout: which split to train on."""
+    seed: int = 0
+    """Of the part of the training data that chooses the regularisation."""
+
+    task = "linear_probe"
+    required = ("cls",)
+    classify = False
+
+    @property
+    def name(self) -> str:
+        """The command and the data."""
+        return f"linear_probe_{self.dataset}"
+
+    def suits(self, model: Model) -> bool:
+        """Images are enough."""
+        return True
+
+    def measure(self, model: Model) -> dict[str, Any]:
+        """The accuracies that `linear_probe` gives."""
+        if expand_wds(self.train_data, self.train_split) == expand_wds(self.data, self.split):
+            raise ValueError(
+                f"--train-data is --data, {self.data}: accuracy on the images trained on shows "
+                "more than the model can"
+            )
+        from fastclip.evaluate.linear_probe import linear_probe
+
+        train = self.embed(model, self.train_data, self.train_split)
+        return linear_probe(train, self.embed(model, self.data), seed=self.seed)

@@ -1,0 +1,46 @@
+"""`fastclip eval retrieval` and `docci`: images found by their captions, and captions by images."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastclip.cli.eval.flags import DataEvaluation, Evaluation
+from fastclip.evaluate.docci import evaluate_docci
+from fastclip.evaluate.retrieval import evaluate_retrieval
+from fastclip.evaluate.wds import is_wds, split_captions
+from fastclip.models.clip import Model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrieval(DataEvaluation):
+    """Find images by each of their captions, and captions by images."""
+
+    recall_k: tuple[int, ...] = (1, 5, 10)
+    """Ranks at which recall is measured."""
+
+    task = "zeroshot_retrieval"
+    required = ("txt",)
+
+    def measure(self, model: Model) -> dict[str, Any]:
+        """Recall in both directions, and how many images and texts there are."""
+        images = self.embed(model, self.data)
+        if is_wds(self.data):
+            images = split_captions(images)
+        return evaluate_retrieval(model, images, k=self.recall_k, precision=self.precision)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Docci(Evaluation):
+    """Find images by long descriptions: the 5,000 test images of DOCCI."""
+
+    root: Path
+    """Folder with docci_descriptions.jsonlines and images/."""
+    recall_k: tuple[int, ...] = (1, 5, 10)
+    """Ranks at which recall is measured."""
+
+    task = "zeroshot_retrieval"
+    dataset = "docci"
+
+    def measure(self, model: Model) -> dict[str, Any]:
+        """Recall in both directions."""
+        return evaluate_docci(model, self.root, self.encoding, self.recall_k)

@@ -1,0 +1,154 @@
+"""`fastclip eval robustness`: accuracies under distribution shifts, and effective robustness."""
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fastclip.cli.eval.classification import Zeroshot
+from fastclip.evaluate import ranks
+from fastclip.evaluate.effective_robustness import BASELINES, Line, suited_fit
+from fastclip.evaluate.imagenet import SHIFTS, prompts, wordnet_ids
+from fastclip.evaluate.results import read_result
+from fastclip.evaluate.robustness_plot import plot_shifts
+from fastclip.evaluate.shifts import (
+    Counts,
+    baseline_from_results,
+    evaluate_imagenet_shifts,
+    evaluate_shifts,
+    read_metrics,
+)
+from fastclip.evaluate.zeroshot import evaluate_zeroshot, labelled
+from fastclip.models.build import class_names
+from fastclip.models.clip import Model
+from fastclip.models.controls import Classifier
+
+
+@dataclass(frozen=True, kw_only=True)
+class Robustness(Zeroshot):
+    """Classify images without and with a distribution shift; how much more is right than expected.
+
+    Either ImageNet with its natural shifts (--root), or any labelled data (--data and --shifts) of
+    the same classes.
+    """
+
+    root: Path | None = None
+    """Folder with imagenet/val and any of imagenetv2-matched-frequency-format-val, imagenet-sketch,
+    imagenet-r, imagenet-a and objectnet-1.0, as they are published."""
+    shifts: tuple[str, ...] = ()
+    """NAME=DATA of each shift, with DATA as --data: fog=/data/corrupted/fog-3.tar."""
+    baseline: tuple[Path, ...] = ()
+    """Results of three or more models trained on the distribution of --data alone, which say what
+    accuracy under a shift is to be expected."""
+    plot: Path | None = None
+    """A .png to draw; of several shifts, one file each."""
+    compare: tuple[Path, ...] = ()
+    """Results of other models to draw besides."""
+
+    task = "robustness"
+
+    @property
+    def dataset(self) -> str:
+        """imagenet, or the name of the data."""
+        return super().dataset if self.root is None else "imagenet"
+
+    def measure(self, model: Model) -> dict[str, Any]:
+        """Accuracies with their intervals, and rho; see `fastclip.evaluate.shifts`."""
+        shifts = self._shifts()
+        lines = baseline_from_results(self.baseline) if self.baseline else {}
+        # a mistake in these shows before the model is at work
+        others = [(_label(path), read_metrics(path)) for path in self.compare]
+        if self.root is not None:
+            metrics = self._measure_imagenet(model, self.root)
+            lines = BASELINES[suited_fit(metrics["acc1"])]
+        else:
+            metrics = self._measure_data(model, shifts, lines)
+        if ranks.is_first():
+            self._summarise(metrics)
+            if self.plot is not None:
+                models = [(f"{self.model} {self.pretrained or ''}".strip(), metrics), *others]
+                baselines = [read_metrics(path) for path in self.baseline]
+                for path in plot_shifts(self.plot, models, lines, baselines):
+                    print(f"drawn in {path}", file=sys.stderr)
+        return metrics
+
+    def _shifts(self) -> dict[str, str]:
+        """The data of each shift by its name.
+
+        Raises:
+            ValueError: flags exclude each other, or a shift has no name or data, or one name twice.
+        """
+        if (self.root is None) == (not self.shifts):
+            raise ValueError(
+                "give --root with ImageNet's sets, or --data with one NAME=DATA or more after "
+                "--shifts"
+            )
+        if self.root is not None and (self.baseline or self.held_out):
+            raise ValueError("--baseline and --held-out go with --data, not with --root")
+        pairs = [shift.partition("=") for shift in self.shifts]
+        shifts = {name: data for name, _, data in pairs if name and data}
+        if len(shifts) < len(pairs):
+            raise ValueError(
+                f"--shifts {' '.join(self.shifts)}: give NAME=DATA with a name of its own for each"
+            )
+        return shifts
+
+    def _measure_imagenet(self, model: Model, root: Path) -> dict[str, Any]:
+        if isinstance(model.model, Classifier):
+            own = class_names(Path(self.model))
+            if own not in (list(wordnet_ids()), prompts()[0]):
+                raise ValueError(
+                    f"the classifier's classes are {', '.join(own[:3])}, ... ({len(own)}); for "
+                    f"ImageNet they must be {', '.join(wordnet_ids()[:3])}, ... in this order"
+                )
+        metrics = evaluate_imagenet_shifts(model, root, self.encoding)
+        absent = [name for name in SHIFTS if name not in metrics]
+        if absent and ranks.is_first():
+            print(f"not in {root}, left out: {', '.join(absent)}", file=sys.stderr)
+        return metrics
+
+    def _measure_data(
+        self, model: Model, shifts: dict[str, str], lines: dict[str, Line]
+    ) -> dict[str, Any]:
+        classes: list[str] = []
+        templates: list[str] = []
+        if isinstance(model.model, Classifier):
+            self._check_classes()
+        else:
+            classes, templates = self._prompts()
+        chosen = self._choose_head_weight(model, classes, templates)
+
+        def counts(data: str) -> Counts:
+            images = self.embed(model, data)
+            count = len(labelled(images)[1])
+            found = evaluate_zeroshot(model, images, classes, templates, precision=self.precision)
+            return round(found["acc1"] * count), count
+
+        for data in shifts.values():
+            self._check_same_classes(data)
+        original = counts(self.data)
+        shifted = {name: counts(data) for name, data in shifts.items()}
+        return {**evaluate_shifts(original, shifted, lines), **chosen}
+
+    def _check_same_classes(self, data: str) -> None:
+        """The shift's labels must mean the same classes as the data's."""
+        own, other = self._beside(), replace(self, data=data)._beside()
+        if own and other and own[0] != other[0]:
+            raise ValueError(
+                f"{data} has the classes {', '.join(other[0][:3])}, ... ({len(other[0])}), "
+                f"{self.data} {', '.join(own[0][:3])}, ... ({len(own[0])}): a shift must keep them"
+            )
+
+    def _summarise(self, metrics: dict[str, Any]) -> None:
+        """Tell accuracies in per cent and effective robustness in points."""
+        fit = f", {suited_fit(metrics['acc1'])} baseline" if self.root is not None else ""
+        print(f"{self.dataset}: {100 * metrics['acc1']:.1f} %{fit}", file=sys.stderr)
+        for name, found in metrics.items():
+            if isinstance(found, dict):
+                rho = f", ρ {100 * found['rho']:+.1f} points" if "rho" in found else ""
+                print(f"{name}: {100 * found['acc1']:.1f} %{rho}", file=sys.stderr)
+
+
+def _label(path: Path) -> str:
+    result = read_result(path)
+    return f"{result['model']} {result['pretrained']}".strip()

@@ -1,0 +1,84 @@
+"""Opening any model to use it: fastclip's runs, open_clip's models, and models of the hub."""
+
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from fastclip.models.build import load
+from fastclip.models.clip import Model, create
+
+# open_clip's prefixes of what brings its own weights: a repository of the hub, a folder like one
+_WITH_WEIGHTS = ("hf-hub:", "local-dir:")
+
+
+def is_run(name: str, pretrained: str | None = None) -> bool:
+    """Whether `open_model` takes the name for a run of fastclip's, or for a checkpoint of one."""
+    if pretrained is not None or name.startswith(_WITH_WEIGHTS) or name.endswith(".json"):
+        return False
+    return "/" in name or Path(name).exists()
+
+
+def open_model(
+    name: str,
+    device: str | torch.device = "cpu",
+    pretrained: str | None = None,
+    average: bool = False,
+    trust_checkpoint: bool = False,
+) -> Model:
+    """A trained model, its evaluation transform and its tokenizer, in evaluation mode.
+
+    Args:
+        name: a run's folder or one of its checkpoints, see `fastclip.models.build.load`; with
+            `pretrained` a model that `fastclip.models.clip.create` knows; or "hf-hub:ORG/NAME" or
+            "local-dir:FOLDER", which hold open_clip_config.json and weights.
+        device: where the parameters are put.
+        pretrained: a name of open_clip's weights for the model, or a checkpoint's file.
+        average: take the averaged weights of a run with --ema.
+        trust_checkpoint: whether DeepSpeed's files may be read, which can run any code.
+
+    Raises:
+        ValueError: a name is unknown, in which case near ones are suggested; the weights would be
+            random, or of two origins; they do not fit, cannot be had, or have no average.
+        FileNotFoundError: there is no such run, checkpoint or folder.
+    """
+    if is_run(name, pretrained):
+        return load(name, device, average=average, trust_checkpoint=trust_checkpoint)
+    if average:
+        raise ValueError(f"--average: {name} is no run of fastclip's with averages; leave it out")
+    if name.startswith(_WITH_WEIGHTS) and pretrained is not None:
+        raise ValueError(f"{name} brings its own weights; leave --pretrained {pretrained} out")
+    try:
+        if name.startswith(_WITH_WEIGHTS):
+            opened = _open_with_weights(name, device)
+        elif pretrained is not None:
+            opened = create(name, device, pretrained=pretrained)
+        else:
+            _refuse_random(name)
+    # what open_clip makes of files that are missing or do not fit, and of an absent network
+    except RuntimeError as error:
+        raise ValueError(f"{name} cannot be opened: {error}") from error
+    opened.model.eval()
+    return opened
+
+
+def _refuse_random(name: str) -> NoReturn:
+    """Refuse a name without weights, known or not, and tell what there is instead."""
+    try:
+        # no weights have this name, so that nothing is built
+        create(name, pretrained="")
+    except ValueError as error:
+        raise ValueError(
+            f"--model {name} is no run of fastclip's, and without --pretrained TAG or FILE the "
+            f"weights would be random: {error}"
+        ) from error
+    raise AssertionError("weights without a name")
+
+
+def _open_with_weights(name: str, device: str | torch.device) -> Model:
+    import open_clip
+
+    model, preprocess = open_clip.create_model_from_pretrained(
+        name, device=device, output_dict=True
+    )
+    return Model(model, preprocess, open_clip.get_tokenizer(name))
