@@ -13,7 +13,7 @@ import tyro
 import fastclip
 from fastclip.cli.bench import Config, DataConfig
 from fastclip.cli.plan import PlanConfig
-from fastclip.cli.study import Cifar10, Study, Systems, Uniclip
+from fastclip.cli.study import All, Cifar10, Robustness, Study, Systems
 from fastclip.models.options import Objective
 from fastclip.train.config import parse
 from tests.ops.test_contracts import PRODUCTS
@@ -89,7 +89,7 @@ def test_bench_commands_parse() -> None:
 
 def test_study_commands_parse() -> None:
     found = [tyro.cli(Study, args=words[2:]) for words in commands("study")]
-    assert [type(study) for study in found] == [Systems, Uniclip, Cifar10]
+    assert [type(study) for study in found] == [Systems, Cifar10, All, Robustness]
 
 
 def test_the_table_of_systems() -> None:

@@ -21,7 +21,7 @@ from fastclip.data.scenes import (
 SCENE_PIXELS = 64
 SYNTHETIC_PIXELS = 224
 
-# What may follow `scenes:`, as KEY=VALUE joined by commas.
+# What may follow `scenes:`, as KEY=VALUE joined by commas; shifts may be joined by '+'.
 SCENE_KEYS = {
     "split": SPLITS,
     "shift": SHIFTS,
@@ -37,7 +37,8 @@ class SceneSource:
         split: "train", "val", or another of `fastclip.data.scenes`.
         count: number of scenes.
         objects: draw exactly this many objects a scene; None for one to three.
-        shift: one of `fastclip.data.scenes.SHIFTS`, or None.
+        shift: one of `fastclip.data.scenes.SHIFTS`, or None; of several joined by '+' each scene
+            has one or none, all alike often.
         quality: of the captions, one of `fastclip.data.scenes.QUALITIES`.
         captions: qualities to tell apart as sources of captions.
         negatives: whether samples have hard negatives.
@@ -64,15 +65,19 @@ class SceneSource:
         self.negatives = negatives
         self.split = split
         self.objects = objects
-        self.shift = shift
+        self.shifts: tuple[str | None, ...] = (None,)
+        if shift is not None:
+            several = shift.split("+")
+            self.shifts = tuple(several) if len(several) == 1 else (None, *several)
         self.quality = quality
         self.counts: tuple[int, ...] = (count,)
         self.parts: tuple[int, ...] = (1,)
 
     def read(self, shard: int, index: int, *, pixels: bool = True) -> Sample:
         """The image, captions, hard negatives and class (of single objects) of scene `index`."""
-        scene = sample_scene(index, split=self.split, shift=self.shift, objects=self.objects)
         seed = hash64(index)
+        shift = self.shifts[hash64(index, 1) % len(self.shifts)]
+        scene = sample_scene(index, split=self.split, shift=shift, objects=self.objects)
         texts = tuple(caption(scene, name, seed) for name in self.captions or (self.quality,))
         sample = Sample(
             f"{self.split}{index:08d}", render(scene, SCENE_PIXELS), texts, class_index(scene)
@@ -150,9 +155,10 @@ def open_scenes(
         key, _, value = option.partition("=")
         if key not in SCENE_KEYS:
             raise ValueError(f"{data!r}: unknown key {key!r}; known are {', '.join(SCENE_KEYS)}")
-        if value not in SCENE_KEYS[key]:
-            known = ", ".join(SCENE_KEYS[key])
-            raise ValueError(f"{data!r}: unknown {key} {value!r}; known are {known}")
+        for one in value.split("+") if key == "shift" else [value]:
+            if one not in SCENE_KEYS[key]:
+                known = ", ".join(SCENE_KEYS[key])
+                raise ValueError(f"{data!r}: unknown {key} {one!r}; known are {known}")
         if key in chosen:
             raise ValueError(f"{data!r} gives {key} twice")
         chosen[key] = value

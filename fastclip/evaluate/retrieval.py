@@ -9,7 +9,12 @@ from torch import Tensor
 from fastclip.evaluate.features import ImageFeatures, embed_texts
 from fastclip.models.clip import Model
 
-CHUNK_ROWS = 1024
+# of queries compared at a time with all keys
+CHUNK_ROWS = 512
+# Products are of this many queries and keys, filled up with zeros. For other shapes a library takes
+# other kernels, which add in another order: equal features would get unequal scores, and a rank
+# would depend on how many queries there are.
+TILE_ROWS, TILE_KEYS = 256, 2048
 
 
 def retrieval_metrics(
@@ -44,7 +49,7 @@ def _best_rank(queries: Tensor, keys: Tensor, query_of: Tensor, key_of: Tensor) 
     query_of, key_of = query_of[order], key_of[order]
     ranks = torch.empty(queries.shape[0], dtype=torch.int64)
     for start in range(0, queries.shape[0], CHUNK_ROWS):
-        scores = queries[start : start + CHUNK_ROWS] @ keys.T
+        scores = scores_of(queries[start : start + CHUNK_ROWS], keys)
         stop = start + scores.shape[0]
         inside = slice(*torch.searchsorted(query_of, torch.tensor([start, stop])).tolist())
         row, column = query_of[inside] - start, key_of[inside]
@@ -52,10 +57,28 @@ def _best_rank(queries: Tensor, keys: Tensor, query_of: Tensor, key_of: Tensor) 
         best = torch.full((scores.shape[0],), -torch.inf, dtype=scores.dtype)
         best.scatter_reduce_(0, row, matches, "amax")
         # NaN is below nothing: a broken model must not look perfect
-        ahead = ~(scores < best[:, None])
-        ahead[row, column] = torch.isnan(best)[row]
-        ranks[start:stop] = ahead.sum(dim=1)
+        behind = scores < best[:, None]
+        behind[row, column] = ~torch.isnan(best)[row]
+        ranks[start:stop] = keys.shape[0] - behind.sum(dim=1)
     return ranks
+
+
+def scores_of(queries: Tensor, keys: Tensor) -> Tensor:
+    """Inner products (N, M) of (N, D) and (M, D), each the same bits whatever stands beside it."""
+    scores = queries.new_empty(queries.shape[0], keys.shape[0])
+    for a in range(0, queries.shape[0], TILE_ROWS):
+        rows = _filled(queries[a : a + TILE_ROWS], TILE_ROWS)
+        for b in range(0, keys.shape[0], TILE_KEYS):
+            part = scores[a : a + TILE_ROWS, b : b + TILE_KEYS]
+            product = rows @ _filled(keys[b : b + TILE_KEYS], TILE_KEYS).T
+            part.copy_(product[: part.shape[0], : part.shape[1]])
+    return scores
+
+
+def _filled(rows: Tensor, count: int) -> Tensor:
+    """So many rows, zeros after those given."""
+    missing = count - rows.shape[0]
+    return rows if missing == 0 else torch.cat((rows, rows.new_zeros(missing, rows.shape[1])))
 
 
 def evaluate_retrieval(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fastclip.atomic import write_text
 from fastclip.study.runs import Outcome
+from fastclip.study.verdict import Verdict
 
 Row = tuple[str, Sequence[Outcome]]
 
@@ -47,12 +48,22 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def write(
-    folder: Path, title: str, rows: Sequence[Row], columns: Mapping[str, str], notes: Sequence[str]
+    folder: Path,
+    title: str,
+    rows: Sequence[Row],
+    columns: Mapping[str, str],
+    notes: Sequence[str],
+    verdicts: Sequence[Verdict] = (),
 ) -> str:
     """Write report.md, results.json and scores.png into the folder; returns the report."""
-    text = "\n\n".join([f"# {title}", table(rows, columns), *notes]) + "\n"
+    said = "\n".join(f"- {verdict}" for verdict in verdicts)
+    parts = [f"# {title}", said, table(rows, columns), *notes]
+    text = "\n\n".join(filter(None, parts)) + "\n"
     write_text(folder / "report.md", text)
-    values = {label: [asdict(outcome) for outcome in outcomes] for label, outcomes in rows}
+    values = {
+        "verdicts": [asdict(verdict) for verdict in verdicts],
+        "rows": {label: [asdict(outcome) for outcome in outcomes] for label, outcomes in rows},
+    }
     write_text(folder / "results.json", json.dumps(values, indent=1) + "\n")
     _plot(folder / "scores.png", rows, columns)
     return text
@@ -74,7 +85,8 @@ def _plot(path: Path, rows: Sequence[Row], columns: Mapping[str, str]) -> None:
             guess = [100 * o.chance[name] for o in outcomes if name in o.chance]
             panel.plot(guess[:1], [place] * len(guess[:1]), "|", color="tab:gray", markersize=12)
         panel.set_xlabel(f"{heading}, %")
-        panel.set_xlim(left=0)
+        # a share begins at nothing, a difference of shares below it
+        panel.set_xlim(left=min(0, panel.get_xlim()[0]))
         panel.grid(axis="x", alpha=0.3)
     panels[0][0].set_yticks(range(len(rows)), [label for label, _ in rows])
     panels[0][0].invert_yaxis()

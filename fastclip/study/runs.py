@@ -1,15 +1,17 @@
-"""One training run of a study, and what is measured of it.
+"""Training runs of a study, and what is measured of them.
 
 A run is a process of `fastclip train`, as a user would start it. Its outcome is kept beside it, so
 that a study that was stopped goes on where it was.
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -53,8 +55,63 @@ class Outcome:
     chance: dict[str, float]
 
 
-def train(name: str, flags: Sequence[str], folder: Path) -> tuple[Path, float]:
+Scores = tuple[dict[str, float], dict[str, float]]
+Judge = Callable[[Model], Scores]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run to be made.
+
+    Attributes:
+        name, flags: of the run.
+        judge: gives scores, and what guessing would score; by default `judge_scenes`.
+        after: names of the runs that it begins with.
+    """
+
+    name: str
+    flags: tuple[str, ...]
+    judge: Judge | None = None
+    after: tuple[str, ...] = ()
+
+
+def run_all(plans: Sequence[Plan], folder: Path, jobs: int = 1) -> dict[str, Outcome]:
+    """Make the runs, so many side by side, each after those that it needs; outcomes by name.
+
+    Args:
+        plans: what a run needs comes before it.
+        jobs: runs at a time, which share the processor's cores.
+
+    Raises:
+        ValueError: jobs is below 1.
+        FileExistsError, RuntimeError: see `run`; runs that are under way come to their end first.
+    """
+    if jobs < 1:
+        raise ValueError(f"--jobs is {jobs}; give at least 1")
+    made: dict[str, Future[Outcome]] = {}
+
+    def one(plan: Plan) -> Outcome:
+        # handed out in order: what is waited for has begun already
+        for name in plan.after:
+            made[name].result()
+        outcome = run(plan.name, plan.flags, folder, plan.judge, jobs)
+        print(f"{plan.name}: {outcome.seconds:.0f} s, {outcome.scores}", flush=True)
+        return outcome
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for plan in plans:
+            made[plan.name] = pool.submit(one, plan)
+        try:
+            return {name: future.result() for name, future in made.items()}
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def train(name: str, flags: Sequence[str], folder: Path, jobs: int = 1) -> tuple[Path, float]:
     """Train in a process of its own; the run's folder, and the seconds that it took.
+
+    Args:
+        jobs: how many such processes share the cores.
 
     Raises:
         RuntimeError: it failed; the message ends as its output did.
@@ -65,25 +122,34 @@ def train(name: str, flags: Sequence[str], folder: Path) -> tuple[Path, float]:
     command += ["--logs", str(folder), "--name", name, "--report-to", "none"]
     # what was cut short goes on; what has not begun begins
     command += ["--resume", "latest"]
+    environment = dict(os.environ)
+    if jobs > 1:
+        # threads that wait would take the other run's cores
+        threads = max(1, (os.cpu_count() or 1) // jobs)
+        environment |= {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
     started = time.monotonic()
     with log.open("w") as output:
-        status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode
+        status = subprocess.run(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment
+        ).returncode
     if status:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
         raise RuntimeError(f"run {name} ended with status {status}; {log} ends:\n{tail}")
     return folder / name, time.monotonic() - started
 
 
-Scores = tuple[dict[str, float], dict[str, float]]
-
-
 def run(
-    name: str, flags: Sequence[str], folder: Path, judge: Callable[[Model], Scores] | None = None
+    name: str,
+    flags: Sequence[str],
+    folder: Path,
+    judge: Judge | None = None,
+    jobs: int = 1,
 ) -> Outcome:
     """Train and judge; what an earlier call with these flags found is kept.
 
     Args:
         judge: gives scores, and what guessing would score; by default `judge_scenes`.
+        jobs: how many runs share the cores.
 
     Raises:
         FileExistsError: there is a run of this name with other flags.
@@ -97,7 +163,7 @@ def run(
         raise FileExistsError(
             f"{kept.parent} is of other flags; choose another --output or delete it"
         )
-    path, seconds = train(name, flags, folder)
+    path, seconds = train(name, flags, folder, jobs)
     scores, chance = (judge or judge_scenes)(load(path))
     outcome = Outcome(name, tuple(flags), seconds, *losses_of(path), scores, chance)
     write_text(kept, json.dumps(asdict(outcome), indent=1) + "\n")

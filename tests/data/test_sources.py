@@ -5,11 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from fastclip.data.generated import SCENE_PIXELS
 from fastclip.data.options import DataOptions
 from fastclip.data.order import Order, hash64
 from fastclip.data.samples import Source
-from fastclip.data.scenes import caption, class_index, sample_scene
+from fastclip.data.scenes import caption, class_index, render, sample_scene
 from fastclip.data.sources import guess_type, open_source, shard_weights
 from tests.conftest import jpeg
 
@@ -73,11 +75,28 @@ def test_scenes_have_variants() -> None:
     assert not np.array_equal(np.asarray(a.image), np.asarray(b.image))
 
 
+def test_of_several_shifts_a_scene_has_one_or_none() -> None:
+    source = opened("scenes:shift=style+palette", count=60)
+    found = []
+    for i in range(60):
+        image = np.asarray(source.read(0, i).image)
+        kinds = [None, "style", "palette"]
+        alike = [np.array_equal(image, np.asarray(draw(i, kind))) for kind in kinds]
+        found.append(alike.index(True))
+    assert {found.count(kind) > 10 for kind in range(3)} == {True}
+
+
+def draw(index: int, shift: str | None) -> Image.Image:
+    """The scene, drawn apart from the source."""
+    return render(sample_scene(index, shift=shift), SCENE_PIXELS)
+
+
 @pytest.mark.parametrize(
     "data, message",
     [
         ("scenes:colour=red", "unknown key 'colour'; known are split, shift, caption, objects"),
         ("scenes:shift=weather", "unknown shift 'weather'; known are style, palette"),
+        ("scenes:shift=style+", "unknown shift ''; known are style, palette"),
         ("scenes:objects=4", "unknown objects '4'; known are 1, 2, 3"),
         ("scenes:caption", "unknown caption ''; known are short, alt, dense"),
         ("scenes:split=val,split=val", "gives split twice"),

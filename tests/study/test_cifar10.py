@@ -42,7 +42,7 @@ def test_a_system_in_a_table(data: Path, tmp_path: Path, monkeypatch: pytest.Mon
     flags = f"--model {tmp_path}/tiny.json --batch-size 8 --workers 0 --device cpu"
     flags += " --precision fp32 --log-every-n-steps 1"
     report = study(data, tmp_path / "out", minutes=0.002, seeds=1, flags=flags.split())
-    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
     (outcome,) = found["CLIP-Rocket"]
     # eight images are scored
     assert (outcome["scores"]["accuracy"] * 8).is_integer()

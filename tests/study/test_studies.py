@@ -27,7 +27,7 @@ def test_systems_that_begin_with_others(tiny: list[str], tmp_path: Path) -> None
     report = systems.study(tmp_path / "out", ["clip", "rocket", "finetuned"], tiny)
     rows = [line.split("|")[1].strip() for line in report.splitlines() if line.startswith("| ")]
     assert rows[2:] == ["clip", "rocket", "simclr", "finetuned", "chance"]
-    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
     assert 0 <= found["rocket"][0]["scores"]["head_weight"] <= 1
     assert found["simclr"][0]["scores"] == {}
     assert found["finetuned"][0]["chance"].keys() == {"accuracy"}
@@ -48,11 +48,13 @@ def test_systems_that_begin_with_others(tiny: list[str], tmp_path: Path) -> None
 def test_a_study_goes_on_where_it_was(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(uniclip, "VARIANTS", dict(list(uniclip.VARIANTS.items())[3:]))
-    first = uniclip.study(tmp_path / "out", 1, tiny)
-    assert "| SupCon | " in first and "| one shared scale | " in first
+    kept = {label: uniclip.VARIANTS[label] for label in ("CLIP", "SLIP", "UniCLIP", "SupCon")}
+    monkeypatch.setattr(uniclip, "VARIANTS", kept)
+    monkeypatch.setattr(uniclip, "ABLATIONS", ("SupCon",))
+    first = uniclip.study(tmp_path / "out", 1, tiny, jobs=2)
+    assert "| SupCon | " in first and "- **unclear**: UniCLIP is better than CLIP" in first
     made = (tmp_path / "out" / "supcon-0" / "outcome.json").stat().st_mtime_ns
-    second = uniclip.study(tmp_path / "out", 1, tiny)
+    second = uniclip.study(tmp_path / "out", 1, tiny, jobs=2)
     assert second == first
     assert (tmp_path / "out" / "supcon-0" / "outcome.json").stat().st_mtime_ns == made
     with pytest.raises(FileExistsError, match="is of other flags; choose another --output"):
