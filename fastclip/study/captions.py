@@ -111,8 +111,8 @@ def study(
         f"attribute, a relation or the order of two objects, which is nearer to the image, ties "
         f"against it; mean over the three kinds. {samples} samples a run; hard negatives are a "
         f"later phase of {LATER_SHARE:.0%} as many, which begins with '{BEGUN}'. The "
-        "pretrained tower is a GPT-2 of four layers, taught dense and short captions by next-token loss, two layers "
-        "frozen; the same for all seeds.",
+        "pretrained tower is a GPT-2 of four layers, taught dense and short captions by "
+        "next-token loss, two layers frozen; the same for all seeds.",
     ]
     return write(folder, "Captions and the text tower", rows, COLUMNS, notes, verdicts_of(rows))
 
