@@ -56,6 +56,7 @@ class Watch:
     def __init__(self, world: World, *, dead_after: float, data_within: float) -> None:
         self.world, self.dead_after, self.data_within = world, dead_after, data_within
         self._wait: _Wait | None = None
+        self._read: str | None = None
         self._last_round = time.monotonic()
         self._closing = threading.Event()
         self._store = self._open_store() if world.size > 1 else None
@@ -180,7 +181,7 @@ class Watch:
                     self._look(seen, now)
                 verdict = self._verdict()
             except RuntimeError:
-                verdict = "rank 0, which keeps the watch, has ended"
+                verdict = self._read or "rank 0, which keeps the watch, has ended"
             self._last_round = time.monotonic()
             if verdict is not None:
                 self._end(verdict)
@@ -212,7 +213,10 @@ class Watch:
 
     def _verdict(self) -> str | None:
         assert self._store is not None
-        return self._store.get("verdict").decode() if self._store.check(["verdict"]) else None
+        # kept: the store goes with the first rank, which may end before this one has said it
+        if self._read is None and self._store.check(["verdict"]):
+            self._read = self._store.get("verdict").decode()
+        return self._read
 
     def _await_verdict(self) -> str:
         """The verdict on who ended, when this rank's collective has failed of it."""

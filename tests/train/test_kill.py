@@ -1,4 +1,4 @@
-"""kill -9 at four random steps and while a checkpoint is written, then resume: the same bits."""
+"""kill -9 at random steps and while a checkpoint is written, then resume: the same bits."""
 
 import json
 import random
@@ -13,7 +13,8 @@ from fastclip.atomic import PARTIAL_SUFFIX
 from fastclip.models import checkpoint
 from tests.train.test_loop import identical
 
-KILLS = 4
+# by loader processes
+KILLS = {0: 2, 2: 4}
 ATTEMPTS = 6
 STEPS = 200
 
@@ -42,7 +43,7 @@ def kill_when(process: subprocess.Popen[str], condition: Callable[[], bool]) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
-def test_killed_five_times_equals_uninterrupted(
+def test_killed_equals_uninterrupted(
     train_flags: list[str], start_training: Start, tmp_path: Path, workers: int
 ) -> None:
     flags = [*train_flags, "--train-num-samples", "800", "--workers", str(workers)]
@@ -55,7 +56,7 @@ def test_killed_five_times_equals_uninterrupted(
     run = logs / "killed"
     rng = random.Random(workers)
     # increasing, so that each kill hits new ground
-    points = sorted(rng.sample(range(10, STEPS // 2), KILLS))
+    points = sorted(rng.sample(range(10, STEPS // 2), KILLS[workers]))
     for number, point in enumerate(points):
         resume = ["--resume", "latest"] if number else []
         process = start_training(*flags, "--name", "killed", *resume)

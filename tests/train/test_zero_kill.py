@@ -1,4 +1,4 @@
-"""ZeRO under DeepSpeed's launcher: DDP's loss curve, and kill -9 of all ranks three times over."""
+"""ZeRO under DeepSpeed's launcher: DDP's loss curve, and kill -9 of all ranks up to three times."""
 
 import os
 import random
@@ -19,8 +19,9 @@ from tests.train.conftest import ROOT
 from tests.train.test_ddp import torchrun
 from tests.train.test_kill import kill_when, last_step
 
-KILLS = 3
-STEPS = 50
+# by stage: what is killed and gone on with is the same code, so one stage is killed most
+KILLS = {1: 1, 2: 3, 3: 1}
+STEPS = 30
 
 
 class Launched(subprocess.Popen):  # type: ignore[type-arg]
@@ -77,11 +78,11 @@ def plain_losses() -> dict[str, list[float]]:
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_killed_three_times_equals_uninterrupted(
+def test_killed_equals_uninterrupted(
     train_flags: list[str], tmp_path: Path, stage: int, plain_losses: dict[str, list[float]]
 ) -> None:
     logs = tmp_path / "logs"
-    flags = [*train_flags, "--train-num-samples", "400", "--log-sample-ids"]
+    flags = [*train_flags, "--train-num-samples", "240", "--log-sample-ids"]
     if not plain_losses:
         torchrun(*flags, "--name", "plain")
         plain_losses["plain"] = [line["loss"] for line in read_metrics(logs / "plain")]
@@ -92,7 +93,7 @@ def test_killed_three_times_equals_uninterrupted(
     assert losses == pytest.approx(plain_losses["plain"], rel=1e-5)
 
     run = logs / "killed"
-    points = sorted(random.Random(stage).sample(range(6, STEPS - 4), KILLS))
+    points = sorted(random.Random(stage).sample(range(6, STEPS - 4), KILLS[stage]))
     resume: list[str] = []
     for point in points:
         process = launch(*flags, "--name", "killed", *resume)
@@ -136,7 +137,7 @@ def check_what_a_user_does_next(run: Path, folder: Path, flags: list[str]) -> No
 
     latest = checkpoint.find_latest(run / "checkpoints")
     assert latest == run / "checkpoints" / "epoch_2"
-    middle = run / "checkpoints" / "step_00000048"
+    middle = run / "checkpoints" / "step_00000028"
     refused = call("train", *flags, "--name", "x", "--resume", str(middle))
     assert refused.returncode == 1 and "add --trust-checkpoint" in refused.stderr
     alone = call(
@@ -145,7 +146,7 @@ def check_what_a_user_does_next(run: Path, folder: Path, flags: list[str]) -> No
     )
     assert alone.returncode == 0, alone.stderr[-3000:]
     ours = [line["loss"] for line in read_metrics(folder / "logs" / "alone")]
-    theirs = [line["loss"] for line in read_metrics(run)][48:]
+    theirs = [line["loss"] for line in read_metrics(run)][28:]
     # patch dropout draws other numbers for other ranks
     assert len(ours) == 2 and ours == pytest.approx(theirs, rel=0.2)
 
