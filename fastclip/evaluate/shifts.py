@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastclip.evaluate.effective_robustness import (
     BASELINES,
@@ -148,7 +148,12 @@ def evaluate_imagenet_shifts(model: Model, root: Path, encoding: Encoding) -> di
         )
     classes = None
     if isinstance(model.model, Classifier):
-        model = model._replace(model=_LogitsAsFeatures(model.model))
+        count = len(model.model.criterion.weight)
+        if count != CLASSES:
+            raise ValueError(
+                f"the classifier tells {count} classes apart; ImageNet has {CLASSES}: evaluate it "
+                "on data of its own classes"
+            )
     else:
         classes = class_embeddings(model, *prompts(), precision=encoding.precision)
     logits = _logits(model, validation, classes, encoding)
@@ -200,29 +205,9 @@ def count_correct(
     return found
 
 
-class _LogitsAsFeatures(nn.Module):
-    """A classifier whose image features are its logits; that these get length one changes no order.
-
-    Raises:
-        ValueError: its classes are not as many as ImageNet's.
-    """
-
-    def __init__(self, classifier: Classifier) -> None:
-        super().__init__()
-        count = len(classifier.criterion.weight)
-        if count != CLASSES:
-            raise ValueError(
-                f"the classifier tells {count} classes apart; ImageNet has {CLASSES}: evaluate it "
-                "on data of its own classes"
-            )
-        self.classifier = classifier
-
-    def encode_image(self, image: Tensor) -> Tensor:
-        return self.classifier.classify(image)
-
-
 def _logits(model: Model, images: ShiftSet, classes: Tensor | None, encoding: Encoding) -> Tensor:
     features = embed_files(model, images.images, encoding)
+    # a classifier's are its logits
     return features if classes is None else features @ classes.T
 
 
