@@ -40,7 +40,8 @@ def linear_probe(
         images of such classes.
 
     Raises:
-        ValueError: there are no labels, or the training images are of fewer than two classes.
+        ValueError: there are no labels, the training images are of fewer than two classes, a
+            feature is not finite, or a strength is not positive.
     """
     from sklearn.model_selection import train_test_split
 
@@ -51,10 +52,15 @@ def linear_probe(
         raise ValueError(
             f"the training images are all of class {int(labels[0])}; a probe takes two classes"
         )
+    _require_finite(features, "training")
+    _require_finite(tested, "test")
     x, y = features.numpy(), labels.numpy()
     stratify = y if int(counts.min()) > 1 and HELD_OUT * len(y) >= len(classes) else None
-    chosen, accuracy = regularisation[0], float("nan")
-    if len(regularisation) > 1:
+    strengths = sorted(regularisation)
+    if not strengths or not all(strength > 0 for strength in strengths):
+        raise ValueError(f"regularisation is {strengths}; give positive numbers, e.g. (0.1, 1, 10)")
+    chosen, accuracy = strengths[0], float("nan")
+    if len(strengths) > 1:
         parts = train_test_split(x, y, test_size=HELD_OUT, random_state=seed, stratify=stratify)
         fitted, held_out, fitted_y, held_out_y = parts
         if len(np.unique(fitted_y)) < 2:
@@ -63,7 +69,7 @@ def linear_probe(
                 "regularisation"
             )
         accuracy = -1.0
-        for strength in regularisation:
+        for strength in strengths:
             logits = _fit_and_score(fitted, fitted_y, held_out, strength)
             width = int(max(classes.max(), held_out_y.max())) + 1
             found = classification_metrics(_widen(*logits, width), torch.from_numpy(held_out_y))
@@ -78,6 +84,15 @@ def linear_probe(
         "validation_acc1": accuracy,
         "unseen_labels": float((~torch.isin(truth, classes)).sum()),
     }
+
+
+def _require_finite(features: Tensor, which: str) -> None:
+    broken = int((~features.isfinite().all(dim=1)).sum())
+    if broken:
+        raise ValueError(
+            f"the features of {broken} of {len(features)} {which} images are NaN or infinite; the "
+            "model's weights may be, or give --precision fp32"
+        )
 
 
 def _fit_and_score(

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastclip.evaluate.features import ImageFeatures, embed_texts
 from fastclip.models.clip import Model
 
-# of queries compared at a time with all keys
+# queries compared at a time, with as many keys as a tile has
 CHUNK_ROWS = 512
 # Products are of this many queries and keys, filled up with zeros. For other shapes a library takes
 # other kernels, which add in another order: equal features would get unequal scores, and a rank
@@ -22,14 +22,21 @@ def retrieval_metrics(
 ) -> dict[str, float]:
     """image_retrieval_recall@k and text_retrieval_recall@k, as CLIP_benchmark names them.
 
-    A query counts if any of its true matches is among the k best; ties count against it.
+    A query counts if any of its true matches is among the k best. A wrong key that ties with the
+    best match, or whose score is NaN, comes before it; where a match's score is NaN, or there is no
+    match, the query is never right.
 
     Args:
         image_features: (N, D). text_features: (T, D), one row a distinct text.
         text_of_image: (P, 2) int64 pairs (image, text) that belong together; every image and
             text occurs at least once.
-        k: the ranks asked for.
+        k: the ranks asked for, from 1.
+
+    Raises:
+        ValueError: a rank is below 1.
     """
+    if min(k, default=1) < 1:
+        raise ValueError(f"recall at {min(k)}: the best has rank 1; give ranks from 1 on")
     images, texts = text_of_image[:, 0], text_of_image[:, 1]
     best_text = _best_rank(image_features, text_features, images, texts)
     best_image = _best_rank(text_features, image_features, texts, images)
@@ -47,20 +54,36 @@ def _best_rank(queries: Tensor, keys: Tensor, query_of: Tensor, key_of: Tensor) 
     """
     order = torch.argsort(query_of, stable=True)
     query_of, key_of = query_of[order], key_of[order]
-    ranks = torch.empty(queries.shape[0], dtype=torch.int64)
+    best = queries.new_full((queries.shape[0],), -torch.inf)
+    matches = _paired_scores(queries, keys, query_of, key_of)
+    best.scatter_reduce_(0, query_of, matches, "amax")
+    behind = torch.zeros(queries.shape[0], dtype=torch.int64)
     for start in range(0, queries.shape[0], CHUNK_ROWS):
-        scores = scores_of(queries[start : start + CHUNK_ROWS], keys)
-        stop = start + scores.shape[0]
-        inside = slice(*torch.searchsorted(query_of, torch.tensor([start, stop])).tolist())
+        chunk = slice(start, start + CHUNK_ROWS)
+        inside = slice(*torch.searchsorted(query_of, torch.tensor([start, chunk.stop])).tolist())
         row, column = query_of[inside] - start, key_of[inside]
-        matches = scores[row, column]
-        best = torch.full((scores.shape[0],), -torch.inf, dtype=scores.dtype)
-        best.scatter_reduce_(0, row, matches, "amax")
-        # NaN is below nothing: a broken model must not look perfect
-        behind = scores < best[:, None]
-        behind[row, column] = ~torch.isnan(best)[row]
-        ranks[start:stop] = keys.shape[0] - behind.sum(dim=1)
+        for first in range(0, keys.shape[0], TILE_KEYS):
+            # few enough to be compared while they are in the cache
+            scores = scores_of(queries[chunk], keys[first : first + TILE_KEYS])
+            here = column // TILE_KEYS == first // TILE_KEYS
+            scores[row[here], column[here] - first] = -torch.inf
+            # NaN is below nothing: a broken model must not look perfect
+            behind[chunk] += (scores < best[chunk, None]).sum(dim=1)
+    ranks = keys.shape[0] - behind
+    # NaN, or no match: beyond any k, even one above the number of keys
+    ranks[~(best > -torch.inf)] = torch.iinfo(ranks.dtype).max
     return ranks
+
+
+def _paired_scores(queries: Tensor, keys: Tensor, query_of: Tensor, key_of: Tensor) -> Tensor:
+    """Score of each pair (P,), the same bits that it has among all."""
+    scores = [
+        scores_of(queries[own_queries], keys[own_keys]).diagonal()
+        for own_queries, own_keys in zip(
+            query_of.split(TILE_ROWS), key_of.split(TILE_ROWS), strict=True
+        )
+    ]
+    return torch.cat(scores)
 
 
 def scores_of(queries: Tensor, keys: Tensor) -> Tensor:

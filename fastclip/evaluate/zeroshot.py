@@ -12,6 +12,7 @@ from fastclip.data.shards import expand_shards
 from fastclip.data.sources import guess_type
 from fastclip.data.templates import DEFAULT_TEMPLATES, fill_template, read_lines
 from fastclip.evaluate.features import ImageFeatures, embed_texts
+from fastclip.evaluate.retrieval import scores_of
 from fastclip.models.clip import Model
 from fastclip.models.controls import Classifier
 
@@ -48,13 +49,18 @@ def _unit(features: Tensor) -> Tensor:
 def zeroshot_metrics(features: Tensor, classes: Tensor, labels: Tensor) -> dict[str, float]:
     """acc1, acc5 and mean_per_class_recall, as CLIP_benchmark names them.
 
+    Another class that ties with the true one, or whose logit is NaN, comes before it; a true class
+    whose own logit is NaN or -inf is never right, even among five classes or fewer, where acc5
+    counts every other image. Recall is averaged over the classes that have images.
+
     Args:
         features: (N, D) image features. classes: (C, D) class features. labels: (N,) int64.
 
     Raises:
         ValueError: a label is outside the classes.
     """
-    return classification_metrics(features @ classes.T, labels)
+    # classes of equal features tie to the bit
+    return classification_metrics(scores_of(features, classes), labels)
 
 
 def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
@@ -71,10 +77,10 @@ def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
             if labels.numel()
             else "there are no labels"
         )
-    # rank of the true class, ties against it
     truth = logits.gather(1, labels[:, None])
     # NaN is below nothing: a broken model must not look perfect
     rank = (~(logits < truth)).sum(dim=1) - 1
+    rank[~(truth[:, 0] > -torch.inf)] = count
     hits = (rank == 0).double()
     per_class = [hits[labels == label].mean() for label in labels.unique()]
     return {

@@ -1,24 +1,34 @@
 """The linear probe: hand cases, scikit-learn's own fit, and what it refuses."""
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from sklearn.linear_model import LogisticRegression
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastclip.data.faults import FaultLog
-from fastclip.evaluate.features import ImageFeatures
+from fastclip.data.sources import SceneSource
+from fastclip.evaluate.features import ImageFeatures, embed_images
 from fastclip.evaluate.linear_probe import linear_probe
+from fastclip.models.clip import Model
+from fastclip.models.controls import Classifier
 
 
 def images(features: Tensor, labels: list[int | None]) -> ImageFeatures:
     count = len(labels)
     return ImageFeatures(
-        torch.nn.functional.normalize(features, dim=1),
+        F.normalize(features, dim=1),
         [()] * count,
         labels,
         [str(i) for i in range(count)],
         FaultLog(),
     )
+
+
+def mean_color(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.asarray(image, dtype=np.float32)).mean(dim=(0, 1)) / 255
 
 
 def blobs(count: int, seed: int, classes: int = 3) -> tuple[Tensor, list[int | None]]:
@@ -64,6 +74,32 @@ def test_labels_with_gaps_and_classes_never_seen() -> None:
     assert found["lp_mean_per_class_recall"] == pytest.approx(2 / 3)
 
 
+def test_a_class_never_seen_is_wrong_among_few_too() -> None:
+    train = images(torch.eye(2).repeat(10, 1), [0, 1] * 10)
+    test = images(torch.tensor([[1.0, 0], [0, 1], [1, 0]]), [0, 1, 2])
+    found = linear_probe(train, test)
+    # acc5 counts everything else of three classes
+    assert found["lp_acc5"] == found["lp_acc1"] == pytest.approx(2 / 3)
+
+
+def test_of_equally_good_strengths_the_smallest() -> None:
+    train = images(torch.eye(2).repeat(10, 1), [0, 1] * 10)
+    found = linear_probe(train, train, regularisation=(10.0, 0.1, 1.0))
+    assert found["validation_acc1"] == 1 and found["regularisation"] == 0.1
+
+
+def test_of_a_classifier_its_towers_features() -> None:
+    torch.manual_seed(0)
+    tower = nn.Linear(3, 5)
+    model = Model(Classifier(tower, width=5, classes=2), mean_color, lambda texts: torch.zeros(0))
+    source = SceneSource("val", 6, objects=1)
+    colors = torch.stack([mean_color(source.read(0, i).image) for i in range(6)])
+    probed = embed_images(model, source, classify=False)
+    # one linear layer, in batches of another size: float32's rounding alone
+    assert torch.allclose(probed.features, F.normalize(tower(colors), dim=1), atol=1e-6)
+    assert embed_images(model, source).features.shape == (6, 2)
+
+
 def test_images_without_labels_are_left_out() -> None:
     features, labels = blobs(90, 4)
     some = images(torch.cat((features, features[:5] * 0 + 1)), [*labels, *[None] * 5])
@@ -83,3 +119,18 @@ def test_what_cannot_be_probed(labels: list[int | None], message: str) -> None:
 def test_too_few_images() -> None:
     with pytest.raises(ValueError, match="too few to hold a fifth out"):
         linear_probe(images(torch.eye(2), [0, 1]), images(torch.eye(2), [0, 1]))
+
+
+@pytest.mark.parametrize("broken", ["training", "test"])
+def test_broken_features_are_refused(broken: str) -> None:
+    data = {name: images(torch.eye(2).repeat(10, 1), [0, 1] * 10) for name in ("training", "test")}
+    data[broken].features[3, 0] = torch.nan
+    with pytest.raises(ValueError, match=f"1 of 20 {broken} images are NaN or infinite"):
+        linear_probe(data["training"], data["test"])
+
+
+@pytest.mark.parametrize("strengths", [(), (0.0, 1.0), (-1.0,), (1.0, float("nan"))])
+def test_strengths_that_are_none(strengths: tuple[float, ...]) -> None:
+    train = images(torch.eye(2).repeat(10, 1), [0, 1] * 10)
+    with pytest.raises(ValueError, match="give positive numbers"):
+        linear_probe(train, train, regularisation=strengths)

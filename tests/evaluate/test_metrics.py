@@ -9,7 +9,12 @@ import torch
 from fastclip.evaluate import retrieval
 from fastclip.evaluate.results import write_result
 from fastclip.evaluate.retrieval import retrieval_metrics
-from fastclip.evaluate.zeroshot import fill_template, read_lines, zeroshot_metrics
+from fastclip.evaluate.zeroshot import (
+    classification_metrics,
+    fill_template,
+    read_lines,
+    zeroshot_metrics,
+)
 
 
 def test_zeroshot_by_hand() -> None:
@@ -78,9 +83,66 @@ def test_retrieval_equals_a_full_sort(seed: int, monkeypatch: pytest.MonkeyPatch
 def test_nan_features_score_nothing() -> None:
     nan = torch.full((3, 4), torch.nan)
     pairs = torch.arange(3)[:, None].repeat(1, 2)
-    assert set(retrieval_metrics(nan, torch.eye(3, 4), pairs, k=(1, 2)).values()) == {0.0}
-    metrics = zeroshot_metrics(nan, torch.eye(8, 4), torch.arange(3))
-    assert metrics["acc1"] == metrics["acc5"] == 0
+    # not even where k, or acc5, takes in all that there is
+    assert set(retrieval_metrics(nan, torch.eye(3, 4), pairs, k=(1, 2, 3, 10)).values()) == {0.0}
+    for classes in (3, 8):
+        metrics = zeroshot_metrics(nan, torch.eye(classes, 4), torch.arange(3))
+        assert set(metrics.values()) == {0.0}
+
+
+def test_nan_of_others_counts_against_the_model() -> None:
+    logits = torch.tensor([[3.0, torch.nan, 1, 0, 0, 0], [5, 4, torch.nan, torch.nan, 3, 6]])
+    metrics = classification_metrics(logits, torch.tensor([0, 4]))
+    # behind one NaN: second; behind 5, 4, two NaN and 6: sixth
+    assert metrics["acc1"] == 0 and metrics["acc5"] == 0.5
+    # scores: image 0 -> texts (3, NaN, 1), image 1 -> texts (9, NaN, 5)
+    texts = torch.eye(3)
+    texts[1] = torch.nan
+    images = torch.tensor([[3.0, 2, 1], [9, 1, 5]])
+    found = retrieval_metrics(images, texts, torch.tensor([[0, 0], [0, 1], [1, 2]]), k=(1, 3))
+    # a match of image 0 is NaN; image 1 has NaN and text 0 before its text
+    assert found["text_retrieval_recall@1"] == 0 and found["text_retrieval_recall@3"] == 0.5
+    # text 0 prefers image 1, text 1 is NaN, text 2 is right
+    assert found["image_retrieval_recall@1"] == pytest.approx(1 / 3)
+    assert found["image_retrieval_recall@3"] == pytest.approx(2 / 3)
+
+
+def test_acc5_of_fewer_than_five_classes_misses_what_is_never_right() -> None:
+    logits = torch.tensor([[1.0, 2, 3], [1, 2, 3], [1, 2, -torch.inf]])
+    metrics = classification_metrics(logits, torch.tensor([2, 0, 2]))
+    assert metrics["acc1"] == pytest.approx(1 / 3)
+    assert metrics["acc5"] == pytest.approx(2 / 3)
+    # class 2: one of two; class 0: none; class 1 has no image
+    assert metrics["mean_per_class_recall"] == 0.25
+
+
+@pytest.mark.parametrize(("classes", "width"), [(2, 64), (9, 512), (17, 515), (257, 64)])
+def test_classes_of_equal_features_tie(classes: int, width: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    # one image: the product of a vector and a matrix adds in another order at its edges
+    image = torch.randn(1, width, generator=generator)
+    same = torch.randn(1, width, generator=generator).expand(classes, -1).clone()
+    for label in range(classes):
+        assert zeroshot_metrics(image, same, torch.tensor([label]))["acc1"] == 0
+
+
+def test_ties_of_retrieval_by_hand() -> None:
+    # images 0 and 1 are the same to all texts; text 2 belongs to both
+    images = torch.tensor([[1.0, 0], [1, 0], [0, 1]])
+    texts = torch.tensor([[1.0, 0], [1, 0], [2, 0], [0, 1]])
+    pairs = torch.tensor([[0, 0], [1, 1], [0, 2], [1, 2], [2, 3]])
+    found = retrieval_metrics(images, texts, pairs, k=(1, 2))
+    # the best texts of images 0 and 1 are right: text 2 scores 2
+    assert found["text_retrieval_recall@1"] == 1
+    # texts 0 and 1 tie between images 0 and 1, which is wrong; text 2 ties between two right ones
+    assert found["image_retrieval_recall@1"] == 0.5
+    assert found["image_retrieval_recall@2"] == 1
+
+
+@pytest.mark.parametrize("k", [0, -1])
+def test_ranks_begin_at_one(k: int) -> None:
+    with pytest.raises(ValueError, match=f"recall at {k}: the best has rank 1"):
+        retrieval_metrics(torch.eye(2), torch.eye(2), torch.tensor([[0, 0], [1, 1]]), k=(1, k))
 
 
 def test_templates(tmp_path: Path) -> None:

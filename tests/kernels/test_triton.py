@@ -54,7 +54,7 @@ def check(
 
 
 @pytest.mark.parametrize(
-    "case", pairwise(FACTORS, seed=0), ids=lambda case: "-".join(map(str, case.values()))
+    "case", list(pairwise(FACTORS, seed=0)), ids=lambda case: "-".join(map(str, case.values()))
 )
 def test_pairwise_coverage(case: dict) -> None:
     """Every two values of different factors meet in some case."""
@@ -62,7 +62,7 @@ def test_pairwise_coverage(case: dict) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, dtype", product(LOSSES, [torch.float32, torch.bfloat16]))
+@pytest.mark.parametrize("name, dtype", list(product(LOSSES, [torch.float32, torch.bfloat16])))
 def test_a_thousand_rows(name: str, dtype: torch.dtype) -> None:
     check(name, 1000, 48, 14.3, dtype, extra=24, chunk=600)
 
