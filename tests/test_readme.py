@@ -12,6 +12,7 @@ import tyro
 
 import fastclip
 from fastclip.cli.bench import Config, DataConfig
+from fastclip.cli.eval import Command
 from fastclip.cli.plan import PlanConfig
 from fastclip.cli.study import All, Cifar10, Robustness, Study, Systems
 from fastclip.models.options import Objective
@@ -85,6 +86,22 @@ def test_plan_commands_parse() -> None:
 def test_bench_commands_parse() -> None:
     found = [tyro.cli(Config, args=words[2:]) for words in commands("bench")]
     assert [isinstance(config, DataConfig) for config in found] == [False, False, True]
+
+
+def test_eval_commands_parse() -> None:
+    found = commands("eval")
+    assert len(found) == 10
+    for words in found:
+        command = tyro.cli(Command, args=words[2:])
+        assert type(command).__name__.lower() == words[2].replace("-", "")
+
+
+def test_the_table_of_evaluations() -> None:
+    """It has all commands that measure a model."""
+    table = TEXT.split("| `fastclip eval` | what |")[1].split("\n\n")[0]
+    told = {name for line in table.splitlines() for name in re.findall(r"`([a-z-]+)`", line)}
+    kinds = {get_args(one)[0].__name__.lower() for one in get_args(Command)} - {"list", "table"}
+    assert {name.replace("-", "") for name in told} >= kinds
 
 
 def test_study_commands_parse() -> None:
