@@ -51,4 +51,4 @@ def test_a_system_in_a_table(data: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert "| CLIP-Rocket |" in report and "the first 4" in report
     # another budget is another study
     with pytest.raises(FileExistsError, match="is of other flags"):
-        study(data, tmp_path / "out", minutes=0.02, seeds=1, flags=flags.split())
+        study(data, tmp_path / "out", minutes=1, seeds=1, flags=flags.split())
