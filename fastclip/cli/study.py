@@ -1,6 +1,5 @@
 """`fastclip study recipe|captions|uniclip|robustness|all|systems|cifar10`."""
 
-from abc import ABC
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ QUESTIONS: dict[str, ModuleType] = {
 
 
 @dataclass(frozen=True)
-class Question(ABC):
+class Question:
     """Flags of a paper's question, asked in miniature on the embedded scenes."""
 
     quick: bool = False

@@ -19,6 +19,7 @@ from fastclip.study.report import Row, write
 from fastclip.study.runs import Plan, Scores, run_all
 from fastclip.study.variants import (
     NO_VALIDATION,
+    STEPS,
     differences,
     outcomes_of,
     run_name,
@@ -81,13 +82,12 @@ def study(
             *("--text-lm-unfrozen", "2"),
         ),
     }
-    # small batches: in so short a training the number of steps is what counts
-    common = ("--config", "quickstart", "--epochs", "1", "--batch-size", "64")
+    common = ("--config", "quickstart", "--epochs", "1", *STEPS)
     plans = []
     for seed in range(seeds):
         ends = ("--seed", str(seed), *NO_VALIDATION, *flags)
         for tower, own in towers.items():
-            begin = (*common, "--train-num-samples", str(samples), "--warmup", "30", *own)
+            begin = (*common, "--train-num-samples", str(samples), *own)
             for kind, captions in CAPTIONS.items():
                 name = run_name(label(kind, tower), seed)
                 plans.append(Plan(name, (*begin, *captions, *ends), judge))
@@ -156,9 +156,10 @@ def composition(images: Tensor, texts: Tensor, cases: Sequence[tuple[int, int, s
 def judge(model: Model) -> Scores:
     """Composition, and recall@1 of images by dense and by short captions."""
     scores, chance = {}, {"composition": 0.5}
-    for quality in ("dense", "short"):
-        images = embed_images(model, SceneSource("val", SCENES, quality=quality))
-        texts, pairs = caption_pairs(images.texts)
+    qualities = ("dense", "short")
+    images = embed_images(model, SceneSource("val", SCENES, captions=qualities))
+    for quality, own in zip(qualities, zip(*images.texts, strict=True), strict=True):
+        texts, pairs = caption_pairs([(text,) for text in own])
         found = retrieval_metrics(images.features, embed_texts(model, texts), pairs, (1,))
         scores[f"{quality}_recall"] = found["image_retrieval_recall@1"]
         chance[f"{quality}_recall"] = chance_of_recall(pairs[:, 1].bincount(), SCENES, 1)

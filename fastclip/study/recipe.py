@@ -6,13 +6,11 @@ from statistics import mean
 
 from fastclip.study.report import write
 from fastclip.study.systems import COLUMNS
-from fastclip.study.variants import differences, run_variants, scores_of, seeds_note
+from fastclip.study.variants import STEPS, differences, mean_scores, run_variants, seeds_note
 from fastclip.study.verdict import positive, together
 
 # of a run
 SAMPLES, QUICK_SAMPLES = 9600, 4800
-# small batches: in so short a training the number of steps is what counts
-STEPS = ("--batch-size", "64", "--warmup", "30")
 # CLIP's own loss on one weak pair, beside it the added term; linear heads, texts as they are
 _BASIC = (
     *("--strong-views", "0", "--strong-scale", "None"),
@@ -53,10 +51,7 @@ def study(
     """
     flags = ("--train-num-samples", str(samples), *STEPS, *flags)
     rows = run_variants(VARIANTS, folder, seeds, flags=flags, jobs=jobs)
-    total = {
-        label: list(map(mean, zip(*(scores_of(rows, label, n) for n in COLUMNS), strict=True)))
-        for label in VARIANTS
-    }
+    total = mean_scores(rows, COLUMNS)
 
     def advantage(recipe: str) -> list[float]:
         added = zip(*(total[f"{name}, {recipe}"] for name in ADDED), strict=True)

@@ -2,17 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean
 
 from fastclip.study.report import write
 from fastclip.study.systems import COLUMNS
-from fastclip.study.variants import differences, run_variants, scores_of, seeds_note
+from fastclip.study.variants import STEPS, differences, mean_scores, run_variants, seeds_note
 from fastclip.study.verdict import Verdict, positive
 
 # of a run
 SAMPLES, QUICK_SAMPLES = 9600, 4800
-# small batches: in so short a training the number of steps is what counts
-STEPS = ("--batch-size", "64", "--warmup", "30")
 _UNICLIP = ("--config", "uniclip_scenes")
 VARIANTS: dict[str, tuple[str, ...]] = {
     "CLIP": ("--config", "quickstart", "--epochs", "1"),
@@ -44,11 +41,7 @@ def study(
     """
     flags = ("--train-num-samples", str(samples), *STEPS, *flags)
     rows = run_variants(VARIANTS, folder, seeds, flags=flags, jobs=jobs)
-    # the mean of the three scores: one number a run, so that parts are judged alike
-    total = {
-        label: list(map(mean, zip(*(scores_of(rows, label, n) for n in COLUMNS), strict=True)))
-        for label in VARIANTS
-    }
+    total = mean_scores(rows, COLUMNS)
 
     def gain(claim: str, label: str) -> Verdict:
         by_seed = differences(total["UniCLIP"], total[label])

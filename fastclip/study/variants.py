@@ -1,14 +1,17 @@
 """Variants of one training, each with several seeds."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 
 from fastclip.study.report import Row
 from fastclip.study.runs import Judge, Outcome, Plan, run_all
 
 # the scenes' own validation costs time and is not what a study judges by
 NO_VALIDATION = ("--val-frequency", "1000000")
+# small batches: in so short a training the number of steps is what counts
+STEPS = ("--batch-size", "64", "--warmup", "30")
 
 
 def run_variants(
@@ -53,6 +56,12 @@ def run_name(label: str, seed: int) -> str:
 def scores_of(rows: Sequence[Row], label: str, name: str) -> list[float]:
     """A row's values of a score, one a seed."""
     return [outcome.scores[name] for outcome in dict(rows)[label]]
+
+
+def mean_scores(rows: Sequence[Row], names: Iterable[str]) -> dict[str, list[float]]:
+    """By label, the mean of some scores of each seed: one number a run, to judge all rows alike."""
+    by_label = {label: [scores_of(rows, label, name) for name in names] for label, _ in rows}
+    return {label: list(map(mean, zip(*own, strict=True))) for label, own in by_label.items()}
 
 
 def differences(first: Sequence[float], second: Sequence[float]) -> list[float]:

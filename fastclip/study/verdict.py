@@ -59,9 +59,8 @@ def positive(claim: str, what: str, values: Sequence[float], margin: float = 0.0
         answer = "shows"
     elif mean + half < margin:
         answer = "does not show"
-    spread = f" ± {100 * half:.1f}" if len(values) > 1 else ", one seed"
     beyond = f", to exceed {100 * margin:.1f}" if margin else ""
-    return Verdict(claim, answer, f"{what} {100 * mean:+.1f}{spread} points{beyond}")
+    return Verdict(claim, answer, f"{what} {_points(mean, half)}{beyond}")
 
 
 def negligible(claim: str, what: str, values: Sequence[float], margin: float) -> Verdict:
@@ -75,10 +74,13 @@ def negligible(claim: str, what: str, values: Sequence[float], margin: float) ->
         answer = "shows"
     elif abs(mean) - half > margin:
         answer = "does not show"
-    spread = f" ± {100 * half:.1f}" if len(values) > 1 else ", one seed"
-    return Verdict(
-        claim, answer, f"{what} {100 * mean:+.1f}{spread} points, to stay within {100 * margin:.1f}"
-    )
+    within = f", to stay within {100 * margin:.1f}"
+    return Verdict(claim, answer, f"{what} {_points(mean, half)}{within}")
+
+
+def _points(mean: float, half: float) -> str:
+    spread = f" ± {100 * half:.1f}" if math.isfinite(half) else ", one seed"
+    return f"{100 * mean:+.1f}{spread} points"
 
 
 def together(claim: str, parts: Sequence[Verdict]) -> Verdict:

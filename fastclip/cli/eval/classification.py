@@ -37,16 +37,18 @@ class Zeroshot(DataEvaluation):
 
     def measure(self, model: Model) -> dict[str, Any]:
         """acc1, acc5 and mean_per_class_recall; and the share of the weak head if it is chosen."""
-        classes: list[str] = []
-        templates: list[str] = []
-        if isinstance(model.model, Classifier):
-            self._check_classes()
-        else:
-            classes, templates = self._prompts()
+        classes, templates = self._prompts_for(model)
         chosen = self._choose_head_weight(model, classes, templates)
         images = self.embed(model, self.data)
         metrics = evaluate_zeroshot(model, images, classes, templates, precision=self.precision)
         return {**metrics, **chosen}
+
+    def _prompts_for(self, model: Model) -> tuple[list[str], list[str]]:
+        """Class names and templates; none for a classifier, whose classes must be the data's."""
+        if isinstance(model.model, Classifier):
+            self._check_classes()
+            return [], []
+        return self._prompts()
 
     def _choose_head_weight(
         self, model: Model, classes: list[str], templates: list[str]

@@ -110,12 +110,7 @@ class Robustness(Zeroshot):
     def _measure_data(
         self, model: Model, shifts: dict[str, str], lines: dict[str, Line]
     ) -> dict[str, Any]:
-        classes: list[str] = []
-        templates: list[str] = []
-        if isinstance(model.model, Classifier):
-            self._check_classes()
-        else:
-            classes, templates = self._prompts()
+        classes, templates = self._prompts_for(model)
         chosen = self._choose_head_weight(model, classes, templates)
 
         def counts(data: str) -> Counts:
