@@ -82,7 +82,8 @@ def reports(architectures: tuple[int, ...] = (80, 90, 100)) -> Iterator[Report]:
             for entry, kernel, name, flags in variants():
                 for precision, tiling in tilings()[table][entry].items():
                     dtype, product = OPERANDS[precision]
-                    constants = {**flags, "PRECISION": product, **_sides(tiling)}
+                    constants = {**flags, "TMA": tiling.tma, "PRECISION": product}
+                    constants |= _sides(tiling)
                     yield _compile(
                         kernel, f"{name}/{precision}", architecture, tiling, constants, dtype, limit
                     )
@@ -104,13 +105,14 @@ def _ones() -> Iterator[Report]:
     ones = {"width": 1, "stride_x": 1, "stride_y": 1}
     for entry, kernel, name, flags in variants():
         tiling = tilings()["sm_90"][entry]["16bit"]
-        constants = {**flags, "PRECISION": "ieee", **_sides(tiling), **ones, "EVEN_D": False}
+        constants = {**flags, "TMA": False, "PRECISION": "ieee", **_sides(tiling), **ones}
+        constants["EVEN_D"] = False
         limit = SHARED_LIMIT[90]
         yield _compile(kernel, f"{name}/ones/16bit", 90, tiling, constants, "bfloat16", limit)
 
 
 def _sides(tiling: Tiling) -> dict[str, int]:
-    return {k: v for k, v in tiling.options().items() if not k.startswith("num_")}
+    return {k: v for k, v in tiling.options().items() if k.isupper()}
 
 
 def _compile(
@@ -135,17 +137,21 @@ def _compile(
             signature[name] = "constexpr"
         elif name.endswith("_id_ptr"):
             signature[name] = "*i32"
+        elif constants.get("TMA") and name in ("x_ptr", "y_ptr"):
+            lines = tiling.rows if name == "x_ptr" else tiling.columns
+            element = POINTER[typed[name]][1:]
+            signature[name] = f"tensordesc<{element}[{lines}, {tiling.width}]>"
         elif name.endswith("_ptr"):
             signature[name] = POINTER[typed.get(name, "float32")]
         else:
             signature[name] = "i32"
         # as the JIT finds them, but for what it is told not to look at
         aligned = name.endswith("_ptr") or name.startswith("stride") or name == "width"
-        aligned = aligned and name not in unaligned
+        aligned = aligned and name not in unaligned and not signature[name].startswith("tensor")
         if aligned and name not in constants:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
-    options = {"num_warps": tiling.warps, "num_stages": tiling.stages}
+    options = {k: v for k, v in tiling.options().items() if not k.isupper()}
     compiled = triton.compile(source, GPUTarget("cuda", architecture, 32), options=options)
     registers, spills = _resources(compiled.asm["cubin"])
     sides = [tiling.rows, tiling.columns, tiling.width, tiling.warps, tiling.stages]

@@ -1,27 +1,29 @@
-"""One session on a GPU: correctness, precision, tilings, and all losses beside their rivals.
+"""One session on a GPU: ceilings, tilings, correctness, and all losses beside their rivals.
 
 `benchmarks/gpu_lab.sh --output DIR` ends within nine minutes on a machine with one NVIDIA GPU and
 nothing but Python, torch and its triton; rivals that are installed as well take part. DIR receives
-`check-triton.json`, `check-torch.json`, `sweep.json`, `tilings.json` (the table as it then is) and
-`losses.json`; the last lines are a short table.
+`ceilings.json`, `sweep.json`, `tilings.json` (the table as it then is), `check-triton.json`,
+`check-torch.json` and `losses.json`; the last lines are a short table.
 """
 
 import argparse
 import json
+import subprocess
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from fastclip.bench import check, tile_sweep
+from fastclip.bench import tile_sweep
+from fastclip.bench.ceilings import ceilings
 from fastclip.bench.losses import OPERATORS, run
 from fastclip.bench.runner import Row, Settings, environment, write_json
 
-BUDGET = 520.0
-# seconds from the start at which each part ends
-CHECK_UNTIL, SWEEP_UNTIL = 170.0, 290.0
+# processes that compile, and seconds of each stage; the losses end with the budget
+CHECKERS = 12
+BUDGET, CHECK_SECONDS, SWEEP_SECONDS = 520.0, 100.0, 120.0
 
 
 def summary(rows: list[Row]) -> list[str]:
@@ -42,6 +44,38 @@ def summary(rows: list[Row]) -> list[str]:
     return lines
 
 
+def check_all(output: Path, seconds: float, quick: bool) -> bool:
+    """Check both implementations in parallel processes; their findings go to JSON files."""
+    command = [sys.executable, "-m", "fastclip.bench.check", "--device", "cuda"]
+    command += ["--seconds", str(seconds)]
+    parts = [("triton", f"{part}/{CHECKERS}", quick) for part in range(CHECKERS)]
+    processes = {}
+    for backend, part, few in [*parts, ("torch", "0/1", True)]:
+        file = output / f"check-{backend}-{part.partition('/')[0]}.json"
+        flags = ["--backend", backend, "--part", part, "--output", str(file)]
+        processes[file] = subprocess.Popen(
+            [*command, *flags, *(["--few"] if few else [])],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    well = True
+    findings: dict[str, list[Any]] = {"triton": [], "torch": []}
+    for file, process in processes.items():
+        text, _ = process.communicate()
+        well = well and process.returncode == 0
+        if process.returncode != 0 or file.name.endswith("-0.json"):
+            print(text, flush=True)
+        if file.exists():
+            findings[file.name.split("-")[1]] += json.loads(file.read_text())
+            file.unlink()
+    for backend, found in findings.items():
+        wrong = sum(not finding["ok"] for finding in found)
+        print(f"{backend}: {len(found)} cases against float64, {wrong} wrong")
+        (output / f"check-{backend}.json").write_text(json.dumps(found) + "\n")
+    return well
+
+
 def main() -> int:
     """Run the parts in turn; exit status 1 where an implementation is wrong."""
     parser = argparse.ArgumentParser(prog="gpu_lab", description=__doc__)
@@ -56,24 +90,21 @@ def main() -> int:
     began = time.monotonic()
     print(json.dumps(environment("cuda")))
 
-    print("\n== correctness")
-    well = True
-    for backend in ("triton", "torch"):
-        few = options.quick or backend == "torch"
-        deadline = began + (CHECK_UNTIL if backend == "torch" else CHECK_UNTIL - 20)
-        found, right = check.report("cuda", backend, few, deadline)
-        well = well and right
-        path = options.output / f"check-{backend}.json"
-        path.write_text(json.dumps([asdict(finding) for finding in found], indent=1) + "\n")
+    print("\n== ceilings", flush=True)
+    if not options.quick:
+        (options.output / "ceilings.json").write_text(json.dumps(ceilings(), indent=1) + "\n")
 
     if not options.no_sweep:
-        print("\n== tilings")
-        result = tile_sweep.sweep(SWEEP_UNTIL - (time.monotonic() - began))
+        print("\n== tilings", flush=True)
+        result = tile_sweep.sweep(SWEEP_SECONDS)
         (options.output / "sweep.json").write_text(json.dumps(result, indent=1) + "\n")
-        # the losses below are measured with what was found
+        # what was found is what is checked and measured below
         tile_sweep.write_table(result)
         table = tile_sweep.launch.TILINGS_FILE.read_text()
         (options.output / "tilings.json").write_text(table)
+
+    print("\n== correctness", flush=True)
+    well = check_all(options.output, CHECK_SECONDS, options.quick)
 
     print("\n== losses")
     settings = Settings(dtype=torch.bfloat16, autocast=True, rounds=10, device="cuda")

@@ -7,11 +7,14 @@ may still be the fastest, and one that does not fit is passed over.
 """
 
 import argparse
+import contextlib
 import copy
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -24,19 +27,19 @@ from fastclip.ops.triton_tiles import TritonTiles
 
 CANDIDATES = {
     "16bit": [
-        Tiling(rows, columns, width, warps, stages, group)
-        for rows, columns, width, warps in (
-            (128, 256, 64, 8),
-            (128, 128, 64, 8),
-            (128, 128, 64, 4),
-            (128, 128, 32, 8),
-            (128, 128, 32, 4),
-            (256, 128, 64, 8),
-            (128, 64, 64, 4),
-            (64, 256, 64, 8),
-        )
-        for stages in (3, 4)
-        for group in (8, 16)
+        *(
+            Tiling(128, 256, 64, 8, stages, group, tma=True, parts=parts)
+            for stages in (3, 4)
+            for group in (8, 16)
+            for parts in (2, 4)
+        ),
+        *(Tiling(256, 128, 64, 8, 3, group, tma=True, parts=4) for group in (4, 8)),
+        # two programs a multiprocessor: one's exponentials beside the other's products
+        Tiling(128, 128, 64, 8, 3, tma=True, parts=4, registers=128),
+        Tiling(128, 128, 64, 4, 3, tma=True, parts=4),
+        Tiling(128, 128, 64, 8, 4, tma=True, parts=2),
+        Tiling(128, 256, 64, 8, 3, parts=2),
+        Tiling(128, 128, 64, 8, 3),
     ],
     "tf32": [
         Tiling(rows, columns, 32, warps, 3)
@@ -44,6 +47,10 @@ CANDIDATES = {
     ],
 }
 KERNELS = ("statistics", "gradient", "sigmoid")
+
+
+# compilations take seconds each, and a machine with a GPU has cores
+COMPILERS = 14
 
 
 def problem(precision: str, n: int = 32768, chunk: int = 4096, width: int = 768) -> dict[str, Any]:
@@ -57,9 +64,9 @@ def problem(precision: str, n: int = 32768, chunk: int = 4096, width: int = 768)
     return {"tile": tile, "lse": lse, "ones": ones, "dtype": dtype}
 
 
-def runs(precision: str) -> dict[str, Callable[[], Any]]:
+def runs(precision: str, **sizes: int) -> dict[str, Callable[[], Any]]:
     """A call of each kernel through the implementation that users run."""
-    given = problem(precision)
+    given = problem(precision, **sizes)
     tile, lse, ones = given["tile"], given["lse"], given["ones"]
     tiles = TritonTiles(given["dtype"])
     rows = len(tile.x_CD)
@@ -77,10 +84,37 @@ def runs(precision: str) -> dict[str, Callable[[], Any]]:
     }
 
 
+def compile_part(part: int, parts: int) -> None:
+    """Compile every `parts`-th candidate into Triton's cache on disk, by running it once."""
+    architecture = launch.architecture(torch.device("cuda", torch.cuda.current_device()))
+    for precision, candidates in CANDIDATES.items():
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+        calls = runs(precision, n=512, chunk=512)
+        jobs = [(kernel, candidate) for candidate in candidates for kernel in KERNELS]
+        for kernel, candidate in jobs[part::parts]:
+            launch.tilings()[architecture][kernel][precision] = candidate
+            # what does not compile is reported where it is timed
+            with contextlib.suppress(Exception):
+                calls[kernel]()
+
+
+def compile_all() -> None:
+    """All candidates, in processes of their own."""
+    command = [sys.executable, "-m", "fastclip.bench.tile_sweep", "--compile"]
+    parts = [f"{part}/{COMPILERS}" for part in range(COMPILERS)]
+    processes = [subprocess.Popen([*command, part]) for part in parts]
+    for process in processes:
+        process.wait()
+
+
 def sweep(seconds: float) -> dict[str, dict[str, list[dict[str, Any]]]]:
     """Every candidate's time for each kernel and precision, fastest first."""
     architecture = launch.architecture(torch.device("cuda", torch.cuda.current_device()))
     result: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    began = time.monotonic()
+    compile_all()
+    seconds -= time.monotonic() - began
+    print(f"  compiled in {time.monotonic() - began:.0f} s", flush=True)
     share = seconds / (len(CANDIDATES) * len(KERNELS))
     for precision, candidates in CANDIDATES.items():
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
@@ -104,7 +138,7 @@ def sweep(seconds: float) -> dict[str, dict[str, list[dict[str, Any]]]]:
                 timed.append({"tiling": _numbers(candidate), "seconds": sorted(found)[5]})
             table[precision] = shipped
             result.setdefault(kernel, {})[precision] = sorted(timed, key=lambda t: t["seconds"])
-            for entry in result[kernel][precision][:3]:
+            for entry in result[kernel][precision]:
                 milliseconds = 1e3 * entry["seconds"]
                 print(f"  {kernel:10} {precision:6} {milliseconds:8.3f} ms {entry['tiling']}")
     torch.set_float32_matmul_precision("highest")
@@ -140,8 +174,9 @@ def format_table(content: dict[str, Any]) -> str:
     return "\n".join([*lines, " }", "}"]) + "\n"
 
 
-def _numbers(tiling: Tiling) -> list[int]:
-    return [tiling.rows, tiling.columns, tiling.width, tiling.warps, tiling.stages, tiling.group]
+def _numbers(tiling: Tiling) -> list[int | None]:
+    numbers = [int(value) if value is not None else None for value in astuple(tiling)]
+    return numbers[:-1] if numbers[-1] is None else numbers
 
 
 def main() -> int:
@@ -149,10 +184,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="fastclip.bench.tile_sweep", description=__doc__)
     parser.add_argument("--write", action="store_true", help="rewrite kernels/tilings.json")
     parser.add_argument("--seconds", type=float, default=120.0)
+    parser.add_argument("--compile", metavar="I/K", help="only compile every K-th candidate")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("no CUDA device: tilings are measured on a GPU", file=sys.stderr)
         return 1
+    if options.compile:
+        compile_part(*map(int, options.compile.split("/")))
+        return 0
     result = sweep(options.seconds)
     if options.write:
         write_table(result)

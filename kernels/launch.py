@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether kernels run under Triton's interpreter; fixed when Triton is imported."""
@@ -28,22 +29,34 @@ class Tiling:
     warps: int
     stages: int
     group: int = 8
+    tma: bool = False
+    """Whether operands come through the tensor memory accelerator, where they are aligned."""
+    parts: int = 1
+    """Parts of a tile's columns that are worked on one after the other: registers hold one."""
+    registers: int | None = None
+    """The most a thread may use; None is the compiler's choice."""
 
     def options(self) -> dict[str, int]:
         """As keyword arguments of a kernel."""
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
         return {
             "BLOCK_R": self.rows,
             "BLOCK_S": self.columns,
             "BLOCK_D": self.width,
             "GROUP": self.group,
+            "PARTS": self.parts,
             "num_warps": self.warps,
             "num_stages": self.stages,
+            **limit,
         }
 
 
 # the first is small, so that few rows already make several tiles; a large one costs the
 # interpreter no more than a small one
-INTERPRETER_TILINGS = Tiling(32, 64, 32, 4, 1, group=2), Tiling(128, 256, 64, 4, 1, group=2)
+INTERPRETER_TILINGS = (
+    Tiling(32, 64, 32, 4, 1, group=2),
+    Tiling(128, 256, 64, 4, 1, group=2, tma=True, parts=2),
+)
 
 _counts: list[Counter[str]] = []
 
@@ -60,10 +73,10 @@ def count_launches() -> Iterator[Counter[str]]:
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
-    """Run `kernel` on a grid of `programs`; its first argument is a tensor."""
+    """Run `kernel` on a grid of `programs`; its first argument is a tensor or descriptor."""
     for count in _counts:
         count[kernel.fn.__name__] += 1
-    device = arguments[0].device
+    device = getattr(arguments[0], "base", arguments[0]).device
     # Triton launches on the current device, whatever device the tensors are on
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[(programs,)](*arguments, **options)
@@ -86,10 +99,24 @@ def tiling(kernel: str, dtype: torch.dtype, device: torch.device, entries: int) 
     return tilings()[architecture(device)][kernel][precision_of(dtype)]
 
 
-def product_options(x: torch.Tensor, tiling: Tiling) -> dict[str, Any]:
-    """Keyword arguments of a kernel that forms a tile of S from rows of `x`."""
+def operands(x: torch.Tensor, y: torch.Tensor, tiling: Tiling) -> tuple[Any, Any]:
+    """`x` and `y` as a kernel takes them: both tensors, or both descriptors of their blocks."""
+    if not tiling.tma or any(t.data_ptr() % 16 or t.stride(0) * t.itemsize % 16 for t in (x, y)):
+        return x, y
+    return (
+        TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [tiling.rows, tiling.width]),
+        TensorDescriptor(y, list(y.shape), [y.stride(0), 1], [tiling.columns, tiling.width]),
+    )
+
+
+def product_options(x: Any, tiling: Tiling) -> dict[str, Any]:
+    """Keyword arguments of a kernel that forms a tile of S from what `operands` gave for rows."""
+    tma = isinstance(x, TensorDescriptor)
+    x = x.base if tma else x
     return {
-        "EVEN_D": x.shape[1] % tiling.width == 0,
+        "TMA": tma,
+        # descriptors fill up with zeros
+        "EVEN_D": tma or x.shape[1] % tiling.width == 0,
         "PRECISION": "tf32" if precision_of(x.dtype) == "tf32" else "ieee",
         "EMULATE": INTERPRETED,
         **tiling.options(),

@@ -141,9 +141,10 @@ def rescale(
 ) -> None:
     """out = factor * exp(S - row_max) from what `statistics` kept; `out` may be its memory."""
     r, s = kept.shape
+    columns = tiling.columns // tiling.parts
     launch(
         rescale_kernel,
-        triton.cdiv(r, RESCALED_ROWS) * triton.cdiv(s, tiling.columns),
+        triton.cdiv(r, RESCALED_ROWS) * triton.cdiv(s, columns),
         kept,
         out,
         part_max,
@@ -154,5 +155,5 @@ def rescale(
         s,
         EMULATE=INTERPRETED,
         BLOCK_R=RESCALED_ROWS,
-        BLOCK_S=tiling.columns,
+        BLOCK_S=columns,
     )

@@ -9,8 +9,8 @@ X (R, D), Y (S, D); partial statistics are (tiles, lines), for `merge.py`, so th
 writes where another does: no atomics, no locks, the same bits every run. The gradient
 forms S again because storing it exactly would cost more traffic than the product.
 
-A tile's entries serve rows and columns; where its logits span less than 96 powers of two, one
-exponential serves both, anchored at the tile's maximum.
+A tile's entries serve rows and columns; where its logits (the gradient: the log-sum-exps of its
+lines) span less than 96 powers of two, one exponential serves both.
 """
 
 import torch
@@ -18,8 +18,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastclip.kernels.launch import Tiling, launch, product_options
-from fastclip.kernels.tile import LOG2E, cosines, finite, leave_out, rounded, tile_indices
+from fastclip.kernels.launch import Tiling, launch, operands, product_options
+from fastclip.kernels.tile import (
+    LEFT_OUT,
+    LOG2E,
+    cosines,
+    finite,
+    leave_out,
+    parts_of,
+    rounded,
+    tile_indices,
+)
 
 # arguments whose values must not make a kernel of their own: batch sizes differ, and a vector may
 # begin anywhere
@@ -35,11 +44,10 @@ SPAN = tl.constexpr(96.0)
 LARGEST_SIDE = 256
 
 
-@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=VECTORS)
-def statistics_kernel(
-    x_ptr,
-    y_ptr,
-    scale_ptr,
+@triton.jit
+def _statistics(
+    cos,
+    scale,
     row_id_ptr,
     column_id_ptr,
     row_max_ptr,
@@ -48,39 +56,27 @@ def statistics_kernel(
     column_max_ptr,
     column_sum_ptr,
     e_ptr,
-    stride_x,
-    stride_y,
     stride_e,
     rows,
     columns,
-    width,
     diagonal,
+    tile_r,
+    tile_s,
     HAS_DIAGONAL: tl.constexpr,
     HAS_IDS: tl.constexpr,
     COLUMNS: tl.constexpr,
     KEEP: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    PRECISION: tl.constexpr,
     EMULATE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    GROUP: tl.constexpr,
 ):
-    tile_r, tile_s = tile_indices(rows, columns, BLOCK_R, BLOCK_S, GROUP)
     first_r, first_s = tile_r * BLOCK_R, tile_s * BLOCK_S
     i_r = first_r + tl.arange(0, BLOCK_R)
     i_s = first_s + tl.arange(0, BLOCK_S)
-    cos = cosines(
-        x_ptr, y_ptr, stride_x, stride_y, rows, columns, width, first_r, first_s,
-        BLOCK_R, BLOCK_S, BLOCK_D, EVEN_D, PRECISION, EMULATE,
-    )  # fmt: skip
-    scale = tl.load(scale_ptr) * LOG2E
     logits = leave_out(
         cos * scale, row_id_ptr, column_id_ptr, rows, columns, diagonal, i_r, i_s, first_r, first_s,
-        HAS_DIAGONAL, HAS_IDS, BLOCK_R, BLOCK_S,
+        HAS_DIAGONAL, HAS_IDS, float("-inf"), BLOCK_R, BLOCK_S,
     )  # fmt: skip
-
     row_max = tl.max(logits, 1)
     p_r = tile_s.to(tl.int64) * rows + i_r
     m_r = i_r < rows
@@ -115,26 +111,145 @@ def statistics_kernel(
     tl.store(row_sum_ptr + p_r, row_sum, mask=m_r)
 
 
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=VECTORS)
+def statistics_kernel(
+    x_ptr,
+    y_ptr,
+    scale_ptr,
+    row_id_ptr,
+    column_id_ptr,
+    row_max_ptr,
+    row_sum_ptr,
+    row_dot_ptr,
+    column_max_ptr,
+    column_sum_ptr,
+    e_ptr,
+    stride_x,
+    stride_y,
+    stride_e,
+    rows,
+    columns,
+    width,
+    diagonal,
+    HAS_DIAGONAL: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    KEEP: tl.constexpr,
+    TMA: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EMULATE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    tile_r, tile_s = tile_indices(rows, columns, BLOCK_R, BLOCK_S, GROUP)
+    cos = cosines(
+        x_ptr, y_ptr, stride_x, stride_y, rows, columns, width, tile_r * BLOCK_R, tile_s * BLOCK_S,
+        BLOCK_R, BLOCK_S, BLOCK_D, TMA, EVEN_D, PRECISION, EMULATE,
+    )  # fmt: skip
+    scale = tl.load(scale_ptr) * LOG2E
+    parts = parts_of(cos, PARTS)
+    for part in tl.static_range(PARTS):
+        _statistics(
+            parts[part], scale, row_id_ptr, column_id_ptr, row_max_ptr, row_sum_ptr, row_dot_ptr,
+            column_max_ptr, column_sum_ptr, e_ptr, stride_e, rows, columns, diagonal,
+            tile_r, tile_s * PARTS + part, HAS_DIAGONAL, HAS_IDS, COLUMNS, KEEP, EMULATE,
+            BLOCK_R, BLOCK_S // PARTS,
+        )  # fmt: skip
+
+
 @triton.jit
 def _emit(
     g,
     logits,
     scale,
     p_g,
-    dot_ptr,
-    sum_ptr,
+    p_dot,
+    p_sum,
     HAS_OFFSET: tl.constexpr,
     SCALARS: tl.constexpr,
     EMULATE: tl.constexpr,
 ):
     # called in each branch, so that no tile has to pass out of one
-    tl.store(p_g, rounded(g * scale, p_g, EMULATE))
     if SCALARS:
-        pid = tl.program_id(0)
-        dot = tl.sum(tl.sum(tl.where(logits == float("-inf"), 0.0, g * logits), 1), 0)
-        tl.store(dot_ptr + pid, dot / (scale * LOG2E))
+        dot = tl.sum(tl.sum(g * logits, 1), 0)
+        tl.store(p_dot, dot / (scale * LOG2E))
         if HAS_OFFSET:
-            tl.store(sum_ptr + pid, tl.sum(tl.sum(g, 1), 0))
+            tl.store(p_sum, tl.sum(tl.sum(g, 1), 0))
+    tl.store(p_g, rounded(g * scale, p_g, EMULATE))
+
+
+@triton.jit
+def _gradient(
+    cos,
+    scale,
+    offset_ptr,
+    row_id_ptr,
+    column_id_ptr,
+    row_lse_ptr,
+    row_weight_ptr,
+    column_lse_ptr,
+    column_weight_ptr,
+    g_ptr,
+    p_dot,
+    p_sum,
+    stride_g,
+    rows,
+    columns,
+    diagonal,
+    tile_r,
+    tile_s,
+    HAS_DIAGONAL: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SCALARS: tl.constexpr,
+    EMULATE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    first_r, first_s = tile_r * BLOCK_R, tile_s * BLOCK_S
+    i_r = first_r + tl.arange(0, BLOCK_R)
+    i_s = first_s + tl.arange(0, BLOCK_S)
+    # the one tile that stays in registers; cosines are recovered from it
+    logits = leave_out(
+        cos * (scale * LOG2E), row_id_ptr, column_id_ptr, rows, columns, diagonal,
+        i_r, i_s, first_r, first_s, HAS_DIAGONAL, HAS_IDS, LEFT_OUT, BLOCK_R, BLOCK_S,
+    )  # fmt: skip
+
+    offset = 0.0
+    if HAS_OFFSET:
+        # into the anchors: logits carry no offset
+        offset = tl.load(offset_ptr)
+    m_r, m_s = i_r < rows, i_s < columns
+    anchor_r = tl.load(row_lse_ptr + i_r, mask=m_r, other=float("inf"))
+    anchor_r = (finite(anchor_r) - offset) * LOG2E
+    weight_r = tl.load(row_weight_ptr + i_r, mask=m_r, other=0.0)
+    o_g = tl.arange(0, BLOCK_R)[:, None] * stride_g + tl.arange(0, BLOCK_S)[None, :]
+    p_g = g_ptr + first_r.to(tl.int64) * stride_g + first_s + o_g
+    if COLUMNS:
+        anchor_s = tl.load(column_lse_ptr + i_s, mask=m_s, other=float("inf"))
+        anchor_s = (finite(anchor_s) - offset) * LOG2E
+        weight_s = tl.load(column_weight_ptr + i_s, mask=m_s, other=0.0)
+        low = tl.minimum(tl.min(anchor_r, 0), tl.min(anchor_s, 0))
+        high_r = tl.max(tl.where(m_r, anchor_r, low), 0)
+        high = tl.maximum(high_r, tl.max(tl.where(m_s, anchor_s, low), 0))
+        # no logit lies above its lines' log-sum-exps, so none is far above the lowest
+        if high - low < SPAN:
+            u = weight_r * tl.exp2(low - anchor_r)
+            v = weight_s * tl.exp2(low - anchor_s)
+            g = tl.exp2(logits - low) * (u[:, None] + v[None, :])
+            _emit(g, logits, scale, p_g, p_dot, p_sum, HAS_OFFSET, SCALARS, EMULATE)
+        else:
+            g = tl.exp2(logits - anchor_r[:, None]) * weight_r[:, None]
+            g += tl.exp2(logits - anchor_s[None, :]) * weight_s[None, :]
+            _emit(g, logits, scale, p_g, p_dot, p_sum, HAS_OFFSET, SCALARS, EMULATE)
+    else:
+        g = tl.exp2(logits - anchor_r[:, None]) * weight_r[:, None]
+        _emit(g, logits, scale, p_g, p_dot, p_sum, HAS_OFFSET, SCALARS, EMULATE)
 
 
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=VECTORS)
@@ -164,6 +279,7 @@ def gradient_kernel(
     HAS_OFFSET: tl.constexpr,
     COLUMNS: tl.constexpr,
     SCALARS: tl.constexpr,
+    TMA: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
     EMULATE: tl.constexpr,
@@ -171,49 +287,24 @@ def gradient_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     tile_r, tile_s = tile_indices(rows, columns, BLOCK_R, BLOCK_S, GROUP)
-    first_r, first_s = tile_r * BLOCK_R, tile_s * BLOCK_S
-    i_r = first_r + tl.arange(0, BLOCK_R)
-    i_s = first_s + tl.arange(0, BLOCK_S)
     cos = cosines(
-        x_ptr, y_ptr, stride_x, stride_y, rows, columns, width, first_r, first_s,
-        BLOCK_R, BLOCK_S, BLOCK_D, EVEN_D, PRECISION, EMULATE,
+        x_ptr, y_ptr, stride_x, stride_y, rows, columns, width, tile_r * BLOCK_R, tile_s * BLOCK_S,
+        BLOCK_R, BLOCK_S, BLOCK_D, TMA, EVEN_D, PRECISION, EMULATE,
     )  # fmt: skip
     scale = tl.load(scale_ptr)
-    # the one tile that stays in registers; cosines are recovered from it
-    logits = leave_out(
-        cos * (scale * LOG2E), row_id_ptr, column_id_ptr, rows, columns, diagonal,
-        i_r, i_s, first_r, first_s, HAS_DIAGONAL, HAS_IDS, BLOCK_R, BLOCK_S,
-    )  # fmt: skip
-
-    offset = 0.0
-    if HAS_OFFSET:
-        # into the anchors: logits carry no offset
-        offset = tl.load(offset_ptr)
-    m_r, m_s = i_r < rows, i_s < columns
-    anchor_r = tl.load(row_lse_ptr + i_r, mask=m_r, other=float("inf"))
-    anchor_r = (finite(anchor_r) - offset) * LOG2E
-    weight_r = tl.load(row_weight_ptr + i_r, mask=m_r, other=0.0)
-    o_g = tl.arange(0, BLOCK_R)[:, None] * stride_g + tl.arange(0, BLOCK_S)[None, :]
-    p_g = g_ptr + first_r.to(tl.int64) * stride_g + first_s + o_g
-    if COLUMNS:
-        anchor_s = tl.load(column_lse_ptr + i_s, mask=m_s, other=float("inf"))
-        anchor_s = (finite(anchor_s) - offset) * LOG2E
-        weight_s = tl.load(column_weight_ptr + i_s, mask=m_s, other=0.0)
-        top = finite(tl.max(tl.max(logits, 1), 0))
-        if top - tl.minimum(tl.min(anchor_r, 0), tl.min(anchor_s, 0)) < SPAN:
-            u = weight_r * tl.exp2(top - anchor_r)
-            v = weight_s * tl.exp2(top - anchor_s)
-            g = tl.exp2(logits - top) * (u[:, None] + v[None, :])
-            _emit(g, logits, scale, p_g, dot_ptr, sum_ptr, HAS_OFFSET, SCALARS, EMULATE)
-        else:
-            g = tl.exp2(logits - anchor_r[:, None]) * weight_r[:, None]
-            g += tl.exp2(logits - anchor_s[None, :]) * weight_s[None, :]
-            _emit(g, logits, scale, p_g, dot_ptr, sum_ptr, HAS_OFFSET, SCALARS, EMULATE)
-    else:
-        g = tl.exp2(logits - anchor_r[:, None]) * weight_r[:, None]
-        _emit(g, logits, scale, p_g, dot_ptr, sum_ptr, HAS_OFFSET, SCALARS, EMULATE)
+    parts = parts_of(cos, PARTS)
+    for part in tl.static_range(PARTS):
+        partial = tl.program_id(0) * PARTS + part
+        _gradient(
+            parts[part], scale, offset_ptr, row_id_ptr, column_id_ptr, row_lse_ptr, row_weight_ptr,
+            column_lse_ptr, column_weight_ptr, g_ptr, dot_ptr + partial, sum_ptr + partial,
+            stride_g, rows, columns, diagonal, tile_r, tile_s * PARTS + part,
+            HAS_DIAGONAL, HAS_IDS, HAS_OFFSET, COLUMNS, SCALARS, EMULATE,
+            BLOCK_R, BLOCK_S // PARTS,
+        )  # fmt: skip
 
 
 def room_for(rows: int, columns: int) -> tuple[int, int]:
@@ -235,23 +326,24 @@ def statistics(
     kept: Tensor | None,
     tiling: Tiling,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Partial statistics: row max and sum (column tiles, R), column max and sum, row dots.
+    """Partial statistics: row max and sum (column tiles' parts, R), column max and sum, row dots.
 
     The columns' are (row tiles, S) or, without `columns`, empty. `kept` (R, S) in a buffer of
     `room_for`, only without `columns`, takes E; the row dots are then the rows' sums of E * cos.
     """
     r, s = x.shape[0], y.shape[0]
     tiles_r, tiles_s = triton.cdiv(r, tiling.rows), triton.cdiv(s, tiling.columns)
-    row_max, row_sum = x.new_empty((2, tiles_s, r), dtype=torch.float32)
+    row_max, row_sum = x.new_empty((2, tiles_s * tiling.parts, r), dtype=torch.float32)
     column_lines = (2, tiles_r, s) if columns else (2, 0, 0)
     column_max, column_sum = x.new_empty(column_lines, dtype=torch.float32)
-    row_dot = row_max.new_empty((tiles_s, r) if kept is not None else (0, 0))
+    row_dot = row_max.new_empty((tiles_s * tiling.parts, r) if kept is not None else (0, 0))
     row_id, column_id = (x, x) if ids is None else ids
+    x_in, y_in = operands(x, y, tiling)
     launch(
         statistics_kernel,
         tiles_r * tiles_s,
-        x,
-        y,
+        x_in,
+        y_in,
         scale,
         row_id,
         column_id,
@@ -272,7 +364,7 @@ def statistics(
         HAS_IDS=ids is not None,
         COLUMNS=columns,
         KEEP=kept is not None,
-        **product_options(x, tiling),
+        **product_options(x_in, tiling),
     )
     return row_max, row_sum, column_max, column_sum, row_dot
 
@@ -298,14 +390,16 @@ def gradient(
     """
     r, s = x.shape[0], y.shape[0]
     programs = triton.cdiv(r, tiling.rows) * triton.cdiv(s, tiling.columns)
-    dots = scale.new_empty(programs if scalars else 0)
-    sums = scale.new_empty(programs if scalars and offset is not None else 0)
+    partial = programs * tiling.parts
+    dots = scale.new_empty(partial if scalars else 0)
+    sums = scale.new_empty(partial if scalars and offset is not None else 0)
     row_id, column_id = (x, x) if ids is None else ids
+    x_in, y_in = operands(x, y, tiling)
     launch(
         gradient_kernel,
         programs,
-        x,
-        y,
+        x_in,
+        y_in,
         scale,
         scale if offset is None else offset,
         row_id,
@@ -327,6 +421,6 @@ def gradient(
         HAS_OFFSET=offset is not None,
         COLUMNS=columns is not None,
         SCALARS=scalars,
-        **product_options(x, tiling),
+        **product_options(x_in, tiling),
     )
     return dots.sum(), sums.sum()

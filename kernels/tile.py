@@ -8,6 +8,8 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+# a logit whose exponential is 0 and whose product with 0 is too, which -inf's is not
+LEFT_OUT = tl.constexpr(-1e30)
 
 
 @triton.jit
@@ -37,34 +39,68 @@ def cosines(
     BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    TMA: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
     EMULATE: tl.constexpr,
 ):
-    """X @ Y.T of one tile in float32. Lines past the end repeat the last one; mask them."""
-    o_d = tl.arange(0, BLOCK_D)
-    o_r = tl.minimum(tl.arange(0, BLOCK_R), rows - first_r - 1)
-    o_s = tl.minimum(tl.arange(0, BLOCK_S), columns - first_s - 1)
-    # the tile's corner in 64 bits, offsets inside it in 32: half the registers
-    p_x = x_ptr + first_r.to(tl.int64) * stride_x + (o_r[:, None] * stride_x + o_d[None, :])
-    p_y = y_ptr + first_s.to(tl.int64) * stride_y + (o_s[None, :] * stride_y + o_d[:, None])
+    """X @ Y.T of one tile in float32; with TMA `x_ptr` and `y_ptr` are descriptors.
+
+    Lines past the end hold zeros or repeat the last one; mask them.
+    """
     acc = tl.zeros((BLOCK_R, BLOCK_S), dtype=tl.float32)
-    for d in range(0, width, BLOCK_D):
-        if EVEN_D:
-            x = tl.load(p_x)
-            y = tl.load(p_y)
-        else:
-            m_d = o_d < width - d
-            x = tl.load(p_x, mask=m_d[None, :], other=0.0)
-            y = tl.load(p_y, mask=m_d[:, None], other=0.0)
-        if EMULATE:
-            # the interpreter's 16-bit product is wrong
-            x = x.to(tl.float32)
-            y = y.to(tl.float32)
-        acc = tl.dot(x, y, acc, input_precision=PRECISION)
-        p_x += BLOCK_D
-        p_y += BLOCK_D
+    if TMA:
+        for d in range(0, width, BLOCK_D):
+            x = x_ptr.load([first_r, d])
+            y = y_ptr.load([first_s, d]).T
+            acc = _add_product(acc, x, y, PRECISION, EMULATE)
+    else:
+        o_d = tl.arange(0, BLOCK_D)
+        o_r = tl.minimum(tl.arange(0, BLOCK_R), rows - first_r - 1)
+        o_s = tl.minimum(tl.arange(0, BLOCK_S), columns - first_s - 1)
+        # the tile's corner in 64 bits, offsets inside it in 32: half the registers
+        p_x = x_ptr + first_r.to(tl.int64) * stride_x + (o_r[:, None] * stride_x + o_d[None, :])
+        p_y = y_ptr + first_s.to(tl.int64) * stride_y + (o_s[None, :] * stride_y + o_d[:, None])
+        for d in range(0, width, BLOCK_D):
+            if EVEN_D:
+                x = tl.load(p_x)
+                y = tl.load(p_y)
+            else:
+                m_d = o_d < width - d
+                x = tl.load(p_x, mask=m_d[None, :], other=0.0)
+                y = tl.load(p_y, mask=m_d[:, None], other=0.0)
+            acc = _add_product(acc, x, y, PRECISION, EMULATE)
+            p_x += BLOCK_D
+            p_y += BLOCK_D
     return acc
+
+
+@triton.jit
+def _add_product(acc, x, y, PRECISION: tl.constexpr, EMULATE: tl.constexpr):
+    if EMULATE:
+        # the interpreter's 16-bit product is wrong
+        x = x.to(tl.float32)
+        y = y.to(tl.float32)
+    return tl.dot(x, y, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def parts_of(tile, PARTS: tl.constexpr):
+    """A tile's columns in 1, 2 or 4 parts, as a tuple."""
+    if PARTS == 1:
+        parts = (tile,)
+    else:
+        parts = _halves(tile)
+        if PARTS == 4:
+            parts = _halves(parts[0]) + _halves(parts[1])
+    return parts
+
+
+@triton.jit
+def _halves(tile):
+    R: tl.constexpr = tile.shape[0]
+    S: tl.constexpr = tile.shape[1]
+    return tl.split(tl.permute(tl.reshape(tile, (R, 2, S // 2)), (0, 2, 1)))
 
 
 @triton.jit
@@ -81,10 +117,11 @@ def leave_out(
     first_s,
     HAS_DIAGONAL: tl.constexpr,
     HAS_IDS: tl.constexpr,
+    VALUE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """-inf where the tile passes the matrix, meets the diagonal, or joins equal ids.
+    """VALUE where the tile passes the matrix, meets the diagonal, or joins equal ids.
 
     Tiles inside, which are nearly all, skip the test.
     """
@@ -103,7 +140,7 @@ def leave_out(
             row_id = tl.load(row_id_ptr + i_r, mask=i_r < rows, other=0)
             column_id = tl.load(column_id_ptr + i_s, mask=i_s < columns, other=0)
             keep = keep & (row_id[:, None] != column_id[None, :])
-        logits = tl.where(keep, logits, float("-inf"))
+        logits = tl.where(keep, logits, VALUE)
     return logits
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from fastclip.bench import check, tile_sweep
+from fastclip.bench import ceilings, check, tile_sweep
 from fastclip.bench.gpu_lab import summary
 from fastclip.bench.losses import OPERATORS
 from fastclip.bench.runner import Settings, measure
@@ -60,7 +60,7 @@ def test_on_the_gpu(backend: str) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there, the lab would run")
-@pytest.mark.parametrize("module", ["gpu_lab", "tile_sweep"])
+@pytest.mark.parametrize("module", ["gpu_lab", "tile_sweep", "ceilings"])
 def test_without_a_gpu_the_lab_says_so(module: str, tmp_path) -> None:
     arguments = ["--output", str(tmp_path)] if module == "gpu_lab" else []
     result = subprocess.run(
@@ -71,6 +71,22 @@ def test_without_a_gpu_the_lab_says_so(module: str, tmp_path) -> None:
     )
     assert result.returncode == 1
     assert "no CUDA device" in result.stderr
+
+
+def test_the_rates_of_a_chunks_products() -> None:
+    found = ceilings._chunk(64, 96, 16, "cpu")
+    assert set(found) == {"width", "rows", "S", "dX", "dY"}
+    assert all(value > 0 for value in found.values())
+
+
+def test_parts_of_the_check_are_all_of_it() -> None:
+    def cases(part: tuple[int, int]) -> list[tuple]:
+        found = check.findings("cpu", "torch", few=True, part=part)
+        return [(f.loss, f.n, f.width, f.scale, f.dtype, f.chunk) for f in found]
+
+    whole = cases((0, 1))
+    parts = [cases((part, 3)) for part in range(3)]
+    assert sorted(map(str, whole)) == sorted(str(case) for part in parts for case in part)
 
 
 def test_the_table_is_written_as_it_is_read() -> None:

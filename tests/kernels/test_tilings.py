@@ -1,0 +1,64 @@
+"""How a tile is worked on changes no result: in parts, or with operands by descriptors."""
+
+import pytest
+import torch
+
+from fastclip.kernels import launch, similarity
+from fastclip.kernels.launch import INTERPRETED, Tiling
+from tests.kernels.test_triton import check
+
+pytestmark = pytest.mark.skipif(
+    not INTERPRETED, reason="a GPU is there: fastclip.bench.check runs the kernels on it"
+)
+
+TILINGS = {
+    "two parts": Tiling(32, 64, 32, 4, 1, parts=2),
+    "four parts": Tiling(32, 64, 32, 4, 1, parts=4),
+    "descriptors": Tiling(32, 64, 32, 4, 1, tma=True),
+    "descriptors, four parts": Tiling(64, 64, 16, 4, 1, group=1, tma=True, parts=4),
+}
+
+
+@pytest.mark.parametrize("tiling", TILINGS.values(), ids=TILINGS)
+# 48 columns are no multiple of the step of 32; 77 are not aligned for a descriptor
+@pytest.mark.parametrize("width", [48, 77])
+@pytest.mark.parametrize("name", ["clip", "clip_grouped", "info_nce", "siglip", "mp_nce"])
+def test_against_float64(
+    name: str, width: int, tiling: Tiling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "INTERPRETER_TILINGS", (tiling, tiling))
+    check(name, 70, width, 14.3, torch.bfloat16, extra=9, chunk=41)
+
+
+def test_logits_that_span_more_than_an_exponential_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a scale of 1000 log-sum-exps of one tile lie further apart than 96 powers of two."""
+    monkeypatch.setattr(launch, "INTERPRETER_TILINGS", (TILINGS["two parts"],) * 2)
+    check("clip", 70, 48, 1000.0, torch.float32, correlation=0.6)
+
+
+def test_descriptors_only_where_lines_are_aligned() -> None:
+    tiling = TILINGS["descriptors"]
+    x, y = torch.zeros(40, 64, dtype=torch.bfloat16), torch.zeros(70, 64, dtype=torch.bfloat16)
+    given = launch.operands(x, y, tiling)
+    assert launch.product_options(given[0], tiling)["TMA"]
+    assert [d.block_shape for d in given] == [[32, 32], [64, 32]]
+    # a line of 77 entries is 154 bytes long; the second row of 68 begins at byte 136
+    for off in (torch.zeros(40, 77, dtype=torch.bfloat16), torch.zeros(41, 68).bfloat16()[1:]):
+        given = launch.operands(off, y, tiling)
+        assert given[0] is off and given[1] is y
+        assert not launch.product_options(off, tiling)["TMA"]
+
+
+def test_partial_statistics_are_a_parts() -> None:
+    x, y, scale = torch.randn(70, 16), torch.randn(90, 16), torch.tensor(2.0)
+    wide, narrow = Tiling(32, 64, 16, 4, 1, parts=2), Tiling(32, 32, 16, 4, 1)
+    found = [
+        similarity.statistics(x, y, scale, None, None, True, None, tiling)[:4]
+        for tiling in (wide, narrow)
+    ]
+    # a wide tile's second part may lie beyond the last column: a line of nothing
+    rows = [[t[: narrow_t.shape[0]] for t, narrow_t in zip(*found, strict=True)], found[1]]
+    for mine, want in zip(*rows, strict=True):
+        # an exponent of 30 is known to 30 eps
+        torch.testing.assert_close(mine, want, rtol=1e-5, atol=0)
+    assert found[0][1][-1].eq(0).all() and found[0][1].shape[0] == 4
