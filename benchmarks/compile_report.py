@@ -18,12 +18,25 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastclip.kernels import finish, merge, sigmoid, similarity
+from fastclip.kernels import (
+    attention,
+    attention_gradient,
+    attention_plans,
+    finish,
+    merge,
+    sigmoid,
+    similarity,
+)
 from fastclip.kernels.launch import Tiling, tilings
 
 # bytes of shared memory that one program may use
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 POINTER = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
+ATTENTION = (
+    attention.forward_kernel,
+    attention_gradient.whole_kernel,
+    attention_gradient.two_pass_kernel,
+)
 # operands and the precision of their product
 MERGED = {"BLOCK_T": merge.MERGED_TILES, "BLOCK_L": merge.MERGED_LINES}
 OPERANDS = {"16bit": ("bfloat16", "ieee"), "tf32": ("float32", "tf32"), "ieee": ("float32", "ieee")}
@@ -89,6 +102,7 @@ def reports(architectures: tuple[int, ...] = (80, 90, 100)) -> Iterator[Report]:
                     )
         if architecture == 90:
             yield from _ones()
+        yield from _attention(architecture)
         small = Tiling(finish.ROWS, 0, finish.WIDTH, 4, 3)
         for kernel, constants in (
             (finish.finish_kernel, {"HAS_TERM": True, "BLOCK_R": 16, "BLOCK_D": 128}),
@@ -98,6 +112,35 @@ def reports(architectures: tuple[int, ...] = (80, 90, 100)) -> Iterator[Report]:
         ):
             limit = SHARED_LIMIT[architecture]
             yield _compile(kernel, "16bit", architecture, small, constants, "bfloat16", limit)
+
+
+# lines and whether causal
+TOWERS = ((50, False), (77, True), (197, False), (257, False), (577, False))
+
+
+def _attention(architecture: int) -> Iterator[Report]:
+    """The rules' plans at the lengths of image and text towers, heads 64 wide."""
+    family = attention_plans.family(architecture // 10)
+    for lines, causal in TOWERS:
+        key = f"{lines}x{lines}x64 16bit"
+        forward = attention_plans.forward_rule(key, family)
+        gradient = attention_plans.gradient_rule(key, family)
+        shape = {"LENGTH_Q": lines, "LENGTH_K": lines, "WIDTH": 64, "BLOCK_D": 64, "UNIT": 8}
+        shape |= {"LENGTHS": False, "CAUSAL": causal, "PRECISION": "ieee"}
+        whole, two_pass = attention_gradient.whole_kernel, attention_gradient.two_pass_kernel
+        for kernel, plan, constants in (
+            (attention.forward_kernel, forward, attention.walk_options(lines, lines, forward)),
+            (
+                whole if gradient.whole else two_pass,
+                gradient,
+                attention_gradient.walk_options(lines, lines, gradient),
+            ),
+        ):
+            tiling = Tiling(plan.queries, plan.keys, 64, plan.warps, plan.stages)
+            yield _compile(
+                kernel, f"{lines}/16bit", architecture, tiling, {**shape, **constants}, "bfloat16",
+                SHARED_LIMIT[architecture],
+            )  # fmt: skip
 
 
 def _ones() -> Iterator[Report]:
@@ -130,13 +173,18 @@ def _compile(
     kept = "float16" if dtype != "float32" else "float32"
     typed = {"x_ptr": dtype, "y_ptr": dtype, "partner_ptr": dtype, "a_ptr": dtype, "b_ptr": dtype}
     typed |= {"g_ptr": gradient, "e_ptr": kept, "out_ptr": gradient}
+    if kernel in ATTENTION:
+        others = {"lse_ptr", "delta_ptr", "length_ptr"}
+        typed = {n: dtype for n in kernel.arg_names if n.endswith("_ptr") and n not in others}
     signature, attributes = {}, {}
     unaligned = kernel.do_not_specialize_on_alignment
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
-        elif name.endswith("_id_ptr"):
+        elif name.endswith("_id_ptr") or name == "length_ptr":
             signature[name] = "*i32"
+        elif name == "scale":
+            signature[name] = "fp32"
         elif constants.get("TMA") and name in ("x_ptr", "y_ptr"):
             lines = tiling.rows if name == "x_ptr" else tiling.columns
             element = POINTER[typed[name]][1:]

@@ -3,7 +3,8 @@
 `benchmarks/gpu_lab.sh --output DIR` ends within nine minutes on a machine with one NVIDIA GPU and
 nothing but Python, torch and its triton; rivals that are installed as well take part. DIR receives
 `ceilings.json`, `sweep.json`, `tilings.json` (the table as it then is), `check-triton.json`,
-`check-torch.json` and `losses.json`; the last lines are a short table.
+`check-torch.json` and `losses.json`; the last lines are a short table. `--attention`, in a call of
+its own, measures that operator in the same way: `attention_plans.json`, `attention.json`.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fastclip.bench import tile_sweep
+from fastclip.bench import attention, tile_sweep
 from fastclip.bench.ceilings import ceilings
 from fastclip.bench.losses import OPERATORS, run
 from fastclip.bench.runner import Row, Settings, environment, write_json
@@ -76,11 +77,31 @@ def check_all(output: Path, seconds: float, quick: bool) -> bool:
     return well
 
 
+def measure_attention(output: Path, quick: bool) -> bool:
+    """Find plans, check with them, and measure attention beside its rivals; whether it is right."""
+    settings = Settings(torch.bfloat16, rounds=15, warmup=3, device="cuda")
+    tokens = 1 << (14 if quick else 18)
+    if not quick:
+        print("\n== plans", flush=True)
+        attention.sweep(SWEEP_SECONDS, output, tokens)
+    print("\n== correctness", flush=True)
+    well = attention.check("cuda", 20.0 if quick else CHECK_SECONDS, output)
+    print("\n== attention", flush=True)
+    rows = attention.rivals(settings, output, tokens, flex=not quick)
+    print("\n".join(["", *map(attention.line_of, rows)]))
+    return well
+
+
 def main() -> int:
     """Run the parts in turn; exit status 1 where an implementation is wrong."""
     parser = argparse.ArgumentParser(prog="gpu_lab", description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder for the JSON files")
     parser.add_argument("--no-sweep", action="store_true", help="leave the tilings as they are")
+    parser.add_argument(
+        "--attention",
+        action="store_true",
+        help="attention in the losses' place: check, plans, rivals",
+    )
     parser.add_argument("--quick", action="store_true", help="few cases and small sizes")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
@@ -89,6 +110,9 @@ def main() -> int:
         return 1
     began = time.monotonic()
     print(json.dumps(environment("cuda")))
+
+    if options.attention:
+        return 0 if measure_attention(options.output, options.quick) else 1
 
     print("\n== ceilings", flush=True)
     if not options.quick:

@@ -11,6 +11,8 @@ from fastclip._version import __version__
 if TYPE_CHECKING:
     from fastclip import functional as functional
     from fastclip.integrations.open_clip import patch_open_clip as patch_open_clip
+    from fastclip.integrations.timm import patch_timm as patch_timm
+    from fastclip.integrations.transformers import patch_transformers as patch_transformers
     from fastclip.losses.clip import ClipLoss as ClipLoss
     from fastclip.losses.clip import CoCaLoss as CoCaLoss
     from fastclip.losses.clip import DistillClipLoss as DistillClipLoss
@@ -33,6 +35,8 @@ _LAZY = {
     "functional": "fastclip",
     "load": "fastclip.models.build",
     "patch_open_clip": "fastclip.integrations.open_clip",
+    "patch_timm": "fastclip.integrations.timm",
+    "patch_transformers": "fastclip.integrations.transformers",
 }
 
 __all__ = [
@@ -48,6 +52,8 @@ __all__ = [
     "functional",
     "load",
     "patch_open_clip",
+    "patch_timm",
+    "patch_transformers",
 ]
 
 

@@ -36,6 +36,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fastclip.ops import checks
+from fastclip.ops.attention import attention as attention
+from fastclip.ops.attention import packed_attention as packed_attention
 from fastclip.ops.collectives import Ranks, global_sum, ranks_of
 from fastclip.ops.info_nce import info_nce_sum
 from fastclip.ops.labels import label_statistics

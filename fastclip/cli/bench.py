@@ -1,4 +1,4 @@
-"""`fastclip bench losses|data`: operators and loading beside their rivals, timed in turn."""
+"""`fastclip bench losses|attention|data`: operators and loading beside their rivals, in turn."""
 
 import json
 import tempfile
@@ -47,6 +47,29 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
+class AttentionConfig:
+    """Measure attention of short sequences beside torch's, every backend of it, and flash-attn.
+
+    A line is a sequence length and an implementation: milliseconds forward, and forward and
+    backward (median, 20th and 80th percentile); the ratio to the fastest of torch's; MiB above the
+    inputs; the relative error of dQ against float64. bf16, twelve heads 64 wide.
+    """
+
+    lines: tuple[int, ...] = (50, 77, 197, 257, 577)
+    """Lengths of the sequences; 77 is causal."""
+    tokens: int = 262_144
+    """Tokens of a batch."""
+    rounds: int = 15
+    """Rounds in which each rival runs once."""
+    flex: bool = True
+    """Include FlexAttention, which compiles first."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:1."""
+    output: Path | None = None
+    """Folder for the result's JSON file."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Measure loading beside its rivals, images a second from shards to batches of views.
 
@@ -75,6 +98,10 @@ Config = (
     Annotated[
         LossConfig, tyro.conf.subcommand("losses", description="losses: time, peak memory, error")
     ]
+    | Annotated[
+        AttentionConfig,
+        tyro.conf.subcommand("attention", description="attention: time, peak memory, error"),
+    ]
     | Annotated[DataConfig, tyro.conf.subcommand("data", description="loading: images a second")]
 )
 
@@ -82,10 +109,30 @@ Config = (
 def main(arguments: Sequence[str]) -> int:
     """Print a table; the status is 1 where an operator fails its quick check and is not timed."""
     arguments = list(arguments)
-    if arguments[:1] not in (["losses"], ["data"], ["--help"], ["-h"]):
+    if arguments[:1] not in (["losses"], ["attention"], ["data"], ["--help"], ["-h"]):
         arguments.insert(0, "losses")
     config = tyro.cli(Config, args=arguments, prog="fastclip bench")
-    return _losses(config) if isinstance(config, LossConfig) else _data(config)
+    if isinstance(config, LossConfig):
+        return _losses(config)
+    return _attention(config) if isinstance(config, AttentionConfig) else _data(config)
+
+
+def _attention(config: AttentionConfig) -> int:
+    from fastclip.bench.attention import SHAPES, rivals
+    from fastclip.bench.runner import Settings
+
+    known = {shape[0]: shape for shape in SHAPES}
+    if not config.lines or set(config.lines) - set(known):
+        raise ValueError(f"--lines is {config.lines}; choose of {', '.join(map(str, known))}")
+    if min(config.tokens, config.rounds) < 1:
+        raise ValueError("--tokens and --rounds must be positive")
+    chosen = choose_device(config.device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    settings = Settings(torch.bfloat16, rounds=config.rounds, warmup=3, device=chosen.type)
+    shapes = [known[lines] for lines in config.lines]
+    rivals(settings, config.output, config.tokens, shapes, config.flex)
+    return 0
 
 
 def _data(config: DataConfig) -> int:

@@ -8,6 +8,7 @@ import torch
 
 from fastclip import __version__
 from fastclip.device import cuda_obstacle
+from fastclip.integrations import apex
 from fastclip.ops.backend import ENVIRONMENT_VARIABLE, IMPLEMENTATIONS, explain
 
 PACKAGES = (
@@ -42,6 +43,8 @@ def main(arguments: Sequence[str]) -> int:
         for device in {device.type: device for device in devices}.values():
             for name, status, description in explain(operator, device, torch.float32):
                 print(f"  {operator} on {device.type:5} {name:10} {status} ({description})")
+    print("\nfused layer norm and optimisers (--layer-norm, --optimizer)")
+    print(f"  apex      {apex.obstacle() or 'available'}")
     print("\ndata (--data-backend chooses another)")
     for device in {device.type: device for device in devices}.values():
         print(f"  decoding and augmenting for {device.type:5} {_data_backend(device)}")

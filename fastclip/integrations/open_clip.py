@@ -1,60 +1,42 @@
-"""`patch_open_clip()`: open_clip's own training code with fastclip's loss, one line added."""
+"""`patch_open_clip()`: open_clip's own training code with fastclip's parts, one line added."""
 
 import functools
 import inspect
 import warnings
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
 
+from fastclip.integrations.attention import exchange_attention, mark_causal
+from fastclip.integrations.patch import MARK, PatchHandle
 from fastclip.losses.clip import ClipLoss, DistillClipLoss
 from fastclip.losses.siglip import SigLipLoss
 
-_MARK = "_fastclip_original"
-
-
-class PatchHandle:
-    """What a patch changed; `undo()`, or the end of a `with` block, restores it."""
-
-    def __init__(self) -> None:
-        self._restore: list[Callable[[], None]] = []
-
-    def undo(self) -> None:
-        """Restore the originals; a second call does nothing."""
-        while self._restore:
-            self._restore.pop()()
-
-    def __enter__(self) -> "PatchHandle":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.undo()
-
 
 def patch_open_clip(
-    model: nn.Module | None = None, *, loss: bool = True, attention: bool = True
+    model: nn.Module | None = None,
+    *,
+    loss: bool = True,
+    attention: bool = True,
+    backend: str = "auto",
 ) -> PatchHandle:
-    """Make open_clip compute its losses with fastclip, wherever they were imported to.
+    """Make open_clip compute its losses, and a model its attention, with fastclip.
 
-    The `forward` of ClipLoss, SigLipLoss and DistillClipLoss is exchanged, so instances that exist
-    already, names imported before, subclasses (CoCaLoss) and open_clip's trainer all follow.
-    Values and gradients are open_clip's; what fastclip does not compute (distillation with
-    local_loss without gather_with_grad, Horovod, a teacher that is trained) keeps open_clip's code,
-    with a warning.
+    Losses follow wherever they were imported to: the `forward` of ClipLoss, SigLipLoss and
+    DistillClipLoss is exchanged, so instances that exist already, names imported before,
+    subclasses (CoCaLoss) and open_clip's trainer all follow. Values and gradients are open_clip's;
+    what fastclip does not compute (distillation with local_loss without gather_with_grad, Horovod,
+    a teacher that is trained) keeps open_clip's code, with a warning.
 
     Args:
-        model: an open_clip model whose attention is to be exchanged; this version has no attention
-            of its own, so it is left as it is.
+        model: an open_clip model whose attention is to be exchanged, in towers of its own and of
+            timm's; weights stay as they are. For text towers from Hugging Face see
+            `patch_transformers`.
         loss: whether to exchange the loss classes.
-        attention: as `model`.
+        attention: whether to exchange the attention of `model`.
+        backend: implementation of `fastclip.functional.attention`.
 
     Returns:
         A handle with `undo()` that is also a context manager. Patching twice is harmless: the
@@ -69,6 +51,11 @@ def patch_open_clip(
     if loss:
         for name, exchange in _EXCHANGES.items():
             _exchange_forward(getattr(open_clip.loss, name), exchange, handle)
+    if attention and model is not None:
+        for tower in model.modules():
+            # a text tower's mask is a buffer beside its layers
+            mark_causal(tower.modules(), getattr(tower, "attn_mask", None), handle)
+        exchange_attention(model, handle, backend)
     return handle
 
 
@@ -76,7 +63,7 @@ def _exchange_forward(
     loss_class: type[nn.Module], exchange: Callable[..., Any], handle: PatchHandle
 ) -> None:
     original = loss_class.forward
-    if hasattr(original, _MARK):
+    if hasattr(original, MARK):
         return
 
     signature = inspect.signature(original)
@@ -92,13 +79,13 @@ def _exchange_forward(
             warnings.warn(f"open_clip's own loss is kept: {refusal}", stacklevel=2)
             return original(self, *arguments, **options)
 
-    setattr(forward, _MARK, original)
+    setattr(forward, MARK, original)
     loss_class.forward = forward
 
     def restore() -> None:
         loss_class.forward = original
 
-    handle._restore.append(restore)
+    handle.on_undo(restore)
 
 
 class _Refusal(Exception):

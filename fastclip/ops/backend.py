@@ -50,6 +50,16 @@ def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def _flash_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    if importlib.util.find_spec("flash_attn") is None:
+        return "flash-attn is not installed"
+    if device.type != "cuda":
+        return f"it runs on CUDA devices, the inputs are on {device.type}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it has no kernels for {dtype}"
+    return None
+
+
 _FUSED = (
     Implementation(
         "triton",
@@ -64,12 +74,31 @@ _FUSED = (
     ),
 )
 
+_ATTENTION = (
+    Implementation(
+        "sdpa", "torch's scaled_dot_product_attention; auto, but where ours was measured faster"
+    ),
+    Implementation(
+        "triton",
+        "short sequences whole on chip, any layout read in place",
+        _triton_obstacle,
+        automatic=lambda device: False,
+    ),
+    Implementation(
+        "flash", "the flash-attn package", _flash_obstacle, automatic=lambda device: False
+    ),
+    Implementation(
+        "reference", "dense, any dtype, twice differentiable", automatic=lambda device: False
+    ),
+)
+
 # In order of preference: "auto" takes the first automatic one without an obstacle.
 IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
     "similarity": _FUSED,
     "symmetric": _FUSED,
     "sigmoid": _FUSED,
     "distillation": _FUSED[1:],
+    "attention": _ATTENTION,
 }
 
 
@@ -106,6 +135,12 @@ def choose(operator: str, requested: str, device: torch.device, dtype: torch.dty
             return wanted
     known = ", ".join(repr(i.name) for i in candidates)
     raise ValueError(f"backend {wanted!r} of {operator} is unknown; use 'auto' or one of {known}")
+
+
+def obstacle(operator: str, name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why an implementation cannot run, or None."""
+    (found,) = (i for i in IMPLEMENTATIONS[operator] if i.name == name)
+    return found.obstacle(device, dtype)
 
 
 def explain(operator: str, device: torch.device, dtype: torch.dtype) -> list[tuple[str, str, str]]:

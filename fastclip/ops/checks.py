@@ -115,7 +115,7 @@ def refuse_forward_mode(*inputs: Tensor) -> None:
     for value in inputs:
         if torch.autograd.forward_ad.unpack_dual(value).tangent is not None:
             raise RuntimeError(
-                "fastclip's fused losses have no forward-mode derivative; "
+                "fastclip's fused operators have no forward-mode derivative; "
                 "use backend='reference' for it"
             )
 
@@ -123,6 +123,6 @@ def refuse_forward_mode(*inputs: Tensor) -> None:
 def no_double_backward(ctx: object, *upstream: Tensor | None) -> None:
     """Registered as the backward of backward operators."""
     raise RuntimeError(
-        "fastclip's fused losses are differentiable once; use backend='reference' "
+        "fastclip's fused operators are differentiable once; use backend='reference' "
         "for second derivatives"
     )

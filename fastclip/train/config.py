@@ -77,6 +77,12 @@ class TrainConfig(SystemOptions):
     torchcompile: bool = False
     """Compile the towers with torch.compile."""
 
+    attention: Literal["tower", "auto", "triton", "sdpa", "flash", "reference"] = "tower"
+    """tower: the towers' own attention. Otherwise fastclip's under the same weights, by the fastest
+    implementation that was measured (auto) or the one named."""
+    layer_norm: Literal["torch", "apex"] = "torch"
+    """The towers' layer norms: torch's, or apex's fused one where NVIDIA's apex is installed."""
+
     data_backend: Literal["auto", "dali", "torchvision"] = "auto"
     """What decodes and augments: DALI, on the GPU if there is one; or, named after the transforms
     it stands in for, the host's loader processes. auto takes DALI where it is installed and there
@@ -110,6 +116,8 @@ class TrainConfig(SystemOptions):
     the towers run forward twice."""
     epochs: int = 32
     """Passes over the data."""
+    optimizer: Literal["adamw", "apex-adamw", "apex-lamb"] = "adamw"
+    """torch's fused AdamW, or apex's FusedAdam or FusedLAMB where NVIDIA's apex is installed."""
     lr: float = 5e-4
     """Learning rate after warm-up."""
     beta1: float = 0.9
@@ -197,6 +205,11 @@ class TrainConfig(SystemOptions):
             raise ValueError(
                 f"--sentence-sampling, --text-augment: {self.objective} trains without texts; "
                 "leave them out"
+            )
+        if self.deepspeed and self.optimizer != "adamw":
+            raise ValueError(
+                f"--optimizer {self.optimizer}: ZeRO shards torch's AdamW; leave the flag out with "
+                "--deepspeed"
             )
         if self.ema is not None and not 0 <= self.ema < 1:
             raise ValueError(f"--ema is {self.ema}; give one in [0, 1), e.g. 0.999")

@@ -22,6 +22,7 @@ from fastclip.train.config import TrainConfig
 from fastclip.train.distributed import World, world
 from fastclip.train.engine import Engine, build_engine
 from fastclip.train.health import Hints, NonFiniteError
+from fastclip.train.layers import exchange_layers
 from fastclip.train.log import RunLog, plot_loss
 from fastclip.train.optim import learning_rate
 from fastclip.train.setup import (
@@ -85,6 +86,7 @@ def _train(
         **plan,
     )
     begin_classifier(config, model, classes)
+    exchange_layers(model.model, config)
     # convolutions are fastest with channels innermost, and nothing else minds
     model.model.to(memory_format=torch.channels_last)
     loader = build_loader(config, model, classes, here)

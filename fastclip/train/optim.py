@@ -2,17 +2,23 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
+from fastclip.integrations import apex
 from fastclip.train.config import TrainConfig
 
 LOGIT_SCALE_MAX = math.log(100)
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only: none on norms, biases and the logit scale."""
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimiser with weight decay on matrices only: none on norms, biases and scales.
+
+    Raises:
+        ValueError: it is one of apex's, and apex is not there.
+    """
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for parameter in model.parameters():
@@ -22,8 +28,15 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
         {"params": decayed, "weight_decay": config.wd},
         {"params": plain, "weight_decay": 0.0},
     ]
-    betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+    options: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": (config.beta1, config.beta2),
+        "eps": config.eps,
+    }
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, **options, fused=True)
+    name = {"apex-adamw": "FusedAdam", "apex-lamb": "FusedLAMB"}[config.optimizer]
+    return apex.optimizer(name, groups, **options)
 
 
 def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:

@@ -1,0 +1,194 @@
+"""`patch_transformers()`: Hugging Face's CLIP and SigLIP with fastclip's attention and loss."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastclip.functional import clip_loss, siglip_loss
+from fastclip.integrations.patch import MARK, PatchHandle, exchange_forward, original_forward
+from fastclip.ops.attention import attention
+
+NAME = "fastclip"
+"""Of the attention among those that transformers knows."""
+
+
+def patch_transformers(
+    model: nn.Module,
+    *,
+    loss: bool = True,
+    attention: bool = True,
+    logits: bool = False,
+    backend: str = "auto",
+) -> PatchHandle:
+    """Give a CLIPModel or SiglipModel fastclip's attention and memory-linear loss.
+
+    With `return_loss=True` the forward computes the loss without ever forming the similarities:
+    `logits_per_image` and `logits_per_text` are then None unless asked for. Without, all is as it
+    was. Calls with a padding mask, or with dropout of attention while training, take torch's
+    attention.
+
+    Args:
+        model: from `transformers`; its weights and its configuration's other entries stay as they
+            are.
+        loss: whether to exchange the loss; a tower alone (CLIPVisionModel) has none.
+        attention: whether to exchange the attention of both towers.
+        logits: whether to form the logits beside the loss, (N, N) each.
+        backend: implementation of fastclip's attention and loss.
+
+    Returns:
+        A handle with `undo()` that is also a context manager.
+
+    Raises:
+        ModuleNotFoundError: transformers is not installed.
+        ImportError: it is older than 5.0, whose towers return their outputs in another form.
+        ValueError: the model is not one of Hugging Face's CLIP or SigLIP.
+    """
+    import transformers
+
+    if int(transformers.__version__.partition(".")[0]) < 5:
+        raise ImportError(
+            f"transformers is {transformers.__version__}; patch_transformers needs 5.0 or newer"
+        )
+    losses = {transformers.CLIPModel: _clip, transformers.SiglipModel: _siglip}
+    models = [m for m in model.modules() if isinstance(m, transformers.PreTrainedModel)]
+    known = [m for m in models if m.config.model_type.startswith(("clip", "siglip"))]
+    if not known:
+        raise ValueError(
+            f"{type(model).__name__} is no CLIP or SigLIP of transformers; give a CLIPModel, "
+            "a SiglipModel or one of their towers"
+        )
+    handle = PatchHandle()
+    if attention:
+        _exchange_attention(known, backend, handle)
+    for part in known if loss else ():
+        for kind, of_features in losses.items():
+            if isinstance(part, kind):
+                _exchange_loss(part, of_features, logits, backend, handle)
+    return handle
+
+
+def _exchange_attention(models: list[Any], backend: str, handle: PatchHandle) -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    name = NAME if backend == "auto" else f"{NAME}_{backend}"
+    AttentionInterface.register(name, functools.partial(_attend, backend=backend))
+    # padding and causal masks come as for torch's attention: none where there is nothing to hide
+    AttentionMaskInterface.register(name, sdpa_mask)
+    for model in models:
+        before = model.config._attn_implementation
+        if before == name:
+            continue
+
+        def restore(config: Any = model.config, before: str = before) -> None:
+            config._attn_implementation = before
+
+        model.config._attn_implementation = name
+        handle.on_undo(restore)
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    backend: str = "auto",
+    **options: Any,
+) -> tuple[Tensor, None]:
+    # as transformers calls it: (B, H, S, Dh) in, (B, S, H, Dh) out
+    causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
+    if attention_mask is not None or dropout > 0.0:
+        attended = nn.functional.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            dropout_p=dropout,
+            scale=scaling,
+            is_causal=causal and attention_mask is None,
+        )
+    else:
+        attended = attention(query, key, value, causal=causal, scale=scaling, backend=backend)
+    return attended.transpose(1, 2).contiguous(), None
+
+
+def _exchange_loss(
+    model: Any,
+    of_features: Callable[..., Tensor],
+    logits: bool,
+    backend: str,
+    handle: PatchHandle,
+) -> None:
+    if hasattr(type(model), MARK):
+        return
+
+    @functools.wraps(type(model).forward)
+    def forward(
+        self: Any,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        return_loss: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+        **options: Any,
+    ) -> Any:
+        seen = {
+            "pixel_values": pixel_values,
+            "interpolate_pos_encoding": interpolate_pos_encoding,
+        }
+        read = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+        }
+        if not return_loss:
+            return original_forward(self, **seen, **read, **options)
+        as_dict = options.pop("return_dict", None)
+        as_dict = self.config.return_dict if as_dict is None else as_dict
+        vision = self.get_image_features(**seen, **options)
+        text = self.get_text_features(**read, **options)
+        images, texts = vision.pooler_output, text.pooler_output
+        images, texts = (nn.functional.normalize(f, dim=-1) for f in (images, texts))
+        scale, bias = self.logit_scale.exp(), getattr(self, "logit_bias", None)
+        per_text = None
+        if logits:
+            per_text = texts @ images.T * scale + (0.0 if bias is None else bias)
+        outputs = _output_class(self)(
+            loss=of_features(images, texts, scale, bias, backend=backend),
+            logits_per_image=None if per_text is None else per_text.T,
+            logits_per_text=per_text,
+            text_embeds=texts,
+            image_embeds=images,
+            text_model_output=text,
+            vision_model_output=vision,
+        )
+        return outputs if as_dict else outputs.to_tuple()
+
+    exchange_forward(model, forward, handle)
+
+
+def _output_class(model: Any) -> Any:
+    from transformers.models.clip.modeling_clip import CLIPOutput
+    from transformers.models.siglip.modeling_siglip import SiglipOutput
+
+    return SiglipOutput if model.config.model_type.startswith("siglip") else CLIPOutput
+
+
+def _clip(images: Tensor, texts: Tensor, scale: Tensor, bias: Any, *, backend: str) -> Tensor:
+    return clip_loss(images, texts, scale, backend=_loss_backend(backend))
+
+
+def _siglip(images: Tensor, texts: Tensor, scale: Tensor, bias: Any, *, backend: str) -> Tensor:
+    return siglip_loss(images, texts, scale, bias, backend=_loss_backend(backend))
+
+
+def _loss_backend(backend: str) -> str:
+    # attention has implementations of its own
+    return "auto" if backend in ("sdpa", "flash") else backend

@@ -1,0 +1,27 @@
+"""The flags --attention and --layer-norm: other kernels under the towers' own weights."""
+
+from torch import nn
+
+from fastclip.integrations import apex
+from fastclip.integrations.attention import exchange_attention, mark_causal
+from fastclip.integrations.patch import PatchHandle
+from fastclip.train.config import TrainConfig
+
+
+def exchange_layers(model: nn.Module, config: TrainConfig) -> None:
+    """Give the towers what the flags name, for the rest of the run.
+
+    Raises:
+        ValueError: apex is asked for and not there, or nothing in the model could be exchanged.
+    """
+    handle = PatchHandle()
+    if config.attention != "tower":
+        for part in list(model.modules()):
+            mark_causal(part.modules(), getattr(part, "attn_mask", None), handle)
+        if not exchange_attention(model, handle, config.attention):
+            raise ValueError(
+                f"--attention {config.attention}: {config.model} has no attention that could be "
+                "exchanged; leave the flag out"
+            )
+    if config.layer_norm == "apex":
+        apex.exchange_layer_norms(model, handle)

@@ -1,0 +1,97 @@
+"""Hugging Face's CLIP and SigLIP with fastclip's loss."""
+
+import copy
+import inspect
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastclip
+from fastclip.ops.gemm import count_products
+from tests.integrations.towers import transformers_case
+
+KINDS = ["clip", "siglip"]
+
+
+def inputs(batch: int = 5) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return {
+        "pixel_values": torch.randn(batch, 3, 32, 32, generator=generator),
+        "input_ids": torch.randint(1, 100, (batch, 12), generator=generator),
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_and_gradients(kind: str) -> None:
+    model = transformers_case(kind).model
+    given = inputs()
+    want = model(**given, return_loss=True)
+    want.loss.backward()
+    theirs = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    with fastclip.patch_transformers(model), count_products() as count:
+        got = model(**given, return_loss=True)
+        got.loss.backward()
+    assert got.logits_per_image is None and got.logits_per_text is None
+    # CLIP's four products, SigLIP's three
+    assert count.products_of(5, 5, got.image_embeds.shape[1]) == (4 if kind == "clip" else 3)
+    torch.testing.assert_close(got.loss, want.loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got.text_embeds, want.text_embeds, rtol=1e-5, atol=1e-6)
+    for name, parameter in model.named_parameters():
+        if name in theirs:
+            torch.testing.assert_close(parameter.grad, theirs[name], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_on_request_and_without_a_loss(kind: str) -> None:
+    model = transformers_case(kind).model
+    given = inputs()
+    want = model(**given, return_loss=True)
+    with fastclip.patch_transformers(model, logits=True):
+        got = model(**given, return_loss=True)
+        torch.testing.assert_close(got.logits_per_image, want.logits_per_image)
+        torch.testing.assert_close(got.logits_per_text, want.logits_per_text)
+    with fastclip.patch_transformers(model):
+        got = model(**given)
+        assert got.loss is None
+        torch.testing.assert_close(got.logits_per_image, want.logits_per_image)
+        as_tuple = model(**given, return_loss=True, return_dict=False)
+        assert isinstance(as_tuple, tuple)
+        torch.testing.assert_close(as_tuple[0], want.loss, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_signature_stays_and_undo_restores(kind: str) -> None:
+    """The trainer of transformers drops columns that forward does not name."""
+    model = transformers_case(kind).model
+    signature = inspect.signature(model.forward)
+    implementation, original = model.config._attn_implementation, type(model)
+    handle = fastclip.patch_transformers(model)
+    assert inspect.signature(model.forward) == signature
+    assert type(model).__name__ == original.__name__ and isinstance(model, original)
+    inside = fastclip.patch_transformers(model)
+    inside.undo()
+    with count_products() as count:
+        model(**inputs(), return_loss=True)
+    assert count.calls > 0
+    handle.undo()
+    assert type(model) is original
+    assert model.config._attn_implementation == implementation
+    assert model.text_model.config._attn_implementation == implementation
+    with count_products() as count:
+        model(**inputs(), return_loss=True)
+    assert count.calls == 0
+
+
+def test_a_copy_and_a_saved_model_are_whole(tmp_path) -> None:
+    import transformers
+
+    model = transformers_case("clip").model
+    with fastclip.patch_transformers(model):
+        again = copy.deepcopy(model)
+        assert torch.equal(again(**inputs()).text_embeds, model(**inputs()).text_embeds)
+        model.save_pretrained(tmp_path)
+    loaded = transformers.CLIPModel.from_pretrained(tmp_path)
+    assert type(loaded) is transformers.CLIPModel
+    torch.testing.assert_close(loaded(**inputs()).text_embeds, model(**inputs()).text_embeds)
