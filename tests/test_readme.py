@@ -11,7 +11,7 @@ import torch
 import tyro
 
 import fastclip
-from fastclip.cli.bench import Config, DataConfig
+from fastclip.cli.bench import AttentionConfig, Config, DataConfig, LossConfig
 from fastclip.cli.eval import Command
 from fastclip.cli.plan import PlanConfig
 from fastclip.cli.study import All, Cifar10, Robustness, Study, Systems
@@ -85,7 +85,7 @@ def test_plan_commands_parse() -> None:
 
 def test_bench_commands_parse() -> None:
     found = [tyro.cli(Config, args=words[2:]) for words in commands("bench")]
-    assert [isinstance(config, DataConfig) for config in found] == [False, False, True]
+    assert [type(config) for config in found] == [LossConfig] * 2 + [AttentionConfig, DataConfig]
 
 
 def test_eval_commands_parse() -> None:

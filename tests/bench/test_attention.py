@@ -1,0 +1,50 @@
+"""The attention benchmark, small, on the CPU."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastclip.bench import attention as bench
+from fastclip.cli import main
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there, the lab runs on it")
+def test_rows_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = f"--lines 50 77 --tokens 100 --rounds 2 --no-flex --device cpu --output {tmp_path}"
+    assert main(["bench", "attention", *flags.split()]) == 0
+    assert "77c fastclip" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "attention.json").read_text())["results"]
+    ours = [row for row in rows if row["rival"] == "fastclip"]
+    assert [(row["n"], row["causal"]) for row in ours] == [(50, False), (77, True)]
+    timed = [row for row in rows if row["status"] == "ok"]
+    assert {"fastclip", "fastclip packed", "sdpa math"} <= {row["rival"] for row in timed}
+    for row in timed:
+        assert row["p20"] <= row["p50"] <= row["p80"] and row["forward"] < row["p80"]
+        assert row["error"] < 1e-2
+    # rivals of the GPU are rows that say so
+    failed = {row["rival"] for row in rows if row["status"].startswith("failed")}
+    assert "sdpa cudnn" in failed
+
+
+def test_lengths_that_are_not_measured_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "attention", "--lines", "51"]) == 1
+    assert "choose of 50, 77" in capsys.readouterr().err
+
+
+def test_the_check_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert bench.check("cpu", 4.0, None)
+
+    def wrong(*tensors: torch.Tensor, **options) -> torch.Tensor:
+        return 1.05 * original(*tensors, **options)
+
+    original = bench.attention
+    monkeypatch.setattr(
+        bench,
+        "attention",
+        lambda *t, backend="auto", **o: (wrong if backend == "triton" else original)(
+            *t, backend=backend, **o
+        ),
+    )
+    assert not bench.check("cpu", 4.0, None)
