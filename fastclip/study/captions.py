@@ -30,7 +30,7 @@ from fastclip.study.verdict import Verdict, positive, together
 
 SCENES = 1000
 # of a run
-SAMPLES, QUICK_SAMPLES = 9600, 6400
+SAMPLES, QUICK_SAMPLES = 9600, 4800
 # of the phase with hard negatives, which begins with what dense captions have taught
 LATER_SHARE = 0.3
 COLUMNS = {

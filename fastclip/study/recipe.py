@@ -10,7 +10,7 @@ from fastclip.study.variants import STEPS, differences, mean_scores, run_variant
 from fastclip.study.verdict import positive, together
 
 # of a run
-SAMPLES, QUICK_SAMPLES = 9600, 4800
+SAMPLES, QUICK_SAMPLES = 9600, 3200
 # CLIP's own loss on one weak pair, beside it the added term; linear heads, texts as they are
 _BASIC = (
     *("--strong-views", "0", "--strong-scale", "None"),

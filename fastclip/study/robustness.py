@@ -39,7 +39,7 @@ from fastclip.study.verdict import Verdict, negligible, positive, together
 # of every test set
 SCENES = 600
 # samples of a run, whatever the number of different scenes: each sees as much
-SAMPLES, QUICK_SAMPLES = 19200, 6400
+SAMPLES, QUICK_SAMPLES = 19200, 4800
 # small batches: in so short a training the number of steps is what counts
 STEPS = ("--batch-size", "32", "--warmup", "40", "--lr", "1e-3")
 # of training sets: the share of these samples that are different scenes

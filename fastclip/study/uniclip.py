@@ -9,7 +9,7 @@ from fastclip.study.variants import STEPS, differences, mean_scores, run_variant
 from fastclip.study.verdict import Verdict, positive
 
 # of a run
-SAMPLES, QUICK_SAMPLES = 9600, 4800
+SAMPLES, QUICK_SAMPLES = 9600, 3200
 _UNICLIP = ("--config", "uniclip_scenes")
 VARIANTS: dict[str, tuple[str, ...]] = {
     "CLIP": ("--config", "quickstart", "--epochs", "1"),
