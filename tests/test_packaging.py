@@ -1,8 +1,10 @@
 """Wheel, sdist, checkout: each imports every module from its own files."""
 
+import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -61,11 +63,12 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def built(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the sdist, and the wheel built from it."""
+    """A folder with the sdist, and the wheel built from it; test_native_build.py compiles."""
     out = tmp_path_factory.mktemp("dist")
     subprocess.run(
         [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out)],
         cwd=checkout,
+        env={**os.environ, "FASTCLIP_NATIVE": "off"},
         check=True,
         capture_output=True,
     )
@@ -90,6 +93,14 @@ def test_wheel_imports_and_holds_the_data_files(built: Path, tmp_path: Path) -> 
     assert any(name.endswith("licenses/LICENSE") for name in names)
     top = {name.split("/")[0] for name in names}
     assert {name for name in top if not name.endswith(".dist-info")} == {"fastclip"}
+
+
+def test_sdist_holds_what_the_native_part_is_built_from(built: Path) -> None:
+    (sdist,) = built.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    for path in [*tracked("csrc/*"), *tracked("build_tools/*"), ROOT / "CMakeLists.txt"]:
+        assert str(path.relative_to(ROOT)) in names
 
 
 def test_editable_installation_finds_the_top_level_rooms(tmp_path: Path) -> None:

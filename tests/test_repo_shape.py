@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 # Imports go from a higher rank to a lower or equal one.
 RANKS = {
-    **dict.fromkeys(("_version", "atomic", "device", "kernels"), 0),
+    **dict.fromkeys(("_version", "atomic", "device", "native", "kernels"), 0),
     "ops": 1,
     **dict.fromkeys(("functional", "losses", "nn"), 2),
     **dict.fromkeys(("integrations", "data"), 3),
@@ -52,6 +52,7 @@ SOURCES = [
 def test_file_sizes() -> None:
     lengths = {path: len(path.read_text().splitlines()) for path in tracked("*.py")}
     assert statistics.median(lengths.values()) <= 200
+    lengths |= {path: len(path.read_text().splitlines()) for path in tracked("csrc/*")}
     assert max(lengths.values()) <= 700, max(lengths, key=lengths.__getitem__)
 
 
@@ -108,3 +109,13 @@ def test_kernels_import_nothing_of_the_package_but_kernels() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastclip"):
                 assert (node.module or "").startswith("fastclip.kernels"), path
+
+
+def test_csrc_sees_nothing_of_torch_and_the_loader_alone_sees_it() -> None:
+    for path in tracked("csrc/*"):
+        included = re.findall(r"#include [<\"](.+)[>\"]", path.read_text())
+        assert not [name for name in included if re.match(r"(torch|ATen|c10|caffe2)/", name)], path
+        if path.name != "bindings.cpp":
+            assert not [name for name in included if re.match(r"pybind11|Python", name)], path
+    users = [path.name for path in SOURCES if "fastclip._native" in path.read_text()]
+    assert users == ["native.py"]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fastclip import __version__
+from fastclip import __version__, native
 from fastclip.device import cuda_obstacle
 from fastclip.integrations import apex
 from fastclip.ops.backend import ENVIRONMENT_VARIABLE, IMPLEMENTATIONS, explain
@@ -38,6 +38,8 @@ def main(arguments: Sequence[str]) -> int:
         devices.append(torch.device("cuda", index))
     if obstacle:
         print(f"  cuda      not used: {obstacle}")
+    print("\nnative library (FASTCLIP_NATIVE=off leaves it unused)")
+    print(f"  cpu       {native.obstacle() or _instructions()}")
     print(f"\noperators ({ENVIRONMENT_VARIABLE} or backend= chooses another)")
     for operator in IMPLEMENTATIONS:
         for device in {device.type: device for device in devices}.values():
@@ -57,6 +59,12 @@ def _data_backend(device: torch.device) -> str:
     except ModuleNotFoundError as error:
         return f"none: {error.name} is not installed"
     return choose_backend("auto", device)
+
+
+def _instructions() -> str:
+    first, *others = native.library().usable_instructions()
+    bf16 = "with" if native.has_bf16_product() else "without"
+    return f"built; uses {first} of {', '.join((first, *others))}; {bf16} bf16 products"
 
 
 def _version(package: str) -> str:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fastclip import native
+
 ENVIRONMENT_VARIABLE = "FASTCLIP_BACKEND"
 
 
@@ -50,6 +52,14 @@ def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def _cpp_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu":
+        return f"it runs on the CPU, the features are on {device.type}"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it has no kernels for {dtype}"
+    return native.obstacle()
+
+
 def _flash_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     if importlib.util.find_spec("flash_attn") is None:
         return "flash-attn is not installed"
@@ -68,6 +78,7 @@ _FUSED = (
         # elsewhere it is the interpreter
         automatic=lambda device: device.type == "cuda",
     ),
+    Implementation("cpp", "torch's products, each swept once in cache", _cpp_obstacle),
     Implementation("torch", "chunked, memory-linear, any device torch runs on"),
     Implementation(
         "reference", "dense, any dtype, twice differentiable", automatic=lambda device: False
@@ -97,7 +108,7 @@ IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
     "similarity": _FUSED,
     "symmetric": _FUSED,
     "sigmoid": _FUSED,
-    "distillation": _FUSED[1:],
+    "distillation": _FUSED[2:],
     "attention": _ATTENTION,
 }
 

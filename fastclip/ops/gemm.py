@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastclip import native
+
 
 @dataclass
 class ProductCount:
@@ -54,8 +56,8 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 def as_operand(features: Tensor) -> Tensor:
     """Features in the dtype in which they enter a product.
 
-    Only CUDA's bf16 product can return unrounded float32; elsewhere the operands are widened,
-    which is exact and keeps the sum from being rounded.
+    torch's bf16 product can return unrounded float32 on CUDA only; elsewhere the operands are
+    widened, which is exact and keeps the sum from being rounded.
     """
     if features.dtype == torch.bfloat16 and features.is_cuda:
         return features
@@ -63,13 +65,15 @@ def as_operand(features: Tensor) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
-    """`out = a @ b` for operands of one dtype; `out` has the accumulator's dtype.
+    """`out = a @ b`; `out` has the accumulator's dtype.
 
-    Off CUDA bf16 operands (a fused kernel's, under the interpreter) are widened.
+    bf16 operands are multiplied on CUDA and by the native library; elsewhere they are widened.
     """
     count_product(a.shape[0], a.shape[1], b.shape[1])
     if a.dtype == torch.bfloat16 and a.is_cuda:
         return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    if _native_product(out, a, b, add=False):
+        return out
     return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
 
 
@@ -78,4 +82,32 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     count_product(a.shape[0], a.shape[1], b.shape[1])
     if a.dtype == torch.bfloat16 and a.is_cuda:
         return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    if _native_product(total, a, b, add=True):
+        return total
     return total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+def _native_product(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> bool:
+    """Make it if that is the native library's: bf16 or float32 (G) times bf16, on a CPU."""
+    wide = a.dtype == torch.float32
+    if b.dtype != torch.bfloat16 or not (wide or a.dtype == b.dtype):
+        return False
+    fits = b.stride(1) == 1 or (not wide and b.stride(0) == 1)
+    fits &= a.stride(1) == 1 or (wide and a.stride(0) == 1)
+    fits &= out.stride(1) == 1 and out.dtype == torch.float32 and out.device.type == "cpu"
+    if not fits or not native.has_bf16_product():
+        return False
+    native.library().bf16_product(
+        a.data_ptr(),
+        *a.stride(),
+        wide,
+        b.data_ptr(),
+        *b.stride(),
+        *a.shape,
+        b.shape[1],
+        out.data_ptr(),
+        out.stride(0),
+        add,
+        torch.get_num_threads(),
+    )
+    return True

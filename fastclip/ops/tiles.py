@@ -319,6 +319,11 @@ def tiles_of(backend: str, compute_dtype: torch.dtype) -> Tiles:
         from fastclip.ops.triton_tiles import TritonTiles
 
         return TritonTiles(compute_dtype)
+    if backend == "cpp":
+        # nor is the library
+        from fastclip.ops.cpp_tiles import CppTiles
+
+        return CppTiles(compute_dtype)
     return TorchTiles(compute_dtype)
 
 

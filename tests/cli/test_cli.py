@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fastclip
+from fastclip import native
 from fastclip.cli import COMMANDS, main
 from tests.train.conftest import TINY_MODEL
 
@@ -52,7 +53,10 @@ def test_info_names_versions_devices_and_reasons(capsys: pytest.CaptureFixture[s
     assert main(["info"]) == 0
     output = capsys.readouterr().out
     assert "open_clip_torch" in output and "cuda" in output
-    assert "similarity on cpu   torch      used" in output
+    used = "torch" if native.obstacle() else "cpp"
+    assert f"similarity on cpu   {used:10} used" in output
+    assert "attention on cpu   sdpa       used" in output
+    assert "native library" in output and "apex" in output
     assert "reference  on request" in output
 
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastclip
+from fastclip import native
 from fastclip.ops import distillation
 from fastclip.ops.gemm import count_products
 from tests.ops.cases import LOSSES, Case, ours
@@ -26,6 +27,13 @@ PRODUCTS = {
 SYMMETRIC = ("nt_xent", "mp_nce", "sup_con")
 
 
+@pytest.fixture(params=["torch", "cpp"])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "cpp" and native.obstacle():
+        pytest.skip(f"the native library: {native.obstacle()}")
+    monkeypatch.setenv("FASTCLIP_BACKEND", request.param)
+
+
 def make(name: str, rows: int = 384, width: int = 16) -> Case:
     return LOSSES[name].make(rows, width, 9.0, 0.3, seed=1).cast(torch.float32)
 
@@ -34,6 +42,7 @@ def leaves_of(case: Case) -> list[Tensor]:
     return [leaf.clone().requires_grad_() for leaf in case.leaves]
 
 
+@pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_nothing_square_is_saved(name: str, reduction: str) -> None:
@@ -52,6 +61,7 @@ def test_nothing_square_is_saved(name: str, reduction: str) -> None:
     assert sum(saved) <= 4 * columns * width + 60 * rows
 
 
+@pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_matrix_products_are_counted(name: str) -> None:
     case = make(name)
@@ -72,6 +82,7 @@ def test_matrix_products_are_counted(name: str) -> None:
     assert loss_only <= count.products_of(rows, rows, 16) <= loss_only + slack
 
 
+@pytest.mark.usefixtures("implementation")
 def test_frozen_inputs_cost_no_product() -> None:
     case = make("info_nce_bank", 64)
     bank = 64 + 3
@@ -97,6 +108,7 @@ def test_flop_counter_sees_the_operators(name: str) -> None:
     assert counter.get_total_flops() == sum(PRODUCTS[name]) * 2 * 32 * 32 * 16
 
 
+@pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("name", LOSSES)
 def test_same_bits_every_time(name: str) -> None:
     case = make(name, 192, 24)

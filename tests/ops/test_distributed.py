@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import fastclip
-from fastclip import functional
+from fastclip import functional, native
 from fastclip.ops.collectives import count_bytes
 from fastclip.ops.gemm import count_products
 from tests.ops import oracles
@@ -24,6 +24,13 @@ SIZES = {1: (6,), 2: (5, 3), 3: (4, 1, 3), 4: (2, 5, 1, 3)}
 WIDTH = 7
 WAYS = ("gather", "ring")
 BACKENDS = ("torch", "reference")
+LOW_PRECISION = [
+    (torch.bfloat16, "torch"),
+    (torch.float16, "torch"),
+    (torch.float32, "triton"),
+    # test_cpp.py says where the library is missing
+    *([] if native.obstacle() else [(torch.bfloat16, "cpp"), (torch.float32, "cpp")]),
+]
 
 
 def make(name: str, world: int) -> Case:
@@ -220,22 +227,18 @@ def watched() -> Iterator[dict[str, int]]:
 
 
 def low_precision(world: int, rank: int, way: str) -> dict[str, list[Tensor]]:
-    """Gradients of bf16 features, of float16 ones under a loss scale, and of Triton's kernels."""
+    """Gradients of 16-bit features, float16 under a loss scale, and of fused implementations."""
     found = {}
     for name in ("clip", "siglip", "mp_nce", "sup_con"):
         case = make(name, world)
-        for dtype, backend in (
-            (torch.bfloat16, "torch"),
-            (torch.float16, "torch"),
-            (torch.float32, "triton"),
-        ):
+        for dtype, backend in LOW_PRECISION:
             own = share(name, case.cast(dtype), world, rank)
             leaves = [leaf.clone().requires_grad_() for leaf in own.leaves]
             options = {"dist": way, "backend": backend, "sizes": SIZES[world]}
             loss = LOSSES[name].run(leaves, own.static, **options)
             factor = 2.0**12
             gradients = torch.autograd.grad(loss * factor, leaves)
-            found[name, dtype] = [loss.detach(), *(g.double() / factor for g in gradients)]
+            found[name, dtype, backend] = [loss.detach(), *(g.double() / factor for g in gradients)]
     return found
 
 
@@ -412,16 +415,16 @@ def test_products_of_a_rank(ranks: Callable[[int], Any], world: int) -> None:
 def test_low_precision_keeps_the_error_rule(
     ranks: Callable[[int], Any], world: int, way: str
 ) -> None:
-    """bf16 and float16 features, partial gradients exchanged in them; Triton's kernels in float32.
+    """bf16 and float16 features, partial gradients exchanged in them; fused implementations.
 
     A partial gradient is rounded once on its way, so a gradient of W of them has W roundings.
     """
     for name in ("clip", "siglip", "mp_nce", "sup_con"):
         case = make(name, world)
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for dtype, backend in LOW_PRECISION:
             low = case.cast(dtype)
             eager, truth = theirs(name, low), theirs(name, low.double())
-            results = [r["low precision"][way][name, dtype] for r in ranks(world)]
+            results = [r["low precision"][way][name, dtype, backend] for r in ranks(world)]
             gradients = replace(case, leaves=truth[1:], static={})
             eps = torch.finfo(dtype).eps
             for rank, result in enumerate(results):
@@ -431,7 +434,7 @@ def test_low_precision_keeps_the_error_rule(
                     own_error = (eager[1 + index].double() - truth[1 + index]).abs().max()
                     units = (8 + world) * eps + 18 * torch.finfo(torch.float32).eps
                     size = max(truth[1 + index].abs().max().item(), 1 / divisor(name, case))
-                    assert error <= 2 * own_error + units * size, (name, dtype, index)
+                    assert error <= 2 * own_error + units * size, (name, dtype, backend, index)
 
 
 @pytest.mark.dist

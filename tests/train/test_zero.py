@@ -62,6 +62,8 @@ def test_stage_equals_data_parallel_and_resumes(stage: int, tmp_path: Path) -> N
     saved = tmp_path / "step_00000050"
     assert sharded.verify(saved)
     result = torch.load(tmp_path / "train.pt")
+    if not has_float16():
+        print("float16 is left out: DeepSpeed does not support it on this processor")
     assert result["zero"] == pytest.approx(result["plain"], rel=SAME)
     assert result["accumulated"] == pytest.approx(result["plain"][:5], rel=SAME)
     exported = sharded.export(saved)
@@ -143,9 +145,16 @@ def train_part(stage: int, folder: Path, here: World) -> dict[str, Any]:
     engine = make(stage, folder, here, grad_checkpointing=True, **micro)
     result["accumulated"] = steps(engine, here, 0, 5, MICRO_BATCHES)
     check_non_finite(engine, here)
-    for precision in ("fp32", "amp_bf16", "amp"):
+    for precision in ("fp32", "amp_bf16", *(["amp"] if has_float16() else [])):
         check_scale(make(stage, folder, here, precision=precision), here)
     return result
+
+
+def has_float16() -> bool:
+    """Whether DeepSpeed takes float16 on this device: CPUs need AVX512-FP16 or AMX for it."""
+    from deepspeed.accelerator import get_accelerator
+
+    return get_accelerator().is_fp16_supported()
 
 
 def check_full_disk(engine: Any, folder: Path, here: World) -> None:

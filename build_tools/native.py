@@ -1,0 +1,118 @@
+"""Builds the native library with CMake into a package folder, or says there why not.
+
+FASTCLIP_NATIVE chooses: `auto` (default) builds what this machine can and never fails an
+installation; `cpu` fails it where the library cannot be built; `cuda` is `cpu` as long as there is
+no CUDA part; `off` builds nothing.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+VARIABLE = "FASTCLIP_NATIVE"
+CHOICES = ("auto", "off", "cpu", "cuda")
+WHY_NOT = "_native_missing.txt"
+"""In the package folder where there is no library; `fastclip info` shows it."""
+
+
+class CannotBuild(Exception):
+    """The reason in one phrase."""
+
+
+def wanted() -> str:
+    """The value of FASTCLIP_NATIVE."""
+    value = os.environ.get(VARIABLE) or "auto"
+    if value not in CHOICES:
+        raise SystemExit(f"{VARIABLE} is {value!r}; use one of {', '.join(CHOICES)}")
+    return value
+
+
+def requirements() -> list[str]:
+    """What a build needs from PyPI: nothing where nothing can be built, no tool that is there."""
+    if wanted() == "off" or not _compiler():
+        return []
+    tools = {"cmake": "cmake>=3.18", "ninja": "ninja>=1.10"}
+    return [
+        "pybind11>=2.13,<4",
+        *(spec for tool, spec in tools.items() if not shutil.which(tool)),
+    ]
+
+
+def install(package: Path, version: str) -> None:
+    """Leave the library, or the reason why there is none, in the folder `package`."""
+    for old in package.glob("_native*"):
+        old.unlink()
+    choice = wanted()
+    if choice == "off":
+        (package / WHY_NOT).write_text(f"{VARIABLE} was off: unset it\n")
+        return
+    if choice == "cuda":
+        _tell("there is no CUDA part yet: building the CPU's")
+    try:
+        _build(package, version)
+    except (CannotBuild, OSError) as error:
+        if choice != "auto":
+            raise SystemExit(f"fastclip's native library: {error} ({VARIABLE}={choice})") from error
+        _tell(f"not built, fastclip works without: {error}")
+        (package / WHY_NOT).write_text(f"{error}\n")
+
+
+def library(package: Path) -> Path | None:
+    """The library in a package folder."""
+    path = package / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
+    return path if path.is_file() else None
+
+
+def _build(package: Path, version: str) -> None:
+    if not _compiler():
+        raise CannotBuild("no C++ compiler was found: install g++ or clang++, or set CXX")
+    if not shutil.which("cmake"):
+        raise CannotBuild("CMake was not found: pip install cmake")
+    try:
+        import pybind11
+    except ImportError:
+        raise CannotBuild("pybind11 was not found: pip install pybind11") from None
+    # a folder of its own each time: a cache would name tools of an earlier, isolated build
+    with tempfile.TemporaryDirectory(prefix="fastclip-build-") as build:
+        options = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "CMAKE_INSTALL_PREFIX": package.resolve(),
+            "FASTCLIP_MODULE": "ON",
+            "FASTCLIP_TESTS": "OFF",
+            "FASTCLIP_VERSION": version,
+            "Python_EXECUTABLE": sys.executable,
+            "pybind11_DIR": pybind11.get_cmake_dir(),
+        }
+        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+        defined = [f"-D{name}={value}" for name, value in options.items()]
+        _run("configuring", "cmake", "-S", str(ROOT), "-B", build, *generator, *defined)
+        _run("compiling", "cmake", "--build", build)
+        _run("installing", "cmake", "--install", build, "--strip")
+    if library(package) is None:
+        raise CannotBuild("CMake built no module for this Python")
+
+
+def _compiler() -> bool:
+    return "CXX" in os.environ or any(map(shutil.which, ("c++", "g++", "clang++")))
+
+
+def _run(step: str, *command: str) -> None:
+    environment = {"CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count() or 1), **os.environ}
+    done = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if done.returncode:
+        _tell(done.stdout)
+        # the compiler's or CMake's first word on it; the rest follows from that
+        told = re.split(r"error: |CMake Error[^\n]*\n", done.stdout, maxsplit=1)[-1]
+        raise CannotBuild(f"{step} failed: {' '.join(told.split())[:160]}")
+
+
+def _tell(message: str) -> None:
+    print(f"fastclip's native library: {message}", file=sys.stderr, flush=True)

@@ -1,0 +1,91 @@
+// The library as a Python module. Arrays come as addresses, as torch's data_ptr() gives them, so
+// that one build serves every version of torch; 0 stands for what is not wanted. Float32
+// throughout; sums are two float64, of G * cos and of G.
+#include <pybind11/pybind11.h>
+
+#include "cpu/pool.h"
+#include "fastclip/epilogues.h"
+#include "fastclip/product.h"
+
+namespace py = pybind11;
+using namespace fastclip;
+
+namespace {
+
+using Address = uintptr_t;
+
+template <class T = float>
+T* at(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+Tile make_tile(Address data, int64_t rows, int64_t columns, int64_t stride, Address scale,
+               Address offset, py::object diagonal, Address row_id, Address column_id,
+               int id_bytes) {
+    Tile tile{at(data), rows, columns, stride, *at(scale), offset ? *at(offset) : 0.0f};
+    if (!diagonal.is_none()) tile.diagonal = diagonal.cast<int64_t>();
+    tile.row_id = at<void>(row_id);
+    tile.column_id = at<void>(column_id);
+    tile.id_bytes = id_bytes;
+    return tile;
+}
+
+void add_statistics(const Tile& tile, Address row_max, Address row_sum, Address column_max,
+                    Address column_sum, int threads) {
+    const Running columns{at(column_max), at(column_sum)};
+    statistics(tile, {at(row_max), at(row_sum)}, column_max ? &columns : nullptr, threads);
+}
+
+void form_gradient(const Tile& tile, Address row_lse, Address row_weight, Address column_lse,
+                   Address column_weight, Address sums, int threads) {
+    const Lines columns{at(column_lse), at(column_weight)};
+    gradient(tile, {at(row_lse), at(row_weight)}, column_lse ? &columns : nullptr, at<Sums>(sums),
+             threads);
+}
+
+void keep_rows(const Tile& tile, Address row_max, Address running_max, Address running_sum,
+               Address dot, int threads) {
+    begin_rows(tile, at(row_max), {at(running_max), at(running_sum)}, at(dot), threads);
+}
+
+void finish_rows(const Tile& tile, Address row_max, Address running_max, Address factor,
+                 Address out, int64_t out_stride, int threads) {
+    end_rows(tile, at(row_max), at(running_max), at(factor), at(out), out_stride, threads);
+}
+
+void add_sigmoid(const Tile& tile, Address weight, Address row_sum, Address sums, int threads) {
+    sigmoid(tile, at(weight), at(row_sum), at<Sums>(sums), threads);
+}
+
+void multiply(Address a, int64_t a_row, int64_t a_column, bool wide, Address b, int64_t b_row,
+              int64_t b_column, int64_t rows, int64_t inner, int64_t columns, Address out,
+              int64_t out_stride, bool add, int threads) {
+    bf16_product({at<void>(a), a_row, a_column}, wide, {at<void>(b), b_row, b_column}, rows,
+                 inner, columns, at(out), out_stride, add, threads);
+}
+
+py::list usable() {
+    py::list names;
+    for (const char* const* name = usable_instructions(); *name; ++name) names.append(*name);
+    return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+    const py::call_guard<py::gil_scoped_release> unlocked;
+    module.attr("ABI") = ABI;
+    module.attr("VERSION") = FASTCLIP_VERSION;
+    py::class_<Tile>(module, "Tile").def(py::init(&make_tile));
+    module.def("statistics", &add_statistics, unlocked);
+    module.def("gradient", &form_gradient, unlocked);
+    module.def("begin_rows", &keep_rows, unlocked);
+    module.def("end_rows", &finish_rows, unlocked);
+    module.def("sigmoid", &add_sigmoid, unlocked);
+    module.def("bf16_product", &multiply, unlocked);
+    module.def("has_bf16_product", &has_bf16_product);
+    module.def("instructions", &instructions);
+    module.def("usable_instructions", &usable);
+    module.def("use_instructions", &use_instructions);
+    module.def("use_team", [](Address gomp_parallel) { use_team(at<void>(gomp_parallel)); });
+}

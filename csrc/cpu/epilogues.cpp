@@ -1,0 +1,114 @@
+// How a tile is cut for the threads, and the order in which their results are merged.
+#include "fastclip/epilogues.h"
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "kernels.h"
+#include "pool.h"
+
+namespace fastclip {
+namespace {
+
+// Entries below which a further thread costs more than it saves: about ten microseconds of work.
+constexpr int64_t LEAST_PART = 1 << 15;
+
+// Rows of a tile in equal parts, one a thread.
+struct Parts {
+    int64_t rows;
+    int count;
+
+    Parts(const Tile& tile, int threads)
+        : rows(tile.rows),
+          count(static_cast<int>(std::max<int64_t>(
+              1, std::min<int64_t>({threads, tile.rows, tile.rows * tile.columns / LEAST_PART})))) {
+    }
+    int64_t begin(int part) const { return rows * part / count; }
+    int64_t end(int part) const { return begin(part + 1); }
+    int64_t largest() const { return (rows + count - 1) / count; }
+};
+
+// Room of this thread's own for calls that need some; it only grows.
+float* scratch(size_t count) {
+    static thread_local std::vector<float> room;
+    if (room.size() < count) room.resize(count);
+    return room.data();
+}
+
+Sums* own(std::vector<Sums>& of_parts, int part, bool wanted) {
+    return wanted ? &of_parts[part] : nullptr;
+}
+
+void add(const std::vector<Sums>& of_parts, Sums* sums) {
+    for (const Sums& part : of_parts) {
+        if (!sums) return;
+        sums->dot += part.dot;
+        sums->total += part.total;
+    }
+}
+
+}  // namespace
+
+void statistics(const Tile& tile, Running rows, const Running* columns, int threads) {
+    const Parts parts(tile, threads);
+    const Kernels& k = kernels();
+    const size_t m = static_cast<size_t>(tile.columns);
+    // the columns of each part, and its scratch
+    float* const room = scratch(columns ? parts.count * 4 * m : 0);
+    run(parts.count, [&](int part) {
+        float* const of_part = room + part * 4 * m;
+        const Running merged{of_part, of_part + m};
+        if (columns && parts.count > 1) {
+            std::fill_n(merged.max, m, -std::numeric_limits<float>::infinity());
+            std::fill_n(merged.sum, m, 0.0f);
+        }
+        const Running* const target = columns && parts.count > 1 ? &merged : columns;
+        k.statistics(tile, parts.begin(part), parts.end(part), rows, target, of_part + 2 * m);
+    });
+    for (int part = 0; columns && parts.count > 1 && part < parts.count; ++part) {
+        float* const of_part = room + part * 4 * m;
+        k.merge(tile.columns, *columns, {of_part, of_part + m});
+    }
+}
+
+void gradient(const Tile& tile, Lines rows, const Lines* columns, Sums* sums, int threads) {
+    const Parts parts(tile, threads);
+    const Kernels& k = kernels();
+    const size_t size = 2 * static_cast<size_t>(tile.columns + parts.largest());
+    float* const room = scratch(parts.count * size);
+    std::vector<Sums> of_parts(parts.count);
+    run(parts.count, [&](int part) {
+        k.gradient(tile, parts.begin(part), parts.end(part), rows, columns, room + part * size,
+                   own(of_parts, part, sums));
+    });
+    add(of_parts, sums);
+}
+
+void begin_rows(const Tile& tile, float* row_max, Running running, float* dot, int threads) {
+    const Parts parts(tile, threads);
+    run(parts.count, [&](int part) {
+        kernels().begin_rows(tile, parts.begin(part), parts.end(part), row_max, running, dot);
+    });
+}
+
+void end_rows(const Tile& tile, const float* row_max, const float* running_max,
+              const float* factor, float* out, int64_t out_stride, int threads) {
+    const Parts parts(tile, threads);
+    run(parts.count, [&](int part) {
+        kernels().end_rows(tile, parts.begin(part), parts.end(part), row_max, running_max, factor,
+                           out, out_stride);
+    });
+}
+
+void sigmoid(const Tile& tile, const float* weight, float* row_sum, Sums* sums, int threads) {
+    const Parts parts(tile, threads);
+    std::vector<Sums> of_parts(parts.count);
+    run(parts.count, [&](int part) {
+        kernels().sigmoid(tile, parts.begin(part), parts.end(part), weight, row_sum,
+                          own(of_parts, part, sums));
+    });
+    add(of_parts, sums);
+}
+
+}  // namespace fastclip

@@ -1,0 +1,381 @@
+// The sweeps. Compiled once for each instruction set, with FASTCLIP_ISA and FASTCLIP_LANES.
+#include "kernels.h"
+#include "vector.h"
+
+namespace fastclip {
+namespace FASTCLIP_ISA {
+namespace {
+
+// exp spans e^87 in float32, and e^17 of them hold the terms that still count: where a tile's
+// lines lie closer together, one exponential about a common anchor serves rows and columns.
+constexpr float SPAN = 66.0f;
+// An entry whose gradient is zero, finite: sums of G * S meet it.
+constexpr float LEFT_OUT = -1e30f;
+
+constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline float finite(float anchor) { return anchor == -INFINITE ? 0.0f : anchor; }
+inline Floats finite(Floats anchor) { return anchor == -INFINITE ? Floats{} : anchor; }
+inline Floats absolute(Floats v) { return (Floats)((Ints)v & 0x7fffffff); }
+
+template <class Id>
+void leave_out_ids(const Tile& tile, int64_t i, float* row, float value) {
+    const Id own = static_cast<const Id*>(tile.row_id)[i];
+    const Id* const id = static_cast<const Id*>(tile.column_id);
+    for (int64_t j = 0; j < tile.columns; ++j) row[j] = id[j] == own ? value : row[j];
+}
+
+// Where entries of row i are left out the row becomes logits, and these entries `value`. Returns
+// what the row is to be multiplied by.
+float leave_out(const Tile& tile, int64_t i, float value) {
+    const int64_t j = tile.diagonal == NO_DIAGONAL ? -1 : i + tile.diagonal;
+    const bool crossed = j >= 0 && j < tile.columns;
+    if (!crossed && !tile.row_id) return tile.scale;
+    float* const row = tile.data + i * tile.stride;
+    along(tile.columns, [&](int64_t k, auto lanes) {
+        lanes.store(row + k, lanes.load(row + k) * tile.scale);
+    });
+    if (crossed) row[j] = value;
+    if (tile.row_id && tile.id_bytes == 4) leave_out_ids<int32_t>(tile, i, row, value);
+    if (tile.row_id && tile.id_bytes == 8) leave_out_ids<int64_t>(tile, i, row, value);
+    return 1.0f;
+}
+
+// Sums are about `anchor` or, without one, about the lines' own maxima.
+void merge_about(int64_t n, Running running, Running other, const float* anchor, float offset) {
+    along(n, [&](int64_t k, auto lanes) {
+        const Floats max = lanes.load(running.max + k);
+        const Floats other_max = lanes.load(other.max + k) + offset;
+        const Floats other_anchor = anchor ? all(*anchor + offset) : other_max;
+        Floats merged = larger(max, other_max);
+        const Floats about = finite(merged);
+        const Floats sum = lanes.load(running.sum + k) * exp(max - about) +
+                           lanes.load(other.sum + k) * exp(smaller(other_anchor - about, all(SPAN)));
+        merged = sum == sum ? merged : sum;
+        lanes.store(running.max + k, merged);
+        lanes.store(running.sum + k, sum);
+    });
+}
+
+void merge(int64_t n, Running running, Running other) {
+    merge_about(n, running, other, nullptr, 0.0f);
+}
+
+// Some rows of a strip and what they are to be multiplied by.
+struct Strip {
+    const Tile& tile;
+    int64_t begin, rows;
+    float scale[STRIP];
+
+    const float* row(int64_t i) const { return tile.data + (begin + i) * tile.stride; }
+};
+
+// R rows at a time share the loads and stores of their columns' results.
+template <int R, bool COLUMNS>
+void maxima(const Strip& strip, int64_t first, float* row_max, float* column_max) {
+    Floats greatest[R];
+    for (int r = 0; r < R; ++r) greatest[r] = all(-INFINITE);
+    along(strip.tile.columns, [&](int64_t j, auto lanes) {
+        Floats column = all(-INFINITE);
+        for (int r = 0; r < R; ++r) {
+            Floats logit = lanes.load(strip.row(first + r) + j) * strip.scale[first + r];
+            logit = lanes.inside(logit, -INFINITE);
+            greatest[r] = larger(logit, greatest[r]);
+            if (COLUMNS) column = larger(logit, column);
+        }
+        if (COLUMNS) lanes.store(column_max + j, larger(column, lanes.load(column_max + j)));
+    });
+    for (int r = 0; r < R; ++r) row_max[first + r] = max_of(greatest[r]);
+}
+
+template <int R, bool COLUMNS>
+void exponentials(const Strip& strip, int64_t first, const float* anchor, float* row_sum,
+                  float* column_sum) {
+    Floats sum[R];
+    for (int r = 0; r < R; ++r) sum[r] = Floats{};
+    along(strip.tile.columns, [&](int64_t j, auto lanes) {
+        Floats column{};
+        for (int r = 0; r < R; ++r) {
+            const Floats logit = lanes.load(strip.row(first + r) + j) * strip.scale[first + r];
+            const Floats e = lanes.inside(exp(logit - anchor[first + r]), 0.0f);
+            sum[r] += e;
+            if (COLUMNS) column += e;
+        }
+        if (COLUMNS) lanes.store(column_sum + j, column + lanes.load(column_sum + j));
+    });
+    for (int r = 0; r < R; ++r) row_sum[first + r] = sum_of(sum[r]);
+}
+
+// Where lines lie far apart: exponentials of the columns' own.
+void column_exponentials(const Strip& strip, int64_t i, const float* max, float* sum) {
+    along(strip.tile.columns, [&](int64_t j, auto lanes) {
+        const Floats logit = lanes.load(strip.row(i) + j) * strip.scale[i];
+        const Floats e = exp(logit - finite(lanes.load(max + j)));
+        lanes.store(sum + j, lanes.load(sum + j) + e);
+    });
+}
+
+template <int N>
+struct Count {
+    static constexpr int value = N;
+};
+
+template <class Group>
+void in_groups(int64_t rows, Group&& group) {
+    int64_t i = 0;
+    for (; i + 4 <= rows; i += 4) group(i, Count<4>{});
+    for (; i < rows; ++i) group(i, Count<1>{});
+}
+
+void fill(float* line, int64_t n, float value) {
+    along(n, [&](int64_t j, auto lanes) { lanes.store(line + j, all(value)); });
+}
+
+// The lowest and the highest of some lines; those at -inf do not count.
+struct Span {
+    float low = INFINITE, high = -INFINITE;
+
+    void add(const float* line, int64_t n) {
+        Floats lows = all(INFINITE), highs = all(-INFINITE);
+        along(n, [&](int64_t j, auto lanes) {
+            const Floats v = lanes.inside(lanes.load(line + j), -INFINITE);
+            highs = larger(v, highs);
+            lows = smaller(v == -INFINITE ? all(INFINITE) : v, lows);
+        });
+        for (int lane = 0; lane < LANES; ++lane) {
+            low = lows[lane] < low ? lows[lane] : low;
+            high = highs[lane] > high ? highs[lane] : high;
+        }
+    }
+    // whether one exponential serves all; not where there is no line
+    bool narrow() const { return low <= high && high - low < SPAN; }
+};
+
+void statistics(const Tile& tile, int64_t begin, int64_t end, Running rows,
+                const Running* columns, float* scratch) {
+    float row_max[STRIP], row_sum[STRIP], anchor[STRIP];
+    const Running strip_columns{scratch, scratch + tile.columns};
+    for (; begin < end; begin += STRIP) {
+        Strip strip{tile, begin, least(STRIP, end - begin), {}};
+        const Running strip_rows{row_max, row_sum};
+        const Running own{rows.max + begin, rows.sum + begin};
+        for (int64_t i = 0; i < strip.rows; ++i)
+            strip.scale[i] = leave_out(tile, begin + i, -INFINITE);
+        if (!columns) {
+            in_groups(strip.rows, [&](int64_t i, auto count) {
+                constexpr int R = decltype(count)::value;
+                maxima<R, false>(strip, i, row_max, nullptr);
+                for (int r = 0; r < R; ++r) anchor[i + r] = finite(row_max[i + r]);
+                exponentials<R, false>(strip, i, anchor, row_sum, nullptr);
+            });
+            merge_about(strip.rows, own, strip_rows, nullptr, tile.offset);
+            continue;
+        }
+        fill(strip_columns.max, tile.columns, -INFINITE);
+        fill(strip_columns.sum, tile.columns, 0.0f);
+        in_groups(strip.rows, [&](int64_t i, auto count) {
+            maxima<decltype(count)::value, true>(strip, i, row_max, strip_columns.max);
+        });
+        Span span;
+        span.add(row_max, strip.rows);
+        span.add(strip_columns.max, tile.columns);
+        const bool narrow = span.narrow();
+        for (int64_t i = 0; i < strip.rows; ++i)
+            anchor[i] = narrow ? span.high : finite(row_max[i]);
+        in_groups(strip.rows, [&](int64_t i, auto count) {
+            constexpr int R = decltype(count)::value;
+            if (narrow) {
+                exponentials<R, true>(strip, i, anchor, row_sum, strip_columns.sum);
+                return;
+            }
+            exponentials<R, false>(strip, i, anchor, row_sum, nullptr);
+            for (int r = 0; r < R; ++r)
+                column_exponentials(strip, i + r, strip_columns.max, strip_columns.sum);
+        });
+        const float* const about = narrow ? &span.high : nullptr;
+        merge_about(strip.rows, own, strip_rows, about, tile.offset);
+        merge_about(tile.columns, *columns, strip_columns, about, tile.offset);
+    }
+}
+
+// What a line brings to a gradient: its log-sum-exp less the offset, and its weight times scale.
+struct Anchors {
+    float* anchor;
+    float* weight;
+
+    void set(Lines lines, int64_t n, const Tile& tile) const {
+        along(n, [&](int64_t j, auto lanes) {
+            lanes.store(anchor + j, lanes.load(lines.lse + j) - tile.offset);
+            lanes.store(weight + j, lanes.load(lines.weight + j) * tile.scale);
+        });
+    }
+    // weights become those of exp(S - low); no line with entries lies below
+    void move_to(float low, int64_t n) const {
+        along(n, [&](int64_t j, auto lanes) {
+            const Floats away = smaller(low - lanes.load(anchor + j), Floats{});
+            lanes.store(weight + j, lanes.load(weight + j) * exp(away));
+        });
+    }
+    void make_finite(int64_t n) const {
+        along(n, [&](int64_t j, auto lanes) {
+            lanes.store(anchor + j, finite(lanes.load(anchor + j)));
+        });
+    }
+};
+
+enum class Way { ROWS, SHARED, APART };
+
+template <Way WAY, bool SUMS>
+void gradient_row(const Tile& tile, float* row, float scale, float anchor, float weight,
+                  const Anchors& columns, Floats& dot, Floats& total) {
+    along(tile.columns, [&](int64_t j, auto lanes) {
+        const Floats logit = lanes.load(row + j) * scale;
+        Floats g = exp(logit - anchor);
+        if constexpr (WAY == Way::SHARED) g *= lanes.load(columns.weight + j) + weight;
+        if constexpr (WAY != Way::SHARED) g *= weight;
+        if constexpr (WAY == Way::APART)
+            g += exp(logit - lanes.load(columns.anchor + j)) * lanes.load(columns.weight + j);
+        lanes.store(row + j, g);
+        if constexpr (SUMS) {
+            g = lanes.inside(g, 0.0f);
+            total += g;
+            dot += g * logit;
+        }
+    });
+}
+
+template <Way WAY, bool SUMS>
+void gradient_rows(const Tile& tile, int64_t begin, int64_t end, const Anchors& rows, float low,
+                   const Anchors& columns, Sums* sums) {
+    double dots = 0, totals = 0;
+    for (int64_t group = begin; group < end; group += 4) {
+        Floats dot{}, total{};
+        for (int64_t i = group; i < least(group + 4, end); ++i) {
+            const float scale = leave_out(tile, i, LEFT_OUT);
+            const float anchor = WAY == Way::SHARED ? low : rows.anchor[i - begin];
+            gradient_row<WAY, SUMS>(tile, tile.data + i * tile.stride, scale, anchor,
+                                    rows.weight[i - begin], columns, dot, total);
+        }
+        if (SUMS) {
+            dots += sum_of(dot);
+            totals += sum_of(total);
+        }
+    }
+    if (SUMS) {
+        sums->dot += dots / tile.scale / tile.scale;
+        sums->total += totals / tile.scale;
+    }
+}
+
+void gradient(const Tile& tile, int64_t begin, int64_t end, Lines rows, const Lines* columns,
+              float* scratch, Sums* sums) {
+    const int64_t m = tile.columns, n = end - begin;
+    const Anchors of_rows{scratch, scratch + n}, of_columns{scratch + 2 * n, scratch + 2 * n + m};
+    of_rows.set({rows.lse + begin, rows.weight + begin}, n, tile);
+    Span span;
+    if (columns) {
+        of_columns.set(*columns, m, tile);
+        // no logit lies above its lines' log-sum-exps, so none is far above the lowest
+        span.add(of_rows.anchor, n);
+        span.add(of_columns.anchor, m);
+    }
+    auto sweep = sums ? gradient_rows<Way::ROWS, true> : gradient_rows<Way::ROWS, false>;
+    if (columns && span.narrow()) {
+        of_rows.move_to(span.low, n);
+        of_columns.move_to(span.low, m);
+        sweep = sums ? gradient_rows<Way::SHARED, true> : gradient_rows<Way::SHARED, false>;
+    } else {
+        of_rows.make_finite(n);
+        if (columns) {
+            of_columns.make_finite(m);
+            sweep = sums ? gradient_rows<Way::APART, true> : gradient_rows<Way::APART, false>;
+        }
+    }
+    sweep(tile, begin, end, of_rows, span.low, of_columns, sums);
+}
+
+void begin_rows(const Tile& tile, int64_t begin, int64_t end, float* row_max, Running running,
+                float* dot) {
+    for (int64_t i = begin; i < end; ++i) {
+        Strip strip{tile, i, 1, {leave_out(tile, i, -INFINITE)}};
+        maxima<1, false>(strip, 0, row_max + i, nullptr);
+        const float max = finite(row_max[i]);
+        float* const row = tile.data + i * tile.stride;
+        Floats sums{}, dots{};
+        along(tile.columns, [&](int64_t j, auto lanes) {
+            const Floats below = lanes.load(row + j) * strip.scale[0] - max;
+            const Floats e = exp(below);
+            lanes.store(row + j, e);
+            sums += lanes.inside(e, 0.0f);
+            // what is left out is at -inf, and 0 * -inf would be NaN
+            dots += lanes.inside(e * (below < -100.0f ? all(-100.0f) : below), 0.0f);
+        });
+        float sum = sum_of(sums), sum_S = sum_of(dots) + max * sum;
+        const float merged = running.max[i] > row_max[i] ? running.max[i] : row_max[i];
+        const float about = finite(merged);
+        const float before = exp(all(running.max[i] - about))[0];
+        const float now = exp(all(row_max[i] - about))[0];
+        sum = running.sum[i] * before + sum * now;
+        running.sum[i] = sum;
+        running.max[i] = sum == sum ? merged : sum;
+        dot[i] = dot[i] * before + sum_S * now / tile.scale;
+    }
+}
+
+void end_rows(const Tile& tile, int64_t begin, int64_t end, const float* row_max,
+              const float* running_max, const float* factor, float* out, int64_t out_stride) {
+    for (int64_t i = begin; i < end; ++i) {
+        const float* const from = tile.data + i * tile.stride;
+        float* const to = out + i * out_stride;
+        const float f = factor[i] * exp(all(row_max[i] - finite(running_max[i])))[0];
+        along(tile.columns, [&](int64_t j, auto lanes) {
+            lanes.store(to + j, lanes.load(from + j) * f);
+        });
+    }
+}
+
+template <bool GRADIENT>
+void sigmoid_rows(const Tile& tile, int64_t begin, int64_t end, const float* weight,
+                  float* row_sum, Sums* sums) {
+    double dots = 0, totals = 0;
+    for (int64_t i = begin; i < end; ++i) {
+        const float scale = leave_out(tile, i, LEFT_OUT);
+        float* const row = tile.data + i * tile.stride;
+        const float w = GRADIENT ? weight[i] * tile.scale : 0.0f;
+        Floats softplus{}, dot{}, total{};
+        along(tile.columns, [&](int64_t j, auto lanes) {
+            const Floats logit = lanes.load(row + j) * scale;
+            const Floats z = logit + tile.offset;
+            const Floats e = exp(-absolute(z));
+            softplus += lanes.inside(larger(z, Floats{}) + log1p(e), 0.0f);
+            if constexpr (GRADIENT) {
+                Floats g = (z < 0.0f ? e : all(1.0f)) * w / (1.0f + e);
+                lanes.store(row + j, g);
+                g = lanes.inside(g, 0.0f);
+                total += g;
+                dot += g * logit;
+            }
+        });
+        row_sum[i] += sum_of(softplus);
+        if (GRADIENT) {
+            dots += sum_of(dot);
+            totals += sum_of(total);
+        }
+    }
+    if (GRADIENT) {
+        sums->dot += dots / tile.scale / tile.scale;
+        sums->total += totals / tile.scale;
+    }
+}
+
+void sigmoid(const Tile& tile, int64_t begin, int64_t end, const float* weight, float* row_sum,
+             Sums* sums) {
+    (sums ? sigmoid_rows<true> : sigmoid_rows<false>)(tile, begin, end, weight, row_sum, sums);
+}
+
+}  // namespace
+
+extern const Kernels kernels;
+const Kernels kernels{FASTCLIP_NAME, statistics, merge, gradient, begin_rows, end_rows, sigmoid};
+
+}  // namespace FASTCLIP_ISA
+}  // namespace fastclip

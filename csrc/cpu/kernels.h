@@ -1,0 +1,34 @@
+// What is compiled once for each instruction set: sweeps over some rows of a tile, serial.
+#pragma once
+
+#include "fastclip/epilogues.h"
+
+namespace fastclip {
+
+// Rows of a strip: one strip's maxima and exponentials are two sweeps, the second in cache.
+constexpr int64_t STRIP = 32;
+
+struct Kernels {
+    const char* name;
+
+    // Merge rows [begin, end) into `rows` and, unless null, all columns into `columns`.
+    // `scratch`: 2 * columns floats.
+    void (*statistics)(const Tile&, int64_t begin, int64_t end, Running rows,
+                       const Running* columns, float* scratch);
+    // running of n lines merged with (max, sum) of as many
+    void (*merge)(int64_t n, Running running, Running other);
+    // `scratch`: 2 * (columns + end - begin) floats
+    void (*gradient)(const Tile&, int64_t begin, int64_t end, Lines rows, const Lines* columns,
+                     float* scratch, Sums* sums);
+    void (*begin_rows)(const Tile&, int64_t begin, int64_t end, float* row_max, Running running,
+                       float* dot);
+    void (*end_rows)(const Tile&, int64_t begin, int64_t end, const float* row_max,
+                     const float* running_max, const float* factor, float* out,
+                     int64_t out_stride);
+    void (*sigmoid)(const Tile&, int64_t begin, int64_t end, const float* weight, float* row_sum,
+                    Sums* sums);
+};
+
+const Kernels& kernels();
+
+}  // namespace fastclip

@@ -1,0 +1,75 @@
+// Epilogues of the contrastive losses over tiles of S = scale * cos + offset: what is done to a
+// tile of products while it is in cache. Raw pointers, sizes and strides; nothing of torch.
+//
+// A tile holds cosines (products of features) in float32, its rows `stride` entries apart. Entries
+// that are left out are no negatives: they count nowhere and their gradient is zero. -inf stands
+// for the maximum and the log-sum-exp of a line without negatives. NaN stays NaN.
+//
+// The work is cut by sizes and the number of threads alone, and partial results are merged in one
+// order: the same bits every time.
+#pragma once
+
+#include <cstdint>
+
+namespace fastclip {
+
+// Raised with every change of a signature or of a meaning below: a library that was built before
+// is then refused.
+constexpr int ABI = 1;
+
+constexpr int64_t NO_DIAGONAL = INT64_MIN;
+
+struct Tile {
+    float* data;
+    int64_t rows, columns, stride;
+    float scale, offset;
+    // (i, i + diagonal) is left out, and where row_id[i] == column_id[j]
+    int64_t diagonal = NO_DIAGONAL;
+    const void* row_id = nullptr;
+    const void* column_id = nullptr;
+    int id_bytes = 0;  // 4 or 8
+};
+
+// Running maximum and sum of exp(logit - maximum) of some lines.
+struct Running {
+    float* max;
+    float* sum;
+};
+
+// Log-sum-exps of some lines and their upstream gradients.
+struct Lines {
+    const float* lse;
+    const float* weight;
+};
+
+// Sums of G * cos and of G; calls add to them.
+struct Sums {
+    double dot = 0, total = 0;
+};
+
+// Merge a tile's rows into `rows`, and its columns into `columns` unless that is null.
+void statistics(const Tile& tile, Running rows, const Running* columns, int threads);
+
+// G * scale in place of the cosines, G = a_i exp(S - lse_i) + b_j exp(S - lse_j).
+void gradient(const Tile& tile, Lines rows, const Lines* columns, Sums* sums, int threads);
+
+// exp(S - row_max) in place of the cosines, with the maxima of this tile's rows; these rows are
+// merged into `running`, and sums of exp(S - running maximum) * cos into `dot`. No offset.
+void begin_rows(const Tile& tile, float* row_max, Running running, float* dot, int threads);
+
+// out_i = factor_i exp(row_max_i - running_max_i) * (what begin_rows left); out may be the tile.
+void end_rows(const Tile& tile, const float* row_max, const float* running_max,
+              const float* factor, float* out, int64_t out_stride, int threads);
+
+// Add softplus(S) to `row_sum`; with `sums`, G * scale in place of the cosines,
+// G = weight_i sigmoid(S).
+void sigmoid(const Tile& tile, const float* weight, float* row_sum, Sums* sums, int threads);
+
+// The instruction set in use ("avx512", "avx2", "neon", "baseline"), and those that this machine
+// can use, best first, null at the end.
+const char* instructions();
+const char* const* usable_instructions();
+// For tests. False where the machine has not got it.
+bool use_instructions(const char* name);
+
+}  // namespace fastclip

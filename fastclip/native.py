@@ -1,0 +1,95 @@
+"""The native library `fastclip._native` (from `csrc/`): loaded once, refused where it does not fit.
+
+It is optional. `FASTCLIP_NATIVE=off` leaves an existing one unused, as it leaves it unbuilt.
+"""
+
+import ctypes
+import functools
+import importlib
+import importlib.machinery
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastclip._version import __version__
+
+ABI = 1
+"""csrc/include/fastclip/epilogues.h has the same number."""
+HOW_TO_BUILD = "pip install again with a C++ compiler (gcc 11 or clang 14, or newer)"
+
+
+class Unusable(Exception):
+    """Why there is no native library."""
+
+
+@functools.cache
+def _load() -> Any:
+    """The module, or why there is none."""
+    if os.environ.get("FASTCLIP_NATIVE") == "off":
+        return Unusable("FASTCLIP_NATIVE is off")
+    try:
+        found = importlib.import_module("fastclip._native")
+    except ImportError as error:
+        return Unusable(_missing(error))
+    built = getattr(found, "VERSION", "?"), getattr(found, "ABI", "?")
+    if built != (__version__, ABI):
+        return Unusable(
+            f"it is of fastclip {built[0]}, interface {built[1]}; this is {__version__}, "
+            f"interface {ABI}: {HOW_TO_BUILD}"
+        )
+    found.use_team(team())
+    return found
+
+
+def _missing(error: ImportError) -> str:
+    ours = importlib.machinery.EXTENSION_SUFFIXES
+    folder = Path(__file__).parent
+    why_not = folder / "_native_missing.txt"
+    if why_not.is_file():
+        return f"it is not built: {why_not.read_text().strip()}; then install fastclip again"
+    files = [path.name for path in folder.glob("_native*") if path.is_file()]
+    if not files:
+        return f"it is not built: {HOW_TO_BUILD}"
+    if not any(f"_native{suffix}" in files for suffix in ours):
+        return f"{files[0]} is of another Python, this one takes _native{ours[0]}: {HOW_TO_BUILD}"
+    return f"it does not load ({error}): {HOW_TO_BUILD}"
+
+
+def team() -> int:
+    """The address of GOMP_parallel in torch's own OpenMP runtime, or 0.
+
+    Its threads spin for milliseconds after each product. On their processors ours would wait.
+    """
+    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        # what is loaded already, and what it links to
+        runtime = ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD)
+        return ctypes.cast(runtime.GOMP_parallel, ctypes.c_void_p).value or 0
+    except (OSError, AttributeError):
+        return 0
+
+
+def obstacle() -> str | None:
+    """Why the library cannot be used, in one phrase, or None."""
+    found = _load()
+    return str(found) if isinstance(found, Unusable) else None
+
+
+def library() -> Any:
+    """The module.
+
+    Raises:
+        Unusable: there is none that fits.
+    """
+    found = _load()
+    if isinstance(found, Unusable):
+        raise found
+    return found
+
+
+@functools.cache
+def has_bf16_product() -> bool:
+    """Whether the library is there and the processor has bf16 products that return float32."""
+    return obstacle() is None and library().has_bf16_product()
