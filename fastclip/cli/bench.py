@@ -51,7 +51,7 @@ class AttentionConfig:
     """Measure attention of short sequences beside torch's, every backend of it, and flash-attn.
 
     A line is a sequence length and an implementation: milliseconds forward, and forward and
-    backward (median, 20th and 80th percentile); the ratio to the fastest of torch's; MiB above the
+    backward (median, 20th and 80th percentile); the ratio to fastclip; MiB above the
     inputs; the relative error of dQ against float64. bf16, twelve heads 64 wide.
     """
 

@@ -21,6 +21,9 @@ CAUSAL = "_fastclip_causal_length"
 
 def exchange_attention(model: nn.Module, handle: PatchHandle, backend: str = "auto") -> int:
     """Exchange the attention of every known layer; returns how many there were."""
+    for tower in list(model.modules()):
+        # a text tower's mask is a buffer beside its layers
+        _mark_causal(tower.modules(), getattr(tower, "attn_mask", None), handle)
     exchanged = 0
     timm_attention = _timm_attention()
     for module in list(model.modules()):
@@ -31,7 +34,7 @@ def exchange_attention(model: nn.Module, handle: PatchHandle, backend: str = "au
     return exchanged
 
 
-def mark_causal(layers: Iterable[nn.Module], mask: Tensor | None, handle: PatchHandle) -> None:
+def _mark_causal(layers: Iterable[nn.Module], mask: Tensor | None, handle: PatchHandle) -> None:
     """Remember that the mask the layers are called with is the causal one, if it is.
 
     Looked at once, here: a mask's values are not read in a forward pass.

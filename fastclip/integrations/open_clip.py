@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastclip.integrations.attention import exchange_attention, mark_causal
+from fastclip.integrations.attention import exchange_attention
 from fastclip.integrations.patch import MARK, PatchHandle
 from fastclip.losses.clip import ClipLoss, DistillClipLoss
 from fastclip.losses.siglip import SigLipLoss
@@ -52,9 +52,6 @@ def patch_open_clip(
         for name, exchange in _EXCHANGES.items():
             _exchange_forward(getattr(open_clip.loss, name), exchange, handle)
     if attention and model is not None:
-        for tower in model.modules():
-            # a text tower's mask is a buffer beside its layers
-            mark_causal(tower.modules(), getattr(tower, "attn_mask", None), handle)
         exchange_attention(model, handle, backend)
     return handle
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastclip.functional import clip_loss, siglip_loss
-from fastclip.integrations.patch import MARK, PatchHandle, exchange_forward, original_forward
+from fastclip.integrations.patch import PatchHandle, exchange_forward, original_forward
 from fastclip.ops.attention import attention
 
 NAME = "fastclip"
@@ -125,9 +125,6 @@ def _exchange_loss(
     backend: str,
     handle: PatchHandle,
 ) -> None:
-    if hasattr(type(model), MARK):
-        return
-
     @functools.wraps(type(model).forward)
     def forward(
         self: Any,

@@ -3,7 +3,7 @@
 from torch import nn
 
 from fastclip.integrations import apex
-from fastclip.integrations.attention import exchange_attention, mark_causal
+from fastclip.integrations.attention import exchange_attention
 from fastclip.integrations.patch import PatchHandle
 from fastclip.train.config import TrainConfig
 
@@ -15,13 +15,10 @@ def exchange_layers(model: nn.Module, config: TrainConfig) -> None:
         ValueError: apex is asked for and not there, or nothing in the model could be exchanged.
     """
     handle = PatchHandle()
-    if config.attention != "tower":
-        for part in list(model.modules()):
-            mark_causal(part.modules(), getattr(part, "attn_mask", None), handle)
-        if not exchange_attention(model, handle, config.attention):
-            raise ValueError(
-                f"--attention {config.attention}: {config.model} has no attention that could be "
-                "exchanged; leave the flag out"
-            )
+    if config.attention != "tower" and not exchange_attention(model, handle, config.attention):
+        raise ValueError(
+            f"--attention {config.attention}: {config.model} has no attention that could be "
+            "exchanged; leave the flag out"
+        )
     if config.layer_norm == "apex":
         apex.exchange_layer_norms(model, handle)
