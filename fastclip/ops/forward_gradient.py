@@ -46,10 +46,27 @@ def multiply_saved(ctx: Any, upstream: Tensor | None) -> list[Tensor | None]:
     if upstream is None:
         return [None] * count
     gradients, inputs = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+    # a second copy of all gradients would be the operator's peak
+    multiply = _spend if _for_the_last_time(gradients) else apply_upstream
     return [
-        apply_upstream(gradient, upstream, like) if need and like is not None else None
+        multiply(gradient, upstream, like) if need and like is not None else None
         for gradient, like, need in zip(gradients, inputs, ctx.needs_input_grad, strict=False)
     ]
+
+
+def _spend(gradient: Tensor, upstream: Tensor, like: Tensor) -> Tensor:
+    """`apply_upstream`, in place."""
+    return gradient.mul_(upstream).to(like.dtype).reshape(like.shape)
+
+
+def _for_the_last_time(saved: Sequence[Tensor]) -> bool:
+    """Whether this backward frees its graph, makes no graph of the gradients and is not traced."""
+    traced = torch.compiler.is_compiling() or any(type(t) is not Tensor for t in saved)
+    if traced or torch.is_grad_enabled():
+        return False
+    # torch's own compiler asks the same, to reuse what a forward saved
+    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return keeps is not None and not keeps()
 
 
 def wants_gradient(*inputs: Tensor | None) -> list[bool]:

@@ -26,10 +26,12 @@ from fastclip.ops.gemm import accumulator_dtype
 from fastclip.ops.rectangle import add_rows_
 from fastclip.ops.similarity import collected_shape
 from fastclip.ops.symmetric import backward_flop, forward_flop
-from fastclip.ops.tiles import tiles_of
+from fastclip.ops.tiles import chunks, finished_room, tiles_of
 from fastclip.ops.triangle import Blocks
 
 ROWS_OF_A_PART = 256
+# of a slice of the width that classes are summed over, on the CPU and on a GPU
+SLICE_ENTRIES = 1 << 19, 1 << 24
 
 
 class LabelStatistics(NamedTuple):
@@ -109,10 +111,18 @@ def _labels(
         z = z.to(compute_dtype)
         table = scale.reshape(1, 1).to(tiles.dtype)
         collected = columns.collect(z)
-        classes = _Classes(labels, columns.all_lines(labels), tiles.dtype)
+        classes = _Classes(labels, columns.all_lines(labels))
+        dot = torch.zeros(z.shape[0], dtype=tiles.dtype, device=z.device)
+
+        def see(rows: Tensor, column: int) -> None:
+            for part in _slices(rows):
+                dot.add_(
+                    tiles.row_dot(z[:, part], classes.sum(rows[:, part].to(tiles.dtype), column))
+                )
+
         if ranks is None:
             lines = triangle.statistics(tiles, z, table, None, shape, chunk_bytes)
-            classes.add(0, z.to(tiles.dtype))
+            see(z, 0)
         else:
             lines = strip.statistics(
                 tiles,
@@ -123,11 +133,15 @@ def _labels(
                 shape,
                 columns,
                 chunk_bytes,
-                lambda part: classes.add(part.segments[0].column, part.features.to(tiles.dtype)),
+                lambda part: see(part.features, part.segments[0].column),
             )
-        dot = tiles.row_dot(z, classes.sums[0].sub_(z))
-        positive_mean = dot.mul_(table[0, 0]).div_(classes.others.clamp(min=1))
-    return lines.lse(), positive_mean, classes.others.clone(), collected
+        itself = torch.zeros_like(dot)
+        for part in _slices(z):
+            # added up as above, so that a row alone in its class has 0
+            itself.add_(tiles.row_dot(z[:, part], z[:, part]))
+        others = classes.others.to(tiles.dtype)
+        positive_mean = dot.sub_(itself).mul_(table[0, 0]).div_(others.clamp(min=1))
+    return lines.lse(), positive_mean, others, collected
 
 
 @_labels.register_fake
@@ -148,6 +162,7 @@ def _labels_gradient(
     sizes: Sequence[int],
     collected: Tensor,
     lse: Tensor,
+    positive_mean: Tensor,
     d_lse: Tensor,
     d_positive_mean: Tensor,
     need_scale: bool,
@@ -156,27 +171,32 @@ def _labels_gradient(
     chunk_bytes: int,
 ) -> tuple[Tensor, Tensor]:
     shape = Blocks(z.shape[0], (0,))
-    dz = torch.empty_like(z, memory_format=torch.contiguous_format)
     ranks = unplain(way, group, sizes)
     columns = columns_of(ranks, [z.shape[0]])
     with torch.autocast(z.device.type, enabled=False):
         tiles = tiles_of(backend, compute_dtype)
         features = z.to(compute_dtype)
         table = scale.reshape(1, 1).to(tiles.dtype)
-        classes = _Classes(labels, columns.all_lines(labels), tiles.dtype)
+        classes = _Classes(labels, columns.all_lines(labels))
         weight = d_positive_mean / classes.others.clamp(min=1)
-        all_weights = columns.all_lines(weight)
+        all_weights = columns.all_lines(weight)[:, None]
+        of_anchor = (weight * table[0, 0])[:, None]
 
-        def see(rows: Tensor, column: int) -> None:
-            wide = rows.to(tiles.dtype)
-            classes.add(column, wide, wide * all_weights[column : column + len(wide), None])
+        def see(total: Tensor, rows: Tensor, column: int) -> None:
+            # row k is an anchor, and a positive of every other row of its class
+            for part in _slices(rows):
+                wide = rows[:, part].to(tiles.dtype)
+                total[:, part].addcmul_(of_anchor, classes.sum(wide, column))
+                wide = wide * all_weights[column : column + len(wide)]
+                total[:, part].addcmul_(table, classes.sum(wide, column))
 
         if ranks is None:
             total, dscale, _ = triangle.statistics_gradient(
                 tiles, features, table, None, shape, lse, d_lse, need_scale, chunk_bytes
             )
-            see(features, 0)
+            see(total, features, 0)
         else:
+            of_classes = z.new_zeros(z.shape, dtype=tiles.dtype)
             total, dscale, _ = strip.statistics_gradient(
                 tiles,
                 features,
@@ -189,18 +209,14 @@ def _labels_gradient(
                 d_lse,
                 need_scale,
                 chunk_bytes,
-                lambda part: see(part.features, part.segments[0].column),
+                lambda part: see(of_classes, part.features, part.segments[0].column),
             )
-        wide = features.to(tiles.dtype)
-        # row k is an anchor, and a positive of every other row of its class
-        others, as_positive = classes.sums
-        others.sub_(wide)
-        as_positive.sub_(wide * weight[:, None])
+            total.add_(of_classes)
         if need_scale:
-            dscale[0, 0] += (weight * tiles.row_dot(wide, others)).sum()
-        total.addcmul_((weight * table[0, 0])[:, None], others)
-        total.addcmul_(table, as_positive)
-        tiles.finish(total, [], dz)
+            dscale[0, 0] += (d_positive_mean * positive_mean).sum() / table[0, 0]
+        dz = finished_room(total, z.dtype)
+        # not of itself
+        tiles.finish(total, [(-2 * of_anchor[:, 0], features)], dz)
     return dz, dscale.to(scale.dtype).reshape(scale.shape)
 
 
@@ -211,9 +227,9 @@ def _(z, labels, scale, *rest):
 
 def _labels_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     z, labels, scale, *ctx.where = inputs[:6]
-    lse, _, positives, collected = output
+    lse, positive_mean, positives, collected = output
     ctx.mark_non_differentiable(positives, collected)
-    ctx.save_for_backward(z, labels, scale, collected, lse)
+    ctx.save_for_backward(z, labels, scale, collected, lse, positive_mean)
     ctx.options = inputs[6:]
 
 
@@ -242,6 +258,13 @@ def _labels_gradient_flop(z_shape, *args, out_shape=None, **kwargs) -> int:
     return backward_flop(z_shape, *args[2:5])
 
 
+def _slices(rows_RD: Tensor) -> list[slice]:
+    """The width in parts: sums over classes of all of it would be the operator's peak."""
+    length, width = rows_RD.shape
+    columns = max(SLICE_ENTRIES[rows_RD.is_cuda] // max(length, 1), 16)
+    return [slice(start, stop) for start, stop in chunks(0, width, columns)]
+
+
 class _Classes:
     """For each own row sums over all rows of its label, without reading a label on the host.
 
@@ -249,28 +272,31 @@ class _Classes:
 
     Attributes:
         others: for each own row the number of others in its class.
-        sums: what was added up so far, (own rows, D) each.
     """
 
-    def __init__(self, own: Tensor, labels: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, own: Tensor, labels: Tensor) -> None:
         self._own, self._labels = own, labels
         ordered = labels.sort().values
         first, last = (torch.searchsorted(ordered, own, right=right) for right in (False, True))
-        self.others = (last - first - 1).to(dtype)
-        self.sums: list[Tensor] = []
+        self.others = last - first - 1
+        self._indices: dict[tuple[int, int], _Index] = {}
 
-    def add(self, column: int, *rows: Tensor) -> None:
-        """Add to each of the sums rows (R, D) of its own, whose labels begin at `column`."""
+    def sum(self, rows_RD: Tensor, column: int) -> Tensor:
+        """For each own row the sum of the rows of its label, whose labels begin at `column`."""
         if self._labels is self._own:
-            index = _Index(self._own)
-            found = [index.sum(each) for each in rows]
-        else:
-            # own rows stand in front, to find the class of each; they add nothing
-            n = len(self._own)
-            index = _Index(torch.cat((self._own, self._labels[column : column + len(rows[0])])))
-            found = [index.sum(torch.cat((r.new_zeros(n, r.shape[1]), r)))[:n] for r in rows]
-        pairs = zip(self.sums, found, strict=True)
-        self.sums = [total + more for total, more in pairs] if self.sums else found
+            return self._index(column, len(rows_RD)).sum(rows_RD)
+        # own rows stand in front, to find the class of each; they add nothing
+        n = len(self._own)
+        nothing = rows_RD.new_zeros(n, rows_RD.shape[1])
+        return self._index(column, len(rows_RD)).sum(torch.cat((nothing, rows_RD)))[:n]
+
+    def _index(self, column: int, count: int) -> "_Index":
+        place = column, count
+        if place not in self._indices:
+            labels = self._labels[column : column + count]
+            whole = self._labels is self._own
+            self._indices[place] = _Index(labels if whole else torch.cat((self._own, labels)))
+        return self._indices[place]
 
 
 class _Index:

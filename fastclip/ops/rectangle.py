@@ -17,7 +17,17 @@ from torch import Tensor
 
 from fastclip.ops.columns import Columns, Part, Segment, exchange_dtype
 from fastclip.ops.gemm import add_product, product
-from fastclip.ops.tiles import Lines, Running, Tile, Tiles, chunk_rows, chunks, finite, softplus
+from fastclip.ops.tiles import (
+    Lines,
+    Running,
+    Tile,
+    Tiles,
+    chunk_rows,
+    chunks,
+    finished_room,
+    finite,
+    softplus,
+)
 
 LinesT = TypeVar("LinesT", Lines, Running)
 
@@ -449,7 +459,7 @@ def _finish(
     dtype: torch.dtype,
 ) -> Tensor:
     """Add the terms and cast; in place where nothing is to be cast."""
-    out_ND = total_ND if total_ND.dtype == dtype else torch.empty_like(total_ND, dtype=dtype)
+    out_ND = finished_room(total_ND, dtype)
     tiles.finish(total_ND, terms, out_ND)
     return out_ND
 
@@ -469,7 +479,7 @@ def _finish_columns(
         add_rows_(dy_MD, shape.positive_index, coefficient_N[:, None] * x_ND.to(dy_MD.dtype))
         return dy_MD.to(dtype)
     last = shape.rows
-    out_MD = dy_MD if dy_MD.dtype == dtype else torch.empty_like(dy_MD, dtype=dtype)
+    out_MD = finished_room(dy_MD, dtype)
     if out_MD is not dy_MD:
         out_MD[last:] = dy_MD[last:]
     tiles.finish(dy_MD[:last], [(coefficient_N, x_ND)], out_MD[:last])

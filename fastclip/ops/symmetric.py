@@ -166,7 +166,6 @@ def _blocks_gradient(
     chunk_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = Blocks(z.shape[0] // len(domains), domains)
-    dz = torch.empty_like(z, memory_format=torch.contiguous_format)
     with torch.autocast(z.device.type, enabled=False):
         tiles = tiles_of(backend, compute_dtype)
         features = z.to(compute_dtype)
@@ -193,7 +192,7 @@ def _blocks_gradient(
                 chunk_bytes,
             )
         coefficient = d_positive * triangle.couple_entries(wide, shape)
-        triangle.finish_positives(tiles, total, features, coefficient, shape, dz)
+        dz = triangle.finish_positives(tiles, total, features, coefficient, shape, z.dtype)
         if need_scalars:
             cosines = triangle.positive_cosines(tiles, features, shape)
             for index, (b, c) in enumerate(shape.couples()):

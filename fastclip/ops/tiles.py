@@ -30,6 +30,8 @@ from fastclip.ops.gemm import accumulator_dtype, as_operand, product
 # the sweeps over a chunk stay near the cache. Fixed, so that a shape has one summation order.
 DEFAULT_CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
 MINIMUM_CHUNK_ROWS = 16
+# more of them speed up no product; few columns would make a chunk the operator's peak
+MOST_CHUNK_ROWS = {"cpu": 512}
 
 
 class Tile(NamedTuple):
@@ -135,7 +137,10 @@ class Tiles(Protocol):
     def finish(
         self, total_CD: Tensor, terms: Sequence[tuple[Tensor, Tensor]], out_CD: Tensor
     ) -> None:
-        """out = total + sum of coefficient_C * partner_CD, cast once; `total` is spent."""
+        """out = total + sum of coefficient_C * partner_CD, cast once; `total` is spent.
+
+        `out_CD` may be `total_CD`.
+        """
 
     def row_dot(self, a_CD: Tensor, b_CD: Tensor) -> Tensor:
         """Row-wise products in the accumulator's dtype, (C,)."""
@@ -227,7 +232,7 @@ class TorchTiles:
     ) -> None:
         for coefficient_C, partner_CD in terms:
             total_CD.addcmul_(coefficient_C[:, None], partner_CD.to(total_CD.dtype))
-        if out_CD is not total_CD:
+        if out_CD.data_ptr() != total_CD.data_ptr():
             out_CD.copy_(total_CD)
 
     def row_dot(self, a_CD: Tensor, b_CD: Tensor) -> Tensor:
@@ -281,6 +286,8 @@ def chunk_rows(rows: int, columns: int, itemsize: int, chunk_bytes: int, device_
     """Rows of S held at a time, `itemsize` bytes an entry; `chunk_bytes` 0 means the default."""
     budget = chunk_bytes or DEFAULT_CHUNK_BYTES.get(device_type, 64 << 20)
     fitting = max(budget // (columns * itemsize), 1 if chunk_bytes else MINIMUM_CHUNK_ROWS)
+    if not chunk_bytes:
+        fitting = min(fitting, MOST_CHUNK_ROWS.get(device_type, fitting))
     # equal chunks: a short last one would run its products at a worse rate
     count = -(-rows // fitting)
     size = -(-rows // count)
@@ -291,6 +298,11 @@ def whole_tiles(size: int, most: int) -> int:
     """Rows rounded to whole tiles of 128, up if `most` allows: aligned lines for the products."""
     up, down = -(-size // 128) * 128, size // 128 * 128
     return up if up <= most else max(down, min(size, 128))
+
+
+def finished_room(total: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where `Tiles.finish` casts a spent total to: itself where nothing is to be cast."""
+    return total if total.dtype == dtype else torch.empty_like(total, dtype=dtype)
 
 
 def chunks(start: int, stop: int, size: int) -> list[tuple[int, int]]:

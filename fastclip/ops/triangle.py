@@ -17,7 +17,16 @@ import torch
 from torch import Tensor
 
 from fastclip.ops.gemm import add_product
-from fastclip.ops.tiles import Lines, Running, Tile, Tiles, chunk_rows, chunks, whole_tiles
+from fastclip.ops.tiles import (
+    Lines,
+    Running,
+    Tile,
+    Tiles,
+    chunk_rows,
+    chunks,
+    finished_room,
+    whole_tiles,
+)
 
 STRIPS = 16
 LEAST_STRIP = {"cpu": 256, "cuda": 1024}
@@ -132,9 +141,15 @@ def couple_entries(table_PP: Tensor, shape: Blocks) -> Tensor:
 
 
 def finish_positives(
-    tiles: Tiles, dz_MD: Tensor, z_MD: Tensor, coefficient_QN: Tensor, shape: Blocks, out_MD: Tensor
-) -> None:
-    """Add coefficient * partner to both rows of each positive pair and cast into `out_MD`."""
+    tiles: Tiles,
+    dz_MD: Tensor,
+    z_MD: Tensor,
+    coefficient_QN: Tensor,
+    shape: Blocks,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Add coefficient * partner to both rows of each positive pair and cast; `dz_MD` is spent."""
+    out_MD = finished_room(dz_MD, dtype)
     couples = shape.couples()
     for block in range(len(shape.domains)):
         terms = [
@@ -144,6 +159,7 @@ def finish_positives(
         ]
         rows = shape.block(block)
         tiles.finish(dz_MD[rows], terms, out_MD[rows])
+    return out_MD
 
 
 def _strips(

@@ -104,7 +104,7 @@ class TritonTiles:
         self, total_CD: Tensor, terms: Sequence[tuple[Tensor, Tensor]], out_CD: Tensor
     ) -> None:
         if not terms:
-            if out_CD is not total_CD:
+            if out_CD.data_ptr() != total_CD.data_ptr():
                 finishing.finish(total_CD, None, None, out_CD)
             return
         *others, last = [(c.contiguous(), self.operand(partner)) for c, partner in terms]

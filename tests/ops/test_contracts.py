@@ -219,3 +219,28 @@ def test_a_loss_scale_before_float16(name: str) -> None:
     for got, want in zip(leaves[:2], exact[:2], strict=True):
         assert got.grad.dtype == torch.float16
         assert (got.grad.double() - want.grad).norm() <= 1e-3 * want.grad.norm()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_kept_graph_gives_the_same_gradients_again(name: str) -> None:
+    """What a forward saved is spent by the last backward alone."""
+    case = LOSSES[name].make(40, 8, 14.3, 0.3, seed=1)
+    leaves = leaves_of(case)
+    loss = LOSSES[name].run(leaves, case.static) * 3.0
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    with_graph = torch.autograd.grad(loss, leaves, create_graph=True)
+    for found in (with_graph, torch.autograd.grad(loss, leaves)):
+        for got, want in zip(found, first, strict=True):
+            assert torch.equal(got, want)
+
+
+def test_the_last_backward_makes_no_second_copy() -> None:
+    """Gradients of the forward are multiplied where they lie, unless somebody may ask again."""
+    x = torch.nn.functional.normalize(torch.randn(64, 32), dim=-1).requires_grad_()
+    y = x.detach().clone().requires_grad_()
+    for keep in (True, False):
+        loss = fastclip.functional.siglip_loss(x, y, torch.tensor(10.0, requires_grad=True))
+        kept = loss.grad_fn.next_functions[0][0].saved_tensors
+        saved = {t.data_ptr() for t in kept if t is not None}
+        gradients = torch.autograd.grad(loss, (x, y), retain_graph=keep)
+        assert all(g.data_ptr() in saved for g in gradients) == (not keep)
