@@ -89,6 +89,10 @@ def clip_loss(
 
     Returns:
         The loss, 0-d or (N,).
+
+    Raises:
+        ValueError: shapes, dtypes, devices or options that do not fit together, such as fewer texts
+            than images, or a smoothing outside [0, 1).
     """
     _check_reduction(reduction)
     if not 0.0 <= label_smoothing < 1.0:
@@ -145,6 +149,13 @@ def siglip_loss(
         logit_bias: 0-d or (1,) tensor, a number or None, added to every logit.
         reduction: "mean": the sum over all N * N pairs divided by N; "none": the rows' sums, (N,).
         backend, chunk_bytes, precision, dist, group, sizes: see the module.
+
+    Returns:
+        The loss, 0-d or (N,).
+
+    Raises:
+        ValueError: shapes, dtypes, devices or options that do not fit together, such as other than
+            one text an image.
     """
     _check_reduction(reduction)
     if image_features.shape[:1] != text_features.shape[:1]:
@@ -201,6 +212,10 @@ def info_nce_loss(
 
     Returns:
         The loss, 0-d or (N,).
+
+    Raises:
+        ValueError: shapes, dtypes, devices or options that do not fit together, such as more queries
+            than keys without `positive_index`, or a bank with `dist`.
     """
     _check_reduction(reduction)
     if bank is None and not in_batch:
@@ -282,6 +297,10 @@ def mp_nce_loss(
 
     Returns:
         The loss, 0-d or (B * N,).
+
+    Raises:
+        ValueError: shapes, dtypes, devices or options that do not fit together, such as blocks of
+            different shapes, or a table with fewer domains than `domains` names.
     """
     _check_reduction(reduction)
     features, domains = list(features), [int(d) for d in domains]
@@ -354,6 +373,10 @@ def nt_xent_loss(
 
     Returns:
         The loss, 0-d or (2N,).
+
+    Raises:
+        ValueError: shapes, dtypes, devices or options that do not fit together, or a temperature that
+            is not positive.
     """
     return mp_nce_loss(
         [view1, view2],
@@ -394,6 +417,13 @@ def sup_con_loss(
         reduction: "mean" over the anchors that have a positive, 0 if none has; "none": (M,), 0
             where there is no positive.
         backend, chunk_bytes, precision, dist, group, sizes: see the module.
+
+    Returns:
+        The loss, 0-d or (M,).
+
+    Raises:
+        ValueError: shapes, dtypes, devices or options that do not fit together, or a temperature that
+            is not positive.
     """
     _check_reduction(reduction)
     ranks = _ranks(dist, group, sizes, features)

@@ -17,7 +17,7 @@ class PatchHandle:
         self._restore: list[Callable[[], None]] = []
 
     def on_undo(self, restore: Callable[[], None]) -> None:
-        """Remember how one change is taken back; the last is taken back first."""
+        """Remember `restore`, which takes one change back; the last is taken back first."""
         self._restore.append(restore)
 
     def undo(self) -> None:

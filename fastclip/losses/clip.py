@@ -85,7 +85,12 @@ class ClipLoss(nn.Module):
         self.chunk_bytes = chunk_bytes
 
     def get_ground_truth(self, device: torch.device, num_logits: int) -> Tensor:
-        """The index of each row's positive, (num_logits,) int64; open_clip's subclasses call it."""
+        """The index of each row's positive, (num_logits,) int64; open_clip's subclasses call it.
+
+        Args:
+            device: where it is put.
+            num_logits: rows of this process.
+        """
         labels = torch.arange(num_logits, device=device, dtype=torch.long)
         if self.world_size > 1 and self.local_loss:
             labels = labels + num_logits * self.rank
@@ -103,7 +108,8 @@ class ClipLoss(nn.Module):
         Over several processes they are between all ranks' features, or with local_loss between
         this rank's and all.
 
-        Args: as `forward`'s.
+        Args:
+            image_features, text_features, logit_scale, logit_bias: as `forward`'s.
         """
         images, texts = self._gather(image_features), self._gather(text_features)
         own = self.world_size > 1 and self.local_loss

@@ -10,6 +10,9 @@ class MemoryBank(nn.Module):
 
     Args:
         size, width: rows and feature width, both > 0. The queue begins with random unit vectors.
+
+    Raises:
+        ValueError: a side that is not positive.
     """
 
     bank: Tensor

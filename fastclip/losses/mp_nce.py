@@ -99,7 +99,15 @@ class MPNCELoss(nn.Module):
 
 
 def balanced_pair_weight(domains: Sequence[int], num_domains: int) -> list[list[float]]:
-    """Weights by domain pair, mean 1 over positives, that give every pair present one share."""
+    """Weights by domain pair, mean 1 over positives, that give every pair present one share.
+
+    Args:
+        domains: the domain of each block, e.g. [0, 0, 0, 1] for three views and a text.
+        num_domains: P.
+
+    Returns:
+        (P, P) as lists; the entry (a, b) with a <= b, 0 where the pair does not occur.
+    """
     counts = [[0.0] * num_domains for _ in range(num_domains)]
     for index, p in enumerate(domains):
         for q in domains[index + 1 :]:

@@ -58,7 +58,13 @@ class SigLipLoss(nn.Module):
         num_logits: int,
         negative_only: bool = False,
     ) -> Tensor:
-        """(num_logits, num_logits) of -1, with 1 on the diagonal unless `negative_only`."""
+        """(num_logits, num_logits) of -1, with 1 on the diagonal unless `negative_only`.
+
+        Args:
+            device, dtype: of the result.
+            num_logits: rows of this process.
+            negative_only: whether the columns are another process's.
+        """
         labels = torch.full((num_logits, num_logits), -1.0, device=device, dtype=dtype)
         return labels if negative_only else labels.fill_diagonal_(1.0)
 
@@ -69,7 +75,11 @@ class SigLipLoss(nn.Module):
         logit_scale: Tensor,
         logit_bias: Tensor | None = None,
     ) -> Tensor:
-        """Logits (N, N) of this rank's features, in full: for inspection, not for training."""
+        """Logits (N, N) of this rank's features, in full: for inspection, not for training.
+
+        Args:
+            image_features, text_features, logit_scale, logit_bias: as `forward`'s.
+        """
         logits = logit_scale * image_features @ text_features.T
         return logits if logit_bias is None else logits + logit_bias
 

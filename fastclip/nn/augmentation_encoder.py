@@ -77,7 +77,7 @@ class ResidualHead(nn.Module):
         self.project = linear_head(width, output)
 
     def forward(self, features: Tensor, condition: Tensor) -> Tensor:
-        """(N, width) and (N, condition) to (N, output), not normalised."""
+        """Features (N, width), each with its condition (N, condition), to (N, output)."""
         for enter, leave in zip(self.enter, self.leave, strict=True):
             features = features + leave(F.relu(enter(torch.cat([features, condition], dim=1))))
         return self.project(features)
