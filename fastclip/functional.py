@@ -214,8 +214,8 @@ def info_nce_loss(
         The loss, 0-d or (N,).
 
     Raises:
-        ValueError: shapes, dtypes, devices or options that do not fit together, such as more queries
-            than keys without `positive_index`, or a bank with `dist`.
+        ValueError: shapes, dtypes, devices or options that do not fit together, such as more
+            queries than keys without `positive_index`, or a bank with `dist`.
     """
     _check_reduction(reduction)
     if bank is None and not in_batch:
@@ -375,8 +375,8 @@ def nt_xent_loss(
         The loss, 0-d or (2N,).
 
     Raises:
-        ValueError: shapes, dtypes, devices or options that do not fit together, or a temperature that
-            is not positive.
+        ValueError: shapes, dtypes, devices or options that do not fit together, or a temperature
+            that is not positive.
     """
     return mp_nce_loss(
         [view1, view2],
@@ -422,8 +422,8 @@ def sup_con_loss(
         The loss, 0-d or (M,).
 
     Raises:
-        ValueError: shapes, dtypes, devices or options that do not fit together, or a temperature that
-            is not positive.
+        ValueError: shapes, dtypes, devices or options that do not fit together, or a temperature
+            that is not positive.
     """
     _check_reduction(reduction)
     ranks = _ranks(dist, group, sizes, features)
