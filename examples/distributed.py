@@ -36,22 +36,28 @@ def gradient(model: nn.Module) -> Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-dist.init_process_group("gloo")
-rank, processes = dist.get_rank(), dist.get_world_size()
-torch.manual_seed(0)
-model = TwoEncoders()
-everything = torch.randn(BATCH * processes, WIDTH), torch.randn(BATCH * processes, WIDTH)
+def main(rank: int, processes: int) -> None:
+    """One step on this process's part, and the whole batch's for comparison."""
+    torch.manual_seed(0)
+    model = TwoEncoders()
+    everything = torch.randn(BATCH * processes, WIDTH), torch.randn(BATCH * processes, WIDTH)
 
-clip_loss(*model(*everything)).backward()
-whole = gradient(model)
-model.zero_grad()
+    clip_loss(*model(*everything)).backward()
+    whole = gradient(model)
+    model.zero_grad()
 
-shared = DistributedDataParallel(model)
-own = (half[rank * BATCH : (rank + 1) * BATCH] for half in everything)
-loss = clip_loss(*shared(*own), dist="gather")
-loss.backward()
-difference = (gradient(model) - whole).norm() / whole.norm()
-print(f"process {rank}: loss {loss.item():.5f}, gradient differs by {difference:.1e}")
-assert difference < 1e-5
-dist.barrier()  # nobody leaves while another is still in its last exchange
-dist.destroy_process_group()
+    shared = DistributedDataParallel(model)
+    own = (half[rank * BATCH : (rank + 1) * BATCH] for half in everything)
+    loss = clip_loss(*shared(*own), dist="gather")
+    loss.backward()
+    difference = (gradient(model) - whole).norm() / whole.norm()
+    print(f"process {rank}: loss {loss.item():.5f}, gradient differs by {difference:.1e}")
+    assert difference < 1e-5
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    main(dist.get_rank(), dist.get_world_size())
+    # nobody leaves while another is still in its last exchange
+    dist.barrier()
+    dist.destroy_process_group()

@@ -1,8 +1,11 @@
 """The examples run as they stand: SLURM's script with stand-ins for `srun` and `scontrol`."""
 
+import ast
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -69,6 +72,83 @@ def test_slurm_saves_requeues_and_goes_on(train_flags: list[str], tmp_path: Path
     assert f"resuming {latest}" in second.stderr
     lines = (run / "samples.jsonl").read_text().splitlines()
     assert len(lines) == len(set(lines)) == 50
+
+
+SCRIPTS = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+
+
+def run_example(*command: str) -> str:
+    """What it prints; it must end well."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env={**environment, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def numbers(pattern: str, text: str) -> list[float]:
+    """Those that a pattern's group finds."""
+    return [float(found) for found in re.findall(pattern, text)]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_an_example_is_short_and_says_how_to_run_it(name: str) -> None:
+    text = (ROOT / "examples" / name).read_text()
+    assert len(text.splitlines()) <= 80
+    assert f"examples/{name}" in (ast.get_docstring(ast.parse(text)) or "")
+
+
+def test_the_drop_in_has_open_clips_losses() -> None:
+    pattern = r"loss (\d+\.\d+)"
+    ours = run_example("examples/drop_in_open_clip.py")
+    theirs = run_example("examples/drop_in_open_clip.py", "--without")
+    assert "computed by fastclip" in ours and "computed by open_clip" in theirs
+    for one, other in zip(numbers(pattern, ours), numbers(pattern, theirs), strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
+
+
+@pytest.mark.parametrize("micro_batches", ["1", "8"])
+def test_the_large_batch_has_the_plain_gradient(micro_batches: str) -> None:
+    told = run_example("examples/large_batch_plain_pytorch.py", micro_batches)
+    differences = numbers(r"differs by (\S+)", told)
+    assert len(differences) == 5 and max(differences) < 1e-5
+    losses = numbers(r"loss (\d+\.\d+)", told)
+    assert losses[-1] < losses[0] - 1
+
+
+def test_simclr_and_sup_con_learn() -> None:
+    told = run_example("examples/simclr_lightly.py")
+    lines = re.findall(r"loss (\S+) -> (\S+)", told)
+    assert len(lines) == 2 and all(float(after) < float(before) for before, after in lines)
+
+
+@pytest.mark.parametrize("data", ["scenes", "shards"])
+def test_uniclip_learns_from_views(data: str, make_shard: Callable[..., Path]) -> None:
+    shards = [] if data == "scenes" else [str(make_shard(samples=400))]
+    losses = numbers(r"loss (\d+\.\d+)", run_example("examples/uniclip_views.py", *shards))
+    assert len(losses) == 3 and losses[-1] < losses[0]
+
+
+def test_transformers_fine_tunes_without_logits() -> None:
+    pytest.importorskip("transformers", minversion="5.0")
+    told = run_example("examples/finetune_transformers.py")
+    before, after = numbers(r"(\d+\.\d+) (?:before|after)", told)
+    assert before == pytest.approx(after, abs=2e-5) and "logits_per_image is None" in told
+    losses = numbers(r"step \d+: loss (\d+\.\d+)", told)
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.dist
+def test_several_processes_have_the_whole_batchs_gradient() -> None:
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    told = run_example(*launcher, "examples/distributed.py")
+    assert len(numbers(r"differs by (\S+)", told)) == 2
 
 
 def test_the_hostfile_is_deepspeeds_format() -> None:

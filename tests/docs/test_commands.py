@@ -19,14 +19,14 @@ SOURCES = "".join(
     path.read_text()
     for pattern in ("*.py", "*.cpp", "CMakeLists.txt", "*.sh")
     for path in tracked(pattern)
-    if "docs" not in path.parts
+    if not str(path.relative_to(ROOT)).startswith(("docs/", "tests/docs/"))
 )
 COMMANDS = [(page, words) for page in READ for words in page.commands()]
 # of torchrun, deepspeed, sbatch, pip, git, CMake and other trainers, where they are spoken of
 FOREIGN = set(
     "nproc_per_node nnodes node_rank master_addr master_port rdzv_backend rdzv_endpoint rdzv_id"
     " num_gpus hostfile module include exclude no-build-isolation signal imgs cpp_ext cuda_ext"
-    " use-horovod amp check help version build test-dir local_rank kill-on-bad-exit".split()
+    " use-horovod amp check help version build test-dir local_rank kill-on-bad-exit shm-size".split()
 )
 
 
@@ -126,9 +126,7 @@ TOOLS: dict[str, Callable[[list[str], Callable[[Sequence[str]], Any]], None]] = 
 @pytest.mark.parametrize(
     ("page", "words"), COMMANDS, ids=[f"{page}: {' '.join(words)[:70]}" for page, words in COMMANDS]
 )
-def test_it_parses(
-    page: Page, words: list[str], parsed: Callable[[Sequence[str]], Any]
-) -> None:
+def test_it_parses(page: Page, words: list[str], parsed: Callable[[Sequence[str]], Any]) -> None:
     while "=" in words[0]:
         variable = words[0].partition("=")[0]
         assert variable in SOURCES, f"{variable} is read nowhere"

@@ -19,8 +19,7 @@ def given(make_shard: Callable[..., Path]) -> dict[str, Any]:
     """Names that the pages take for granted: features of a batch, shards, a tokenizer."""
     torch.manual_seed(0)
     image_features, text_features = (
-        torch.nn.functional.normalize(torch.randn(8, 16), dim=-1).requires_grad_()
-        for _ in range(2)
+        torch.nn.functional.normalize(torch.randn(8, 16), dim=-1).requires_grad_() for _ in range(2)
     )
     return {
         "image_features": image_features,
