@@ -17,17 +17,13 @@ from tests.test_repo_shape import ROOT, tracked
 
 SOURCES = "".join(
     path.read_text()
-    for pattern in ("*.py", "*.cpp", "CMakeLists.txt", "*.sh")
+    for pattern in ("*.py", "*.cpp", "CMakeLists.txt", "*.sh", "run")
     for path in tracked(pattern)
     if not str(path.relative_to(ROOT)).startswith(("docs/", "tests/docs/"))
 )
 COMMANDS = [(page, words) for page in READ for words in page.commands()]
-# of torchrun, deepspeed, sbatch, pip, git, CMake and other trainers, where they are spoken of
-FOREIGN = set(
-    "nproc_per_node nnodes node_rank master_addr master_port rdzv_backend rdzv_endpoint rdzv_id"
-    " num_gpus hostfile module include exclude no-build-isolation signal imgs cpp_ext cuda_ext"
-    " use-horovod amp check help version build test-dir local_rank kill-on-bad-exit shm-size".split()
-)
+# other programs' flags that the prose names
+FOREIGN = {"help", "shm-size"}
 
 
 class Parsed(BaseException):
