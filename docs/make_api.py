@@ -9,13 +9,13 @@ Reads source files only, so it needs neither torch nor what a module imports.
 import ast
 import re
 import sys
-import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "api.md"
+WIDTH = 96
 
 # A title, what is said of all of it, and the names: "as imported", or "as imported = defined in".
 SECTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
@@ -217,9 +217,15 @@ def _parameter(argument: ast.arg, default: ast.expr | None) -> str:
 
 def _signature(name: str, texts: list[str], returns: ast.expr | None = None) -> str:
     arrow = f" -> {ast.unparse(returns)}" if returns else ""
-    line = f"{name}({', '.join(texts)}){arrow}".replace("'", '"')
-    lines = textwrap.wrap(line, 92, subsequent_indent="    ", break_long_words=False)
-    return "\n".join(("```text", *lines, "```"))
+    lines = [f"{name}("]
+    for text in texts:
+        part = f"{text}, " if text is not texts[-1] else text
+        if len(lines[-1]) + len(part) > WIDTH:
+            lines.append("    ")
+        lines[-1] += part
+    lines[-1] += f"){arrow}"
+    told = "\n".join(line.rstrip() for line in lines).replace("'", '"')
+    return f"```text\n{told}\n```"
 
 
 def markdown(docstring: str) -> str:
@@ -246,7 +252,9 @@ def markdown(docstring: str) -> str:
             lines.append(line)
     told = (line for line in lines if line is not None)
     # outside of indented formulas, what could be taken for a tag
-    return "\n".join(x if x.startswith("    ") else x.replace("<", "&lt;") for x in told).strip()
+    return "\n".join(
+        x if x.startswith("    ") else re.sub(r"<(?=\w)", "&lt;", x) for x in told
+    ).strip()
 
 
 def _section_of(entry: Entry) -> Iterator[str]:
