@@ -23,7 +23,7 @@ SOURCES = "".join(
 )
 COMMANDS = [(page, words) for page in READ for words in page.commands()]
 # other programs' flags that the prose names
-FOREIGN = {"help", "shm-size"}
+FOREIGN = {"help", "logdir", "shm-size"}
 
 
 class Parsed(BaseException):
