@@ -120,9 +120,13 @@ def _separator_of(path: Path, options: DataOptions) -> str:
     columns = _header(path, given)
     if len(columns) == 1:
         for other in {",", "\t"} - {given}:
-            if set(wanted) <= set(_header(path, other)):
+            found = _header(path, other)
+            if set(wanted) <= set(found):
                 print(f"note: {path} is separated by {other!r}, not {given!r}", file=sys.stderr)
                 return other
+            if len(found) > 1:
+                # what is missing is told of the columns as they are meant
+                given, columns = other, found
     missing = [name for name in wanted if name not in columns]
     if missing:
         raise ValueError(

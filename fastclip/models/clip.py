@@ -65,7 +65,7 @@ def create(
 
     Raises:
         ValueError: a name is unknown, in which case near ones are suggested, or the weights do
-            not fit the model.
+            not fit the model, or cannot be downloaded.
     """
     import open_clip
 
@@ -93,7 +93,11 @@ def create(
         raise ValueError(
             f"pretrained {pretrained!r} is neither a file nor weights of {name} (known: {known})"
         )
-    return _build(name, device, pretrained, options)
+    try:
+        return _build(name, device, pretrained, options)
+    # open_clip's word for a download that fails
+    except RuntimeError as error:
+        raise ValueError(f"{name} with the weights {pretrained} cannot be had: {error}") from error
 
 
 def describe(name: str, model: Model) -> dict[str, Any]:

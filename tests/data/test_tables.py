@@ -98,6 +98,9 @@ def test_columns_and_separators(images: Path, capsys: pytest.CaptureFixture[str]
     assert DataOptions(csv_separator="\\t") == DataOptions()
     with pytest.raises(ValueError, match=r"no column 'text'.*\['filepath', 'id', 'title'\]"):
         open_csv(path, DataOptions(csv_separator=",", csv_caption_key="text"))
+    # told of the separator that the file has
+    with pytest.raises(ValueError, match=r"no column 'text'.*separator ',' it has \['filepath', "):
+        open_csv(path, DataOptions(csv_caption_key="text"))
     with pytest.raises(ValueError, match="csv-separator is ', '; give one character"):
         DataOptions(csv_separator=", ")
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import pytest
 import torch
 
@@ -197,7 +198,9 @@ def test_a_failing_evaluation_does_not_cost_the_epoch(
 
 
 def test_pretrained_weights_begin_a_run(
-    train_flags: list[str], capsys: pytest.CaptureFixture[str]
+    train_flags: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     first = train(parse([*train_flags, "--name", "first"]))
     weights = str(first / "checkpoints" / "epoch_2.pt")
@@ -208,6 +211,15 @@ def test_pretrained_weights_begin_a_run(
     )
     assert main(["train", *train_flags, "--name", "third", "--pretrained", "laion9b"]) == 1
     assert "neither a file nor weights of" in capsys.readouterr().err
+
+    def unreachable(*arguments: object, **options: object) -> str:
+        raise OSError("name or service not known")
+
+    # as without a network, of which the tests make no use
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", unreachable)
+    flags = [*train_flags, "--name", "fourth", "--model", "RN50", "--pretrained", "openai"]
+    assert main(["train", *flags]) == 1
+    assert "RN50 with the weights openai cannot be had" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--grad-checkpointing", "--deterministic"])
