@@ -26,7 +26,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from fastclip.bench.runner import Row, Settings, environment, interleave
+from fastclip.bench import records
+from fastclip.bench.runner import Row, Settings, interleave
 from fastclip.ops.attention import attention, packed_attention
 
 HEADS, WIDTH = 12, 64
@@ -450,15 +451,18 @@ def rivals(
     heads: int = HEADS,
     width: int = WIDTH,
 ) -> list[AttentionRow]:
-    """All ways to the same output, forward and forward with backward, in interleaved rounds."""
+    """All ways to the same output, forward and forward with backward, in interleaved rounds.
+
+    `output`, a JSON file, has after every length what was measured until then.
+    """
     rows: list[AttentionRow] = []
     for lines, causal in shapes:
         say("lines", lines)
         batch = max(tokens // lines, 1)
         qkv = inputs_of(batch, lines, heads, width, settings.dtype, settings.device)
         rows += _measure(qkv, causal, settings, flex)
-        _write(output, "attention.json", settings.device, tokens=tokens,
-               results=[asdict(row) for row in rows])  # fmt: skip
+        if output is not None:
+            records.write(output, "attention", settings, rows, settings.device, tokens=tokens)
         del qkv
     return rows
 
@@ -604,7 +608,7 @@ def _memory(device: str, reset: bool = False) -> int:
 def _write(output: Path | None, name: str, device: str, **content: Any) -> None:
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
-        content = {"environment": environment(device), **content}
+        content = {"environment": records.environment(device), **content}
         (output / name).write_text(json.dumps(content, indent=1) + "\n")
 
 
@@ -629,7 +633,8 @@ def main() -> None:
         sweep(given.seconds, given.output, given.tokens, shapes)
     if given.rivals or not (given.check or given.sweep):
         settings = Settings(torch.bfloat16, rounds=given.rounds, warmup=3, device=given.device)
-        rows = rivals(settings, given.output, given.tokens, shapes, given.flex)
+        file = given.output / "attention.json" if given.output else None
+        rows = rivals(settings, file, given.tokens, shapes, given.flex)
         print(*map(line_of, rows), sep="\n", flush=True)
     if not right:
         raise SystemExit("the check failed")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastclip.bench.losses import OPERATORS
-from fastclip.bench.runner import Inputs, Operator, clustered, leaves
+from fastclip.bench.runner import Inputs, Operator, clustered, make_inputs
 from fastclip.functional import clip_loss, info_nce_loss, mp_nce_loss
 
 ROWS = (4, 63, 65, 127, 129, 1000)
@@ -163,7 +163,7 @@ def _compare(
     finding: Finding, operator: Operator, dtype: torch.dtype, device: str, backend: str
 ) -> None:
     n, width, scale = finding.n, finding.width, finding.scale
-    inputs = leaves(operator, n, width, scale, dtype, device)
+    inputs = make_inputs(operator, n, width, scale, dtype, device)
     wide = [t.detach().double().requires_grad_() for t in inputs]
     # a loss scale, as training in float16 has one: the mean's gradients would vanish there
     upstream = 16.0 * n / max(scale, 1.0) if dtype == torch.float16 else 1.0
@@ -192,7 +192,7 @@ def same_bits(device: str, backend: str, repeats: int, n: int = 1000) -> list[st
     """Losses whose bits differ between runs; none should."""
     differ = []
     for name, operator in OPERATORS.items():
-        inputs = leaves(operator, n, 128, 14.3, torch.bfloat16, device)
+        inputs = make_inputs(operator, n, 128, 14.3, torch.bfloat16, device)
         first = _outputs(operator, inputs, backend)
         for _ in range(repeats):
             again = _outputs(operator, inputs, backend)
@@ -206,7 +206,7 @@ def synchronizing(backend: str) -> list[str]:
     """Losses that read from the GPU on the host; none should."""
     culprits = []
     for name, operator in OPERATORS.items():
-        inputs = leaves(operator, 256, 64, 14.3, torch.bfloat16, "cuda")
+        inputs = make_inputs(operator, 256, 64, 14.3, torch.bfloat16, "cuda")
         _outputs(operator, inputs, backend)
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -222,7 +222,7 @@ def not_graphable(backend: str) -> list[str]:
     """Losses whose forward and backward do not replay from a CUDA graph with the same bits."""
     culprits = []
     for name, operator in OPERATORS.items():
-        inputs = leaves(operator, 256, 64, 14.3, torch.bfloat16, "cuda")
+        inputs = make_inputs(operator, 256, 64, 14.3, torch.bfloat16, "cuda")
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

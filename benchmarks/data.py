@@ -15,7 +15,7 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fastclip.bench.runner import environment
 from fastclip.data.augment import Augmentation
 from fastclip.data.index import dali_line, index_shard
 from fastclip.data.loader import TrainingLoader
@@ -117,17 +116,6 @@ def run(settings: DataSettings) -> list[DataRow]:
             row.ratio = row.p50 / own.p50
     _print(rows)
     return rows
-
-
-def as_json(settings: DataSettings, rows: list[DataRow]) -> dict[str, Any]:
-    """The result with what it depends on."""
-    device = torch.device(settings.device).type
-    return {
-        "environment": environment(device),
-        # where they lie is nobody's business
-        "settings": asdict(settings) | {"shards": Path(settings.shards).name},
-        "results": [asdict(row) for row in rows],
-    }
 
 
 OWN = "fastclip, torchvision"

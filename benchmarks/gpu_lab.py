@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from fastclip.bench import attention, tile_sweep
+from fastclip.bench import attention, records, tile_sweep
 from fastclip.bench.ceilings import ceilings
 from fastclip.bench.losses import OPERATORS, run
-from fastclip.bench.runner import Row, Settings, environment, write_json
+from fastclip.bench.runner import Row, Settings
 
 # processes that compile, and seconds of each stage; the losses end with the budget
 CHECKERS = 12
@@ -87,7 +87,7 @@ def measure_attention(output: Path, quick: bool) -> bool:
     print("\n== correctness", flush=True)
     well = attention.check("cuda", 20.0 if quick else CHECK_SECONDS, output)
     print("\n== attention", flush=True)
-    rows = attention.rivals(settings, output, tokens, flex=not quick)
+    rows = attention.rivals(settings, output / "attention.json", tokens, flex=not quick)
     print("\n".join(["", *map(attention.line_of, rows)]))
     return well
 
@@ -109,7 +109,7 @@ def main() -> int:
         print("no CUDA device: nothing measured", file=sys.stderr)
         return 1
     began = time.monotonic()
-    print(json.dumps(environment("cuda")))
+    print(json.dumps(records.environment("cuda")))
 
     if options.attention:
         return 0 if measure_attention(options.output, options.quick) else 1
@@ -141,7 +141,7 @@ def main() -> int:
         found_rows, wrong = run(list(OPERATORS), [n], [width], settings, max(left, 0.0))
         rows += found_rows
         well = well and not wrong
-        write_json(options.output / "losses.json", rows, settings)
+        records.write(options.output / "losses.json", "losses", settings, rows, "cuda")
     print(f"\n== summary, after {time.monotonic() - began:.0f} s")
     print("\n".join(summary(rows)))
     return 0 if well else 1

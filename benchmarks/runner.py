@@ -7,14 +7,11 @@ memory or fails is a row that says so.
 
 import ctypes
 import gc
-import json
-import platform
 import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import fastclip
 from fastclip.ops.gemm import add_product, product
 from fastclip.ops.tiles import chunk_rows, chunks
 
@@ -108,18 +104,14 @@ def clustered(count: int, rows: int, width: int, correlation: float = 0.3) -> In
 
 def measure(operator: Operator, n: int, width: int, settings: Settings) -> list[Row]:
     """All rivals of one operator at one size, fastclip first, the roof last."""
-    inputs = _leaves(operator, n, width, settings)
+    inputs = leaves(operator, n, width, settings)
     exact = _exact_gradient(operator, inputs)
-    candidates = [Rival("fastclip", lambda inputs: operator.ours), *operator.rivals]
     rows, runs = [], {}
-    for rival in candidates:
+    for rival in candidates(operator):
         row = Row(operator.name, rival.name, n, width)
         rows.append(row)
-        if "compiled" in rival.name and not settings.compiled:
-            row.status = "left out"
-        elif rival.largest is not None and n > rival.largest:
-            row.status = f"not tried beyond {rival.largest}"
-        else:
+        row.status = why_not(rival, n, settings) or "ok"
+        if row.status == "ok":
             runs[rival.name] = _try_out(rival, row, inputs, exact, settings)
     rows.append(Row(operator.name, ROOF, n, width))
     runs[ROOF] = _bare(operator, inputs)
@@ -133,7 +125,7 @@ def measure(operator: Operator, n: int, width: int, settings: Settings) -> list[
     found, more = interleave(full, settings.rounds, settings)
     for name, seconds in found.items():
         row = _named(rows, name)
-        row.p20, row.p50, row.p80 = (_quantile(seconds, q) for q in (0.2, 0.5, 0.8))
+        row.p20, row.p50, row.p80 = (quantile(seconds, q) for q in (0.2, 0.5, 0.8))
     for name, status in {**failed, **more}.items():
         _named(rows, name).status = status
     ours, roof = rows[0].p50, rows[-1].p50
@@ -141,6 +133,20 @@ def measure(operator: Operator, n: int, width: int, settings: Settings) -> list[
         if row.p50 is not None and ours is not None and roof is not None:
             row.ratio, row.roof_share = row.p50 / ours, roof / row.p50
     return rows
+
+
+def candidates(operator: Operator) -> list[Rival]:
+    """All that is measured of an operator, fastclip first."""
+    return [Rival("fastclip", lambda inputs: operator.ours), *operator.rivals]
+
+
+def why_not(rival: Rival, n: int, settings: Settings) -> str | None:
+    """The status of a rival that is not even tried at this size."""
+    if "compiled" in rival.name and not settings.compiled:
+        return "left out"
+    if rival.largest is not None and n > rival.largest:
+        return f"not tried beyond {rival.largest}"
+    return None
 
 
 def interleave(
@@ -155,7 +161,7 @@ def interleave(
                 elapsed = _timed(runs[name], settings.device)
             except Exception as error:
                 # a rival that fails is out; the others go on
-                failed[name] = _status(error)
+                failed[name] = status_of(error)
                 del seconds[name]
                 continue
             if turn >= settings.warmup:
@@ -165,40 +171,15 @@ def interleave(
 
 def quick_check(operator: Operator, settings: Settings, n: int = 512, width: int = 64) -> float:
     """Relative error of fastclip's dX, as it will be timed, against the dense float64 oracle."""
-    inputs = _leaves(operator, n, width, settings)
-    got = _gradient(operator.ours, inputs, settings)
+    inputs = leaves(operator, n, width, settings)
+    got = gradient_of(operator.ours, inputs, settings)
     wide = [t.detach().double().requires_grad_() for t in inputs]
     loss = operator.ours(*wide, backend="reference")
     (want,) = torch.autograd.grad(loss, wide[0])
-    return _relative(got, want)
+    return relative(got, want)
 
 
-def environment(device: str) -> dict[str, Any]:
-    """What a result depends on: versions, device, threads and time."""
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "fastclip": fastclip.__version__,
-        "torch": torch.__version__,
-        "triton": _triton_version(),
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def write_json(path: Path, rows: Sequence[Row], settings: Settings, **more: Any) -> None:
-    """Write the rows with the environment and the settings in front."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {
-        "environment": environment(settings.device),
-        "settings": {**asdict(settings), "dtype": str(settings.dtype)},
-        **more,
-        "results": [asdict(row) for row in rows],
-    }
-    path.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def leaves(
+def make_inputs(
     operator: Operator, n: int, width: int, scale: float, dtype: torch.dtype, device: str
 ) -> Inputs:
     """The operator's inputs on a device, features in `dtype`."""
@@ -210,8 +191,9 @@ def leaves(
     ]
 
 
-def _leaves(operator: Operator, n: int, width: int, settings: Settings) -> Inputs:
-    return leaves(operator, n, width, settings.scale, settings.dtype, settings.device)
+def leaves(operator: Operator, n: int, width: int, settings: Settings) -> Inputs:
+    """The operator's inputs as the settings have them."""
+    return make_inputs(operator, n, width, settings.scale, settings.dtype, settings.device)
 
 
 def _try_out(
@@ -224,21 +206,21 @@ def _try_out(
 
     try:
         loss_function = rival.build(inputs)
-        first = _gradient(loss_function, inputs, settings)
-        before = _reset_peak(settings.device)
-        second = _gradient(loss_function, inputs, settings)
-        row.peak_bytes = _peak(settings.device, before)
+        first = gradient_of(loss_function, inputs, settings)
+        before = reset_peak(settings.device)
+        second = gradient_of(loss_function, inputs, settings)
+        row.peak_bytes = peak_since(settings.device, before)
     except Exception as error:
         # somebody else's code may fail in any way; that is its row, and no reason to stop
-        row.status = _status(error)
+        row.status = status_of(error)
         return nothing
-    row.error = _relative(first, _across(exact, inputs[0]) if rival.normalizes else exact)
+    row.error = relative(first, _across(exact, inputs[0]) if rival.normalizes else exact)
     row.repeatable = torch.equal(first, second)
 
     def run(backward: bool) -> None:
         for leaf in inputs:
             leaf.grad = None
-        with torch.set_grad_enabled(backward), _autocast(settings):
+        with torch.set_grad_enabled(backward), autocast(settings):
             loss = loss_function(*inputs)
         if backward:
             loss.backward()
@@ -246,7 +228,8 @@ def _try_out(
     return run
 
 
-def _status(error: Exception) -> str:
+def status_of(error: Exception) -> str:
+    """What a row says of a rival that did not run."""
     text = str(error).splitlines()[0][:80] if str(error) else ""
     if isinstance(error, ImportError):
         return f"missing: {text}"
@@ -255,9 +238,9 @@ def _status(error: Exception) -> str:
     return f"failed: {type(error).__name__}: {text}"
 
 
-def _gradient(loss_function: LossFunction, inputs: Inputs, settings: Settings) -> Tensor:
+def gradient_of(loss_function: LossFunction, inputs: Inputs, settings: Settings) -> Tensor:
     """dX, computed with all other gradients, as it is timed."""
-    with _autocast(settings):
+    with autocast(settings):
         loss = loss_function(*inputs)
     return torch.autograd.grad(loss, inputs, allow_unused=True)[0]
 
@@ -297,11 +280,13 @@ def _bare(operator: Operator, inputs: Inputs) -> Callable[[bool], None]:
     return run
 
 
-def _autocast(settings: Settings) -> torch.autocast:
+def autocast(settings: Settings) -> torch.autocast:
+    """The context that losses are computed in."""
     return torch.autocast(settings.device, torch.bfloat16, enabled=settings.autocast)
 
 
-def _relative(got: Tensor, want: Tensor) -> float:
+def relative(got: Tensor, want: Tensor) -> float:
+    """The difference's norm, relative to what is wanted."""
     return ((got.double() - want).norm() / want.norm()).item()
 
 
@@ -327,7 +312,8 @@ def _timed(run: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - started
 
 
-def _reset_peak(device: str) -> int | None:
+def reset_peak(device: str) -> int | None:
+    """Begin to look for a peak of memory; returns the bytes in use, None where nobody counts."""
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -342,8 +328,8 @@ def _reset_peak(device: str) -> int | None:
         return None
 
 
-def _peak(device: str, before: int | None) -> int | None:
-    """Bytes above what was there before."""
+def peak_since(device: str, before: int | None) -> int | None:
+    """The greatest number of bytes since `reset_peak`, above those it returned."""
     if before is None:
         return None
     if device == "cuda":
@@ -358,22 +344,8 @@ def _resident(field: str) -> int:
     return int(found[1]) << 10
 
 
-def _quantile(values: list[float], q: float) -> float:
+def quantile(values: Sequence[float], q: float) -> float:
+    """A quantile at a whole tenth, interpolated."""
     if len(values) == 1:
         return values[0]
     return statistics.quantiles(values, n=10, method="inclusive")[round(q * 10) - 1]
-
-
-def _triton_version() -> str | None:
-    try:
-        import triton
-    except ImportError:
-        return None
-    return triton.__version__
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {len(names) or 1} cores"

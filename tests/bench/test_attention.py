@@ -12,10 +12,11 @@ from fastclip.cli import main
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there, the lab runs on it")
 def test_rows_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = f"--lines 50 77 --tokens 100 --rounds 2 --no-flex --device cpu --output {tmp_path}"
+    file = tmp_path / "attention.json"
+    flags = f"--lines 50 77 --tokens 100 --rounds 2 --no-flex --device cpu --output {file}"
     assert main(["bench", "attention", *flags.split()]) == 0
     assert "77c fastclip" in capsys.readouterr().out
-    rows = json.loads((tmp_path / "attention.json").read_text())["results"]
+    rows = json.loads(file.read_text())["results"]
     ours = [row for row in rows if row["rival"] == "fastclip"]
     assert [(row["n"], row["causal"]) for row in ours] == [(50, False), (77, True)]
     timed = [row for row in rows if row["status"] == "ok"]

@@ -1,0 +1,229 @@
+"""What the rows of each benchmark mean: which stand side by side, and how a row is read."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastclip.bench.records import Record
+
+Row = Mapping[str, Any]
+Column = tuple[str, Callable[[Row], str]]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How one benchmark's rows are read.
+
+    Attributes:
+        title: a heading.
+        group: fields that rows which stand side by side have in common.
+        name: the field that tells them apart.
+        ours: the name of fastclip's row; others that begin like it are fastclip's too.
+        measured: the field that is compared, `unit` of the compared numbers' cells.
+        columns: what is told of a row besides group and name.
+        ignored: names that are no rivals.
+        more_is_better: of what is compared.
+    """
+
+    title: str
+    group: tuple[str, ...]
+    name: str
+    ours: str
+    measured: str
+    columns: tuple[Column, ...]
+    ignored: tuple[str, ...] = ()
+    more_is_better: bool = False
+
+    def groups(self, record: Record) -> Iterator["Group"]:
+        """The rows of a record, side by side, in the file's order."""
+        found: dict[tuple[Any, ...], list[Row]] = {}
+        for row in record.rows:
+            found.setdefault(tuple(row[field] for field in self.group), []).append(row)
+        for key, rows in found.items():
+            yield Group(self, key, rows)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that stand side by side."""
+
+    kind: Kind
+    key: tuple[Any, ...]
+    rows: list[Row]
+
+    @property
+    def ours(self) -> Row | None:
+        """fastclip's row, where it was measured."""
+        for row in self.rows:
+            if row[self.kind.name] == self.kind.ours and self.value(row) is not None:
+                return row
+        return None
+
+    @property
+    def rivals(self) -> list[Row]:
+        """The rivals that ran, best first."""
+        ran = [row for row in self.rows if self.is_rival(row) and self.value(row) is not None]
+        return sorted(ran, key=self.value, reverse=self.kind.more_is_better)
+
+    @property
+    def left_out(self) -> list[Row]:
+        """The rivals that did not run."""
+        return [row for row in self.rows if self.is_rival(row) and self.value(row) is None]
+
+    @property
+    def as_good(self) -> list[Row]:
+        """The rivals whose median lies within or beyond fastclip's spread."""
+        ours = self.ours
+        if ours is None:
+            return []
+        if self.kind.more_is_better:
+            bound = ours.get("p20", self.value(ours))
+            return [row for row in self.rivals if self.value(row) >= bound]
+        bound = ours["p80"] if self.kind.measured == "p50" else self.value(ours)
+        return [row for row in self.rivals if self.value(row) <= bound]
+
+    def is_rival(self, row: Row) -> bool:
+        """Whether it is somebody else's."""
+        name = row[self.kind.name]
+        return not name.startswith("fastclip") and name not in self.kind.ignored
+
+    def value(self, row: Row) -> Any:
+        """What is compared; None where it was not measured."""
+        return row.get(self.kind.measured)
+
+    def ratio(self, row: Row) -> float | None:
+        """What is compared, fastclip's over this row's: below 1, fastclip takes less."""
+        ours = self.ours
+        if ours is None or not self.value(row):
+            return None
+        return self.value(ours) / self.value(row)
+
+    @property
+    def place(self) -> str:
+        """The group in words."""
+        parts = zip(self.kind.group, self.key, strict=True)
+        return " ".join(
+            str(value) if field in _BARE else f"{_SHORT.get(field, field)} = {value:,}"
+            for field, value in parts
+            if field != "causal"
+        ) + (" causal" if dict(zip(self.kind.group, self.key, strict=True)).get("causal") else "")
+
+
+_BARE = ("operator", "task", "model")
+_SHORT = {"width": "D", "batch_size": "batch"}
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """With so many significant digits, thousands apart, never as a power of ten."""
+    if value is None:
+        return ""
+    if value == 0:
+        return "0"
+    rounded = float(f"{value:.{digits}g}")
+    whole = len(f"{abs(rounded):.0f}") if abs(rounded) >= 1 else 0
+    return f"{rounded:,.{max(digits - whole, 0)}f}"
+
+
+def milliseconds(field: str) -> Callable[[Row], str]:
+    """A cell of a time in seconds."""
+    return lambda row: "" if row.get(field) is None else number(1e3 * row[field])
+
+
+def mebibytes(field: str) -> Callable[[Row], str]:
+    """A cell of a number of bytes."""
+    return lambda row: "" if row.get(field) is None else number(row[field] / 2**20)
+
+
+def plain(field: str, form: str) -> Callable[[Row], str]:
+    """A cell in Python's format."""
+    return lambda row: "" if row.get(field) is None else format(row[field], form)
+
+
+def _same_bits(row: Row) -> str:
+    return {None: "", True: "same", False: "vary"}[row.get("repeatable")]
+
+
+_TIMES = tuple((name, milliseconds(name)) for name in ("p20", "p50", "p80"))
+
+KINDS = {
+    "losses": Kind(
+        "Losses, forward and backward, ms",
+        ("operator", "n", "width"),
+        "rival",
+        "fastclip",
+        "p50",
+        (
+            ("forward", milliseconds("forward")),
+            *_TIMES,
+            ("roof", plain("roof_share", ".0%")),
+            ("MiB", mebibytes("peak_bytes")),
+            ("error", plain("error", ".1e")),
+            ("bits", _same_bits),
+        ),
+        ignored=("bare products",),
+    ),
+    "attention": Kind(
+        "Attention of short sequences, forward and backward, ms",
+        ("n", "width", "causal"),
+        "rival",
+        "fastclip",
+        "p50",
+        (
+            ("forward", milliseconds("forward")),
+            *_TIMES,
+            ("MiB", mebibytes("peak_bytes")),
+            ("error", plain("error", ".1e")),
+            ("bits", _same_bits),
+        ),
+    ),
+    "data": Kind(
+        "Loading, images a second",
+        ("task",),
+        "loader",
+        "fastclip, torchvision",
+        "p50",
+        tuple((name, plain(name, ",.0f")) for name in ("p20", "p50", "p80")),
+        more_is_better=True,
+    ),
+    "train-step": Kind(
+        "A whole training step, ms",
+        ("model", "batch_size"),
+        "rival",
+        "fastclip",
+        "p50",
+        (
+            *_TIMES,
+            ("samples/s", plain("samples_per_second", ",.1f")),
+            ("speed", plain("ratio", ".3f")),
+            ("MiB", mebibytes("peak_bytes")),
+            ("loss", plain("loss", ".4f")),
+            ("differs", plain("loss_difference", ".1e")),
+        ),
+    ),
+    "memory": Kind(
+        "Memory of the losses, MiB",
+        ("operator", "n", "width"),
+        "rival",
+        "fastclip",
+        "peak_bytes",
+        (
+            ("saved", mebibytes("saved_bytes")),
+            ("its order", plain("saved_order", ".2f")),
+            ("peak", mebibytes("peak_bytes")),
+            ("its order", plain("peak_order", ".2f")),
+        ),
+    ),
+    "collectives": Kind(
+        "Losses over several processes, forward and backward, ms",
+        ("operator", "ranks", "n", "width"),
+        "rival",
+        "fastclip gather",
+        "p50",
+        (
+            ("MiB received", mebibytes("received_bytes")),
+            *_TIMES,
+            ("MiB saved", mebibytes("saved_bytes")),
+            ("error", plain("error", ".1e")),
+        ),
+    ),
+}

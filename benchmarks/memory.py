@@ -1,0 +1,138 @@
+"""Memory of the losses against the batch: what is kept for the backward, and the peak.
+
+    saved   bytes that autograd keeps between forward and backward, the inputs themselves left
+            out; each storage counts once
+    peak    bytes above the inputs, forward and backward, as `runner.py` measures them
+
+The order of each size is the power of n by which bytes grew since the size before: 1 is linear, 2
+the similarity matrix.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastclip.bench.losses import OPERATORS
+from fastclip.bench.runner import (
+    Inputs,
+    Operator,
+    Settings,
+    autocast,
+    candidates,
+    gradient_of,
+    leaves,
+    peak_since,
+    reset_peak,
+    status_of,
+    why_not,
+)
+
+
+@dataclass
+class MemoryRow:
+    """One rival at one size; orders are relative to the size before, see above."""
+
+    operator: str
+    rival: str
+    n: int
+    width: int
+    status: str = "ok"
+    saved_bytes: int | None = None
+    peak_bytes: int | None = None
+    saved_order: float | None = None
+    peak_order: float | None = None
+
+
+HEADER = (
+    f"{'loss':9} {'n':>7} {'D':>5}  {'':27}{'saved MiB':>10} {'order':>6} {'peak MiB':>9}"
+    f" {'order':>6}"
+)
+
+
+def run(
+    names: Sequence[str], sizes: Sequence[int], widths: Sequence[int], settings: Settings
+) -> list[MemoryRow]:
+    """Measure every loss and rival at every size, smallest first, and print rows as they come."""
+    print(HEADER)
+    rows: list[MemoryRow] = []
+    for name in names:
+        for width in widths:
+            before: dict[str, MemoryRow] = {}
+            for n in sorted(sizes):
+                for row in measure(OPERATORS[name], n, width, settings):
+                    _compare(row, before.get(row.rival))
+                    before[row.rival] = row
+                    rows.append(row)
+                    print(_line(row))
+                sys.stdout.flush()
+    return rows
+
+
+def measure(operator: Operator, n: int, width: int, settings: Settings) -> list[MemoryRow]:
+    """All rivals at one size, fastclip first."""
+    inputs = leaves(operator, n, width, settings)
+    rows = []
+    for rival in candidates(operator):
+        row = MemoryRow(operator.name, rival.name, n, width)
+        rows.append(row)
+        row.status = why_not(rival, n, settings) or "ok"
+        if row.status != "ok":
+            continue
+        try:
+            loss_function = rival.build(inputs)
+            # what is compiled or allocated once is no part of a step
+            gradient_of(loss_function, inputs, settings)
+            with autocast(settings):
+                row.saved_bytes = saved_bytes(loss_function, inputs)
+            before = reset_peak(settings.device)
+            gradient_of(loss_function, inputs, settings)
+            row.peak_bytes = peak_since(settings.device, before)
+        except Exception as error:
+            # somebody else's code may fail in any way
+            if rival.name == "fastclip":
+                raise
+            row.status = status_of(error)
+    return rows
+
+
+def saved_bytes(loss_function: Callable[..., Tensor], inputs: Inputs) -> int:
+    """Bytes of all storages that the backward of a loss keeps, the inputs' own left out."""
+    own = {t.untyped_storage().data_ptr() for t in inputs}
+    # held, so that no address is used twice
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = loss_function(*inputs)
+    assert loss.requires_grad
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def _compare(row: MemoryRow, before: MemoryRow | None) -> None:
+    if before is None:
+        return
+    ratio = math.log(row.n / before.n)
+    for name in ("saved", "peak"):
+        now, then = getattr(row, f"{name}_bytes"), getattr(before, f"{name}_bytes")
+        if now and then and ratio:
+            setattr(row, f"{name}_order", math.log(now / then) / ratio)
+
+
+def _line(row: MemoryRow) -> str:
+    start = f"{row.operator:9} {row.n:7} {row.width:5}  {row.rival:27}"
+    if row.status != "ok":
+        return start + row.status
+    cells = []
+    for size, order in ((row.saved_bytes, row.saved_order), (row.peak_bytes, row.peak_order)):
+        cells.append("" if size is None else f"{size / 2**20:.2f}")
+        cells.append("" if order is None else f"{order:.2f}")
+    return start + f"{cells[0]:>10} {cells[1]:>6} {cells[2]:>9} {cells[3]:>6}"

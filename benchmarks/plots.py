@@ -1,0 +1,190 @@
+"""Curves of results on logarithmic axes, in one style, each line named at its end.
+
+Lines and letters have colours of medium brightness on no background, so that a light and a dark
+page serve.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastclip.bench.kinds import KINDS
+from fastclip.bench.records import Record
+
+OURS = "#e8612c"
+THEIRS = ("#4a8fe7", "#8a63d2", "#2fa084", "#c0417e", "#7d8590", "#b08d2b")
+INK = "#7d8590"
+
+Points = list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes: a title, the axes' names, and lines by name."""
+
+    title: str
+    x: str
+    y: str
+    lines: dict[str, Points]
+
+
+def draw(record: Record, folder: Path, stem: str) -> list[str]:
+    """Draw a record's curves as SVG files in a folder; returns their names.
+
+    Where a record has one size only there is nothing to draw.
+    """
+    names = []
+    for label, panels in _FIGURES.get(record.benchmark, _none)(record):
+        if panels:
+            names.append(f"{stem}-{label}.svg")
+            figure(panels, folder / names[-1])
+    return names
+
+
+def figure(panels: Sequence[Panel], path: Path) -> None:
+    """Draw panels side by side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    style = {
+        "svg.fonttype": "none",
+        # the same file every time
+        "svg.hashsalt": "fastclip",
+        "font.family": "sans-serif",
+        "font.size": 10,
+        **dict.fromkeys(
+            ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK
+        ),
+    }
+    with plt.rc_context(style):
+        made, axes = plt.subplots(
+            1, len(panels), figsize=(4.8 * len(panels), 3.2), squeeze=False, layout="constrained"
+        )
+        for panel, place in zip(panels, axes[0], strict=True):
+            _draw_panel(panel, place)
+        made.savefig(path, transparent=True, metadata={"Date": None})
+        plt.close(made)
+
+
+def clip_panels(record: Record, names: Sequence[str], operator: str = "clip") -> list[Panel]:
+    """Time and peak memory of one loss against n, of the rivals named, at the first width."""
+    width = next((row["width"] for row in record.rows if row["operator"] == operator), None)
+    chosen = [
+        row
+        for row in record.rows
+        if row["operator"] == operator and row["width"] == width and row["rival"] in names
+    ]
+    return _two(chosen, "n", "rows n", f"{operator}, D = {width}")
+
+
+def _draw_panel(panel: Panel, axes: Any) -> None:
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    axes.set(xscale="log", yscale="log", xlabel=panel.x, title=f"{panel.title}: {panel.y}")
+    ends = []
+    colours = iter(THEIRS * (1 + len(panel.lines) // len(THEIRS)))
+    for name, points in panel.lines.items():
+        ours = name.startswith("fastclip")
+        colour = OURS if name in ("fastclip", "fastclip gather") else next(colours)
+        xs, ys = zip(*sorted(points), strict=True)
+        axes.plot(xs, ys, color=colour, linewidth=2.4 if ours else 1.6, marker="o", markersize=4)
+        ends.append((xs[-1], ys[-1], name, colour))
+    ticks = sorted({x for points in panel.lines.values() for x, _ in points})
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axes.grid(True, which="major", color=INK, alpha=0.25, linewidth=0.6)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    low, high = axes.get_ylim()
+    # names that would lie over each other are pushed apart
+    step, last = (high / low) ** 0.065, 0.0
+    for x, y, name, colour in sorted(ends, key=lambda end: end[1]):
+        last = max(y, last * step)
+        axes.annotate(
+            name, (x, last), (8, 0), textcoords="offset points", color=colour, va="center"
+        )
+
+
+def _two(rows: Sequence[dict[str, Any]], field: str, x: str, title: str) -> list[Panel]:
+    """Time and peak memory against a field."""
+    lines = (_lines(rows, field, "p50", 1e3), _lines(rows, field, "peak_bytes", 2**-20))
+    names = ("ms, forward and backward", "peak MiB")
+    return [Panel(title, x, y, found) for y, found in zip(names, lines, strict=True) if found]
+
+
+def _lines(
+    rows: Sequence[dict[str, Any]], field: str, measured: str, factor: float
+) -> dict[str, Points]:
+    found: dict[str, Points] = {}
+    for row in rows:
+        # nothing is no point on a logarithmic axis
+        if row.get(measured):
+            found.setdefault(row["rival"], []).append((row[field], row[measured] * factor))
+    return {name: points for name, points in found.items() if len(points) > 1}
+
+
+Figures = list[tuple[str, list[Panel]]]
+
+
+def _none(record: Record) -> Figures:
+    return []
+
+
+def _of_losses(record: Record) -> Figures:
+    """Against n at each width, and against the width at the greatest n."""
+    figures: Figures = []
+    for operator in dict.fromkeys(row["operator"] for row in record.rows):
+        rows = [row for row in record.rows if row["operator"] == operator]
+        for width in sorted({row["width"] for row in rows}):
+            at = [row for row in rows if row["width"] == width]
+            figures.append(
+                (f"{operator}-{width}", _two(at, "n", "rows n", f"{operator}, D = {width}"))
+            )
+        n = max(row["n"] for row in rows)
+        at = [row for row in rows if row["n"] == n]
+        figures.append((f"{operator}-widths", _two(at, "width", "D", f"{operator}, n = {n:,}")))
+    return figures
+
+
+def _of_memory(record: Record) -> Figures:
+    figures: Figures = []
+    for operator in dict.fromkeys(row["operator"] for row in record.rows):
+        for width in sorted({row["width"] for row in record.rows}):
+            at = [r for r in record.rows if (r["operator"], r["width"]) == (operator, width)]
+            panels = [
+                Panel(f"{operator}, D = {width}", "rows n", f"{name} MiB", lines)
+                for name in ("saved", "peak")
+                if (lines := _lines(at, "n", f"{name}_bytes", 2**-20))
+            ]
+            figures.append((f"{operator}-{width}", panels))
+    return figures
+
+
+def _of_collectives(record: Record) -> Figures:
+    figures: Figures = []
+    for operator in dict.fromkeys(row["operator"] for row in record.rows):
+        for n in sorted({row["n"] for row in record.rows}):
+            at = [r for r in record.rows if (r["operator"], r["n"]) == (operator, n)]
+            panels = [
+                Panel(f"{operator}, {n:,} pairs each", "ranks", y, lines)
+                for y, field, factor in (
+                    ("MiB received", "received_bytes", 2**-20),
+                    ("ms", "p50", 1e3),
+                )
+                if (lines := _lines(at, "ranks", field, factor))
+            ]
+            figures.append((f"{operator}-{n}", panels))
+    return figures
+
+
+_FIGURES: dict[str, Callable[[Record], Figures]] = {
+    "losses": _of_losses,
+    "memory": _of_memory,
+    "collectives": _of_collectives,
+}
+assert _FIGURES.keys() <= KINDS.keys()

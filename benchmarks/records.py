@@ -1,0 +1,152 @@
+"""The JSON files of all benchmarks: where and how it was measured, and the rows.
+
+    {"benchmark": "losses", "environment": {...}, "settings": {...}, "results": [{...}, ...]}
+
+Files from before `benchmark` was written are told by their rows' fields.
+"""
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastclip
+
+# The fields that name a row, by benchmark: equal ones are the same measurement.
+KEYS: dict[str, tuple[str, ...]] = {
+    "losses": ("operator", "n", "width", "rival"),
+    "attention": ("operator", "n", "width", "causal", "rival"),
+    "data": ("task", "loader"),
+    "train-step": ("model", "batch_size", "rival"),
+    "memory": ("operator", "n", "width", "rival"),
+    "collectives": ("operator", "ranks", "n", "width", "rival"),
+}
+# What tells files without the name apart: a field that only one kind of row has.
+_TELLING = {"causal": "attention", "loader": "data", "operator": "losses"}
+# What rows of the first files were called.
+_FIRST_NAMES = {"name": "rival"}
+_FIRST_ROOF = {"four bare products": "bare products"}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One file.
+
+    Attributes:
+        name: the file's, without its folder.
+        benchmark: a key of `KEYS`.
+        environment: date, versions, device, threads; see `environment`.
+        settings: how it was measured.
+        rows: what was measured; times in seconds, memory in bytes, None where there is nothing.
+    """
+
+    name: str
+    benchmark: str
+    environment: dict[str, Any]
+    settings: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+    def key(self, row: Mapping[str, Any]) -> tuple[Any, ...]:
+        """What names a row among all of this benchmark."""
+        return tuple(row.get(field) for field in KEYS[self.benchmark])
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What a result depends on: versions, device, threads and time."""
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "fastclip": fastclip.__version__,
+        "torch": torch.__version__,
+        "triton": _triton_version(),
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def write(
+    path: Path, benchmark: str, settings: Any, rows: Sequence[Any], device: str, **more: Any
+) -> None:
+    """Write rows and settings, dataclasses both, with the environment in front."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "benchmark": benchmark,
+        "environment": environment(device),
+        "settings": {name: _plain(value) for name, value in asdict(settings).items()},
+        **more,
+        "results": [asdict(row) for row in rows],
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def read(path: Path) -> Record:
+    """Read a file of `write`'s, of this version or an earlier one.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is something else; the message says what is missing.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text; give a JSON file of `fastclip bench`") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise _foreign(path, f"it holds a {type(content).__name__}, not an object")
+    for name, kind in (("environment", dict), ("results", list)):
+        if not isinstance(content.get(name), kind):
+            raise _foreign(path, f"it has no {name!r}")
+    rows = content["results"]
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise _foreign(path, "its results are not rows")
+    if "benchmark" not in content and "name" in rows[0]:
+        rows = [_of_the_first_files(row) for row in rows]
+    guessed = next((kind for field, kind in _TELLING.items() if field in rows[0]), None)
+    benchmark = content.get("benchmark", guessed)
+    if benchmark not in KEYS:
+        raise _foreign(path, f"its rows are of no benchmark known here ({', '.join(KEYS)})")
+    needed = [*KEYS[benchmark], "p50"] if benchmark != "memory" else KEYS[benchmark]
+    for number, row in enumerate(rows):
+        missing = [field for field in needed if field not in row]
+        if missing:
+            raise _foreign(path, f"row {number} has no {missing[0]!r}")
+        row.setdefault("status", "ok")
+    return Record(path.name, benchmark, content["environment"], content.get("settings", {}), rows)
+
+
+def _of_the_first_files(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the files that knew the CLIP loss alone."""
+    named = {_FIRST_NAMES.get(name, name): value for name, value in row.items()}
+    rival = str(named.get("rival"))
+    # their ratio was to open_clip, and is computed anew where it is needed
+    named.pop("ratio", None)
+    return {**named, "operator": "clip", "rival": _FIRST_ROOF.get(rival, rival)}
+
+
+def _foreign(path: Path, why: str) -> ValueError:
+    return ValueError(f"{path} is no result of `fastclip bench`: {why}")
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, (torch.dtype, torch.device, Path)) else value
+
+
+def _triton_version() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return None
+    return triton.__version__
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {len(names) or 1} cores"

@@ -1,0 +1,130 @@
+"""The Markdown report of results: fastclip beside the best rival, and every row."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from fastclip.bench import plots
+from fastclip.bench.kinds import KINDS, Group, Kind, number
+from fastclip.bench.records import Record
+
+# What is told of settings, where it is there.
+_SETTINGS = ("dtype", "autocast", "precision", "grad_clip_norm", "scale", "rounds", "steps")
+
+
+def write(records: Sequence[Record], target: Path) -> None:
+    """Write the report to a Markdown file, and its plots beside it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    images = {
+        index: plots.draw(record, target.parent, f"{target.stem}-{index}-{record.benchmark}")
+        for index, record in enumerate(records)
+    }
+    target.write_text(markdown(records, images) + "\n")
+
+
+def markdown(records: Sequence[Record], images: dict[int, list[str]] | None = None) -> str:
+    """The report; `images` are files, relative to it, of each record by its place."""
+    parts = ["# fastclip beside its rivals"]
+    for index, record in enumerate(records):
+        kind = KINDS[record.benchmark]
+        parts += [f"## {kind.title}", stamp(record), *_beside_the_best(record, kind)]
+        parts += [f"![{kind.title}]({name})" for name in (images or {}).get(index, [])]
+        parts += ["All rows:", _all_rows(record, kind)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def stamp(record: Record) -> str:
+    """Where, when and how it was measured."""
+    there = record.environment
+    versions = [
+        f"{name} {there[name]}" for name in ("fastclip", "torch", "triton") if there.get(name)
+    ]
+    told = [f"{name} {record.settings[name]}" for name in _SETTINGS if _said(record, name)]
+    where = f"{there.get('device', 'unknown device')}, {there.get('threads', '?')} threads"
+    when = str(there.get("date", "no date"))[:10]
+    return f"`{record.name}`: {when}, {where}; {', '.join([*versions, *told])}."
+
+
+def _said(record: Record, name: str) -> bool:
+    return record.settings.get(name) not in (None, False)
+
+
+def _beside_the_best(record: Record, kind: Kind) -> Iterator[str]:
+    header = [*_heads(kind), "fastclip", "best rival", "its", "fastclip / it"]
+    lines = []
+    for group in kind.groups(record):
+        ours = group.ours
+        if ours is None:
+            continue
+        cells = [*_key_cells(group), _compared(group, ours)]
+        if group.rivals:
+            best = group.rivals[0]
+            ratio = f"{group.ratio(best):.2f}"
+            cells += [best[kind.name], _compared(group, best), ratio]
+        else:
+            cells += ["none ran", "", ""]
+        lines.append(cells)
+    if lines:
+        yield table(header, lines)
+        yield as_good(list(kind.groups(record)))
+
+
+def as_good(groups: Sequence[Group]) -> str:
+    """A sentence that names all places where a rival is as good as fastclip or better."""
+    kind = groups[0].kind
+    word = "needs as little or less" if kind.measured == "peak_bytes" else "is as fast or faster"
+    places = []
+    for group in groups:
+        if group.as_good:
+            those = ", ".join(f"{row[kind.name]} {group.ratio(row):.2f}" for row in group.as_good)
+            places.append(f"{group.place} ({those})")
+    if not any(group.ours and group.rivals for group in groups):
+        return "No rival ran."
+    if not places:
+        return f"No rival that ran {word} at any of these sizes."
+    return f"A rival {word} (fastclip / it) at: {'; '.join(places)}."
+
+
+def _compared(group: Group, row) -> str:
+    value = group.value(row)
+    if group.kind.more_is_better:
+        return f"{value:,.0f}"
+    if group.kind.measured == "peak_bytes":
+        return number(value / 2**20)
+    return number(1e3 * value)
+
+
+def _all_rows(record: Record, kind: Kind) -> str:
+    header = [*_heads(kind), "", *(name for name, _ in kind.columns)]
+    lines = []
+    for group in kind.groups(record):
+        for row in group.rows:
+            cells = [*_key_cells(group), row[kind.name]]
+            if row["status"] == "ok":
+                cells += [cell(row) for _, cell in kind.columns]
+            else:
+                cells += [row["status"], *[""] * (len(kind.columns) - 1)]
+            lines.append(cells)
+    return table(header, lines)
+
+
+def _heads(kind: Kind) -> list[str]:
+    names = {"operator": "loss", "width": "D", "batch_size": "batch"}
+    return [names.get(field, field) for field in kind.group]
+
+
+def _key_cells(group: Group) -> list[str]:
+    return [
+        {True: "yes", False: ""}[value]
+        if isinstance(value, bool)
+        else f"{value:,}"
+        if isinstance(value, int)
+        else str(value)
+        for value in group.key
+    ]
+
+
+def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    rows = [header, ["---"] * len(header), *lines]
+    # a cell of an error message may hold anything
+    return "\n".join(f"| {' | '.join(c.replace('|', '/') for c in row)} |" for row in rows)

@@ -1,0 +1,46 @@
+"""`fastclip bench PART ...`: measuring beside rivals, and telling what was measured.
+
+One class a part. A part that measures prints a table and writes a JSON file; `report` and `compare`
+read these files.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, get_args
+
+import tyro
+from tyro.conf import subcommand
+
+from fastclip.cli.bench.everything import AllConfig
+from fastclip.cli.bench.operators import (
+    AttentionConfig,
+    CollectivesConfig,
+    LossConfig,
+    MemoryConfig,
+)
+from fastclip.cli.bench.training import DataConfig, TrainStepConfig
+from fastclip.cli.bench.written import CompareConfig, ReportConfig
+
+Config = (
+    Annotated[LossConfig, subcommand("losses")]
+    | Annotated[AttentionConfig, subcommand("attention")]
+    | Annotated[DataConfig, subcommand("data")]
+    | Annotated[TrainStepConfig, subcommand("train-step")]
+    | Annotated[MemoryConfig, subcommand("memory")]
+    | Annotated[CollectivesConfig, subcommand("collectives")]
+    | Annotated[AllConfig, subcommand("all")]
+    | Annotated[ReportConfig, subcommand("report")]
+    | Annotated[CompareConfig, subcommand("compare")]
+)
+_NAMES = [get_args(part)[1].name for part in get_args(Config)]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one part, `losses` where none is named.
+
+    The status is 1 where an operator fails its quick check and is not timed.
+    """
+    arguments = list(arguments)
+    if arguments[:1] not in [[name] for name in (*_NAMES, "--help", "-h")]:
+        arguments.insert(0, "losses")
+    kind: type = Config  # type: ignore[assignment]
+    return tyro.cli(kind, args=arguments, prog="fastclip bench").run()

@@ -1,0 +1,56 @@
+"""`fastclip bench all`: every part in turn, a folder of JSON files, and the report of them."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from fastclip.cli.bench.operators import (
+    AttentionConfig,
+    CollectivesConfig,
+    LossConfig,
+    MemoryConfig,
+)
+from fastclip.cli.bench.training import DataConfig, TrainStepConfig
+from fastclip.cli.bench.written import ReportConfig
+
+PARTS: dict[str, type[Any]] = {
+    "losses": LossConfig,
+    "memory": MemoryConfig,
+    "train-step": TrainStepConfig,
+    "collectives": CollectivesConfig,
+    "attention": AttentionConfig,
+    "data": DataConfig,
+}
+
+
+@dataclass(frozen=True)
+class AllConfig:
+    """Measure everything beside its rivals, and write a report with tables and plots.
+
+    Each part as by its own command with its defaults; with --quick in minutes on two CPU cores.
+    """
+
+    output: Path = Path("bench")
+    """Folder for the JSON files and the report."""
+    quick: bool = False
+    """Small sizes and few rounds: to see that all works here, not how fast it is."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to measure."""
+
+    def run(self) -> int:
+        """Run the parts in turn; a part that cannot run here is said and left out."""
+        began, written, status = time.monotonic(), [], 0
+        for name, part in PARTS.items():
+            print(f"\n== {name}, after {time.monotonic() - began:.0f} s", flush=True)
+            file = self.output / f"{name}.json"
+            # a file of an earlier run would pass for this one's
+            file.unlink(missing_ok=True)
+            try:
+                status |= part(quick=self.quick, device=self.device, output=file).run()
+            except ModuleNotFoundError as error:
+                print(f"left out: it needs the package {error.name!r}")
+            if file.exists():
+                written.append(file)
+        print(f"\n== report, after {time.monotonic() - began:.0f} s", flush=True)
+        return status | ReportConfig(tuple(written), self.output).run()

@@ -1,0 +1,225 @@
+"""`fastclip bench losses|attention|memory|collectives`: operators beside their rivals, in turn."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from fastclip.device import choose_device
+
+LossName = Literal["clip", "info_nce", "siglip", "nt_xent", "mp_nce", "sup_con"]
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Measure losses beside their rivals: time, peak memory, error, repeatability.
+
+    Columns: milliseconds forward alone, and forward and backward (20th, 50th and 80th
+    percentile); the ratio to fastclip; the share of the roof, which is the matrix products alone;
+    MiB above the inputs; the relative error of dX against float64; whether its bits repeat.
+    """
+
+    loss: tuple[LossName, ...] = ("clip", "info_nce", "siglip", "nt_xent", "mp_nce", "sup_con")
+    """Which ones."""
+    n: tuple[int, ...] = (1024, 4096)
+    """Rows (of all views together); a multiple of 4."""
+    width: tuple[int, ...] = (512,)
+    """Feature widths."""
+    scale: float = 14.3
+    """Logit scale of the inputs."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the features."""
+    autocast: bool = False
+    """Under bf16 autocast."""
+    compiled: bool = True
+    """Include rivals under torch.compile."""
+    rounds: int = 15
+    """Rounds in which each rival runs once."""
+    quick: bool = False
+    """Small sizes and few rounds, in place of what --n, --width, --rounds and --compiled say."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:1."""
+    output: Path | None = None
+    """JSON file for the result."""
+
+    def run(self) -> int:
+        """Measure, print, write."""
+        import fastclip.bench.records as records
+        from fastclip.bench.losses import run
+        from fastclip.bench.runner import Settings
+
+        if self.quick:
+            small = {"n": (256, 512, 1024), "width": (128,), "rounds": 3, "compiled": False}
+            return replace(self, **small, quick=False).run()  # type: ignore[arg-type]
+        _check(self.n, self.width, self.rounds)
+        settings = Settings(
+            dtype=getattr(torch, self.dtype),
+            autocast=self.autocast,
+            scale=self.scale,
+            rounds=self.rounds,
+            device=place(self.device),
+            compiled=self.compiled,
+        )
+        rows, wrong = run(self.loss, self.n, self.width, settings)
+        if self.output is not None and rows:
+            records.write(self.output, "losses", settings, rows, settings.device)
+        return 1 if wrong else 0
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Measure attention of short sequences beside torch's, every backend of it, and flash-attn.
+
+    A line is a sequence length and an implementation: milliseconds forward, and forward and
+    backward (median, 20th and 80th percentile); the ratio to fastclip; MiB above the
+    inputs; the relative error of dQ against float64. bf16, twelve heads 64 wide.
+    """
+
+    lines: tuple[int, ...] = (50, 77, 197, 257, 577)
+    """Lengths of the sequences; 77 is causal."""
+    tokens: int = 262_144
+    """Tokens of a batch."""
+    rounds: int = 15
+    """Rounds in which each rival runs once."""
+    flex: bool = True
+    """Include FlexAttention, which compiles first."""
+    quick: bool = False
+    """Short sequences and few, in place of what --lines, --tokens, --rounds and --flex say."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:1."""
+    output: Path | None = None
+    """JSON file for the result."""
+
+    def run(self) -> int:
+        """Measure, print, write."""
+        from fastclip.bench.attention import SHAPES, rivals
+        from fastclip.bench.runner import Settings
+
+        if self.quick:
+            small = {"lines": (50, 77), "tokens": 400, "rounds": 3, "flex": False}
+            return replace(self, **small, quick=False).run()  # type: ignore[arg-type]
+        known = {shape[0]: shape for shape in SHAPES}
+        if not self.lines or set(self.lines) - set(known):
+            raise ValueError(f"--lines is {self.lines}; choose of {', '.join(map(str, known))}")
+        if min(self.tokens, self.rounds) < 1:
+            raise ValueError("--tokens and --rounds must be positive")
+        device = place(self.device)
+        settings = Settings(torch.bfloat16, rounds=self.rounds, warmup=3, device=device)
+        shapes = [known[lines] for lines in self.lines]
+        rivals(settings, self.output, self.tokens, shapes, self.flex)
+        return 0
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """Measure the losses' memory against the batch: bytes kept for the backward, and the peak.
+
+    Columns: MiB that autograd keeps, the inputs left out; the power of n by which they grew since
+    the size before; MiB of the peak above the inputs, and its power.
+    """
+
+    loss: tuple[LossName, ...] = ("clip", "info_nce", "siglip", "nt_xent", "mp_nce", "sup_con")
+    """Which ones."""
+    n: tuple[int, ...] = (1024, 2048, 4096, 8192)
+    """Rows (of all views together); a multiple of 4."""
+    width: tuple[int, ...] = (512,)
+    """Feature widths."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the features."""
+    autocast: bool = False
+    """Under bf16 autocast."""
+    compiled: bool = True
+    """Include rivals under torch.compile."""
+    quick: bool = False
+    """Small sizes, in place of what --n, --width and --compiled say."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:1."""
+    output: Path | None = None
+    """JSON file for the result."""
+
+    def run(self) -> int:
+        """Measure, print, write."""
+        import fastclip.bench.records as records
+        from fastclip.bench.memory import run
+        from fastclip.bench.runner import Settings
+
+        if self.quick:
+            small = {"n": (256, 512, 1024), "width": (128,), "compiled": False}
+            return replace(self, **small, quick=False).run()  # type: ignore[arg-type]
+        _check(self.n, self.width, 1)
+        settings = Settings(
+            dtype=getattr(torch, self.dtype),
+            autocast=self.autocast,
+            device=place(self.device),
+            compiled=self.compiled,
+        )
+        rows = run(self.loss, self.n, self.width, settings)
+        if self.output is not None:
+            records.write(self.output, "memory", settings, rows, settings.device)
+        return 0
+
+
+@dataclass(frozen=True)
+class CollectivesConfig:
+    """Measure losses over several processes beside open_clip's: bytes, time, memory, error.
+
+    Columns: KiB that a process receives, forward and backward; milliseconds of the slowest process
+    (20th, 50th and 80th percentile); the ratio to fastclip's gather; MiB kept for the backward; the
+    relative error of dX against one process in float64. Processes are real: NCCL on GPUs, else
+    gloo, whose times on one machine say nothing of a network.
+    """
+
+    loss: tuple[Literal["clip", "siglip"], ...] = ("clip", "siglip")
+    """Which ones."""
+    ranks: tuple[int, ...] = (2, 4)
+    """Numbers of processes."""
+    n: tuple[int, ...] = (1024,)
+    """Pairs of every process."""
+    width: int = 512
+    """Feature width."""
+    rounds: int = 15
+    """Rounds in which each rival runs once."""
+    quick: bool = False
+    """Small batches and few rounds, in place of what --n, --width and --rounds say."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes GPUs where there is one for each process."""
+    output: Path | None = None
+    """JSON file for the result."""
+
+    def run(self) -> int:
+        """Measure, print, write."""
+        import fastclip.bench.records as records
+        from fastclip.bench.collectives import CollectiveSettings, run
+
+        if self.quick:
+            small = {"n": (128,), "width": 64, "rounds": 3}
+            return replace(self, **small, quick=False).run()  # type: ignore[arg-type]
+        if not self.ranks or min(self.ranks) < 2:
+            raise ValueError(f"--ranks is {self.ranks}; give 2 or more")
+        if not self.n or min(*self.n, self.width, self.rounds) < 1:
+            raise ValueError("--n, --width and --rounds must be positive")
+        device = self.device
+        if device == "auto":
+            enough = torch.cuda.device_count() >= max(self.ranks)
+            device = "cuda" if enough and choose_device("auto").type == "cuda" else "cpu"
+        settings = CollectiveSettings(rounds=self.rounds, device=device)
+        rows = run(self.loss, self.ranks, self.n, self.width, settings)
+        if self.output is not None:
+            records.write(self.output, "collectives", settings, rows, device)
+        return 0
+
+
+def place(device: str) -> str:
+    """The device's kind, made the current one where it is a GPU."""
+    chosen = choose_device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    return chosen.type
+
+
+def _check(n: tuple[int, ...], width: tuple[int, ...], rounds: int) -> None:
+    if not n or any(rows < 4 or rows % 4 for rows in n):
+        raise ValueError(f"--n is {n}; give multiples of 4")
+    if rounds < 1 or not width or min(width) < 1:
+        raise ValueError("--rounds and --width must be positive")

@@ -1,0 +1,77 @@
+"""`fastclip bench report|compare`: what the JSON files of the other parts say."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Make Markdown tables and plots of JSON files: fastclip beside the best rival of each size.
+
+    Sizes where a rival is as fast are named. Without --output the tables are printed.
+    """
+
+    files: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
+    """JSON files that the other parts wrote with --output."""
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    """Folder for report.md and its plots."""
+    markdown: Path | None = None
+    """Markdown file to write in place of a folder's report.md; plots come beside it."""
+    readme: Path | None = None
+    """File whose text between <!-- bench:losses --> and <!-- /bench --> is written anew, with the
+    plot docs/performance.svg beside it; without FILES from those that the text names."""
+
+    def run(self) -> int:
+        """Read all files first, then write."""
+        import fastclip.bench.readme as readme
+        import fastclip.bench.records as records
+        import fastclip.bench.report as report
+
+        if self.readme is not None:
+            if self.output is not None or self.markdown is not None:
+                raise ValueError("--readme writes the README alone; leave out --output, --markdown")
+            readme.update(self.readme, self.files)
+            return 0
+        if self.output is not None and self.markdown is not None:
+            raise ValueError("--output and --markdown are two places; give one")
+        if not self.files:
+            raise ValueError("no files; give JSON files that `fastclip bench ... --output` wrote")
+        found = [records.read(file) for file in self.files]
+        target = self.output / "report.md" if self.output is not None else self.markdown
+        if target is None:
+            print(report.markdown(found))
+        else:
+            report.write(found, target)
+            print(f"{target} has the tables and plots")
+        return 0
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Compare two JSON files of one part, row by row: B's time over A's, with the spread.
+
+    The spread is from B's 20th percentile over A's 80th to B's 80th over A's 20th; a row whose
+    spread leaves out 1 is marked.
+    """
+
+    before: Annotated[Path, tyro.conf.Positional]
+    """JSON file A."""
+    after: Annotated[Path, tyro.conf.Positional]
+    """JSON file B."""
+    across_devices: bool = False
+    """Compare although the files are of different devices."""
+
+    def run(self) -> int:
+        """Print a line for each row that both files have."""
+        import fastclip.bench.compare as compare
+        import fastclip.bench.records as records
+
+        before, after = (records.read(file) for file in (self.before, self.after))
+        for warning in compare.differences(before, after, self.across_devices):
+            print(f"warning: {warning}", file=sys.stderr)
+        print("\n".join(compare.lines(compare.compare(before, after))))
+        return 0
