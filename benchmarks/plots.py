@@ -69,7 +69,7 @@ def figure(panels: Sequence[Panel], path: Path) -> None:
         plt.close(made)
 
 
-def clip_panels(record: Record, names: Sequence[str], operator: str = "clip") -> list[Panel]:
+def loss_panels(record: Record, operator: str, names: Sequence[str]) -> list[Panel]:
     """Time and peak memory of one loss against n, of the rivals named, at the first width."""
     width = next((row["width"] for row in record.rows if row["operator"] == operator), None)
     chosen = [

@@ -1,7 +1,8 @@
 """The README's table of losses, made of committed results."""
 
 import re
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fastclip.bench import plots, records
@@ -16,7 +17,7 @@ SHOWN = ("fastclip", "open_clip", "open_clip compiled")
 
 
 def update(readme: Path, files: Sequence[Path] = ()) -> None:
-    """Write the section between the markers anew, and the plot.
+    """Write the section between the markers anew, and the plot for the first screen.
 
     Args:
         readme: the file; the plot's path is relative to its folder.
@@ -32,7 +33,7 @@ def update(readme: Path, files: Sequence[Path] = ()) -> None:
     merged = merge(chosen)
     names = [_relative(file, root) for file in chosen]
     new = replaced(text, section(merged, names))
-    panels = plots.clip_panels(merged, SHOWN)
+    panels = plots.loss_panels(merged, "clip", SHOWN)
     if panels:
         (root / PLOT).parent.mkdir(exist_ok=True)
         plots.figure(panels, root / PLOT)
@@ -41,7 +42,7 @@ def update(readme: Path, files: Sequence[Path] = ()) -> None:
 
 def named(text: str) -> list[str]:
     """The files that a README's section names, relative to it."""
-    found = re.findall(r"`([^`\s]+\.json)`", _between(text))
+    found = re.findall(r"`([^`\s]+\.json)`", _cut(text)[1])
     if not found:
         raise ValueError(f"the text after {BEGIN} names no JSON file; give files")
     return found
@@ -49,7 +50,8 @@ def named(text: str) -> list[str]:
 
 def replaced(text: str, content: str) -> str:
     """The README's text with another section."""
-    return text.replace(_between(text), f"\n{content}\n")
+    head, _, tail = _cut(text)
+    return f"{head}\n{content}\n{tail}"
 
 
 def merge(files: Sequence[Path]) -> Record:
@@ -76,7 +78,9 @@ def merge(files: Sequence[Path]) -> Record:
             rows[place] = [r for r in record.rows if (r["operator"], r["n"], r["width"]) == place]
     everything = [row for place in rows.values() for row in place]
     last = found[-1]
-    return Record(last.name, last.benchmark, last.environment, last.settings, everything)
+    rounds = sorted({str(record.settings["rounds"]) for record in found}, key=int)
+    settings = {**last.settings, "rounds": " or ".join(rounds)}
+    return Record(last.name, last.benchmark, last.environment, settings, everything)
 
 
 def section(record: Record, names: Sequence[str]) -> str:
@@ -86,35 +90,51 @@ def section(record: Record, names: Sequence[str]) -> str:
         record: all results.
         names: of the files that they come from.
     """
-    kind = KINDS["losses"]
-    groups = [group for group in kind.groups(record) if group.ours and group.rivals]
-    there, how = record.environment, record.settings
-    width = max(
-        (group.key[2] for group in groups), key=lambda w: sum(g.key[2] == w for g in groups)
-    )
+    groups = [group for group in KINDS["losses"].groups(record) if group.ours and group.rivals]
+    widths = [group.key[2] for group in groups]
+    width = max(set(widths), key=widths.count)
     groups = [group for group in groups if group.key[2] == width]
-    n = max(group.key[1] for group in groups)
-    dtype = str(how.get("dtype", "")).removeprefix("torch.")
+    sizes = sorted({group.key[1] for group in groups})
+    there, how = record.environment, record.settings
+    dtype = str(how.get("dtype")).removeprefix("torch.")
     precision = f"{dtype}{' under bf16 autocast' if how.get('autocast') else ''}"
     parts = [
-        f"Measured on {there['device']} ({there['threads']} threads), torch {there['torch']}, "
-        f"{precision}, {str(there['date'])[:10]}, forward and backward, medians of "
-        f"{how.get('rounds', 'several')} rounds of all rivals in turn "
-        f"({', '.join(f'`{name}`' for name in names)}; `fastclip bench losses` measures your "
-        f"machine). {n:,} rows of width {width}; peaks are above the inputs:",
-        table(
-            ("loss", "ms", "of the roof", "peak MiB", "rival", "its ms", "time", "its peak MiB"),
-            [line for group in groups if group.key[1] == n for line in _lines(group)],
+        _paragraph(
+            f"Measured on {there['device']}, {there['threads']} threads, torch {there['torch']}, "
+            f"{precision}, {str(there['date'])[:10]}, forward and backward, medians of "
+            f"{how['rounds']} rounds of all rivals in turn "
+            f"({', '.join(f'`{name}`' for name in names)}; `fastclip bench losses` measures your "
+            f"machine). {sizes[-1]:,} rows of width {width}, peaks above the inputs:"
         ),
-        "`time` is fastclip's over the rival's; the roof is the bare matrix products. "
-        + as_good(groups),
+        table(
+            ("loss", "ms", "roof", "peak MiB", "rival", "its ms", "fastclip / it", "its peak MiB"),
+            [line for group in groups if group.key[1] == sizes[-1] for line in _lines(group)],
+        ),
+        _paragraph(
+            "The roof is the bare products of the plain way, as a share of fastclip's time: where "
+            "fastclip computes fewer, it can be above 100 %."
+        ),
     ]
+    if len(sizes) > 1:
+        parts += [
+            "fastclip's time over that of the fastest rival that ran, by rows:",
+            table(("loss", *(f"{n:,}" for n in sizes)), list(_by_size(groups, sizes))),
+        ]
+    parts.append(_paragraph(as_good(groups)))
     missing = _left_out(groups)
     if missing:
-        parts.append(f"Not run here: {missing}.")
-    if plots.clip_panels(record, SHOWN):
-        parts.append(f"![CLIP's loss: time and memory against the batch]({PLOT.as_posix()})")
+        parts.append(_paragraph(f"Not run here: {missing}."))
     return "\n\n".join(parts)
+
+
+def _paragraph(text: str) -> str:
+    return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
+
+
+def _by_size(groups: Sequence[Group], sizes: Sequence[int]) -> Iterator[list[str]]:
+    for name in dict.fromkeys(group.key[0] for group in groups):
+        best = {g.key[1]: g.ratio(g.rivals[0]) for g in groups if g.key[0] == name}
+        yield [f"`{name}_loss`", *(f"{best[n]:.2f} ×" if n in best else "" for n in sizes)]
 
 
 def _lines(group: Group) -> list[list[str]]:
@@ -152,10 +172,13 @@ def _left_out(groups: Sequence[Group]) -> str:
     return "; ".join(f"{name} ({reason})" for name, reason in reasons.items())
 
 
-def _between(text: str) -> str:
+def _cut(text: str) -> tuple[str, str, str]:
+    """The text up to the first marker, between, and from the second on."""
     if text.count(BEGIN) != 1 or END not in text.split(BEGIN)[1]:
         raise ValueError(f"the README needs {BEGIN} once, and {END} after it")
-    return text.split(BEGIN)[1].split(END)[0]
+    head, rest = text.split(BEGIN)
+    old, tail = rest.split(END, maxsplit=1)
+    return head + BEGIN, old, END + tail
 
 
 def _relative(file: Path, root: Path) -> str:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from fastclip.bench.cross_entropy import on_cuda_only
 from fastclip.bench.runner import Inputs, LossFunction, Operator, Rival, clustered
 from fastclip.functional import siglip_loss
 
@@ -23,8 +24,7 @@ def _open_clip_compiled(inputs: Inputs) -> LossFunction:
 
 
 def _siglip_kernel(inputs: Inputs) -> LossFunction:
-    if not inputs[0].is_cuda:
-        raise ImportError("it runs on CUDA only")
+    on_cuda_only(inputs)
     from siglip_kernel import fused_siglip_loss
 
     def loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import fastclip.bench.cross_entropy as cross_entropy
 from fastclip.bench.runner import Inputs, LossFunction, Operator, Rival, clustered
 from fastclip.functional import clip_loss, info_nce_loss
 
@@ -23,32 +24,8 @@ def _open_clip_compiled(inputs: Inputs) -> LossFunction:
     return torch.compile(_open_clip(inputs))
 
 
-def _linear_cross_entropy_twice(inputs: Inputs) -> LossFunction:
-    one_way = _linear_cross_entropy(inputs)
-
-    def loss(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-        return (one_way(x, y, scale) + one_way(y, x, scale)) / 2
-
-    return loss
-
-
-def _linear_cross_entropy(inputs: Inputs) -> LossFunction:
-    if not hasattr(F, "LinearCrossEntropyOptions"):
-        # without options it forms all logits
-        raise ImportError("the chunked form came with torch 2.15")
-    options = F.LinearCrossEntropyOptions()
-    target = torch.arange(len(inputs[0]), device=inputs[0].device)
-
-    def loss(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-        scaled = (scale * x).to(y.dtype)
-        return F.linear_cross_entropy(scaled, y, target, options=options)  # type: ignore
-
-    return loss
-
-
 def _inf_cl(inputs: Inputs) -> LossFunction:
-    if not inputs[0].is_cuda:
-        raise ImportError("it runs on CUDA only")
+    cross_entropy.on_cuda_only(inputs)
     from inf_cl import cal_flash_loss
 
     head = next(d for d in (256, 128, 64, 32, 16) if inputs[0].shape[1] % d == 0)
@@ -73,7 +50,7 @@ OPERATORS = (
         (
             Rival("open_clip", _open_clip),
             Rival("open_clip compiled", _open_clip_compiled),
-            Rival("linear_cross_entropy twice", _linear_cross_entropy_twice),
+            *cross_entropy.rivals(" twice"),
             Rival("inf_cl", _inf_cl),
         ),
         (2, 1, 1),
@@ -84,7 +61,7 @@ OPERATORS = (
         info_nce_loss,
         (
             Rival("cross_entropy", _cross_entropy),
-            Rival("linear_cross_entropy", _linear_cross_entropy),
+            *cross_entropy.rivals(),
         ),
         (1, 1, 1),
     ),
