@@ -4,12 +4,12 @@ Lines and letters have colours of medium brightness on no background, so that a 
 page serve.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastclip.bench.kinds import KINDS
 from fastclip.bench.records import Record
 
 OURS = "#e8612c"
@@ -81,7 +81,13 @@ def loss_panels(record: Record, operator: str, names: Sequence[str]) -> list[Pan
 
 
 def _draw_panel(panel: Panel, axes: Any) -> None:
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+    from matplotlib.ticker import (
+        FixedLocator,
+        FuncFormatter,
+        LogLocator,
+        NullFormatter,
+        NullLocator,
+    )
 
     axes.set(xscale="log", yscale="log", xlabel=panel.x, title=f"{panel.title}: {panel.y}")
     ends = []
@@ -96,6 +102,8 @@ def _draw_panel(panel: Panel, axes: Any) -> None:
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if _decades(panel) < 2 else (1,)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axes.grid(True, which="major", color=INK, alpha=0.25, linewidth=0.6)
     for side in ("top", "right"):
@@ -108,6 +116,11 @@ def _draw_panel(panel: Panel, axes: Any) -> None:
         axes.annotate(
             name, (x, last), (8, 0), textcoords="offset points", color=colour, va="center"
         )
+
+
+def _decades(panel: Panel) -> float:
+    values = [y for points in panel.lines.values() for _, y in points]
+    return math.log10(max(values) / min(values))
 
 
 def _two(rows: Sequence[dict[str, Any]], field: str, x: str, title: str) -> list[Panel]:
@@ -187,4 +200,3 @@ _FIGURES: dict[str, Callable[[Record], Figures]] = {
     "memory": _of_memory,
     "collectives": _of_collectives,
 }
-assert _FIGURES.keys() <= KINDS.keys()

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fastclip.bench import plots
-from fastclip.bench.kinds import KINDS, Group, Kind, number
+from fastclip.bench.kinds import KINDS, Group, Kind, Row, number
 from fastclip.bench.records import Record
 
 # What is told of settings, where it is there.
@@ -39,7 +39,8 @@ def stamp(record: Record) -> str:
         f"{name} {there[name]}" for name in ("fastclip", "torch", "triton") if there.get(name)
     ]
     told = [f"{name} {record.settings[name]}" for name in _SETTINGS if _said(record, name)]
-    where = f"{there.get('device', 'unknown device')}, {there.get('threads', '?')} threads"
+    threads = there.get("threads", "an unknown number of")
+    where = f"{there.get('device', 'unknown device')}, {threads} thread{'s' * (threads != 1)}"
     when = str(there.get("date", "no date"))[:10]
     return f"`{record.name}`: {when}, {where}; {', '.join([*versions, *told])}."
 
@@ -71,7 +72,7 @@ def _beside_the_best(record: Record, kind: Kind) -> Iterator[str]:
 def as_good(groups: Sequence[Group]) -> str:
     """A sentence that names all places where a rival is as good as fastclip or better."""
     kind = groups[0].kind
-    word = "needs as little or less" if kind.measured == "peak_bytes" else "is as fast or faster"
+    memory = kind.measured == "peak_bytes"
     places = []
     for group in groups:
         if group.as_good:
@@ -80,11 +81,15 @@ def as_good(groups: Sequence[Group]) -> str:
     if not any(group.ours and group.rivals for group in groups):
         return "No rival ran."
     if not places:
-        return f"No rival that ran {word} at any of these sizes."
-    return f"A rival {word} (fastclip / it) at: {'; '.join(places)}."
+        told = "needs as little" if memory else "is as fast"
+        return f"No rival that ran {told} at any of these sizes."
+    told = (
+        "needs as little, or less" if memory else "is as fast, within fastclip's spread, or faster"
+    )
+    return f"A rival {told} (fastclip / it) at: {'; '.join(places)}."
 
 
-def _compared(group: Group, row) -> str:
+def _compared(group: Group, row: Row) -> str:
     value = group.value(row)
     if group.kind.more_is_better:
         return f"{value:,.0f}"

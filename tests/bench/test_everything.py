@@ -1,0 +1,49 @@
+"""`fastclip bench all` runs the parts in turn, and reports what they wrote."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from fastclip.cli import main
+from fastclip.cli.bench import everything
+from fastclip.cli.bench.operators import AttentionConfig, MemoryConfig
+
+
+@dataclass(frozen=True)
+class Needy:
+    """A part whose package is not there."""
+
+    quick: bool
+    device: str
+    output: Path
+
+    def run(self) -> int:
+        """Fail as an import does."""
+        raise ModuleNotFoundError("No module named 'absent'", name="absent")
+
+
+def test_parts_run_in_turn_and_are_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = {"attention": AttentionConfig, "train-step": Needy, "memory": MemoryConfig}
+    monkeypatch.setattr(everything, "PARTS", parts)
+    stale = tmp_path / "train-step.json"
+    stale.write_text("{}")
+    flags = ["--quick", "--device", "cpu", "--output", str(tmp_path)]
+    assert main(["bench", "all", *flags]) == 0
+    told = capsys.readouterr().out
+    assert "left out: it needs the package 'absent'" in told and not stale.exists()
+    assert told.index("== attention") < told.index("== memory") < told.index("== report")
+    text = (tmp_path / "report.md").read_text()
+    assert "## Attention" in text and "## Memory" in text and "## A whole" not in text
+    # the quick sizes are three, so that there is a curve
+    assert (tmp_path / "report-1-memory-clip-128.svg").is_file()
+
+
+def test_every_part_is_there_and_can_be_quick() -> None:
+    wanted = {"losses", "attention", "data", "train-step", "memory", "collectives"}
+    assert set(everything.PARTS) == wanted
+    for part in everything.PARTS.values():
+        config = part(quick=True, device="cpu", output=Path("x.json"))
+        assert config.quick

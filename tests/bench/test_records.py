@@ -1,0 +1,90 @@
+"""Results are read as they were written, old files too; anything else is told in a sentence."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from fastclip.bench import records
+from fastclip.bench.losses import OPERATORS
+from fastclip.bench.runner import Settings, measure
+from fastclip.cli import main
+from tests.test_repo_shape import ROOT
+
+COMMITTED = sorted(
+    path
+    for kind in ("losses", "clip", "native", "loading")
+    for path in (ROOT / "benchmarks" / "results").glob(f"*-{kind}.json")
+)
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_committed_results_are_read(path: Path) -> None:
+    record = records.read(path)
+    assert record.benchmark == ("data" if "loading" in path.name else "losses")
+    assert record.environment["device"] and len({record.key(r) for r in record.rows}) > 1
+    assert main(["bench", "report", str(path)]) == 0
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    settings = Settings(rounds=1, compiled=False)
+    rows = measure(OPERATORS["clip"], 64, 16, settings)
+    file = tmp_path / "a" / "losses.json"
+    records.write(file, "losses", settings, rows, "cpu", note="more")
+    record = records.read(file)
+    assert record.settings["dtype"] == "torch.float32" and record.benchmark == "losses"
+    assert [row["rival"] for row in record.rows] == [row.rival for row in rows]
+    assert json.loads(file.read_text())["note"] == "more"
+
+
+def test_the_first_files_names() -> None:
+    """They knew one loss, called a rival `name` and took open_clip as the unit."""
+    record = records.read(ROOT / "benchmarks" / "results" / "2026-11-22-cpu-losses.json")
+    assert {row["rival"] for row in record.rows} == {"fastclip", "bare products", "open_clip"}
+    assert all("ratio" not in row and row["operator"] == "clip" for row in record.rows)
+
+
+@dataclass
+class Wrong:
+    """A file's text and what is said of it."""
+
+    text: str
+    says: str
+
+
+WRONG = {
+    "cut": Wrong('{"environment": {', "no valid JSON"),
+    "a list": Wrong("[1]", "holds a list"),
+    "without environment": Wrong('{"results": []}', "no 'environment'"),
+    "without rows": Wrong('{"environment": {}, "results": []}', "not rows"),
+    "rows of numbers": Wrong('{"environment": {}, "results": [1]}', "not rows"),
+    "a study's": Wrong('{"environment": {}, "results": [{"seed": 1}]}', "no benchmark known here"),
+    "a row cut": Wrong(
+        '{"benchmark": "losses", "environment": {}, "results": [{"operator": "clip", "n": 4}]}',
+        "row 0 has no 'width'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_foreign_files_are_refused(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "x.json"
+    file.write_text(WRONG[case].text)
+    assert main(["bench", "report", str(file), "-o", str(tmp_path / "out")]) == 1
+    told = capsys.readouterr().err
+    assert str(file) in told and WRONG[case].says in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_bytes_and_nothing_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "x.json"
+    file.write_bytes(b"\xff\xfe\x00")
+    assert main(["bench", "report", str(file)]) == 1
+    assert "is no text" in capsys.readouterr().err
+    assert main(["bench", "report", str(tmp_path / "none.json")]) == 1
+    assert "none.json" in capsys.readouterr().err
+    assert main(["bench", "report"]) == 1
+    assert "no files" in capsys.readouterr().err

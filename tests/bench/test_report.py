@@ -1,0 +1,154 @@
+"""Reports and comparisons say what the files say."""
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastclip.bench import compare, readme, records, report
+from fastclip.bench.kinds import KINDS, number
+from fastclip.cli import main
+from tests.test_repo_shape import ROOT
+
+RESULTS = ROOT / "benchmarks" / "results"
+LOSSES = RESULTS / "2026-11-24-cpu-losses.json"
+
+
+def changed(tmp_path: Path, name: str, **change: Any) -> Path:
+    """A copy of a committed file, its environment, or its rows by a function, changed."""
+    content = json.loads(LOSSES.read_text())
+    for row in content["results"]:
+        change.get("row", lambda row: None)(row)
+    content["environment"] |= change.get("environment", {})
+    file = tmp_path / name
+    file.write_text(json.dumps(content))
+    return file
+
+
+def test_fastclip_stands_beside_the_best_rival(tmp_path: Path) -> None:
+    target = tmp_path / "out" / "report.md"
+    report.write([records.read(LOSSES)], target)
+    text = target.read_text()
+    assert "2026-11-24, Intel(R) Xeon(R) Processor, 2 cores, 2 threads" in text
+    assert "torch 2.14.1+cu130" in text
+    assert "| clip | 8,192 | 512 | 887 | open_clip compiled | 1,300 | 0.68 |" in text
+    assert "missing: it runs on CUDA only" in text
+    assert "No rival that ran is as fast" in text
+    plots = sorted(path.name for path in target.parent.glob("*.svg"))
+    assert "report-0-losses-clip-512.svg" in plots and len(plots) == 6
+    for name in plots:
+        assert f"]({name})" in text
+        drawn = (target.parent / name).read_text()
+        assert "fastclip" in drawn and "8,192" in drawn
+
+
+def test_rivals_that_are_as_fast_are_named(tmp_path: Path) -> None:
+    def quicken(row: dict[str, Any]) -> None:
+        if (row["operator"], row["n"], row["rival"]) == ("clip", 4096, "open_clip"):
+            row["p50"] = 0.2
+
+    text = report.markdown([records.read(changed(tmp_path, "x.json", row=quicken))])
+    assert "or faster (fastclip / it) at: clip n = 4,096 D = 512 (open_clip 1.17)." in text
+    assert "| clip | 4,096 | 512 | 234 | open_clip | 200 | 1.17 |" in text
+
+
+def test_a_rival_within_the_spread_counts_as_fast() -> None:
+    (group, *_) = KINDS["losses"].groups(records.read(LOSSES))
+    assert group.ours is not None and not group.as_good
+    near = copy.deepcopy(group)
+    near.rivals[0]["p50"] = near.ours["p80"]  # type: ignore[index]
+    assert [row["rival"] for row in near.as_good] == ["open_clip compiled"]
+    # our own variants and the roof are no rivals
+    assert {row["rival"] for row in group.rivals} == {"open_clip", "open_clip compiled"}
+
+
+def test_loading_is_better_the_more_it_loads() -> None:
+    record = records.read(RESULTS / "2026-11-24-cpu-loading.json")
+    (strong, plain) = KINDS["data"].groups(record)
+    assert strong.rivals[0]["loader"] == "torchvision's transforms"
+    assert plain.ratio(plain.rivals[0]) > 1 and not plain.as_good
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(1234.5, "1,230"), (99.96, "100"), (9.996, "10.0"), (0.01234, "0.012"), (0.0, "0")],
+)
+def test_numbers(value: float, text: str) -> None:
+    assert number(value) == text
+
+
+def test_files_compare_row_by_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def slow(row: dict[str, Any]) -> None:
+        if row["operator"] == "siglip" and row["rival"] == "fastclip":
+            for name in ("p20", "p50", "p80"):
+                row[name] *= 2
+
+    other = changed(tmp_path, "later.json", row=slow, environment={"torch": "9.9"})
+    assert main(["bench", "compare", str(LOSSES), str(other)]) == 0
+    told = capsys.readouterr()
+    assert "warning: torch is 2.14.1+cu130 in 2026-11-24-cpu-losses.json, 9.9 in" in told.err
+    marked = [line.split() for line in told.out.splitlines() if line.endswith("differs")]
+    assert [words[:4] for words in marked] == [
+        ["siglip", "4096", "512", "fastclip"],
+        ["siglip", "8192", "512", "fastclip"],
+    ]
+    assert {words[4] for words in marked} == {"2.000"}
+    timed = [row for row in json.loads(LOSSES.read_text())["results"] if row["p50"]]
+    assert f"2 of {len(timed)} differ beyond the spread" in told.out
+
+
+def test_other_devices_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = changed(tmp_path, "gpu.json", environment={"device": "NVIDIA H100"})
+    assert main(["bench", "compare", str(LOSSES), str(other)]) == 1
+    assert "--across-devices" in capsys.readouterr().err
+    assert main(["bench", "compare", str(LOSSES), str(other), "--across-devices"]) == 0
+    assert "NVIDIA H100" in capsys.readouterr().err
+
+
+def test_other_benchmarks_and_rows_are_refused(tmp_path: Path) -> None:
+    losses, data = (records.read(RESULTS / f"2026-11-24-cpu-{x}.json") for x in ("clip", "loading"))
+    with pytest.raises(ValueError, match="two files of one benchmark"):
+        list(compare.differences(losses, data))
+
+    def widen(row: dict[str, Any]) -> None:
+        row["width"] = 7
+
+    other = records.read(changed(tmp_path, "x.json", row=widen))
+    with pytest.raises(ValueError, match="no row in common"):
+        compare.compare(losses, other)
+
+
+def test_the_readme_is_made_of_committed_results() -> None:
+    """After `fastclip bench report FILES --readme README.md` nothing is left to change."""
+    text = (ROOT / "README.md").read_text()
+    names = readme.named(text)
+    content = readme.section(readme.merge([ROOT / name for name in names]), names)
+    assert text == readme.replaced(text, content)
+    assert f"]({readme.PLOT.as_posix()})" in text and (ROOT / readme.PLOT).is_file()
+
+
+def test_a_readme_is_written_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "README.md"
+    page.write_text(f"before\n\n{readme.BEGIN}\nold\n{readme.END}\n\nafter\n")
+    shutil.copy(LOSSES, tmp_path / "r.json")
+    assert main(["bench", "report", str(tmp_path / "r.json"), "--readme", str(page)]) == 0
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert "`r.json`" in text and "| `clip_loss` | 887 |" in text
+    assert "| `clip_loss` | 0.70 × | 0.68 × |" in text
+    assert "open_clip compiled" in (tmp_path / readme.PLOT).read_text()
+    # again, from the files that it names
+    assert main(["bench", "report", "--readme", str(page)]) == 0
+    assert page.read_text() == text
+    page.write_text("nothing")
+    assert main(["bench", "report", str(tmp_path / "r.json"), "--readme", str(page)]) == 1
+    assert readme.BEGIN in capsys.readouterr().err and page.read_text() == "nothing"
+
+
+def test_one_table_is_of_one_machine(tmp_path: Path) -> None:
+    other = changed(tmp_path, "x.json", environment={"device": "another"})
+    with pytest.raises(ValueError, match="one machine"):
+        readme.merge([LOSSES, other])
