@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fastclip.bench import attention, records, tile_sweep
+from fastclip.bench import attention, attention_check, attention_sweep, records, tile_sweep
 from fastclip.bench.ceilings import ceilings
 from fastclip.bench.losses import OPERATORS, run
 from fastclip.bench.runner import Row, Settings
@@ -83,9 +83,9 @@ def measure_attention(output: Path, quick: bool) -> bool:
     tokens = 1 << (14 if quick else 18)
     if not quick:
         print("\n== plans", flush=True)
-        attention.sweep(SWEEP_SECONDS, output, tokens)
+        attention_sweep.sweep(SWEEP_SECONDS, output, tokens)
     print("\n== correctness", flush=True)
-    well = attention.check("cuda", 20.0 if quick else CHECK_SECONDS, output)
+    well = attention_check.check("cuda", 20.0 if quick else CHECK_SECONDS, output)
     print("\n== attention", flush=True)
     rows = attention.rivals(settings, output / "attention.json", tokens, flex=not quick)
     print("\n".join(["", *map(attention.line_of, rows)]))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastclip.bench import attention as bench
+from fastclip.bench import attention_check as bench
 from fastclip.cli import main
 
 

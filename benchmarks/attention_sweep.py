@@ -1,0 +1,252 @@
+"""Plans of attention's kernels against each other, and the best of them for the table."""
+
+import contextlib
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from fastclip.bench.attention_parts import (
+    HEADS,
+    SDPA,
+    SHAPES,
+    WIDTH,
+    in_parallel,
+    inputs_of,
+    say,
+    split,
+    write_findings,
+)
+from fastclip.bench.runner import Settings, interleave, relative
+from fastclip.ops.attention import attention
+
+# held, whole | whole, held; each with warps, stages and, where given, registers
+ON_CHIP = [
+    (64, 64, True, True, 4, 1),
+    (64, 128, True, True, 4, 1),
+    (64, 256, True, True, 4, 1),
+    (128, 64, True, True, 8, 1),
+    (128, 128, True, True, 8, 1),
+    (64, 64, False, False, 4, 2),
+    (128, 64, False, False, 8, 2),
+    (64, 64, False, True, 4, 2),
+]
+FORWARD = {
+    50: [(64, 64, True, True, 4, 1), (64, 64, True, True, 8, 1)],
+    77: [(64, 64, True, True, 4, 1), (64, 64, True, True, 8, 1), (64, 64, False, False, 4, 2)],
+    197: ON_CHIP,
+    257: ON_CHIP,
+    577: [
+        (64, 64, False, False, 4, 2),
+        (64, 64, False, False, 4, 3),
+        (64, 128, False, False, 4, 2),
+        (128, 64, False, False, 8, 2),
+        (128, 64, False, False, 8, 3),
+        (128, 128, False, False, 8, 2),
+        (128, 64, False, True, 8, 2),
+    ],
+}
+GRADIENT = {
+    50: [(64, 64, True, False, 4, 1), (64, 64, True, False, 8, 1)],
+    77: [
+        (64, 64, True, False, 4, 1),
+        (64, 64, True, False, 8, 1),
+        (64, 64, False, True, 4, 1),
+    ],
+    197: [
+        (64, 64, True, False, 8, 1),
+        (64, 128, True, False, 8, 1),
+        (64, 64, True, False, 4, 1),
+        (128, 128, True, False, 8, 1),
+        (64, 64, False, True, 4, 1),
+        (64, 64, False, True, 4, 1, 168),
+        (64, 64, False, False, 4, 2),
+    ],
+    257: [
+        (64, 64, True, False, 8, 1),
+        (64, 128, True, False, 8, 1),
+        (64, 64, False, True, 4, 1),
+        (64, 128, False, True, 8, 1),
+        (64, 64, False, False, 4, 2),
+    ],
+    577: [
+        (64, 64, False, False, 4, 2),
+        (64, 64, False, False, 4, 3),
+        (64, 64, False, False, 8, 2),
+        (64, 128, False, False, 8, 2),
+        (128, 64, False, False, 8, 2),
+    ],
+}
+
+
+def sweep(
+    seconds: float,
+    output: Path | None,
+    tokens: int,
+    shapes: Sequence[tuple[int, bool]] = SHAPES,
+    heads: int = HEADS,
+    width: int = WIDTH,
+) -> dict[str, Any]:
+    """Time all plans at every length and keep the fastest, here and in a file."""
+    from fastclip.kernels.attention_plans import measured, shape_key
+    from fastclip.kernels.launch import true_architecture
+
+    stop = time.monotonic() + seconds
+    jobs = [
+        (_compile, (kind, lines, causal, heads, width, plan))
+        for kind, table in (("forward", FORWARD), ("gradient", GRADIENT))
+        for lines, causal in shapes
+        for plan in table[lines]
+    ]
+    in_parallel(jobs, stop - 0.6 * seconds)
+    found = measured()["plans"].setdefault(true_architecture(torch.device("cuda")), {})
+    rows: list[dict[str, Any]] = []
+    for lines, causal in shapes:
+        qkv = inputs_of(max(tokens // lines, 1), lines, heads, width, torch.bfloat16, "cuda")
+        work = _Work(split(qkv), causal)
+        for kind, table in (("forward", FORWARD), ("gradient", GRADIENT)):
+            if time.monotonic() > stop:
+                say("out of time before", lines, kind)
+                break
+            runs, about = work.runs(kind, table[lines])
+            times, broken = interleave(runs, 9, Settings(device="cuda", warmup=3))
+            for name, status in broken.items():
+                say(lines, kind, name, status)
+            best = None
+            for name, values in sorted(times.items(), key=lambda item: statistics.median(item[1])):
+                p50 = statistics.median(values)
+                rows.append({"lines": lines, "kind": kind, "plan": name, "p50": p50, "ms": values,
+                             **about.get(name, {})})  # fmt: skip
+                say(f"{lines:4} {kind:8} {p50 * 1e3:7.3f} ms  {name} {about.get(name, '')}")
+                if best is None and name in about:
+                    best = about[name]["fields"]
+            key = shape_key(lines, lines, width, torch.bfloat16, causal)
+            if best is not None:
+                found.setdefault(kind, {})[key] = best
+            # after every table, so that a run cut short leaves what it found
+            write_findings(output, "attention-sweep.json", "cuda", results=rows)
+            if output is not None:
+                content = json.dumps(measured(), indent=1) + "\n"
+                (output / "attention_plans.json").write_text(content)
+        del work, qkv
+        torch.cuda.empty_cache()
+    return found
+
+
+class _Work:
+    """Tensors of one length, and what to time on them."""
+
+    def __init__(self, parts: list[Tensor], causal: bool) -> None:
+        self.parts, self.causal = parts, causal
+        self.scale = parts[0].shape[3] ** -0.5
+        self.out = torch.empty_like(parts[0])
+        self.upstream = torch.randn_like(parts[0])
+        self.gradients = [torch.empty_like(t) for t in parts]
+        self.lse: Tensor | None = None
+
+    def forward(self, plan: tuple[Any, ...]) -> None:
+        from fastclip.kernels.attention import forward
+        from fastclip.kernels.attention_plans import Plan
+
+        self.lse = forward(
+            *self.parts, self.out, None, self.scale, self.causal, Plan(*plan)
+        )  # fmt: skip
+
+    def gradient(self, plan: tuple[Any, ...]) -> None:
+        from fastclip.kernels.attention_gradient import gradient
+        from fastclip.kernels.attention_plans import GradientPlan
+
+        gradient(*self.parts, self.out, self.lse, self.upstream, *self.gradients, None, self.scale,
+                 self.causal, GradientPlan(*plan))  # fmt: skip
+
+    def runs(
+        self, kind: str, plans: Sequence[tuple[Any, ...]]
+    ) -> tuple[dict[str, Callable[[], Any]], dict[str, dict[str, Any]]]:
+        """What to time by name, right ones only, and of ours the fields and resources."""
+        runs: dict[str, Callable[[], Any]] = {}
+        about: dict[str, dict[str, Any]] = {}
+        # of the last two sequences: a wrong offset shows there
+        some = [t[-2:].double().requires_grad_() for t in self.parts]
+        exact = attention(*some, causal=self.causal, backend="reference")
+        truth = [exact.detach()]
+        if kind == "gradient":
+            self.forward(FORWARD[self.parts[0].shape[2]][0])
+            truth = list(torch.autograd.grad(exact, some, self.upstream[-2:].double()))
+        for plan in plans:
+            name = str(plan)
+            try:
+                with _kernels_made() as made:
+                    getattr(self, kind)(plan)
+                torch.cuda.synchronize()
+                got = [self.out] if kind == "forward" else self.gradients
+                error = max(map(relative, (t[-2:] for t in got), truth))
+            except Exception as problem:
+                say(self.parts[0].shape[2], kind, name, f"FAILED {type(problem).__name__}",
+                    str(problem).splitlines()[-1][:150] if str(problem) else "")  # fmt: skip
+                continue
+            if not error < 0.02:
+                say(self.parts[0].shape[2], kind, name, f"WRONG: relative error {error:.1e}")
+                continue
+            runs[name] = lambda plan=plan: getattr(self, kind)(plan)
+            about[name] = {"fields": list(plan), "error": error, **made}
+        for name, backend in list(SDPA.items())[:2]:
+            with contextlib.suppress(Exception):
+                runs[name] = self._sdpa(kind, backend)
+        return runs, about
+
+    def _sdpa(self, kind: str, backend: SDPBackend) -> Callable[[], Any]:
+        leaves = [t.detach().requires_grad_() for t in self.parts]
+
+        def forward() -> Tensor:
+            with sdpa_kernel(backend), torch.set_grad_enabled(kind == "gradient"):
+                return scaled_dot_product_attention(*leaves, is_causal=self.causal)
+
+        out = forward()
+        if kind == "forward":
+            return forward
+        return lambda: torch.autograd.grad(out, leaves, self.upstream, retain_graph=True)
+
+
+@contextlib.contextmanager
+def _kernels_made() -> Iterator[dict[str, Any]]:
+    # registers and spills of what was compiled inside, where this Triton says
+    from fastclip.kernels import attention, attention_gradient
+
+    kernels = (
+        attention.forward_kernel,
+        attention_gradient.whole_kernel,
+        attention_gradient.two_pass_kernel,
+    )
+
+    def every() -> list[Any]:
+        with contextlib.suppress(Exception):
+            caches = [cache for k in kernels for cache in k.device_caches.values()]
+            return [made for cache in caches for made in cache[0].values()]
+        return []
+
+    found: dict[str, Any] = {}
+    before = {id(made) for made in every()}
+    yield found
+    for made in every():
+        if id(made) not in before:
+            with contextlib.suppress(Exception):
+                found |= {
+                    "registers": made.n_regs,
+                    "spills": made.n_spills,
+                    "shared": made.metadata.shared,
+                }
+
+
+def _compile(
+    kind: str, lines: int, causal: bool, heads: int, width: int, plan: tuple[Any, ...]
+) -> None:
+    work = _Work(split(inputs_of(2, lines, heads, width, torch.bfloat16, "cuda")), causal)
+    work.lse = torch.zeros(work.out.shape[:3], device="cuda")
+    getattr(work, kind)(plan)
