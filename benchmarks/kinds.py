@@ -19,7 +19,7 @@ class Kind:
         group: fields that rows which stand side by side have in common.
         name: the field that tells them apart.
         ours: the name of fastclip's row; others that begin like it are fastclip's too.
-        measured: the field that is compared, `unit` of the compared numbers' cells.
+        measured: the field that is compared.
         columns: what is told of a row besides group and name.
         ignored: names that are no rivals.
         more_is_better: of what is compared.
@@ -77,9 +77,10 @@ class Group:
         if ours is None:
             return []
         if self.kind.more_is_better:
-            bound = ours.get("p20", self.value(ours))
+            bound = ours.get("p20") or self.value(ours)
             return [row for row in self.rivals if self.value(row) >= bound]
-        bound = ours["p80"] if self.kind.measured == "p50" else self.value(ours)
+        spread = ours.get("p80") if self.kind.measured == "p50" else None
+        bound = spread or self.value(ours)
         return [row for row in self.rivals if self.value(row) <= bound]
 
     def is_rival(self, row: Row) -> bool:
@@ -101,15 +102,17 @@ class Group:
     @property
     def place(self) -> str:
         """The group in words."""
-        parts = zip(self.kind.group, self.key, strict=True)
-        return " ".join(
-            str(value) if field in _BARE else f"{_SHORT.get(field, field)} = {value:,}"
-            for field, value in parts
-            if field != "causal"
-        ) + (" causal" if dict(zip(self.kind.group, self.key, strict=True)).get("causal") else "")
+        words = []
+        for field, value in zip(self.kind.group, self.key, strict=True):
+            if isinstance(value, bool):
+                words += [field] * value
+            elif isinstance(value, str):
+                words.append(value)
+            else:
+                words.append(f"{_SHORT.get(field, field)} = {value:,}")
+        return " ".join(words)
 
 
-_BARE = ("operator", "task", "model")
 _SHORT = {"width": "D", "batch_size": "batch"}
 
 

@@ -5,6 +5,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from fastclip.atomic import write_text
 from fastclip.bench import plots, records
 from fastclip.bench.kinds import KINDS, Group, number
 from fastclip.bench.records import Record
@@ -37,7 +38,7 @@ def update(readme: Path, files: Sequence[Path] = ()) -> None:
     if panels:
         (root / PLOT).parent.mkdir(exist_ok=True)
         plots.figure(panels, root / PLOT)
-    readme.write_text(new)
+    write_text(readme, new)
 
 
 def named(text: str) -> list[str]:
@@ -78,7 +79,7 @@ def merge(files: Sequence[Path]) -> Record:
             rows[place] = [r for r in record.rows if (r["operator"], r["n"], r["width"]) == place]
     everything = [row for place in rows.values() for row in place]
     last = found[-1]
-    rounds = sorted({str(record.settings["rounds"]) for record in found}, key=int)
+    rounds = dict.fromkeys(str(record.settings.get("rounds", "several")) for record in found)
     settings = {**last.settings, "rounds": " or ".join(rounds)}
     return Record(last.name, last.benchmark, last.environment, settings, everything)
 
@@ -89,19 +90,25 @@ def section(record: Record, names: Sequence[str]) -> str:
     Args:
         record: all results.
         names: of the files that they come from.
+
+    Raises:
+        ValueError: no rival ran.
     """
     groups = [group for group in KINDS["losses"].groups(record) if group.ours and group.rivals]
+    if not groups:
+        raise ValueError(f"{record.name} has no loss beside a rival that ran")
     widths = [group.key[2] for group in groups]
     width = max(set(widths), key=widths.count)
     groups = [group for group in groups if group.key[2] == width]
     sizes = sorted({group.key[1] for group in groups})
     there, how = record.environment, record.settings
-    dtype = str(how.get("dtype")).removeprefix("torch.")
+    dtype = str(how.get("dtype", "float32")).removeprefix("torch.")
     precision = f"{dtype}{' under bf16 autocast' if how.get('autocast') else ''}"
     parts = [
         _paragraph(
-            f"Measured on {there['device']}, {there['threads']} threads, torch {there['torch']}, "
-            f"{precision}, {str(there['date'])[:10]}, forward and backward, medians of "
+            f"Measured on {there['device']}, {there.get('threads', '?')} threads, "
+            f"torch {there.get('torch', '?')}, {precision}, {str(there['date'])[:10]}, "
+            "forward and backward, medians of "
             f"{how['rounds']} rounds of all rivals in turn "
             f"({', '.join(f'`{name}`' for name in names)}; `fastclip bench losses` measures your "
             f"machine). {sizes[-1]:,} rows of width {width}, peaks above the inputs:"

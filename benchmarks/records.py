@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import fastclip
+from fastclip.atomic import write_text
 
 # The fields that name a row, by benchmark: equal ones are the same measurement.
 KEYS: dict[str, tuple[str, ...]] = {
@@ -26,6 +27,9 @@ KEYS: dict[str, tuple[str, ...]] = {
     "memory": ("operator", "n", "width", "rival"),
     "collectives": ("operator", "ranks", "n", "width", "rival"),
 }
+# The fields that are read as numbers.
+_NUMBERS = {"n", "width", "batch_size", "ranks", "p20", "p50", "p80", "forward", "peak_bytes"}
+_NUMBERS |= {"saved_bytes", "received_bytes", "ratio", "roof_share", "error", "loss"}
 # What tells files without the name apart: a field that only one kind of row has.
 _TELLING = {"causal": "attention", "loader": "data", "operator": "losses"}
 # What rows of the first files were called.
@@ -81,7 +85,7 @@ def write(
         **more,
         "results": [asdict(row) for row in rows],
     }
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def read(path: Path) -> Record:
@@ -111,13 +115,24 @@ def read(path: Path) -> Record:
     benchmark = content.get("benchmark", guessed)
     if benchmark not in KEYS:
         raise _foreign(path, f"its rows are of no benchmark known here ({', '.join(KEYS)})")
-    needed = [*KEYS[benchmark], "p50"] if benchmark != "memory" else KEYS[benchmark]
+    for field in ("device", "date"):
+        if field not in content["environment"]:
+            raise _foreign(path, f"its environment has no {field!r}")
+    measured = "p50" if benchmark != "memory" else "peak_bytes"
     for number, row in enumerate(rows):
-        missing = [field for field in needed if field not in row]
-        if missing:
-            raise _foreign(path, f"row {number} has no {missing[0]!r}")
+        for field in (*KEYS[benchmark], measured):
+            if field not in row:
+                raise _foreign(path, f"row {number} has no {field!r}")
+        for field, value in row.items():
+            if not isinstance(value, str | int | float | None):
+                raise _foreign(path, f"{field!r} of row {number} is a {type(value).__name__}")
+            if field in _NUMBERS and isinstance(value, str):
+                raise _foreign(path, f"{field!r} of row {number} is {value!r}, not a number")
         row.setdefault("status", "ok")
-    return Record(path.name, benchmark, content["environment"], content.get("settings", {}), rows)
+    settings = content.get("settings", {})
+    if not isinstance(settings, dict):
+        raise _foreign(path, "its settings are none")
+    return Record(path.name, benchmark, content["environment"], settings, rows)
 
 
 def _of_the_first_files(row: dict[str, Any]) -> dict[str, Any]:

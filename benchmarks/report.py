@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from fastclip.atomic import write_text
 from fastclip.bench import plots
 from fastclip.bench.kinds import KINDS, Group, Kind, Row, number
 from fastclip.bench.records import Record
@@ -18,7 +19,7 @@ def write(records: Sequence[Record], target: Path) -> None:
         index: plots.draw(record, target.parent, f"{target.stem}-{index}-{record.benchmark}")
         for index, record in enumerate(records)
     }
-    target.write_text(markdown(records, images) + "\n")
+    write_text(target, markdown(records, images) + "\n")
 
 
 def markdown(records: Sequence[Record], images: dict[int, list[str]] | None = None) -> str:

@@ -53,16 +53,28 @@ class Wrong:
     says: str
 
 
+HEAD = '{"benchmark": "losses", "environment": {"device": "x", "date": "y"}, "results":'
 WRONG = {
     "cut": Wrong('{"environment": {', "no valid JSON"),
     "a list": Wrong("[1]", "holds a list"),
     "without environment": Wrong('{"results": []}', "no 'environment'"),
     "without rows": Wrong('{"environment": {}, "results": []}', "not rows"),
     "rows of numbers": Wrong('{"environment": {}, "results": [1]}', "not rows"),
-    "a study's": Wrong('{"environment": {}, "results": [{"seed": 1}]}', "no benchmark known here"),
-    "a row cut": Wrong(
-        '{"benchmark": "losses", "environment": {}, "results": [{"operator": "clip", "n": 4}]}',
-        "row 0 has no 'width'",
+    "a study's": Wrong(
+        '{"environment": {"device": "x", "date": "y"}, "results": [{"seed": 1}]}',
+        "no benchmark known here",
+    ),
+    "no device": Wrong(
+        '{"environment": {}, "results": [{"operator": "clip"}]}', "environment has no 'device'"
+    ),
+    "a row cut": Wrong(f'{HEAD} [{{"operator": "clip", "n": 4}}]}}', "row 0 has no 'width'"),
+    "words for numbers": Wrong(
+        f'{HEAD} [{{"operator": "clip", "n": 4, "width": 4, "rival": "x", "p50": "fast"}}]}}',
+        "'p50' of row 0 is 'fast', not a number",
+    ),
+    "a list in a row": Wrong(
+        f'{HEAD} [{{"operator": "clip", "n": 4, "width": 4, "rival": "x", "p50": [1]}}]}}',
+        "'p50' of row 0 is a list",
     ),
 }
 
