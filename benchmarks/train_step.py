@@ -14,12 +14,12 @@ open_clip does only where the gradient is clipped; and it checks both for NaN.
 
 import logging
 import math
-import statistics
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ class StepSettings:
     Attributes:
         precision: of the towers: fp32, amp or amp_bf16.
         grad_clip_norm: as of both trainers' flag; None does not clip.
-        steps: training steps of one call.
+        steps: training steps of one call; None: 4, or 1 where one takes more than half a second.
         rounds: calls of each that count.
         warmup: calls of each before.
         device: cpu or cuda.
@@ -64,7 +64,7 @@ class StepSettings:
 
     precision: str = "fp32"
     grad_clip_norm: float | None = None
-    steps: int = 4
+    steps: int | None = None
     rounds: int = 15
     warmup: int = 2
     device: str = "cpu"
@@ -75,6 +75,7 @@ class StepRow:
     """One trainer: seconds a step, and what it is beside open_clip's.
 
     Attributes:
+        steps: of one call.
         ratio: open_clip's median over this one's: its speed in units of open_clip's.
         loss_difference: of the losses after the first call, relative to open_clip's.
         peak_bytes: above weights and optimiser.
@@ -83,6 +84,7 @@ class StepRow:
     model: str
     batch_size: int
     rival: str
+    steps: int
     status: str = "ok"
     p20: float | None = None
     p50: float | None = None
@@ -97,9 +99,11 @@ class StepRow:
 def measure(model: str, batch_size: int, settings: StepSettings) -> list[StepRow]:
     """All trainers with one model and batch, fastclip first."""
     batch = Batch(create(model), batch_size)
+    steps = settings.steps or _steps(model, batch, settings)
+    settings = replace(settings, steps=steps)
     rows, calls = [], {}
     for name, build in TRAINERS.items():
-        row = StepRow(model, batch_size, name)
+        row = StepRow(model, batch_size, name, steps)
         rows.append(row)
         try:
             call = build(model, batch, settings)
@@ -115,12 +119,12 @@ def measure(model: str, batch_size: int, settings: StepSettings) -> list[StepRow
             continue
         calls[name] = call
     how = Settings(warmup=settings.warmup, device=settings.device)
-    seconds, failed = interleave(calls, settings.rounds, how)
+    times, failed = interleave(calls, settings.rounds, how)
     named = {row.rival: row for row in rows}
-    for name, found in seconds.items():
-        row, steps = named[name], [one / settings.steps for one in found]
-        row.p20, row.p50, row.p80 = (quantile(steps, q) for q in (0.2, 0.5, 0.8))
-        row.samples_per_second = batch_size / statistics.median(steps)
+    for name, found in times.items():
+        row, each = named[name], [seconds / steps for seconds in found]
+        row.p20, row.p50, row.p80 = (quantile(each, q) for q in (0.2, 0.5, 0.8))
+        row.samples_per_second = batch_size / row.p50
     theirs = named[THEIRS]
     for row in rows:
         row.status = failed.get(row.rival, row.status)
@@ -129,6 +133,15 @@ def measure(model: str, batch_size: int, settings: StepSettings) -> list[StepRow
         if row.loss is not None and theirs.loss is not None:
             row.loss_difference = abs(row.loss - theirs.loss) / abs(theirs.loss)
     return rows
+
+
+def _steps(model: str, batch: "Batch", settings: StepSettings) -> int:
+    """How many steps of fastclip's a call should have."""
+    call = _fastclip(model, batch, replace(settings, steps=1))
+    call()
+    started = time.perf_counter()
+    call()
+    return 4 if time.perf_counter() - started < 0.5 else 1
 
 
 class Batch:
@@ -175,14 +188,16 @@ def _fastclip(name: str, batch: Batch, settings: StepSettings) -> Call:
     batches = [{"images": [batch.pixels], "texts": [batch.texts], "key": keys}]
     done = 0
 
+    steps = settings.steps or 1
+
     def call() -> float:
         nonlocal done
         model.model.train()
-        for number in range(settings.steps):
+        for number in range(steps):
             loss = engine.backward(batches)
             engine.update(learning_rate(config, done, _TOTAL_STEPS))
             done += 1
-            if number in (0, settings.steps - 1):
+            if number in (0, steps - 1):
                 told = loss.item(), engine.norm.item(), engine.logit_scale
         return told[0]
 
@@ -222,7 +237,7 @@ def _open_clip(
     defaults = TrainConfig(model=name)
     model = _fresh(name, settings.device).model
     optimizer = _their_optimizer(model, defaults, fused)
-    amp = settings.precision == "amp"
+    amp, steps = settings.precision == "amp", settings.steps or 1
     arguments = Namespace(
         device=settings.device,
         precision=settings.precision,
@@ -231,7 +246,7 @@ def _open_clip(
         accum_freq=1,
         distill=False,
         horovod=False,
-        log_every_n_steps=settings.steps,
+        log_every_n_steps=steps,
         rank=0,
         skip_scheduler=False,
         wandb=False,
@@ -239,7 +254,7 @@ def _open_clip(
     )
     scaler = torch.amp.GradScaler(settings.device) if amp else None
     scheduler = cosine_lr(optimizer, defaults.lr, _WARMUP, _TOTAL_STEPS)
-    data = {"train": DataInfo(_Repeated(batch, settings.steps))}  # type: ignore[arg-type]
+    data = {"train": DataInfo(_Repeated(batch, steps))}  # type: ignore[arg-type]
     loss, writer = ClipLoss(), _Losses()
     epoch = 0
 

@@ -27,8 +27,8 @@ class TrainStepConfig:
     """Arithmetic of the towers."""
     grad_clip_norm: float | None = None
     """Greatest norm of the gradient; without it open_clip does not compute the norm."""
-    steps: int = 4
-    """Training steps of one call."""
+    steps: int | None = None
+    """Training steps of one call; by default 4, or 1 where one takes more than half a second."""
     rounds: int = 15
     """Calls of each trainer that count, in turn."""
     warmup: int = 2
@@ -49,7 +49,7 @@ class TrainStepConfig:
             small = {"towers": ("ViT-mini-16px:16", "ViT-mini-16px:64"), "rounds": 5}
             return replace(self, **small, quick=False).run()  # type: ignore[arg-type]
         towers = [_tower(text) for text in self.towers]
-        if min(self.steps, self.rounds) < 1 or self.warmup < 0:
+        if min(1 if self.steps is None else self.steps, self.rounds) < 1 or self.warmup < 0:
             raise ValueError("--steps and --rounds must be positive, --warmup at least 0")
         device = place(self.device)
         settings = StepSettings(
