@@ -9,7 +9,7 @@ from fastclip.atomic import write_text
 from fastclip.bench import plots, records
 from fastclip.bench.kinds import KINDS, Group, number
 from fastclip.bench.records import Record
-from fastclip.bench.report import as_good, table
+from fastclip.bench.report import as_good, ratio, table
 
 BEGIN, END = "<!-- bench:losses -->", "<!-- /bench -->"
 PLOT = Path("docs", "performance.svg")
@@ -140,8 +140,8 @@ def _paragraph(text: str) -> str:
 
 def _by_size(groups: Sequence[Group], sizes: Sequence[int]) -> Iterator[list[str]]:
     for name in dict.fromkeys(group.key[0] for group in groups):
-        best = {g.key[1]: g.ratio(g.rivals[0]) for g in groups if g.key[0] == name}
-        yield [f"`{name}_loss`", *(f"{best[n]:.2f} ×" if n in best else "" for n in sizes)]
+        best = {g.key[1]: ratio(g, g.rivals[0]) for g in groups if g.key[0] == name}
+        yield [f"`{name}_loss`", *(f"{best[n]} ×" if n in best else "" for n in sizes)]
 
 
 def _lines(group: Group) -> list[list[str]]:
@@ -157,7 +157,7 @@ def _lines(group: Group) -> list[list[str]]:
     ]
     lines = []
     for rival in group.rivals:
-        theirs = [number(1e3 * rival["p50"]), f"{group.ratio(rival):.2f} ×"]
+        theirs = [number(1e3 * rival["p50"]), f"{ratio(group, rival)} ×"]
         lines.append([*own, rival["rival"], *theirs, _peak(rival.get("peak_bytes"))])
         own = [""] * len(own)
     return lines

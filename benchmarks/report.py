@@ -60,8 +60,7 @@ def _beside_the_best(record: Record, kind: Kind) -> Iterator[str]:
         cells = [*_key_cells(group), _compared(group, ours)]
         if group.rivals:
             best = group.rivals[0]
-            ratio = f"{group.ratio(best):.2f}"
-            cells += [best[kind.name], _compared(group, best), ratio]
+            cells += [best[kind.name], _compared(group, best), ratio(group, best)]
         else:
             cells += ["none ran", "", ""]
         lines.append(cells)
@@ -77,7 +76,7 @@ def as_good(groups: Sequence[Group]) -> str:
     places = []
     for group in groups:
         if group.as_good:
-            those = ", ".join(f"{row[kind.name]} {group.ratio(row):.2f}" for row in group.as_good)
+            those = ", ".join(f"{row[kind.name]} {ratio(group, row)}" for row in group.as_good)
             places.append(f"{group.place} ({those})")
     if not any(group.ours and group.rivals for group in groups):
         return "No rival ran."
@@ -88,6 +87,12 @@ def as_good(groups: Sequence[Group]) -> str:
         "needs as little, or less" if memory else "is as fast, within fastclip's spread, or faster"
     )
     return f"A rival {told} (fastclip / it) at: {'; '.join(places)}."
+
+
+def ratio(group: Group, row: Row) -> str:
+    """What fastclip takes over what a rival takes, as a cell."""
+    found = group.ratio(row)
+    return "" if found is None else f"{found:.2f}"
 
 
 def _compared(group: Group, row: Row) -> str:

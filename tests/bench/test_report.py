@@ -1,6 +1,7 @@
 """Reports and comparisons say what the files say."""
 
 import copy
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fastclip.bench import compare, readme, records, report
+from fastclip.bench import compare, plots, readme, records, report
 from fastclip.bench.kinds import KINDS, number
 from fastclip.cli import main
 from tests.test_repo_shape import ROOT
@@ -152,3 +153,25 @@ def test_one_table_is_of_one_machine(tmp_path: Path) -> None:
     other = changed(tmp_path, "x.json", environment={"device": "another"})
     with pytest.raises(ValueError, match="one machine"):
         readme.merge([LOSSES, other])
+
+
+def test_curves_are_against_rows_and_widths(tmp_path: Path) -> None:
+    record = records.read(LOSSES)
+    wider = [{**row, "width": 1024, "p50": row["p50"] and 2 * row["p50"]} for row in record.rows]
+    both = dataclasses.replace(record, rows=[*record.rows, *wider])
+    names = plots.draw(both, tmp_path, "x")
+    of_clip = [name for name in names if "-clip-" in name]
+    assert of_clip == ["x-clip-512.svg", "x-clip-1024.svg", "x-clip-widths.svg"]
+    assert all((tmp_path / name).is_file() for name in names)
+    # a single size is no curve
+    single = [row for row in record.rows if row["n"] == 4096]
+    assert plots.draw(dataclasses.replace(record, rows=single), tmp_path, "y") == []
+    assert plots.draw(records.read(RESULTS / "2026-11-24-cpu-loading.json"), tmp_path, "z") == []
+
+
+def test_the_same_plot_has_the_same_bytes(tmp_path: Path) -> None:
+    panels = plots.loss_panels(records.read(LOSSES), "clip", readme.SHOWN)
+    assert [set(panel.lines) for panel in panels] == [set(readme.SHOWN)] * 2
+    for name in ("a.svg", "b.svg"):
+        plots.figure(panels, tmp_path / name)
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()

@@ -44,13 +44,20 @@ class AllConfig:
         for name, part in PARTS.items():
             print(f"\n== {name}, after {time.monotonic() - began:.0f} s", flush=True)
             file = self.output / f"{name}.json"
-            # a file of an earlier run would pass for this one's
-            file.unlink(missing_ok=True)
+            before = _changed(file)
             try:
                 status |= part(quick=self.quick, device=self.device, output=file).run()
             except ModuleNotFoundError as error:
                 print(f"left out: it needs the package {error.name!r}")
-            if file.exists():
+            except ValueError as error:
+                # such as fewer GPUs than processes
+                print(f"left out: {error}")
+            # one of an earlier run stays where it is, but is not told as this one's
+            if _changed(file) != before:
                 written.append(file)
         print(f"\n== report, after {time.monotonic() - began:.0f} s", flush=True)
         return status | ReportConfig(tuple(written), self.output).run()
+
+
+def _changed(file: Path) -> int | None:
+    return file.stat().st_mtime_ns if file.exists() else None
