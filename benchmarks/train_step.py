@@ -12,7 +12,6 @@ where open_clip's loader has done so before; it computes the gradient's norm in 
 open_clip does only where the gradient is clipped; and it checks both for NaN.
 """
 
-import logging
 import math
 import sys
 import time
@@ -267,8 +266,6 @@ def _open_clip(
         epoch += 1
         return writer.last
 
-    # its lines go through logging, which shows them nowhere unless it is told to
-    logging.getLogger().setLevel(max(logging.getLogger().level, logging.WARNING))
     return call
 
 
