@@ -6,6 +6,9 @@
 #include "cpu/pool.h"
 #include "fastclip/epilogues.h"
 #include "fastclip/product.h"
+#ifdef FASTCLIP_CUDA
+#include "fastclip/cuda_epilogues.h"
+#endif
 
 namespace py = pybind11;
 using namespace fastclip;
@@ -70,13 +73,102 @@ py::list usable() {
     return names;
 }
 
+#ifdef FASTCLIP_CUDA
+// Addresses are the device's; a matrix is (address, stride, type).
+using Place = std::tuple<Address, int64_t, int>;
+
+cuda::Matrix matrix(const Place& place) {
+    const auto [data, stride, type] = place;
+    return {at<void>(data), stride, static_cast<cuda::Type>(type)};
+}
+
+cuda::Tile make_cuda_tile(Address data, int64_t rows, int64_t columns, int64_t stride,
+                          Address scale, Address offset, py::object diagonal, Address row_id,
+                          Address column_id, int id_bytes) {
+    return {at(data),   rows,       columns,          stride,
+            at(scale),  at(offset), diagonal.is_none() ? columns : diagonal.cast<int64_t>(),
+            at<void>(row_id), at<void>(column_id), id_bytes};
+}
+
+void add_cuda(py::module_ module) {
+    const py::call_guard<py::gil_scoped_release> unlocked;
+    using Tile = cuda::Tile;
+    py::class_<Tile>(module, "Tile", py::module_local())
+        .def(py::init(&make_cuda_tile))
+        .def_property_readonly("pieces", [](const Tile& tile) {
+            return py::make_tuple(tile.pieces_down(), tile.pieces_across());
+        });
+    module.attr("WARPS") = cuda::WARPS;
+#ifdef FASTCLIP_EMULATED
+    module.attr("EMULATED") = true;
+#else
+    module.attr("EMULATED") = false;
+#endif
+    module.def("driver_obstacle", &cuda::driver_obstacle);
+    module.def(
+        "statistics",
+        [](const Tile& tile, Address row_max, Address row_sum, Address column_max,
+           Address column_sum, Address row_dot, Address stream) {
+            cuda::statistics(tile, {at(row_max), at(row_sum)}, {at(column_max), at(column_sum)},
+                             at(row_dot), at<void>(stream));
+        },
+        unlocked);
+    module.def(
+        "merge",
+        [](int64_t pieces, int64_t lines, Address part_max, Address part_sum, Address part_dot,
+           Address offset, Address max, Address sum, Address dot, Address stream) {
+            cuda::merge(pieces, lines, {at(part_max), at(part_sum)}, at(part_dot), at(offset),
+                        {at(max), at(sum)}, at(dot), at<void>(stream));
+        },
+        unlocked);
+    module.def(
+        "end_rows",
+        [](const Tile& tile, Address part_max, Address row_max, Address factor, Place out,
+           Address stream) {
+            cuda::end_rows(tile, at(part_max), at(row_max), at(factor), matrix(out),
+                           at<void>(stream));
+        },
+        unlocked);
+    module.def(
+        "gradient",
+        [](const Tile& tile, Address row_lse, Address row_weight, Address column_lse,
+           Address column_weight, Place out, Address sums, Address stream) {
+            cuda::gradient(tile, {at(row_lse), at(row_weight)},
+                           {at(column_lse), at(column_weight)}, matrix(out), at(sums),
+                           at<void>(stream));
+        },
+        unlocked);
+    module.def(
+        "sigmoid",
+        [](const Tile& tile, Address weight, Address row_sum, Place out, Address sums,
+           Address stream) {
+            cuda::sigmoid(tile, at(weight), at(row_sum), matrix(out), at(sums), at<void>(stream));
+        },
+        unlocked);
+    module.def(
+        "finish",
+        [](int64_t rows, int64_t width, Place total, Address coefficient, Place partner,
+           Place out, Address stream) {
+            cuda::finish(rows, width, matrix(total), at(coefficient), matrix(partner),
+                         matrix(out), at<void>(stream));
+        },
+        unlocked);
+    module.def(
+        "row_dot",
+        [](int64_t rows, int64_t width, Place a, Place b, Address out, Address stream) {
+            cuda::row_dot(rows, width, matrix(a), matrix(b), at(out), at<void>(stream));
+        },
+        unlocked);
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
     const py::call_guard<py::gil_scoped_release> unlocked;
     module.attr("ABI") = ABI;
     module.attr("VERSION") = FASTCLIP_VERSION;
-    py::class_<Tile>(module, "Tile").def(py::init(&make_tile));
+    py::class_<Tile>(module, "Tile", py::module_local()).def(py::init(&make_tile));
     module.def("statistics", &add_statistics, unlocked);
     module.def("gradient", &form_gradient, unlocked);
     module.def("begin_rows", &keep_rows, unlocked);
@@ -88,4 +180,7 @@ PYBIND11_MODULE(_native, module) {
     module.def("usable_instructions", &usable);
     module.def("use_instructions", &use_instructions);
     module.def("use_team", [](Address gomp_parallel) { use_team(at<void>(gomp_parallel)); });
+#ifdef FASTCLIP_CUDA
+    add_cuda(module.def_submodule("cuda"));
+#endif
 }

@@ -6,8 +6,9 @@ are float32 (float64 for float64 features); gradients come in each input's dtype
 Every loss takes, beside its own arguments,
 
     reduction: "mean" as each loss defines it, "sum" ("mean" times its divisor), or "none".
-    backend: "auto", "triton" (fused, NVIDIA GPUs), "cpp" (fused, CPUs, where it was built), "torch"
-        (chunked, everywhere) or "reference" (dense, twice differentiable).
+    backend: "auto", "triton" (fused, NVIDIA GPUs), "cpp" (fused, CPUs, where it was built), "cuda"
+        (the same for NVIDIA GPUs), "torch" (chunked, everywhere) or "reference" (dense, twice
+        differentiable).
     chunk_bytes: size of a chunk of the similarity matrix, of which up to three are alive at a
         time; None takes a fixed default.
     precision: "auto" follows autocast, "input" computes in the features' dtype.

@@ -17,6 +17,7 @@ from fastclip._version import __version__
 
 ABI = 1
 """csrc/include/fastclip/epilogues.h has the same number."""
+HOW_TO_BUILD_CUDA = "install nvcc 12.8 or newer (or set CUDACXX) and fastclip again"
 HOW_TO_BUILD = "pip install again with a C++ compiler (gcc 11 or clang 14, or newer)"
 
 
@@ -87,6 +88,24 @@ def library() -> Any:
     if isinstance(found, Unusable):
         raise found
     return found
+
+
+def cuda_obstacle() -> str | None:
+    """Why the library's CUDA part cannot be used, in one phrase, or None."""
+    reason = obstacle()
+    if reason:
+        return reason
+    if not hasattr(library(), "cuda"):
+        why_not = Path(__file__).parent / "_cuda_missing.txt"
+        told = why_not.read_text().strip() if why_not.is_file() else HOW_TO_BUILD_CUDA
+        return f"the library was built without its CUDA part: {told}"
+    driver = library().cuda.driver_obstacle()
+    return f"its CUDA part is built, but: {driver}" if driver else None
+
+
+def cuda_is_emulated() -> bool:
+    """Whether the CUDA part is the tests', whose kernels run on the CPU."""
+    return obstacle() is None and hasattr(library(), "cuda") and library().cuda.EMULATED
 
 
 @functools.cache

@@ -46,10 +46,8 @@ template <class T>
 __device__ void load(const T* from, int count, bool vectors, float (&v)[C]) {
     if (vectors) {
         const Vector<T> loaded = *reinterpret_cast<const Vector<T>*>(from);
-#pragma unroll
         for (int c = 0; c < C; ++c) v[c] = static_cast<float>(loaded.entry[c]);
     } else {
-#pragma unroll
         for (int c = 0; c < C; ++c) v[c] = c < count ? static_cast<float>(from[c]) : 0.0f;
     }
 }
@@ -58,11 +56,9 @@ template <class T>
 __device__ void store(T* to, int count, bool vectors, const float (&v)[C]) {
     if (vectors) {
         Vector<T> rounded;
-#pragma unroll
         for (int c = 0; c < C; ++c) rounded.entry[c] = static_cast<T>(v[c]);
         *reinterpret_cast<Vector<T>*>(to) = rounded;
     } else {
-#pragma unroll
         for (int c = 0; c < C; ++c)
             if (c < count) to[c] = static_cast<T>(v[c]);
     }
@@ -82,7 +78,6 @@ struct Plus {
 // Over all lanes, in every lane.
 template <class Combine>
 __device__ float over_lanes(float value, Combine combine) {
-#pragma unroll
     for (int away = LANES / 2; away; away /= 2)
         value = combine(value, __shfl_xor_sync(ALL_LANES, value, away));
     return value;
@@ -94,10 +89,8 @@ template <class Combine>
 __device__ float lines_over_lanes(float (&line)[R], Combine combine) {
     static_assert(R == 8 && LANES == 32, "three halvings, then four lanes a line");
     const int lane = lane_index();
-#pragma unroll
     for (int half = R / 2, away = LANES / 2; half; half /= 2, away /= 2) {
         const bool upper = lane & away;
-#pragma unroll
         for (int k = 0; k < half; ++k) {
             const float given = upper ? line[k] : line[k + half];
             const float kept = upper ? line[k + half] : line[k];

@@ -30,10 +30,8 @@ struct Line {
 
 // The greatest value of each column, over the warp's rows.
 __device__ void maxima_of_columns(const float (&v)[R][C], float (&max)[C]) {
-#pragma unroll
     for (int c = 0; c < C; ++c) {
         max[c] = v[0][c];
-#pragma unroll
         for (int k = 1; k < R; ++k) max[c] = fmaxf(max[c], v[k][c]);
     }
 }
@@ -42,7 +40,6 @@ __device__ void maxima_of_columns(const float (&v)[R][C], float (&max)[C]) {
 __device__ float sums_of_both(const float (&v)[R][C], float row_max, const float (&column_max)[C],
                               float (&column_sum)[C]) {
     float top = row_max, low = row_max == -INFINITE ? INFINITE : row_max, line[R];
-#pragma unroll
     for (int c = 0; c < C; ++c) {
         top = fmaxf(top, column_max[c]);
         low = fminf(low, column_max[c] == -INFINITE ? INFINITE : column_max[c]);
@@ -51,25 +48,20 @@ __device__ float sums_of_both(const float (&v)[R][C], float row_max, const float
     top = over_lanes(top, Larger{});
     low = over_lanes(low, Smaller{});
     if (low <= top && top - low < SPAN) {
-#pragma unroll
         for (int k = 0; k < R; ++k) {
             line[k] = 0.0f;
-#pragma unroll
             for (int c = 0; c < C; ++c) {
                 const float e = __expf(v[k][c] - top);
                 line[k] += e;
                 column_sum[c] += e;
             }
         }
-#pragma unroll
         for (int c = 0; c < C; ++c) column_sum[c] *= __expf(fminf(top - column_max[c], SPAN));
         return lines_over_lanes(line, Plus{}) * __expf(fminf(top - row_max, SPAN));
     }
-#pragma unroll
     for (int k = 0; k < R; ++k) {
         const float anchor = finite(of_line(row_max, k));
         line[k] = 0.0f;
-#pragma unroll
         for (int c = 0; c < C; ++c) {
             line[k] += __expf(v[k][c] - anchor);
             column_sum[c] += __expf(v[k][c] - finite(column_max[c]));
@@ -84,12 +76,12 @@ __global__ void __launch_bounds__(THREADS)
     const Place at(tile);
     float v[R][C], line[R], row_sum;
     logits(tile, at, -INFINITE, v);
-#pragma unroll
     for (int k = 0; k < R; ++k)
         line[k] = fmaxf(fmaxf(v[k][0], v[k][1]), fmaxf(v[k][2], v[k][3]));
     const float row_max = lines_over_lanes(line, Larger{});
     if constexpr (COLUMNS) {
-        __shared__ float maxima[WARPS][TILE_COLUMNS], sums[WARPS][TILE_COLUMNS];
+        alignas(Vector<float>) __shared__ float maxima[WARPS][TILE_COLUMNS];
+        alignas(Vector<float>) __shared__ float sums[WARPS][TILE_COLUMNS];
         float column_max[C], column_sum[C];
         maxima_of_columns(v, column_max);
         row_sum = sums_of_both(v, row_max, column_max, column_sum);
@@ -108,11 +100,9 @@ __global__ void __launch_bounds__(THREADS)
     } else {
         float dot[R];
         const Entries<float> kept(tile.data, tile.stride, at);
-#pragma unroll
         for (int k = 0; k < R; ++k) {
             const float anchor = finite(of_line(row_max, k));
             line[k] = dot[k] = 0.0f;
-#pragma unroll
             for (int c = 0; c < C; ++c) {
                 const float logit = v[k][c];
                 v[k][c] = __expf(logit - anchor);
@@ -167,14 +157,11 @@ __global__ void __launch_bounds__(THREADS)
     const Entries<float> kept(tile.data, tile.stride, at);
     const Entries<Out> to(out, out_stride, at);
     float e[R][C];
-#pragma unroll
     for (int k = 0; k < R; ++k) kept.get(k, e[k]);
-#pragma unroll
     for (int k = 0; k < R; ++k) {
         if (k >= at.rows) break;
         const int64_t i = at.row + k;
         const float share = __expf(part_max[at.across * tile.rows + i] - finite(row_max[i]));
-#pragma unroll
         for (int c = 0; c < C; ++c) e[k][c] *= factor[i] * share;
         to.put(k, e[k]);
     }
@@ -187,7 +174,6 @@ struct Anchors {
     float anchor[N], weight[N];
 
     __device__ Anchors(Lines lines, int64_t first, int inside, float offset) {
-#pragma unroll
         for (int n = 0; n < N; ++n) {
             anchor[n] = n < inside ? lines.lse[first + n] - offset : -INFINITE;
             weight[n] = n < inside ? lines.weight[first + n] : 0.0f;
@@ -195,7 +181,6 @@ struct Anchors {
     }
     // the lowest and the highest that have entries
     __device__ void span(float& low, float& high) const {
-#pragma unroll
         for (int n = 0; n < N; ++n) {
             low = fminf(low, anchor[n] == -INFINITE ? INFINITE : anchor[n]);
             high = fmaxf(high, anchor[n]);
@@ -203,7 +188,6 @@ struct Anchors {
     }
     // weights become those of exp(S - low); NaN stays
     __device__ void move_to(float low) {
-#pragma unroll
         for (int n = 0; n < N; ++n) {
             const float away = low - anchor[n];
             weight[n] *= __expf(away > 0.0f ? 0.0f : away);
@@ -218,6 +202,7 @@ struct Anchors {
 template <class Out, class Entry>
 __device__ void emit(const Entries<Out>& to, const float (&v)[R][C], float scale, float& dot,
                      float& total, Entry&& entry) {
+    // asked for, as an entry of the sigmoid's is long; short loops are unrolled by themselves
 #pragma unroll
     for (int k = 0; k < R; ++k) {
         float g[C];
@@ -285,7 +270,6 @@ __global__ void __launch_bounds__(THREADS)
     logits(tile, at, LEFT_OUT, v);
     const Entries<Out> to(out, out_stride, at);
     const float scale = *tile.scale, offset = tile.offset ? *tile.offset : 0.0f;
-#pragma unroll
     for (int k = 0; k < R; ++k) {
         line[k] = 0.0f;
         w[k] = GRADIENT && k < at.rows ? weight[at.row + k] : 0.0f;

@@ -38,16 +38,15 @@ __global__ void __launch_bounds__(THREADS)
         load(total.at(i, d), left(width, d), vectors, sum);
         if (coefficient) {
             load(partner.at(i, d), left(width, d), vectors, other);
-#pragma unroll
             for (int c = 0; c < C; ++c) sum[c] += factor * other[c];
         }
         store(out.at(i, d), left(width, d), vectors, sum);
     }
 }
 
-template <class T>
+template <class A, class B>
 __global__ void __launch_bounds__(THREADS)
-    row_dot_kernel(int64_t rows, int64_t width, Rows<const T> a, Rows<const T> b, float* out) {
+    row_dot_kernel(int64_t rows, int64_t width, Rows<const A> a, Rows<const B> b, float* out) {
     const int64_t i = row_of_warp();
     if (i >= rows) return;
     const bool vectors = a.takes_vectors(width) && b.takes_vectors(width);
@@ -56,7 +55,6 @@ __global__ void __launch_bounds__(THREADS)
         float u[C], v[C];
         load(a.at(i, d), left(width, d), vectors, u);
         load(b.at(i, d), left(width, d), vectors, v);
-#pragma unroll
         for (int c = 0; c < C; ++c) sum += u[c] * v[c];
     }
     sum = over_lanes(sum, Plus{});
@@ -91,10 +89,13 @@ void finish(int64_t rows, int64_t width, Matrix total, const float* coefficient,
 
 void row_dot(int64_t rows, int64_t width, Matrix a, Matrix b, float* out, void* stream) {
     with_type(a, [&](auto first) {
-        using T = std::remove_pointer_t<decltype(first.data)>;
-        const Rows<const T> second{static_cast<T*>(b.data), b.stride};
-        launch("row_dot", row_dot_kernel<T>, blocks(rows), stream, rows, width,
-               Rows<const T>{first.data, first.stride}, second, out);
+        with_type(b, [&](auto second) {
+            using A = std::remove_pointer_t<decltype(first.data)>;
+            using B = std::remove_pointer_t<decltype(second.data)>;
+            launch("row_dot", row_dot_kernel<A, B>, blocks(rows), stream, rows, width,
+                   Rows<const A>{first.data, first.stride},
+                   Rows<const B>{second.data, second.stride}, out);
+        });
     });
 }
 

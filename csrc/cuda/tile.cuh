@@ -68,39 +68,29 @@ inline __device__ int64_t id_at(const void* ids, int bytes, int64_t index) {
 inline __device__ void logits(const Tile& tile, const Place& at, float left_out, float (&v)[R][C]) {
     const Entries<float> cosines(tile.data, tile.stride, at);
     const float scale = *tile.scale;
-#pragma unroll
     for (int k = 0; k < R; ++k) cosines.get(k, v[k]);
-#pragma unroll
     for (int k = 0; k < R; ++k)
-#pragma unroll
         for (int c = 0; c < C; ++c) v[k][c] *= scale;
     const int64_t away = tile.diagonal + at.row - at.column;
     if (-R < away && away < C) {
         const int on_diagonal = static_cast<int>(away);
-#pragma unroll
         for (int k = 0; k < R; ++k)
-#pragma unroll
             for (int c = 0; c < C; ++c)
                 if (c - k == on_diagonal) v[k][c] = left_out;
     }
     if (tile.row_id) {
         int64_t column_id[C];
-#pragma unroll
         for (int c = 0; c < C; ++c)
             column_id[c] =
                 c < at.columns ? id_at(tile.column_id, tile.id_bytes, at.column + c) : 0;
-#pragma unroll
         for (int k = 0; k < R; ++k) {
             const int64_t row_id = k < at.rows ? id_at(tile.row_id, tile.id_bytes, at.row + k) : 0;
-#pragma unroll
             for (int c = 0; c < C; ++c)
                 if (row_id == column_id[c]) v[k][c] = left_out;
         }
     }
     if (!at.whole) {
-#pragma unroll
         for (int k = 0; k < R; ++k)
-#pragma unroll
             for (int c = 0; c < C; ++c)
                 if (k >= at.rows || c >= at.columns) v[k][c] = left_out;
     }

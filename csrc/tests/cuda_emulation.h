@@ -15,17 +15,6 @@
 #include <memory>
 #include <vector>
 
-#if defined(__SANITIZE_THREAD__)
-#define FASTCLIP_FIBERS_ARE_TOLD
-#elif defined(__has_feature)
-#if __has_feature(thread_sanitizer)
-#define FASTCLIP_FIBERS_ARE_TOLD
-#endif
-#endif
-#ifdef FASTCLIP_FIBERS_ARE_TOLD
-#include <sanitizer/tsan_interface.h>
-#endif
-
 #define __global__
 #define __device__
 #define __shared__ static thread_local
@@ -49,9 +38,6 @@ struct Fiber {
     unsigned passed = 0;     // the barrier's count when the wait began
     unsigned exchanges = 0;  // of this thread, so far
     bool done = false;
-#ifdef FASTCLIP_FIBERS_ARE_TOLD
-    void* told = __tsan_create_fiber(0);
-#endif
 };
 
 constexpr unsigned LANES = 32;
@@ -66,9 +52,6 @@ struct Block {
     Fiber* running = nullptr;
     bool moved = false;
     ucontext_t home;
-#ifdef FASTCLIP_FIBERS_ARE_TOLD
-    void* home_told = __tsan_get_current_fiber();
-#endif
 };
 
 inline thread_local Block* block = nullptr;
@@ -80,18 +63,12 @@ inline thread_local emulation::Index threadIdx, blockIdx, gridDim;
 namespace emulation {
 
 inline void leave() {
-#ifdef FASTCLIP_FIBERS_ARE_TOLD
-    __tsan_switch_to_fiber(block->home_told, 0);
-#endif
     swapcontext(&block->running->context, &block->home);
 }
 
 inline void enter(Fiber& fiber) {
     block->running = &fiber;
     threadIdx.x = static_cast<unsigned>(&fiber - block->fibers.data());
-#ifdef FASTCLIP_FIBERS_ARE_TOLD
-    __tsan_switch_to_fiber(fiber.told, 0);
-#endif
     swapcontext(&block->home, &fiber.context);
 }
 
@@ -163,9 +140,6 @@ inline void run(unsigned blocks, unsigned threads, std::function<void()> kernel)
         }
         run_threads(blockIdx.x % 2 == 1);
     }
-#ifdef FASTCLIP_FIBERS_ARE_TOLD
-    for (Fiber& fiber : own.fibers) __tsan_destroy_fiber(fiber.told);
-#endif
     block = nullptr;
 }
 

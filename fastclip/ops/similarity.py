@@ -84,7 +84,7 @@ def similarity_statistics(
         means: whether row_mean and column_mean are wanted.
         ranks: the processes whose rows and columns these are part of; without `first` and
             `trainable`. positive_index counts own columns, groups are the same on all ranks.
-        backend: "auto", "cpp", "torch", "triton" or "reference".
+        backend: "auto", "cpp", "cuda", "torch", "triton" or "reference".
         chunk_bytes: size of a chunk of S, of which up to three are alive; None takes a fixed
             default.
         precision: "auto" computes in autocast's dtype where autocast is on; "input" in x's dtype.

@@ -336,6 +336,10 @@ def tiles_of(backend: str, compute_dtype: torch.dtype) -> Tiles:
         from fastclip.ops.cpp_tiles import CppTiles
 
         return CppTiles(compute_dtype)
+    if backend == "cuda":
+        from fastclip.ops.cuda_tiles import CudaTiles
+
+        return CudaTiles(compute_dtype)
     return TorchTiles(compute_dtype)
 
 

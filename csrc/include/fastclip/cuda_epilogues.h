@@ -72,7 +72,7 @@ void sigmoid(const Tile& tile, const float* weight, float* row_sum, Matrix out, 
 void finish(int64_t rows, int64_t width, Matrix total, const float* coefficient, Matrix partner,
             Matrix out, void* stream);
 
-// Row sums of a * b, both of one type.
+// Row sums of a * b.
 void row_dot(int64_t rows, int64_t width, Matrix a, Matrix b, float* out, void* stream);
 
 // Why this machine's driver cannot run the library, or null. Makes no context.

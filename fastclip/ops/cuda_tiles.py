@@ -1,0 +1,231 @@
+"""The `cuda` implementation of the tiles: float32 products by cuBLAS, swept by kernels in `csrc/`.
+
+S is a tile in memory, in float32 and never rounded; one kernel reads each entry once and forms the
+statistics, or G in its place or beside it. What pieces of a tile say of their lines and of scalars
+is merged in a fixed order. For GPUs where Triton cannot run, and the ground to beat it from.
+
+Shape suffixes: C rows of a tile, S its columns, P pieces of a line, D feature width.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastclip import native
+from fastclip.ops.gemm import product
+from fastclip.ops.tiles import Lines, Running, Tile, TorchTiles
+
+# csrc/include/fastclip/cuda_epilogues.h has the same numbers
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# rows of S and G begin aligned for cuBLAS and for loads of four entries
+ALIGNED_ENTRIES = 16
+
+
+class CudaTiles(TorchTiles):
+    """Tiles on NVIDIA GPUs; float32, bf16 and fp16."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__(dtype)
+        assert self.dtype == torch.float32
+        # fp16 would flush most of a gradient to zero: G is bf16 there too
+        self._gradient_dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
+        # float32 G takes the place of S, a narrower one stands beside it
+        self._in_place = dtype == torch.float32
+        self.itemsize = 4 if self._in_place else 6
+        self._library = native.library().cuda
+        self._kept: tuple[Any, Tensor, Tensor] | None = None
+
+    def operand(self, features: Tensor) -> Tensor:
+        return features if features.stride(1) == 1 else features.contiguous()
+
+    def gradient_operand(self, operand: Tensor) -> Tensor:
+        return operand.to(self._gradient_dtype)
+
+    def gradient_buffer(self, rows: int, operand_SD: Tensor) -> Tensor:
+        like = operand_SD.new_empty(0, dtype=self._gradient_dtype)
+        return self._room("G", rows, len(operand_SD), like)
+
+    def statistics(self, tile: Tile, rows: Running, columns: Running | None) -> None:
+        tile = _wide(tile)
+        cosines = self._cosines(tile, self._products(tile))
+        of_rows, of_columns = self._workspaces(cosines, tile, 2)
+        if columns is None:
+            self._queue("statistics", tile, cosines, *_addresses(of_rows), 0, 0, 0)
+        else:
+            lines = *_addresses(of_rows), *_addresses(of_columns)
+            self._queue("statistics", tile, cosines, *lines, 0)
+            self._merge(tile, of_columns, columns)
+        self._merge(tile, of_rows, rows)
+
+    def gradient(
+        self, tile: Tile, rows: Lines, columns: Lines | None, out_CS: Tensor, scalars: bool
+    ) -> tuple[Tensor, Tensor]:
+        tile = _wide(tile)
+        cosines = self._cosines(tile, out_CS if self._in_place else self._products(tile))
+        rows = Lines(*(line.contiguous() for line in rows))
+        if columns is not None:
+            columns = Lines(*(line.contiguous() for line in columns))
+        sums = self._room_for_sums(cosines, tile, scalars)
+        self._queue(
+            "gradient",
+            tile,
+            cosines,
+            *_addresses(rows),
+            *((0, 0) if columns is None else _addresses(columns)),
+            _place(out_CS),
+            sums.data_ptr() if scalars else 0,
+        )
+        return self._scalars(sums)
+
+    def begin_rows(self, tile: Tile) -> tuple[Running, Tensor]:
+        tile = _wide(tile)
+        rows, columns = len(tile.x_CD), tile.y_SD
+        E_CS = self.gradient_buffer(rows, columns) if self._in_place else self._products(tile)
+        cosines = self._cosines(tile, E_CS)
+        part, _ = self._workspaces(cosines, tile, 3)
+        part_max, part_sum, part_dot = _addresses(part)
+        self._queue("statistics", tile, cosines, part_max, part_sum, 0, 0, part_dot)
+        found = Running.of(rows, E_CS, self.dtype)
+        dot_C = torch.empty_like(found.sum)
+        self._merge(tile, part, found, dot_C)
+        self._kept = cosines, part, found.max
+        return found, dot_C
+
+    def end_rows(self, factor_C: Tensor, out_CS: Tensor) -> None:
+        assert self._kept is not None
+        E, part, row_max_C = self._kept
+        factor_C = factor_C.contiguous()
+        lines = part[0].data_ptr(), row_max_C.data_ptr(), factor_C.data_ptr()
+        self._queue("end_rows", factor_C, E, *lines, _place(out_CS))
+
+    def sigmoid(
+        self, tile: Tile, weight_C: Tensor, out_CS: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tile = _wide(tile)
+        weight_C = weight_C.contiguous()
+        in_place = self._in_place and out_CS is not None
+        cosines = self._cosines(tile, out_CS if in_place else self._products(tile))
+        (row_PC,), _ = self._workspaces(cosines, tile, 1)
+        sums = self._room_for_sums(cosines, tile, out_CS is not None)
+        self._queue(
+            "sigmoid",
+            tile,
+            cosines,
+            weight_C.data_ptr(),
+            row_PC.data_ptr(),
+            _place(out_CS),
+            sums.data_ptr(),
+        )
+        return row_PC.sum(dim=0), *self._scalars(sums)
+
+    def finish(
+        self, total_CD: Tensor, terms: Sequence[tuple[Tensor, Tensor]], out_CD: Tensor
+    ) -> None:
+        if not terms:
+            if out_CD is not total_CD:
+                out_CD.copy_(total_CD)
+            return
+        for index, (coefficient_C, partner_CD) in enumerate(terms):
+            last = index == len(terms) - 1
+            coefficient_C, partner_CD = coefficient_C.contiguous(), self.operand(partner_CD)
+            self._queue(
+                "finish",
+                total_CD,
+                *total_CD.shape,
+                _place(total_CD),
+                coefficient_C.data_ptr(),
+                _place(partner_CD),
+                _place(out_CD if last else total_CD),
+            )
+
+    def row_dot(self, a_CD: Tensor, b_CD: Tensor) -> Tensor:
+        a_CD, b_CD = self.operand(a_CD), self.operand(b_CD)
+        out_C = a_CD.new_empty(len(a_CD), dtype=self.dtype)
+        where = _place(a_CD), _place(b_CD), out_C.data_ptr()
+        self._queue("row_dot", a_CD, *a_CD.shape, *where)
+        return out_C
+
+    def _queue(self, name: str, on: Tile | Tensor, *arguments: Any) -> None:
+        """Launch a kernel on the stream that torch uses on the device of `on`."""
+        device = on.x_CD.device if isinstance(on, Tile) else on.device
+        on_gpu = device.type == "cuda"
+        stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
+        # CUDA launches on the current device, whatever device the memory is on
+        with torch.cuda.device(device) if on_gpu else nullcontext():
+            getattr(self._library, name)(*arguments, stream)
+
+    def _merge(
+        self, tile: Tile, part: Tensor, running: Running, dot_C: Tensor | None = None
+    ) -> None:
+        """Merge (max, sum[, dot]) of the pieces' lines into the running ones."""
+        maximum, total, *dots = _addresses(part)
+        pieces, lines = part.shape[1:]
+        offset = 0 if tile.offset is None else tile.offset.data_ptr()
+        found = maximum, total, dots[0] if dot_C is not None else 0
+        merged = *_addresses(running), 0 if dot_C is None else dot_C.data_ptr()
+        self._queue("merge", tile, pieces, lines, *found, offset, *merged)
+
+    def _cosines(self, tile: Tile, out_CS: Tensor) -> Any:
+        """The product into `out_CS`, and what the library has to know about it."""
+        product(tile.x_CD, tile.y_SD.T, out=out_CS)
+        ids: tuple[int, int, int] = 0, 0, 0
+        if tile.row_id_C is not None and tile.column_id_S is not None:
+            row_id, column_id = tile.row_id_C, tile.column_id_S
+            ids = row_id.data_ptr(), column_id.data_ptr(), row_id.itemsize
+        return self._library.Tile(
+            out_CS.data_ptr(),
+            *out_CS.shape,
+            out_CS.stride(0),
+            tile.scale.data_ptr(),
+            0 if tile.offset is None else tile.offset.data_ptr(),
+            tile.diagonal if tile.crosses_diagonal else None,
+            *ids,
+        )
+
+    def _products(self, tile: Tile) -> Tensor:
+        like = tile.x_CD.new_empty(0, dtype=self.dtype)
+        return self._room("S", len(tile.x_CD), len(tile.y_SD), like)
+
+    def _room(self, name: str, rows: int, columns: int, like: Tensor) -> Tensor:
+        """(rows, columns) of a buffer that only grows, rows aligned."""
+        stride = -(-columns // ALIGNED_ENTRIES) * ALIGNED_ENTRIES
+        flat = self._pool.get(name)
+        if flat is None or flat.numel() < rows * stride:
+            flat = self._pool[name] = like.new_empty(rows * stride)
+        return flat[: rows * stride].view(rows, stride)[:, :columns]
+
+    def _workspaces(self, cosines: Any, tile: Tile, kinds: int) -> tuple[Tensor, Tensor]:
+        """Room for what pieces say of rows, (kinds, P, C), and of columns, (kinds, P, S)."""
+        down, across = cosines.pieces
+        like = tile.scale
+        of_rows = like.new_empty((kinds, across, len(tile.x_CD)))
+        return of_rows, like.new_empty((kinds, down, len(tile.y_SD)))
+
+    def _room_for_sums(self, cosines: Any, tile: Tile, wanted: bool) -> Tensor:
+        down, across = cosines.pieces
+        warps = down * across * self._library.WARPS
+        return tile.scale.new_empty((2, warps if wanted else 0))
+
+    def _scalars(self, sums: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums of G * cos and of G over all warps."""
+        dot, total = sums.sum(dim=1)
+        return dot, total
+
+
+def _wide(tile: Tile) -> Tile:
+    """Scalars in float32; the result must live until the kernels that read them are queued."""
+    offset = None if tile.offset is None else tile.offset.float()
+    return tile._replace(scale=tile.scale.float(), offset=offset)
+
+
+def _addresses(lines: Sequence[Tensor] | Tensor) -> tuple[int, ...]:
+    return tuple(line.data_ptr() for line in lines)
+
+
+def _place(matrix: Tensor | None) -> tuple[int, int, int]:
+    if matrix is None:
+        return 0, 0, 0
+    return matrix.data_ptr(), matrix.stride(0), TYPES[matrix.dtype]
