@@ -1,8 +1,9 @@
 """Builds the native library with CMake into a package folder, or says there why not.
 
 FASTCLIP_NATIVE chooses: `auto` (default) builds what this machine can and never fails an
-installation; `cpu` fails it where the library cannot be built; `cuda` is `cpu` as long as there is
-no CUDA part; `off` builds nothing.
+installation, with the CUDA part where there is an nvcc that knows its architectures; `cuda` fails
+it where that cannot be built; `cpu` leaves that out and fails where the rest cannot be built; `off`
+builds nothing.
 """
 
 import os
@@ -19,6 +20,11 @@ VARIABLE = "FASTCLIP_NATIVE"
 CHOICES = ("auto", "off", "cpu", "cuda")
 WHY_NOT = "_native_missing.txt"
 """In the package folder where there is no library; `fastclip info` shows it."""
+
+WHY_NO_CUDA = "_native_cuda_missing.txt"
+"""Likewise, where the library has no CUDA part."""
+LEAST_CUDA = (12, 8)
+"""The first whose nvcc knows sm_100; CMakeLists.txt has the same number."""
 
 
 class CannotBuild(Exception):
@@ -52,10 +58,8 @@ def install(package: Path, version: str) -> None:
     if choice == "off":
         (package / WHY_NOT).write_text(f"{VARIABLE} was off: unset it\n")
         return
-    if choice == "cuda":
-        _tell("there is no CUDA part yet: building the CPU's")
     try:
-        _build(package, version)
+        _build_most(package, version, choice)
     except (CannotBuild, OSError) as error:
         if choice != "auto":
             raise SystemExit(f"fastclip's native library: {error} ({VARIABLE}={choice})") from error
@@ -69,7 +73,37 @@ def library(package: Path) -> Path | None:
     return path if path.is_file() else None
 
 
-def _build(package: Path, version: str) -> None:
+def _build_most(package: Path, version: str, choice: str) -> None:
+    """The library with its CUDA part or, unless that is asked for, without it and the reason."""
+    try:
+        if choice == "cpu":
+            raise CannotBuild(f"{VARIABLE} was cpu: unset it")
+        _build(package, version, _nvcc())
+    except (CannotBuild, OSError) as error:
+        if choice == "cuda":
+            raise
+        _tell(f"without its CUDA part: {error}")
+        _build(package, version, None)
+        (package / WHY_NO_CUDA).write_text(f"{error}\n")
+
+
+def _nvcc() -> str:
+    """The first nvcc that is new enough."""
+    asked, home = os.environ.get("CUDACXX"), os.environ.get("CUDA_HOME")
+    at_home = [f"{home}/bin/nvcc"] if home else []
+    candidates = [asked] if asked else [*at_home, "nvcc", "/usr/local/cuda/bin/nvcc"]
+    least = f"{'.'.join(map(str, LEAST_CUDA))} or newer: install CUDA's toolkit, or set CUDACXX"
+    told = f"{asked or 'nvcc'} was not found; it takes {least}"
+    for path in filter(None, map(shutil.which, candidates)):
+        done = subprocess.run([path, "--version"], capture_output=True, text=True)
+        release = re.search(r"release (\d+\.\d+)", done.stdout)
+        if release and tuple(map(int, release[1].split("."))) >= LEAST_CUDA:
+            return path
+        told = f"{path} is of CUDA {release[1] if release else '?'}; it takes {least}"
+    raise CannotBuild(told)
+
+
+def _build(package: Path, version: str, nvcc: str | None) -> None:
     if not _compiler():
         raise CannotBuild("no C++ compiler was found: install g++ or clang++, or set CXX")
     if not shutil.which("cmake"):
@@ -89,6 +123,8 @@ def _build(package: Path, version: str) -> None:
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
         }
+        if nvcc:
+            options |= {"FASTCLIP_CUDA": "ON", "CMAKE_CUDA_COMPILER": nvcc}
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         defined = [f"-D{name}={value}" for name, value in options.items()]
         _run("configuring", "cmake", "-S", str(ROOT), "-B", build, *generator, *defined)

@@ -50,7 +50,7 @@ def _missing(error: ImportError) -> str:
     why_not = folder / "_native_missing.txt"
     if why_not.is_file():
         return f"it is not built: {why_not.read_text().strip()}; then install fastclip again"
-    files = [path.name for path in folder.glob("_native*") if path.is_file()]
+    files = [p.name for p in folder.glob("_native*") if p.is_file() and p.suffix != ".txt"]
     if not files:
         return f"it is not built: {HOW_TO_BUILD}"
     if not any(f"_native{suffix}" in files for suffix in ours):
@@ -96,7 +96,7 @@ def cuda_obstacle() -> str | None:
     if reason:
         return reason
     if not hasattr(library(), "cuda"):
-        why_not = Path(__file__).parent / "_cuda_missing.txt"
+        why_not = Path(__file__).parent / "_native_cuda_missing.txt"
         told = why_not.read_text().strip() if why_not.is_file() else HOW_TO_BUILD_CUDA
         return f"the library was built without its CUDA part: {told}"
     driver = library().cuda.driver_obstacle()

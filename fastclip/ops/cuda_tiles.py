@@ -106,8 +106,8 @@ class CudaTiles(TorchTiles):
     ) -> tuple[Tensor, Tensor, Tensor]:
         tile = _wide(tile)
         weight_C = weight_C.contiguous()
-        in_place = self._in_place and out_CS is not None
-        cosines = self._cosines(tile, out_CS if in_place else self._products(tile))
+        room_CS = out_CS if self._in_place else None
+        cosines = self._cosines(tile, self._products(tile) if room_CS is None else room_CS)
         (row_PC,), _ = self._workspaces(cosines, tile, 1)
         sums = self._room_for_sums(cosines, tile, out_CS is not None)
         self._queue(

@@ -67,8 +67,8 @@ def as_operand(features: Tensor) -> Tensor:
 def product(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
     """`out = a @ b`; `out` has the accumulator's dtype.
 
-    Operands of 16 bits are multiplied as they are on CUDA, bf16 by the native library too; elsewhere
-    they are widened.
+    Operands of 16 bits are multiplied as they are on CUDA, bf16 by the native library too;
+    elsewhere they are widened.
     """
     count_product(a.shape[0], a.shape[1], b.shape[1])
     if a.itemsize == 2 and a.is_cuda:

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from fastclip import native
 from fastclip.bench import ceilings, check, tile_sweep
 from fastclip.bench.gpu_lab import summary
 from fastclip.bench.losses import OPERATORS
@@ -54,8 +55,10 @@ def test_the_check_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
-@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("backend", ["triton", "cuda", "torch"])
 def test_on_the_gpu(backend: str) -> None:
+    if backend == "cuda" and native.cuda_obstacle():
+        pytest.skip(f"the native library: {native.cuda_obstacle()}")
     assert check.report("cuda", backend)[1]
 
 

@@ -57,6 +57,8 @@ def test_info_names_versions_devices_and_reasons(capsys: pytest.CaptureFixture[s
     assert f"similarity on cpu   {used:10} used" in output
     assert "attention on cpu   sdpa       used" in output
     assert "native library" in output and "apex" in output
+    assert f"  cuda      {native.cuda_obstacle() or 'built'}\n" in output
+    assert "similarity on cpu   cuda       not available: it runs on CUDA devices" in output
     assert "reference  on request" in output
 
 

@@ -46,7 +46,10 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
         pytest.skip("no C++ compiler or no CMake is installed")
     folder = tmp_path_factory.mktemp("emulated")
     options = ["-DFASTCLIP_CUDA=EMULATED", "-DFASTCLIP_MODULE=ON", "-DFASTCLIP_TESTS=OFF"]
-    options += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    options += [
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+    ]
     for command in (
         ["cmake", "-S", str(ROOT), "-B", str(folder), *options],
         ["cmake", "--build", str(folder), "--parallel", "2"],
@@ -218,7 +221,9 @@ def test_launches(library: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_failed_launch_is_an_error(library: ModuleType) -> None:
-    with pytest.raises(RuntimeError, match=r"row_dot: \d+ thread blocks, CUDA's limit is 2147483647"):
+    with pytest.raises(
+        RuntimeError, match=r"row_dot: \d+ thread blocks, CUDA's limit is 2147483647"
+    ):
         library.cuda.row_dot(1 << 40, 1, (0, 1, 0), (0, 1, 0), 0, 0)
 
 
