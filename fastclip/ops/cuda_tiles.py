@@ -51,10 +51,12 @@ class CudaTiles(TorchTiles):
     def statistics(self, tile: Tile, rows: Running, columns: Running | None) -> None:
         tile = _wide(tile)
         cosines = self._cosines(tile, self._products(tile))
-        of_rows, of_columns = self._workspaces(cosines, tile, 2)
+        down, across = cosines.pieces
+        of_rows = tile.scale.new_empty((2, across, len(tile.x_CD)))
         if columns is None:
             self._queue("statistics", tile, cosines, *_addresses(of_rows), 0, 0, 0)
         else:
+            of_columns = tile.scale.new_empty((2, down, len(tile.y_SD)))
             lines = *_addresses(of_rows), *_addresses(of_columns)
             self._queue("statistics", tile, cosines, *lines, 0)
             self._merge(tile, of_columns, columns)
@@ -82,10 +84,10 @@ class CudaTiles(TorchTiles):
 
     def begin_rows(self, tile: Tile) -> tuple[Running, Tensor]:
         tile = _wide(tile)
-        rows, columns = len(tile.x_CD), tile.y_SD
-        E_CS = self.gradient_buffer(rows, columns) if self._in_place else self._products(tile)
+        rows = len(tile.x_CD)
+        E_CS = self.gradient_buffer(rows, tile.y_SD) if self._in_place else self._products(tile)
         cosines = self._cosines(tile, E_CS)
-        part, _ = self._workspaces(cosines, tile, 3)
+        part = tile.scale.new_empty((3, cosines.pieces[1], rows))
         part_max, part_sum, part_dot = _addresses(part)
         self._queue("statistics", tile, cosines, part_max, part_sum, 0, 0, part_dot)
         found = Running.of(rows, E_CS, self.dtype)
@@ -108,7 +110,7 @@ class CudaTiles(TorchTiles):
         weight_C = weight_C.contiguous()
         room_CS = out_CS if self._in_place else None
         cosines = self._cosines(tile, self._products(tile) if room_CS is None else room_CS)
-        (row_PC,), _ = self._workspaces(cosines, tile, 1)
+        row_PC = tile.scale.new_empty((cosines.pieces[1], len(weight_C)))
         sums = self._room_for_sums(cosines, tile, out_CS is not None)
         self._queue(
             "sigmoid",
@@ -197,21 +199,14 @@ class CudaTiles(TorchTiles):
             flat = self._pool[name] = like.new_empty(rows * stride)
         return flat[: rows * stride].view(rows, stride)[:, :columns]
 
-    def _workspaces(self, cosines: Any, tile: Tile, kinds: int) -> tuple[Tensor, Tensor]:
-        """Room for what pieces say of rows, (kinds, P, C), and of columns, (kinds, P, S)."""
-        down, across = cosines.pieces
-        like = tile.scale
-        of_rows = like.new_empty((kinds, across, len(tile.x_CD)))
-        return of_rows, like.new_empty((kinds, down, len(tile.y_SD)))
-
     def _room_for_sums(self, cosines: Any, tile: Tile, wanted: bool) -> Tensor:
         down, across = cosines.pieces
         warps = down * across * self._library.WARPS
         return tile.scale.new_empty((2, warps if wanted else 0))
 
     def _scalars(self, sums: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums of G * cos and of G over all warps."""
-        dot, total = sums.sum(dim=1)
+        """Sums of G * cos and of G over all warps; empty where there are none."""
+        dot, total = sums.sum(dim=1) if sums.numel() else sums
         return dot, total
 
 
