@@ -3,6 +3,8 @@
 // throughout; sums are two float64, of G * cos and of G.
 #include <pybind11/pybind11.h>
 
+#include <tuple>
+
 #include "cpu/pool.h"
 #include "fastclip/epilogues.h"
 #include "fastclip/product.h"
@@ -74,6 +76,12 @@ py::list usable() {
 }
 
 #ifdef FASTCLIP_CUDA
+#ifdef FASTCLIP_EMULATED
+constexpr bool EMULATED = true;
+#else
+constexpr bool EMULATED = false;
+#endif
+
 // Addresses are the device's; a matrix is (address, stride, type).
 using Place = std::tuple<Address, int64_t, int>;
 
@@ -85,9 +93,12 @@ cuda::Matrix matrix(const Place& place) {
 cuda::Tile make_cuda_tile(Address data, int64_t rows, int64_t columns, int64_t stride,
                           Address scale, Address offset, py::object diagonal, Address row_id,
                           Address column_id, int id_bytes) {
-    return {at(data),   rows,       columns,          stride,
-            at(scale),  at(offset), diagonal.is_none() ? columns : diagonal.cast<int64_t>(),
-            at<void>(row_id), at<void>(column_id), id_bytes};
+    cuda::Tile tile{at(data), rows, columns, stride, at(scale), at(offset), columns};
+    if (!diagonal.is_none()) tile.diagonal = diagonal.cast<int64_t>();
+    tile.row_id = at<void>(row_id);
+    tile.column_id = at<void>(column_id);
+    tile.id_bytes = id_bytes;
+    return tile;
 }
 
 void add_cuda(py::module_ module) {
@@ -99,11 +110,7 @@ void add_cuda(py::module_ module) {
             return py::make_tuple(tile.pieces_down(), tile.pieces_across());
         });
     module.attr("WARPS") = cuda::WARPS;
-#ifdef FASTCLIP_EMULATED
-    module.attr("EMULATED") = true;
-#else
-    module.attr("EMULATED") = false;
-#endif
+    module.attr("EMULATED") = EMULATED;
     module.def("driver_obstacle", &cuda::driver_obstacle);
     module.def(
         "statistics",

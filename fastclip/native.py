@@ -17,7 +17,7 @@ from fastclip._version import __version__
 
 ABI = 1
 """csrc/include/fastclip/epilogues.h has the same number."""
-HOW_TO_BUILD_CUDA = "install nvcc 12.8 or newer (or set CUDACXX) and fastclip again"
+HOW_TO_BUILD_CUDA = "install nvcc 12.8 or newer, or set CUDACXX"
 HOW_TO_BUILD = "pip install again with a C++ compiler (gcc 11 or clang 14, or newer)"
 
 
@@ -98,7 +98,7 @@ def cuda_obstacle() -> str | None:
     if not hasattr(library(), "cuda"):
         why_not = Path(__file__).parent / "_native_cuda_missing.txt"
         told = why_not.read_text().strip() if why_not.is_file() else HOW_TO_BUILD_CUDA
-        return f"the library was built without its CUDA part: {told}"
+        return f"the library has no CUDA part: {told}; then install fastclip again"
     driver = library().cuda.driver_obstacle()
     return f"its CUDA part is built, but: {driver}" if driver else None
 

@@ -187,8 +187,12 @@ def test_the_module_loads_without_cuda(built: Path) -> None:
 @pytest.mark.parametrize(
     "library, files, told",
     [
-        ({}, {}, "without its CUDA part: install nvcc 12.8 or newer"),
-        ({}, {"_native_cuda_missing.txt": "no nvcc\n"}, "without its CUDA part: no nvcc"),
+        ({}, {}, "has no CUDA part: install nvcc 12.8 or newer"),
+        (
+            {},
+            {"_native_cuda_missing.txt": "no nvcc\n"},
+            "has no CUDA part: no nvcc; then install fastclip again",
+        ),
         ({"cuda": "driver is too old"}, {}, "is built, but: driver is too old"),
         ({"cuda": None}, {}, None),
     ],
