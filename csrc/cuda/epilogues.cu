@@ -348,17 +348,22 @@ void sigmoid(const Tile& tile, const float* weight, float* row_sum, Matrix out, 
     });
 }
 
-const char* driver_obstacle() {
+std::string driver_obstacle() {
 #ifdef FASTCLIP_EMULATED
-    return nullptr;
+    return "";
 #else
     int driver = 0, runtime = 0;
     const cudaError_t error = cudaDriverGetVersion(&driver);
     if (error != cudaSuccess) return cudaGetErrorString(error);
+    if (driver == 0) return "this machine has no NVIDIA driver";
     cudaRuntimeGetVersion(&runtime);
     // one version's binaries run with any driver of its own or a later generation
-    return driver / 1000 < runtime / 1000 ? cudaGetErrorString(cudaErrorInsufficientDriver)
-                                          : nullptr;
+    if (driver / 1000 >= runtime / 1000) return "";
+    const auto named = [](int version) {
+        return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+    };
+    return "this machine's driver is for CUDA " + named(driver) + ", the library was built with " +
+           named(runtime) + ": update the driver, or build it with an older nvcc";
 #endif
 }
 

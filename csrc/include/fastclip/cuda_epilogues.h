@@ -11,6 +11,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "fastclip/epilogues.h"
 
@@ -75,8 +76,8 @@ void finish(int64_t rows, int64_t width, Matrix total, const float* coefficient,
 // Row sums of a * b.
 void row_dot(int64_t rows, int64_t width, Matrix a, Matrix b, float* out, void* stream);
 
-// Why this machine's driver cannot run the library, or null. Makes no context.
-const char* driver_obstacle();
+// Why this machine's driver cannot run the library, or nothing. Makes no context.
+std::string driver_obstacle();
 
 }  // namespace cuda
 }  // namespace fastclip
