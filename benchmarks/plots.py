@@ -98,7 +98,7 @@ def _draw_panel(panel: Panel, axes: Any) -> None:
         xs, ys = zip(*sorted(points), strict=True)
         axes.plot(xs, ys, color=colour, linewidth=2.4 if ours else 1.6, marker="o", markersize=4)
         ends.append((xs[-1], ys[-1], name, colour))
-    ticks = sorted({x for points in panel.lines.values() for x, _ in points})
+    ticks = _apart(sorted({x for points in panel.lines.values() for x, _ in points}))
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
@@ -109,13 +109,23 @@ def _draw_panel(panel: Panel, axes: Any) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     low, high = axes.get_ylim()
-    # names that would lie over each other are pushed apart
-    step, last = (high / low) ** 0.065, 0.0
-    for x, y, name, colour in sorted(ends, key=lambda end: end[1]):
-        last = max(y, last * step)
+    # names that would lie over each other are pushed down
+    step, last = (high / low) ** 0.065, math.inf
+    for x, y, name, colour in sorted(ends, key=lambda end: -end[1]):
+        last = min(y, last / step)
         axes.annotate(
             name, (x, last), (8, 0), textcoords="offset points", color=colour, va="center"
         )
+
+
+def _apart(values: Sequence[float]) -> list[float]:
+    """The last of the values, and those before it whose numbers have room on the axis."""
+    least = (values[-1] / values[0]) ** 0.13
+    kept: list[float] = []
+    for value in reversed(values):
+        if not kept or kept[-1] / value >= least:
+            kept.append(value)
+    return kept
 
 
 def _decades(panel: Panel) -> float:

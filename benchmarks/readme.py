@@ -9,7 +9,7 @@ from fastclip.atomic import write_text
 from fastclip.bench import plots, records
 from fastclip.bench.kinds import KINDS, Group, number
 from fastclip.bench.records import Record
-from fastclip.bench.report import as_good, ratio, table
+from fastclip.bench.report import ratio, table
 
 BEGIN, END = "<!-- bench:losses -->", "<!-- /bench -->"
 PLOT = Path("docs", "performance.svg")
@@ -127,7 +127,7 @@ def section(record: Record, names: Sequence[str]) -> str:
             "fastclip's time over that of the fastest rival that ran, by rows:",
             table(("loss", *(f"{n:,}" for n in sizes)), list(_by_size(groups, sizes))),
         ]
-    parts.append(_paragraph(as_good(groups)))
+    parts.append(_paragraph(_up_to(groups)))
     missing = _left_out(groups)
     if missing:
         parts.append(_paragraph(f"Not run here: {missing}."))
@@ -167,16 +167,29 @@ def _peak(value: int | None) -> str:
     return "" if value is None else f"{value / 2**20:,.0f}"
 
 
+def _up_to(groups: Sequence[Group]) -> str:
+    """A sentence with the largest size of each loss at which a rival is as fast."""
+    largest: dict[str, int] = {}
+    for group in groups:
+        name, n, *_ = group.key
+        if group.as_good:
+            largest[name] = max(n, largest.get(name, 0))
+    if not largest:
+        return "No rival that ran is as fast at any of these sizes."
+    places = ", ".join(f"{n:,} rows (`{name}_loss`)" for name, n in largest.items())
+    return f"A rival is as fast, within fastclip's spread, or faster at up to {places}."
+
+
 def _left_out(groups: Sequence[Group]) -> str:
-    """The rivals that ran at no size, with the reason."""
+    """The rivals that ran at no size, by reason."""
     ran = {row["rival"] for group in groups for row in group.rivals}
-    reasons = {
-        row["rival"]: row["status"].removeprefix("missing: ")
-        for group in groups
-        for row in group.left_out
-        if row["rival"] not in ran
-    }
-    return "; ".join(f"{name} ({reason})" for name, reason in reasons.items())
+    reasons: dict[str, dict[str, None]] = {}
+    for group in groups:
+        for row in group.left_out:
+            if row["rival"] not in ran:
+                reason = row["status"].removeprefix("missing: ")
+                reasons.setdefault(reason, {})[row["rival"]] = None
+    return "; ".join(f"{', '.join(names)} ({reason})" for reason, names in reasons.items())
 
 
 def _cut(text: str) -> tuple[str, str, str]:

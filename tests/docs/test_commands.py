@@ -101,6 +101,11 @@ def _file(words: list[str], parsed: Callable[[Sequence[str]], Any]) -> None:
     assert (ROOT / words[0]).is_file()
 
 
+def _checked(words: list[str], parsed: Callable[[Sequence[str]], Any]) -> None:
+    """A command under a tool that watches it."""
+    TOOLS[words[1]](words[1:], parsed)
+
+
 def _plain(words: list[str], parsed: Callable[[Sequence[str]], Any]) -> None:
     """Programs of the system's, which are not ours to parse."""
 
@@ -113,7 +118,8 @@ TOOLS: dict[str, Callable[[list[str], Callable[[Sequence[str]], Any]], None]] = 
     "pip": _pip,
     "./run": _run,
     "benchmarks/gpu_lab.sh": _file,
-    **dict.fromkeys(("git", "cd", ".", "cmake", "ctest"), _plain),
+    "compute-sanitizer": _checked,
+    **dict.fromkeys(("git", "cd", ".", "cmake", "ctest", "pytest"), _plain),
 }
 
 

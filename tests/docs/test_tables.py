@@ -115,7 +115,7 @@ def test_environment_variables() -> None:
         for path in tracked(pattern)
     ]
     read = set(re.findall(r'"(FASTCLIP_[A-Z_]+)"', "\n".join(sources)))
-    options = {"FASTCLIP_MODULE", "FASTCLIP_TESTS", "FASTCLIP_VERSION"}
+    options = {f"FASTCLIP_{name}" for name in ("CUDA", "MODULE", "TESTS", "VERSION")}
     assert read - options <= set(told)
     conftest = (ROOT / "tests" / "conftest.py").read_text()
     for name in set(told) - read:
