@@ -27,9 +27,9 @@ KEYS: dict[str, tuple[str, ...]] = {
     "memory": ("operator", "n", "width", "rival"),
     "collectives": ("operator", "ranks", "n", "width", "rival"),
 }
-# The fields that are read as numbers.
-_NUMBERS = {"n", "width", "batch_size", "ranks", "p20", "p50", "p80", "forward", "peak_bytes"}
-_NUMBERS |= {"saved_bytes", "received_bytes", "ratio", "roof_share", "error", "loss"}
+# The fields that are read as text, and as true or false; all others are numbers.
+_TEXTS = {"operator", "rival", "task", "loader", "model", "status"}
+_FLAGS = {"causal", "repeatable"}
 # What tells files without the name apart: a field that only one kind of row has.
 _TELLING = {"causal": "attention", "loader": "data", "operator": "losses"}
 # What rows of the first files were called.
@@ -113,7 +113,7 @@ def read(path: Path) -> Record:
         rows = [_of_the_first_files(row) for row in rows]
     guessed = next((kind for field, kind in _TELLING.items() if field in rows[0]), None)
     benchmark = content.get("benchmark", guessed)
-    if benchmark not in KEYS:
+    if not isinstance(benchmark, str) or benchmark not in KEYS:
         raise _foreign(path, f"its rows are of no benchmark known here ({', '.join(KEYS)})")
     for field in ("device", "date"):
         if field not in content["environment"]:
@@ -121,18 +121,24 @@ def read(path: Path) -> Record:
     measured = "p50" if benchmark != "memory" else "peak_bytes"
     for number, row in enumerate(rows):
         for field in (*KEYS[benchmark], measured):
-            if field not in row:
+            if field not in row or (field != measured and row[field] is None):
                 raise _foreign(path, f"row {number} has no {field!r}")
         for field, value in row.items():
-            if not isinstance(value, str | int | float | None):
-                raise _foreign(path, f"{field!r} of row {number} is a {type(value).__name__}")
-            if field in _NUMBERS and isinstance(value, str):
-                raise _foreign(path, f"{field!r} of row {number} is {value!r}, not a number")
+            wanted, word = _kind_of(field)
+            if value is not None and not isinstance(value, wanted):
+                raise _foreign(path, f"{field!r} of row {number} is {value!r}, not {word}")
         row.setdefault("status", "ok")
     settings = content.get("settings", {})
     if not isinstance(settings, dict):
-        raise _foreign(path, "its settings are none")
+        raise _foreign(path, "its 'settings' are not an object")
     return Record(path.name, benchmark, content["environment"], settings, rows)
+
+
+def _kind_of(field: str) -> tuple[type | tuple[type, ...], str]:
+    """What a field of a row is read as, and that in words."""
+    if field in _TEXTS:
+        return str, "text"
+    return (bool, "true or false") if field in _FLAGS else ((int, float), "a number")
 
 
 def _of_the_first_files(row: dict[str, Any]) -> dict[str, Any]:

@@ -54,6 +54,14 @@ class Wrong:
 
 
 HEAD = '{"benchmark": "losses", "environment": {"device": "x", "date": "y"}, "results":'
+
+
+def one_row(**change: object) -> str:
+    """A file of one row that is right but for what is changed."""
+    row = {"operator": "clip", "n": 4, "width": 4, "rival": "x", "p50": 1.0} | change
+    return f"{HEAD} [{json.dumps(row)}]}}"
+
+
 WRONG = {
     "cut": Wrong('{"environment": {', "no valid JSON"),
     "a list": Wrong("[1]", "holds a list"),
@@ -68,14 +76,15 @@ WRONG = {
         '{"environment": {}, "results": [{"operator": "clip"}]}', "environment has no 'device'"
     ),
     "a row cut": Wrong(f'{HEAD} [{{"operator": "clip", "n": 4}}]}}', "row 0 has no 'width'"),
-    "words for numbers": Wrong(
-        f'{HEAD} [{{"operator": "clip", "n": 4, "width": 4, "rival": "x", "p50": "fast"}}]}}',
-        "'p50' of row 0 is 'fast', not a number",
+    "words for numbers": Wrong(one_row(p50="fast"), "'p50' of row 0 is 'fast', not a number"),
+    "a list in a row": Wrong(one_row(p50=[1]), "'p50' of row 0 is [1], not a number"),
+    "a number for a name": Wrong(one_row(rival=3), "'rival' of row 0 is 3, not text"),
+    "a word for a flag": Wrong(one_row(repeatable="yes"), "is 'yes', not true or false"),
+    "no size": Wrong(one_row(n=None), "row 0 has no 'n'"),
+    "a list for the benchmark": Wrong(
+        '{"benchmark": [], "environment": {}, "results": [{"seed": 1}]}', "no benchmark known here"
     ),
-    "a list in a row": Wrong(
-        f'{HEAD} [{{"operator": "clip", "n": 4, "width": 4, "rival": "x", "p50": [1]}}]}}',
-        "'p50' of row 0 is a list",
-    ),
+    "settings of numbers": Wrong(one_row()[:-1] + ', "settings": [1]}', "not an object"),
 }
 
 
