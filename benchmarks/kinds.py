@@ -60,6 +60,14 @@ class Group:
         return None
 
     @property
+    def ours_failed(self) -> bool:
+        """Whether fastclip did not run where a rival did."""
+        failed = [
+            r for r in self.rows if r[self.kind.name] == self.kind.ours and r["status"] != "ok"
+        ]
+        return bool(failed and self.rivals)
+
+    @property
     def rivals(self) -> list[Row]:
         """The rivals that ran, best first."""
         ran = [row for row in self.rows if self.is_rival(row) and self.value(row) is not None]

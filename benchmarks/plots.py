@@ -4,12 +4,14 @@ Lines and letters have colours of medium brightness on no background, so that a 
 page serve.
 """
 
+import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastclip.atomic import write_text
 from fastclip.bench.records import Record
 
 OURS = "#e8612c"
@@ -65,13 +67,14 @@ def figure(panels: Sequence[Panel], path: Path) -> None:
         )
         for panel, place in zip(panels, axes[0], strict=True):
             _draw_panel(panel, place)
-        made.savefig(path, transparent=True, metadata={"Date": None})
+        text = io.StringIO()
+        made.savefig(text, format="svg", transparent=True, metadata={"Date": None})
         plt.close(made)
+    write_text(path, text.getvalue())
 
 
-def loss_panels(record: Record, operator: str, names: Sequence[str]) -> list[Panel]:
-    """Time and peak memory of one loss against n, of the rivals named, at the first width."""
-    width = next((row["width"] for row in record.rows if row["operator"] == operator), None)
+def loss_panels(record: Record, operator: str, width: int, names: Sequence[str]) -> list[Panel]:
+    """Time and peak memory of one loss against n, of the rivals named."""
     chosen = [
         row
         for row in record.rows

@@ -9,7 +9,7 @@ from fastclip.atomic import write_text
 from fastclip.bench import plots, records
 from fastclip.bench.kinds import KINDS, Group, number
 from fastclip.bench.records import Record
-from fastclip.bench.report import ratio, table
+from fastclip.bench.report import failures, ratio, table
 
 BEGIN, END = "<!-- bench:losses -->", "<!-- /bench -->"
 PLOT = Path("docs", "performance.svg")
@@ -34,7 +34,7 @@ def update(readme: Path, files: Sequence[Path] = ()) -> None:
     merged = merge(chosen)
     names = [_relative(file, root) for file in chosen]
     new = replaced(text, section(merged, names))
-    panels = plots.loss_panels(merged, "clip", SHOWN)
+    panels = plots.loss_panels(merged, "clip", main_width(merged), SHOWN)
     if panels:
         (root / PLOT).parent.mkdir(exist_ok=True)
         plots.figure(panels, root / PLOT)
@@ -94,12 +94,9 @@ def section(record: Record, names: Sequence[str]) -> str:
     Raises:
         ValueError: no rival ran.
     """
-    groups = [group for group in KINDS["losses"].groups(record) if group.ours and group.rivals]
-    if not groups:
-        raise ValueError(f"{record.name} has no loss beside a rival that ran")
-    widths = [group.key[2] for group in groups]
-    width = max(set(widths), key=widths.count)
-    groups = [group for group in groups if group.key[2] == width]
+    width = main_width(record)
+    everything = [group for group in KINDS["losses"].groups(record) if group.key[2] == width]
+    groups = [group for group in everything if group.ours and group.rivals]
     sizes = sorted({group.key[1] for group in groups})
     there, how = record.environment, record.settings
     dtype = str(how.get("dtype", "float32")).removeprefix("torch.")
@@ -127,11 +124,24 @@ def section(record: Record, names: Sequence[str]) -> str:
             "fastclip's time over that of the fastest rival that ran, by rows:",
             table(("loss", *(f"{n:,}" for n in sizes)), list(_by_size(groups, sizes))),
         ]
-    parts.append(_paragraph(_up_to(groups)))
-    missing = _left_out(groups)
+    parts.append(_paragraph(_up_to(everything)))
+    missing = _left_out(everything)
     if missing:
         parts.append(_paragraph(f"Not run here: {missing}."))
     return "\n\n".join(parts)
+
+
+def main_width(record: Record) -> int:
+    """The width at which most losses stand beside a rival.
+
+    Raises:
+        ValueError: no rival ran.
+    """
+    groups = KINDS["losses"].groups(record)
+    widths = [group.key[2] for group in groups if group.ours and group.rivals]
+    if not widths:
+        raise ValueError(f"{record.name} has no loss beside a rival that ran")
+    return max(widths, key=widths.count)
 
 
 def _paragraph(text: str) -> str:
@@ -175,20 +185,25 @@ def _up_to(groups: Sequence[Group]) -> str:
         if group.as_good:
             largest[name] = max(n, largest.get(name, 0))
     if not largest:
-        return "No rival that ran is as fast at any of these sizes."
+        return f"No rival that ran is as fast at any of these sizes.{failures(groups)}"
     places = ", ".join(f"{n:,} rows (`{name}_loss`)" for name, n in largest.items())
-    return f"A rival is as fast, within fastclip's spread, or faster at up to {places}."
+    told = f"A rival is as fast, within fastclip's spread, or faster at up to {places}."
+    return told + failures(groups)
 
 
 def _left_out(groups: Sequence[Group]) -> str:
-    """The rivals that ran at no size, by reason."""
-    ran = {row["rival"] for group in groups for row in group.rivals}
+    """The rivals that did not run, by reason; with loss or size where they ran for others."""
+    ran = {(group.key[0], row["rival"]) for group in groups for row in group.rivals}
+    somewhere = {rival for _, rival in ran}
     reasons: dict[str, dict[str, None]] = {}
     for group in groups:
+        loss, n, *_ = group.key
         for row in group.left_out:
-            if row["rival"] not in ran:
-                reason = row["status"].removeprefix("missing: ")
-                reasons.setdefault(reason, {})[row["rival"]] = None
+            place = f" for {loss}" if row["rival"] in somewhere else ""
+            if (loss, row["rival"]) in ran:
+                place += f" of {n:,} rows"
+            reason = row["status"].removeprefix("missing: ")
+            reasons.setdefault(reason, {})[row["rival"] + place] = None
     return "; ".join(f"{', '.join(names)} ({reason})" for reason, names in reasons.items())
 
 

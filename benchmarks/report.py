@@ -52,8 +52,8 @@ def _said(record: Record, name: str) -> bool:
 
 def _beside_the_best(record: Record, kind: Kind) -> Iterator[str]:
     header = [*_heads(kind), "fastclip", "best rival", "its", "fastclip / it"]
-    lines = []
-    for group in kind.groups(record):
+    groups, lines = list(kind.groups(record)), []
+    for group in groups:
         ours = group.ours
         if ours is None:
             continue
@@ -66,11 +66,12 @@ def _beside_the_best(record: Record, kind: Kind) -> Iterator[str]:
         lines.append(cells)
     if lines:
         yield table(header, lines)
-        yield as_good(list(kind.groups(record)))
+    if lines or any(group.ours_failed for group in groups):
+        yield as_good(groups)
 
 
 def as_good(groups: Sequence[Group]) -> str:
-    """A sentence that names all places where a rival is as good as fastclip or better."""
+    """Sentences that name all places where a rival is as good as fastclip, or runs alone."""
     kind = groups[0].kind
     memory = kind.measured == "peak_bytes"
     places = []
@@ -78,15 +79,22 @@ def as_good(groups: Sequence[Group]) -> str:
         if group.as_good:
             those = ", ".join(f"{row[kind.name]} {ratio(group, row)}" for row in group.as_good)
             places.append(f"{group.place} ({those})")
+    failed = failures(groups)
     if not any(group.ours and group.rivals for group in groups):
-        return "No rival ran."
+        return failed.strip() or "No rival ran."
     if not places:
         told = "needs as little" if memory else "is as fast"
-        return f"No rival that ran {told} at any of these sizes."
+        return f"No rival that ran {told} at any of these sizes.{failed}"
     told = (
         "needs as little, or less" if memory else "is as fast, within fastclip's spread, or faster"
     )
-    return f"A rival {told} (fastclip / it) at: {'; '.join(places)}."
+    return f"A rival {told} (fastclip / it) at: {'; '.join(places)}.{failed}"
+
+
+def failures(groups: Sequence[Group]) -> str:
+    """A further sentence where fastclip failed."""
+    alone = "; ".join(group.place for group in groups if group.ours_failed)
+    return f" fastclip failed where a rival ran, at: {alone}." if alone else ""
 
 
 def ratio(group: Group, row: Row) -> str:

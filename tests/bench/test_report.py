@@ -56,6 +56,23 @@ def test_rivals_that_are_as_fast_are_named(tmp_path: Path) -> None:
     assert "| clip | 4,096 | 512 | 234 | open_clip | 200 | 1.17 |" in text
 
 
+def test_failures_are_told(tmp_path: Path) -> None:
+    """Ours, though no rival is as fast elsewhere; and a rival's at one size of several."""
+
+    def fail(row: dict[str, Any]) -> None:
+        place = row["operator"], row["n"], row["rival"]
+        if place in (("siglip", 8192, "fastclip"), ("clip", 8192, "open_clip")):
+            row |= {"status": "out of memory", "p50": None}
+
+    record = records.read(changed(tmp_path, "x.json", row=fail))
+    told = "fastclip failed where a rival ran, at: siglip n = 8,192 D = 512."
+    assert told in report.markdown([record])
+    page = " ".join(readme.section(record, ["x.json"]).split())
+    assert told in page and "open_clip for clip of 8,192 rows (out of memory)" in page
+    # at no size, though it ran for another loss
+    assert "pytorch_metric_learning for nt_xent (not tried beyond 256)" in page
+
+
 def test_a_rival_within_the_spread_counts_as_fast() -> None:
     (group, *_) = KINDS["losses"].groups(records.read(LOSSES))
     assert group.ours is not None and not group.as_good
@@ -170,7 +187,7 @@ def test_curves_are_against_rows_and_widths(tmp_path: Path) -> None:
 
 
 def test_the_same_plot_has_the_same_bytes(tmp_path: Path) -> None:
-    panels = plots.loss_panels(records.read(LOSSES), "clip", readme.SHOWN)
+    panels = plots.loss_panels(records.read(LOSSES), "clip", 512, readme.SHOWN)
     assert [set(panel.lines) for panel in panels] == [set(readme.SHOWN)] * 2
     for name in ("a.svg", "b.svg"):
         plots.figure(panels, tmp_path / name)
