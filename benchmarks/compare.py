@@ -1,10 +1,13 @@
 """Two files of one benchmark, row by row."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fastclip.bench.records import Record
+
+# What is compared, where it is not the median time.
+_MEASURED = {"memory": "bytes kept for the backward", "data": "images a second"}
 
 
 @dataclass(frozen=True)
@@ -13,7 +16,7 @@ class Pair:
 
     Attributes:
         key: what names it.
-        ratio: the later median over the earlier.
+        ratio: the later value over the earlier; see `measured`.
         least, greatest: from the later 20th percentile over the earlier 80th to the later 80th
             over the earlier 20th; equal where a file has no spread.
     """
@@ -63,25 +66,52 @@ def compare(before: Record, after: Record) -> list[Pair]:
     Raises:
         ValueError: there are none.
     """
-    measured = "saved_bytes" if before.benchmark == "memory" else "p50"
-    earlier = {before.key(row): row for row in before.rows if row.get(measured)}
+    earlier, later = values(before), values(after)
     pairs = []
-    for row in after.rows:
-        old = earlier.get(after.key(row))
-        if old is None or not row.get(measured):
+    for key, new in later.items():
+        if key not in earlier:
             continue
-        spread = [row[measured] / old[measured]] * 2
-        if all(r.get(p) for r in (row, old) for p in ("p20", "p80")):
-            spread = [row["p20"] / old["p80"], row["p80"] / old["p20"]]
-        pairs.append(Pair(after.key(row), row[measured] / old[measured], *spread))
+        old, field = earlier[key], _field(before)
+        spread = [new[field] / old[field]] * 2
+        if all(row.get(p) for row in (new, old) for p in ("p20", "p80")):
+            spread = [new["p20"] / old["p80"], new["p80"] / old["p20"]]
+        pairs.append(Pair(key, new[field] / old[field], *spread))
     if not pairs:
         raise ValueError(f"{before.name} and {after.name} have no row in common")
     return pairs
 
 
+def failures(before: Record, after: Record) -> Iterator[str]:
+    """The rows of both files that ran in one of them alone, a sentence each."""
+    for ran, failed in ((before, after), (after, before)):
+        found, those = values(ran), values(failed)
+        for row in failed.rows:
+            key = failed.key(row)
+            if key in found and key not in those:
+                yield f"{_name(key)} ran in {ran.name} alone; in {failed.name}: {row['status']}"
+
+
+def values(record: Record) -> dict[tuple[Any, ...], Mapping[str, Any]]:
+    """The rows that have what is compared, by what names them."""
+    return {record.key(row): row for row in record.rows if row.get(_field(record))}
+
+
+def measured(record: Record) -> str:
+    """What is compared, in words."""
+    return _MEASURED.get(record.benchmark, "median time")
+
+
+def _field(record: Record) -> str:
+    return "saved_bytes" if record.benchmark == "memory" else "p50"
+
+
+def _name(key: tuple[Any, ...]) -> str:
+    return " ".join(map(str, key))
+
+
 def lines(pairs: Sequence[Pair]) -> list[str]:
     """A table: ratio, spread, and a mark where it leaves out 1."""
-    names = [" ".join(map(str, pair.key)) for pair in pairs]
+    names = [_name(pair.key) for pair in pairs]
     wide = max(map(len, names))
     found = [f"{'':{wide}}  {'B / A':>7}  {'spread':^15}"]
     for name, pair in zip(names, pairs, strict=True):

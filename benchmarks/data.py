@@ -9,7 +9,6 @@ of one is under way while another is measured.
 """
 
 import math
-import statistics
 import sys
 import tempfile
 import time
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fastclip.bench.runner import quantile
 from fastclip.data.augment import Augmentation
 from fastclip.data.index import dali_line, index_shard
 from fastclip.data.loader import TrainingLoader
@@ -107,9 +107,8 @@ def run(settings: DataSettings) -> list[DataRow]:
             rate = images / (time.perf_counter() - started)
             rates[f"{row.task} {row.loader}"].append(rate)
     for row, _ in epochs:
-        found = sorted(rates[f"{row.task} {row.loader}"])
-        row.p20, row.p80 = found[len(found) // 5], found[-1 - len(found) // 5]
-        row.p50 = statistics.median(found)
+        found = rates[f"{row.task} {row.loader}"]
+        row.p20, row.p50, row.p80 = (quantile(found, q) for q in (0.2, 0.5, 0.8))
     for row in rows:
         (own,) = (r for r in rows if r.task == row.task and r.loader == OWN)
         if row.p50 is not None and own.p50 is not None:

@@ -114,7 +114,7 @@ def measure(operator: Operator, n: int, width: int, settings: Settings) -> list[
         if row.status == "ok":
             runs[rival.name] = _try_out(rival, row, inputs, exact, settings)
     rows.append(Row(operator.name, ROOF, n, width))
-    runs[ROOF] = _bare(operator, inputs)
+    runs[ROOF] = _bare(operator, inputs, settings)
     alive = {row.rival: runs[row.rival] for row in rows if row.status == "ok"}
     # forward alone says what evaluation costs
     forward = {name: lambda run=run: run(False) for name, run in alive.items() if name != ROOF}
@@ -251,14 +251,18 @@ def _exact_gradient(operator: Operator, inputs: Inputs) -> Tensor:
     return torch.autograd.grad(operator.ours(*wide, backend="torch"), wide[0])[0]
 
 
-def _bare(operator: Operator, inputs: Inputs) -> Callable[[bool], None]:
-    """The roof: just the products, in chunks like ours, accumulated in float32."""
+def _bare(operator: Operator, inputs: Inputs, settings: Settings) -> Callable[[bool], None]:
+    """The roof: just the products, in chunks like ours, accumulated in float32.
+
+    They are of the losses' precision on a GPU, and of float32 on a CPU.
+    """
     features = [t.detach() for t in inputs if t.ndim == 2 and t.shape == inputs[0].shape]
     symmetric = operator.roof[2] == 0
     x = torch.cat(features) if symmetric else features[0]
     y = x if symmetric else features[1]
     # products of fp16 with float32 output are not torch's; those of bf16 cost the same
-    x, y = (t.bfloat16() if t.is_cuda and t.dtype == torch.float16 else t for t in (x, y))
+    if settings.autocast or x.dtype == torch.float16:
+        x, y = x.bfloat16(), y.bfloat16()
     if not x.is_cuda:
         x, y = x.float(), y.float()
     size = chunk_rows(len(x), len(y), x.element_size(), 0, x.device.type)

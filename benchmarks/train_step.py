@@ -8,8 +8,9 @@
 All begin with the same weights and see the same batch, again and again; loading is not measured.
 A call is some steps, and tells the loss once: open_clip's loop logs its first and last step. Each
 does what it does for its users: fastclip takes pixels as bytes and normalises them in the step,
-where open_clip's loader has done so before; it computes the gradient's norm in every step, which
-open_clip does only where the gradient is clipped; and it checks both for NaN.
+where open_clip's loader has done so before; its towers have channels innermost; it computes the
+gradient's norm in every step, which open_clip does only where the gradient is clipped; and it
+checks loss and norm for NaN.
 """
 
 import math
@@ -77,7 +78,8 @@ class StepRow:
         steps: of one call.
         ratio: open_clip's median over this one's: its speed in units of open_clip's.
         loss_difference: of the losses after the first call, relative to open_clip's.
-        peak_bytes: above weights and optimiser.
+        peak_bytes: of a call after the first, above what it finds: weights, optimiser and the last
+            gradients, which every trainer frees as the call begins.
     """
 
     model: str

@@ -1,5 +1,7 @@
 """`fastclip bench all` runs the parts in turn, and reports what they wrote."""
 
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,26 @@ class Needy:
         raise ModuleNotFoundError("No module named 'absent'", name="absent")
 
 
+@dataclass(frozen=True)
+class Broken(Needy):
+    """A part that fails on its way."""
+
+    def run(self) -> int:
+        """Fail as a process that dies does."""
+        raise RuntimeError("process 1 terminated")
+
+
+def test_a_part_that_fails_costs_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(everything, "PARTS", {"losses": Broken, "attention": AttentionConfig})
+    flags = ["--quick", "--device", "cpu", "--output", str(tmp_path)]
+    assert main(["bench", "all", *flags]) == 1
+    told = capsys.readouterr()
+    assert "losses failed" in told.out and "process 1 terminated" in told.err
+    assert "## Attention" in (tmp_path / "report.md").read_text()
+
+
 def test_parts_run_in_turn_and_are_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -41,6 +63,12 @@ def test_parts_run_in_turn_and_are_reported(
     assert "## Attention" in text and "## Memory" in text and "## A whole" not in text
     # the quick sizes are three, so that there is a curve
     assert (tmp_path / "report-1-memory-clip-128.svg").is_file()
+
+
+def test_losses_are_measured_where_there_is_no_triton() -> None:
+    absent = "import sys; sys.modules['triton'] = None; "
+    code = absent + "import fastclip.bench.memory, fastclip.bench.collectives"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_every_part_is_there_and_can_be_quick() -> None:

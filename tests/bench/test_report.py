@@ -118,6 +118,24 @@ def test_files_compare_row_by_row(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert f"2 of {len(timed)} differ beyond the spread" in told.out
 
 
+def test_a_row_that_fails_in_one_file_is_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(row: dict[str, Any]) -> None:
+        if (row["operator"], row["n"], row["rival"]) == ("clip", 8192, "fastclip"):
+            row |= {"status": "out of memory", "p50": None}
+
+    other = changed(tmp_path, "later.json", row=fail)
+    assert main(["bench", "compare", str(LOSSES), str(other)]) == 0
+    told = capsys.readouterr()
+    assert f"clip 8192 512 fastclip ran in {LOSSES.name} alone; in later.json: out of" in told.err
+    assert told.err.count("ran in") == 1
+    assert f"B / A: median time, later.json over {LOSSES.name}" in told.out
+    loading = str(RESULTS / "2026-11-24-cpu-loading.json")
+    assert main(["bench", "compare", loading, loading]) == 0
+    assert "B / A: images a second" in capsys.readouterr().out
+
+
 def test_other_devices_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = changed(tmp_path, "gpu.json", environment={"device": "NVIDIA H100"})
     assert main(["bench", "compare", str(LOSSES), str(other)]) == 1

@@ -1,7 +1,6 @@
 """Every loss over several gloo ranks with unequal shares against one process, in float64."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 
 import fastclip
 from fastclip import functional, native
+from fastclip.bench.collectives import traffic
 from fastclip.ops.collectives import count_bytes
 from fastclip.ops.gemm import count_products
 from tests.ops import oracles
@@ -179,51 +179,14 @@ def counts(world: int, rank: int, way: str) -> dict[str, Any]:
     for name, dtype in product(cases, (torch.float32, torch.bfloat16)):
         x, y = (unit(rows, width, i).to(dtype).requires_grad_() for i in (rank, 9 + rank))
         scale = torch.tensor(9.0, requires_grad=True)
-        with watched() as outside, count_bytes() as received, count_products() as products:
+        with traffic() as outside, count_bytes() as received, count_products() as products:
             cases[name](x, y, scale).backward()
         found[name, dtype] = {
-            "outside": outside["received"],
+            "outside": sum(outside),
             "inside": received.received,
             "products": products.flop / (2 * rows * rows * world * width),
         }
     return found
-
-
-@contextmanager
-def watched() -> Iterator[dict[str, int]]:
-    """Bytes that this rank receives, seen at torch.distributed's own functions."""
-    seen = {"received": 0}
-    originals = {}
-
-    def watch(name: str, size: Callable[..., int]) -> None:
-        original = originals[name] = getattr(dist, name)
-
-        def call(*arguments: Any, **options: Any) -> Any:
-            seen["received"] += size(*arguments, **options)
-            return original(*arguments, **options)
-
-        setattr(dist, name, call)
-
-    def nbytes(tensor: Tensor) -> int:
-        return tensor.numel() * tensor.element_size()
-
-    world = dist.get_world_size()
-    for name in ("all_gather_into_tensor", "all_gather_single"):
-        if hasattr(dist, name):
-            watch(name, lambda out, own, **o: nbytes(out) - nbytes(own))
-    watch("all_gather", lambda out, own, **o: sum(map(nbytes, out)) - nbytes(own))
-    watch("all_to_all_single", lambda out, *a, **o: nbytes(out))
-    watch("all_reduce", lambda t, *a, **o: round(2 * (1 - 1 / world) * nbytes(t)))
-    watch("scatter", lambda out, _, src, *a, **o: nbytes(out) * (src != dist.get_rank()))
-    watch(
-        "batch_isend_irecv",
-        lambda ops: sum(nbytes(op.tensor) for op in ops if op.op is dist.irecv),
-    )
-    try:
-        yield seen
-    finally:
-        for name, original in originals.items():
-            setattr(dist, name, original)
 
 
 def low_precision(world: int, rank: int, way: str) -> dict[str, list[Tensor]]:

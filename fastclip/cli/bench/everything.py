@@ -1,6 +1,7 @@
 """`fastclip bench all`: every part in turn, a folder of JSON files, and the report of them."""
 
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +29,8 @@ PARTS: dict[str, type[Any]] = {
 class AllConfig:
     """Measure everything beside its rivals, and write a report with tables and plots.
 
-    Each part as by its own command with its defaults; with --quick in minutes on two CPU cores.
+    Each part as by its own command with its defaults; with --quick in minutes on two CPU cores. A
+    part that fails does not stop the others; the status is then 1.
     """
 
     output: Path = Path("bench")
@@ -52,6 +54,11 @@ class AllConfig:
             except ValueError as error:
                 # such as fewer GPUs than processes
                 print(f"left out: {error}")
+            except Exception:
+                # hours of the other parts are not lost with this one
+                traceback.print_exc()
+                print(f"{name} failed")
+                status = 1
             # one of an earlier run stays where it is, but is not told as this one's
             if _changed(file) != before:
                 written.append(file)

@@ -52,10 +52,11 @@ class ReportConfig:
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """Compare two JSON files of one part, row by row: B's time over A's, with the spread.
+    """Compare two JSON files of one part, row by row: B's value over A's, with the spread.
 
-    The spread is from B's 20th percentile over A's 80th to B's 80th over A's 20th; a row whose
-    spread leaves out 1 is marked.
+    The value is the median time; of `memory` the bytes kept, which have no spread, and of `data`
+    the images a second. The spread is from B's 20th percentile over A's 80th to B's 80th over A's
+    20th; a row whose spread leaves out 1 is marked. Rows that ran in one file alone are warned of.
     """
 
     before: Annotated[Path, tyro.conf.Positional]
@@ -73,5 +74,9 @@ class CompareConfig:
         before, after = (records.read(file) for file in (self.before, self.after))
         for warning in compare.differences(before, after, self.across_devices):
             print(f"warning: {warning}", file=sys.stderr)
-        print("\n".join(compare.lines(compare.compare(before, after))))
+        pairs = compare.compare(before, after)
+        for warning in compare.failures(before, after):
+            print(f"warning: {warning}", file=sys.stderr)
+        print(f"B / A: {compare.measured(after)}, {after.name} over {before.name}")
+        print("\n".join(compare.lines(pairs)))
         return 0
