@@ -44,7 +44,7 @@ class CollectiveRow:
     Attributes:
         received_bytes: by the first process, forward and backward.
         p20, p50, p80: seconds forward and backward, of the slowest process.
-        ratio: of the medians, to fastclip's gather.
+        ratio: this median over that of fastclip's gather.
         saved_bytes: what the first process keeps for its backward, its own features left out.
         error: of the first process's dX, relative to one process's over all pairs in float64.
     """

@@ -67,7 +67,7 @@ class DataRow:
     p50: float | None = None
     p80: float | None = None
     ratio: float | None = None
-    """Of the medians, to fastclip's own loader for this task and device."""
+    """This median over that of fastclip's own loader for this task and device."""
     status: str = "ok"
 
 

@@ -69,7 +69,10 @@ class Settings:
 
 @dataclass
 class Row:
-    """One rival at one size: seconds forward and backward, bytes, and how exact it is."""
+    """One rival at one size: seconds forward and backward, bytes, and how exact it is.
+
+    `ratio` is this median over fastclip's, `roof_share` the bare products' over this one.
+    """
 
     operator: str
     rival: str

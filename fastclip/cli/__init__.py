@@ -1,4 +1,4 @@
-"""The command line: `fastclip COMMAND ...`, one file a command.
+"""The command line: `fastclip COMMAND ...`, a file or a folder for each command.
 
 A command's module is imported when it is called, so `fastclip --version` needs torch alone.
 """

@@ -16,8 +16,9 @@ class LossConfig:
     """Measure losses beside their rivals: time, peak memory, error, repeatability.
 
     Columns: milliseconds forward alone, and forward and backward (20th, 50th and 80th
-    percentile); the ratio to fastclip; the share of the roof, which is the matrix products alone;
-    MiB above the inputs; the relative error of dX against float64; whether its bits repeat.
+    percentile); this median over fastclip's; the roof, which is the time of the matrix products
+    alone over this median; MiB above the inputs; the relative error of dX against float64; whether
+    its bits repeat.
     """
 
     loss: tuple[LossName, ...] = ("clip", "info_nce", "siglip", "nt_xent", "mp_nce", "sup_con")
@@ -72,7 +73,7 @@ class AttentionConfig:
     """Measure attention of short sequences beside torch's, every backend of it, and flash-attn.
 
     A line is a sequence length and an implementation: milliseconds forward, and forward and
-    backward (median, 20th and 80th percentile); the ratio to fastclip; MiB above the
+    backward (median, 20th and 80th percentile); this median over fastclip's; MiB above the
     inputs; the relative error of dQ against float64. bf16, twelve heads 64 wide.
     """
 
@@ -167,9 +168,9 @@ class CollectivesConfig:
     """Measure losses over several processes beside open_clip's: bytes, time, memory, error.
 
     Columns: KiB that a process receives, forward and backward; milliseconds of the slowest process
-    (20th, 50th and 80th percentile); the ratio to fastclip's gather; MiB kept for the backward; the
-    relative error of dX against one process in float64. Processes are real: NCCL on GPUs, else
-    gloo, whose times on one machine say nothing of a network.
+    (20th, 50th and 80th percentile); this median over that of fastclip's gather; MiB kept for the
+    backward; the relative error of dX against one process in float64. Processes are real: NCCL on
+    GPUs, else gloo, whose times on one machine say nothing of a network.
     """
 
     loss: tuple[Literal["clip", "siglip"], ...] = ("clip", "siglip")
