@@ -6,6 +6,7 @@ Files from before `benchmark` was written are told by their rows' fields.
 """
 
 import json
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -71,6 +72,21 @@ def environment(device: str) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),
     }
+
+
+def prepare(path: Path | None) -> None:
+    """Make the folder of a file to be written, before minutes are spent on what goes into it.
+
+    Raises:
+        ValueError: the file cannot be written there.
+    """
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise ValueError(f"--output {path} is a folder; give a file in it")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"--output {path}: its folder cannot be written to; give another")
 
 
 def write(

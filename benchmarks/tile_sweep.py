@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from fastclip.atomic import write_text
 from fastclip.bench.runner import Settings, interleave
 from fastclip.kernels import launch
 from fastclip.kernels.launch import Tiling
@@ -157,7 +158,7 @@ def write_table(result: dict[str, dict[str, list[dict[str, Any]]]]) -> None:
         for precision, timed in precisions.items():
             if timed:
                 content["tilings"][architecture][kernel][precision] = timed[0]["tiling"]
-    launch.TILINGS_FILE.write_text(format_table(content))
+    write_text(launch.TILINGS_FILE, format_table(content))
     launch.tilings.cache_clear()
     launch.architecture.cache_clear()
 

@@ -109,3 +109,16 @@ def test_bytes_and_nothing_are_refused(tmp_path: Path, capsys: pytest.CaptureFix
     assert "none.json" in capsys.readouterr().err
     assert main(["bench", "report"]) == 1
     assert "no files" in capsys.readouterr().err
+
+
+PARTS = ("losses", "attention", "memory", "collectives", "train-step", "data")
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_measured(
+    part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--device", "cpu", "--output", str(tmp_path)]
+    assert main(["bench", part, *flags]) == 1
+    told = capsys.readouterr()
+    assert "is a folder" in told.err and not told.out

@@ -54,6 +54,7 @@ class LossConfig:
             small = {"n": (256, 512, 1024), "width": (128,), "rounds": 3, "compiled": False}
             return replace(self, **small, quick=False).run()  # type: ignore[arg-type]
         _check(self.n, self.width, self.rounds)
+        records.prepare(self.output)
         settings = Settings(
             dtype=getattr(torch, self.dtype),
             autocast=self.autocast,
@@ -94,6 +95,7 @@ class AttentionConfig:
 
     def run(self) -> int:
         """Measure, print, write."""
+        import fastclip.bench.records as records
         from fastclip.bench.attention import SHAPES, rivals
         from fastclip.bench.runner import Settings
 
@@ -108,6 +110,7 @@ class AttentionConfig:
         tokens = default if self.tokens is None else self.tokens
         if min(tokens, self.rounds) < 1:
             raise ValueError("--tokens and --rounds must be positive")
+        records.prepare(self.output)
         settings = Settings(torch.bfloat16, rounds=self.rounds, warmup=3, device=device)
         shapes = [known[lines] for lines in self.lines]
         rivals(settings, self.output, tokens, shapes, self.flex)
@@ -151,6 +154,7 @@ class MemoryConfig:
             small = {"n": (256, 512, 1024), "width": (128,), "compiled": False}
             return replace(self, **small, quick=False).run()  # type: ignore[arg-type]
         _check(self.n, self.width, 1)
+        records.prepare(self.output)
         settings = Settings(
             dtype=getattr(torch, self.dtype),
             autocast=self.autocast,
@@ -202,6 +206,7 @@ class CollectivesConfig:
             raise ValueError(f"--ranks is {self.ranks}; give 2 or more")
         if not self.n or min(*self.n, self.width, self.rounds) < 1:
             raise ValueError("--n, --width and --rounds must be positive")
+        records.prepare(self.output)
         device = self.device
         if device == "auto":
             enough = torch.cuda.device_count() >= max(self.ranks)

@@ -51,6 +51,7 @@ class TrainStepConfig:
         towers = [_tower(text) for text in self.towers]
         if min(1 if self.steps is None else self.steps, self.rounds) < 1 or self.warmup < 0:
             raise ValueError("--steps and --rounds must be positive, --warmup at least 0")
+        records.prepare(self.output)
         device = place(self.device)
         settings = StepSettings(
             self.precision, self.grad_clip_norm, self.steps, self.rounds, self.warmup, device
@@ -104,6 +105,7 @@ class DataConfig:
         batch_size, rounds = (16, 3) if self.quick else (self.batch_size, self.rounds)
         if min(self.size, batch_size, self.workers, rounds) < 1:
             raise ValueError("--size, --batch-size, --workers and --rounds must be at least 1")
+        records.prepare(self.output)
         device = choose_device(self.device)
         with tempfile.TemporaryDirectory(prefix="fastclip-bench-") as folder:
             shards = self.data or write_photographs(Path(folder), 64 if self.quick else 512)
