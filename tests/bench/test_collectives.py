@@ -32,11 +32,11 @@ def test_bytes_scale_with_ranks(world: int) -> None:
     assert received["clip", "fastclip ring"] <= 3 * texts + sums + 64 * world
     for way in ("gather", "ring"):
         assert received["siglip", f"fastclip {way}"] <= 2 * texts + 64 * world
+    # open_clip's images travel too; nothing of it is counted twice
     for mode in ("local", "global"):
-        # open_clip's images travel too
-        assert received["clip", f"open_clip {mode}"] >= 4 * texts
+        assert received["clip", f"open_clip {mode}"] == 4 * texts
     for way in ("bidir", "shift", "gather"):
-        assert received["siglip", f"open_clip {way}"] >= 2 * texts
+        assert received["siglip", f"open_clip {way}"] == 2 * texts
 
 
 @pytest.mark.dist
