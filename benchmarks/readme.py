@@ -192,19 +192,25 @@ def _up_to(groups: Sequence[Group]) -> str:
 
 
 def _left_out(groups: Sequence[Group]) -> str:
-    """The rivals that did not run, by reason; with loss or size where they ran for others."""
+    """The rivals that did not run, by reason; with losses and sizes where they ran for others."""
     ran = {(group.key[0], row["rival"]) for group in groups for row in group.rivals}
     somewhere = {rival for _, rival in ran}
-    reasons: dict[str, dict[str, None]] = {}
+    losses: dict[tuple[str, str], dict[str, None]] = {}
+    sizes: dict[tuple[str, str], set[int]] = {}
     for group in groups:
         loss, n, *_ = group.key
         for row in group.left_out:
-            place = f" for {loss}" if row["rival"] in somewhere else ""
+            place = row["status"].removeprefix("missing: "), row["rival"]
+            losses.setdefault(place, {})[loss] = None
             if (loss, row["rival"]) in ran:
-                place += f" of {n:,} rows"
-            reason = row["status"].removeprefix("missing: ")
-            reasons.setdefault(reason, {})[row["rival"] + place] = None
-    return "; ".join(f"{', '.join(names)} ({reason})" for reason, names in reasons.items())
+                sizes.setdefault(place, set()).add(n)
+    reasons: dict[str, list[str]] = {}
+    for (reason, rival), names in losses.items():
+        told = f"{rival} for {', '.join(names)}" if rival in somewhere else rival
+        if rows := sorted(sizes.get((reason, rival), ())):
+            told += f" of {', '.join(f'{n:,}' for n in rows)} rows"
+        reasons.setdefault(reason, []).append(told)
+    return "; ".join(f"{', '.join(those)} ({reason})" for reason, those in reasons.items())
 
 
 def _cut(text: str) -> tuple[str, str, str]:
