@@ -1,5 +1,6 @@
 """What the rows of each benchmark mean: which stand side by side, and how a row is read."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -131,7 +132,7 @@ def number(value: float | None, digits: int = 3) -> str:
     if value == 0:
         return "0"
     rounded = float(f"{value:.{digits}g}")
-    whole = len(f"{abs(rounded):.0f}") if abs(rounded) >= 1 else 0
+    whole = len(str(int(abs(rounded)))) if 1 <= abs(rounded) < math.inf else 0
     return f"{rounded:,.{max(digits - whole, 0)}f}"
 
 

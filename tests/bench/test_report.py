@@ -92,7 +92,14 @@ def test_loading_is_better_the_more_it_loads() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(1234.5, "1,230"), (99.96, "100"), (9.996, "10.0"), (0.01234, "0.012"), (0.0, "0")],
+    [
+        (1234.5, "1,230"),
+        (99.96, "100"),
+        (9.996, "10.0"),
+        (9.76, "9.76"),
+        (0.01234, "0.012"),
+        (0.0, "0"),
+    ],
 )
 def test_numbers(value: float, text: str) -> None:
     assert number(value) == text

@@ -158,6 +158,7 @@ class MemoryConfig:
         settings = Settings(
             dtype=getattr(torch, self.dtype),
             autocast=self.autocast,
+            rounds=1,
             device=place(self.device),
             compiled=self.compiled,
         )
