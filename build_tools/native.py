@@ -56,7 +56,7 @@ def install(package: Path, version: str) -> None:
         old.unlink()
     choice = wanted()
     if choice == "off":
-        (package / WHY_NOT).write_text(f"{VARIABLE} was off: unset it\n")
+        _leave(package / WHY_NOT, f"{VARIABLE} was off: unset it")
         return
     try:
         _build_most(package, version, choice)
@@ -64,7 +64,7 @@ def install(package: Path, version: str) -> None:
         if choice != "auto":
             raise SystemExit(f"fastclip's native library: {error} ({VARIABLE}={choice})") from error
         _tell(f"not built, fastclip works without: {error}")
-        (package / WHY_NOT).write_text(f"{error}\n")
+        _leave(package / WHY_NOT, error)
 
 
 def library(package: Path) -> Path | None:
@@ -84,7 +84,7 @@ def _build_most(package: Path, version: str, choice: str) -> None:
             raise
         _tell(f"without its CUDA part: {error}")
         _build(package, version, None)
-        (package / WHY_NO_CUDA).write_text(f"{error}\n")
+        _leave(package / WHY_NO_CUDA, error)
 
 
 def _nvcc() -> str:
@@ -95,7 +95,7 @@ def _nvcc() -> str:
     least = f"{'.'.join(map(str, LEAST_CUDA))} or newer: install CUDA's toolkit, or set CUDACXX"
     told = f"{asked or 'nvcc'} was not found; it takes {least}"
     for path in filter(None, map(shutil.which, candidates)):
-        done = subprocess.run([path, "--version"], capture_output=True, text=True)
+        done = _listen(path, "--version")
         release = re.search(r"release (\d+\.\d+)", done.stdout)
         if release and tuple(map(int, release[1].split("."))) >= LEAST_CUDA:
             return path
@@ -140,14 +140,29 @@ def _compiler() -> bool:
 
 def _run(step: str, *command: str) -> None:
     environment = {"CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count() or 1), **os.environ}
-    done = subprocess.run(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    done = _listen(*command, env=environment)
     if done.returncode:
         _tell(done.stdout)
         # the compiler's or CMake's first word on it; the rest follows from that
         told = re.split(r"error: |CMake Error[^\n]*\n", done.stdout, maxsplit=1)[-1]
         raise CannotBuild(f"{step} failed: {' '.join(told.split())[:160]}")
+
+
+def _listen(*command: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a tool and take all it says, in whatever encoding."""
+    return subprocess.run(
+        command,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+
+
+def _leave(path: Path, reason: object) -> None:
+    # compilers quote with more than ASCII, which not every locale can write
+    path.write_text(f"{reason}\n", encoding="utf-8", errors="replace")
 
 
 def _tell(message: str) -> None:

@@ -46,16 +46,22 @@ def _load() -> Any:
 
 def _missing(error: ImportError) -> str:
     ours = importlib.machinery.EXTENSION_SUFFIXES
-    folder = Path(__file__).parent
-    why_not = folder / "_native_missing.txt"
-    if why_not.is_file():
-        return f"it is not built: {why_not.read_text().strip()}; then install fastclip again"
-    files = [p.name for p in folder.glob("_native*") if p.is_file() and p.suffix != ".txt"]
+    told = _told("_native_missing.txt")
+    if told:
+        return f"it is not built: {told}; then install fastclip again"
+    found = Path(__file__).parent.glob("_native*")
+    files = [path.name for path in found if path.is_file() and path.suffix != ".txt"]
     if not files:
         return f"it is not built: {HOW_TO_BUILD}"
     if not any(f"_native{suffix}" in files for suffix in ours):
         return f"{files[0]} is of another Python, this one takes _native{ours[0]}: {HOW_TO_BUILD}"
     return f"it does not load ({error}): {HOW_TO_BUILD}"
+
+
+def _told(name: str) -> str | None:
+    """The reason that the build left in the package folder, if it left one."""
+    path = Path(__file__).parent / name
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else None
 
 
 def team() -> int:
@@ -96,8 +102,7 @@ def cuda_obstacle() -> str | None:
     if reason:
         return reason
     if not hasattr(library(), "cuda"):
-        why_not = Path(__file__).parent / "_native_cuda_missing.txt"
-        told = why_not.read_text().strip() if why_not.is_file() else HOW_TO_BUILD_CUDA
+        told = _told("_native_cuda_missing.txt") or HOW_TO_BUILD_CUDA
         return f"the library has no CUDA part: {told}; then install fastclip again"
     driver = library().cuda.driver_obstacle()
     return f"its CUDA part is built, but: {driver}" if driver else None

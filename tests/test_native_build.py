@@ -96,6 +96,28 @@ def test_a_broken_compiler_is_told_not_fatal(
     assert 'configuring failed: The C++ compiler "/bin/false"' in reason_of(tmp_path)
 
 
+def test_a_reason_in_any_encoding_is_told_not_fatal(tmp_path: Path) -> None:
+    """Compilers quote with more than ASCII; a locale may decode and write nothing but that."""
+    code = (
+        "import native, pathlib\n"
+        "say = r\"printf 'error: \\351 \\342\\200\\230x'; exit 1\"\n"
+        "native._build = lambda *_: native._run('compiling', 'sh', '-c', say)\n"
+        "native.install(pathlib.Path('.'), '1')\n"
+    )
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    path = {"PYTHONPATH": str(ROOT / "build_tools"), "FASTCLIP_NATIVE": "auto"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, **plain, **path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    told = (tmp_path / "_native_missing.txt").read_text(encoding="utf-8")
+    assert told.startswith("compiling failed: ")
+
+
 @pytest.mark.parametrize(
     "found, files, told",
     [
