@@ -2,7 +2,7 @@
 
 S is a tile in memory, in float32 and never rounded; one kernel reads each entry once and forms the
 statistics, or G in its place or beside it. What pieces of a tile say of their lines and of scalars
-is merged in a fixed order. For GPUs where Triton cannot run, and the ground to beat it from.
+is merged in a fixed order. For GPUs where Triton cannot run.
 
 Shape suffixes: C rows of a tile, S its columns, P pieces of a line, D feature width.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastclip import native
 from fastclip.ops.gemm import product
-from fastclip.ops.tiles import Lines, Running, Tile, TorchTiles
+from fastclip.ops.tiles import Lines, Running, Tile
 
 # csrc/include/fastclip/cuda_epilogues.h has the same numbers
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -24,18 +24,19 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ALIGNED_ENTRIES = 16
 
 
-class CudaTiles(TorchTiles):
+class CudaTiles:
     """Tiles on NVIDIA GPUs; float32, bf16 and fp16."""
 
+    dtype = torch.float32
+
     def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__(dtype)
-        assert self.dtype == torch.float32
         # fp16 would flush most of a gradient to zero: G is bf16 there too
         self._gradient_dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
         # float32 G takes the place of S, a narrower one stands beside it
         self._in_place = dtype == torch.float32
         self.itemsize = 4 if self._in_place else 6
         self._library = native.library().cuda
+        self._pool: dict[str, Tensor] = {}
         self._kept: tuple[Any, Tensor, Tensor] | None = None
 
     def operand(self, features: Tensor) -> Tensor:
@@ -127,7 +128,7 @@ class CudaTiles(TorchTiles):
         self, total_CD: Tensor, terms: Sequence[tuple[Tensor, Tensor]], out_CD: Tensor
     ) -> None:
         if not terms:
-            if out_CD is not total_CD:
+            if out_CD.data_ptr() != total_CD.data_ptr():
                 out_CD.copy_(total_CD)
             return
         for index, (coefficient_C, partner_CD) in enumerate(terms):
