@@ -30,16 +30,14 @@ __global__ void __launch_bounds__(THREADS)
                   Rows<const Partner> partner, Rows<Out> out) {
     const int64_t i = row_of_warp();
     if (i >= rows) return;
-    const float factor = coefficient ? coefficient[i] : 0.0f;
+    const float factor = coefficient[i];
     const bool vectors = total.takes_vectors(width) && out.takes_vectors(width) &&
-                         (!coefficient || partner.takes_vectors(width));
+                         partner.takes_vectors(width);
     for (int64_t d = lane_index() * C; d < width; d += LANES * C) {
         float sum[C], other[C];
         load(total.at(i, d), left(width, d), vectors, sum);
-        if (coefficient) {
-            load(partner.at(i, d), left(width, d), vectors, other);
-            for (int c = 0; c < C; ++c) sum[c] += factor * other[c];
-        }
+        load(partner.at(i, d), left(width, d), vectors, other);
+        for (int c = 0; c < C; ++c) sum[c] += factor * other[c];
         store(out.at(i, d), left(width, d), vectors, sum);
     }
 }

@@ -68,8 +68,7 @@ void gradient(const Tile& tile, Lines rows, Lines columns, Matrix out, float* su
 void sigmoid(const Tile& tile, const float* weight, float* row_sum, Matrix out, float* sums,
              void* stream);
 
-// out = total + coefficient_i * partner_i, rounded once; total is float32, out may be its memory,
-// `coefficient` may be null.
+// out = total + coefficient_i * partner_i, rounded once; total is float32, out may be its memory.
 void finish(int64_t rows, int64_t width, Matrix total, const float* coefficient, Matrix partner,
             Matrix out, void* stream);
 
