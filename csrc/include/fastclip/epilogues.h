@@ -13,8 +13,8 @@
 
 namespace fastclip {
 
-// Raised with every change of a signature or of a meaning below: a library that was built before
-// is then refused.
+// Raised with every change of a signature or of a meaning in these headers: a library that was
+// built before is then refused.
 constexpr int ABI = 1;
 
 constexpr int64_t NO_DIAGONAL = INT64_MIN;
