@@ -67,6 +67,12 @@ def test_the_first_nvcc_that_is_new_enough_is_taken(
         no_cuda._nvcc()
 
 
+def test_one_least_version_of_nvcc(tools: ModuleType) -> None:
+    least = ".".join(map(str, tools.LEAST_CUDA))
+    assert f"CUDAToolkit {least} REQUIRED" in (ROOT / "CMakeLists.txt").read_text()
+    assert f"nvcc {least} or newer" in native.HOW_TO_BUILD_CUDA
+
+
 def test_a_failing_cuda_part_leaves_the_rest_and_its_reason(
     no_cuda: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
