@@ -51,13 +51,31 @@ def requirements() -> list[str]:
 
 
 def install(package: Path, version: str) -> None:
-    """Leave the library, or the reason why there is none, in the folder `package`."""
-    for old in package.glob("_native*"):
-        old.unlink()
+    """Leave the library, or the reason why there is none, in the folder `package`.
+
+    Where that fails the installation, what was there stays.
+    """
     choice = wanted()
-    if choice == "off":
-        _leave(package / WHY_NOT, f"{VARIABLE} was off: unset it")
-        return
+    with tempfile.TemporaryDirectory(prefix="fastclip-made-") as folder:
+        made = Path(folder)
+        if choice == "off":
+            _leave(made / WHY_NOT, f"{VARIABLE} was off: unset it")
+        else:
+            _build_or_tell(made, version, choice)
+        for old in package.glob("_native*"):
+            old.unlink()
+        for new in made.iterdir():
+            shutil.move(new, package / new.name)
+
+
+def library(package: Path) -> Path | None:
+    """The library in a package folder."""
+    path = package / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
+    return path if path.is_file() else None
+
+
+def _build_or_tell(package: Path, version: str, choice: str) -> None:
+    """What can be built or, unless it is asked for, the reason why that is nothing."""
     try:
         _build_most(package, version, choice)
     except (CannotBuild, OSError) as error:
@@ -65,12 +83,6 @@ def install(package: Path, version: str) -> None:
             raise SystemExit(f"fastclip's native library: {error} ({VARIABLE}={choice})") from error
         _tell(f"not built, fastclip works without: {error}")
         _leave(package / WHY_NOT, error)
-
-
-def library(package: Path) -> Path | None:
-    """The library in a package folder."""
-    path = package / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
-    return path if path.is_file() else None
 
 
 def _build_most(package: Path, version: str, choice: str) -> None:

@@ -99,6 +99,8 @@ def test_a_failing_cuda_part_leaves_the_rest_and_its_reason(
     with pytest.raises(SystemExit, match=r"no kernel image \(FASTCLIP_NATIVE=cuda\)"):
         no_cuda.install(tmp_path, "1")
     assert built[4:] == [nvcc]
+    # what was there stays
+    assert told.read_text() == "FASTCLIP_NATIVE was cpu: unset it\n"
 
 
 @needs_compiler
