@@ -171,6 +171,24 @@ def test_what_ptxas_made(tmp_path: Path) -> None:
 
 
 @needs_nvcc
+@pytest.mark.slow
+def test_a_lane_moves_four_entries_at_a_time(tmp_path: Path) -> None:
+    """A load and a store for each of its eight rows, beside those of a tile's edges."""
+    source, ptx = ROOT / "csrc" / "cuda" / "epilogues.cu", tmp_path / "out.ptx"
+    flags = ["-std=c++17", "-O3", f"-I{ROOT / 'csrc' / 'include'}", "-arch=compute_80", "-ptx"]
+    subprocess.run([NVCC, *flags, str(source), "-o", str(ptx)], check=True)
+    kernels = re.findall(r"\.entry (\w+)(.*?)^}", ptx.read_text(), re.DOTALL | re.MULTILINE)
+    sweeps = [(name, text) for name, text in kernels if "merge" not in name]
+    assert len(sweeps) == len(kernels) - 1 == 12
+    for name, text in sweeps:
+        reads_only = re.search("statistics_kernelILb[01]ELb0|sigmoid_kernelILb0", name)
+        assert len(re.findall(r"ld\.global[\w.]*\.v4\.", text)) == 8, name
+        # 16 where one of two ways is taken
+        stores = len(re.findall(r"st\.global[\w.]*\.v[24]\.", text))
+        assert stores == 0 if reads_only else stores in (8, 16), name
+
+
+@needs_nvcc
 @needs_compiler
 @pytest.mark.slow
 def test_the_module_loads_without_cuda(built: Path) -> None:

@@ -2,9 +2,11 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #ifdef FASTCLIP_EMULATED
 #include "tests/cuda_emulation.h"
@@ -52,12 +54,16 @@ __device__ void load(const T* from, int count, bool vectors, float (&v)[C]) {
     }
 }
 
+// Into global memory.
 template <class T>
 __device__ void store(T* to, int count, bool vectors, const float (&v)[C]) {
     if (vectors) {
         Vector<T> rounded;
         for (int c = 0; c < C; ++c) rounded.entry[c] = static_cast<T>(v[c]);
-        *reinterpret_cast<Vector<T>*>(to) = rounded;
+        // one store, said outright: of an assignment nvcc makes C where rows are unrolled
+        std::conditional_t<sizeof rounded == sizeof(uint4), uint4, uint2> bits;
+        memcpy(&bits, &rounded, sizeof rounded);
+        __stwb(reinterpret_cast<decltype(bits)*>(to), bits);
     } else {
         for (int c = 0; c < C; ++c)
             if (c < count) to[c] = static_cast<T>(v[c]);

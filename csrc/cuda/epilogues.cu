@@ -86,8 +86,10 @@ __global__ void __launch_bounds__(THREADS)
         maxima_of_columns(v, column_max);
         row_sum = sums_of_both(v, row_max, column_max, column_sum);
         const int first = lane_index() * C;
-        store(&maxima[warp_index()][first], C, true, column_max);
-        store(&sums[warp_index()][first], C, true, column_sum);
+        for (int c = 0; c < C; ++c) {
+            maxima[warp_index()][first + c] = column_max[c];
+            sums[warp_index()][first + c] = column_sum[c];
+        }
         __syncthreads();
         const int64_t j = at.across * TILE_COLUMNS + threadIdx.x;
         if (threadIdx.x < TILE_COLUMNS && j < tile.columns) {

@@ -168,6 +168,17 @@ inline float __shfl_sync(unsigned, float value, int lane) {
 inline float __expf(float x) { return exp2f(x * 1.44269504f); }
 inline float __fdividef(float x, float y) { return x / y; }
 
+struct alignas(8) uint2 {
+    uint32_t x, y;
+};
+struct alignas(16) uint4 {
+    uint32_t x, y, z, w;
+};
+template <class T>
+void __stwb(T* to, T value) {
+    *to = value;
+}
+
 // Both round to the nearest, ties to even.
 struct __nv_bfloat16 {
     uint16_t bits;
