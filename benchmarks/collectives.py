@@ -26,6 +26,8 @@ from fastclip.functional import clip_loss, siglip_loss
 
 Loss = Callable[..., Tensor]
 
+OPERATORS: dict[str, Loss] = {"clip": clip_loss, "siglip": siglip_loss}
+
 
 @dataclass(frozen=True)
 class CollectiveSettings:
@@ -83,7 +85,7 @@ def ways(operator: str, rank: int, world: int) -> dict[str, Callable[[], Loss]]:
 
         return build
 
-    ours = {"clip": clip_loss, "siglip": siglip_loss}[operator]
+    ours = OPERATORS[operator]
     found: dict[str, Callable[[], Loss]] = {
         f"fastclip {way}": lambda way=way: lambda *inputs: ours(*inputs, dist=way)  # type: ignore
         for way in ("gather", "ring")
@@ -93,8 +95,6 @@ def ways(operator: str, rank: int, world: int) -> dict[str, Callable[[], Loss]]:
     exchanges = ("bidir", "shift", "reduce", "gather")
     return {**found, **{f"open_clip {way}": siglip(way) for way in exchanges}}
 
-
-OPERATORS: dict[str, Loss] = {"clip": clip_loss, "siglip": siglip_loss}
 
 HEADER = (
     f"{'loss':7} {'ranks':>5} {'n each':>6} {'D':>5}  {'':17}{'KiB in':>8} {'p20':>9} {'p50':>9}"

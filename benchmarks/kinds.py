@@ -157,6 +157,12 @@ def _same_bits(row: Row) -> str:
 
 _TIMES = tuple((name, milliseconds(name)) for name in ("p20", "p50", "p80"))
 
+_COSTS = (
+    ("MiB", mebibytes("peak_bytes")),
+    ("error", plain("error", ".1e")),
+    ("bits", _same_bits),
+)
+
 KINDS = {
     "losses": Kind(
         "Losses, forward and backward, ms",
@@ -168,9 +174,7 @@ KINDS = {
             ("forward", milliseconds("forward")),
             *_TIMES,
             ("roof", plain("roof_share", ".0%")),
-            ("MiB", mebibytes("peak_bytes")),
-            ("error", plain("error", ".1e")),
-            ("bits", _same_bits),
+            *_COSTS,
         ),
         ignored=("bare products",),
     ),
@@ -183,9 +187,7 @@ KINDS = {
         (
             ("forward", milliseconds("forward")),
             *_TIMES,
-            ("MiB", mebibytes("peak_bytes")),
-            ("error", plain("error", ".1e")),
-            ("bits", _same_bits),
+            *_COSTS,
         ),
     ),
     "data": Kind(

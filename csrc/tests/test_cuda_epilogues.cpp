@@ -2,8 +2,6 @@
 // repeats.
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <iterator>
 #include <limits>
 #include <random>
@@ -11,8 +9,11 @@
 #include <vector>
 
 #include "cuda_emulated.cpp"
+#include "expect.h"
 
 using namespace fastclip;
+using expected::expect;
+using expected::near;
 using cuda::Matrix;
 using cuda::Type;
 
@@ -20,19 +21,6 @@ namespace {
 
 using Line = std::vector<float>;
 constexpr float INF = std::numeric_limits<float>::infinity();
-int failures = 0;
-
-void expect(bool good, const std::string& what) {
-    if (good) return;
-    std::printf("FAILED: %s\n", what.c_str());
-    ++failures;
-}
-
-void near(double got, double want, double tolerance, const std::string& what) {
-    const bool same = got == want || (std::isnan(got) && std::isnan(want));
-    expect(same || std::fabs(got - want) <= tolerance,
-           what + ": " + std::to_string(got) + " instead of " + std::to_string(want));
-}
 
 // A matrix of any type, with a margin that nobody may write to.
 struct Memory {
@@ -463,6 +451,5 @@ int main() {
                 check_finish(s.rows, s.columns, s.columns + s.padding, partner, out);
     check_nan();
     check_repeats();
-    std::printf(failures ? "%d failures\n" : "all good\n", failures);
-    return failures ? EXIT_FAILURE : EXIT_SUCCESS;
+    return expected::status();
 }

@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <limits>
 #include <random>
 #include <string>
@@ -15,6 +14,7 @@
 
 #include "cpu/pool.h"
 #include "fastclip/epilogues.h"
+#include "tests/expect.h"
 
 #if defined(__SANITIZE_THREAD__)
 #define UNDER_TSAN
@@ -25,24 +25,13 @@
 #endif
 
 using namespace fastclip;
+using expected::expect;
+using expected::near;
 
 namespace {
 
 using Line = std::vector<float>;
 constexpr float INF = std::numeric_limits<float>::infinity();
-int failures = 0;
-
-void expect(bool good, const std::string& what) {
-    if (good) return;
-    std::printf("FAILED (%s): %s\n", instructions(), what.c_str());
-    ++failures;
-}
-
-void near(double got, double want, double tolerance, const std::string& what) {
-    const bool same = got == want || (std::isnan(got) && std::isnan(want));
-    expect(same || std::fabs(got - want) <= tolerance,
-           what + ": " + std::to_string(got) + " instead of " + std::to_string(want));
-}
 
 // Random cosines in a matrix with a stride, entries left out by a diagonal or by ids.
 struct Problem {
@@ -288,6 +277,7 @@ void check_team() {
 int main() {
     for (const char* const* name = usable_instructions(); *name; ++name) {
         use_instructions(*name);
+        expected::where = *name;
         for (int threads : {1, 3}) {
             for (float scale : {0.1f, 14.3f, 100.0f, -20.0f, 1000.0f}) {
                 for (int64_t columns : {1, 5, 16, 67, 300}) {
@@ -321,6 +311,5 @@ int main() {
     }
     check_team();
     check_fork();
-    std::printf(failures ? "%d failures\n" : "all good\n", failures);
-    return failures ? EXIT_FAILURE : EXIT_SUCCESS;
+    return expected::status();
 }

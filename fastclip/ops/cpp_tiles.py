@@ -143,19 +143,7 @@ def _blocks(tile: Tile) -> Iterator[tuple[slice, Tile]]:
 def _cosines(tile: Tile, out_CB: Tensor) -> Any:
     """The product into `out_CB`, and what the library has to know about it."""
     product(tile.x_CD, tile.y_SD.T, out=out_CB)
-    ids: tuple[int, int, int] = 0, 0, 0
-    if tile.row_id_C is not None and tile.column_id_S is not None:
-        row_id, column_id = tile.row_id_C, tile.column_id_S
-        ids = row_id.data_ptr(), column_id.data_ptr(), row_id.itemsize
-    return native.library().Tile(
-        out_CB.data_ptr(),
-        *out_CB.shape,
-        out_CB.stride(0),
-        tile.scale.data_ptr(),
-        0 if tile.offset is None else tile.offset.data_ptr(),
-        tile.diagonal,
-        *ids,
-    )
+    return native.library().Tile(*tile.described(out_CB))
 
 
 def _pair(lines: Running | Lines | None) -> tuple[int, int]:

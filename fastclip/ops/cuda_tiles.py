@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastclip import native
-from fastclip.ops.gemm import product
+from fastclip.ops.gemm import gradient_dtype, product
 from fastclip.ops.tiles import Lines, Running, Tile
 
 # csrc/include/fastclip/cuda_epilogues.h has the same numbers
@@ -30,8 +30,7 @@ class CudaTiles:
     dtype = torch.float32
 
     def __init__(self, dtype: torch.dtype) -> None:
-        # fp16 would flush most of a gradient to zero: G is bf16 there too
-        self._gradient_dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
+        self._gradient_dtype = gradient_dtype(dtype)
         # float32 G takes the place of S, a narrower one stands beside it
         self._in_place = dtype == torch.float32
         self.itemsize = 4 if self._in_place else 6
@@ -174,19 +173,7 @@ class CudaTiles:
     def _cosines(self, tile: Tile, out_CS: Tensor) -> Any:
         """The product into `out_CS`, and what the library has to know about it."""
         product(tile.x_CD, tile.y_SD.T, out=out_CS)
-        ids: tuple[int, int, int] = 0, 0, 0
-        if tile.row_id_C is not None and tile.column_id_S is not None:
-            row_id, column_id = tile.row_id_C, tile.column_id_S
-            ids = row_id.data_ptr(), column_id.data_ptr(), row_id.itemsize
-        return self._library.Tile(
-            out_CS.data_ptr(),
-            *out_CS.shape,
-            out_CS.stride(0),
-            tile.scale.data_ptr(),
-            0 if tile.offset is None else tile.offset.data_ptr(),
-            tile.diagonal if tile.crosses_diagonal else None,
-            *ids,
-        )
+        return self._library.Tile(*tile.described(out_CS))
 
     def _products(self, tile: Tile) -> Tensor:
         like = tile.x_CD.new_empty(0, dtype=self.dtype)

@@ -53,6 +53,11 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of G in a GPU's memory: fp16 would flush most of a gradient to zero."""
+    return torch.float32 if dtype == torch.float32 else torch.bfloat16
+
+
 def as_operand(features: Tensor) -> Tensor:
     """Features in the dtype in which they enter a product.
 

@@ -26,7 +26,7 @@ from fastclip.ops.gemm import accumulator_dtype
 from fastclip.ops.rectangle import add_rows_
 from fastclip.ops.similarity import collected_shape
 from fastclip.ops.symmetric import backward_flop, forward_flop
-from fastclip.ops.tiles import chunks, finished_room, tiles_of
+from fastclip.ops.tiles import chunks, finished, tiles_of
 from fastclip.ops.triangle import Blocks
 
 ROWS_OF_A_PART = 256
@@ -214,9 +214,8 @@ def _labels_gradient(
             total.add_(of_classes)
         if need_scale:
             dscale[0, 0] += (d_positive_mean * positive_mean).sum() / table[0, 0]
-        dz = finished_room(total, z.dtype)
         # not of itself
-        tiles.finish(total, [(-2 * of_anchor[:, 0], features)], dz)
+        dz = finished(tiles, total, [(-2 * of_anchor[:, 0], features)], z.dtype)
     return dz, dscale.to(scale.dtype).reshape(scale.shape)
 
 

@@ -24,6 +24,7 @@ from fastclip.ops.tiles import (
     Tiles,
     chunk_rows,
     chunks,
+    finished,
     finished_room,
     finite,
     softplus,
@@ -204,7 +205,7 @@ def statistics_gradient(
         if dy_MD is not None:
             mean_terms.add_to_columns(dy_MD, scale)
     if dx_ND is not None:
-        dx_ND = _finish(tiles, dx_ND, [(positive_N, shape.positives(y_MD))], dtypes[0])
+        dx_ND = finished(tiles, dx_ND, [(positive_N, shape.positives(y_MD))], dtypes[0])
     if dy_MD is not None:
         dy_MD = _finish_columns(tiles, dy_MD, x_ND, positive_N, shape, dtypes[1])
     total_scale = None
@@ -450,18 +451,6 @@ def _paired(lines: LinesT | None, segment: Segment, shape: Rectangle) -> LinesT 
         return None
     part = slice(segment.column, segment.column + segment.stop - segment.start)
     return type(lines)(*(line[part] for line in lines))
-
-
-def _finish(
-    tiles: Tiles,
-    total_ND: Tensor,
-    terms: list[tuple[Tensor, Tensor]],
-    dtype: torch.dtype,
-) -> Tensor:
-    """Add the terms and cast; in place where nothing is to be cast."""
-    out_ND = finished_room(total_ND, dtype)
-    tiles.finish(total_ND, terms, out_ND)
-    return out_ND
 
 
 def _finish_columns(

@@ -19,7 +19,7 @@ Shape suffixes: C rows of a tile, S its columns, D feature width.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -54,6 +54,22 @@ class Tile(NamedTuple):
         if self.diagonal is None:
             return False
         return -self.x_CD.shape[0] < self.diagonal < self.y_SD.shape[0]
+
+    def described(self, cosines_CS: Tensor) -> tuple[Any, ...]:
+        """What the native library's tiles are made of, where the cosines are in memory."""
+        ids: tuple[int, int, int] = 0, 0, 0
+        if self.row_id_C is not None and self.column_id_S is not None:
+            row_id, column_id = self.row_id_C, self.column_id_S
+            ids = row_id.data_ptr(), column_id.data_ptr(), row_id.itemsize
+        return (
+            cosines_CS.data_ptr(),
+            *cosines_CS.shape,
+            cosines_CS.stride(0),
+            self.scale.data_ptr(),
+            0 if self.offset is None else self.offset.data_ptr(),
+            self.diagonal if self.crosses_diagonal else None,
+            *ids,
+        )
 
 
 class Lines(NamedTuple):
@@ -298,6 +314,15 @@ def whole_tiles(size: int, most: int) -> int:
     """Rows rounded to whole tiles of 128, up if `most` allows: aligned lines for the products."""
     up, down = -(-size // 128) * 128, size // 128 * 128
     return up if up <= most else max(down, min(size, 128))
+
+
+def finished(
+    tiles: Tiles, total: Tensor, terms: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype
+) -> Tensor:
+    """`Tiles.finish`, in place where nothing is to be cast."""
+    out = finished_room(total, dtype)
+    tiles.finish(total, terms, out)
+    return out
 
 
 def finished_room(total: Tensor, dtype: torch.dtype) -> Tensor:

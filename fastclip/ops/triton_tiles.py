@@ -10,7 +10,7 @@ import fastclip.kernels.merge as merging
 import fastclip.kernels.sigmoid as sigmoid
 import fastclip.kernels.similarity as similarity
 from fastclip.kernels.launch import Tiling, tiling
-from fastclip.ops.gemm import count_product
+from fastclip.ops.gemm import count_product, gradient_dtype
 from fastclip.ops.tiles import Lines, Running, Tile
 
 
@@ -20,8 +20,7 @@ class TritonTiles:
     dtype = torch.float32
 
     def __init__(self, dtype: torch.dtype) -> None:
-        # fp16 would flush most of a gradient to zero: G is bf16 there too
-        self._gradient_dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
+        self._gradient_dtype = gradient_dtype(dtype)
         self.itemsize = self._gradient_dtype.itemsize
         self._buffer: Tensor | None = None
         self._kept: tuple[Tensor, Tensor, Tensor, Tiling] | None = None

@@ -10,7 +10,16 @@ from fastclip.functional import clip_loss
 from fastclip.kernels.launch import INTERPRETED, count_launches
 from fastclip.ops import backend
 from fastclip.ops.gemm import count_products
-from tests.ops.cases import LOSSES, check_error_rule, ours, pairwise, theirs
+from tests.ops.cases import (
+    LOSSES,
+    check_error_rule,
+    check_nan_shows,
+    check_same_bits,
+    check_ties_and_zero_rows,
+    ours,
+    pairwise,
+    theirs,
+)
 from tests.ops.test_contracts import PRODUCTS, SYMMETRIC, make
 
 pytestmark = pytest.mark.skipif(
@@ -129,32 +138,17 @@ def test_matrix_products_and_launches(name: str) -> None:
 @pytest.mark.parametrize("name", LOSSES)
 def test_same_bits_every_time(name: str) -> None:
     case = make(name, 40, 8).cast(torch.bfloat16)
-    first = ours(name, case, backend="triton", chunk_bytes=4 * 40 * 16)
-    for _ in range(3):
-        again = ours(name, case, backend="triton", chunk_bytes=4 * 40 * 16)
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    check_same_bits(name, case, 3, backend="triton", chunk_bytes=4 * 40 * 16)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_nan_in_nan_out(name: str) -> None:
-    case = make(name, 9, 4)
-    case.leaves[0][2, 1] = torch.nan
-    got = ours(name, case, backend="triton")
-    assert torch.isnan(got[0])
-    assert torch.isnan(got[1]).any()
+    check_nan_shows(name, make(name, 9, 4), backend="triton")
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_ties_zero_rows_and_one_group(name: str) -> None:
-    for spoil in ("ties", "zeros"):
-        case = make(name, 36, 8)
-        for leaf in case.leaves[: case.features]:
-            leaf[:] = leaf[0].clone() if spoil == "ties" else 0.0
-        truth = theirs(name, case.double())
-        got = ours(name, case, backend="triton")
-        for mine, want in zip(got, truth, strict=True):
-            size = case.largest_logit() ** 2 if case.is_temperature else 1.0
-            torch.testing.assert_close(mine.double(), want, rtol=1e-5, atol=1e-5 * size)
+    check_ties_and_zero_rows(name, lambda: make(name, 36, 8), "triton")
 
 
 def test_features_that_are_not_contiguous() -> None:

@@ -246,6 +246,47 @@ def check_error_rule(
         )
 
 
+def check_lines_far_apart(name: str, backend: str) -> None:
+    """Features of many lengths: the lines' log-sum-exps span more than one anchor can serve."""
+    inputs = LOSSES[name].make(150, 8, 40.0, 0.3, seed=4)
+    for leaf in inputs.leaves[: inputs.features]:
+        leaf.mul_(torch.linspace(0.01, 3.0, len(leaf), dtype=torch.float64)[:, None])
+    inputs = inputs.cast(torch.float32)
+    # the rule's bounds are for unit features: cosines are up to 9 here
+    want, eager = theirs(name, inputs.double()), theirs(name, inputs)
+    for got, other, truth in zip(ours(name, inputs, backend=backend), eager, want, strict=True):
+        bound = 2 * (other.double() - truth).abs().max() + 1e-4 * truth.abs().max()
+        assert (got.double() - truth).abs().max() <= bound
+
+
+def check_nan_shows(name: str, case: Case, **options: Any) -> None:
+    """One NaN among the features is in the loss and in their gradient."""
+    case.leaves[0][2, 1] = torch.nan
+    got = ours(name, case, **options)
+    assert torch.isnan(got[0])
+    assert torch.isnan(got[1]).any()
+
+
+def check_ties_and_zero_rows(name: str, make: Callable[[], Case], backend: str) -> None:
+    """Rows that are all the same, and rows of zeros, against the definition in float64."""
+    for spoil in ("ties", "zeros"):
+        case = make()
+        for leaf in case.leaves[: case.features]:
+            leaf[:] = leaf[0].clone() if spoil == "ties" else 0.0
+        got, truth = ours(name, case, backend=backend), theirs(name, case.double())
+        for mine, want in zip(got, truth, strict=True):
+            size = case.largest_logit() ** 2 if case.is_temperature else 1.0
+            torch.testing.assert_close(mine.double(), want, rtol=1e-5, atol=1e-5 * size)
+
+
+def check_same_bits(name: str, case: Case, repeats: int, **options: Any) -> None:
+    """Loss and gradients are the same each time."""
+    first = ours(name, case, **options)
+    for _ in range(repeats):
+        again = ours(name, case, **options)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
 def pairwise(factors: dict[str, list], seed: int) -> Iterator[dict[str, Any]]:
     """Few combinations in which every two values of different factors meet at least once."""
     rng = random.Random(seed)

@@ -15,7 +15,19 @@ from fastclip.functional import clip_loss
 from fastclip.ops import backend, cpp_tiles
 from fastclip.ops.gemm import count_products
 from fastclip.ops.tiles import Running, Tile
-from tests.ops.cases import LOSSES, Case, check_error_rule, ours, pairwise, theirs, unit
+from tests.ops.cases import (
+    LOSSES,
+    Case,
+    check_error_rule,
+    check_lines_far_apart,
+    check_nan_shows,
+    check_same_bits,
+    check_ties_and_zero_rows,
+    ours,
+    pairwise,
+    theirs,
+    unit,
+)
 
 pytestmark = pytest.mark.skipif(
     native.obstacle() is not None, reason=f"the native library: {native.obstacle()}"
@@ -75,16 +87,7 @@ def test_pairwise_coverage(case: dict, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_lines_far_apart_need_two_exponentials(name: str) -> None:
-    """Features of many lengths: the lines' log-sum-exps span more than one anchor can serve."""
-    inputs = LOSSES[name].make(150, 8, 40.0, 0.3, seed=4)
-    for leaf in inputs.leaves[: inputs.features]:
-        leaf.mul_(torch.linspace(0.01, 3.0, len(leaf), dtype=torch.float64)[:, None])
-    inputs = inputs.cast(torch.float32)
-    # the rule's bounds are for unit features: cosines are up to 9 here
-    want, eager = theirs(name, inputs.double()), theirs(name, inputs)
-    for got, other, truth in zip(ours(name, inputs, backend="cpp"), eager, want, strict=True):
-        bound = 2 * (other.double() - truth).abs().max() + 1e-4 * truth.abs().max()
-        assert (got.double() - truth).abs().max() <= bound
+    check_lines_far_apart(name, "cpp")
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -93,11 +96,8 @@ def test_same_bits_every_time(name: str, threads: int, monkeypatch: pytest.Monke
     """At a number of threads; blocks are large enough to be shared."""
     torch.set_num_threads(threads)
     monkeypatch.setattr(cpp_tiles, "LEAST_COLUMNS", 400)
-    case = make(name, 400, 8)
-    first = ours(name, case, backend="cpp")
-    for _ in range(50 if threads == 1 else 10):
-        again = ours(name, case, backend="cpp")
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    repeats = 50 if threads == 1 else 10
+    check_same_bits(name, make(name, 400, 8), repeats, backend="cpp")
 
 
 def tile_statistics(tiles: cpp_tiles.CppTiles, tile: Tile) -> list[Tensor]:
@@ -177,20 +177,8 @@ def test_a_forked_child_goes_on() -> None:
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_nan_ties_zero_rows(name: str) -> None:
-    case = make(name, 9, 4)
-    case.leaves[0][2, 1] = torch.nan
-    got = ours(name, case, backend="cpp")
-    assert torch.isnan(got[0])
-    assert torch.isnan(got[1]).any()
-    for spoil in ("ties", "zeros"):
-        case = make(name, 36, 8)
-        for leaf in case.leaves[: case.features]:
-            leaf[:] = leaf[0].clone() if spoil == "ties" else 0.0
-        for mine, want in zip(
-            ours(name, case, backend="cpp"), theirs(name, case.double()), strict=True
-        ):
-            size = case.largest_logit() ** 2 if case.is_temperature else 1.0
-            torch.testing.assert_close(mine.double(), want, rtol=1e-5, atol=1e-5 * size)
+    check_nan_shows(name, make(name, 9, 4), backend="cpp")
+    check_ties_and_zero_rows(name, lambda: make(name, 36, 8), "cpp")
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])

@@ -19,7 +19,17 @@ from fastclip.ops import backend
 from fastclip.ops.cuda_tiles import CudaTiles
 from fastclip.ops.gemm import count_products
 from fastclip.ops.tiles import Running, Tile
-from tests.ops.cases import LOSSES, check_error_rule, ours, pairwise, theirs, unit
+from tests.ops.cases import (
+    LOSSES,
+    check_error_rule,
+    check_lines_far_apart,
+    check_nan_shows,
+    check_same_bits,
+    ours,
+    pairwise,
+    theirs,
+    unit,
+)
 from tests.ops.test_contracts import PRODUCTS, make
 from tests.test_repo_shape import ROOT
 
@@ -111,16 +121,7 @@ def test_several_pieces_a_tile(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_lines_far_apart_need_two_exponentials(name: str) -> None:
-    """Features of many lengths: the lines' log-sum-exps span more than one anchor can serve."""
-    inputs = LOSSES[name].make(150, 8, 40.0, 0.3, seed=4)
-    for leaf in inputs.leaves[: inputs.features]:
-        leaf.mul_(torch.linspace(0.01, 3.0, len(leaf), dtype=torch.float64)[:, None])
-    inputs = inputs.cast(torch.float32)
-    # the rule's bounds are for unit features: cosines are up to 9 here
-    want, eager = theirs(name, inputs.double()), theirs(name, inputs)
-    for got, other, truth in zip(ours(name, inputs, backend="cuda"), eager, want, strict=True):
-        bound = 2 * (other.double() - truth).abs().max() + 1e-4 * truth.abs().max()
-        assert (got.double() - truth).abs().max() <= bound
+    check_lines_far_apart(name, "cuda")
 
 
 @pytest.mark.parametrize("name", ["clip", "info_nce", "nt_xent", "siglip"])
@@ -146,19 +147,12 @@ def test_products_are_those_of_torch(name: str) -> None:
 @pytest.mark.parametrize("name", LOSSES)
 def test_same_bits_every_time(name: str) -> None:
     case = make(name, 150, 8).cast(torch.bfloat16)
-    first = ours(name, case, backend="cuda", chunk_bytes=6 * 150 * 80)
-    for _ in range(2):
-        again = ours(name, case, backend="cuda", chunk_bytes=6 * 150 * 80)
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    check_same_bits(name, case, 2, backend="cuda", chunk_bytes=6 * 150 * 80)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_nan_in_nan_out(name: str) -> None:
-    case = make(name, 9, 4)
-    case.leaves[0][2, 1] = torch.nan
-    got = ours(name, case, backend="cuda")
-    assert torch.isnan(got[0])
-    assert torch.isnan(got[1]).any()
+    check_nan_shows(name, make(name, 9, 4), backend="cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
