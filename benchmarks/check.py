@@ -24,6 +24,9 @@ from fastclip.bench.runner import Inputs, Operator, clustered, make_inputs
 from fastclip.functional import clip_loss, info_nce_loss, mp_nce_loss
 
 ROWS = (4, 63, 65, 127, 129, 1000)
+# on a GPU also: many tiles and several chunks, where an index that overflows would show
+LARGE_ROWS = (8192, 20_001)
+LARGE_WIDTHS = (768, 1000)
 WIDTHS = (16, 77, 512, 1152)
 SCALES = (0.1, 14.3, 100.0)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -133,7 +136,15 @@ def findings(
         for chunk in CHUNKS
     ]
     random.Random(0).shuffle(cases)
-    for name, *case in cases[:: 250 if few else 3][part[0] :: part[1]]:
+    chosen = cases[:: 250 if few else 3]
+    if device == "cuda" and not few:
+        large = [
+            (name, n, width, 14.3, torch.bfloat16, None)
+            for n, width in zip(LARGE_ROWS, LARGE_WIDTHS, strict=True)
+            for name in OPERATORS
+        ]
+        chosen = large + chosen
+    for name, *case in chosen[part[0] :: part[1]]:
         if deadline is not None and time.monotonic() > deadline:
             return
         yield compare(CHECKED[name], *case, device, backend)
@@ -167,7 +178,8 @@ def _compare(
     wide = [t.detach().double().requires_grad_() for t in inputs]
     # a loss scale, as training in float16 has one: the mean's gradients would vanish there
     upstream = 16.0 * n / max(scale, 1.0) if dtype == torch.float16 else 1.0
-    truth = _outputs(operator, wide, "reference", upstream)
+    # a dense float64 S of many rows does not fit; the chunked one is a walk of its own
+    truth = _outputs(operator, wide, "torch" if n >= LARGE_ROWS[0] else "reference", upstream)
     chunk_bytes = None if finding.chunk is None else 4 * len(inputs[0]) * finding.chunk
     got = _outputs(operator, inputs, backend, upstream, chunk_bytes)
     errors = [(a.double() - b).norm().item() for a, b in zip(got, truth, strict=True)]

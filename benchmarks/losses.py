@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -39,10 +39,12 @@ def run(
     widths: Sequence[int],
     settings: Settings,
     seconds: float | None = None,
+    save: Callable[[list[Row]], None] | None = None,
 ) -> tuple[list[Row], list[str]]:
     """Print rows as they are measured; return them and the losses that failed their check.
 
-    With `seconds` no size is begun after that much time; what was left out is printed.
+    With `seconds` no size is begun after that much time; what was left out is printed. `save`
+    receives all rows so far after each loss and size, so that a run cut short leaves them.
     """
     started, rows, wrong = time.monotonic(), [], []
     print(HEADER)
@@ -65,6 +67,8 @@ def run(
                     continue
                 measured = measure(OPERATORS[name], n, width, settings)
                 rows += measured
+                if save is not None:
+                    save(rows)
                 for row in measured:
                     print(format_row(row), flush=True)
                 ours = measured[0]

@@ -71,7 +71,9 @@ class Settings:
 class Row:
     """One rival at one size: seconds forward and backward, bytes, and how exact it is.
 
-    `ratio` is this median over fastclip's, `roof_share` the bare products' over this one.
+    `ratio` is this median over fastclip's, `roof_share` the bare products' over this one. On a GPU
+    the times are the device's; `host` is the median time in which the host queued the work, and
+    `launches` the number of kernels, copies and fills.
     """
 
     operator: str
@@ -83,6 +85,8 @@ class Row:
     p20: float | None = None
     p50: float | None = None
     p80: float | None = None
+    host: float | None = None
+    launches: int | None = None
     ratio: float | None = None
     roof_share: float | None = None
     peak_bytes: int | None = None
@@ -95,7 +99,8 @@ ROOF = "bare products"
 
 def clustered(count: int, rows: int, width: int, correlation: float = 0.3) -> Inputs:
     """Blocks of unit rows; each block's have about the given cosine with the first's."""
-    generator = torch.Generator().manual_seed(rows + width)
+    # on the default device: copies of large blocks from the host would take longer than the timing
+    generator = torch.Generator(torch.get_default_device()).manual_seed(rows + width)
 
     def unit() -> Tensor:
         return F.normalize(torch.randn(rows, width, generator=generator), dim=-1)
@@ -109,7 +114,8 @@ def measure(operator: Operator, n: int, width: int, settings: Settings) -> list[
     """All rivals of one operator at one size, fastclip first, the roof last."""
     inputs = leaves(operator, n, width, settings)
     exact = _exact_gradient(operator, inputs)
-    rows, runs = [], {}
+    rows: list[Row] = []
+    runs: dict[str, Callable[[bool], None]] = {}
     for rival in candidates(operator):
         row = Row(operator.name, rival.name, n, width)
         rows.append(row)
@@ -117,7 +123,11 @@ def measure(operator: Operator, n: int, width: int, settings: Settings) -> list[
         if row.status == "ok":
             runs[rival.name] = _try_out(rival, row, inputs, exact, settings)
     rows.append(Row(operator.name, ROOF, n, width))
-    runs[ROOF] = _bare(operator, inputs, settings)
+    try:
+        runs[ROOF] = _bare(operator, inputs, settings)
+    except Exception as error:
+        # without the bare products the losses' own times still count
+        rows[-1].status = status_of(error)
     alive = {row.rival: runs[row.rival] for row in rows if row.status == "ok"}
     # forward alone says what evaluation costs
     forward = {name: lambda run=run: run(False) for name, run in alive.items() if name != ROOF}
@@ -125,10 +135,14 @@ def measure(operator: Operator, n: int, width: int, settings: Settings) -> list[
     for name, seconds in found.items():
         _named(rows, name).forward = statistics.median(seconds)
     full = {name: lambda run=run: run(True) for name, run in alive.items() if name not in failed}
-    found, more = interleave(full, settings.rounds, settings)
+    host: dict[str, list[float]] = {}
+    found, more = interleave(full, settings.rounds, settings, host)
     for name, seconds in found.items():
         row = _named(rows, name)
         row.p20, row.p50, row.p80 = (quantile(seconds, q) for q in (0.2, 0.5, 0.8))
+        if settings.device == "cuda":
+            row.host = statistics.median(host[name])
+            row.launches = launches(full[name])
     for name, status in {**failed, **more}.items():
         _named(rows, name).status = status
     ours, roof = rows[0].p50, rows[-1].p50
@@ -153,23 +167,67 @@ def why_not(rival: Rival, n: int, settings: Settings) -> str | None:
 
 
 def interleave(
-    runs: dict[str, Callable[[], Any]], rounds: int, settings: Settings
+    runs: dict[str, Callable[[], Any]],
+    rounds: int,
+    settings: Settings,
+    host: dict[str, list[float]] | None = None,
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Seconds of all runs in turn, `rounds` times after the warm-up; and what became of others."""
+    """Time all runs in turn, `rounds` times after the warm-up.
+
+    Args:
+        runs: what to time, by name.
+        rounds: calls of each that count.
+        settings: the device, and the calls of each before.
+        host: receives the seconds in which the host made each call; on a GPU they run ahead of
+            the device's.
+
+    Returns:
+        The seconds of each run that did not fail, and the status of each that did.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
+    hosts = {} if host is None else host
     failed: dict[str, str] = {}
     for turn in range(settings.warmup + rounds):
+        if turn == settings.warmup and settings.device == "cuda":
+            # whatever compiled during the warm-up has let the clocks fall
+            warm_clocks()
         for name in list(seconds):
             try:
-                elapsed = _timed(runs[name], settings.device)
+                # the last call's host time says how long the device has to be kept busy
+                past = hosts.get(name, [2e-3])[-1]
+                elapsed, queued = _timed(runs[name], settings.device, past)
             except Exception as error:
                 # a rival that fails is out; the others go on
                 failed[name] = status_of(error)
                 del seconds[name]
                 continue
-            if turn >= settings.warmup:
-                seconds[name].append(elapsed)
+            counted = turn >= settings.warmup
+            seconds[name] += [elapsed] * counted
+            hosts[name] = [*(hosts.get(name, []) if turn > settings.warmup else []), queued]
     return seconds, failed
+
+
+def warm_clocks(seconds: float = 0.5) -> None:
+    """Keep the GPU at large products for a while, so that what follows is timed at full clocks."""
+    x = torch.randn(8192, 8192, device="cuda").bfloat16()
+    stop = time.monotonic() + seconds
+    while time.monotonic() < stop:
+        for _ in range(10):
+            x @ x
+        torch.cuda.synchronize()
+
+
+def launches(run: Callable[[], Any]) -> int | None:
+    """Kernels, copies and fills that a call sends to the GPU; None where nobody can count."""
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            run()
+            torch.cuda.synchronize()
+        events = profile.events() or []
+        return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in events)
+    except Exception:
+        # no profiling library, or no permission: the times are worth having without
+        return None
 
 
 def quick_check(operator: Operator, settings: Settings, n: int = 512, width: int = 64) -> float:
@@ -186,11 +244,13 @@ def make_inputs(
     operator: Operator, n: int, width: int, scale: float, dtype: torch.dtype, device: str
 ) -> Inputs:
     """The operator's inputs on a device, features in `dtype`."""
+    with torch.device(device):
+        made = operator.make(n, width, scale)
     return [
         t.to(device, dtype if t.ndim == 2 and t.shape[1] == width else t.dtype)
         .detach()
         .requires_grad_()
-        for t in operator.make(n, width, scale)
+        for t in made
     ]
 
 
@@ -200,7 +260,7 @@ def leaves(operator: Operator, n: int, width: int, settings: Settings) -> Inputs
 
 
 def _try_out(
-    rival: Rival, row: Row, inputs: Inputs, exact: Tensor, settings: Settings
+    rival: Rival, row: Row, inputs: Inputs, exact: Tensor | None, settings: Settings
 ) -> Callable[[bool], None]:
     """Build a rival and run it twice: peak memory, error and whether its bits repeat."""
 
@@ -217,7 +277,8 @@ def _try_out(
         # somebody else's code may fail in any way; that is its row, and no reason to stop
         row.status = status_of(error)
         return nothing
-    row.error = relative(first, _across(exact, inputs[0]) if rival.normalizes else exact)
+    if exact is not None:
+        row.error = relative(first, _across(exact, inputs[0]) if rival.normalizes else exact)
     row.repeatable = torch.equal(first, second)
 
     def run(backward: bool) -> None:
@@ -248,10 +309,14 @@ def gradient_of(loss_function: LossFunction, inputs: Inputs, settings: Settings)
     return torch.autograd.grad(loss, inputs, allow_unused=True)[0]
 
 
-def _exact_gradient(operator: Operator, inputs: Inputs) -> Tensor:
-    """dX in float64, chunked, of the features as they are."""
-    wide = [t.detach().double().requires_grad_() for t in inputs]
-    return torch.autograd.grad(operator.ours(*wide, backend="torch"), wide[0])[0]
+def _exact_gradient(operator: Operator, inputs: Inputs) -> Tensor | None:
+    """dX in float64, chunked, of the features as they are; None where it does not fit."""
+    try:
+        wide = [t.detach().double().requires_grad_() for t in inputs]
+        return torch.autograd.grad(operator.ours(*wide, backend="torch"), wide[0])[0]
+    except Exception as error:
+        print(f"{operator.name}: no exact gradient: {status_of(error)}", flush=True)
+        return None
 
 
 def _bare(operator: Operator, inputs: Inputs, settings: Settings) -> Callable[[bool], None]:
@@ -306,17 +371,31 @@ def _named(rows: Sequence[Row], name: str) -> Row:
     return next(row for row in rows if row.rival == name)
 
 
-def _timed(run: Callable[[], Any], device: str) -> float:
+# the fastest clock of today's GPUs: a sleep of so many cycles lasts at least a second
+_CYCLES_PER_SECOND = 2.1e9
+
+
+def _timed(run: Callable[[], Any], device: str, past: float = 2e-3) -> tuple[float, float]:
+    """Seconds of a call, and in which the host made it.
+
+    On a GPU the call is queued behind a sleep of twice the host's past time, so that the device
+    finds all work waiting: the events then enclose device time alone.
+    """
     if device == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        torch.cuda._sleep(int(_CYCLES_PER_SECOND * min(2 * past + 1e-4, 0.05)))
         begin.record()
+        started = time.perf_counter()
         run()
+        host = time.perf_counter() - started
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end) / 1e3
+        return begin.elapsed_time(end) / 1e3, host
     started = time.perf_counter()
     run()
-    return time.perf_counter() - started
+    elapsed = time.perf_counter() - started
+    return elapsed, elapsed
 
 
 def reset_peak(device: str) -> int | None:

@@ -1,29 +1,37 @@
 """Time the kernels that form S under other tilings, and write the table that the launchers read.
 
 `python -m fastclip.bench.tile_sweep [--write] [--seconds S]`, on a GPU. For each kernel and
-precision the candidates are timed one after the other on one chunk at N = 32k, D = 768, within
-an equal share of the time; the fastest becomes the architecture's entry. One that spills registers
-may still be the fastest, and one that does not fit is passed over.
+precision the candidates are timed in turn on one chunk at N = 32k, D = 768, within an equal share
+of the time; the fastest becomes the architecture's entry. One that spills registers may still be
+the fastest.
+
+Each candidate is first tried in a process of its own, which compiles it and compares what it
+computes with float64. One that crashes, hangs, does not compile or is wrong costs no other: it is a
+row that says so and is never timed.
 """
 
 import argparse
 import contextlib
 import copy
+import functools
 import json
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from fastclip.atomic import write_text
-from fastclip.bench.runner import Settings, interleave
+from fastclip.bench.runner import Settings, interleave, relative, status_of
 from fastclip.kernels import launch
 from fastclip.kernels.launch import Tiling
-from fastclip.ops.tiles import Lines, Running, Tile
+from fastclip.ops.tiles import Lines, Running, Tile, Tiles, TorchTiles
 from fastclip.ops.triton_tiles import TritonTiles
 
 CANDIDATES = {
@@ -52,98 +60,213 @@ KERNELS = ("statistics", "gradient", "sigmoid")
 
 # compilations take seconds each, and a machine with a GPU has cores
 COMPILERS = 14
+# the slowest candidate compiles all three kernels in about a minute
+TRIAL_SECONDS = 90.0
+ROUNDS = 10
+# log-sum-exps in the gradient's trial
+LSE = 12.0
+# float32 sums of rounded products; G and its log-sum-exps in 16 bits; tf32's 10 bits at scale 14
+GREATEST_ERROR = {"16bit": 2e-2, "tf32": 2e-2}
 
 
-def problem(precision: str, n: int = 32768, chunk: int = 4096, width: int = 768) -> dict[str, Any]:
-    """One chunk of rows against all columns, with what each kernel asks for."""
+class Trial(NamedTuple):
+    """Whether a kernel runs and is right with a candidate: "ok", or what became of it."""
+
+    precision: str
+    kernel: str
+    tiling: Tiling
+    status: str
+
+
+def problem(
+    precision: str, n: int = 32768, chunk: int = 4096, width: int = 768, device: str = "cuda"
+) -> tuple[Tile, Tensor]:
+    """One chunk of rows against all columns, and a weight for each column."""
     dtype = torch.bfloat16 if precision == "16bit" else torch.float32
-    y = torch.nn.functional.normalize(torch.randn(n, width, device="cuda"), dim=1).to(dtype)
-    scale = torch.tensor(14.3, device="cuda")
-    tile = Tile(y[:chunk], y, scale, None, 0)
-    lse = torch.full((n,), 12.0, device="cuda")
-    ones = torch.ones(n, device="cuda")
-    return {"tile": tile, "lse": lse, "ones": ones, "dtype": dtype}
+    y = torch.nn.functional.normalize(torch.randn(n, width, device=device), dim=1).to(dtype)
+    scale = torch.tensor(14.3, device=device)
+    return Tile(y[:chunk], y, scale, None, 0), torch.ones(n, device=device)
 
 
-def runs(precision: str, **sizes: int) -> dict[str, Callable[[], Any]]:
+def runs(precision: str, device: str) -> dict[str, Callable[[], Any]]:
     """A call of each kernel through the implementation that users run."""
-    given = problem(precision, **sizes)
-    tile, lse, ones = given["tile"], given["lse"], given["ones"]
-    tiles = TritonTiles(given["dtype"])
-    rows = len(tile.x_CD)
-    out = tiles.gradient_buffer(rows, tile.y_SD)
-    lines, columns = Lines(lse[:rows], ones[:rows]), Lines(lse, ones)
+    sizes = {} if device == "cuda" else {"n": 96, "chunk": 64, "width": 32}
+    tile, weight = problem(precision, device=device, **sizes)
+    tiles = TritonTiles(tile.x_CD.dtype)
+    return {kernel: functools.partial(results, kernel, tiles, tile, weight) for kernel in KERNELS}
 
-    def statistics() -> None:
-        running = [Running.of(len(t), ones, torch.float32) for t in (tile.x_CD, tile.y_SD)]
+
+def try_candidate(precision: str, candidate: Tiling, device: str = "cuda") -> Iterator[Trial]:
+    """Run each kernel once with a candidate and compare it with float64; a trial a kernel."""
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    limit = GREATEST_ERROR[precision]
+    for kernel in KERNELS:
+        try:
+            with shipped_as(kernel, precision, candidate, device):
+                error = error_of(kernel, precision, device)
+            status = "ok" if error < limit else f"wrong: relative error {error:.1e}"
+        except Exception as problem:
+            # too much shared memory, say: no candidate for this kernel
+            status = status_of(problem)
+        yield Trial(precision, kernel, candidate, status)
+
+
+def error_of(kernel: str, precision: str, device: str) -> float:
+    """Relative error of a kernel's results, as its tiling is now, against float64."""
+    # neither side is a multiple of a tile's
+    tile, weight = problem(precision, n=600, chunk=330, width=192, device=device)
+    found = results(kernel, TritonTiles(tile.x_CD.dtype), tile, weight)
+    wide = tile._replace(
+        x_CD=tile.x_CD.double(), y_SD=tile.y_SD.double(), scale=tile.scale.double()
+    )
+    exact = results(kernel, TorchTiles(torch.float64), wide, weight.double())
+    # max of a NaN depends on the order: a sum does not
+    return sum(relative(got, want) for got, want in zip(found, exact, strict=True))
+
+
+def results(kernel: str, tiles: Tiles, tile: Tile, weight: Tensor) -> list[Tensor]:
+    """What a kernel computes of one tile: log-sum-exps, or the entries of G."""
+    rows, columns = len(tile.x_CD), len(tile.y_SD)
+    if kernel == "statistics":
+        running = [Running.of(n, weight, weight.dtype) for n in (rows, columns)]
         tiles.statistics(tile, *running)
+        return [lines.lse() for lines in running]
+    out = tiles.gradient_buffer(rows, tile.y_SD)
+    if kernel == "gradient":
+        lse = torch.full_like(weight, LSE)
+        tiles.gradient(tile, Lines(lse[:rows], weight[:rows]), Lines(lse, weight), out, True)
+    else:
+        tiles.sigmoid(tile, weight[:rows], out)
+    return [out[:, :columns]]
 
-    return {
-        "statistics": statistics,
-        "gradient": lambda: tiles.gradient(tile, lines, columns, out, True),
-        "sigmoid": lambda: tiles.sigmoid(tile, ones[:rows], out),
-    }
 
-
-def compile_part(part: int, parts: int) -> None:
-    """Compile every `parts`-th candidate into Triton's cache on disk, by running it once."""
+@contextlib.contextmanager
+def shipped_as(kernel: str, precision: str, candidate: Tiling, device: str) -> Iterator[None]:
+    """A candidate in the place of the table's entry, inside the context."""
+    if device == "cpu":
+        # the interpreter has tilings of its own
+        before = launch.INTERPRETER_TILINGS
+        launch.INTERPRETER_TILINGS = (candidate, candidate)
+        try:
+            yield
+        finally:
+            launch.INTERPRETER_TILINGS = before
+        return
     architecture = launch.architecture(torch.device("cuda", torch.cuda.current_device()))
-    for precision, candidates in CANDIDATES.items():
-        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-        calls = runs(precision, n=512, chunk=512)
-        jobs = [(kernel, candidate) for candidate in candidates for kernel in KERNELS]
-        for kernel, candidate in jobs[part::parts]:
-            launch.tilings()[architecture][kernel][precision] = candidate
-            # what does not compile is reported where it is timed
-            with contextlib.suppress(Exception):
-                calls[kernel]()
+    table = launch.tilings()[architecture][kernel]
+    entry = table[precision]
+    table[precision] = candidate
+    try:
+        yield
+    finally:
+        table[precision] = entry
 
 
-def compile_all() -> None:
-    """All candidates, in processes of their own."""
-    command = [sys.executable, "-m", "fastclip.bench.tile_sweep", "--compile"]
-    parts = [f"{part}/{COMPILERS}" for part in range(COMPILERS)]
-    processes = [subprocess.Popen([*command, part]) for part in parts]
-    for process in processes:
-        process.wait()
+def try_all(
+    jobs: Sequence[tuple[str, Tiling]],
+    seconds: float,
+    command: Callable[[str, Tiling], Sequence[str]] = lambda precision, candidate: (
+        sys.executable, "-m", "fastclip.bench.tile_sweep",
+        "--try", precision, json.dumps(_numbers(candidate)),
+    ),
+) -> list[Trial]:  # fmt: skip
+    """Try candidates in processes of their own, `COMPILERS` at a time.
+
+    Args:
+        jobs: precisions and tilings.
+        seconds: in which all must have ended; what has not is stopped.
+        command: of one candidate's process, which prints a line of JSON for each kernel.
+
+    Returns:
+        A trial for each candidate and kernel. A process that died or was stopped leaves its
+        status in those that it did not come to.
+    """
+    stop = time.monotonic() + seconds
+
+    def one(job: tuple[str, Tiling]) -> list[Trial]:
+        precision, candidate = job
+        left = min(stop - time.monotonic(), TRIAL_SECONDS)
+        if left <= 0:
+            return [Trial(precision, kernel, candidate, "out of time") for kernel in KERNELS]
+        process = subprocess.Popen(command(precision, candidate), stdout=subprocess.PIPE, text=True)
+        try:
+            text, _ = process.communicate(timeout=left)
+            ended = f"died: exit status {process.returncode}"
+        except subprocess.TimeoutExpired:
+            process.kill()
+            text, _ = process.communicate()
+            ended = f"hung: stopped after {left:.0f} s"
+        said = dict(json.loads(line) for line in text.splitlines() if line.startswith("["))
+        return [Trial(precision, k, candidate, said.get(k, ended)) for k in KERNELS]
+
+    with ThreadPoolExecutor(COMPILERS) as pool:
+        return [trial for trials in pool.map(one, jobs) for trial in trials]
 
 
-def sweep(seconds: float) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """Every candidate's time for each kernel and precision, fastest first."""
-    architecture = launch.architecture(torch.device("cuda", torch.cuda.current_device()))
+def sweep(
+    seconds: float, device: str = "cuda", save: Callable[[Any], None] | None = None
+) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Every candidate's time for each kernel and precision, fastest first.
+
+    `save` receives what is found so far after each kernel. A candidate that was not timed has a
+    status and no seconds.
+    """
     result: dict[str, dict[str, list[dict[str, Any]]]] = {}
     began = time.monotonic()
-    compile_all()
-    seconds -= time.monotonic() - began
-    print(f"  compiled in {time.monotonic() - began:.0f} s", flush=True)
-    share = seconds / (len(CANDIDATES) * len(KERNELS))
-    for precision, candidates in CANDIDATES.items():
+    jobs = [(p, c) for p in CANDIDATES for c in candidates_with_shipped(p, device)]
+    trials = try_all(jobs, 0.6 * seconds)
+    print(f"  tried in {time.monotonic() - began:.0f} s", flush=True)
+    stop = began + seconds
+    for precision in CANDIDATES:
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-        calls = runs(precision)
+        calls = runs(precision, device)
         for kernel in KERNELS:
-            table = launch.tilings()[architecture][kernel]
-            shipped, timed, began = table[precision], [], time.monotonic()
-            for candidate in [shipped, *(c for c in candidates if c != shipped)]:
-                if time.monotonic() - began > share:
-                    break
-                table[precision] = candidate
-                try:
-                    calls[kernel]()
-                    torch.cuda.synchronize()
-                except Exception as error:
-                    # too much shared memory, say: no candidate here
-                    print(f"  {kernel} {precision} {candidate}: {type(error).__name__}")
-                    continue
-                settings = Settings(device="cuda", warmup=2)
-                (found,) = interleave({"": calls[kernel]}, 10, settings)[0].values()
-                timed.append({"tiling": _numbers(candidate), "seconds": sorted(found)[5]})
-            table[precision] = shipped
-            result.setdefault(kernel, {})[precision] = sorted(timed, key=lambda t: t["seconds"])
-            for entry in result[kernel][precision]:
-                milliseconds = 1e3 * entry["seconds"]
-                print(f"  {kernel:10} {precision:6} {milliseconds:8.3f} ms {entry['tiling']}")
+            tried = [t for t in trials if (t.precision, t.kernel) == (precision, kernel)]
+            rows = timed(kernel, precision, tried, calls[kernel], device, stop)
+            result.setdefault(kernel, {})[precision] = rows
+            for row in rows:
+                said = f"{1e3 * row['seconds']:.3f} ms" if "seconds" in row else row["status"]
+                print(f"  {kernel:10} {precision:6} {said} {row['tiling']}", flush=True)
+            if save is not None:
+                save(result)
     torch.set_float32_matmul_precision("highest")
     return result
+
+
+def candidates_with_shipped(precision: str, device: str) -> list[Tiling]:
+    """The table's entries first, so that a sweep cut short has them to compare with."""
+    name = launch.architecture(torch.device(device, 0)) if device == "cuda" else "sm_90"
+    shipped = [launch.tilings()[name][kernel][precision] for kernel in KERNELS]
+    return list(dict.fromkeys([*shipped, *CANDIDATES[precision]]))
+
+
+def timed(
+    kernel: str,
+    precision: str,
+    tried: Sequence[Trial],
+    call: Callable[[], Any],
+    device: str,
+    stop: float,
+) -> list[dict[str, Any]]:
+    """Time the candidates that were right, in turn; the fastest first, the others last."""
+
+    def run(candidate: Tiling) -> None:
+        with shipped_as(kernel, precision, candidate, device):
+            call()
+
+    right = {str(t.tiling): t.tiling for t in tried if t.status == "ok"}
+    others = [{"tiling": _numbers(t.tiling), "status": t.status} for t in tried if t.status != "ok"]
+    if time.monotonic() > stop:
+        late = [{"tiling": _numbers(c), "status": "out of time"} for c in right.values()]
+        return [*late, *others]
+    runs = {name: lambda c=c: run(c) for name, c in right.items()}
+    found, failed = interleave(runs, ROUNDS, Settings(device=device, warmup=2))
+    rows = [
+        {"tiling": _numbers(right[name]), "status": "ok", "seconds": statistics.median(seconds)}
+        for name, seconds in found.items()
+    ]
+    others += [{"tiling": _numbers(right[n]), "status": status} for n, status in failed.items()]
+    return [*sorted(rows, key=lambda row: row["seconds"]), *others]
 
 
 def write_table(result: dict[str, dict[str, list[dict[str, Any]]]]) -> None:
@@ -156,7 +279,7 @@ def write_table(result: dict[str, dict[str, list[dict[str, Any]]]]) -> None:
     content["tilings"].setdefault(architecture, fallback)
     for kernel, precisions in result.items():
         for precision, timed in precisions.items():
-            if timed:
+            if timed and "seconds" in timed[0]:
                 content["tilings"][architecture][kernel][precision] = timed[0]["tiling"]
     write_text(launch.TILINGS_FILE, format_table(content))
     launch.tilings.cache_clear()
@@ -185,13 +308,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="fastclip.bench.tile_sweep", description=__doc__)
     parser.add_argument("--write", action="store_true", help="rewrite kernels/tilings.json")
     parser.add_argument("--seconds", type=float, default=120.0)
-    parser.add_argument("--compile", metavar="I/K", help="only compile every K-th candidate")
+    parser.add_argument(
+        "--try", dest="trial", nargs=2, metavar=("PRECISION", "TILING"), help="check one candidate"
+    )
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("no CUDA device: tilings are measured on a GPU", file=sys.stderr)
         return 1
-    if options.compile:
-        compile_part(*map(int, options.compile.split("/")))
+    if options.trial:
+        precision, numbers = options.trial
+        for trial in try_candidate(precision, Tiling(*json.loads(numbers))):
+            print(json.dumps([trial.kernel, trial.status]), flush=True)
         return 0
     result = sweep(options.seconds)
     if options.write:

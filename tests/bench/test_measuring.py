@@ -1,0 +1,105 @@
+"""What would spoil the figures of a session on a GPU."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastclip.bench import ceilings, losses, runner
+from fastclip.bench.losses import OPERATORS
+from fastclip.bench.runner import ROOF, Settings, interleave, measure
+
+FEW = Settings(rounds=1, warmup=1, compiled=False)
+
+
+def _fails(*arguments, **options):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_losses_are_timed_without_an_exact_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = OPERATORS["clip"].ours
+
+    def one(*inputs, **options):
+        return _fails() if options.get("backend") == "torch" else ours(*inputs, **options)
+
+    rows = measure(replace(OPERATORS["clip"], ours=one), 64, 16, FEW)
+    assert rows[0].p50 is not None and rows[0].error is None
+
+
+def test_losses_are_timed_without_bare_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "_bare", _fails)
+    rows = measure(OPERATORS["clip"], 64, 16, FEW)
+    assert rows[0].p50 is not None and rows[0].roof_share is None
+    assert rows[-1].rival == ROOF and rows[-1].status == "out of memory"
+
+
+def test_rows_are_saved_after_each_loss() -> None:
+    saved = []
+    rows, _ = losses.run(["clip", "siglip"], [64], [16], FEW, save=lambda r: saved.append(len(r)))
+    assert len(saved) == 2 and saved[0] < saved[1] == len(rows)
+
+
+def test_a_ceiling_that_fails_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ceilings, "product", _fails)
+    found = ceilings.ceilings("cpu", columns=4096, side=64)
+    assert found["product"] > 0 and found["copy"] > 0
+    assert all(chunk["dX"] is None and chunk["S"] > 0 for chunk in found["chunks"])
+    assert "dX: out of memory" in capsys.readouterr().out
+
+
+def test_inputs_are_made_where_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = []
+
+    def make(n: int, width: int, scale: float) -> list[torch.Tensor]:
+        devices.append(torch.get_default_device().type)
+        return [torch.zeros(n, width), torch.tensor(scale)]
+
+    made = runner.make_inputs(
+        replace(OPERATORS["clip"], make=make), 8, 4, 2.0, torch.float32, "meta"
+    )
+    assert devices == ["meta"] and all(t.device.type == "meta" for t in made)
+
+
+class _Gpu:
+    """A stand-in for torch's CUDA calls that writes down their order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[str] = []
+        self.slept: list[int] = []
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                gpu.calls.append("event")
+
+            def synchronize(self) -> None:
+                gpu.calls.append("wait")
+
+            def elapsed_time(self, other: "Event") -> float:
+                return 3.0
+
+        def sleep(cycles: int) -> None:
+            gpu.calls.append("sleep")
+            gpu.slept.append(cycles)
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "_sleep", sleep)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(runner, "warm_clocks", lambda: gpu.calls.append("warm"))
+
+
+def test_work_is_queued_behind_a_sleep_and_clocks_are_warm(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = _Gpu(monkeypatch)
+    host: dict[str, list[float]] = {}
+    runs = {name: lambda name=name: gpu.calls.append(name) for name in "ab"}
+    seconds, failed = interleave(runs, 2, Settings(device="cuda", warmup=1), host)
+    assert not failed and seconds == {"a": [0.003] * 2, "b": [0.003] * 2}
+    assert [len(host[name]) for name in "ab"] == [2, 2]
+    turn = [w for name in "ab" for w in ("sleep", "event", name, "event", "wait")]
+    assert gpu.calls == [*turn, "warm", *turn, *turn]
+    assert all(cycles > 0 for cycles in gpu.slept)

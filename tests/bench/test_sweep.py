@@ -1,0 +1,107 @@
+"""Tilings are tried in processes of their own and checked before they can win."""
+
+import json
+import sys
+import time
+
+import pytest
+import torch
+
+from fastclip.bench import tile_sweep
+from fastclip.bench.tile_sweep import KERNELS, Trial, timed, try_all, try_candidate
+from fastclip.kernels import similarity
+from fastclip.kernels.launch import INTERPRETED, Tiling
+
+SMALL = Tiling(32, 64, 32, 4, 1, parts=2)
+OTHER = Tiling(64, 64, 32, 4, 1)
+needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="a GPU is there: the lab runs on it")
+
+
+@needs_interpreter
+@pytest.mark.parametrize("precision", ["16bit", "tf32"])
+def test_a_right_tiling_is_ok(precision: str) -> None:
+    statuses = {t.kernel: t.status for t in try_candidate(precision, SMALL, "cpu")}
+    assert statuses == dict.fromkeys(KERNELS, "ok")
+
+
+@needs_interpreter
+def test_a_wrong_tiling_is_told_from_a_right_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def double(kernel, tiles, tile, weight):
+        found = original(kernel, tiles, tile, weight)
+        return [1.1 * t for t in found] if weight.dtype == torch.float32 else found
+
+    original = tile_sweep.results
+    monkeypatch.setattr(tile_sweep, "results", double)
+    assert all(t.status.startswith("wrong") for t in try_candidate("16bit", SMALL, "cpu"))
+
+
+@needs_interpreter
+def test_a_tiling_that_does_not_compile_costs_no_other_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(similarity, "statistics", lambda *a, **k: 1 / 0)
+    statuses = {t.kernel: t.status for t in try_candidate("16bit", SMALL, "cpu")}
+    assert "ZeroDivisionError" in statuses["statistics"]
+    assert statuses["gradient"] == statuses["sigmoid"] == "ok"
+
+
+SAYS = {
+    "well": "[print(json.dumps([k, 'ok']), flush=True) for k in KERNELS]",
+    "crashes": "print(json.dumps(['statistics', 'ok']), flush=True); os.abort()",
+    "hangs": "print(json.dumps(['statistics', 'ok']), flush=True); time.sleep(600)",
+}
+
+
+def test_a_candidate_that_crashes_or_hangs_costs_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tile_sweep, "TRIAL_SECONDS", 5.0)
+
+    def command(precision: str, candidate: Tiling) -> list[str]:
+        code = f"import json, os, time; KERNELS = {KERNELS}; {SAYS[precision]}"
+        return [sys.executable, "-c", code]
+
+    began = time.monotonic()
+    trials = try_all([(name, SMALL) for name in SAYS], 60.0, command)
+    assert time.monotonic() - began < 30
+    found = {(t.precision, t.kernel): t.status for t in trials}
+    assert len(found) == 9
+    assert all(found["well", kernel] == "ok" for kernel in KERNELS)
+    for name, status in (("crashes", "died"), ("hangs", "hung")):
+        assert found[name, "statistics"] == "ok"
+        assert found[name, "gradient"].startswith(status)
+
+
+@needs_interpreter
+def test_a_candidate_that_fails_while_timed_is_a_row_that_says_so() -> None:
+    used = []
+
+    def call() -> None:
+        used.append(tile_sweep.launch.INTERPRETER_TILINGS[0])
+        if used[-1] == OTHER and used.count(OTHER) > 3:
+            raise RuntimeError("an illegal access")
+
+    tried = [Trial("16bit", "gradient", c, "ok") for c in (SMALL, OTHER)]
+    tried.append(Trial("16bit", "gradient", Tiling(1, 1, 1, 1, 1), "wrong: relative error 1.0"))
+    rows = timed("gradient", "16bit", tried, call, "cpu", time.monotonic() + 60)
+    assert [row["status"][:5] for row in rows] == ["ok", "wrong", "faile"]
+    # in turn, not one after the other
+    assert used[:4] == [SMALL, OTHER, SMALL, OTHER]
+    assert json.dumps(rows)
+
+
+def test_what_is_not_timed_cannot_win(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    table = tmp_path / "tilings.json"
+    table.write_text(tile_sweep.launch.TILINGS_FILE.read_text())
+    monkeypatch.setattr(tile_sweep.launch, "TILINGS_FILE", table)
+    monkeypatch.setattr(tile_sweep.launch, "true_architecture", lambda device: "sm_90")
+    monkeypatch.setattr(tile_sweep.launch, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(tile_sweep.launch.architecture, "cache_clear", lambda: None, raising=False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    before = json.loads(table.read_text())["tilings"]["sm_90"]
+    wrong = [{"tiling": [1, 1, 1, 1, 1], "status": "wrong: relative error 1.0"}]
+    right = [{"tiling": [64, 64, 64, 4, 3, 8], "status": "ok", "seconds": 0.1}]
+    tile_sweep.write_table({"gradient": {"16bit": wrong}, "sigmoid": {"16bit": right}})
+    after = json.loads(table.read_text())["tilings"]["sm_90"]
+    assert after["gradient"] == before["gradient"]
+    assert after["sigmoid"]["16bit"] == right[0]["tiling"]
