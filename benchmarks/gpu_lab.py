@@ -1,17 +1,23 @@
-"""One session on a GPU: ceilings, tilings, correctness, and all losses beside their rivals.
+"""One session on a GPU, a stage at a time: right, then fast, beside the baselines.
 
-`benchmarks/gpu_lab.sh --output DIR` ends within nine minutes on a machine with one NVIDIA GPU and
-nothing but Python, torch and its triton; rivals that are installed as well take part. DIR receives
-`ceilings.json`, `sweep.json`, `tilings.json` (the table as it then is), `check-triton.json`,
-`check-torch.json` and `losses.json`; the last lines are a short table. `--attention`, in a call of
-its own, measures that operator in the same way: `attention_plans.json`, `attention.json`.
+`benchmarks/gpu_lab.sh --output DIR [--stage losses|attention|train-step|data] [--budget SECONDS]`
+needs a machine with one NVIDIA GPU and nothing but Python, torch and its triton; baselines that are
+installed as well take part. A stage is a few parts, each in a process of its own that is ended when
+its time is up: one that crashes or hangs costs no other. What a part found is in DIR after every
+row. DIR/lab.tar.gz has everything; the last lines are a short table.
 """
 
 import argparse
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
+import tarfile
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +28,45 @@ from fastclip.bench.ceilings import ceilings
 from fastclip.bench.losses import OPERATORS, run
 from fastclip.bench.runner import Row, Settings
 
-# processes that compile, and seconds of each stage; the losses end with the budget
 CHECKERS = 12
-BUDGET, CHECK_SECONDS, SWEEP_SECONDS = 520.0, 100.0, 120.0
+BUDGET = 420.0
+# seconds in which results are packed and the table is printed
+CLOSING = 10.0
+# open_clip under torch.compile takes up to half a minute a loss and size: one size is enough
+COMPILED_AT = (32768, 768)
+# what matters most first: what the time does not allow is left out, and the output says so
+PLAN = [(65536, 768), (32768, 768), (1024, 768), (256, 768), (4096, 768), (16384, 768)]
+PLAN += [(n, width) for width in (512, 1024) for n in (65536, 32768, 1024, 4096)]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a stage: the most seconds it may take, and whether a failure means wrong results.
+
+    The last part of a stage takes what is left.
+    """
+
+    name: str
+    seconds: float
+    judges: bool = False
+
+
+STAGES = {
+    "losses": [
+        Part("ceilings", 40.0),
+        Part("tilings", 120.0),
+        Part("check", 90.0, judges=True),
+        Part("profile", 30.0),
+        Part("losses", 400.0, judges=True),
+    ],
+    "attention": [
+        Part("attention-plans", 130.0),
+        Part("attention-check", 90.0, judges=True),
+        Part("attention", 400.0),
+    ],
+    "train-step": [Part("train-step", 400.0)],
+    "data": [Part("data", 400.0)],
+}
 
 
 def summary(rows: list[Row]) -> list[str]:
@@ -77,74 +119,238 @@ def check_all(output: Path, seconds: float, quick: bool) -> bool:
     return well
 
 
-def measure_attention(output: Path, quick: bool) -> bool:
-    """Find plans, check with them, and measure attention beside its rivals; whether it is right."""
-    settings = Settings(torch.bfloat16, rounds=15, warmup=3, device="cuda")
-    tokens = 1 << (14 if quick else 18)
-    if not quick:
-        print("\n== plans", flush=True)
-        attention_sweep.sweep(SWEEP_SECONDS, output, tokens)
-    print("\n== correctness", flush=True)
-    well = attention_check.check("cuda", 20.0 if quick else CHECK_SECONDS, output)
-    print("\n== attention", flush=True)
-    rows = attention.rivals(settings, output / "attention.json", tokens, flex=not quick)
-    print("\n".join(["", *map(attention.line_of, rows)]))
+def ceilings_part(output: Path, seconds: float, quick: bool) -> bool:
+    """What bare products and copies reach."""
+    found = ceilings(columns=8192) if quick else ceilings()
+    (output / "ceilings.json").write_text(json.dumps(found, indent=1) + "\n")
+    return True
+
+
+def tilings_part(output: Path, seconds: float, quick: bool) -> bool:
+    """Find tilings; what was found is what is checked and measured by the parts that follow."""
+
+    def save(result: Any) -> None:
+        (output / "sweep.json").write_text(json.dumps(result, indent=1) + "\n")
+        tile_sweep.write_table(result)
+        table = tile_sweep.launch.TILINGS_FILE.read_text()
+        (output / "tilings.json").write_text(table)
+
+    tile_sweep.sweep(seconds, save=save)
+    return True
+
+
+def losses_part(output: Path, seconds: float, quick: bool) -> bool:
+    """All losses beside their baselines, the sizes that matter most first."""
+    began, well = time.monotonic(), True
+    settings = Settings(dtype=torch.bfloat16, autocast=True, rounds=10, device="cuda")
+    rows: list[Row] = []
+    clocks: list[str | None] = []
+    for n, width in [(4096, 512)] if quick else PLAN:
+        left = max(seconds - (time.monotonic() - began), 0.0)
+        here = replace(settings, compiled=(n, width) == COMPILED_AT)
+
+        def save(found: list[Row], before: tuple[Row, ...] = tuple(rows)) -> None:
+            clocks.append(gpu_clocks())
+            every = [*before, *found]
+            file = output / "losses.json"
+            records.write(file, "losses", settings, every, "cuda", clocks=clocks)
+
+        found, wrong = run(list(OPERATORS), [n], [width], here, left, save)
+        rows += found
+        well = well and not wrong
+    print("\n".join(summary(rows)))
     return well
 
 
-def main() -> int:
-    """Run the parts in turn; exit status 1 where an implementation is wrong."""
+def gpu_clocks() -> str | None:
+    """Clocks, temperature and power as nvidia-smi has them; None where it does not answer."""
+    query = "--query-gpu=clocks.sm,clocks.mem,temperature.gpu,power.draw"
+    try:
+        return subprocess.run(
+            ["nvidia-smi", query, "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def profile_part(output: Path, seconds: float, quick: bool) -> bool:
+    """Nsight Compute's figures of the statistics and gradient kernels, where it is installed."""
+    command = ["ncu", "--clock-control", "none", "--set", "basic", "--launch-count", "6"]
+    command += ["--kernel-name", "regex:statistics_kernel|gradient_kernel"]
+    command += [sys.executable, "-m", "fastclip.bench.gpu_lab", "--profiled"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        print(f"no profile: {type(error).__name__}")
+        return True
+    (output / "profile.txt").write_text(found.stdout + found.stderr)
+    return True
+
+
+def profiled() -> None:
+    """What is profiled: one forward and backward of the CLIP loss."""
+    settings = Settings(dtype=torch.bfloat16, autocast=True, device="cuda")
+    from fastclip.bench.runner import gradient_of, leaves
+
+    operator = OPERATORS["clip"]
+    gradient_of(operator.ours, leaves(operator, 16384, 768, settings), settings)
+    torch.cuda.synchronize()
+
+
+def attention_part(output: Path, seconds: float, quick: bool) -> bool:
+    """Attention beside its baselines."""
+    settings = Settings(torch.bfloat16, rounds=15, warmup=3, device="cuda")
+    tokens = 1 << (14 if quick else 18)
+    # flex attention compiles for minutes
+    rows = attention.rivals(settings, output / "attention.json", tokens, flex=False)
+    print("\n".join(map(attention.line_of, rows)))
+    return True
+
+
+def attention_plans_part(output: Path, seconds: float, quick: bool) -> bool:
+    """Find plans of the attention kernels."""
+    attention_sweep.sweep(seconds, output, 1 << (14 if quick else 18))
+    return True
+
+
+def bench_part(name: str, *flags: str) -> Callable[[Path, float, bool], bool]:
+    """A part of `fastclip bench`, on the GPU."""
+
+    def part(output: Path, seconds: float, quick: bool) -> bool:
+        from fastclip.cli import main as fastclip
+
+        chosen = ["--quick"] if quick else flags
+        file = str(output / f"{name}.json")
+        return fastclip(["bench", name, "--device", "cuda", "--output", file, *chosen]) == 0
+
+    return part
+
+
+PARTS: dict[str, Callable[[Path, float, bool], bool]] = {
+    "ceilings": ceilings_part,
+    "tilings": tilings_part,
+    "check": check_all,
+    "profile": profile_part,
+    "losses": losses_part,
+    "attention-plans": attention_plans_part,
+    "attention-check": lambda output, seconds, quick: attention_check.check(
+        "cuda", seconds, output
+    ),
+    "attention": attention_part,
+    "train-step": bench_part(
+        "train-step", "--towers", "ViT-B-32:256", "ViT-B-16:256", "--precision", "amp_bf16"
+    ),
+    "data": bench_part("data", "--workers", "12"),
+}
+
+
+def part_command(part: Part, output: Path, seconds: float, quick: bool) -> list[str]:
+    """The process of one part."""
+    command = [sys.executable, "-m", "fastclip.bench.gpu_lab", "--output", str(output)]
+    command += ["--part", part.name, "--seconds", f"{seconds:.0f}"]
+    return command + ["--quick"] * quick
+
+
+def run_stage(
+    stage: str,
+    output: Path,
+    budget: float,
+    quick: bool = False,
+    command: Callable[[Part, Path, float, bool], Sequence[str]] = part_command,
+) -> dict[str, str]:
+    """Run a stage's parts in turn and pack what they left.
+
+    Args:
+        stage: a key of `STAGES`.
+        output: folder of the results and of a log for each part.
+        budget: seconds in which the stage ends.
+        quick: few cases and small sizes.
+        command: makes the command line of a part's process.
+
+    Returns:
+        The status of each part: "ok", "wrong", "failed", "ran out of time" or "left out".
+    """
+    stop = time.monotonic() + budget - CLOSING
+    statuses: dict[str, str] = {}
+    for part in STAGES[stage]:
+        seconds = min(part.seconds, stop - time.monotonic())
+        if seconds <= 1:
+            statuses[part.name] = "left out"
+            continue
+        print(f"== {part.name}, at most {seconds:.0f} s", flush=True)
+        with (output / f"{part.name}.log").open("w") as log:
+            # a group of its own: what a part has started ends with it
+            process = subprocess.Popen(
+                # a part that keeps its time ends by itself before it is ended
+                command(part, output, 0.9 * seconds, quick),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            try:
+                status = process.wait(timeout=seconds)
+                failure = "wrong" if part.judges and status == 1 else f"failed ({status})"
+                statuses[part.name] = "ok" if status == 0 else failure
+            except subprocess.TimeoutExpired:
+                statuses[part.name] = "ran out of time"
+            finally:
+                _end(process)
+        print(f"   {statuses[part.name]}", flush=True)
+    (output / "stage.json").write_text(json.dumps({stage: statuses}, indent=1) + "\n")
+    pack(output)
+    return statuses
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    # also where the part itself has ended: its children may not have
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def pack(output: Path) -> Path:
+    """Put all JSON files and logs of a folder into its lab.tar.gz."""
+    archive = output / "lab.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        for file in sorted(output.iterdir()):
+            if file.suffix in (".json", ".log", ".txt"):
+                tar.add(file, arcname=file.name)
+    return archive
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a stage; exit status 1 where an implementation is wrong or a part failed."""
     parser = argparse.ArgumentParser(prog="gpu_lab", description=__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="folder for the JSON files")
-    parser.add_argument("--no-sweep", action="store_true", help="leave the tilings as they are")
-    parser.add_argument(
-        "--attention",
-        action="store_true",
-        help="attention in the losses' place: check, plans, rivals",
-    )
+    parser.add_argument("--output", type=Path, help="folder for results and logs")
+    parser.add_argument("--stage", choices=list(STAGES), default="losses")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for the stage")
     parser.add_argument("--quick", action="store_true", help="few cases and small sizes")
-    options = parser.parse_args()
-    options.output.mkdir(parents=True, exist_ok=True)
+    parser.add_argument("--part", choices=list(PARTS), help="one part alone, in this process")
+    parser.add_argument("--seconds", type=float, default=BUDGET, help="for that part")
+    parser.add_argument("--profiled", action="store_true", help="what a profiler is to watch")
+    options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("no CUDA device: nothing measured", file=sys.stderr)
         return 1
-    began = time.monotonic()
-    print(json.dumps(records.environment("cuda")))
-
-    if options.attention:
-        return 0 if measure_attention(options.output, options.quick) else 1
-
-    print("\n== ceilings", flush=True)
-    if not options.quick:
-        (options.output / "ceilings.json").write_text(json.dumps(ceilings(), indent=1) + "\n")
-
-    if not options.no_sweep:
-        print("\n== tilings", flush=True)
-        result = tile_sweep.sweep(SWEEP_SECONDS)
-        (options.output / "sweep.json").write_text(json.dumps(result, indent=1) + "\n")
-        # what was found is what is checked and measured below
-        tile_sweep.write_table(result)
-        table = tile_sweep.launch.TILINGS_FILE.read_text()
-        (options.output / "tilings.json").write_text(table)
-
-    print("\n== correctness", flush=True)
-    well = check_all(options.output, CHECK_SECONDS, options.quick)
-
-    print("\n== losses")
-    settings = Settings(dtype=torch.bfloat16, autocast=True, rounds=10, device="cuda")
-    rows: list[Row] = []
-    # the sizes that matter most first: what the time does not allow is left out and said
-    plan = [(65536, 768), (32768, 768), (16384, 768), (4096, 768)]
-    plan += [(n, width) for width in (512, 1024) for n in (65536, 32768, 16384, 4096)]
-    for n, width in [(4096, 512)] if options.quick else plan:
-        left = BUDGET - (time.monotonic() - began)
-        found_rows, wrong = run(list(OPERATORS), [n], [width], settings, max(left, 0.0))
-        rows += found_rows
-        well = well and not wrong
-        records.write(options.output / "losses.json", "losses", settings, rows, "cuda")
-    print(f"\n== summary, after {time.monotonic() - began:.0f} s")
-    print("\n".join(summary(rows)))
-    return 0 if well else 1
+    if options.profiled:
+        profiled()
+        return 0
+    if options.output is None:
+        parser.error("--output: give a folder for the results")
+    options.output.mkdir(parents=True, exist_ok=True)
+    if options.part:
+        return 0 if PARTS[options.part](options.output, options.seconds, options.quick) else 1
+    environment = {**records.environment("cuda"), "clocks": gpu_clocks()}
+    (options.output / "environment.json").write_text(json.dumps(environment) + "\n")
+    print(json.dumps(environment))
+    statuses = run_stage(options.stage, options.output, options.budget, options.quick)
+    last = options.output / f"{list(statuses)[-1]}.log"
+    print("\n".join((last.read_text() if last.exists() else "").splitlines()[-40:]))
+    return 0 if set(statuses.values()) == {"ok"} else 1
 
 
 if __name__ == "__main__":
