@@ -3,7 +3,7 @@
 import hashlib
 import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 PARTIAL_SUFFIX = ".partial"
 
@@ -16,10 +16,21 @@ def write_text(path: Path, text: str) -> None:
 
 def prepare_text(path: Path, text: str) -> None:
     """Have a text on the disk under another name, to be published."""
-    with partial_of(path).open("w") as file:
+    with create(partial_of(path), text=True) as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def create(path: Path, *, text: bool = False) -> IO[Any]:
+    """Open a new file to write; one of this name goes first, and a link is never followed.
+
+    A folder of data from elsewhere may hold a link to any file under the name that is written.
+    """
+    path.unlink(missing_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    handle = os.open(path, flags, 0o666)
+    return os.fdopen(handle, "w", encoding="utf-8") if text else os.fdopen(handle, "wb")
 
 
 def publish(path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fastclip.atomic import flush, partial_of, publish
+from fastclip.atomic import create, flush, partial_of, publish
 from fastclip.data.editing import ShardEditor
 from fastclip.data.faults import FaultLog
 from fastclip.data.remote import ShardCache
@@ -108,7 +108,10 @@ def corrupt_shards(
     faults = FaultLog()
     counts = {}
     for kind, path in paths.items():
-        with tarfile.open(partial_of(path), "w", format=tarfile.USTAR_FORMAT) as tar:
+        with (
+            create(partial_of(path)) as out,
+            tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+        ):
             counts[path.name] = _write_corrupted(tar, names, kind, severity, faults)
         flush(partial_of(path))
         publish(path)

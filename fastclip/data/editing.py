@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from fastclip.atomic import partial_of, publish, write_text
+from fastclip.atomic import create, partial_of, publish, write_text
 from fastclip.data.index import IMAGE_EXTENSIONS, Fault, index_file
 from fastclip.data.samples import MAX_TEXT_BYTES, UnreadableSample, decode_image
 from fastclip.data.writing import add_sizes, locked
@@ -255,7 +255,7 @@ class ShardEditor:
         """Write the file with the bytes from each start to end replaced; have it on the disk."""
         size = os.fstat(self.file.fileno()).st_size
         place = 0
-        with path.open("wb") as out:
+        with create(path) as out:
             for start, end, content in [*edits, (size, size, b"")]:
                 while block := self.read(place, min(max(0, start - place), 1 << 24)):
                     place += out.write(block)

@@ -86,7 +86,7 @@ class ShardCache:
         when, message = self._failures.get(url, (-math.inf, ""))
         if time.monotonic() - when < GIVE_UP_SECONDS:
             raise FetchError(message)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with self._locked(path):
             # another process may have fetched it while this one waited
             if file := self._opened(path):
@@ -175,11 +175,16 @@ class ShardCache:
     def _locked(self, path: Path) -> Iterator[None]:
         """Let one process fetch a file; the others then find it. A few lock files serve all."""
         number = int(path.name[:8], 16) % _LOCKS
-        with (self.folder / f".lock-{number:02d}").open("w") as file:
+        # a link would have a file elsewhere opened, or made
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+        handle = os.open(self.folder / f".lock-{number:02d}", flags, 0o600)
+        try:
             # where the file system has no locks, a file may be fetched twice
             with suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_EX)
+                fcntl.flock(handle, fcntl.LOCK_EX)
             yield
+        finally:
+            os.close(handle)
 
 
 def is_command(name: str) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastclip.atomic import write_text
+from fastclip.bounded import read_object
 from fastclip.data.samples import Sample
 
 # All else is JPEG, which Pillow calls MPO where a second picture follows.
@@ -62,7 +63,7 @@ def add_sizes(folder: Path, counts: dict[str, int]) -> None:
     path = folder / "sizes.json"
     with locked(folder):
         try:
-            sizes = json.loads(path.read_text()) if path.is_file() else {}
+            sizes = read_object(path) if path.is_file() else {}
             text = json.dumps(sizes | counts, indent=1) + "\n"
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}); repair or delete it") from error

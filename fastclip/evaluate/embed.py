@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from fastclip.atomic import write_text
+from fastclip.bounded import read_object
 from fastclip.data.faults import FaultLog
 from fastclip.data.loader import EvaluationSamples
 from fastclip.data.samples import Source
@@ -58,7 +59,7 @@ class Embedding:
         """
         if not (self.progress.is_file() and self.partial.is_file()):
             return 0
-        state = json.loads(self.progress.read_text())
+        state = read_object(self.progress)
         if state["identity"] != self.identity:
             raise ValueError(
                 f"{self.partial} was begun with {state['identity']}, now it is {self.identity}; "
@@ -74,11 +75,14 @@ class Embedding:
             progress: whether to draw a bar.
         """
         done = self.done()
+        if self.partial.is_symlink():
+            raise ValueError(f"{self.partial} is a link, which is never written through; delete it")
         rows: np.memmap | None = open_memmap(self.partial, mode="r+") if done else None
         self.output.parent.mkdir(parents=True, exist_ok=True)
         bar = tqdm(total=self.count, initial=done, unit="row", disable=None if progress else True)
         for number, (start, features) in enumerate(batches(done), 1):
             if rows is None:
+                self.partial.unlink(missing_ok=True)
                 shape = (self.count, features.shape[1])
                 rows = open_memmap(self.partial, mode="w+", dtype=np.float32, shape=shape)
             done = start + len(features)

@@ -1,6 +1,5 @@
 """Whole models by their options: made for training, described, and loaded again."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -17,6 +16,7 @@ from fastclip.models.clip import (
     build_described,
     create,
     load_weights,
+    read_description,
     system_of,
 )
 from fastclip.models.clip import describe as describe_towers
@@ -163,7 +163,7 @@ def load(
         options = SystemOptions(**values)
         if "language_model" in own:
             built = with_language_model(built, options, described=run)
-        width = json.loads((run / CONFIG_FILE).read_text())["model_cfg"]["embed_dim"]
+        width = read_description(run)["model_cfg"]["embed_dim"]
         built = _wrap(built, width, device, options, own["classes"])
     load_weights(built.model, state, str(found))
     built.model.eval()

@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastclip.atomic import PARTIAL_SUFFIX, describe, partial_of, prepare_text, publish
+from fastclip.atomic import PARTIAL_SUFFIX, create, describe, partial_of, prepare_text, publish
+from fastclip.bounded import read_object
 from fastclip.models import sharded
 
 # of averaged weights, beside "state_dict"; timm's name
 AVERAGE = "state_dict_ema"
+_MANIFEST_KEYS = {"file", "bytes", "sha256"}
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
@@ -34,7 +36,7 @@ def write(path: Path, content: dict[str, Any]) -> None:
     """
     partial, manifest = partial_of(path), path.with_suffix(".json")
     try:
-        with partial.open("wb") as file:
+        with create(partial) as file:
             try:
                 torch.save(content, file)
             except RuntimeError as error:
@@ -59,7 +61,7 @@ def find_latest(folder: Path) -> Path | None:
     found = []
     for path in named(folder, ""):
         try:
-            manifest = json.loads(path.with_suffix(".json").read_text())
+            manifest = read_object(path.with_suffix(".json"))
             found.append((int(manifest["step"]), path.name, path))
         except (OSError, ValueError, KeyError, TypeError):
             warnings.warn(f"{path} has no valid manifest: its writing was cut short", stacklevel=2)
@@ -73,7 +75,7 @@ def find_latest(folder: Path) -> Path | None:
 def _is_whole(path: Path) -> bool:
     if path.is_dir():
         return sharded.verify(path)
-    manifest = json.loads(path.with_suffix(".json").read_text())
+    manifest = read_object(path.with_suffix(".json"))
     # a difference in size is told without reading
     if path.stat().st_size != manifest.get("bytes"):
         return False
@@ -127,7 +129,7 @@ def remove(path: Path) -> None:
 
 def step_of(path: Path) -> int:
     """The step of a checkpoint that `find_latest` gave."""
-    return int(json.loads(path.with_suffix(".json").read_text())["step"])
+    return int(read_object(path.with_suffix(".json"))["step"])
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -144,6 +146,11 @@ def read(path: Path) -> dict[str, Any]:
     content = _load(path)
     if not isinstance(content, dict) or "state_dict" not in content:
         raise ValueError(f"{path} is no checkpoint: it has no 'state_dict'")
+    if {"zero", "folder"} & content.keys():
+        # only of a folder, which is where it was opened: a file could name another
+        raise ValueError(
+            f"{path} is a file with the state of a DeepSpeed folder; give the folder itself"
+        )
     return content
 
 
@@ -189,9 +196,26 @@ def require_trust(path: Path, trust: bool) -> None:
         )
 
 
+def _verify(path: Path) -> None:
+    """Refuse a file that differs from the manifest beside it, where there is one.
+
+    Torch checks no sums: a flipped bit would be another weight.
+    """
+    beside = path.with_suffix(".json")
+    if not beside.is_file():
+        return
+    # another file of this name, such as a model's config, vouches for nothing
+    if _MANIFEST_KEYS & read_object(beside).keys() and not _is_whole(path):
+        raise ValueError(
+            f"{path} does not match its manifest {beside.name}: it was damaged or changed since it "
+            f"was written; take another checkpoint, or delete {beside.name} if the change is yours"
+        )
+
+
 def _load(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
+    _verify(path)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

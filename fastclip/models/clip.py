@@ -1,7 +1,6 @@
 """Two-tower models by name, from open_clip's registry and the configs shipped here."""
 
 import difflib
-import json
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -11,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastclip.bounded import read_object
+from fastclip.models import description
 from fastclip.models.checkpoint import read_weights
 
 CONFIG_FILE = "open_clip_config.json"
@@ -74,6 +75,7 @@ def create(
         path = Path(name)
         if not path.is_file():
             raise FileNotFoundError(f"model config {name} does not exist")
+        description.check(read_object(path), name)
         open_clip.add_model_config(path)
         name = path.stem
     if name not in open_clip.list_models():
@@ -116,11 +118,30 @@ def describe(name: str, model: Model) -> dict[str, Any]:
 
 def system_of(run: Path) -> dict[str, Any]:
     """What a run's description says beside open_clip's; nothing for a model of open_clip's."""
-    return json.loads((run / CONFIG_FILE).read_text()).get(SYSTEM, {})
+    return read_description(run).get(SYSTEM, {})
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """The checked content of a folder's `open_clip_config.json`.
+
+    Raises:
+        ValueError: it is damaged, or has a key that is not allowed.
+        FileNotFoundError: there is none.
+    """
+    path = folder / CONFIG_FILE
+    described = read_object(path)
+    description.check(described.get("model_cfg"), str(path))
+    return described
 
 
 def build_described(run: Path, device: str | torch.device) -> Model:
-    """The model that `open_clip_config.json` in a run's folder describes, with random weights."""
+    """The model that `open_clip_config.json` in a run's folder describes, with random weights.
+
+    Raises:
+        ValueError: the description is damaged, or has a key that is not allowed.
+        FileNotFoundError: there is none.
+    """
+    read_description(run)
     return _build(f"local-dir:{run}", device)
 
 

@@ -49,7 +49,8 @@ class LanguageModelTokenizer:
     def __init__(
         self, name: str | Path, context_length: int | None = None, most: int | None = None
     ) -> None:
-        self.tokenizer: Any = import_transformers().AutoTokenizer.from_pretrained(name)
+        load = import_transformers().AutoTokenizer.from_pretrained
+        self.tokenizer: Any = load(name, trust_remote_code=False)
         # a huge number where it does not say either
         limit = min(int(self.tokenizer.model_max_length), most or self.tokenizer.model_max_length)
         length = min(CONTEXT_LENGTH, limit) if context_length is None else context_length

@@ -5,11 +5,13 @@ from typing import NoReturn
 
 import torch
 
+from fastclip.models import description
 from fastclip.models.build import load
-from fastclip.models.clip import Model, create
+from fastclip.models.clip import Model, create, read_description
 
 # open_clip's prefixes of what brings its own weights: a repository of the hub, a folder like one
-_WITH_WEIGHTS = ("hf-hub:", "local-dir:")
+_LOCAL = "local-dir:"
+_WITH_WEIGHTS = ("hf-hub:", _LOCAL)
 
 
 def is_run(name: str, pretrained: str | None = None) -> bool:
@@ -78,6 +80,10 @@ def _refuse_random(name: str) -> NoReturn:
 def _open_with_weights(name: str, device: str | torch.device) -> Model:
     import open_clip
 
+    if name.startswith(_LOCAL):
+        read_description(Path(name.removeprefix(_LOCAL)))
+    else:
+        description.check(open_clip.get_model_config(name), name)
     model, preprocess = open_clip.create_model_from_pretrained(
         name, device=device, output_dict=True
     )

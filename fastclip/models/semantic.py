@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastclip.models import description
 from fastclip.models.clip import Model, system_of
 from fastclip.models.lm_tokenizer import LanguageModelTokenizer, import_transformers
 from fastclip.models.options import SystemOptions
@@ -73,9 +74,13 @@ class LanguageModelTower(nn.Module):
             ModuleNotFoundError: transformers is not installed.
         """
         transformers = import_transformers()
-        config = transformers.AutoConfig.from_pretrained(name)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         load = transformers.AutoModel.from_pretrained
-        return cls(load(name, config=config, **_arithmetic(config)), output, **options)
+        return cls(
+            load(name, config=config, trust_remote_code=False, **_arithmetic(config)),
+            output,
+            **options,
+        )
 
     @classmethod
     def from_config(
@@ -83,9 +88,9 @@ class LanguageModelTower(nn.Module):
     ) -> "LanguageModelTower":
         """With random weights, by what `config_dict` gave; arguments and errors as there."""
         transformers = import_transformers()
-        made = transformers.AutoConfig.for_model(**config)
+        made = transformers.AutoConfig.for_model(**description.harmless(dict(config)))
         build = transformers.AutoModel.from_config
-        return cls(build(made, **_arithmetic(made)), output, **options)
+        return cls(build(made, trust_remote_code=False, **_arithmetic(made)), output, **options)
 
     def config_dict(self) -> dict[str, Any]:
         """The language model's configuration, in JSON's types."""

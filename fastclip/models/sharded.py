@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastclip.atomic import describe, write_text
+from fastclip.bounded import read_object
 
 TRAINING = "training.pt"
 TEMPORARY_SUFFIX = ".universal"
@@ -50,12 +51,25 @@ def read_training(path: Path) -> dict[str, Any]:
 def verify(path: Path) -> bool:
     """Whether a checkpoint folder holds exactly what its manifest says; reads every byte."""
     try:
-        files = json.loads(path.with_suffix(".json").read_text())["files"]
+        files = read_object(path.with_suffix(".json"))["files"]
         return set(files) == set(files_of(path)) and all(
             describe(path / name) == expected for name, expected in files.items()
         )
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def require_whole(path: Path) -> None:
+    """Refuse a folder that differs from the manifest beside it, where there is one.
+
+    Raises:
+        ValueError: it differs.
+    """
+    if path.with_suffix(".json").is_file() and not verify(path):
+        raise ValueError(
+            f"{path} does not match its manifest: it was damaged or changed since it was written; "
+            "take another checkpoint"
+        )
 
 
 def remove(path: Path) -> None:
@@ -78,6 +92,7 @@ def export(path: Path) -> dict[str, Tensor]:
     """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
+    require_whole(path)
     state = read_training(path)["zero"]
     if is_universal(path):
         parameters = {name: _universal_parameter(path, name) for name in state["shapes"]}
@@ -105,6 +120,7 @@ def to_universal(path: Path, target: Path) -> None:
     """
     from deepspeed.checkpoint import ds_to_universal
 
+    require_whole(path)
     training = read_training(path)
     frozen = training["zero"].get("frozen", [])
     if training["zero"]["stage"] == 3 and frozen:

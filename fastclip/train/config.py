@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from fastclip.bounded import read_yaml
 from fastclip.data.options import CACHE_BYTES, DatasetType
 from fastclip.models.options import SystemOptions
 from fastclip.ops.backend import IMPLEMENTATIONS
@@ -316,12 +317,7 @@ def _find_config(name: str) -> Path:
 
 
 def _flags_of(file: Path) -> list[str]:
-    import yaml
-
-    try:
-        values = yaml.safe_load(file.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file} is no valid YAML: {error}") from error
+    values = read_yaml(file) or {}
     if not isinstance(values, dict):
         raise ValueError(f"{file} must be a list of `key: value` lines")
     known = {field.name for field in fields(TrainConfig)}

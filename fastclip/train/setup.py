@@ -263,6 +263,8 @@ def read_resumed(config: TrainConfig, run: Path, world: World) -> dict[str, Any]
     if path is None:
         raise FileNotFoundError(f"--resume latest: {folder} holds no whole checkpoint")
     checkpoint.require_trust(path, config.trust_checkpoint)
+    if path != latest and checkpoint.sharded.is_sharded(path):
+        checkpoint.sharded.require_whole(path)
     resumed = checkpoint.read(path)
     if "data" not in resumed:
         raise ValueError(

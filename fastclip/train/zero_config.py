@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fastclip.bounded import read_object
 from fastclip.train.config import RECIPES, TrainConfig
 
 DEFAULT = "ds_zero1"
@@ -51,12 +52,7 @@ def resolve(
         ValueError: the file is no JSON object, contradicts a flag, or holds what cannot be used.
     """
     path = _find(name or DEFAULT)
-    try:
-        given = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no valid JSON: {error}") from error
-    if not isinstance(given, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(given).__name__}")
+    given = read_object(path)
     stage = _get(given, ("zero_optimization", "stage"))
     if stage not in STAGES:
         raise ValueError(

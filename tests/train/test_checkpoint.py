@@ -3,6 +3,7 @@
 import errno
 import os
 import pickle
+import random
 import resource
 import warnings
 from pathlib import Path
@@ -112,3 +113,49 @@ def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(ValueError, match="no 'state_dict'"):
         checkpoint.read(tmp_path / "list.pt")
+
+
+@pytest.mark.parametrize("damage", ["weights", "manifest", "length"])
+def test_what_differs_from_its_manifest_is_refused_by_path(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "c.pt"
+    checkpoint.write(path, content(1))
+    if damage == "manifest":
+        manifest = tmp_path / "c.json"
+        manifest.write_text(manifest.read_text().replace('"sha256"', '"shb256"'))
+    else:
+        data = bytearray(path.read_bytes())
+        place = data.index(torch.ones(1).numpy().tobytes() * 4)
+        data[place + 3] ^= 0x40
+        path.write_bytes(data + (b"x" if damage == "length" else b""))
+    for reader in (checkpoint.read, checkpoint.read_weights):
+        with pytest.raises(ValueError, match=r"c\.pt does not match its manifest"):
+            reader(path)
+
+
+def test_a_models_config_beside_weights_vouches_for_nothing(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(1)}, tmp_path / "c.pt")
+    (tmp_path / "c.json").write_text('{"embed_dim": 8}')
+    assert checkpoint.read_weights(tmp_path / "c.pt")["w"] == 1
+
+
+@pytest.mark.parametrize("key", ["zero", "folder"])
+def test_a_file_names_no_folder_to_unpickle(tmp_path: Path, key: str) -> None:
+    torch.save({**content(1), key: str(tmp_path)}, tmp_path / "c.pt")
+    with pytest.raises(ValueError, match="give the folder itself"):
+        checkpoint.read(tmp_path / "c.pt")
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_no_damaged_checkpoint_is_read(tmp_path: Path, seed: int) -> None:
+    path = tmp_path / "c.pt"
+    checkpoint.write(path, content(1))
+    draw = random.Random(seed)
+    data = bytearray(path.read_bytes())
+    place = draw.randrange(len(data))
+    if draw.random() < 0.5:
+        data[place] ^= 1 << draw.randrange(8)
+    else:
+        del data[place:]
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"c\.pt"):
+        checkpoint.read_weights(path)

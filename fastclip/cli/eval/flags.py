@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
+from fastclip.bounded import read_yaml
 from fastclip.data.options import DataOptions
 from fastclip.data.sources import open_source
 from fastclip.evaluate import ranks
@@ -181,6 +182,4 @@ def set_head_weight(model: Model, weight: float) -> None:
 
 
 def _architecture(run: Path) -> str:
-    import yaml
-
-    return str(yaml.safe_load((run / "config.yaml").read_text())["model"])
+    return str(read_yaml(run / "config.yaml")["model"])

@@ -1,0 +1,108 @@
+"""Descriptions shape a model, and never make a library run code that comes with them."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastclip.models import description
+from fastclip.models.build import load
+from fastclip.models.clip import create
+from fastclip.models.open import open_model
+from fastclip.models.semantic import LanguageModelTower
+
+TINY: dict[str, Any] = {
+    "embed_dim": 8,
+    "vision_cfg": {
+        "image_size": 32,
+        "layers": 1,
+        "width": 8,
+        "head_width": 8,
+        "patch_size": 16,
+    },
+    "text_cfg": {
+        "context_length": 8,
+        "vocab_size": 49408,
+        "width": 8,
+        "heads": 1,
+        "layers": 1,
+        "hf_tokenizer_name": "x",
+        "tokenizer_kwargs": {"trust_remote_code": True},
+    },
+}
+
+
+def as_json(folder: Path) -> None:
+    (folder / "tiny.json").write_text(json.dumps(TINY))
+    create(str(folder / "tiny.json"))
+
+
+@pytest.mark.parametrize(
+    "reader", [load, lambda folder: open_model(f"local-dir:{folder}"), as_json]
+)
+def test_no_description_makes_a_tokenizer_run_code(
+    tmp_path: Path, reader: Callable[[Path], Any]
+) -> None:
+    from fastclip.models import checkpoint
+
+    (tmp_path / "checkpoints").mkdir()
+    checkpoint.write(tmp_path / "checkpoints" / "epoch_1.pt", {"step": 1, "state_dict": {}})
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": TINY}))
+    marker = tmp_path / "ran"
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}})
+    )
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    (tmp_path / "evil.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    with pytest.raises(ValueError, match=r"text_cfg\.tokenizer_kwargs\.trust_remote_code"):
+        reader(tmp_path)
+    assert not marker.exists()
+
+
+def test_a_hub_description_is_checked_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    import open_clip
+
+    monkeypatch.setattr(open_clip, "get_model_config", lambda name: copy.deepcopy(TINY))
+    with pytest.raises(ValueError, match=r"hf-hub:a/b has .*trust_remote_code"):
+        open_model("hf-hub:a/b")
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        (None, "cache_dir", "x"),
+        ("vision_cfg", "trust_remote_code", True),
+        ("vision_cfg", "norm_kwargs", {"device": "x"}),
+        ("text_cfg", "width", {"a": 1}),
+    ],
+)
+def test_unknown_keys_and_forms_are_refused(part: str | None, key: str, value: Any) -> None:
+    config = copy.deepcopy(TINY)
+    del config["text_cfg"]["tokenizer_kwargs"]
+    description.check(config, "f")
+    (config[part] if part else config)[key] = value
+    with pytest.raises(ValueError, match=f"f.*{key}"):
+        description.check(config, "f")
+
+
+def test_all_models_of_open_clip_and_those_shipped_pass() -> None:
+    import open_clip
+
+    from fastclip.models.clip import _CONFIGS
+
+    open_clip.add_model_config(_CONFIGS)
+    for name in open_clip.list_models():
+        description.check(open_clip.get_model_config(name), name)
+
+
+def test_a_language_models_config_names_no_code() -> None:
+    pytest.importorskip("transformers")
+    made = {"model_type": "gpt2", "n_layer": 2, "n_embd": 8, "n_head": 1, "vocab_size": 16}
+    evil = {"attn_implementation": "someone/kernel", "auto_map": {"AutoModel": "evil.Evil"}}
+    tower = LanguageModelTower.from_config({**made, **evil}, 4, unfrozen_layers=1)
+    config = tower.language_model.model.config
+    assert not hasattr(config, "auto_map")
+    assert config._attn_implementation in ("sdpa", "eager")
