@@ -81,7 +81,8 @@ def clip_loss(
         logit_scale: 0-d or (1,) tensor, or a number: the inverse temperature.
         logit_bias: accepted for open_clip's sake; a constant cancels in a softmax, so it changes
             neither the loss nor any gradient (its own is 0).
-        label_smoothing: in [0, 1); mass spread evenly over all candidates of each direction.
+        label_smoothing: in [0, 1); mass spread evenly over the candidates of each direction. With
+            groups these are the ones that are left, and all rows must be in one process.
         row_group, column_group: (N,) and (M,) integer ids; texts of an image's group other than
             its own are left out, so that duplicate captions are not negatives.
         metrics: receives "image_to_text_accuracy" and "text_to_image_accuracy", 0-d.
@@ -99,13 +100,19 @@ def clip_loss(
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing is {label_smoothing}; give a number in [0, 1)")
     ranks = _ranks(dist, group, sizes, image_features)
+    grouped = row_group is not None and column_group is not None
+    if label_smoothing > 0 and grouped and ranks is not None:
+        raise ValueError(
+            f"label_smoothing is {label_smoothing} with groups over {len(ranks.sizes)} processes; "
+            "give groups or smoothing, or dist=None"
+        )
     statistics = similarity_statistics(
         image_features,
         text_features,
         logit_scale,
         row_group=row_group,
         column_group=column_group,
-        means=label_smoothing > 0,
+        means=label_smoothing > 0 and not grouped,
         ranks=ranks,
         backend=backend,
         chunk_bytes=chunk_bytes,
@@ -115,7 +122,15 @@ def clip_loss(
     row, column = (softplus(lse - positive) for lse in (statistics.row_lse, statistics.column_lse))
     loss = (row + column) / 2
     if label_smoothing > 0:
-        mean = (statistics.row_mean + statistics.column_mean) / 2
+        if row_group is not None and column_group is not None:
+            n = image_features.shape[0]
+            cosine = _mean_left(image_features, text_features, row_group, column_group)
+            cosine = cosine + _mean_left(
+                text_features[:n], image_features, column_group[:n], row_group
+            )
+            mean = (cosine * logit_scale / 2).to(positive.dtype)
+        else:
+            mean = (statistics.row_mean + statistics.column_mean) / 2
         loss = loss + label_smoothing * (positive - mean)
     if logit_bias is not None:
         # a non-finite bias still shows
@@ -126,6 +141,25 @@ def clip_loss(
         metrics["image_to_text_accuracy"] = _above(positive, statistics.row_max, ranks)
         metrics["text_to_image_accuracy"] = _above(positive, statistics.column_max, ranks)
     return _reduce(loss, reduction, ranks)
+
+
+def _mean_left(x: Tensor, y: Tensor, x_group: Tensor, y_group: Tensor) -> Tensor:
+    """Each row's mean product with y_i and the rows of `y` outside its group, in float64.
+
+    Linear in the rows: a group's sum is taken from the sum of all, which float32 would not bear.
+    """
+    x, y = x.double(), y.double()
+    n = x.shape[0]
+    ids = y_group.sort().values
+    place = torch.searchsorted(ids, y_group)
+    sums = torch.zeros_like(y).index_add(0, place, y)
+    counts = torch.zeros_like(place).index_add(0, place, torch.ones_like(place))
+    found = torch.searchsorted(ids, x_group).clamp(max=len(ids) - 1)
+    there = ids[found] == x_group
+    own = y_group[:n] == x_group
+    left = y.sum(dim=0) - sums[found] * there[:, None] + y[:n] * own[:, None]
+    count = len(y) - counts[found] * there + own
+    return (x * left).sum(dim=1) / count
 
 
 def siglip_loss(

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup, all_gather, get_world_size
 
 
 class MemoryBank(nn.Module):
@@ -33,6 +34,15 @@ class MemoryBank(nn.Module):
         rows = (self.position + torch.arange(len(newest), device=self.bank.device)) % size
         self.bank[rows] = newest
         self.position.copy_((self.position + len(newest)) % size)
+
+
+@torch.no_grad()
+def all_keys(keys: Tensor, group: ProcessGroup | None) -> Tensor:
+    """The keys of all processes, in their order; all have as many."""
+    keys = keys.detach().contiguous()
+    parts = [torch.empty_like(keys) for _ in range(get_world_size(group))]
+    all_gather(parts, keys, group=group)
+    return torch.cat(parts)
 
 
 def memory_bank(size: int | tuple[int, int]) -> MemoryBank | None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup, is_initialized
 
 from fastclip.functional import Exchange, info_nce_loss, nt_xent_loss
-from fastclip.losses.memory_bank import memory_bank
+from fastclip.losses.memory_bank import all_keys, memory_bank
 from fastclip.ops.checks import check_positive
 
 
@@ -21,9 +21,10 @@ class NTXentLoss(nn.Module):
         memory_bank_size: 0, or (rows, width) of a bank. With a bank its rows are the negatives of
             `out0`, and `out1` holds the positives and goes into the bank afterwards (where
             `out0` requires a gradient, so not in evaluation). It wraps around at its end.
-        gather_distributed: whether other processes' samples are negatives too; a bank's loss is
-            the process's own. As in lightly the value is that of the process's own anchors, and
-            data-parallel averaging gives the gradient of the full batch.
+        gather_distributed: whether other processes' samples are negatives too; a bank then takes
+            the keys of all processes, which must have as many each. As in lightly the value is
+            that of the process's own anchors, and data-parallel averaging gives the gradient of
+            the full batch.
         dist, group: how features are exchanged then; see `fastclip.functional`, as for
             backend, chunk_bytes.
 
@@ -66,5 +67,6 @@ class NTXentLoss(nn.Module):
             scale = 1 / self.temperature
             loss = info_nce_loss(out0, out1, scale, bank=bank, in_batch=False, **self.options)
             if out0.requires_grad:
-                self.memory_bank.enqueue(out1)
+                shared_keys = self.gather_distributed and is_initialized()
+                self.memory_bank.enqueue(all_keys(out1, self.group) if shared_keys else out1)
         return loss
