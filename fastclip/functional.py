@@ -152,8 +152,9 @@ def _mean_left(x: Tensor, y: Tensor, x_group: Tensor, y_group: Tensor) -> Tensor
     n = x.shape[0]
     ids = y_group.sort().values
     place = torch.searchsorted(ids, y_group)
-    sums = torch.zeros_like(y).index_add(0, place, y)
-    counts = torch.zeros_like(place).index_add(0, place, torch.ones_like(place))
+    # index_put adds in a fixed order where index_add uses atomics
+    sums = torch.zeros_like(y).index_put((place,), y, accumulate=True)
+    counts = torch.searchsorted(ids, ids, right=True) - torch.searchsorted(ids, ids)
     found = torch.searchsorted(ids, x_group).clamp(max=len(ids) - 1)
     there = ids[found] == x_group
     own = y_group[:n] == x_group

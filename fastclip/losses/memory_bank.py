@@ -35,14 +35,13 @@ class MemoryBank(nn.Module):
         self.bank[rows] = newest
         self.position.copy_((self.position + len(newest)) % size)
 
-
-@torch.no_grad()
-def all_keys(keys: Tensor, group: ProcessGroup | None) -> Tensor:
-    """The keys of all processes, in their order; all have as many."""
-    keys = keys.detach().contiguous()
-    parts = [torch.empty_like(keys) for _ in range(get_world_size(group))]
-    all_gather(parts, keys, group=group)
-    return torch.cat(parts)
+    @torch.no_grad()
+    def enqueue_of_all(self, keys: Tensor, group: ProcessGroup | None) -> None:
+        """Enqueue the `keys` (N, width) of all processes, in their order; N is the same in all."""
+        keys = keys.detach().contiguous()
+        parts = [torch.empty_like(keys) for _ in range(get_world_size(group))]
+        all_gather(parts, keys, group=group)
+        self.enqueue(torch.cat(parts))
 
 
 def memory_bank(size: int | tuple[int, int]) -> MemoryBank | None:

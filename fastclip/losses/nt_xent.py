@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup, is_initialized
 
 from fastclip.functional import Exchange, info_nce_loss, nt_xent_loss
-from fastclip.losses.memory_bank import all_keys, memory_bank
+from fastclip.losses.memory_bank import memory_bank
 from fastclip.ops.checks import check_positive
 
 
@@ -67,6 +67,8 @@ class NTXentLoss(nn.Module):
             scale = 1 / self.temperature
             loss = info_nce_loss(out0, out1, scale, bank=bank, in_batch=False, **self.options)
             if out0.requires_grad:
-                shared_keys = self.gather_distributed and is_initialized()
-                self.memory_bank.enqueue(all_keys(out1, self.group) if shared_keys else out1)
+                if self.gather_distributed and is_initialized():
+                    self.memory_bank.enqueue_of_all(out1, self.group)
+                else:
+                    self.memory_bank.enqueue(out1)
         return loss
