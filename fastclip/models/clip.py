@@ -130,7 +130,9 @@ def read_description(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG_FILE
     described = read_object(path)
-    description.check(described.get("model_cfg"), str(path))
+    # a description of a system's parts alone builds no model
+    if described.get("model_cfg") is not None:
+        description.check(described["model_cfg"], str(path))
     return described
 
 
@@ -141,7 +143,8 @@ def build_described(run: Path, device: str | torch.device) -> Model:
         ValueError: the description is damaged, or has a key that is not allowed.
         FileNotFoundError: there is none.
     """
-    read_description(run)
+    described = read_description(run)
+    description.check(described.get("model_cfg"), str(run / CONFIG_FILE))
     return _build(f"local-dir:{run}", device)
 
 

@@ -81,7 +81,8 @@ def _open_with_weights(name: str, device: str | torch.device) -> Model:
     import open_clip
 
     if name.startswith(_LOCAL):
-        read_description(Path(name.removeprefix(_LOCAL)))
+        described = read_description(Path(name.removeprefix(_LOCAL)))
+        description.check(described.get("model_cfg"), name)
     else:
         description.check(open_clip.get_model_config(name), name)
     model, preprocess = open_clip.create_model_from_pretrained(
