@@ -262,19 +262,30 @@ class TrainConfig(SystemOptions):
         return set(self.report_to.replace("none", "").split(",")) - {""}
 
 
+class _Unchecked(TrainConfig):
+    # tyro would answer an impossible value with a box and the status of wrong usage
+    def __post_init__(self) -> None:
+        pass
+
+
+_Unchecked.__doc__ = TrainConfig.__doc__
+
+
 def parse(arguments: Sequence[str]) -> TrainConfig:
     """The configuration of a command line, which may hold `--config FILE` or `--config RECIPE`.
 
     Raises:
         ValueError: the file has an unknown key; the message names the nearest known one.
         FileNotFoundError: there is no such file or recipe.
+        ValueError: a value is of the right type and impossible, e.g. no epochs.
         SystemExit: a flag is unknown or a value of the wrong type (said on standard error).
     """
     import tyro
 
     arguments, files = _take_config(list(arguments))
     flags = [flag for file in files for flag in _flags_of(file)]
-    return tyro.cli(TrainConfig, args=flags + arguments, prog="fastclip train")
+    read = tyro.cli(_Unchecked, args=flags + arguments, prog="fastclip train")
+    return TrainConfig(**{field.name: getattr(read, field.name) for field in fields(read)})
 
 
 def to_yaml(config: TrainConfig) -> str:

@@ -206,6 +206,7 @@ def _train(
             last = epoch == config.epochs or stopping
             due = epoch % config.save_frequency == 0 or last
             saved = False
+            meter.pause()
             try:
                 judged = not stopping and (epoch % config.val_frequency == 0 or last)
                 if config.val_data and judged:
@@ -223,6 +224,7 @@ def _train(
                 # an evaluation that fails must not cost the epoch
                 if due:
                     saved = save(f"epoch_{epoch}", needed=last)
+                meter.resume()
             if saved and config.delete_previous_checkpoint and here.is_first:
                 state.prune_epoch_checkpoints(checkpoints, keep=epoch)
     finally:
@@ -291,7 +293,10 @@ class _CutTexts:
 
 
 class _Meter:
-    """Samples a second and the share of time spent waiting for data, between two readings."""
+    """Samples a second and the share of time spent waiting for data, between two readings.
+
+    What lies between `pause` and `resume`, an evaluation and a checkpoint, is no part of either.
+    """
 
     def __init__(self, batch_size: int) -> None:
         self.batch_size = batch_size
@@ -318,6 +323,12 @@ class _Meter:
 
     def step(self) -> None:
         self.steps += 1
+
+    def pause(self) -> None:
+        self.paused = time.perf_counter()
+
+    def resume(self) -> None:
+        self.started += time.perf_counter() - self.paused
 
     def read(self, device: torch.device) -> dict[str, float]:
         elapsed = time.perf_counter() - self.started

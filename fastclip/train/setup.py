@@ -154,6 +154,12 @@ def build_loader(
     )
     weights = shard_weights(source, config.train_data_upsampling_factors)
     order = Order(source.counts, config.seed, config.shuffle_window, weights)
+    if world.is_first and (config.train_num_samples or 0) > len(order):
+        print(
+            f"note: --train-num-samples is {config.train_num_samples} and the data have "
+            f"{len(order)} samples: an epoch is these",
+            file=sys.stderr,
+        )
     dali = choose_backend(config.data_backend, world.device) == "dali"
     samples = TrainingSamples(
         source,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fastclip.cli import main
 from fastclip.train.config import RECIPES, TrainConfig, parse, to_yaml
 
 
@@ -79,9 +80,9 @@ def test_unknown_flags_and_wrong_types_end_in_usage_errors(
 
 @pytest.mark.parametrize("flag", ["--batch-size", "--epochs", "--log-every-n-steps"])
 def test_impossible_values(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        parse([flag, "0"])
-    assert f"{flag} is 0; give at least 1" in capsys.readouterr().err
+    assert main(["train", flag, "0"]) == 1
+    error = f"fastclip train: error: {flag} is 0; give at least 1\n"
+    assert capsys.readouterr().err == error
     with pytest.raises(ValueError, match="--save-every-steps is 0; give a positive"):
         TrainConfig(save_every_steps=0)
 

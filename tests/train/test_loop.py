@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -365,3 +366,46 @@ def test_texts_that_are_cut_are_told_once(
 
 def test_faults_are_values() -> None:
     assert str(Fault("corrupt image", "a.tar:1", "cut")) == "corrupt image: a.tar:1 (cut)"
+
+
+def test_an_evaluation_is_no_part_of_the_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: now)
+    meter = loop._Meter(batch_size=8)
+    meter.step()
+    now = 2.0
+    meter.pause()
+    now = 100.0
+    meter.resume()
+    meter.step()
+    now = 102.0
+    assert meter.read(torch.device("cpu"))["samples_per_second"] == 4
+
+
+def test_a_slow_evaluation_leaves_the_speed(
+    train_flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def judge(_: object) -> dict[str, float]:
+        time.sleep(3)
+        return {"val/loss": 0.0}
+
+    monkeypatch.setattr(loop.Validator, "__call__", judge)
+    run = train(parse([*train_flags, "--name", "a", "--val-data", "scenes"]))
+    lines = {line["step"]: line for line in read_metrics(run) if "loss" in line}
+    # with the evaluation in it, step 9 of 8 samples would be below this
+    assert lines[9]["samples_per_second"] > 8 / 3
+
+
+def test_more_samples_asked_for_than_there_are(
+    train_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for key in range(16):
+        (tmp_path / f"{key}.jpg").write_bytes(jpeg())
+    rows = "".join(f"{key}.jpg\ta\n" for key in range(16))
+    (tmp_path / "t.tsv").write_text("filepath\ttitle\n" + rows)
+    data = ["--train-data", str(tmp_path / "t.tsv"), "--epochs", "1"]
+    note = "note: --train-num-samples is 64 and the data have 16 samples: an epoch is these"
+    train(parse([*train_flags, *data, "--name", "a"]))
+    assert note in capsys.readouterr().err
+    train(parse([*train_flags, *data, "--name", "b", "--train-num-samples", "16"]))
+    assert "note: --train-num-samples" not in capsys.readouterr().err
