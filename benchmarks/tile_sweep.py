@@ -16,11 +16,9 @@ import copy
 import functools
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
 from typing import Any, NamedTuple
 
@@ -29,6 +27,7 @@ from torch import Tensor
 
 from fastclip.atomic import write_text
 from fastclip.bench.runner import Settings, interleave, relative, status_of
+from fastclip.bench.trials import run_trials
 from fastclip.kernels import launch
 from fastclip.kernels.launch import Tiling
 from fastclip.ops.tiles import Lines, Running, Tile, Tiles, TorchTiles
@@ -58,11 +57,9 @@ CANDIDATES = {
 KERNELS = ("statistics", "gradient", "sigmoid")
 
 
-# compilations take seconds each, and a machine with a GPU has cores
-COMPILERS = 14
-# the slowest candidate compiles all three kernels in about a minute
-TRIAL_SECONDS = 90.0
 ROUNDS = 10
+# columns, rows and width of the trials: sides that no tile divides, and what is timed
+SIZES = {"cpu": [(600, 330, 192)], "cuda": [(600, 330, 192), (32768, 4096, 768)]}
 # log-sum-exps in the gradient's trial
 LSE = 12.0
 # float32 sums of rounded products; G and its log-sum-exps in 16 bits; tf32's 10 bits at scale 14
@@ -103,7 +100,7 @@ def try_candidate(precision: str, candidate: Tiling, device: str = "cuda") -> It
     for kernel in KERNELS:
         try:
             with shipped_as(kernel, precision, candidate, device):
-                error = error_of(kernel, precision, device)
+                error = max(error_of(kernel, precision, device, *size) for size in SIZES[device])
             status = "ok" if error < limit else f"wrong: relative error {error:.1e}"
         except Exception as problem:
             # too much shared memory, say: no candidate for this kernel
@@ -111,10 +108,9 @@ def try_candidate(precision: str, candidate: Tiling, device: str = "cuda") -> It
         yield Trial(precision, kernel, candidate, status)
 
 
-def error_of(kernel: str, precision: str, device: str) -> float:
+def error_of(kernel: str, precision: str, device: str, n: int, chunk: int, width: int) -> float:
     """Relative error of a kernel's results, as its tiling is now, against float64."""
-    # neither side is a multiple of a tile's
-    tile, weight = problem(precision, n=600, chunk=330, width=192, device=device)
+    tile, weight = problem(precision, n, chunk, width, device)
     found = results(kernel, TritonTiles(tile.x_CD.dtype), tile, weight)
     wide = tile._replace(
         x_CD=tile.x_CD.double(), y_SD=tile.y_SD.double(), scale=tile.scale.double()
@@ -162,45 +158,34 @@ def shipped_as(kernel: str, precision: str, candidate: Tiling, device: str) -> I
         table[precision] = entry
 
 
+def try_command(precision: str, candidate: Tiling) -> list[str]:
+    """The process that tries one candidate."""
+    numbers = json.dumps(_numbers(candidate))
+    return [sys.executable, "-m", "fastclip.bench.tile_sweep", "--try", precision, numbers]
+
+
 def try_all(
     jobs: Sequence[tuple[str, Tiling]],
     seconds: float,
-    command: Callable[[str, Tiling], Sequence[str]] = lambda precision, candidate: (
-        sys.executable, "-m", "fastclip.bench.tile_sweep",
-        "--try", precision, json.dumps(_numbers(candidate)),
-    ),
-) -> list[Trial]:  # fmt: skip
-    """Try candidates in processes of their own, `COMPILERS` at a time.
+    command: Callable[[str, Tiling], Sequence[str]] = try_command,
+) -> list[Trial]:
+    """Try candidates in processes of their own, within so many seconds.
 
     Args:
         jobs: precisions and tilings.
-        seconds: in which all must have ended; what has not is stopped.
-        command: of one candidate's process, which prints a line of JSON for each kernel.
+        seconds: for all of them.
+        command: of one candidate's process, which prints a kernel's name and status a line.
 
     Returns:
-        A trial for each candidate and kernel. A process that died or was stopped leaves its
-        status in those that it did not come to.
+        A trial for each candidate and kernel; of a process that died or was stopped its end is
+        the status of those that it did not come to.
     """
-    stop = time.monotonic() + seconds
-
-    def one(job: tuple[str, Tiling]) -> list[Trial]:
-        precision, candidate = job
-        left = min(stop - time.monotonic(), TRIAL_SECONDS)
-        if left <= 0:
-            return [Trial(precision, kernel, candidate, "out of time") for kernel in KERNELS]
-        process = subprocess.Popen(command(precision, candidate), stdout=subprocess.PIPE, text=True)
-        try:
-            text, _ = process.communicate(timeout=left)
-            ended = f"died: exit status {process.returncode}"
-        except subprocess.TimeoutExpired:
-            process.kill()
-            text, _ = process.communicate()
-            ended = f"hung: stopped after {left:.0f} s"
-        said = dict(json.loads(line) for line in text.splitlines() if line.startswith("["))
-        return [Trial(precision, k, candidate, said.get(k, ended)) for k in KERNELS]
-
-    with ThreadPoolExecutor(COMPILERS) as pool:
-        return [trial for trials in pool.map(one, jobs) for trial in trials]
+    found = run_trials([command(*job) for job in jobs], seconds)
+    return [
+        Trial(precision, kernel, candidate, said.get(kernel, ended))
+        for (precision, candidate), (said, ended) in zip(jobs, found, strict=True)
+        for kernel in KERNELS
+    ]
 
 
 def sweep(

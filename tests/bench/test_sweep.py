@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from fastclip.bench import tile_sweep
+from fastclip.bench import tile_sweep, trials
 from fastclip.bench.tile_sweep import KERNELS, Trial, timed, try_all, try_candidate
 from fastclip.kernels import similarity
 from fastclip.kernels.launch import INTERPRETED, Tiling
@@ -55,16 +55,16 @@ SAYS = {
 def test_a_candidate_that_crashes_or_hangs_costs_no_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(tile_sweep, "TRIAL_SECONDS", 5.0)
+    monkeypatch.setattr(trials, "TRIAL_SECONDS", 5.0)
 
     def command(precision: str, candidate: Tiling) -> list[str]:
         code = f"import json, os, time; KERNELS = {KERNELS}; {SAYS[precision]}"
         return [sys.executable, "-c", code]
 
     began = time.monotonic()
-    trials = try_all([(name, SMALL) for name in SAYS], 60.0, command)
+    tried = try_all([(name, SMALL) for name in SAYS], 60.0, command)
     assert time.monotonic() - began < 30
-    found = {(t.precision, t.kernel): t.status for t in trials}
+    found = {(t.precision, t.kernel): t.status for t in tried}
     assert len(found) == 9
     assert all(found["well", kernel] == "ok" for kernel in KERNELS)
     for name, status in (("crashes", "died"), ("hangs", "hung")):
@@ -105,3 +105,23 @@ def test_what_is_not_timed_cannot_win(monkeypatch: pytest.MonkeyPatch, tmp_path)
     after = json.loads(table.read_text())["tilings"]["sm_90"]
     assert after["gradient"] == before["gradient"]
     assert after["sigmoid"]["16bit"] == right[0]["tiling"]
+
+
+def test_slow_compilations_keep_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second stands for 30: the slowest compilation is the limit of one trial."""
+    monkeypatch.setattr(trials, "TRIAL_SECONDS", 3.0)
+    jobs = [
+        (precision, candidate)
+        for precision in tile_sweep.CANDIDATES
+        for candidate in tile_sweep.candidates_with_shipped(precision, "cpu")
+    ]
+    shipped = tile_sweep.launch.tilings()["sm_90"]["gradient"]["16bit"]
+    assert shipped in [candidate for _, candidate in jobs[: len(KERNELS)]]
+    code = "import json, time; time.sleep(2.5); print(json.dumps(['gradient', 'ok']))"
+    began = time.monotonic()
+    tried = try_all(jobs, 4.0, lambda *job: [sys.executable, "-c", code])
+    assert time.monotonic() - began < 8
+    statuses = [t.status for t in tried if t.kernel == "gradient"]
+    # the table's entries come first, what does not fit into the time is said
+    assert statuses[0] == "ok" and len(statuses) == len(jobs)
+    assert all(s in ("ok", "out of time") or s.startswith("hung") for s in statuses)
