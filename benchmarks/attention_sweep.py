@@ -1,30 +1,36 @@
-"""Plans of attention's kernels against each other, and the best of them for the table."""
+"""Plans of attention's kernels against each other, and the best of them for the table.
+
+Each plan is first tried in a process of its own, as tilings are in `fastclip.bench.tile_sweep`:
+only one that runs and is right is timed.
+"""
 
 import contextlib
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from fastclip.atomic import write_text
 from fastclip.bench.attention_parts import (
     HEADS,
     SDPA,
     SHAPES,
     WIDTH,
-    in_parallel,
     inputs_of,
     say,
     split,
     write_findings,
 )
-from fastclip.bench.runner import Settings, interleave, relative
+from fastclip.bench.runner import Settings, interleave, relative, status_of
+from fastclip.bench.trials import run_trials
 from fastclip.ops.attention import attention
 
 # held, whole | whole, held; each with warps, stages and, where given, registers
@@ -84,6 +90,7 @@ GRADIENT = {
         (128, 64, False, False, 8, 2),
     ],
 }
+TABLES = {"forward": FORWARD, "gradient": GRADIENT}
 
 
 def sweep(
@@ -94,28 +101,37 @@ def sweep(
     heads: int = HEADS,
     width: int = WIDTH,
 ) -> dict[str, Any]:
-    """Time all plans at every length and keep the fastest, here and in a file."""
-    from fastclip.kernels.attention_plans import measured, shape_key
+    """Time all plans at every length and keep the fastest, for the package and in `output`."""
+    from fastclip.kernels.attention_plans import PLANS_FILE, measured, shape_key
     from fastclip.kernels.launch import true_architecture
 
     stop = time.monotonic() + seconds
     jobs = [
-        (_compile, (kind, lines, causal, heads, width, plan))
-        for kind, table in (("forward", FORWARD), ("gradient", GRADIENT))
+        Job(kind, lines, causal, tokens, heads, width, plan)
         for lines, causal in shapes
+        for kind, table in TABLES.items()
         for plan in table[lines]
     ]
-    in_parallel(jobs, stop - 0.6 * seconds)
+    tried = try_all(jobs, 0.6 * seconds)
     found = measured()["plans"].setdefault(true_architecture(torch.device("cuda")), {})
     rows: list[dict[str, Any]] = []
     for lines, causal in shapes:
         qkv = inputs_of(max(tokens // lines, 1), lines, heads, width, torch.bfloat16, "cuda")
         work = _Work(split(qkv), causal)
-        for kind, table in (("forward", FORWARD), ("gradient", GRADIENT)):
+        for kind in TABLES:
             if time.monotonic() > stop:
                 say("out of time before", lines, kind)
                 break
-            runs, about = work.runs(kind, table[lines])
+            about = {
+                str(job.plan): found
+                for job, found in tried.items()
+                if (job.kind, job.lines) == (kind, lines)
+            }
+            for name, trial in about.items():
+                if trial["status"] != "ok":
+                    rows.append({"lines": lines, "kind": kind, "plan": name, **trial})
+                    say(lines, kind, name, trial["status"])
+            runs = work.runs(kind, [f["fields"] for f in about.values() if f["status"] == "ok"])
             times, broken = interleave(runs, 9, Settings(device="cuda", warmup=3))
             for name, status in broken.items():
                 say(lines, kind, name, status)
@@ -132,12 +148,42 @@ def sweep(
                 found.setdefault(kind, {})[key] = best
             # after every table, so that a run cut short leaves what it found
             write_findings(output, "attention-sweep.json", "cuda", results=rows)
+            content = json.dumps(measured(), indent=1) + "\n"
+            write_text(PLANS_FILE, content)
             if output is not None:
-                content = json.dumps(measured(), indent=1) + "\n"
-                (output / "attention_plans.json").write_text(content)
+                write_text(output / "attention_plans.json", content)
         del work, qkv
         torch.cuda.empty_cache()
     return found
+
+
+class Job(NamedTuple):
+    """A plan to try, and on what."""
+
+    kind: str
+    lines: int
+    causal: bool
+    tokens: int
+    heads: int
+    width: int
+    plan: tuple[Any, ...]
+
+
+def try_all(
+    jobs: Sequence[Job],
+    seconds: float,
+    command: Callable[[Job], Sequence[str]] = lambda job: (
+        sys.executable, "-m", "fastclip.bench.attention_sweep", json.dumps(job),
+    ),
+) -> dict[Job, dict[str, Any]]:  # fmt: skip
+    """Try plans in processes of their own; what was found of each, with its status."""
+    began = time.monotonic()
+    found = run_trials([command(job) for job in jobs], seconds)
+    say(f"tried {len(jobs)} plans in {time.monotonic() - began:.0f} s")
+    return {
+        job: said.get("trial", {"status": ended})
+        for job, (said, ended) in zip(jobs, found, strict=True)
+    }
 
 
 class _Work:
@@ -166,12 +212,8 @@ class _Work:
         gradient(*self.parts, self.out, self.lse, self.upstream, *self.gradients, None, self.scale,
                  self.causal, GradientPlan(*plan))  # fmt: skip
 
-    def runs(
-        self, kind: str, plans: Sequence[tuple[Any, ...]]
-    ) -> tuple[dict[str, Callable[[], Any]], dict[str, dict[str, Any]]]:
-        """What to time by name, right ones only, and of ours the fields and resources."""
-        runs: dict[str, Callable[[], Any]] = {}
-        about: dict[str, dict[str, Any]] = {}
+    def trial(self, kind: str, plan: tuple[Any, ...]) -> dict[str, Any]:
+        """Whether a plan is right, with its fields and resources."""
         # of the last two sequences: a wrong offset shows there
         some = [t[-2:].double().requires_grad_() for t in self.parts]
         exact = attention(*some, causal=self.causal, backend="reference")
@@ -179,27 +221,30 @@ class _Work:
         if kind == "gradient":
             self.forward(FORWARD[self.parts[0].shape[2]][0])
             truth = list(torch.autograd.grad(exact, some, self.upstream[-2:].double()))
-        for plan in plans:
-            name = str(plan)
-            try:
-                with _kernels_made() as made:
-                    getattr(self, kind)(plan)
+        try:
+            with _kernels_made() as made:
+                getattr(self, kind)(plan)
+            if self.out.is_cuda:
                 torch.cuda.synchronize()
-                got = [self.out] if kind == "forward" else self.gradients
-                error = max(map(relative, (t[-2:] for t in got), truth))
-            except Exception as problem:
-                say(self.parts[0].shape[2], kind, name, f"FAILED {type(problem).__name__}",
-                    str(problem).splitlines()[-1][:150] if str(problem) else "")  # fmt: skip
-                continue
-            if not error < 0.02:
-                say(self.parts[0].shape[2], kind, name, f"WRONG: relative error {error:.1e}")
-                continue
-            runs[name] = lambda plan=plan: getattr(self, kind)(plan)
-            about[name] = {"fields": list(plan), "error": error, **made}
+            got = [self.out] if kind == "forward" else self.gradients
+            error = max(map(relative, (t[-2:] for t in got), truth))
+        except Exception as problem:
+            return {"status": status_of(problem)}
+        # not below: a NaN is wrong too
+        status = "ok" if error < 0.02 else f"wrong: relative error {error:.1e}"
+        return {"status": status, "fields": list(plan), "error": error, **made}
+
+    def runs(self, kind: str, plans: Sequence[Sequence[Any]]) -> dict[str, Callable[[], Any]]:
+        """What to time, by name: plans that are right, and torch's own."""
+        runs: dict[str, Callable[[], Any]] = {}
+        if kind == "gradient":
+            self.forward(FORWARD[self.parts[0].shape[2]][0])
+        for plan in map(tuple, plans):
+            runs[str(plan)] = lambda plan=plan: getattr(self, kind)(plan)
         for name, backend in list(SDPA.items())[:2]:
             with contextlib.suppress(Exception):
                 runs[name] = self._sdpa(kind, backend)
-        return runs, about
+        return runs
 
     def _sdpa(self, kind: str, backend: SDPBackend) -> Callable[[], Any]:
         leaves = [t.detach().requires_grad_() for t in self.parts]
@@ -244,9 +289,12 @@ def _kernels_made() -> Iterator[dict[str, Any]]:
                 }
 
 
-def _compile(
-    kind: str, lines: int, causal: bool, heads: int, width: int, plan: tuple[Any, ...]
-) -> None:
-    work = _Work(split(inputs_of(2, lines, heads, width, torch.bfloat16, "cuda")), causal)
-    work.lse = torch.zeros(work.out.shape[:3], device="cuda")
-    getattr(work, kind)(plan)
+def try_job(job: Job, device: str = "cuda") -> dict[str, Any]:
+    """Try one plan in this process."""
+    batch = max(job.tokens // job.lines, 2)
+    qkv = inputs_of(batch, job.lines, job.heads, job.width, torch.bfloat16, device)
+    return _Work(split(qkv), job.causal).trial(job.kind, tuple(job.plan))
+
+
+if __name__ == "__main__":
+    print(json.dumps(["trial", try_job(Job(*json.loads(sys.argv[1])))]), flush=True)

@@ -26,7 +26,7 @@ import torch
 from fastclip.bench import attention, attention_check, attention_sweep, records, tile_sweep
 from fastclip.bench.ceilings import ceilings
 from fastclip.bench.losses import OPERATORS, run
-from fastclip.bench.runner import Row, Settings
+from fastclip.bench.runner import ROOF, Row, Settings
 
 CHECKERS = 12
 BUDGET = 420.0
@@ -69,22 +69,46 @@ STAGES = {
 }
 
 
+# lines of a summary: what matters first comes first
+MOST_LINES = 40
+
+
 def summary(rows: list[Row]) -> list[str]:
-    """fastclip's share of the roof and the rivals' ratios, a line each loss and size."""
-    lines = [f"{'loss':9} {'n':>6} {'D':>5} {'ms':>9} {'roof':>5} {'MiB':>7}  rivals: time / ours"]
+    """A line for each loss and size: times, share of the bare products' speed, and baselines.
+
+    `host` is the time in which the host queued the work, `runs` the kernels, copies and fills;
+    after a baseline's name stands its time over fastclip's, and open_clip's host time and runs.
+    """
+    lines = [
+        f"{'loss':9} {'n':>6} {'D':>5} {'ms':>8} {'host':>6} {'runs':>5} {'share':>5} {'MiB':>7}"
+        "  baselines: time / ours"
+    ]
     for ours in (row for row in rows if row.rival == "fastclip" and row.p50 is not None):
         beside = [
-            r for r in rows if (r.operator, r.n, r.width) == (ours.operator, ours.n, ours.width)
+            r
+            for r in rows
+            if (r.operator, r.n, r.width) == (ours.operator, ours.n, ours.width)
+            and r.rival not in ("fastclip", ROOF)
         ]
-        ratios = [f"{r.rival} {r.ratio:.2f}" for r in beside[1:-1] if r.ratio is not None]
-        memory = [f"{r.rival} {r.status}" for r in beside[1:-1] if r.status == "out of memory"]
-        assert ours.p50 is not None and ours.roof_share is not None
-        peak = (ours.peak_bytes or 0) / 2**20
+        ratios = [f"{r.rival} {r.ratio:.2f}{_queued(r)}" for r in beside if r.ratio is not None]
+        memory = [f"{r.rival} {r.status}" for r in beside if r.status == "out of memory"]
+        assert ours.p50 is not None
+        share = "" if ours.roof_share is None else f"{ours.roof_share:.0%}"
+        host = "" if ours.host is None else f"{1e3 * ours.host:.2f}"
+        runs = "" if ours.launches is None else str(ours.launches)
         lines.append(
-            f"{ours.operator:9} {ours.n:6} {ours.width:5} {1e3 * ours.p50:9.2f} "
-            f"{ours.roof_share:5.0%} {peak:7.0f}  {', '.join(ratios + memory)}"
+            f"{ours.operator:9} {ours.n:6} {ours.width:5} {1e3 * ours.p50:8.2f} {host:>6} "
+            f"{runs:>5} {share:>5} {(ours.peak_bytes or 0) / 2**20:7.0f}  "
+            f"{', '.join(ratios + memory)}"
         )
-    return lines
+    left = len(lines) - MOST_LINES
+    return lines if left <= 0 else [*lines[: MOST_LINES - 1], f"and {left + 1} more rows"]
+
+
+def _queued(row: Row) -> str:
+    if row.rival != "open_clip" or row.host is None or row.launches is None:
+        return ""
+    return f" ({1e3 * row.host:.2f} ms host, {row.launches} runs)"
 
 
 def check_all(output: Path, seconds: float, quick: bool) -> bool:

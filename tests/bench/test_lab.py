@@ -11,7 +11,7 @@ from fastclip import native
 from fastclip.bench import ceilings, check, tile_sweep
 from fastclip.bench.gpu_lab import summary
 from fastclip.bench.losses import OPERATORS
-from fastclip.bench.runner import Settings, measure
+from fastclip.bench.runner import Row, Settings, measure
 from fastclip.kernels.launch import TILINGS_FILE, tilings
 from tests.test_repo_shape import ROOT
 
@@ -107,5 +107,16 @@ def test_candidates_fit_the_buffers() -> None:
 def test_the_summary_names_ratio_and_roof() -> None:
     rows = measure(OPERATORS["clip"], 64, 16, Settings(rounds=1, compiled=False))
     header, line = summary(rows)
-    assert "roof" in header
+    assert "share" in header
     assert line.startswith("clip") and "open_clip" in line and "%" in line
+
+
+def test_the_summary_is_short_and_has_host_times_and_launches() -> None:
+    rows = []
+    for n in range(1, 60):
+        rows.append(Row("clip", "fastclip", n, 64, p50=2e-3, host=5e-4, launches=14))
+        rows.append(Row("clip", "open_clip", n, 64, p50=3e-3, ratio=1.5, host=6e-4, launches=44))
+    lines = summary(rows)
+    assert len(lines) == 40 and lines[-1] == "and 21 more rows"
+    assert lines[1].split()[3:6] == ["2.00", "0.50", "14"]
+    assert "open_clip 1.50 (0.60 ms host, 44 runs)" in lines[1]

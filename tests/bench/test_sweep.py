@@ -7,7 +7,8 @@ import time
 import pytest
 import torch
 
-from fastclip.bench import tile_sweep, trials
+from fastclip.bench import attention_sweep, tile_sweep, trials
+from fastclip.bench.attention_sweep import FORWARD, TABLES, Job, try_job
 from fastclip.bench.tile_sweep import KERNELS, Trial, timed, try_all, try_candidate
 from fastclip.kernels import similarity
 from fastclip.kernels.launch import INTERPRETED, Tiling
@@ -125,3 +126,35 @@ def test_slow_compilations_keep_the_time(monkeypatch: pytest.MonkeyPatch) -> Non
     # the table's entries come first, what does not fit into the time is said
     assert statuses[0] == "ok" and len(statuses) == len(jobs)
     assert all(s in ("ok", "out of time") or s.startswith("hung") for s in statuses)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("kind", TABLES)
+def test_a_plan_is_tried_before_it_is_timed(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job(kind, 50, False, 100, 1, 64, TABLES[kind][50][0])
+    found = try_job(job, "cpu")
+    assert found["status"] == "ok" and tuple(found["fields"]) == job.plan
+    original = getattr(attention_sweep._Work, kind)
+
+    def wrong(self, plan):
+        original(self, plan)
+        (self.out if kind == "forward" else self.gradients[0]).mul_(1.1)
+
+    monkeypatch.setattr(attention_sweep._Work, kind, wrong)
+    assert try_job(job, "cpu")["status"].startswith("wrong")
+    monkeypatch.setattr(attention_sweep._Work, kind, lambda self, plan: 1 / 0)
+    assert "ZeroDivisionError" in try_job(job, "cpu")["status"]
+
+
+def test_plans_that_crash_or_hang_cost_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trials, "TRIAL_SECONDS", 3.0)
+    codes = {
+        "well": "print(json.dumps(['trial', {'status': 'ok'}]))",
+        "crashes": "os.abort()",
+        "hangs": "time.sleep(600)",
+    }
+    jobs = [Job(name, 50, False, 100, 1, 64, FORWARD[50][0]) for name in codes]
+    found = attention_sweep.try_all(
+        jobs, 60.0, lambda job: [sys.executable, "-c", f"import json, os, time; {codes[job.kind]}"]
+    )
+    assert [found[job]["status"][:4] for job in jobs] == ["ok", "died", "hung"]

@@ -1,0 +1,154 @@
+"""What a session on a GPU brought back, put where it belongs: `fastclip bench import ARCHIVE`."""
+
+import json
+import re
+import tarfile
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from fastclip.atomic import write_text
+from fastclip.bench import records
+from fastclip.bench.gpu_lab import summary
+from fastclip.bench.runner import Row
+from fastclip.kernels.attention_plans import GradientPlan, Plan
+from fastclip.kernels.launch import Tiling
+
+# files that `fastclip bench` reads, and tables that launchers read
+RESULTS = ("losses", "attention", "train-step", "data")
+TABLES = ("tilings", "attention_plans")
+# a session's JSON files and logs are far smaller
+LARGEST_BYTES = 64 << 20
+
+
+def read_archive(archive: Path) -> dict[str, str]:
+    """The texts of an archive's files, by name; only plain files of its top folder.
+
+    Raises:
+        ValueError: it is no archive of `benchmarks/gpu_lab.sh`; the message says why.
+    """
+    texts = {}
+    try:
+        with tarfile.open(archive, "r:gz") as tar:
+            for member in tar:
+                if not member.isfile() or "/" in member.name or member.size > LARGEST_BYTES:
+                    raise ValueError(
+                        f"{archive} holds {member.name!r}, which the lab never packs: no plain "
+                        f"file of at most {LARGEST_BYTES >> 20} MiB in its top folder"
+                    )
+                file = tar.extractfile(member)
+                assert file is not None
+                texts[member.name] = file.read().decode(errors="replace")
+    except (tarfile.TarError, EOFError, OSError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise ValueError(f"{archive} is no archive of benchmarks/gpu_lab.sh: {error}") from error
+    if "environment.json" not in texts:
+        raise ValueError(f"{archive} has no environment.json; give a lab.tar.gz of gpu_lab.sh")
+    return texts
+
+
+def import_archive(archive: Path, root: Path) -> list[Path]:
+    """Write an archive's results, tables and a note into a checkout.
+
+    Everything is read and checked before anything is written.
+
+    Args:
+        archive: `lab.tar.gz` of `benchmarks/gpu_lab.sh`.
+        root: the checkout.
+
+    Returns:
+        The files written: `benchmarks/results/DATE-DEVICE-KIND.json`, `kernels/tilings.json`,
+        `kernels/attention_plans.json` and `benchmarks/notes/DATE-DEVICE-STAGE.md`.
+
+    Raises:
+        ValueError: the archive or a file in it is damaged, or a result of that name exists.
+        FileNotFoundError: there is no such archive, or `root` is no checkout.
+    """
+    texts = read_archive(archive)
+    for folder in ("benchmarks/results", "benchmarks/notes", "kernels"):
+        if not (root / folder).is_dir():
+            raise FileNotFoundError(f"{root} has no {folder}; run this in a checkout of fastclip")
+    environment = _object(texts, "environment.json")
+    statuses = _object(texts, "stage.json") if "stage.json" in texts else {}
+    stem = f"{str(environment.get('date', ''))[:10]}-{_slug(str(environment.get('device', '')))}"
+    stage = _slug("-".join(statuses)) or "lab"
+    written: dict[Path, str] = {}
+    found = {}
+    for kind in RESULTS:
+        if f"{kind}.json" in texts:
+            found[kind] = _checked(texts[f"{kind}.json"], kind)
+            written[root / "benchmarks/results" / f"{stem}-{kind}.json"] = texts[f"{kind}.json"]
+    note = root / "benchmarks/notes" / f"{stem}-{stage}.md"
+    written[note] = _note(environment, statuses, found, texts)
+    for path in written:
+        if path.exists():
+            raise ValueError(f"{path} exists; move it away to import these results")
+    for name in TABLES:
+        if f"{name}.json" in texts:
+            _check_table(name, _object(texts, f"{name}.json"))
+            written[root / "kernels" / f"{name}.json"] = texts[f"{name}.json"]
+    for path, text in written.items():
+        write_text(path, text)
+    return list(written)
+
+
+def _object(texts: dict[str, str], name: str) -> dict[str, Any]:
+    try:
+        content = json.loads(texts[name])
+    except ValueError as error:
+        raise ValueError(f"{name} of the archive is no valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{name} of the archive holds a {type(content).__name__}, not an object")
+    return content
+
+
+def _checked(text: str, kind: str) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / f"{kind}.json"
+        file.write_text(text)
+        return records.read(file).rows
+
+
+def _check_table(name: str, table: dict[str, Any]) -> None:
+    try:
+        if name == "tilings":
+            for kernels in table["tilings"].values():
+                for precisions in kernels.values():
+                    for numbers in precisions.values():
+                        Tiling(*numbers)
+            return
+        for directions in table["plans"].values():
+            for direction, plans in directions.items():
+                for fields in plans.values():
+                    {"forward": Plan, "gradient": GradientPlan}[direction](*fields)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{name}.json of the archive is no such table: {error!r}") from error
+
+
+def _note(
+    environment: dict[str, Any],
+    statuses: dict[str, Any],
+    found: dict[str, list[dict[str, Any]]],
+    texts: dict[str, str],
+) -> str:
+    """A lab note with what was measured; what it means is for a person to write."""
+    lines = [f"# {environment.get('device')}: {', '.join(statuses) or 'a session'}", ""]
+    lines += [f"{key}: {value}  " for key, value in environment.items()]
+    for parts in statuses.values():
+        lines += ["", *(f"- {part}: {status}" for part, status in parts.items())]
+    if "ceilings.json" in texts:
+        ceilings = _object(texts, "ceilings.json")
+        reached = {k: v for k, v in ceilings.items() if isinstance(v, float)}
+        lines += ["", "Ceilings: " + ", ".join(f"{k} {v:.2f} T/s" for k, v in reached.items())]
+    if "losses" in found:
+        known = {field: None for field in Row.__dataclass_fields__}
+        rows = [Row(**{k: v for k, v in row.items() if k in known}) for row in found["losses"]]
+        lines += ["", "```text", *summary(rows), "```"]
+    lines += [f"\nRows of {kind}: {len(rows)}" for kind, rows in found.items()]
+    return "\n".join([*lines, "", "## What it says", ""]) + "\n"
+
+
+def _slug(name: str) -> str:
+    words = re.findall(r"[a-z0-9]+", name.lower())
+    return "-".join(word for word in words if word != "nvidia")

@@ -1,0 +1,105 @@
+"""A session's archive is put where it belongs, whole or not at all."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from fastclip.bench import records
+from fastclip.bench.gpu_lab import pack
+from fastclip.bench.losses import OPERATORS
+from fastclip.bench.runner import Settings, measure
+from fastclip.cli import main
+from fastclip.kernels.attention_plans import PLANS_FILE
+from fastclip.kernels.launch import TILINGS_FILE
+
+ENVIRONMENT = {"date": "2026-01-02T03:04:05+00:00", "device": "NVIDIA H200", "invented": True}
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    root = tmp_path / "checkout"
+    for folder in ("benchmarks/results", "benchmarks/notes", "kernels"):
+        (root / folder).mkdir(parents=True)
+    return root
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Path:
+    """What a losses stage leaves, the times being this machine's."""
+    output = tmp_path / "lab"
+    output.mkdir()
+    settings = Settings(rounds=1, compiled=False)
+    rows = measure(OPERATORS["clip"], 64, 16, settings)
+    records.write(output / "losses.json", "losses", settings, rows, "cpu", clocks=["1980 MHz"])
+    (output / "environment.json").write_text(json.dumps(ENVIRONMENT))
+    (output / "stage.json").write_text(json.dumps({"losses": {"ceilings": "ok", "losses": "ok"}}))
+    (output / "ceilings.json").write_text(json.dumps({"product": 1.5, "copy": 2.5, "chunks": []}))
+    (output / "tilings.json").write_text(TILINGS_FILE.read_text())
+    (output / "attention_plans.json").write_text(PLANS_FILE.read_text())
+    (output / "losses.log").write_text("a log")
+    return output
+
+
+def test_results_tables_and_a_note(
+    lab: Path, checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "import", str(pack(lab)), "--root", str(checkout)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 4
+    result = checkout / "benchmarks/results/2026-01-02-h200-losses.json"
+    assert records.read(result).benchmark == "losses"
+    note = (checkout / "benchmarks/notes/2026-01-02-h200-losses.md").read_text()
+    assert "- ceilings: ok" in note and "product 1.50" in note and "clip" in note
+    assert (checkout / "kernels/tilings.json").read_text() == TILINGS_FILE.read_text()
+    assert (checkout / "kernels/attention_plans.json").read_text() == PLANS_FILE.read_text()
+
+
+def test_earlier_results_are_kept(
+    lab: Path, checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = checkout / "benchmarks/results/2026-01-02-h200-losses.json"
+    kept.write_text("earlier")
+    assert main(["bench", "import", str(pack(lab)), "--root", str(checkout)]) == 1
+    assert "exists" in capsys.readouterr().err and kept.read_text() == "earlier"
+    assert not list((checkout / "kernels").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("losses.json", '{"results": []}'),
+        ("tilings.json", '{"tilings": {"sm_90": {"gradient": {"16bit": [1]}}}}'),
+        ("attention_plans.json", '{"plans": {"sm_90": {"sideways": {"a": [1]}}}}'),
+        ("environment.json", "[]"),
+        ("stage.json", "{"),
+    ],
+)
+def test_a_damaged_file_leaves_nothing_behind(
+    name: str, text: str, lab: Path, checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (lab / name).write_text(text)
+    assert main(["bench", "import", str(pack(lab)), "--root", str(checkout)]) == 1
+    assert name.removesuffix(".json") in capsys.readouterr().err
+    assert not [path for path in checkout.rglob("*") if path.is_file()]
+
+
+def _add(archive: Path, member: tarfile.TarInfo) -> None:
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.addfile(member, io.BytesIO(b"x" * member.size))
+
+
+def test_other_archives_are_refused(
+    tmp_path: Path, checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive = tmp_path / "lab.tar.gz"
+    for name, kind in (("../evil.json", tarfile.REGTYPE), ("evil.json", tarfile.SYMTYPE)):
+        member = tarfile.TarInfo(name)
+        member.type, member.linkname = kind, "/etc/passwd" if kind == tarfile.SYMTYPE else ""
+        _add(archive, member)
+        assert main(["bench", "import", str(archive), "--root", str(checkout)]) == 1
+        assert "never packs" in capsys.readouterr().err
+    archive.write_text("no archive")
+    assert main(["bench", "import", str(archive), "--root", str(checkout)]) == 1
+    assert "is no archive of" in capsys.readouterr().err
