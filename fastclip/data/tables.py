@@ -4,7 +4,6 @@ import codecs
 import csv
 import json
 import os
-import sys
 from array import array
 from collections import Counter
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from fastclip.data.files import ImageFiles
 from fastclip.data.options import DataOptions
 from fastclip.data.samples import MAX_TEXT_BYTES
 from fastclip.data.strings import Strings
+from fastclip.printable import note
 
 COCO_FOLDERS = ("train2017", "val2017", "test2017", "train2014", "val2014")
 
@@ -152,7 +152,7 @@ def _separator_of(path: Path, options: DataOptions) -> str:
         for other in {",", "\t"} - {given}:
             found = _header(path, other)
             if set(wanted) <= set(found):
-                print(f"note: {path} is separated by {other!r}, not {given!r}", file=sys.stderr)
+                note(f"{path} is separated by {other!r}, not {given!r}")
                 return other
             if len(found) > 1:
                 # what is missing is told of the columns as they are meant
@@ -205,14 +205,13 @@ def _csv_rows(path: Path, separator: str, options: DataOptions) -> Iterator[tupl
                 "field that begins with one ends with one, and those within are doubled"
             ) from error
     if spanning:
-        print(
-            f"note: {path}: {counts.pop('spanning')} rows have a field over several lines with "
+        note(
+            f"{path}: {counts.pop('spanning')} rows have a field over several lines with "
             f"{separator!r} in it, the first at line {spanning}: if these are several rows, a "
-            "quotation mark is not closed",
-            file=sys.stderr,
+            "quotation mark is not closed"
         )
     for fault, count in counts.items():
-        print(f"note: {path}: {count} {fault}", file=sys.stderr)
+        note(f"{path}: {count} {fault}")
 
 
 def _row_fault(row: list[str], width: int, image: int, text: int) -> str:
@@ -251,10 +250,10 @@ def _coco_rows(path: Path) -> Iterator[tuple[str, str]]:
         ) from error
     bare = sum(not texts for texts in captions.values())
     if bare:
-        print(f"note: {path}: {bare} images without captions left out", file=sys.stderr)
+        note(f"{path}: {bare} images without captions left out")
     if unusable:
         detail = "without text or of unknown images"
-        print(f"note: {path}: {unusable} captions {detail} left out", file=sys.stderr)
+        note(f"{path}: {unusable} captions {detail} left out")
     for number, texts in captions.items():
         for text in texts:
             yield str(names[number]), text
