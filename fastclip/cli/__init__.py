@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from fastclip._version import __version__
+from fastclip.printable import printable
 
 COMMANDS = {
     "train": "train a model from a configuration and flags",
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     except (ValueError, OSError) as error:
         # bad input is told in a sentence; a traceback is for mistakes of ours
-        print(f"fastclip {parsed.command}: error: {error}", file=sys.stderr)
+        print(printable(f"fastclip {parsed.command}: error: {error}"), file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
     return 1

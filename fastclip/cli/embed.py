@@ -60,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
     batches: Callable[[int], Iterator[tuple[int, Tensor]]]
     if config.kind == "texts":
         # not splitlines, which also splits at separators that captions may contain
-        content = Path(config.data).read_text(encoding="utf-8").removesuffix("\n")
+        content = Path(config.data).read_text(encoding="utf-8-sig").removesuffix("\n")
         texts = content.split("\n") if content else []
         count = len(texts)
         batches = partial(text_batches, model, texts, **options)

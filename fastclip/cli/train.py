@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from fastclip.printable import printable
 from fastclip.train import stop, watch
 from fastclip.train.config import parse
 from fastclip.train.distributed import DeadRankError
@@ -21,7 +22,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         run = train(parse(arguments))
     except NonFiniteError as error:
-        print(f"fastclip train: stopped: {error}", file=sys.stderr)
+        print(printable(f"fastclip train: stopped: {error}"), file=sys.stderr)
         return 3
     except DeadRankError as error:
         print(f"fastclip train: stopped: {error}", file=sys.stderr, flush=True)

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from fastclip.printable import printable
+
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_MEMBER_BYTES = 64 << 20
 # of one extended header; extended attributes may take 64 KiB, names 4 KiB
@@ -55,7 +57,9 @@ class Fault:
     detail: str = ""
 
     def __str__(self) -> str:
-        return f"{self.kind}: {self.where}" + (f" ({self.detail})" if self.detail else "")
+        text = f"{self.kind}: {self.where}" + (f" ({self.detail})" if self.detail else "")
+        # paths and members are named by whoever made the data
+        return printable(text).replace("\n", r"\n")
 
 
 @dataclass

@@ -9,7 +9,6 @@ import re
 import selectors
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fastclip.data.options import CACHE_BYTES
+from fastclip.printable import note
 
 ATTEMPTS = 3
 PAUSE_SECONDS = 1.0
@@ -102,10 +102,9 @@ class ShardCache:
         now = time.monotonic()
         if now - self._fetched.get(url, -math.inf) < THRASHING_SECONDS and not self._warned:
             self._warned = True
-            print(
-                f"note: {url} is fetched again so soon; --cache-bytes {self.limit} does not hold "
-                "the shards in use at a time: raise it, or lower --shuffle-window",
-                file=sys.stderr,
+            note(
+                f"{url} is fetched again so soon; --cache-bytes {self.limit} does not hold "
+                "the shards in use at a time: raise it, or lower --shuffle-window"
             )
         self._fetched[url] = now
 
@@ -240,10 +239,9 @@ def remote_counts(names: list[str]) -> dict[str, int]:
         if count is not None:
             counts[stats[url]] = whole(url, count)
     if len(counts) < len(names):
-        print(
-            f"note: {len(names) - len(counts)} of {len(names)} remote shards have no count in "
-            "sizes.json or _stats.json; fetching them once to count their samples",
-            file=sys.stderr,
+        note(
+            f"{len(names) - len(counts)} of {len(names)} remote shards have no count in "
+            "sizes.json or _stats.json; fetching them once to count their samples"
         )
     return counts
 

@@ -1,5 +1,6 @@
 """One sample, and what makes one unusable."""
 
+import codecs
 import io
 import json
 import os
@@ -257,7 +258,7 @@ class SampleReader:
         """The class index, None where there is none; see `sample`."""
         if "cls" not in contents:
             return None
-        encoded, where = contents["cls"], f"{where}.cls"
+        encoded, where = contents["cls"].removeprefix(codecs.BOM_UTF8), f"{where}.cls"
         try:
             label = int(encoded) if len(encoded) <= MAX_LABEL_BYTES else -1
         except ValueError as error:
@@ -268,7 +269,7 @@ class SampleReader:
 
 
 def decode_text(encoded: bytes, where: str) -> str:
-    """The caption in a text file, without blanks around it.
+    """The caption in a text file, without a byte-order mark and blanks around it.
 
     Raises:
         UnreadableSample: it is over 1 MiB, no UTF-8, empty, or holds zero bytes.
@@ -276,7 +277,7 @@ def decode_text(encoded: bytes, where: str) -> str:
     if len(encoded) > MAX_TEXT_BYTES:
         raise UnreadableSample(Fault("caption too long", where, f"over {MAX_TEXT_BYTES:,} bytes"))
     try:
-        text = encoded.decode("utf-8").strip()
+        text = encoded.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise UnreadableSample(Fault("caption is not UTF-8", where)) from error
     if "\0" in text:

@@ -1,21 +1,29 @@
 """Image paths with captions from CSV and COCO files."""
 
+import codecs
 import csv
 import json
 import os
-import sys
 from array import array
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
 from fastclip.data.files import ImageFiles
 from fastclip.data.options import DataOptions
+from fastclip.data.samples import MAX_TEXT_BYTES
 from fastclip.data.strings import Strings
+from fastclip.printable import note
 
 COCO_FOLDERS = ("train2017", "val2017", "test2017", "train2014", "val2014")
+
+# Longest field and line that are looked at, in characters: a caption over MAX_TEXT_BYTES is left
+# out, while what is longer than this comes of an open quotation mark, or is no table.
+MAX_FIELD = 16 * MAX_TEXT_BYTES
 
 
 class TableSource(ImageFiles):
@@ -68,7 +76,8 @@ def open_csv(path: Path, options: DataOptions) -> TableSource:
     then in the working directory. Rows without a path or caption are left out with a note.
 
     Raises:
-        ValueError: a column is missing, or the file is no such table.
+        ValueError: a column is missing, a row has more fields than the header or a quotation mark
+            that is not closed, or the file is no such table.
         FileNotFoundError: there is no such file, or its images are not there.
     """
     _require_file(path)
@@ -106,11 +115,32 @@ def _require_file(path: Path) -> None:
 
 
 def _header(path: Path, separator: str) -> list[str]:
-    with path.open(encoding="utf-8-sig", newline="", errors="replace") as file:
+    with path.open("rb") as file:
+        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise ValueError(f"{path} is UTF-16, not UTF-8; save it as UTF-8")
+    with path.open(encoding="utf-8-sig", newline="", errors="replace") as file, _long_fields():
         try:
-            return next(csv.reader(file, delimiter=separator), [])
+            return next(csv.reader(_lines(file), delimiter=separator), [])
         except csv.Error as error:
             raise ValueError(f"{path} is no table in UTF-8: {error}") from error
+
+
+def _lines(file: TextIO) -> Iterator[str]:
+    """The lines of a file; of a file that has none, no more than is needed to tell so."""
+    while line := file.readline(MAX_FIELD + 1):
+        if len(line) > MAX_FIELD:
+            raise csv.Error(f"a line of over {MAX_FIELD:,} characters")
+        yield line
+
+
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    """The csv module's limit is one for all, and less than a caption may have."""
+    before = csv.field_size_limit(MAX_FIELD)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
 
 
 def _separator_of(path: Path, options: DataOptions) -> str:
@@ -122,7 +152,7 @@ def _separator_of(path: Path, options: DataOptions) -> str:
         for other in {",", "\t"} - {given}:
             found = _header(path, other)
             if set(wanted) <= set(found):
-                print(f"note: {path} is separated by {other!r}, not {given!r}", file=sys.stderr)
+                note(f"{path} is separated by {other!r}, not {given!r}")
                 return other
             if len(found) > 1:
                 # what is missing is told of the columns as they are meant
@@ -131,39 +161,79 @@ def _separator_of(path: Path, options: DataOptions) -> str:
     if missing:
         raise ValueError(
             f"{path} has no column {missing[0]!r}; with the separator {given!r} it has "
-            f"{columns[:20]}: give --csv-img-key, --csv-caption-key or --csv-separator"
+            f"{[name[:80] for name in columns[:20]]}: "
+            "give --csv-img-key, --csv-caption-key or --csv-separator"
         )
     return given
 
 
 def _csv_rows(path: Path, separator: str, options: DataOptions) -> Iterator[tuple[str, str]]:
-    left_out = 0
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, delimiter=separator)
+    """The rows, each as wide as the header.
+
+    Where pandas and the csv module read a table differently, neither is guessed at: a longer row,
+    text after a closed quotation mark and a mark that is never closed are errors.
+    """
+    counts: Counter[str] = Counter()
+    spanning = 0
+    with path.open(encoding="utf-8-sig", newline="") as file, _long_fields():
+        reader = csv.reader(_lines(file), delimiter=separator, strict=True)
+        begin = 1
         try:
             columns = next(reader)
             image, text = map(columns.index, (options.csv_img_key, options.csv_caption_key))
+            begin = reader.line_num + 1
             for row in reader:
-                if len(row) <= max(image, text) or not (row[image] and row[text].strip()):
-                    # a blank line is no row
-                    left_out += bool(row)
-                else:
+                if len(row) > len(columns):
+                    raise ValueError(
+                        f"{path}, line {begin}: {len(row)} fields where the header has "
+                        f"{len(columns)}; put fields that hold {separator!r} in quotation marks"
+                    )
+                if row and any("\n" in field and separator in field for field in row):
+                    spanning = spanning or begin
+                    counts["spanning"] += 1
+                begin = reader.line_num + 1
+                fault = _row_fault(row, len(columns), image, text)
+                if fault:
+                    counts[fault] += 1
+                elif row:
                     yield row[image], row[text].strip()
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 ({error}); save it as UTF-8") from error
         except csv.Error as error:
             raise ValueError(
-                f"{path}, line {reader.line_num}: {error}; look for a quotation mark "
-                "that is never closed"
+                f"{path}, line {begin}: {error}; look for a quotation mark that is never closed: a "
+                "field that begins with one ends with one, and those within are doubled"
             ) from error
-    if left_out:
-        print(f"note: {path}: {left_out} rows without path or caption left out", file=sys.stderr)
+    if spanning:
+        note(
+            f"{path}: {counts.pop('spanning')} rows have a field over several lines with "
+            f"{separator!r} in it, the first at line {spanning}: if these are several rows, a "
+            "quotation mark is not closed"
+        )
+    for fault, count in counts.items():
+        note(f"{path}: {count} {fault}")
+
+
+def _row_fault(row: list[str], width: int, image: int, text: int) -> str:
+    """Why a row is left out; a blank line is no row."""
+    if not row:
+        return ""
+    if len(row) <= max(image, text) or not (row[image] and row[text].strip()):
+        return "rows without path or caption left out"
+    if len(row) < width:
+        return "rows with fewer fields than the header left out"
+    if len(row[text].encode()) > MAX_TEXT_BYTES:
+        return f"rows with a caption over {MAX_TEXT_BYTES:,} bytes left out"
+    return ""
 
 
 def _coco_rows(path: Path) -> Iterator[tuple[str, str]]:
     try:
         content = json.loads(path.read_bytes())
         names = {image["id"]: image["file_name"] for image in content["images"]}
+        for name in names.values():
+            # half a surrogate pair, which JSON may spell, is in no path
+            str(name).encode("utf-8", "surrogateescape")
         captions: dict[Any, list[str]] = {number: [] for number in names}
         unusable = 0
         for annotation in content["annotations"]:
@@ -172,7 +242,7 @@ def _coco_rows(path: Path) -> Iterator[tuple[str, str]]:
                 unusable += 1
             else:
                 captions[annotation["image_id"]].append(text)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(
             f"{path} holds no COCO captions ({what}); give a file like captions_train2017.json, "
@@ -180,10 +250,10 @@ def _coco_rows(path: Path) -> Iterator[tuple[str, str]]:
         ) from error
     bare = sum(not texts for texts in captions.values())
     if bare:
-        print(f"note: {path}: {bare} images without captions left out", file=sys.stderr)
+        note(f"{path}: {bare} images without captions left out")
     if unusable:
         detail = "without text or of unknown images"
-        print(f"note: {path}: {unusable} captions {detail} left out", file=sys.stderr)
+        note(f"{path}: {unusable} captions {detail} left out")
     for number, texts in captions.items():
         for text in texts:
             yield str(names[number]), text

@@ -17,7 +17,7 @@ def fill_template(template: str, name: str) -> str:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The non-empty lines of a text file, stripped."""
+    """The non-empty lines of a text file, stripped, without a byte-order mark."""
     # not splitlines, which also splits at separators that names may contain
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").split("\n")]
+    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
     return [line for line in lines if line]

@@ -33,6 +33,7 @@ from fastclip.models.controls import Classifier
 from fastclip.models.options import SystemOptions
 from fastclip.models.system import System
 from fastclip.ops.backend import explain
+from fastclip.printable import note, printable
 from fastclip.train.config import TrainConfig, from_dict, to_yaml
 from fastclip.train.distributed import World
 
@@ -313,7 +314,7 @@ def check_same_data(resumed: dict[str, Any], loader: TrainingLoader, world: Worl
 
 def _note(world: World, text: str) -> None:
     if world.is_first:
-        print(f"note: {text}", file=sys.stderr)
+        note(text)
 
 
 def write_description(
@@ -347,4 +348,4 @@ def announce(
         "sigmoid" if config.siglip else "similarity", world.device, dtype
     ):
         lines.append(f"loss: {name}: {status} ({description})")
-    print("\n".join(lines), file=sys.stderr)
+    print(printable("\n".join(lines)), file=sys.stderr)

@@ -263,3 +263,12 @@ def test_real_shards_are_whole(real_data: Path) -> None:
     assert source.counts == (9000,) * 5
     assert source.drain_faults() == []
     assert "automobile" in {source.read(0, i).texts[0].split()[-1].rstrip(".") for i in range(100)}
+
+
+def test_a_byte_order_mark_is_no_part_of_texts_and_labels(make_shard: MakeShard) -> None:
+    mark = b"\xef\xbb\xbf"
+    path = make_shard(
+        "a.tar", [("a.jpg", jpeg()), ("a.txt", mark + b" a dog"), ("a.cls", mark + b"7")]
+    )
+    sample = ShardSource(str(path), ("txt", "cls")).read(0, 0)
+    assert (sample.texts, sample.label) == (("a dog",), 7)

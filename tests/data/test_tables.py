@@ -1,5 +1,6 @@
 """Tables and folders of image files: what is read, and what is said of bad ones."""
 
+import csv
 import gc
 import json
 import multiprocessing
@@ -113,6 +114,53 @@ def test_rows_without_a_caption_are_left_out_with_a_note(
     assert "3 rows without path or caption left out" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("last", ["", '4.jpg\t"more'], ids=["once", "twice"])
+def test_a_caption_that_begins_with_a_quotation_mark_swallows_no_rows(
+    images: Path, last: str
+) -> None:
+    path = table(images / "t.csv", "0.jpg\ta", '1.jpg\t"b', "2.jpg\tc", "3.jpg\td", last)
+    with pytest.raises(ValueError, match=r"line 3: .*look for a quotation mark .*never closed"):
+        open_csv(path, DataOptions())
+
+
+def test_a_closed_field_over_several_lines_is_one_row_and_noted(
+    images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = table(images / "t.csv", "0.jpg\ta", '1.jpg\t"b', '2.jpg\tc"', '3.jpg\t"two\nlines"')
+    source = open_csv(path, DataOptions())
+    assert [s.texts for s in read_all(source)] == [("a",), ("b\n2.jpg\tc",), ("two\nlines",)]
+    assert "1 rows have a field over several lines" in (told := capsys.readouterr().err)
+    assert "line 3" in told
+
+
+def test_a_comma_outside_quotation_marks_cuts_no_caption(images: Path) -> None:
+    path = table(images / "t.csv", "0.jpg,a", "1.jpg,a dog, not a cat", header="filepath,title")
+    with pytest.raises(ValueError, match=r"line 3: 3 fields where the header has 2; .*quotation"):
+        open_csv(path, DataOptions())
+
+
+def test_rows_narrower_than_the_header_are_left_out(
+    images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    header = "filepath\ttitle\turl"
+    path = table(images / "t.csv", "0.jpg\ta\tu", "1.jpg\tu", "2.jpg\tb\tu", header=header)
+    assert [s.texts for s in read_all(open_csv(path, DataOptions()))] == [("a",), ("b",)]
+    assert "1 rows with fewer fields than the header left out" in capsys.readouterr().err
+
+
+def test_a_long_caption_costs_its_row_only(
+    images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long, limit = "x" * 200_000, csv.field_size_limit()
+    rows = f"0.jpg\t{long}", "1.jpg\t" + "é" * (1 << 19) + "!", "2.jpg\tc"
+    assert [s.texts for s in read_all(open_csv(table(images / "t.csv", *rows), DataOptions()))] == [
+        (long,),
+        ("c",),
+    ]
+    assert "1 rows with a caption over 1,048,576 bytes left out" in capsys.readouterr().err
+    assert csv.field_size_limit() == limit
+
+
 @pytest.mark.parametrize(
     "content, message",
     [
@@ -120,8 +168,10 @@ def test_rows_without_a_caption_are_left_out_with_a_note(
         (b"filepath\ttitle\n", "holds no sample"),
         (b"filepath\ttitle\n0.jpg\tcaf\xe9\n", "not UTF-8"),
         (b'filepath\ttitle\n0.jpg\t"' + b"x" * 200_000, "line 2: .*never closed"),
+        (b"filepath\ttitle\n0.jpg\t" + b"x" * (17 << 20), "line 2: a line of over 16,777,216"),
+        ("filepath\ttitle\n0.jpg\ta\n".encode("utf-16"), "is UTF-16, not UTF-8"),
     ],
-    ids=["empty", "no rows", "latin", "quote"],
+    ids=["empty", "no rows", "latin", "quote", "endless line", "utf-16"],
 )
 def test_files_that_are_no_tables(images: Path, content: bytes, message: str) -> None:
     (images / "t.csv").write_bytes(content)
@@ -237,8 +287,9 @@ def test_coco_captions(images: Path, capsys: pytest.CaptureFixture[str]) -> None
         ({"images": [], "annotations": [{"image_id": 1, "bbox": []}]}, "it has no 'caption'"),
         ({"images": [], "annotations": []}, "holds no sample"),
         ([1, 2], "holds no COCO captions"),
+        ({"images": [{"id": 1, "file_name": "\ud800"}], "annotations": []}, "c.json holds no COCO"),
     ],
-    ids=["no annotations", "no names", "instances", "nothing", "a list"],
+    ids=["no annotations", "no names", "instances", "nothing", "a list", "half a pair"],
 )
 def test_files_that_are_no_coco(tmp_path: Path, content: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -248,13 +299,19 @@ def test_files_that_are_no_coco(tmp_path: Path, content: object, message: str) -
         open_coco(tmp_path / "c.json", DataOptions())
 
 
+def test_deep_json_is_no_coco(tmp_path: Path) -> None:
+    (tmp_path / "c.json").write_text("[" * 300_000)
+    with pytest.raises(ValueError, match=r"c\.json holds no COCO captions"):
+        open_coco(tmp_path / "c.json", DataOptions())
+
+
 def test_folders_are_classes(tmp_path: Path) -> None:
     for name, files in {"dog": ["b.JPG", "a.png"], "cat": ["x.jpeg"], "ant": []}.items():
         (tmp_path / "data" / name).mkdir(parents=True)
         for file in [*files, "notes.md", ".hidden.jpg"]:
             (tmp_path / "data" / name / file).write_bytes(jpeg())
     (tmp_path / "data" / ".cache").mkdir()
-    (tmp_path / "t.txt").write_text("a {}.\n\nmy {c}\n")
+    (tmp_path / "t.txt").write_text("\ufeffa {}.\n\nmy {c}\n")
     options = DataOptions(templates=tmp_path / "t.txt")
     samples = read_all(open_source(f"{tmp_path}/data", options, split="train"))
     assert [(s.key, s.texts, s.label) for s in samples] == [
@@ -351,6 +408,6 @@ def test_real_captions_three_ways(real_data: Path, tmp_path: Path) -> None:
 
 def test_a_file_that_is_no_table_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
-    path.write_text("x" * 200_000)
+    path.write_text("x" * (17 << 20))
     with pytest.raises(ValueError, match="is no table in UTF-8"):
         open_csv(path, DataOptions())
