@@ -49,10 +49,15 @@ def cases(device: str, count: int, seed: int) -> list[Case]:
     return rng.sample(every, min(count, len(every)))
 
 
+def drawn_cases(device: str, seconds: float, seed: int) -> list[Case]:
+    """As many cases as should fit the time."""
+    return cases(device, 6 if device == "cpu" else max(int(seconds / 2), 12), seed)
+
+
 def check(device: str, seconds: float, output: Path | None, seed: int = 0) -> bool:
     """The operator against float64 by the error rule until the time is up; and its bits."""
     stop = time.monotonic() + seconds
-    drawn = cases(device, 6 if device == "cpu" else max(int(seconds / 2), 12), seed)
+    drawn = drawn_cases(device, seconds, seed)
     if device == "cuda":
         jobs = [(run_case, (case, device, 2)) for case in (*_repeated(device), *drawn)]
         in_parallel(jobs, stop - seconds / 3)

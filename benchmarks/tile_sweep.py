@@ -36,22 +36,21 @@ from fastclip.ops.triton_tiles import TritonTiles
 CANDIDATES = {
     "16bit": [
         *(
-            Tiling(128, 256, 64, 8, stages, group, tma=True, parts=parts)
+            Tiling(128, 256, 64, 8, stages, tma=True, parts=parts)
             for stages in (3, 4)
-            for group in (8, 16)
             for parts in (2, 4)
         ),
-        *(Tiling(256, 128, 64, 8, 3, group, tma=True, parts=4) for group in (4, 8)),
+        Tiling(128, 256, 64, 8, 3, group=16, tma=True, parts=2),
+        Tiling(256, 128, 64, 8, 3, tma=True, parts=4),
         # two programs a multiprocessor: one's exponentials beside the other's products
         Tiling(128, 128, 64, 8, 3, tma=True, parts=4, registers=128),
         Tiling(128, 128, 64, 4, 3, tma=True, parts=4),
         Tiling(128, 128, 64, 8, 4, tma=True, parts=2),
         Tiling(128, 256, 64, 8, 3, parts=2),
-        Tiling(128, 128, 64, 8, 3),
     ],
     "tf32": [
         Tiling(rows, columns, 32, warps, 3)
-        for rows, columns, warps in ((128, 128, 8), (128, 64, 8), (128, 64, 4), (64, 128, 4))
+        for rows, columns, warps in ((128, 128, 8), (128, 64, 4))
     ],
 }
 KERNELS = ("statistics", "gradient", "sigmoid")

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastclip.bench import ceilings, losses, runner
+from fastclip.bench import ceilings, check, gpu_lab, losses, runner
 from fastclip.bench.losses import OPERATORS
 from fastclip.bench.runner import ROOF, Settings, interleave, measure
 
@@ -103,3 +103,45 @@ def test_work_is_queued_behind_a_sleep_and_clocks_are_warm(monkeypatch: pytest.M
     turn = [w for name in "ab" for w in ("sleep", "event", name, "event", "wait")]
     assert gpu.calls == [*turn, "warm", *turn, *turn]
     assert all(cycles > 0 for cycles in gpu.slept)
+
+
+def test_a_copy_reads_and_writes_each_byte_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ceilings, "CHUNKS", ())
+    seen = []
+
+    def seconds(runs, device):
+        if "copy" in runs:
+            target = runs["copy"]()
+            seen.append(target.nbytes)
+        return dict.fromkeys(runs, 1.0)
+
+    monkeypatch.setattr(ceilings, "_seconds", seconds)
+    found = ceilings.ceilings("cpu", columns=8, side=32)
+    assert found["copy"] * 1e12 == 2 * seen[0] and found["product"] * 1e12 == 2 * 32**3
+    # on a GPU the source is larger than the largest L2 cache many times
+    assert ceilings.COPIED * 8192 * 4 > 20 * (100 << 20)
+
+
+def test_the_check_on_a_gpu_begins_with_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows over 1,000 are several chunks and many tiles: an index that overflows shows there."""
+    monkeypatch.setattr(check, "compare", lambda operator, *case: (operator.name, *case))
+    for part in range(gpu_lab.CHECKERS):
+        first = next(iter(check.findings("cuda", "triton", part=(part, gpu_lab.CHECKERS))))
+        assert first[1] in check.LARGE_ROWS
+    large = [f for f in check.findings("cuda", "triton") if f[1] in check.LARGE_ROWS]
+    assert {(f[0], f[1]) for f in large} == {
+        (name, n) for name in OPERATORS for n in check.LARGE_ROWS
+    }
+
+
+def test_the_check_of_many_rows_is_against_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "LARGE_ROWS", (300,))
+    case = (300, 16, 14.3, torch.float32, None, "cpu", "torch")
+    assert check.compare(OPERATORS["clip"], *case).ok
+    ours = OPERATORS["clip"].ours
+
+    def wrong(*inputs, **options):
+        loss = ours(*inputs, **options)
+        return loss if inputs[0].dtype == torch.float64 else 1.02 * loss
+
+    assert not check.compare(replace(OPERATORS["clip"], ours=wrong), *case).ok
