@@ -3,7 +3,8 @@
 | rooms | what |
 | --- | --- |
 | `sources`, `options` | what `--train-data` names, and how it is read |
-| `index`, `shards`, `samples`, `remote` | webdataset tars, local and remote |
+| `index`, `shards`, `samples`, `complexity`, `remote`, `http` | webdataset tars, local and remote |
+| `regular` | opening files that somebody else named |
 | `files`, `tables`, `folders`, `strings`, `templates` | images named by CSV, COCO and folders |
 | `generated`, `scenes` | samples that are made: the embedded world, noise |
 | `order`, `training_samples`, `loader`, `progress`, `faults` | which sample when, and batches |

@@ -1,13 +1,13 @@
 """Samples whose images are files of their own."""
 
 import os
-import stat
 from abc import ABC, abstractmethod
 from pathlib import Path
 
 import numpy as np
 
 from fastclip.data.index import MAX_MEMBER_BYTES, Fault
+from fastclip.data.regular import open_regular
 from fastclip.data.samples import Sample, UnreadableSample, decode, open_image
 
 # Tables are cut into stretches of this many rows, which the order shuffles as it does shards: long
@@ -82,14 +82,15 @@ class ImageFiles(ABC):
             found = self._find(path)
             if found is None:
                 raise UnreadableSample(Fault("missing image file", where))
-            status = found.stat()
-            if not stat.S_ISREG(status.st_mode):
+            if not found.is_file():
                 # opening a named pipe would wait for ever
                 raise UnreadableSample(Fault("image path is no file", where))
-            if status.st_size > MAX_MEMBER_BYTES:
-                detail = f"{status.st_size:,} bytes"
-                raise UnreadableSample(Fault("image file too large", where, detail))
-            return found.read_bytes()
+            with open_regular(found) as file:
+                size = os.fstat(file.fileno()).st_size
+                if size > MAX_MEMBER_BYTES:
+                    raise UnreadableSample(Fault("image file too large", where, f"{size:,} bytes"))
+                # files of the system that have no size may give bytes without end, or wait
+                return file.read(size) if size else b""
         except OSError as error:
             raise UnreadableSample(Fault("unreadable image file", where, str(error))) from error
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from fastclip.data.regular import open_regular
 from fastclip.printable import printable
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -99,7 +100,7 @@ def index_shard(path: Path, required: tuple[str, ...] = ()) -> ShardIndex:
     Raises:
         OSError: the file cannot be read. Whatever is wrong inside is a `Fault` in the result.
     """
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return index_file(file, str(path), required)
 
 

@@ -20,6 +20,7 @@ from fastclip.data.editing import Journal, ShardEditor, claim_folder
 from fastclip.data.faults import FaultLog
 from fastclip.data.index import Fault
 from fastclip.data.order import hash64
+from fastclip.data.regular import open_regular
 from fastclip.data.remote import ShardCache, is_command, is_remote
 from fastclip.data.samples import UnreadableSample
 from fastclip.data.shards import expand_shards
@@ -227,7 +228,7 @@ def recaption_shards(
             if path.exists():
                 done.finished += 1
             elif journal.mine:
-                with cache.open(name) if is_remote(name) else open(name, "rb") as file:
+                with cache.open(name) if is_remote(name) else open_regular(name) as file:
                     _recaption(ShardEditor(file, name), path, captioner, journal, done)
             else:
                 done.busy += 1

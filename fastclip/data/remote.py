@@ -12,17 +12,24 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from fastclip.data import http
+from fastclip.data.index import index_file
 from fastclip.data.options import CACHE_BYTES
+from fastclip.data.regular import open_regular
 from fastclip.printable import note
 
 ATTEMPTS = 3
 PAUSE_SECONDS = 1.0
 # A shard that could not be fetched is not asked for again before this time has passed.
 GIVE_UP_SECONDS = 60.0
+# Of sizes.json and _stats.json: most bytes, and how many are asked for at a time.
+SMALL_BYTES = 16 << 20
+SMALL_AT_ONCE = 16
 THRASHING_SECONDS = 60.0
 # A command that takes longer is ended with all that it started.
 COMMAND = "pipe:"
@@ -69,9 +76,12 @@ class ShardCache:
 
     def _opened(self, path: Path) -> BinaryIO | None:
         try:
-            file = path.open("rb")
+            # a link or a pipe in a shared folder is somebody else's
+            file = open_regular(path, follow=False)
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise FetchError(f"{path} in the cache cannot be read ({error}); delete it") from error
         # the time of last use; an open file stays readable even if it is deleted now
         with suppress(OSError):
             os.utime(path)
@@ -124,7 +134,12 @@ class ShardCache:
                 # opened first: under its name, another process may delete it at once
                 file = self._opened(Path(partial))
                 assert file is not None
-                os.replace(partial, path)
+                try:
+                    _require_tar(file, url)
+                    os.replace(partial, path)
+                except BaseException:
+                    file.close()
+                    raise
                 # several processes may have made room for several files at the same time
                 self._make_room(0)
                 return file
@@ -135,7 +150,9 @@ class ShardCache:
                 raise FetchError(f"{url} {took}") from error
             except FileNotFoundError as error:
                 raise FetchError(f"{url} does not exist") from error
-            # what a storage library raises is its own affair: botocore, aiohttp, google.auth
+            except http.TooLargeError as error:
+                raise FetchError(f"{url} {error}; raise --cache-bytes if it is so large") from error
+            # what a storage library raises is its own affair: botocore, google.auth
             except Exception as error:
                 last = error
             finally:
@@ -145,6 +162,11 @@ class ShardCache:
         raise FetchError(f"{url} could not be fetched in {ATTEMPTS} attempts: {last}") from last
 
     def _copy(self, url: str, target: str) -> None:
+        if http.is_http(url):
+            self._make_room(0)
+            with open(target, "wb") as output:
+                http.copy(url, output, self.limit)
+            return
         files, remote = _filesystem(url)
         size = files.size(remote)
         self._make_room(size or 0)
@@ -186,6 +208,17 @@ class ShardCache:
             os.close(handle)
 
 
+def _require_tar(file: BinaryIO, url: str) -> None:
+    """Keep a server's page of an error, or nothing, from being kept for the shard.
+
+    Raises:
+        OSError: it is no tar at all. A damaged or packed one is told of by who reads it.
+    """
+    for fault in index_file(file, url).faults:
+        if fault.kind in ("not a tar", "empty file"):
+            raise OSError(f"what arrived is {fault.kind} ({fault.detail or 'no bytes'})")
+
+
 def is_command(name: str) -> bool:
     """Whether a shard's name is a command that writes the shard to its standard output."""
     return name.startswith(COMMAND)
@@ -204,7 +237,11 @@ def read_small(urls: Iterable[str]) -> dict[str, bytes]:
     """
     found: dict[str, bytes] = {}
     groups: dict[str, list[str]] = {}
+    asked: list[str] = []
     for url in urls:
+        if http.is_http(url):
+            asked.append(url)
+            continue
         groups.setdefault(url.partition("://")[0], []).append(url)
     for group in groups.values():
         files, _ = _filesystem(group[0])
@@ -215,7 +252,28 @@ def read_small(urls: Iterable[str]) -> dict[str, bytes]:
             # object stores that may not be listed answer "forbidden" for what is not there
             elif not isinstance(content, FileNotFoundError | PermissionError):
                 raise FetchError(f"{paths[path]} could not be read: {content}") from content
+    with ThreadPoolExecutor(SMALL_AT_ONCE) as pool:
+        for url, content in zip(asked, pool.map(_small, asked), strict=True):
+            if content is not None:
+                found[url] = content
     return found
+
+
+def _small(url: str) -> bytes | None:
+    """A small file from a server, None where it is not there, in so many attempts."""
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            time.sleep(PAUSE_SECONDS * 2 ** (attempt - 1))
+        try:
+            return http.read(url, SMALL_BYTES)
+        except (FileNotFoundError, PermissionError):
+            return None
+        except http.TooLargeError as error:
+            last: OSError = error
+            break
+        except OSError as error:
+            last = error
+    raise FetchError(f"{url} could not be read: {last}") from last
 
 
 def remote_counts(names: list[str]) -> dict[str, int]:

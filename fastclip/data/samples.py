@@ -11,6 +11,7 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from fastclip.data.complexity import too_complex
 from fastclip.data.index import IMAGE_EXTENSIONS, MAX_MEMBER_BYTES, Fault
 
 MAX_IMAGE_PIXELS = 25_000_000
@@ -82,8 +83,12 @@ def open_image(encoded: bytes, where: str) -> Image.Image:
 
     Raises:
         UnreadableSample: the bytes are no such image; or it has over 25 million pixels, a side
-            over 100 times the other, or over 100 scans, and is not to be decoded.
+            over 100 times the other, over 100 scans or too much before its pixels, and is not to
+            be decoded.
     """
+    excess = too_complex(encoded)
+    if excess:
+        raise UnreadableSample(Fault("image too complex", where, excess))
     try:
         # other formats of Pillow's start programs, or are not what trainers expect
         image = Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG", "WEBP"))

@@ -10,6 +10,7 @@ from braceexpand import braceexpand
 
 from fastclip.data.index import MAX_PLACES, Fault, ShardIndex, index_file
 from fastclip.data.order import DEFAULT_WINDOW
+from fastclip.data.regular import open_regular
 from fastclip.data.remote import (
     COMMAND,
     FetchError,
@@ -196,7 +197,7 @@ def open_shard(name: str, cache: ShardCache) -> BinaryIO:
     Raises:
         OSError: it cannot be opened. FetchError, which is one: it cannot be fetched.
     """
-    return cache.open(name) if is_remote(name) else open(name, "rb")
+    return cache.open(name) if is_remote(name) else open_regular(name)
 
 
 def declared_count(path: Path) -> int | None:

@@ -237,8 +237,31 @@ def test_the_users_cache_is_the_default(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_faults_name_the_url(bucket: str, tmp_path: Path) -> None:
     put(bucket + "x.tar", b"<html>" * 200)
-    with pytest.raises(ValueError, match=r"not a tar: memory://bucket/x.tar"):
+    with pytest.raises(FetchError, match=r"memory://bucket/x.tar could .*: .* not a tar .*<html>"):
         ShardSource(bucket + "x.tar", cache=ShardCache(tmp_path / "cache"))
+    # what is no tar is not kept: the next run asks anew
+    assert left_in(tmp_path / "cache") == []
+    put(bucket + "x.tar", b"\x1f\x8b" + bytes(600))
+    with pytest.raises(ValueError, match=r"compressed shard: memory://bucket/x.tar"):
+        ShardSource(bucket + "x.tar", cache=ShardCache(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link", "folder"])
+def test_what_somebody_put_into_the_cache_is_not_read(
+    bucket: str, tmp_path: Path, kind: str
+) -> None:
+    cache = ShardCache(tmp_path / "cache")
+    cache.open(bucket + "0.tar").close()
+    (path,) = (tmp_path / "cache" / "shards").glob("*.tar")
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "link":
+        path.symlink_to(tmp_path / "1.tar")
+    else:
+        path.mkdir()
+    with pytest.raises(FetchError, match=r"0\.tar in the cache cannot be read .*; delete it"):
+        ShardSource(bucket + "0.tar", cache=cache)
 
 
 def alive(pid: int) -> bool:

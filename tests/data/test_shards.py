@@ -272,3 +272,20 @@ def test_a_byte_order_mark_is_no_part_of_texts_and_labels(make_shard: MakeShard)
     )
     sample = ShardSource(str(path), ("txt", "cls")).read(0, 0)
     assert (sample.texts, sample.label) == (("a dog",), 7)
+
+
+def test_a_pipe_in_the_place_of_a_shard_is_not_waited_for(
+    make_shard: MakeShard, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "pipe.tar")
+    with pytest.raises(FileNotFoundError, match=r"pipe\.tar"):
+        ShardSource(f"{tmp_path}/pipe.tar")
+    with pytest.raises(OSError, match=r"pipe\.tar is no regular file"):
+        index_shard(tmp_path / "pipe.tar")
+    # where a shard has become one since
+    path = make_shard("a.tar", samples=2)
+    source = ShardSource(str(path))
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UnreadableSample, match=r"shard not readable: .*a\.tar"):
+        source.read(0, 0)

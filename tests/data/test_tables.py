@@ -411,3 +411,20 @@ def test_a_file_that_is_no_table_is_an_error(tmp_path: Path) -> None:
     path.write_text("x" * (17 << 20))
     with pytest.raises(ValueError, match="is no table in UTF-8"):
         open_csv(path, DataOptions())
+
+
+def test_special_files_are_no_images(images: Path) -> None:
+    os.mkfifo(images / "pipe.jpg")
+    (images / "loop.jpg").symlink_to("loop.jpg")
+    (images / "folder.jpg").mkdir()
+    # regular files without a size: one waits for messages, the other gives more than it says
+    special = ["/proc/kmsg", "/proc/self/maps", "/dev/zero", "/dev/stdin"]
+    names = ["0.jpg", "pipe.jpg", "loop.jpg", "folder.jpg", *special]
+    source = open_csv(table(images / "t.csv", *(f"{name}\tx" for name in names)), DataOptions())
+    kinds = []
+    for number in range(1, len(names)):
+        with pytest.raises(UnreadableSample) as error:
+            source.read(0, number)
+        kinds.append(error.value.fault.kind)
+    assert kinds[:3] == ["image path is no file", "missing image file", "image path is no file"]
+    assert kinds[4:6] == ["corrupt image", "image path is no file"]

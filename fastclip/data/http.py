@@ -1,0 +1,90 @@
+"""Files from HTTP servers, within bounds, with the status that a server gave."""
+
+import base64
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPException, HTTPResponse
+from typing import BinaryIO
+from urllib.error import HTTPError
+
+# Without a byte for so long, a transfer has failed. A large file may take any time.
+SILENCE_SECONDS = 60.0
+_GONE = (404, 410)
+_REFUSED = (401, 403)
+
+
+class TooLargeError(OSError):
+    """A server sends more than is taken."""
+
+
+def is_http(url: str) -> bool:
+    """Whether a URL is read here."""
+    return url.lower().startswith(("http://", "https://"))
+
+
+def read(url: str, limit: int) -> bytes:
+    """A small file.
+
+    Raises:
+        FileNotFoundError: the server has no such file. PermissionError: it refuses to send it.
+        OSError: it is over `limit` bytes, or the transfer failed otherwise.
+    """
+    with _answer(url) as (response, _):
+        content = response.read(limit + 1)
+    if len(content) > limit:
+        raise TooLargeError(f"over {limit:,} bytes")
+    return content
+
+
+def copy(url: str, target: BinaryIO, limit: int) -> None:
+    """Write the file to `target`: as many bytes as the server declares, else at most `limit`.
+
+    Raises:
+        FileNotFoundError: the server has no such file. PermissionError: it refuses to send it.
+        TooLargeError: no length is declared, and there are more than `limit` bytes.
+        OSError: the transfer failed otherwise.
+    """
+    with _answer(url) as (response, size):
+        written = 0
+        while block := response.read(1 << 20):
+            written += len(block)
+            if size is None and written > limit:
+                raise TooLargeError(f"sent over {limit:,} bytes without a declared length")
+            target.write(block)
+    if size is not None and written != size:
+        raise OSError(f"{written:,} of {size:,} bytes arrived")
+
+
+@contextmanager
+def _answer(url: str) -> Iterator[tuple[HTTPResponse, int | None]]:
+    """The server's answer and the length it declares; the library's errors as OSError."""
+    parts = urllib.parse.urlsplit(url)
+    credentials, _, host = parts.netloc.rpartition("@")
+    request = urllib.request.Request(parts._replace(netloc=host, fragment="").geturl())
+    # packed on the way, a small file could become a large one
+    request.add_header("Accept-Encoding", "identity")
+    if credentials:
+        secret = base64.b64encode(urllib.parse.unquote(credentials).encode()).decode()
+        # not sent on to where the server redirects
+        request.add_unredirected_header("Authorization", f"Basic {secret}")
+    try:
+        with urllib.request.urlopen(request, timeout=SILENCE_SECONDS) as response:
+            packing = response.headers.get("Content-Encoding", "identity")
+            if packing.lower() != "identity":
+                raise OSError(f"the server sends it packed (Content-Encoding: {packing[:40]})")
+            if response.status != 200:
+                raise OSError(f"the server answered {response.status} {response.reason}")
+            # http.client takes what is no number for no length
+            yield response, response.length
+    except HTTPError as error:
+        error.close()
+        said = f"the server answered {error.code} {error.reason}"
+        if error.code in _GONE:
+            raise FileNotFoundError(said) from error
+        raise (PermissionError if error.code in _REFUSED else OSError)(said) from error
+    except TimeoutError as error:
+        raise OSError(f"nothing came for {SILENCE_SECONDS:g} seconds") from error
+    except (HTTPException, ValueError) as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
