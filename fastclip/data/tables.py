@@ -152,6 +152,7 @@ def _separator_of(path: Path, options: DataOptions) -> str:
         for other in {",", "\t"} - {given}:
             found = _header(path, other)
             if set(wanted) <= set(found):
+                _require_once(path, found, wanted)
                 note(f"{path} is separated by {other!r}, not {given!r}")
                 return other
             if len(found) > 1:
@@ -164,7 +165,15 @@ def _separator_of(path: Path, options: DataOptions) -> str:
             f"{[name[:80] for name in columns[:20]]}: "
             "give --csv-img-key, --csv-caption-key or --csv-separator"
         )
+    _require_once(path, columns, wanted)
     return given
+
+
+def _require_once(path: Path, columns: list[str], wanted: tuple[str, str]) -> None:
+    """Readers differ over which of two columns of one name is meant."""
+    for name in wanted:
+        if columns.count(name) > 1:
+            raise ValueError(f"{path} has the column {name!r} twice; rename one of them")
 
 
 def _csv_rows(path: Path, separator: str, options: DataOptions) -> Iterator[tuple[str, str]]:

@@ -1,11 +1,48 @@
 """Texts to tokens, and how many of the texts were too long."""
 
+import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 Tokenizer = Callable[[list[str]], Tensor]
+
+# The longest of open_clip's tokens stands for 28 bytes; the rest keeps a cut from reaching back.
+BYTES_A_TOKEN = 32
+LEAST_BYTES = 77 * BYTES_A_TOKEN
+
+
+@dataclass(frozen=True)
+class _Cleaned:
+    """A text cleaned as before, and cut where no token of it is in the context any more."""
+
+    clean: Callable[[str], str]
+    limit: int
+
+    def __call__(self, text: str) -> str:
+        # what a text has too much may be what is cleaned away
+        cleaned = self.clean(text)
+        if len(cleaned) * 4 <= self.limit:
+            return cleaned
+        return cleaned.encode("utf-8", "surrogatepass")[: self.limit].decode("utf-8", "ignore")
+
+
+def bounded(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer, of a time that is linear in the text.
+
+    open_clip's `SimpleTokenizer` takes time with the square of a word's length: minutes for 64 KiB
+    of letters without a space. A copy of it sees as much of a text as can be in its context. Others
+    are returned as they are.
+    """
+    source: Any = tokenizer
+    if not (hasattr(source, "clean_fn") and hasattr(source, "bpe")):
+        return tokenizer
+    limit = max(LEAST_BYTES, BYTES_A_TOKEN * (source.context_length or 0))
+    bounding = copy.copy(source)
+    bounding.clean_fn = _Cleaned(source.clean_fn, limit)
+    return bounding
 
 
 def tokenize(tokenizer: Tokenizer, texts: list[str]) -> tuple[Tensor, int]:
@@ -18,9 +55,9 @@ def tokenize(tokenizer: Tokenizer, texts: list[str]) -> tuple[Tensor, int]:
         tokenizer: makes (n, L) int64 of n texts.
     """
     # what is asked for differs from one to the other
-    source: Any = tokenizer
+    source: Any = bounded(tokenizer)
     before = getattr(source, "truncated", None)
-    tokens = tokenizer(texts)
+    tokens: Tensor = source(texts)
     if before is not None:
         return tokens, source.truncated - before
     end = getattr(source, "eot_token_id", None)

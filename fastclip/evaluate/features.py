@@ -15,6 +15,7 @@ from fastclip.data.faults import FaultLog
 from fastclip.data.index import Fault
 from fastclip.data.loader import EvaluationSamples, collate
 from fastclip.data.samples import Source, UnreadableSample, decode_image
+from fastclip.data.tokens import bounded
 from fastclip.device import autocast
 from fastclip.evaluate import ranks
 from fastclip.models.clip import Model
@@ -220,8 +221,9 @@ def text_batches(
     device = next(model.model.parameters()).device
     towers: Any = model.model
     with evaluating(model.model), autocast(device, precision):
+        tokenizer = bounded(model.tokenizer)
         for first in range(start, len(texts), batch_size):
-            tokens = model.tokenizer(texts[first : first + batch_size]).to(device)
+            tokens = tokenizer(texts[first : first + batch_size]).to(device)
             yield first, normalised(towers.encode_text(tokens))
 
 

@@ -1,6 +1,8 @@
 """Counting texts that are too long for a tokenizer."""
 
 import pickle
+import random
+import string
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from fastclip.data.captions import CaptionSampling
 from fastclip.data.loader import TrainingLoader
 from fastclip.data.order import Order
 from fastclip.data.shards import ShardSource
-from fastclip.data.tokens import tokenize
+from fastclip.data.tokens import LEAST_BYTES, tokenize
 from fastclip.data.training_samples import TrainingSamples
 from tests.conftest import jpeg
 
@@ -59,6 +61,37 @@ def test_full_is_not_cut(text: str, cut: int, mask: str) -> None:
     torch.manual_seed(0)
     tokens, found = tokenize(tokenizer, ["a", text, "b"])
     assert torch.equal(tokens, plain) and found == cut
+
+
+@pytest.mark.parametrize("context", [8, 77, 256])
+def test_long_texts_have_the_tokens_they_had(context: int) -> None:
+    tokenizer = open_clip.SimpleTokenizer(context_length=context)
+    rng = random.Random(0)
+    letters = "".join(rng.choices(string.ascii_lowercase, k=2500))
+    texts = [
+        letters,
+        "antidisestablishmentarianism " * 500,
+        "ab" * 2000,
+        "\N{GRINNING FACE}" * 900,
+        "\u72d7" * 900,
+        # what is cleaned away takes no room
+        " " * 50_000 + "a dog " + "&amp;amp;" * 3000 + " and a cat",
+        "a dog",
+    ]
+    tokens, cut = tokenize(tokenizer, texts)
+    assert torch.equal(tokens, tokenizer(texts))
+    assert cut == sum(len(tokenizer.encode(text)) + 2 > context for text in texts)
+
+
+def test_a_word_of_a_mebibyte_stalls_nothing() -> None:
+    tokenizer = open_clip.SimpleTokenizer()
+    seen: list[int] = []
+    plain = tokenizer.bpe
+    tokenizer.bpe = lambda token: seen.append(len(token)) or plain(token)
+    letters = "".join(random.Random(0).choices(string.ascii_lowercase, k=1 << 20))
+    assert tokenize(tokenizer, [letters])[1] == 1
+    # the time grows with the square of these
+    assert max(seen) <= LEAST_BYTES
 
 
 def test_texts_are_counted_one_by_one() -> None:
