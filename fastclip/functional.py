@@ -516,11 +516,19 @@ def _concatenate(blocks: list[Tensor]) -> Tensor:
 def _inverse(temperature: Tensor | float) -> Tensor | float:
     if not isinstance(temperature, Tensor):
         checks.check_positive("temperature", temperature)
-    elif temperature.numel() != 1:
+        return 1 / temperature
+    if temperature.numel() != 1:
         raise ValueError(
             f"temperature has shape {tuple(temperature.shape)}; give a 0-d or (1,) tensor"
         )
-    return 1 / temperature
+    # 16 bits would round the inverse, and its gradient, -1/T^2, would overflow in them
+    wide = temperature.to(torch.promote_types(temperature.dtype, torch.float32))
+    if checks.is_readable(temperature):
+        if temperature.item() <= 0:
+            raise ValueError(f"temperature is {temperature.item()}; give a positive number")
+        return 1 / wide
+    # a device is not waited for: the loss is NaN
+    return 1 / torch.where(wide > 0, wide, torch.nan)
 
 
 def _ranks(

@@ -63,6 +63,18 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name} is {value}; give a positive number")
 
 
+def is_readable(value: Tensor) -> bool:
+    """Whether a number may be read from a tensor without waiting for a device or in a trace."""
+    if torch.compiler.is_compiling() or value.device.type != "cpu":
+        return False
+    return type(value) in (Tensor, torch.nn.Parameter) and not _is_transformed(value)
+
+
+def _is_transformed(value: Tensor) -> bool:
+    """Whether a transform of torch.func is at work on a tensor."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(value)
+
+
 def check_features(name: str, features: Tensor) -> None:
     """(rows, width), floating point, neither empty nor a DTensor."""
     if type(features).__name__ == "DTensor":

@@ -21,7 +21,7 @@ from fastclip.ops import backend as backends
 from fastclip.ops import checks, reference
 from fastclip.ops.gemm import accumulator_dtype, add_product, as_operand, product
 from fastclip.ops.similarity import check_pair
-from fastclip.ops.tiles import chunk_rows, chunks
+from fastclip.ops.tiles import away_from_zero, chunk_rows, chunks
 
 
 def distillation(
@@ -41,7 +41,7 @@ def distillation(
     Args:
         x, y: (N, D), the student's features.
         teacher_x, teacher_y: (N, E), the teacher's.
-        scale, teacher_scale: 0-d or (1,) tensors, or numbers; not zero.
+        scale, teacher_scale: 0-d or (1,) tensors, or numbers.
         backend: "auto", "torch", or "reference", which differentiates the teacher too.
         chunk_bytes, precision: as `fastclip.ops.similarity.similarity_statistics`.
 
@@ -227,7 +227,7 @@ class _Walk:
         if self.u_NE.dtype != torch.bfloat16:
             self.u_NE, self.v_NE = self.u_NE.to(self.dtype), self.v_NE.to(self.dtype)
         self.scale, self.teacher_scale = (
-            s.reshape(()).to(self.dtype) for s in (scale, teacher_scale)
+            away_from_zero(s.reshape(()), self.dtype) for s in (scale, teacher_scale)
         )
         self.n = x.shape[0]
         self.chunk = chunk_rows(self.n, self.n, self.dtype.itemsize, chunk_bytes, x.device.type)

@@ -26,7 +26,7 @@ from fastclip.ops.gemm import accumulator_dtype
 from fastclip.ops.rectangle import add_rows_
 from fastclip.ops.similarity import collected_shape
 from fastclip.ops.symmetric import backward_flop, forward_flop
-from fastclip.ops.tiles import chunks, finished, tiles_of
+from fastclip.ops.tiles import away_from_zero, chunks, finished, tiles_of
 from fastclip.ops.triangle import Blocks
 
 ROWS_OF_A_PART = 256
@@ -57,7 +57,7 @@ def label_statistics(
     Args:
         z: (M, D).
         labels: (M,) integers.
-        scale: 0-d or (1,) tensor, or a number; not zero.
+        scale: 0-d or (1,) tensor, or a number.
         ranks: the processes whose rows these are part of.
         backend, chunk_bytes, precision: as `fastclip.ops.similarity.similarity_statistics`.
 
@@ -109,7 +109,7 @@ def _labels(
     with torch.autocast(z.device.type, enabled=False):
         tiles = tiles_of(backend, compute_dtype)
         z = z.to(compute_dtype)
-        table = scale.reshape(1, 1).to(tiles.dtype)
+        table = away_from_zero(scale.reshape(1, 1), tiles.dtype)
         collected = columns.collect(z)
         classes = _Classes(labels, columns.all_lines(labels))
         dot = torch.zeros(z.shape[0], dtype=tiles.dtype, device=z.device)
@@ -176,7 +176,7 @@ def _labels_gradient(
     with torch.autocast(z.device.type, enabled=False):
         tiles = tiles_of(backend, compute_dtype)
         features = z.to(compute_dtype)
-        table = scale.reshape(1, 1).to(tiles.dtype)
+        table = away_from_zero(scale.reshape(1, 1), tiles.dtype)
         classes = _Classes(labels, columns.all_lines(labels))
         weight = d_positive_mean / classes.others.clamp(min=1)
         all_weights = columns.all_lines(weight)[:, None]

@@ -22,6 +22,7 @@ from fastclip.ops.tiles import (
     Running,
     Tile,
     Tiles,
+    away_from_zero,
     chunk_rows,
     chunks,
     finished,
@@ -111,7 +112,7 @@ def statistics(
 ) -> tuple[Running, Running, Tensor]:
     """Statistics of rows and of own paired columns, and the positive logits; 1 product."""
     x_op_ND = tiles.operand(x_ND)
-    scale = scale.reshape(()).to(tiles.dtype)
+    scale = away_from_zero(scale.reshape(()), tiles.dtype)
     row_lines = Running.of(shape.rows, x_ND, tiles.dtype)
     column_lines = Running.of(shape.paired, x_ND, tiles.dtype)
     for part in columns.parts(y_MD, collected):
@@ -165,7 +166,7 @@ def statistics_gradient(
     need_x, need_y, need_scale = needs
     x_op_ND = tiles.operand(x_ND)
     x_grad_ND = tiles.gradient_operand(x_op_ND)
-    scale = scale.reshape(()).to(tiles.dtype)
+    scale = away_from_zero(scale.reshape(()), tiles.dtype)
     mean_terms = None
     if upstream.row_mean is not None:
         mean_terms = _Means(x_ND, y_MD, upstream, tiles, columns)
@@ -237,7 +238,7 @@ def info_nce(
     need_x, need_y, need_scale = needs
     x_op_ND = tiles.operand(x_ND)
     x_grad_ND = tiles.gradient_operand(x_op_ND)
-    scale = scale.reshape(()).to(tiles.dtype)
+    scale = away_from_zero(scale.reshape(()), tiles.dtype)
     cosine_N = tiles.row_dot(x_ND, shape.positives(y_MD))
     positive_N = cosine_N * scale
 
@@ -302,7 +303,7 @@ def sigmoid(
     need_x, need_y, need_scale, need_offset = needs
     x_op_ND = tiles.operand(x_ND)
     x_grad_ND = tiles.gradient_operand(x_op_ND)
-    scale = scale.reshape(()).to(tiles.dtype)
+    scale = away_from_zero(scale.reshape(()), tiles.dtype)
     offset = None if offset is None else offset.reshape(()).to(tiles.dtype)
     cosine_N = tiles.row_dot(x_ND, shape.positives(y_MD))
     weight_N = torch.ones_like(cosine_N) if upstream_N is None else upstream_N

@@ -42,7 +42,7 @@ def sigmoid_loss(
     Args:
         x: (N, D) rows.
         y: (N, D) columns; row i's positive is column i.
-        scale, offset: 0-d or (1,) tensors, or numbers; scale not zero.
+        scale, offset: 0-d or (1,) tensors, or numbers.
         per_row: whether to return rows.
         ranks: the processes whose rows and columns these are part of. A sum's gradient is formed
             in the forward, so its upstream gradient must be the same on all ranks.

@@ -72,7 +72,7 @@ def similarity_statistics(
     Args:
         x: (N, D) rows, N >= 1.
         y: (M, D) columns, on x's device and, unless autocast casts both, of its dtype.
-        scale: 0-d or (1,) tensor, or a number; not zero.
+        scale: 0-d or (1,) tensor, or a number.
         both: whether columns have statistics too; needs M >= N.
         positive_index: (N,) integers in [0, M), the rows' positives; None: row i's is column i.
             Only without `both` and groups. Values out of range are the caller's fault.

@@ -31,7 +31,7 @@ from fastclip.ops.collectives import Ranks, plain, rows_of_all, unplain
 from fastclip.ops.columns import columns_of
 from fastclip.ops.gemm import accumulator_dtype
 from fastclip.ops.similarity import collected_shape, one_product
-from fastclip.ops.tiles import tiles_of
+from fastclip.ops.tiles import away_from_zero, tiles_of
 from fastclip.ops.triangle import Blocks
 
 
@@ -59,7 +59,7 @@ def block_statistics(
     Args:
         z: (B N, D), block after block.
         domains: the domain of each block, in [0, P).
-        scale, offset: (P, P), symmetric, on z's device; offset None is 0. No scale is zero.
+        scale, offset: (P, P), symmetric, on z's device; offset None is 0.
         ranks: the processes whose pairs these are part of.
         backend, chunk_bytes, precision: as `fastclip.ops.similarity.similarity_statistics`.
 
@@ -119,7 +119,7 @@ def _blocks(
     with torch.autocast(z.device.type, enabled=False):
         tiles = tiles_of(backend, compute_dtype)
         z = z.to(compute_dtype)
-        scale = scale.to(tiles.dtype)
+        scale = away_from_zero(scale, tiles.dtype)
         offset = None if offset is None else offset.to(tiles.dtype)
         ranks = unplain(way, group, sizes)
         collected = z.new_empty(0)
@@ -169,7 +169,7 @@ def _blocks_gradient(
     with torch.autocast(z.device.type, enabled=False):
         tiles = tiles_of(backend, compute_dtype)
         features = z.to(compute_dtype)
-        wide = scale.to(tiles.dtype)
+        wide = away_from_zero(scale, tiles.dtype)
         wide_offset = None if offset is None else offset.to(tiles.dtype)
         ranks = unplain(way, group, sizes)
         tables = (wide, wide_offset)

@@ -104,8 +104,16 @@ class Running(NamedTuple):
         self.max.copy_(merged)
 
     def lse(self) -> Tensor:
-        """The log-sum-exps; -inf for lines without negatives."""
-        return torch.log(self.sum).add_(finite(self.max))
+        """The log-sum-exps; -inf for lines without negatives.
+
+        NaN from a maximum of `largest_logit` on: neighbors are 2 apart there, so that exp(S - lse)
+        has no digit, whatever a loss made of it would look like.
+        """
+        anchor = finite(self.max)
+        dtype = anchor.dtype
+        # overflows from there on, and 0 * inf is NaN
+        beyond = anchor * (torch.finfo(dtype).max / largest_logit(dtype))
+        return torch.log(self.sum).add_(anchor).add_(beyond, alpha=0)
 
 
 class Tiles(Protocol):
@@ -333,6 +341,22 @@ def finished_room(total: Tensor, dtype: torch.dtype) -> Tensor:
 def chunks(start: int, stop: int, size: int) -> list[tuple[int, int]]:
     """[start, stop) in pieces of `size`."""
     return [(a, min(a + size, stop)) for a in range(start, stop, size)]
+
+
+def largest_logit(dtype: torch.dtype) -> float:
+    """The bound of |S| that is held in `dtype`."""
+    return 2 / torch.finfo(dtype).eps
+
+
+def away_from_zero(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`scale` in the accumulator's dtype, with a magnitude that sums of G * S can be divided by.
+
+    S of the least scale lies far below a rounding of any sum it enters, so statistics are those of
+    a scale of 0, and the division still finds sums of G * cos: the scale's gradient.
+    """
+    scale = scale.to(dtype)
+    least = torch.finfo(dtype).tiny ** 0.25
+    return torch.where(scale.abs() < least, least, scale)
 
 
 def finite(anchor: Tensor) -> Tensor:
