@@ -8,6 +8,7 @@ from fastclip.atomic import partial_of, write_text
 from fastclip.data.remote import ShardCache
 from fastclip.evaluate.embed import Embedding
 from fastclip.models import checkpoint
+from tests.conftest import jpeg, write_tar
 
 
 def test_texts_and_checkpoints(tmp_path: Path) -> None:
@@ -34,8 +35,7 @@ def test_features(tmp_path: Path) -> None:
 
 
 def test_locks_and_the_cache_folder(tmp_path: Path) -> None:
-    source = tmp_path / "s.tar"
-    source.write_bytes(b"x")
+    source = write_tar(tmp_path / "s.tar", [("a.jpg", jpeg())])
     precious = tmp_path / "precious"
     precious.write_text("kept")
     cache = ShardCache(tmp_path / "cache", 1 << 20)

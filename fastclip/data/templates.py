@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from fastclip.bounded import read_text
+
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 
 
@@ -17,7 +19,12 @@ def fill_template(template: str, name: str) -> str:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The non-empty lines of a text file, stripped, without a byte-order mark."""
+    """The non-empty lines of a text file, stripped, without a byte-order mark.
+
+    Raises:
+        ValueError: it is not UTF-8, no regular file, or over 16 MiB.
+        FileNotFoundError: there is no such file.
+    """
     # not splitlines, which also splits at separators that names may contain
-    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
+    lines = [line.strip() for line in read_text(path).removeprefix("\ufeff").split("\n")]
     return [line for line in lines if line]

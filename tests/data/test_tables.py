@@ -428,3 +428,12 @@ def test_special_files_are_no_images(images: Path) -> None:
         kinds.append(error.value.fault.kind)
     assert kinds[:3] == ["image path is no file", "missing image file", "image path is no file"]
     assert kinds[4:6] == ["corrupt image", "image path is no file"]
+
+
+def test_templates_that_are_no_text_are_named(tmp_path: Path) -> None:
+    (tmp_path / "data" / "dog").mkdir(parents=True)
+    (tmp_path / "data" / "dog" / "a.jpg").write_bytes(jpeg())
+    (tmp_path / "t.txt").write_text("a {}.", encoding="utf-16")
+    options = DataOptions(templates=tmp_path / "t.txt")
+    with pytest.raises(ValueError, match=r"t\.txt is not UTF-8 .*; save it as UTF-8"):
+        open_source(f"{tmp_path}/data", options, split="train")
