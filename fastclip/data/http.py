@@ -19,6 +19,19 @@ class TooLargeError(OSError):
     """A server sends more than is taken."""
 
 
+class _HttpRedirects(urllib.request.HTTPRedirectHandler):
+    """Redirects of HTTP to HTTP; urllib's own would follow them to FTP as well."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):  # type: ignore[no-untyped-def]
+        if not is_http(newurl):
+            scheme = newurl.partition(":")[0][:40]
+            raise HTTPError(newurl, code, f"with a redirect to {scheme}", headers, fp)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+_OPENER = urllib.request.build_opener(_HttpRedirects)
+
+
 def is_http(url: str) -> bool:
     """Whether a URL is read here."""
     return url.lower().startswith(("http://", "https://"))
@@ -70,7 +83,7 @@ def _answer(url: str) -> Iterator[tuple[HTTPResponse, int | None]]:
         # not sent on to where the server redirects
         request.add_unredirected_header("Authorization", f"Basic {secret}")
     try:
-        with urllib.request.urlopen(request, timeout=SILENCE_SECONDS) as response:
+        with _OPENER.open(request, timeout=SILENCE_SECONDS) as response:
             packing = response.headers.get("Content-Encoding", "identity")
             if packing.lower() != "identity":
                 raise OSError(f"the server sends it packed (Content-Encoding: {packing[:40]})")

@@ -301,3 +301,11 @@ def test_a_refused_connection_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(remote, "PAUSE_SECONDS", 0)
     with pytest.raises(FetchError, match=r"sizes\.json could not be read: .*refused"):
         ShardSource("http://127.0.0.1:9/a.tar", cache=ShardCache(tmp_path))
+
+
+def test_a_redirect_leads_to_http_alone(server: str, tmp_path: Path) -> None:
+    for target in ("ftp://127.0.0.1:9/a.tar", "file:///etc/hostname"):
+        Handler.answers["/a.tar"] = status(302, Location=target)
+        with pytest.raises(FetchError, match=r"a\.tar .*(redirect|not allowed)"):
+            ShardSource(server + "a.tar", cache=ShardCache(tmp_path))
+    assert kept(tmp_path) == []
