@@ -8,6 +8,7 @@ from torch.distributed import ProcessGroup
 
 from fastclip.functional import Exchange, sup_con_loss
 from fastclip.ops.checks import check_positive
+from fastclip.ops.collectives import check_way
 
 
 class SupConLoss(nn.Module):
@@ -19,7 +20,7 @@ class SupConLoss(nn.Module):
             backend, chunk_bytes.
 
     Raises:
-        ValueError: a temperature that is not positive.
+        ValueError: an unknown `dist`, a temperature that is not positive.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class SupConLoss(nn.Module):
         chunk_bytes: int | None = None,
     ) -> None:
         super().__init__()
+        check_way(dist)
         check_positive("temperature", temperature)
         self.temperature = temperature
         self.options: dict[str, Any] = {
