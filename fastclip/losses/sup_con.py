@@ -14,6 +14,9 @@ from fastclip.ops.collectives import check_way
 class SupConLoss(nn.Module):
     """Supervised contrastive loss, L_out (Khosla et al. 2020), memory linear in the batch.
 
+    Not a drop-in for other classes of this name: features are normalized by the caller, labels are
+    integers, and the value has no factor temperature / base_temperature as SupContrast's.
+
     Args:
         temperature: > 0.
         dist, group: how processes share the loss; see `fastclip.functional`, as for
