@@ -501,7 +501,7 @@ def _check_blocks(features: list[Tensor], domains: list[int]) -> None:
                 "and device"
             )
     if len({block.dtype for block in features}) > 1:
-        autocast = torch.is_autocast_enabled(features[0].device.type)
+        autocast = checks.autocast_enabled(features[0].device)
         if not autocast or any(block.dtype == torch.float64 for block in features):
             kinds = sorted({str(block.dtype) for block in features})
             raise ValueError(f"the blocks are {' and '.join(kinds)}; cast them to one dtype")
@@ -509,7 +509,7 @@ def _check_blocks(features: list[Tensor], domains: list[int]) -> None:
 
 def _concatenate(blocks: list[Tensor]) -> Tensor:
     # the operator rounds for autocast, whose own rule here knows no float16 beside bfloat16
-    with torch.autocast(blocks[0].device.type, enabled=False):
+    with checks.without_autocast(blocks[0].device):
         return torch.cat(blocks)
 
 

@@ -43,7 +43,8 @@ def patch_transformers(
     Raises:
         ModuleNotFoundError: transformers is not installed.
         ImportError: it is older than 5.0, whose towers return their outputs in another form.
-        ValueError: the model is not one of Hugging Face's CLIP or SigLIP.
+        ValueError: the model is not one of Hugging Face's CLIP or SigLIP, or one whose loss is
+            another's (SigLIP 2, CLIPSeg) without `loss=False`.
     """
     import transformers
 
@@ -59,6 +60,13 @@ def patch_transformers(
             f"{type(model).__name__} is no CLIP or SigLIP of transformers; give a CLIPModel, "
             "a SiglipModel or one of their towers"
         )
+    for part in known if loss else ():
+        # a tower alone has none
+        if hasattr(part, "logit_scale") and not isinstance(part, tuple(losses)):
+            raise ValueError(
+                f"the loss of {type(part).__name__} cannot be exchanged, only CLIPModel's and "
+                "SiglipModel's; loss=False exchanges its attention alone"
+            )
     handle = PatchHandle()
     if attention:
         _exchange_attention(known, backend, handle)

@@ -8,6 +8,7 @@ from torch.distributed import ProcessGroup
 from fastclip.functional import Exchange, info_nce_loss
 from fastclip.losses.memory_bank import memory_bank
 from fastclip.ops.checks import check_positive
+from fastclip.ops.collectives import check_way
 
 
 class InfoNCELoss(nn.Module):
@@ -22,7 +23,8 @@ class InfoNCELoss(nn.Module):
             for backend, chunk_bytes.
 
     Raises:
-        ValueError: a temperature that is not positive, a bank without width, or no negatives.
+        ValueError: an unknown `dist`, a temperature that is not positive, a bank without width,
+            or no negatives.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class InfoNCELoss(nn.Module):
         chunk_bytes: int | None = None,
     ) -> None:
         super().__init__()
+        check_way(dist)
         check_positive("temperature", temperature)
         self.temperature = temperature
         self.memory_bank = memory_bank(memory_bank_size)

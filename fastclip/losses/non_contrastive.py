@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from fastclip.functional import Exchange
-from fastclip.ops.checks import check_positive
+from fastclip.ops.checks import check_positive, without_autocast
 from fastclip.ops.collectives import (
     Ranks,
     all_rows,
@@ -59,7 +59,7 @@ def prediction_loss(
     """
     _check_alike(prediction, target, ("prediction", "target"))
     ranks = ranks_of(dist, group, sizes, len(prediction))
-    with torch.autocast(prediction.device.type, enabled=False):
+    with without_autocast(prediction.device):
         cosines = F.cosine_similarity(_wide(prediction), _wide(target.detach()), dim=1)
         return _mean(2 - 2 * cosines, ranks)
 
@@ -96,7 +96,7 @@ def cross_correlation_loss(
     check_positive("off_diagonal", off_diagonal)
     check_positive("scale", scale)
     ranks = ranks_of(dist, group, sizes, len(first))
-    with torch.autocast(first.device.type, enabled=False):
+    with without_autocast(first.device):
         return _CrossCorrelation.apply(first, second, off_diagonal, scale, ranks)
 
 
@@ -193,7 +193,7 @@ def swapped_assignment_loss(
     if iterations < 1:
         raise ValueError(f"iterations is {iterations}; give 1 or more")
     ranks = ranks_of(dist, group, sizes, len(images[0]))
-    with torch.autocast(images[0].device.type, enabled=False):
+    with without_autocast(images[0].device):
         own = [[_wide(view) for view in views] for views in (images, texts)]
         everyone = [
             [rows_of_all(v, ranks, ranks.sizes) if ranks else v for v in views] for views in own

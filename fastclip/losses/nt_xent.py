@@ -9,6 +9,7 @@ from torch.distributed import ProcessGroup, is_initialized
 from fastclip.functional import Exchange, info_nce_loss, nt_xent_loss
 from fastclip.losses.memory_bank import memory_bank
 from fastclip.ops.checks import check_positive
+from fastclip.ops.collectives import check_way
 
 
 class NTXentLoss(nn.Module):
@@ -29,7 +30,7 @@ class NTXentLoss(nn.Module):
             backend, chunk_bytes.
 
     Raises:
-        ValueError: a temperature that is not positive, or a bank without width.
+        ValueError: an unknown `dist`, a temperature that is not positive, or a bank without width.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class NTXentLoss(nn.Module):
         chunk_bytes: int | None = None,
     ) -> None:
         super().__init__()
+        check_way(dist)
         check_positive("temperature", temperature)
         self.temperature = temperature
         self.memory_bank = memory_bank(memory_bank_size)

@@ -8,10 +8,14 @@ from torch.distributed import ProcessGroup
 
 from fastclip.functional import Exchange, sup_con_loss
 from fastclip.ops.checks import check_positive
+from fastclip.ops.collectives import check_way
 
 
 class SupConLoss(nn.Module):
     """Supervised contrastive loss, L_out (Khosla et al. 2020), memory linear in the batch.
+
+    Not a drop-in for other classes of this name: features are normalized by the caller, labels are
+    integers, and the value has no factor temperature / base_temperature as SupContrast's.
 
     Args:
         temperature: > 0.
@@ -19,7 +23,7 @@ class SupConLoss(nn.Module):
             backend, chunk_bytes.
 
     Raises:
-        ValueError: a temperature that is not positive.
+        ValueError: an unknown `dist`, a temperature that is not positive.
     """
 
     def __init__(
@@ -32,6 +36,7 @@ class SupConLoss(nn.Module):
         chunk_bytes: int | None = None,
     ) -> None:
         super().__init__()
+        check_way(dist)
         check_positive("temperature", temperature)
         self.temperature = temperature
         self.options: dict[str, Any] = {

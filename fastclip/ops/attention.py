@@ -58,7 +58,7 @@ def attention(
     scale = _check_options(query, key, key_lengths, causal, scale)
     chosen = _choose(query, key, causal, compute_dtype, backend, key_lengths)
     # once, and outside of autocast, whose own casts would repeat in the backward
-    with torch.autocast(query.device.type, enabled=False):
+    with checks.without_autocast(query.device):
         q, k, v = (t.to(compute_dtype) for t in (query, key, value))
         if chosen == "reference":
             return plain.attention(q, k, v, key_lengths, causal, scale)
@@ -66,7 +66,7 @@ def attention(
             return plain.sdpa(q, k, v, key_lengths, causal, scale)
         if chosen == "flash":
             return _flash(q, k, v, causal, scale)
-        checks.refuse_forward_mode(q, k, v)
+        checks.refuse_transforms(q, k, v)
         return _forward(q, k, v, key_lengths, causal, scale)[0]
 
 
@@ -98,10 +98,10 @@ def packed_attention(
     q, k, _ = _unpacked(qkv)
     scale = _check_options(q, k, key_lengths, causal, scale)
     chosen = _choose(q, k, causal, compute_dtype, backend, key_lengths)
-    with torch.autocast(qkv.device.type, enabled=False):
+    with checks.without_autocast(qkv.device):
         qkv = qkv.to(compute_dtype)
         if chosen == "triton":
-            checks.refuse_forward_mode(qkv)
+            checks.refuse_transforms(qkv)
             return _packed_forward(qkv, key_lengths, causal, scale)[0]
     options: dict[str, Any] = {"causal": causal, "key_lengths": key_lengths, "scale": scale}
     out = attention(*_unpacked(qkv), **options, backend=chosen, precision="input")
@@ -361,7 +361,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, compute_dtype: torch.dtype
             raise ValueError(
                 f"the {name} is on {t.device}, the query on {query.device}; move one of them"
             )
-        cast = compute_dtype != query.dtype or torch.is_autocast_enabled(query.device.type)
+        cast = compute_dtype != query.dtype or checks.autocast_enabled(query.device)
         if t.dtype != query.dtype and (not cast or torch.float64 in (t.dtype, query.dtype)):
             raise ValueError(f"the {name} is {t.dtype}, the query {query.dtype}; cast one of them")
     if key.shape != value.shape:

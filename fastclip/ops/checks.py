@@ -1,5 +1,8 @@
 """What every operator asks of its inputs, and how it reads autocast."""
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,9 +16,19 @@ def compute_dtype_of(features: Tensor, precision: str) -> torch.dtype:
     # autocast itself leaves float64 alone
     if precision == "input" or features.dtype == torch.float64:
         return features.dtype
-    if torch.is_autocast_enabled(features.device.type):
+    if autocast_enabled(features.device):
         return torch.get_autocast_dtype(features.device.type)
     return features.dtype
+
+
+def autocast_enabled(device: torch.device) -> bool:
+    """Whether autocast is on; meta tensors, which have shapes alone, know none."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast off, where the device has it."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def as_scalar(name: str, value: Tensor | float, like: Tensor) -> Tensor:
@@ -75,6 +88,15 @@ def _is_transformed(value: Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(value)
 
 
+def _is_differentiated(value: Tensor) -> bool:
+    """Whether torch.func differentiates by a tensor, under any number of its transforms."""
+    while _is_transformed(value):
+        if torch._C._functorch.is_gradtrackingtensor(value):
+            return True
+        value = torch._C._functorch.get_unwrapped(value)
+    return False
+
+
 def check_features(name: str, features: Tensor) -> None:
     """(rows, width), floating point, neither empty nor a DTensor."""
     if type(features).__name__ == "DTensor":
@@ -94,7 +116,7 @@ def check_alike(x: Tensor, y: Tensor, compute_dtype: torch.dtype) -> None:
     if x.device != y.device:
         raise ValueError(f"the features are on {x.device} and {y.device}; move them to one device")
     # under autocast the towers may end in different dtypes, and both are cast to its own
-    cast = compute_dtype != x.dtype or torch.is_autocast_enabled(x.device.type)
+    cast = compute_dtype != x.dtype or autocast_enabled(x.device)
     if x.dtype != y.dtype and (not cast or torch.float64 in (x.dtype, y.dtype)):
         raise ValueError(f"the features are {x.dtype} and {y.dtype}; cast them to one dtype")
     if x.shape[1] != y.shape[1]:
@@ -120,8 +142,8 @@ def chunk_argument(chunk_bytes: int | None) -> int:
     return chunk_bytes or 0
 
 
-def refuse_forward_mode(*inputs: Tensor) -> None:
-    """Forward mode through a custom op would silently give a zero tangent."""
+def refuse_transforms(*inputs: Tensor) -> None:
+    """Forward mode through a custom op would silently give a zero tangent, torch.func no word."""
     if torch.compiler.is_compiling():
         return
     for value in inputs:
@@ -129,6 +151,11 @@ def refuse_forward_mode(*inputs: Tensor) -> None:
             raise RuntimeError(
                 "fastclip's fused operators have no forward-mode derivative; "
                 "use backend='reference' for it"
+            )
+        if _is_differentiated(value):
+            raise RuntimeError(
+                "fastclip's fused operators are not for torch.func's grad, vjp and jacobians; use "
+                "backend='reference' with these, or torch.autograd"
             )
 
 

@@ -94,6 +94,16 @@ class Ranks(NamedTuple):
         return tuple(size * (columns // own) for size in self.sizes)
 
 
+def check_way(way: str | None) -> None:
+    """The `dist` of a loss.
+
+    Raises:
+        ValueError: it is none of `WAYS`, nor None.
+    """
+    if way is not None and way not in WAYS:
+        raise ValueError(f"dist is {way!r}; use 'gather', 'ring' or None")
+
+
 def ranks_of(
     way: str | None,
     group: dist.ProcessGroup | None,
@@ -115,9 +125,8 @@ def ranks_of(
         if group is not None or sizes is not None:
             raise ValueError("group and sizes are for losses over several processes; give dist")
         return None
-    if way not in WAYS:
-        raise ValueError(f"dist is {way!r}; use 'gather', 'ring' or None")
-    name, rank, world = _place(way, group)
+    check_way(way)
+    name, rank, world = _place(group)
     shares = (rows,) * world if sizes is None else tuple(sizes)
     if len(shares) != world or shares[rank] != rows or min(shares) < 1:
         raise ValueError(
@@ -128,13 +137,9 @@ def ranks_of(
 
 
 @torch.compiler.assume_constant_result  # a graph is compiled for the processes that share it
-def _place(way: str, group: dist.ProcessGroup | None) -> tuple[str, int, int]:
+def _place(group: dist.ProcessGroup | None) -> tuple[str, int, int]:
     """The group's name, this process's rank in it, and the number of ranks."""
-    if not (dist.is_available() and dist.is_initialized()):
-        raise ValueError(
-            f"dist={way!r} needs torch.distributed.init_process_group; a process alone leaves "
-            "dist out"
-        )
+    _check_initialized()
     rank = dist.get_rank(group)
     if rank < 0:
         raise ValueError("this process is not in the group that the loss is to be shared in")
@@ -151,9 +156,18 @@ def unplain(way: str, group: str, sizes: Sequence[int]) -> Ranks | None:
     return Ranks(way, group, tuple(sizes), dist.get_rank(_handle(group))) if way else None
 
 
+def _check_initialized() -> None:
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ValueError(
+            "a loss over several processes (dist, world_size above 1) needs "
+            "torch.distributed.init_process_group first; a process alone leaves both out"
+        )
+
+
 @torch.compiler.assume_constant_result
 def group_name(group: dist.ProcessGroup | None) -> str:
     """The name that an operator knows a process group by; None is the default one."""
+    _check_initialized()
     group = dist.group.WORLD if group is None else group
     assert group is not None
     return group.group_name
@@ -289,7 +303,7 @@ def gather_rows(
         with_grad: whether gradients flow back across ranks.
         sizes: N of every rank; None: all the same.
     """
-    name, rank, world = _place("gather", group)
+    name, rank, world = _place(group)
     sizes = [features.shape[0]] * world if sizes is None else list(sizes)
     if with_grad:
         return _gather_rows(features, name, sizes, rank)

@@ -64,9 +64,9 @@ def distillation(
     inputs = (x, y, scale, teacher_x, teacher_y, teacher_scale)
     chosen = backends.choose("distillation", backend, x.device, compute_dtype)
     if chosen == "reference":
-        with torch.autocast(x.device.type, enabled=False):
+        with checks.without_autocast(x.device):
             return reference.distillation(*inputs, compute_dtype, teacher_dtype)
-    checks.refuse_forward_mode(*inputs)
+    checks.refuse_transforms(*inputs)
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs[3:]):
         raise ValueError(
             "the teacher requires a gradient; compute its features under torch.no_grad(), or use "
@@ -88,7 +88,7 @@ def _distillation(
     teacher_dtype: torch.dtype,
     chunk_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    with torch.autocast(x.device.type, enabled=False):
+    with checks.without_autocast(x.device):
         walk = _Walk(
             x,
             y,
@@ -149,7 +149,7 @@ def _distillation_backward(
     teacher_dtype: torch.dtype,
     chunk_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.autocast(x.device.type, enabled=False):
+    with checks.without_autocast(x.device):
         walk = _Walk(
             x,
             y,

@@ -71,7 +71,7 @@ def info_nce_sum(
     check_pair(x, y, compute_dtype)
     positive_index, _, _ = check_positives(x, y, False, positive_index, None, None, first)
     scale = checks.as_scalar("logit_scale", scale, x)
-    checks.refuse_forward_mode(x, y, scale)
+    checks.refuse_transforms(x, y, scale)
     return _info_nce(
         x,
         y,
@@ -105,7 +105,7 @@ def _info_nce(
     backend: str,
     chunk_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    with torch.autocast(x.device.type, enabled=False):
+    with checks.without_autocast(x.device):
         shape, columns = rectangle_of(
             x,
             y,

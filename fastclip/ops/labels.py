@@ -71,11 +71,11 @@ def label_statistics(
     scale = checks.as_scalar("scale", scale, z)
     chosen = backends.choose("symmetric", backend, z.device, compute_dtype)
     if chosen == "reference":
-        with torch.autocast(z.device.type, enabled=False):
+        with checks.without_autocast(z.device):
             if ranks is not None:
                 return _shared_reference(z, labels, scale, ranks, compute_dtype)
             return LabelStatistics(*reference.label_statistics(z, labels, scale, compute_dtype))
-    checks.refuse_forward_mode(z, scale)
+    checks.refuse_transforms(z, scale)
     options = (*plain(ranks), compute_dtype, chosen, chunk)
     return LabelStatistics(*_labels(z, labels, scale, *options)[:3])
 
@@ -106,7 +106,7 @@ def _labels(
     shape = Blocks(z.shape[0], (0,))
     ranks = unplain(way, group, sizes)
     columns = columns_of(ranks, [z.shape[0]])
-    with torch.autocast(z.device.type, enabled=False):
+    with checks.without_autocast(z.device):
         tiles = tiles_of(backend, compute_dtype)
         z = z.to(compute_dtype)
         table = away_from_zero(scale.reshape(1, 1), tiles.dtype)
@@ -173,7 +173,7 @@ def _labels_gradient(
     shape = Blocks(z.shape[0], (0,))
     ranks = unplain(way, group, sizes)
     columns = columns_of(ranks, [z.shape[0]])
-    with torch.autocast(z.device.type, enabled=False):
+    with checks.without_autocast(z.device):
         tiles = tiles_of(backend, compute_dtype)
         features = z.to(compute_dtype)
         table = away_from_zero(scale.reshape(1, 1), tiles.dtype)

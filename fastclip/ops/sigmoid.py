@@ -62,7 +62,7 @@ def sigmoid_loss(
     offset = None if offset is None else checks.as_scalar("logit_bias", offset, x)
     chosen = backends.choose("sigmoid", backend, x.device, compute_dtype)
     if chosen == "reference":
-        with torch.autocast(x.device.type, enabled=False):
+        with checks.without_autocast(x.device):
             start = 0
             if ranks is not None:
                 y = rows_of_all(y, ranks, ranks.sizes)
@@ -70,7 +70,7 @@ def sigmoid_loss(
             rows = reference.sigmoid_rows(x, y, scale, offset, start, compute_dtype)
         return rows if per_row else rows.sum()
     inputs = [t for t in (x, y, scale, offset) if t is not None]
-    checks.refuse_forward_mode(*inputs)
+    checks.refuse_transforms(*inputs)
     options = (*plain(ranks), compute_dtype, chosen, chunk)
     if per_row:
         return _rows(x, y, scale, offset, *options)
@@ -215,7 +215,7 @@ def _walk(
     backend: str,
     chunk_bytes: int,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    with torch.autocast(x.device.type, enabled=False):
+    with checks.without_autocast(x.device):
         shape, columns = rectangle_of(x, y, False, unplain(way, group, sizes))
         return rectangle.sigmoid(
             tiles_of(backend, compute_dtype),

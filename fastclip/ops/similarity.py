@@ -112,13 +112,13 @@ def similarity_statistics(
     )
     chosen = backends.choose("similarity", backend, x.device, compute_dtype)
     if chosen == "reference":
-        with torch.autocast(x.device.type, enabled=False):
+        with checks.without_autocast(x.device):
             if ranks is not None:
                 return _shared_reference(x, y, scale, options, ranks, compute_dtype)
             return Statistics(
                 *reference.similarity_statistics(x, y, scale, *options, compute_dtype)
             )
-    checks.refuse_forward_mode(x, y, scale)
+    checks.refuse_transforms(x, y, scale)
     return Statistics(
         *_statistics(x, y, scale, *options, *plain(ranks), means, compute_dtype, chosen, chunk)[:7]
     )
@@ -218,7 +218,7 @@ def _statistics(
     backend: str,
     chunk_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    with torch.autocast(x.device.type, enabled=False):
+    with checks.without_autocast(x.device):
         x, y = x.to(compute_dtype), y.to(compute_dtype)
         tiles = tiles_of(backend, compute_dtype)
         shape, columns = rectangle_of(
@@ -295,7 +295,7 @@ def _statistics_backward(
     chunk_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     upstream = rectangle.Upstream(d_row_lse, d_column_lse, d_positive, d_row_mean, d_column_mean)
-    with torch.autocast(x.device.type, enabled=False):
+    with checks.without_autocast(x.device):
         shape, columns = rectangle_of(
             x,
             y,

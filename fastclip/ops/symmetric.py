@@ -72,13 +72,13 @@ def block_statistics(
     chosen = backends.choose("symmetric", backend, z.device, compute_dtype)
     shape = Blocks(z.shape[0] // len(domains), tuple(domains))
     if chosen == "reference":
-        with torch.autocast(z.device.type, enabled=False):
+        with checks.without_autocast(z.device):
             if ranks is not None:
                 return _shared_reference(z, scale, offset, shape, ranks, compute_dtype)
             return BlockStatistics(
                 *reference.block_statistics(z, scale, offset, shape, compute_dtype)
             )
-    checks.refuse_forward_mode(z, scale)
+    checks.refuse_transforms(z, scale)
     options = (*plain(ranks), compute_dtype, chosen, chunk)
     return BlockStatistics(*_blocks(z, scale, offset, list(domains), *options)[:3])
 
@@ -116,7 +116,7 @@ def _blocks(
     chunk_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = Blocks(z.shape[0] // len(domains), domains)
-    with torch.autocast(z.device.type, enabled=False):
+    with checks.without_autocast(z.device):
         tiles = tiles_of(backend, compute_dtype)
         z = z.to(compute_dtype)
         scale = away_from_zero(scale, tiles.dtype)
@@ -166,7 +166,7 @@ def _blocks_gradient(
     chunk_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = Blocks(z.shape[0] // len(domains), domains)
-    with torch.autocast(z.device.type, enabled=False):
+    with checks.without_autocast(z.device):
         tiles = tiles_of(backend, compute_dtype)
         features = z.to(compute_dtype)
         wide = away_from_zero(scale, tiles.dtype)

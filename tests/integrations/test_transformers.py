@@ -95,3 +95,22 @@ def test_a_copy_and_a_saved_model_are_whole(tmp_path) -> None:
     loaded = transformers.CLIPModel.from_pretrained(tmp_path)
     assert type(loaded) is transformers.CLIPModel
     torch.testing.assert_close(loaded(**inputs()).text_embeds, model(**inputs()).text_embeds)
+
+
+@pytest.mark.parametrize("kind", ["Siglip2", "CLIPSeg"])
+def test_a_loss_that_would_stay_is_refused(kind: str) -> None:
+    import transformers
+
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    tower["num_attention_heads"] = 2
+    config = getattr(transformers, f"{kind}Config")(
+        text_config={**tower, "vocab_size": 99, "max_position_embeddings": 16},
+        vision_config={**tower, "image_size": 16, "num_patches": 16, "patch_size": 4},
+    )
+    model = getattr(transformers, f"{kind}Model")(config)
+    before = model.config._attn_implementation
+    with pytest.raises(ValueError, match="loss=False exchanges its attention alone"):
+        fastclip.patch_transformers(model)
+    assert model.config._attn_implementation == before
+    with fastclip.patch_transformers(model, loss=False):
+        assert model.config._attn_implementation == "fastclip"
