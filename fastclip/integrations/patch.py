@@ -67,7 +67,7 @@ def exchange_forward(
     return True
 
 
-def _subclass(original: type[nn.Module], forward: Callable[..., Any], made_by: Any) -> type:
+def _subclass(original: type[nn.Module], forward: Callable[..., Any], made_by: Any) -> Any:
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         # pickle finds classes by name, and of this name it would find the original
         _, _, *state = original.__reduce_ex__(self, protocol)
@@ -89,7 +89,8 @@ def _new(original: type[nn.Module], source: Any) -> nn.Module:
         kind = _subclass(original, make(*arguments), source)
     else:
         kind = _subclass(original, source, None)
-    return kind.__new__(kind)
+    new: nn.Module = kind.__new__(kind)
+    return new
 
 
 def original_forward(module: nn.Module, *arguments: Any, **options: Any) -> Any:
