@@ -5,6 +5,8 @@ A command's module is imported when it is called, so `fastclip --version` needs 
 
 import argparse
 import importlib
+import os
+import select
 import sys
 from collections.abc import Sequence
 
@@ -52,7 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     try:
         module = parsed.command.replace("-", "_")
-        return importlib.import_module(f"fastclip.cli.{module}").main(parsed.options)
+        status = importlib.import_module(f"fastclip.cli.{module}").main(parsed.options)
+        # a reader that has left is noticed here, not at the interpreter's end
+        sys.stdout.flush()
+        return status
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("fastclip"):
             raise
@@ -63,8 +68,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
     except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            return 0
         # bad input is told in a sentence; a traceback is for mistakes of ours
         print(printable(f"fastclip {parsed.command}: error: {error}"), file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
     return 1
+
+
+def _reader_left() -> bool:
+    """Whether it was standard output that broke, as in `fastclip ... | head`: that is no error.
+
+    Other pipes lead to processes that should be alive.
+    """
+    try:
+        output = sys.stdout.fileno()
+    except (OSError, ValueError):
+        return False
+    poll = select.poll()
+    poll.register(output, 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    # what is still buffered goes nowhere
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True

@@ -28,10 +28,14 @@ def exchange_attention(model: nn.Module, handle: PatchHandle, backend: str = "au
     timm_attention = _timm_attention()
     for module in list(model.modules()):
         if isinstance(module, nn.MultiheadAttention):
-            exchanged += exchange_forward(module, _multihead(backend), handle)
+            exchanged += _exchange(module, _multihead, backend, handle)
         elif timm_attention is not None and isinstance(module, timm_attention):
-            exchanged += exchange_forward(module, _timm(backend), handle)
+            exchanged += _exchange(module, _timm, backend, handle)
     return exchanged
+
+
+def _exchange(module: nn.Module, make: Any, backend: str, handle: PatchHandle) -> bool:
+    return exchange_forward(module, make(backend), handle, made_by=(make, (backend,)))
 
 
 def _mark_causal(layers: Iterable[nn.Module], mask: Tensor | None, handle: PatchHandle) -> None:

@@ -37,23 +37,60 @@ class PatchHandle:
         self.undo()
 
 
-def exchange_forward(module: nn.Module, forward: Callable[..., Any], handle: PatchHandle) -> bool:
+def exchange_forward(
+    module: nn.Module,
+    forward: Callable[..., Any],
+    handle: PatchHandle,
+    made_by: tuple[Callable[..., Any], tuple[Any, ...]] | None = None,
+) -> bool:
     """Give one module `forward(module, ...)`; False where it was given one before.
 
     Its class becomes a subclass of the same name, so weights, `isinstance` and torch.compile see
     what they saw; the original is `super(type(module), module).forward`.
+
+    Args:
+        module: the module to change.
+        forward: what it does from now on.
+        handle: takes it back.
+        made_by: a function of a module and its arguments that give `forward`: how a process that
+            unpickles the module makes it again. Without it the module cannot be pickled.
     """
     original = type(module)
     if hasattr(original, MARK):
         return False
-    attributes = {"forward": forward, MARK: original, "__module__": original.__module__}
-    module.__class__ = type(original.__name__, (original,), attributes)
+    module.__class__ = _subclass(original, forward, made_by)
 
     def restore() -> None:
         module.__class__ = original
 
     handle.on_undo(restore)
     return True
+
+
+def _subclass(original: type[nn.Module], forward: Callable[..., Any], made_by: Any) -> Any:
+    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        # pickle finds classes by name, and of this name it would find the original
+        _, _, *state = original.__reduce_ex__(self, protocol)
+        return (_new, (original, made_by or forward), *state)
+
+    attributes = {
+        "forward": forward,
+        "__reduce_ex__": reduce,
+        MARK: original,
+        "__module__": original.__module__,
+    }
+    return type(original.__name__, (original,), attributes)
+
+
+def _new(original: type[nn.Module], source: Any) -> nn.Module:
+    """A module of the patched class, without its state."""
+    if isinstance(source, tuple):
+        make, arguments = source
+        kind = _subclass(original, make(*arguments), source)
+    else:
+        kind = _subclass(original, source, None)
+    new: nn.Module = kind.__new__(kind)
+    return new
 
 
 def original_forward(module: nn.Module, *arguments: Any, **options: Any) -> Any:

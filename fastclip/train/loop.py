@@ -18,6 +18,7 @@ from fastclip.data.order import hash64
 from fastclip.models.build import build
 from fastclip.ops.collectives import count_bytes
 from fastclip.train import state
+from fastclip.train.claim import claim
 from fastclip.train.config import TrainConfig
 from fastclip.train.distributed import World, world
 from fastclip.train.engine import Engine, build_engine
@@ -44,7 +45,8 @@ def train(config: TrainConfig) -> Path:
     """Train, alone or as one of several processes; returns the run's folder.
 
     Raises:
-        FileExistsError: the run's folder exists and --resume is not given.
+        FileExistsError: the run's folder exists and --resume is not given, or another process
+            trains in it.
         NonFiniteError: a step's loss or gradient is not finite; nothing of it was applied.
         StoppedError: SIGTERM or SIGUSR1 asked to stop; a checkpoint was saved.
         DeadRankError: another rank has ended.
@@ -69,6 +71,8 @@ def _train(
 ) -> tuple[Path, list[str]]:
     """The run's folder, and the signals that ended it before its time."""
     run = Path(config.logs) / str(config.name)
+    # before anything is looked for in it: two starts of one name must not both begin
+    _claim(run, here, around)
     resumed = read_resumed(config, run, here)
     if config.deterministic:
         # cuBLAS reads this when its first handle is made
@@ -243,6 +247,19 @@ def _train(
     unfinished = stopping and epoch < config.epochs
     received = here.gather(stop.received.name if stop.received else "") if unfinished else []
     return run, sorted(set(received) - {""})
+
+
+def _claim(run: Path, here: World, around: ExitStack) -> None:
+    """Hold the run directory on the first rank until the end; where that fails, all raise."""
+    failure = None
+    if here.is_first:
+        try:
+            around.enter_context(claim(run))
+        except FileExistsError as error:
+            failure = str(error)
+    failure = here.gather(failure)[0]
+    if failure:
+        raise FileExistsError(failure)
 
 
 def _backward(

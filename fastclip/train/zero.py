@@ -341,7 +341,8 @@ def _make_viewable(model: nn.Module) -> None:
     """DeepSpeed views parameters as bytes, which neither 0-d nor channels-last tensors allow."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            parameter.data = parameter.data.contiguous()
+            # not contiguous(): a 1x1 convolution in channels_last passes for it, strides and all
+            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
             if parameter.ndim == 0:
                 wide = nn.Parameter(parameter.data.view(1), parameter.requires_grad)
                 setattr(module, name, wide)

@@ -1,6 +1,9 @@
 """The command line as a user meets it."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,6 +50,27 @@ def test_wrong_usage_is_status_2(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert stop.value.code == 2
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    """As in `fastclip info | head -1`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "fastclip.cli", "info"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_another_broken_pipe_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(_: list[str]) -> int:
+        raise BrokenPipeError("a worker has ended")
+
+    monkeypatch.setattr("fastclip.cli.info.main", broken)
+    assert main(["info"]) == 1
+    assert "a worker has ended" in capsys.readouterr().err
 
 
 def test_info_names_versions_devices_and_reasons(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,8 @@
 """Other libraries' towers with fastclip's attention: the same features, gradients and weights."""
 
 import copy
+import io
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from torch import nn
 
 import fastclip
+from fastclip.integrations.patch import MARK
 from fastclip.kernels.launch import INTERPRETED
 from tests.integrations.towers import (
     CASES,
@@ -47,6 +50,23 @@ def check(case: Case, backend: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_features_and_gradients(name: str, backend: str) -> None:
     check(CASES[name](), backend)
+
+
+@pytest.mark.parametrize("make", [open_clip_case, timm_case])
+def test_a_patched_model_is_pickled_and_copied(make: Callable[[], Case]) -> None:
+    """Saved whole or sent to a process, it comes back with the patch and the same values."""
+    case = make()
+    with case.patch(case.model, backend="reference"):
+        want = case.outputs(case.model)
+        file = io.BytesIO()
+        torch.save(case.model, file)
+        copies = [pickle.loads(pickle.dumps(case.model)), copy.deepcopy(case.model)]
+    copies.append(torch.load(io.BytesIO(file.getvalue()), weights_only=False))
+    for copied in copies:
+        assert any(hasattr(type(module), MARK) for module in copied.modules())
+        assert torch.equal(case.outputs(copied), want)
+        # a copy of a copy
+        assert torch.equal(case.outputs(pickle.loads(pickle.dumps(copied))), want)
 
 
 @pytest.mark.slow

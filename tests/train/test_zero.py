@@ -258,6 +258,18 @@ def test_shipped_files_take_the_flags(stage: int) -> None:
     assert "auto" not in json.dumps(settings)
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_convolutions_in_channels_last_can_be_viewed_as_bytes(size: int) -> None:
+    """As DeepSpeed does; 1x1 ones count as contiguous in any strides."""
+    from fastclip.train.zero import _make_viewable
+
+    layer = torch.nn.Conv2d(3, 4, size).to(memory_format=torch.channels_last)
+    weight = layer.weight.detach().clone()
+    _make_viewable(layer)
+    assert layer.weight.data.view(torch.uint8).numel() == 4 * weight.numel()
+    assert torch.equal(layer.weight, weight)
+
+
 def test_stage_1_is_the_default() -> None:
     assert resolve(None, TrainConfig())["zero_optimization"]["stage"] == 1
 

@@ -1,0 +1,58 @@
+"""One process trains in a run directory at a time."""
+
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+LOCK = ".training"
+# file systems that have no locks; of theirs a run is as before
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+@contextmanager
+def claim(run: Path) -> Iterator[None]:
+    """Hold a run directory, which is made; it is free again when the process ends, however it ends.
+
+    A directory that is still empty at the end goes again.
+
+    Raises:
+        FileExistsError: another process trains in it.
+    """
+    handle = _lock(run)
+    try:
+        yield
+    finally:
+        # while it is held: who waits with the old file open sees that it is gone
+        (run / LOCK).unlink(missing_ok=True)
+        os.close(handle)
+        with suppress(OSError):
+            run.rmdir()
+
+
+def _lock(run: Path) -> int:
+    while True:
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            handle = os.open(run / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        except FileNotFoundError:
+            # removed between the two by the one before
+            continue
+        try:
+            # not flock: loader processes would inherit it and outlive a killed run
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                return handle
+            os.close(handle)
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            raise FileExistsError(
+                f"{run} exists and another process trains in it; choose another --name, or wait "
+                "for its end"
+            ) from error
+        if os.fstat(handle).st_nlink:
+            return handle
+        os.close(handle)
