@@ -70,8 +70,8 @@ def exchange_forward(
 def _subclass(original: type[nn.Module], forward: Callable[..., Any], made_by: Any) -> Any:
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         # pickle finds classes by name, and of this name it would find the original
-        _, _, *state = original.__reduce_ex__(self, protocol)
-        return (_new, (original, made_by or forward), *state)
+        reduced: Any = original.__reduce_ex__(self, protocol)
+        return (_new, (original, made_by or forward), *reduced[2:])
 
     attributes = {
         "forward": forward,
