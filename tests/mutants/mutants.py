@@ -22,7 +22,7 @@ _CPP = "tests/ops/test_cpp.py -k pairwise"
 _TRITON = "tests/kernels/test_triton.py tests/kernels/test_tilings.py"
 _ATTENTION = "tests/kernels/test_attention.py"
 _ACCUMULATE = "tests/train/test_accumulate.py"
-_ORDER = "tests/data/test_order.py"
+_ORDER = "tests/data/test_order.py tests/data/test_order_limits.py"
 _CHECKPOINT = "tests/train/test_checkpoint.py"
 
 _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {

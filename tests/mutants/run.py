@@ -7,6 +7,7 @@ tests is first run without a fault: one that fails then would call every mutant 
 """
 
 import argparse
+import contextlib
 import os
 import queue
 import shutil
@@ -55,10 +56,8 @@ def run_tests(root: Path, tests: str, limit: float) -> str:
         return "timed out"
     finally:
         # ranks that the tests started, too
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         process.wait()
     return {0: "passed", 4: "broken", 5: "broken"}.get(status, "failed")
 
