@@ -1,0 +1,262 @@
+"""The list of seeded faults: one operator, bound, sign, guard or factor each."""
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    """`old`, which occurs once in `file`, as `new`; `tests` must then fail."""
+
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+_SIM = "tests/ops/test_similarity.py -k float64_equals_the_oracle or left_out or one_group"
+_PRECISION = "tests/ops/test_precision.py -k float64_equals_the_oracle"
+_MODULES = "tests/losses/test_modules.py"
+_CLIP = "tests/losses/test_clip.py"
+_OTHERS = "tests/losses/test_non_contrastive.py"
+_RANKS = "tests/ops/test_distributed.py"
+_CPP = "tests/ops/test_cpp.py -k pairwise"
+_TRITON = "tests/kernels/test_triton.py tests/kernels/test_tilings.py"
+_ATTENTION = "tests/kernels/test_attention.py"
+_ACCUMULATE = "tests/train/test_accumulate.py"
+_ORDER = "tests/data/test_order.py tests/data/test_order_limits.py"
+_CHECKPOINT = "tests/train/test_checkpoint.py"
+
+_BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
+    ("fastclip/ops/columns.py", _RANKS): [
+        ("if compute_dtype == torch.float16 and not scaled:", "if False:"),
+        ("owner = (self.rank - step) % self.world", "owner = (self.rank + step) % self.world"),
+        ("self._gradient += block", "self._gradient = block"),
+        ("self._gradient += self._under_way.wait()", "self._under_way.wait()"),
+        (
+            "received.insert(self.rank, own)\n        merged",
+            "received.insert(0, own)\n        merged",
+        ),
+    ],
+    ("fastclip/ops/collectives.py", _RANKS): [
+        ("return upstream * dist.get_world_size(", "return upstream / dist.get_world_size("),
+        ("_received(total, 2 * (1 -", "_received(total, 1 * (1 -"),
+        ("size * (columns // own)", "size * (columns // own + 1)"),
+        ("[part[:size] for part, size", "[part[-size:] for part, size"),
+    ],
+    ("fastclip/ops/strip.py", _RANKS): [
+        ("dscale_PP[p, q] += 0.5 * dscale", "dscale_PP[p, q] += dscale"),
+        ("doffset_PP[p, q] += 0.5 * doffset", "doffset_PP[p, q] += doffset"),
+        ("row_pair - column_pair,", "column_pair - row_pair,"),
+    ],
+    ("fastclip/ops/rectangle.py", _PRECISION): [
+        ("dot_N[start:stop] = dot_C * share_C * weight_C", "dot_N[start:stop] = dot_C * share_C"),
+        (
+            "tiles.end_rows(share_C * weight_C * scale, G_CP)",
+            "tiles.end_rows(share_C * weight_C, G_CP)",
+        ),
+        (
+            "d_positive_N = -torch.sigmoid(lse_N - positive_N)",
+            "d_positive_N = torch.sigmoid(lse_N - positive_N)",
+        ),
+        (
+            "d_positive_N = -torch.sigmoid(-positive_N) * weight_N",
+            "d_positive_N = -torch.sigmoid(positive_N) * weight_N",
+        ),
+        ("loss_N = softplus(-positive_N)", "loss_N = softplus(positive_N)"),
+        ("loss_N[start:stop] += row_C", "loss_N[start:stop] = row_C"),
+        ("dscale = dot_N.sum() + (d_positive_N * cosine_N).sum()", "dscale = dot_N.sum()"),
+        ("sums]).sum() + d_positive_N.sum()", "sums]).sum() - d_positive_N.sum()"),
+        ("alpha=1 / self.m)", "alpha=1 / self.n)"),
+        (
+            "weight_C = torch.sigmoid(lse_C - positive_N[start:stop])",
+            "weight_C = torch.sigmoid(lse_C + positive_N[start:stop])",
+        ),
+    ],
+    ("fastclip/ops/rectangle.py", _SIM): [
+        (
+            "return type(lines)(*(line[part] for line in lines))",
+            "return type(lines)(*(line[: len(line[part])] for line in lines))",
+        ),
+        ("positive_N = upstream.positive * scale", "positive_N = upstream.positive"),
+        ("torch.stack(dscales).sum()", "torch.stack(dscales)[0]"),
+        ("segment.column >= shape.paired", "segment.column > shape.paired"),
+        ("coefficient_N * (shape.positive_index < shape.trained)", "coefficient_N"),
+        (
+            "start=segment.start + skip, column=segment.column + skip",
+            "start=segment.start + skip, column=segment.column",
+        ),
+    ],
+    ("fastclip/ops/tiles.py", _SIM): [
+        ("merged = torch.maximum(self.max, maximum)", "merged = torch.minimum(self.max, maximum)"),
+        ("torch.exp(self.max - anchor)", "torch.exp(anchor - self.max)"),
+        ("torch.log(self.sum).add_(", "torch.log(self.sum).sub_("),
+        ("G_CS.mul_((rows.weight * tile.scale)[:, None])", "G_CS.mul_(rows.weight[:, None])"),
+        ("columns.weight * tile.scale)", "columns.weight)"),
+        ("S_CS.diagonal(offset=tile.diagonal)", "S_CS.diagonal(offset=-tile.diagonal)"),
+        ("tile.row_id_C[:, None] == tile", "tile.row_id_C[:, None] != tile"),
+        ("/ scale / scale, total", "/ scale, total"),
+    ],
+    ("fastclip/ops/tiles.py", _PRECISION): [
+        ("softplus(z_CS, out=room_CS).sum(dim=1)", "softplus(z_CS, out=room_CS).mean(dim=1)"),
+        ("mul_((weight_C * tile.scale)[:, None])", "mul_(weight_C[:, None])"),
+        ("line - offset", "line + offset"),
+        ("maximum += tile.offset", "maximum -= tile.offset"),
+        ("torch.add(S_CS, tile.offset, out=z_CS)", "torch.sub(S_CS, tile.offset, out=z_CS)"),
+        ("sum(dim=1).div_(tile.scale)", "sum(dim=1)"),
+        ("total_CD.addcmul_(coefficient_C", "total_CD.addcmul_(-coefficient_C"),
+    ],
+    ("fastclip/ops/tiles.py", "tests/ops/test_similarity.py -k chunks"): [
+        ("size = -(-rows // count)", "size = rows // count"),
+    ],
+    ("fastclip/ops/triangle.py", _PRECISION): [
+        ("share = 0.5 if segment.square else 1.0", "share = 1.0"),
+        (
+            "yield _Segment(stop, own.stop, block, False, None)",
+            "yield _Segment(stop, own.stop, block, False, 0)",
+        ),
+        ("other, False, start - own.start)", "other, False, own.start - start - 1)"),
+        ("if stop < shape.rows:", "if stop + 1 < shape.rows:"),
+        ("for c in range(b + 1, count)]", "for c in range(b, count)]"),
+        ("shape.block(c if b == block else b)", "shape.block(b if b == block else c)"),
+    ],
+    ("fastclip/ops/symmetric.py", _PRECISION): [
+        ("positive.mul_(triangle.couple_entries(scale, shape))", "positive.mul_(1)"),
+        ("positive.add_(triangle.couple_entries(offset, shape))", "positive.add_(0)"),
+        (
+            "coefficient = d_positive * triangle.couple_entries(wide, shape)",
+            "coefficient = d_positive",
+        ),
+        ("doffset[p, q] += d_positive[index].sum()", "doffset[p, q] -= d_positive[index].sum()"),
+    ],
+    ("fastclip/ops/labels.py", _PRECISION): [
+        ("self.others = last - first - 1", "self.others = last - first"),
+        ("[(-2 * of_anchor[:, 0], features)]", "[(-1 * of_anchor[:, 0], features)]"),
+        (
+            "(d_positive_mean * positive_mean).sum() / table[0, 0]",
+            "(d_positive_mean * positive_mean).sum()",
+        ),
+        ("dot.sub_(itself)", "dot.sub_(0)"),
+        ("begins[1:] = ordered[1:] != ordered[:-1]", "begins[1:] = ordered[1:] > ordered[:-1] + 1"),
+    ],
+    ("fastclip/ops/distillation.py", _MODULES + " -k distillation"): [
+        ("row, column = lse_N - mean_N", "row, column = lse_N + mean_N"),
+        ("weighted.mul_(shrink)", "weighted.mul_(1)"),
+        ("torch.exp(maximum - found)", "torch.exp(found - maximum)"),
+        ("G_CN.mul_(d_row[rows, None])", "G_CN.mul_(d_row[:1, None])"),
+        ("(dscale_N.sum() / walk.scale)", "(dscale_N.sum() * walk.scale)"),
+        ("T_CN).mul_(self.teacher_scale)", "T_CN).mul_(self.scale)"),
+    ],
+    ("fastclip/ops/cpp_tiles.py", _CPP): [
+        ("tile.diagonal - start", "tile.diagonal + start"),
+        ("else column_id[start:stop]", "else column_id[: stop - start]"),
+    ],
+    ("kernels/tile.py", _TRITON): [
+        ("(gap < BLOCK_R)", "(gap < BLOCK_R - 1)"),
+        ("(gap > -BLOCK_S)", "(gap > 1 - BLOCK_S)"),
+        ("gap = first_s - first_r - diagonal", "gap = first_s - first_r + diagonal"),
+        ("(first_r + BLOCK_R > rows)", "(first_r + BLOCK_R > rows + 1)"),
+        ("(first_s + BLOCK_S > columns)", "(first_s + BLOCK_S > columns + 1)"),
+        ("(row_id[:, None] != column_id[None, :])", "(row_id[:, None] == column_id[None, :])"),
+        ("m_d = o_d < width - d", "m_d = o_d <= width - d"),
+        ("height = min(tiles_r - first, GROUP)", "height = GROUP"),
+    ],
+    ("kernels/similarity.py", _TRITON): [
+        ("tl.exp2(tl.minimum(top - row_max, SPAN))", "1.0"),
+        ("tl.exp2(tl.minimum(top - column_max, SPAN))", "1.0"),
+        ("if top - tl.minimum(low_r, low_s) < SPAN:", "if True:"),
+        ("if high - low < SPAN:", "if True:"),
+        ("u = weight_r * tl.exp2(low - anchor_r)", "u = weight_r"),
+        ("(u[:, None] + v[None, :])", "(u[:, None] - v[None, :])"),
+        ("tl.store(p_dot, dot / (scale * LOG2E))", "tl.store(p_dot, dot / scale)"),
+    ],
+    ("kernels/merge.py", _TRITON): [
+        ("run_sum = run_sum * keep +", "run_sum = run_sum +"),
+        ("run_dot = run_dot * keep +", "run_dot = run_dot +"),
+        ("* LN2 + offset", "* LN2 - offset"),
+        ("(own * LN2 - finite(top)) * LOG2E", "(own - finite(top)) * LOG2E"),
+    ],
+    ("kernels/sigmoid.py", _TRITON): [
+        ("tl.maximum(z, 0.0) + _log1p(e)", "tl.maximum(z, 0.0) - _log1p(e)"),
+        ("tl.where(z >= 0.0, 1.0, e)", "tl.where(z < 0.0, 1.0, e)"),
+        ("z = logits + offset", "z = logits - offset"),
+        ("tl.store(p_dot, dot / scale)", "tl.store(p_dot, dot)"),
+    ],
+    ("kernels/finish.py", _TRITON): [
+        ("total += coefficient[:, None]", "total -= coefficient[:, None]"),
+        ("total += tl.sum(", "total = tl.sum("),
+    ],
+    ("kernels/attention.py", _ATTENTION): [
+        ("keep = i_key <= i_query", "keep = i_key < i_query"),
+        ("keep = keep & (i_key < limit)", "keep = keep & (i_key <= limit)"),
+        ("total = total * shrink +", "total = total +"),
+        ("top + tl.log2(total)", "top - tl.log2(total)"),
+        ("return first + size * count > length", "return first + size * count > length + 1"),
+    ],
+    ("kernels/attention_gradient.py", _ATTENTION): [
+        ("ds = p * (dp - tl.expand_dims(", "ds = p * (dp + tl.expand_dims("),
+        (
+            "limit,\n                scale, LENGTH_Q, KEY_TILES[g][0]",
+            "limit,\n                1.0, LENGTH_Q, KEY_TILES[g][0]",
+        ),
+    ],
+    ("fastclip/losses/clip.py", _CLIP): [
+        ("labels + num_logits * self.rank", "labels - num_logits * self.rank"),
+    ],
+    ("fastclip/losses/clip.py", "tests/losses/test_distributed.py"): [
+        ("return (one + other) / 2", "return one + other"),
+        ("scale_gradient(f, 1 / self.world_size)", "scale_gradient(f, 1.0)"),
+    ],
+    ("fastclip/losses/clip.py", _MODULES): [
+        ("distill = (row + column) / 2", "distill = row + column"),
+        ("clip = self.clip_loss_weight * contrastive", "clip = contrastive"),
+    ],
+    ("fastclip/losses/memory_bank.py", _MODULES): [
+        ("features.detach()[-size:]", "features.detach()[:size]"),
+        ("(self.position + len(newest)) % size)", "(self.position + 1) % size)"),
+    ],
+    ("fastclip/losses/mp_nce.py", _MODULES): [
+        ("(-self.offset * scale)", "(self.offset * scale)"),
+        ("clamp_(min=-math.log", "clamp_(max=-math.log"),
+        ("total / (present * count)", "total / count"),
+    ],
+    ("fastclip/losses/nt_xent.py", _MODULES): [
+        ("scale = 1 / self.temperature", "scale = self.temperature"),
+        ("if out0.requires_grad:", "if True:"),
+    ],
+    ("fastclip/losses/non_contrastive.py", _OTHERS): [
+        ("_mean(2 - 2 * cosines, ranks)", "_mean(2 - cosines, ranks)"),
+        ("ctx.factor = 2 * scale * world / rows", "ctx.factor = 2 * scale / rows"),
+        ("gradient[index, start + index] = diagonal", "gradient[index, start + index] = 0"),
+        ("return total / 8", "return total / 4"),
+        ("range(iterations - 1)", "range(iterations)"),
+    ],
+    ("fastclip/train/accumulate.py", _ACCUMULATE): [
+        ("* last + [gradient]", "* last + [2 * gradient]"),
+        ("with context(index == last):", "with context(index == 0):"),
+        ("_set_random_state(states[index])", "_set_random_state(states[0])"),
+        ("_set_random_state(end)", "_set_random_state(states[-1])"),
+        ("promote_types(value.dtype, torch.float32)", "promote_types(value.dtype, value.dtype)"),
+        ("if micro_batches > 1 and names:", "if micro_batches > 2 and names:"),
+    ],
+    ("fastclip/data/order.py", _ORDER): [
+        ("if self.window < 0:", "if self.window < -1:"),
+        ('side="right")) - 1', 'side="left")) - 1'),
+        ("(fraction > 0) & (counts > 0)", "(fraction > 1) & (counts > 0)"),
+        ("return shard, index % self.counts[shard]", "return shard, index"),
+        ("hash64(order.seed, epoch, window, 1)", "hash64(order.seed, window, 1)"),
+        ("if not 0 <= position < length:", "if not 0 <= position <= length:"),
+    ],
+    ("fastclip/models/checkpoint.py", _CHECKPOINT): [
+        ("sorted(found, reverse=True)", "sorted(found)"),
+        ('describe(path)["sha256"] ==', 'describe(path)["sha256"] !='),
+        ("keys() and not _is_whole(path):", "keys() and _is_whole(path):"),
+        ("    _verify(path)\n", "    pass\n"),
+        ("weights_only=True", "weights_only=False"),
+        ('if {"zero", "folder"} & content.keys():', "if False:"),
+    ],
+}
+
+MUTANTS = [
+    Mutant(file, old, new, tests)
+    for (file, tests), changes in _BY_FILE.items()
+    for old, new in changes
+]
