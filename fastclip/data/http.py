@@ -22,7 +22,7 @@ class TooLargeError(OSError):
 class _HttpRedirects(urllib.request.HTTPRedirectHandler):
     """Redirects of HTTP to HTTP; urllib's own would follow them to FTP as well."""
 
-    def redirect_request(self, req, fp, code, msg, headers, newurl):  # type: ignore[no-untyped-def]
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
         if not is_http(newurl):
             scheme = newurl.partition(":")[0][:40]
             raise HTTPError(newurl, code, f"with a redirect to {scheme}", headers, fp)
