@@ -135,7 +135,7 @@ def step_of(path: Path) -> int:
 def read(path: Path) -> dict[str, Any]:
     """The content of a checkpoint, on the CPU; never runs code from the file.
 
-    Of a folder of DeepSpeed's it is the part without parameters and optimiser, and "folder".
+    Of a folder of DeepSpeed's it is the part without parameters and optimiser.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -146,8 +146,7 @@ def read(path: Path) -> dict[str, Any]:
     content = _load(path)
     if not isinstance(content, dict) or "state_dict" not in content:
         raise ValueError(f"{path} is no checkpoint: it has no 'state_dict'")
-    if {"zero", "folder"} & content.keys():
-        # only of a folder, which is where it was opened: a file could name another
+    if "zero" in content:
         raise ValueError(
             f"{path} is a file with the state of a DeepSpeed folder; give the folder itself"
         )

@@ -30,7 +30,7 @@ def read_training(path: Path) -> dict[str, Any]:
     """The plain state in a checkpoint folder: all but parameters and optimiser; runs no code.
 
     Returns:
-        What was given to `write`, and "folder", the path.
+        What was given to `write`.
 
     Raises:
         FileNotFoundError, ValueError: the folder is no checkpoint of DeepSpeed's, or damaged.
@@ -42,7 +42,7 @@ def read_training(path: Path) -> dict[str, Any]:
         )
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-        return {**content, "folder": str(path)}
+        return dict(content)
     # torch raises many kinds of errors on damaged input
     except Exception as error:
         raise ValueError(f"{file} cannot be read as a checkpoint: {error}") from error

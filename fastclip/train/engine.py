@@ -98,8 +98,12 @@ class Engine:
         """
         raise NotImplementedError
 
-    def load(self, content: dict[str, Any]) -> None:
-        """Take over the checkpoint that `checkpoint.read` gave.
+    def load(self, path: Path, content: dict[str, Any]) -> None:
+        """Take over a checkpoint.
+
+        Args:
+            path: the file or folder that was opened.
+            content: what `checkpoint.read` gave of it.
 
         Raises:
             ValueError: it is of another model or engine.
@@ -252,7 +256,7 @@ class TorchEngine(Engine):
         if problem is not None:
             raise OSError(problem)
 
-    def load(self, content: dict[str, Any]) -> None:
+    def load(self, path: Path, content: dict[str, Any]) -> None:
         """See `Engine.load`."""
         if "state_dict" not in content:
             raise ValueError("the checkpoint is DeepSpeed's; go on with --deepspeed")

@@ -73,7 +73,7 @@ def _train(
     run = Path(config.logs) / str(config.name)
     # before anything is looked for in it: two starts of one name must not both begin
     _claim(run, here, around)
-    resumed = read_resumed(config, run, here)
+    resumed_path, resumed = read_resumed(config, run, here)
     if config.deterministic:
         # cuBLAS reads this when its first handle is made
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -108,9 +108,9 @@ def _train(
         averaged_validator = Validator(config, averaged)
     samples = config.step_samples(here.size)
     step = epoch = step_in_epoch = 0
-    if resumed is not None:
+    if resumed_path is not None and resumed is not None:
         check_same_data(resumed, loader, here)
-        engine.load(resumed)
+        engine.load(resumed_path, resumed)
         step, epoch = resumed["step"], resumed["data"]["epoch"]
         step_in_epoch = resumed["data"]["position"] // samples
 

@@ -240,8 +240,10 @@ def _image_size(model: Model) -> int:
     return int(height)
 
 
-def read_resumed(config: TrainConfig, run: Path, world: World) -> dict[str, Any] | None:
-    """The checkpoint that `--resume` names; None for a new run.
+def read_resumed(
+    config: TrainConfig, run: Path, world: World
+) -> tuple[Path, dict[str, Any]] | tuple[None, None]:
+    """The checkpoint that `--resume` names, and its content; None and None for a new run.
 
     A run that has not come to its first checkpoint begins anew. What differs from the run's
     beginning is noted on standard error.
@@ -258,10 +260,10 @@ def read_resumed(config: TrainConfig, run: Path, world: World) -> dict[str, Any]
             raise FileExistsError(
                 f"{run} exists; choose another --name, or go on with it: --resume latest"
             )
-        return None
+        return None, None
     if config.resume == "latest" and not existing:
         _note(world, f"{folder} holds no checkpoint yet; the run begins")
-        return None
+        return None, None
     # found once: it reads every byte of a checkpoint
     found = checkpoint.find_latest(folder) if existing and world.is_first else None
     found_name = world.gather(found.name if found else "")[0]
@@ -303,7 +305,7 @@ def read_resumed(config: TrainConfig, run: Path, world: World) -> dict[str, Any]
             "but dropout draws other numbers and BatchNorm sees other parts of the batch",
         )
     _note(world, f"resuming {path} at step {resumed['step']}")
-    return resumed
+    return path, resumed
 
 
 def check_same_data(resumed: dict[str, Any], loader: TrainingLoader, world: World) -> None:

@@ -165,7 +165,7 @@ class DeepSpeedEngine(Engine):
         training = {**training, "zero": own, **self._averaged_state()}
         zero_checkpoint.write(path, training, self.world, write_shares)
 
-    def load(self, content: dict[str, Any]) -> None:
+    def load(self, path: Path, content: dict[str, Any]) -> None:
         """See `Engine.load`; called on all ranks.
 
         Reads DeepSpeed's pickles, which may run code: only for folders that are trusted. Another
@@ -173,7 +173,8 @@ class DeepSpeedEngine(Engine):
         and deleted again.
 
         Args:
-            content: what `sharded.read_training` gave.
+            path: the folder. Its pickles are read, so it is never taken from a file's content.
+            content: what `sharded.read_training` gave of it.
 
         Raises:
             ValueError: the checkpoint is of another model, engine or stage.
@@ -184,7 +185,7 @@ class DeepSpeedEngine(Engine):
                 "the checkpoint is of a run without --deepspeed; go on without it, or begin with "
                 "the checkpoint's weights: --pretrained"
             )
-        path, saved = Path(content["folder"]), content["zero"]
+        saved = content["zero"]
         if saved["shapes"] != self._shapes:
             raise ValueError(f"{path} is not of model {self.config.model}: its parameters differ")
         # stages 1 and 2 keep the same things, 3 cuts every parameter

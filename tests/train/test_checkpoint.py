@@ -138,9 +138,8 @@ def test_a_models_config_beside_weights_vouches_for_nothing(tmp_path: Path) -> N
     assert checkpoint.read_weights(tmp_path / "c.pt")["w"] == 1
 
 
-@pytest.mark.parametrize("key", ["zero", "folder"])
-def test_a_file_names_no_folder_to_unpickle(tmp_path: Path, key: str) -> None:
-    torch.save({**content(1), key: str(tmp_path)}, tmp_path / "c.pt")
+def test_a_file_names_no_folder_to_unpickle(tmp_path: Path) -> None:
+    torch.save({**content(1), "zero": {}, "folder": str(tmp_path)}, tmp_path / "c.pt")
     with pytest.raises(ValueError, match="give the folder itself"):
         checkpoint.read(tmp_path / "c.pt")
 

@@ -221,7 +221,7 @@ def check_saved(engine: Any, here: World, folder: Path) -> None:
     before = {name: value.clone() for name, value in engine.average.state_dict().items()}
     content = checkpoint.read(folder / "step_00000004")
     engine.average.load_state_dict({name: value * 0 for name, value in before.items()})
-    engine.load(content)
+    engine.load(folder / "step_00000004", content)
     assert furthest(engine.average.state_dict(), before) == 0
     whole = engine.weights()
     if here.is_first:

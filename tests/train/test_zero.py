@@ -214,7 +214,7 @@ def check_scale(engine: Any, here: World) -> None:
 def alone_part(stage: int, folder: Path, here: World) -> dict[str, Any]:
     saved = folder / "step_00000050"
     engine = make(stage, folder, here, batch_size=2 * BATCH)
-    engine.load(sharded.read_training(saved))
+    engine.load(saved, sharded.read_training(saved))
     sharded.to_universal(saved, folder / "universal")
     engine.save(folder / "one", {"step": STEPS})
     return {"start_one": engine.weights(), "losses_one": more(engine, here)}
@@ -222,11 +222,14 @@ def alone_part(stage: int, folder: Path, here: World) -> dict[str, Any]:
 
 def resume_part(stage: int, folder: Path, here: World) -> dict[str, Any]:
     engine = make(stage, folder, here)
-    engine.load(sharded.read_training(folder / "step_00000050"))
+    saved = folder / "step_00000050"
+    # what a file says of folders counts for nothing
+    content = {**sharded.read_training(saved), "folder": str(folder / "elsewhere")}
+    engine.load(saved, content)
     more(engine, here)
     result = {"resumed": engine.weights(), **torch.load(folder / "alone.pt")}
     engine = make(stage, folder, here)
-    engine.load(sharded.read_training(folder / "one"))
+    engine.load(folder / "one", sharded.read_training(folder / "one"))
     return {**result, "start_back": engine.weights(), "losses_back": more(engine, here)}
 
 
