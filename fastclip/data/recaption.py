@@ -125,7 +125,7 @@ class Captioner:
 
         self.options = options
         self.device = device
-        self.processor = AutoProcessor.from_pretrained(options.model)
+        self.processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=False)
         self.tokenizer: Any = getattr(self.processor, "tokenizer", None)
         if self.tokenizer is None or not hasattr(self.processor, "image_processor"):
             raise ValueError(f"{options.model} takes no images with texts; give another --model")
@@ -141,7 +141,9 @@ class Captioner:
         usual = "bfloat16" if device.type == "cuda" else "float32"
         dtype = usual if options.dtype == "auto" else options.dtype
         self.dtype = getattr(torch, dtype)
-        model: Any = AutoModelForImageTextToText.from_pretrained(options.model, dtype=self.dtype)
+        model: Any = AutoModelForImageTextToText.from_pretrained(
+            options.model, dtype=self.dtype, trust_remote_code=False
+        )
         if model.generation_config.pad_token_id is None:
             model.generation_config.pad_token_id = self.tokenizer.pad_token_id
         self.model = model.to(device).eval()

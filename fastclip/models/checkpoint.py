@@ -195,10 +195,13 @@ def require_trust(path: Path, trust: bool) -> None:
         )
 
 
-def _verify(path: Path) -> None:
+def require_whole(path: Path) -> None:
     """Refuse a file that differs from the manifest beside it, where there is one.
 
     Torch checks no sums: a flipped bit would be another weight.
+
+    Raises:
+        ValueError: it differs.
     """
     beside = path.with_suffix(".json")
     if not beside.is_file():
@@ -214,7 +217,7 @@ def _verify(path: Path) -> None:
 def _load(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
-    _verify(path)
+    require_whole(path)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

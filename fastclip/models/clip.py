@@ -1,9 +1,11 @@
 """Two-tower models by name, from open_clip's registry and the configs shipped here."""
 
+import copy
 import difflib
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 from fastclip.bounded import read_object
 from fastclip.models import description
-from fastclip.models.checkpoint import read_weights
+from fastclip.models.checkpoint import read_weights, require_whole
 
 CONFIG_FILE = "open_clip_config.json"
 # in there, beside what open_clip reads: what makes a system of the towers
@@ -22,6 +24,8 @@ SYSTEM = "fastclip_cfg"
 SIGLIP = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
 
 _CONFIGS = Path(__file__).with_name("configs")
+# open_clip has two tokenizers by parts of names, of which this has none
+_NAME = "fastclip-description"
 _COUNT = ".num_batches_tracked"
 # names in a message
 _SHOWN = 3
@@ -75,8 +79,9 @@ def create(
         path = Path(name)
         if not path.is_file():
             raise FileNotFoundError(f"model config {name} does not exist")
-        description.check(read_object(path), name)
-        open_clip.add_model_config(path)
+        config = description.check(read_object(path), name)
+        # not by path, which open_clip would read anew
+        open_clip.factory._MODEL_CONFIGS[path.stem] = config
         name = path.stem
     if name not in open_clip.list_models():
         near = difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.4)
@@ -143,9 +148,51 @@ def build_described(run: Path, device: str | torch.device) -> Model:
         ValueError: the description is damaged, or has a key that is not allowed.
         FileNotFoundError: there is none.
     """
-    described = read_description(run)
-    description.check(described.get("model_cfg"), str(run / CONFIG_FILE))
-    return _build(f"local-dir:{run}", device)
+    return build_checked(read_description(run), str(run / CONFIG_FILE), device, folder=run)
+
+
+def build_checked(
+    described: dict[str, Any],
+    origin: str,
+    device: str | torch.device,
+    *,
+    folder: Path | None = None,
+    weights: Path | None = None,
+) -> Model:
+    """The model of a description; nothing is read again, so what was checked is what is built.
+
+    Args:
+        described: what an `open_clip_config.json` holds.
+        origin: the file, for messages.
+        device: where the parameters are put.
+        folder: where tokenizers of Hugging Face's kind are; None for the one that is named.
+        weights: a file of open_clip's; None for random weights.
+
+    Raises:
+        ValueError: the description is damaged, or has a key that is not allowed.
+    """
+    config = copy.deepcopy(description.check(described.get("model_cfg"), origin))
+    preprocess = described.get("preprocess_cfg") or {}
+    if not isinstance(preprocess, dict):
+        raise ValueError(f"{origin}: preprocess_cfg must be an object")
+    if folder is not None and config["text_cfg"].get("hf_tokenizer_name"):
+        config["text_cfg"]["hf_tokenizer_name"] = str(folder)
+    if weights is not None:
+        require_whole(weights)
+    with _registered(config) as name:
+        return _build(name, device, None if weights is None else str(weights), None, preprocess)
+
+
+@contextmanager
+def _registered(config: dict[str, Any]) -> Iterator[str]:
+    """A name of open_clip's for a configuration."""
+    from open_clip import factory
+
+    factory._MODEL_CONFIGS[_NAME] = config
+    try:
+        yield _NAME
+    finally:
+        factory._MODEL_CONFIGS.pop(_NAME, None)
 
 
 def load_weights(model: nn.Module, state_dict: dict[str, Tensor], origin: str) -> None:
@@ -189,25 +236,29 @@ def _build(
     device: str | torch.device,
     pretrained: str | None = None,
     options: dict[str, float] | None = None,
+    preprocess_config: dict[str, Any] | None = None,
 ) -> Model:
     import open_clip
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
     # open_clip warns that the weights are random, which is what is wanted here
     logging.disable(logging.WARNING)
+    # the size is the tower's
+    forced = {key: value for key, value in (preprocess_config or {}).items() if key != "size"}
     try:
-        model = open_clip.create_model(
-            name,
-            pretrained,
-            device=device,
-            output_dict=True,
-            load_weights=pretrained is not None,
-            pretrained_text=False,
-            **(options or {}),
-        )
+        with description.without_remote_code():
+            model = open_clip.create_model(
+                name,
+                pretrained,
+                device=device,
+                output_dict=True,
+                load_weights=pretrained is not None,
+                pretrained_text=False,
+                force_preprocess_cfg=forced,
+                **(options or {}),
+            )
+            tokenizer = open_clip.get_tokenizer(name)
     finally:
         logging.disable(logging.NOTSET)
     preprocess = PreprocessCfg(**open_clip.get_model_preprocess_cfg(model))
-    return Model(
-        model, image_transform_v2(preprocess, is_train=False), open_clip.get_tokenizer(name)
-    )
+    return Model(model, image_transform_v2(preprocess, is_train=False), tokenizer)

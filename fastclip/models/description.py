@@ -1,5 +1,7 @@
 """What a model's description may say: the only gate between such files and calls made of them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 _SCALARS = (str, int, float, bool, type(None))
@@ -30,7 +32,7 @@ def check(model_config: Any, origin: str) -> dict[str, Any]:
     if not isinstance(model_config, dict):
         raise ValueError(f"{origin} describes no model: it must hold an object")
     parts = {"vision_cfg": CLIPVisionCfg, "text_cfg": CLIPTextCfg, "multimodal_cfg": MultimodalCfg}
-    for name in ("vision_cfg", "text_cfg"):
+    for name in ("embed_dim", "vision_cfg", "text_cfg"):
         if name not in model_config:
             raise ValueError(f"{origin} describes no model: it has no {name}")
     plain = {"embed_dim", "quick_gelu", "custom_text", "init_logit_scale", "init_logit_bias"}
@@ -64,6 +66,26 @@ def _check_plain(value: Any, origin: str, where: str) -> None:
     items = value if isinstance(value, list | tuple) else [value]
     if not all(isinstance(item, _SCALARS) for item in items):
         raise ValueError(f"{origin}: {where} must be a number, a text or a list of them")
+
+
+@contextmanager
+def without_remote_code() -> Iterator[None]:
+    """Have transformers refuse code that comes with a model, where open_clip lets it ask.
+
+    A tokenizer or a text tower by name would otherwise ask at the terminal, amid a run.
+    """
+    try:
+        from transformers import dynamic_module_utils
+    except ModuleNotFoundError:
+        yield
+        return
+    before = dynamic_module_utils.TIME_OUT_REMOTE_CODE
+    # seconds that it waits for an answer; with none it does not ask
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+    try:
+        yield
+    finally:
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = before
 
 
 def harmless(config: Any) -> Any:

@@ -5,13 +5,14 @@ from typing import NoReturn
 
 import torch
 
+from fastclip.bounded import read_object
 from fastclip.models import description
 from fastclip.models.build import load
-from fastclip.models.clip import Model, create, read_description
+from fastclip.models.clip import CONFIG_FILE, Model, build_checked, create, read_description
 
 # open_clip's prefixes of what brings its own weights: a repository of the hub, a folder like one
-_LOCAL = "local-dir:"
-_WITH_WEIGHTS = ("hf-hub:", _LOCAL)
+_HUB, _LOCAL = "hf-hub:", "local-dir:"
+_WITH_WEIGHTS = (_HUB, _LOCAL)
 
 
 def is_run(name: str, pretrained: str | None = None) -> bool:
@@ -78,14 +79,23 @@ def _refuse_random(name: str) -> NoReturn:
 
 
 def _open_with_weights(name: str, device: str | torch.device) -> Model:
-    import open_clip
+    from open_clip import factory
+    from open_clip.pretrained import download_pretrained_from_hf
 
     if name.startswith(_LOCAL):
-        described = read_description(Path(name.removeprefix(_LOCAL)))
+        folder = Path(name.removeprefix(_LOCAL))
+        described, found = read_description(folder), factory._find_checkpoint_in_dir(folder)
+        if found is None:
+            raise ValueError(
+                f"{name} cannot be opened: it holds no weights (.safetensors, .bin or .pth)"
+            )
+        return build_checked(described, name, device, folder=folder, weights=Path(found))
+    repository = name.removeprefix(_HUB)
+    try:
+        described = read_object(Path(download_pretrained_from_hf(repository, CONFIG_FILE)))
+        # before the weights, which are large
         description.check(described.get("model_cfg"), name)
-    else:
-        description.check(open_clip.get_model_config(name), name)
-    model, preprocess = open_clip.create_model_from_pretrained(
-        name, device=device, output_dict=True
-    )
-    return Model(model, preprocess, open_clip.get_tokenizer(name))
+        weights = Path(download_pretrained_from_hf(repository))
+    except FileNotFoundError as error:
+        raise ValueError(f"{name} cannot be opened: {error}") from error
+    return build_checked(described, name, device, weights=weights)

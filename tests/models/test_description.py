@@ -62,12 +62,79 @@ def test_no_description_makes_a_tokenizer_run_code(
     assert not marker.exists()
 
 
-def test_a_hub_description_is_checked_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_description_is_checked_alike(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     import open_clip
 
-    monkeypatch.setattr(open_clip, "get_model_config", lambda name: copy.deepcopy(TINY))
+    (tmp_path / "c.json").write_text(json.dumps({"model_cfg": TINY}))
+    download = lambda *arguments: str(tmp_path / "c.json")  # noqa: E731
+    monkeypatch.setattr(open_clip.pretrained, "download_pretrained_from_hf", download)
     with pytest.raises(ValueError, match=r"hf-hub:a/b has .*trust_remote_code"):
         open_model("hf-hub:a/b")
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "tower"])
+def test_code_beside_a_named_tokenizer_or_tower_is_refused_unasked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    pytest.importorskip("transformers")
+    marker = tmp_path / "ran"
+    named = {"AutoTokenizer": ["evil.Evil", None], "AutoConfig": "evil.Evil"}
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "Evil", "auto_map": named})
+    )
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": named}))
+    (tmp_path / "evil.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    config = copy.deepcopy(TINY)
+    del config["text_cfg"]["tokenizer_kwargs"]
+    config["text_cfg"]["hf_tokenizer_name"] = str(tmp_path)
+    if part == "tower":
+        config["text_cfg"]["hf_model_name"] = str(tmp_path)
+    (tmp_path / "tiny.json").write_text(json.dumps(config))
+    # a user at the terminal who says yes to everything
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or "y")
+    with pytest.raises(ValueError, match="custom code"):
+        create(str(tmp_path / "tiny.json"))
+    assert not asked and not marker.exists()
+
+
+@pytest.mark.parametrize("reader", ["run", "local-dir", "file"])
+def test_what_is_built_is_what_was_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: str
+) -> None:
+    """Someone exchanges the description after the check."""
+    import torch
+
+    from fastclip.models import checkpoint
+
+    config = copy.deepcopy(TINY)
+    del config["text_cfg"]["tokenizer_kwargs"], config["text_cfg"]["hf_tokenizer_name"]
+    (tmp_path / "tiny.json").write_text(json.dumps(config))
+    weights = create(str(tmp_path / "tiny.json")).model.state_dict()
+    (tmp_path / "checkpoints").mkdir()
+    path = tmp_path / "checkpoints" / "epoch_1.pt"
+    checkpoint.write(path, {"step": 1, "state_dict": weights})
+    torch.save(weights, tmp_path / "model.bin")
+    described = tmp_path / "open_clip_config.json"
+    described.write_text(json.dumps({"model_cfg": config}))
+    file = tmp_path / "tiny.json" if reader == "file" else described
+    check = description.check
+
+    def then_exchanged(*arguments: Any) -> Any:
+        result = check(*arguments)
+        file.write_text(json.dumps(TINY if reader == "file" else {"model_cfg": TINY}))
+        return result
+
+    monkeypatch.setattr(description, "check", then_exchanged)
+    if reader == "file":
+        built = create(str(file))
+    else:
+        # a run reads its description twice, once for the system
+        monkeypatch.setattr("fastclip.models.build.system_of", lambda run: {})
+        built = load(tmp_path) if reader == "run" else open_model(f"local-dir:{tmp_path}")
+    assert built.tokenizer(["x"]).shape == (1, TINY["text_cfg"]["context_length"])
 
 
 @pytest.mark.parametrize(
