@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastclip.functional import clip_loss, siglip_loss
@@ -12,6 +13,8 @@ from fastclip.ops.attention import attention
 
 NAME = "fastclip"
 """Of the attention among those that transformers knows."""
+MAPS = "_fastclip_maps"
+"""Attribute of an attention layer: whether the call under way wants its maps."""
 
 
 def patch_transformers(
@@ -27,7 +30,7 @@ def patch_transformers(
     With `return_loss=True` the forward computes the loss without ever forming the similarities:
     `logits_per_image` and `logits_per_text` are then None unless asked for. Without, all is as it
     was. Calls with a padding mask, or with dropout of attention while training, take torch's
-    attention.
+    attention; calls with `output_attentions=True` form the attention maps and return them.
 
     Args:
         model: from `transformers`; its weights and its configuration's other entries stay as they
@@ -95,6 +98,16 @@ def _exchange_attention(models: list[Any], backend: str, handle: PatchHandle) ->
 
         model.config._attn_implementation = name
         handle.on_undo(restore)
+        for layer in model.modules():
+            if hasattr(layer, "is_causal") and hasattr(layer, "config"):
+                hook = layer.register_forward_pre_hook(_note_maps, with_kwargs=True)
+                handle.on_undo(hook.remove)
+
+
+def _note_maps(layer: nn.Module, arguments: Any, options: dict[str, Any]) -> None:
+    # SigLIP's layers do not pass their options on to `_attend`
+    of_all = getattr(layer.config, "output_attentions", False)
+    setattr(layer, MAPS, bool(options.get("output_attentions", of_all)))
 
 
 def _attend(
@@ -108,9 +121,11 @@ def _attend(
     is_causal: bool | None = None,
     backend: str = "auto",
     **options: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     # as transformers calls it: (B, H, S, Dh) in, (B, S, H, Dh) out
     causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
+    if getattr(module, MAPS, False):
+        return _with_maps(query, key, value, attention_mask, scaling, dropout, causal)
     if attention_mask is not None or dropout > 0.0:
         attended = nn.functional.scaled_dot_product_attention(
             query,
@@ -124,6 +139,28 @@ def _attend(
     else:
         attended = attention(query, key, value, causal=causal, scale=scaling, backend=backend)
     return attended.transpose(1, 2).contiguous(), None
+
+
+def _with_maps(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    """The attention as transformers' eager code computes it, and its maps (B, H, S, T)."""
+    logits = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if mask is None and causal:
+        mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
+    if mask is not None:
+        # the smallest number, as there: a query that sees nothing attends to all alike
+        smallest = torch.finfo(logits.dtype).min
+        logits = logits.masked_fill(~mask, smallest) if mask.dtype == torch.bool else logits + mask
+    maps = logits.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    maps = nn.functional.dropout(maps, dropout)
+    return (maps @ value).transpose(1, 2).contiguous(), maps
 
 
 def _exchange_loss(

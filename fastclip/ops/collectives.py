@@ -14,6 +14,7 @@ accumulator's, in a fixed order, so a partial is rounded once and the same bits 
 `columns.py` holds the walks' view of it. Processes may have different numbers of rows.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 WAYS = ("gather", "ring")
+CHECK_SIZES = "FASTCLIP_CHECK_SIZES"
 # renamed in torch 2.14
 _ALL_GATHER = (
     "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
@@ -119,7 +121,8 @@ def ranks_of(
         rows: this rank's.
 
     Raises:
-        ValueError: the arguments do not fit together, or no process group exists.
+        ValueError: the arguments do not fit together, or no process group exists; with
+            FASTCLIP_CHECK_SIZES=1 also: the ranks have other rows than `sizes` says.
     """
     if way is None:
         if group is not None or sizes is not None:
@@ -128,6 +131,7 @@ def ranks_of(
     check_way(way)
     name, rank, world = _place(group)
     shares = (rows,) * world if sizes is None else tuple(sizes)
+    compare_sizes("rows", rows, shares, name)
     if len(shares) != world or shares[rank] != rows or min(shares) < 1:
         raise ValueError(
             f"sizes are {shares} with {rows} rows on rank {rank} of {world}; give every rank's "
@@ -144,6 +148,47 @@ def _place(group: dist.ProcessGroup | None) -> tuple[str, int, int]:
     if rank < 0:
         raise ValueError("this process is not in the group that the loss is to be shared in")
     return group_name(group), rank, dist.get_world_size(group)
+
+
+def compare_sizes(what: str, own: int, sizes: Sequence[int], group: str) -> None:
+    """Whether every rank has what `sizes` says, asked of all ranks where FASTCLIP_CHECK_SIZES=1.
+
+    One more exchange a call, so that it is a switch: without, ranks that differ abort in gloo, and
+    may hang in NCCL. Compiled graphs leave it out.
+
+    Args:
+        what: "rows" or "columns".
+        own: this rank's number of them.
+        sizes: what this rank expects of every rank.
+        group: the process group's name.
+
+    Raises:
+        ValueError: some rank has another number, or expects other numbers; on all ranks alike.
+    """
+    if torch.compiler.is_compiling() or os.environ.get(CHECK_SIZES) != "1":
+        return
+    handle = _handle(group)
+    found: list[Any] = [None] * dist.get_world_size(handle)
+    dist.all_gather_object(found, (own, tuple(sizes)), group=handle)
+    numbers = tuple(number for number, _ in found)
+    remedy = "give all ranks the same number of columns a row"
+    if what == "rows":
+        remedy = "give every rank's rows as sizes, the same on all, or drop the last, shorter batch"
+    for rank, (_, expected) in enumerate(found):
+        if expected != numbers:
+            raise ValueError(
+                f"the processes have {numbers} {what}, but rank {rank} expects {expected}; {remedy}"
+            )
+
+
+def check_columns(ranks: Ranks | None, columns: int) -> None:
+    """That a rank's columns can be shared out, before anything is sent.
+
+    Raises:
+        ValueError: see `Ranks.columns` and `compare_sizes`.
+    """
+    if ranks is not None:
+        compare_sizes("columns", columns, ranks.columns(columns), ranks.group)
 
 
 def plain(ranks: Ranks | None) -> tuple[str, str, list[int]]:
@@ -305,6 +350,7 @@ def gather_rows(
     """
     name, rank, world = _place(group)
     sizes = [features.shape[0]] * world if sizes is None else list(sizes)
+    compare_sizes("rows", features.shape[0], sizes, name)
     if with_grad:
         return _gather_rows(features, name, sizes, rank)
     parts = list(_gather_rows(features.detach(), name, sizes, rank).split(sizes))

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastclip.ops import backend as backends
 from fastclip.ops import checks, rectangle
-from fastclip.ops.collectives import Ranks, plain, unplain
+from fastclip.ops.collectives import Ranks, check_columns, plain, unplain
 from fastclip.ops.forward_gradient import multiply_saved, save_gradients, wants_gradient
 from fastclip.ops.gemm import accumulator_dtype
 from fastclip.ops.similarity import (
@@ -71,6 +71,7 @@ def info_nce_sum(
     check_pair(x, y, compute_dtype)
     positive_index, _, _ = check_positives(x, y, False, positive_index, None, None, first)
     scale = checks.as_scalar("logit_scale", scale, x)
+    check_columns(ranks, y.shape[0])
     checks.refuse_transforms(x, y, scale)
     return _info_nce(
         x,

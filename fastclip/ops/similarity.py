@@ -32,7 +32,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastclip.ops import backend as backends
 from fastclip.ops import checks, rectangle, reference
-from fastclip.ops.collectives import Ranks, plain, rows_of_all, unplain
+from fastclip.ops.collectives import Ranks, check_columns, plain, rows_of_all, unplain
 from fastclip.ops.columns import Columns, columns_of
 from fastclip.ops.gemm import accumulator_dtype
 from fastclip.ops.tiles import tiles_of
@@ -99,9 +99,7 @@ def similarity_statistics(
     positive_index, row_group, column_group = check_positives(
         x, y, both, positive_index, row_group, column_group, first
     )
-    if ranks is not None:
-        # a count of columns that cannot be shared out is told before anything is sent
-        ranks.columns(y.shape[0])
+    check_columns(ranks, y.shape[0])
     options = (
         both,
         positive_index,

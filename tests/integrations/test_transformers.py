@@ -114,3 +114,69 @@ def test_a_loss_that_would_stay_is_refused(kind: str) -> None:
     assert model.config._attn_implementation == before
     with fastclip.patch_transformers(model, loss=False):
         assert model.config._attn_implementation == "fastclip"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("return_loss", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_maps_are_those_of_the_model(kind: str, return_loss: bool, padded: bool) -> None:
+    model = transformers_case(kind).model.eval()
+    model.set_attn_implementation("eager")
+    given = inputs()
+    if padded:
+        mask = torch.ones_like(given["input_ids"])
+        mask[1, 7:] = 0
+        given["attention_mask"] = mask
+    options = {"return_loss": return_loss, "output_attentions": True}
+    want = model(**given, **options)
+    with fastclip.patch_transformers(model):
+        got = model(**given, **options)
+        # of this call alone
+        without = model(**given, return_loss=return_loss)
+    assert not without.text_model_output.attentions
+    for part in ("text_model_output", "vision_model_output"):
+        mine, theirs = (getattr(output, part).attentions for output in (got, want))
+        assert len(mine) == len(theirs) == 2
+        for ours, other in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(ours, other, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got.text_embeds, want.text_embeds, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got.image_embeds, want.image_embeds, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_maps_asked_for_in_the_configuration(kind: str) -> None:
+    """Of a tower alone; the maps of a text tower hide what comes later."""
+    model = transformers_case(kind).model.eval()
+    model.set_attn_implementation("eager")
+    tower = model.text_model
+    tower.config.output_attentions = True
+    texts = inputs()["input_ids"]
+    want = tower(texts).attentions
+    with fastclip.patch_transformers(model):
+        got = tower(texts).attentions
+    assert len(got) == len(want) == 2
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        if kind == "clip":
+            assert (ours.triu(1) == 0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_maps_with_dropout(kind: str) -> None:
+    """In training the maps are the dropped ones, as eager code returns them."""
+    model = transformers_case(kind).model.train()
+    model.set_attn_implementation("eager")
+    layers = [m for m in model.modules() if hasattr(m, "q_proj")]
+    for layer in layers:
+        layer.dropout = 0.5
+    texts = inputs()["input_ids"]
+    maps = []
+    for patched in (False, True):
+        handle = fastclip.patch_transformers(model) if patched else None
+        torch.manual_seed(5)
+        maps.append(model.text_model(texts, output_attentions=True).attentions)
+        if handle:
+            handle.undo()
+    for want, got in zip(*maps, strict=True):
+        assert (want == 0).any()
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
