@@ -2,8 +2,10 @@
 
     python tests/mutants/run.py [--filter WORD] [--jobs N] [--limit SECONDS] [--list]
 
-Works on copies of the tree, never on the checkout. Status 1 if a mutant survives. A selection of
-tests is first run without a fault: one that fails then would call every mutant killed.
+Works on copies of the tree, never on the checkout. A mutant is killed when a test fails; a run that
+breaks before its tests, or takes too long, is counted apart. Status 1 if a mutant survives or
+breaks. A selection of tests is first run without a fault: one that fails then would call every
+mutant killed.
 """
 
 import argparse
@@ -36,30 +38,41 @@ def mutated(mutant: Mutant, root: Path) -> str:
     return text.replace(mutant.old, mutant.new)
 
 
-def run_tests(root: Path, tests: str, limit: float) -> str:
-    """ "passed", "failed", "timed out", or "broken": pytest found nothing to run."""
+def run_tests(root: Path, tests: str, limit: float) -> tuple[str, str]:
+    """ "passed", "failed", "timed out" or "broken", and pytest's line on the first failure.
+
+    Only a test that ran and failed is "failed". A collection, an import or a fixture that fails,
+    nothing to run, and pytest's own death are "broken": no test saw the fault.
+    """
     # a file rewritten within a second, with its old size, would be served from its bytecode
     environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment["COLUMNS"] = "200"
     selection = tests.split(" -k ", 1)
     arguments = selection[0].split() + (["-k", selection[1]] if selection[1:] else [])
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", *arguments],
-        cwd=root,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        status = process.wait(limit)
-    except subprocess.TimeoutExpired:
-        return "timed out"
-    finally:
-        # ranks that the tests started, too
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    return {0: "passed", 4: "broken", 5: "broken"}.get(status, "failed")
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "-n", "0", *arguments],
+            cwd=root,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            status = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            return "timed out", ""
+        finally:
+            # ranks that the tests started, too
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        output.seek(0)
+        lines = output.read().splitlines()
+    failed = [line for line in lines if line.startswith("FAILED ")]
+    if status == 1 and failed and not any(line.startswith("ERROR ") for line in lines):
+        return "failed", failed[0].removeprefix("FAILED ")
+    return "passed" if status == 0 else "broken", f"status {status}: {' '.join(lines[-1:])}"
 
 
 def main() -> int:
@@ -82,7 +95,7 @@ def main() -> int:
         for job in range(options.jobs):
             trees.put(Path(shutil.copytree(ROOT, Path(folder, str(job)), ignore=LEFT_OUT)))
 
-        def sound(tests: str) -> str:
+        def sound(tests: str) -> tuple[str, str]:
             tree = trees.get()
             try:
                 return run_tests(tree, tests, options.limit)
@@ -95,19 +108,20 @@ def main() -> int:
             original = path.read_text()
             try:
                 path.write_text(mutated(mutant, tree))
-                found = run_tests(tree, mutant.tests, options.limit)
+                found, line = run_tests(tree, mutant.tests, options.limit)
             finally:
                 path.write_text(original)
                 trees.put(tree)
             word = {"passed": "SURVIVED", "failed": "killed"}.get(found, found)
             print(f"{word:9} {mutant.file}: {mutant.old!r} as {mutant.new!r}", flush=True)
+            print(f"          {line}", flush=True)
             return word
 
         with ThreadPoolExecutor(options.jobs) as pool:
             selections = sorted({m.tests for m in chosen})
-            for tests, found in zip(selections, pool.map(sound, selections), strict=True):
+            for tests, (found, line) in zip(selections, pool.map(sound, selections), strict=True):
                 if found != "passed":
-                    raise SystemExit(f"without a fault, {tests}: {found}")
+                    raise SystemExit(f"without a fault, {tests}: {found}, {line}")
             words = list(pool.map(outcome, chosen))
     print(", ".join(f"{words.count(word)} {word}" for word in sorted(set(words))))
     return 0 if set(words) <= {"killed", "timed out"} else 1
