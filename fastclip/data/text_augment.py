@@ -54,14 +54,10 @@ def read_synonyms(path: str | Path) -> Synonyms:
     """Synonyms from a UTF-8 file: a group of words a line, with spaces between; # starts a comment.
 
     Raises:
-        ValueError: a line is no such group, or there is none.
+        ValueError: a line is no such group, there is none, or the file is not UTF-8.
     """
-    try:
-        lines = read_lines(Path(path))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text; save the synonyms as UTF-8") from error
     found: dict[str, tuple[str, ...]] = {}
-    for line in lines:
+    for line in read_lines(Path(path)):
         group = [] if line.startswith("#") else line.lower().split()
         bare = {word for word in group if word == word.strip(PUNCTUATION)}
         if group and (len(bare) < len(group) or len(group) == 1):

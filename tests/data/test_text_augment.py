@@ -234,7 +234,7 @@ def test_synonyms_from_a_file(tmp_path: Path) -> None:
         (b"cat feline\ndog dog\n", r"'dog dog'"),
         (b"couch, sofa\n", r"'couch, sofa': .* only spaces between"),
         (b"# nothing\n", r"holds no synonyms; give a line such as"),
-        (b"caf\xe9 bar\n", r"not UTF-8 text; save"),
+        (b"caf\xe9 bar\n", r"words.txt is not UTF-8 .*; save it as UTF-8"),
     ],
 )
 def test_files_that_hold_no_synonyms(content: bytes, message: str, tmp_path: Path) -> None:
