@@ -139,14 +139,26 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("doffset[p, q] += d_positive[index].sum()", "doffset[p, q] -= d_positive[index].sum()"),
     ],
     ("fastclip/ops/labels.py", _PRECISION): [
-        ("self.others = last - first - 1", "self.others = last - first"),
         ("[(-2 * of_anchor[:, 0], features)]", "[(-1 * of_anchor[:, 0], features)]"),
         (
             "(d_positive_mean * positive_mean).sum() / table[0, 0]",
             "(d_positive_mean * positive_mean).sum()",
         ),
         ("dot.sub_(itself)", "dot.sub_(0)"),
+    ],
+    ("fastclip/ops/classes.py", _PRECISION): [
+        ("self.others = last - first - 1", "self.others = last - first"),
         ("begins[1:] = ordered[1:] != ordered[:-1]", "begins[1:] = ordered[1:] > ordered[:-1] + 1"),
+    ],
+    ("fastclip/ops/candidates.py", _PRECISION + " and smoothed_grouped"): [
+        ("counts[found] * there", "counts[found]"),
+    ],
+    ("fastclip/ops/candidates.py", _RANKS + " and smoothed_grouped"): [
+        ("1 - classes.others", "classes.others"),
+        (
+            "_outside_of_all(upstream, row_group, group_of_y,",
+            "_outside_of_all(upstream, group_of_y, row_group,",
+        ),
     ],
     ("fastclip/ops/distillation.py", _MODULES + " -k distillation"): [
         ("row, column = lse_N - mean_N", "row, column = lse_N + mean_N"),
