@@ -21,7 +21,7 @@ _RANKS = "tests/ops/test_distributed.py -k [3"
 _CPP = "tests/ops/test_cpp.py -k pairwise"
 _TRITON = (
     "tests/kernels/test_tilings.py tests/kernels/test_triton.py"
-    " -k (against_float64 and not siglip) or span or ties"
+    " -k (against_float64 and not siglip) or span or ties or corner"
 )
 _SIGMOID = (
     "tests/kernels/test_tilings.py tests/kernels/test_triton.py -k siglip and (against or ties)"
@@ -37,8 +37,10 @@ _OPS_ATTENTION = (
 )
 
 _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
-    ("fastclip/ops/columns.py", _RANKS): [
+    ("fastclip/ops/columns.py", "tests/ops/test_exchange_dtype.py"): [
         ("if compute_dtype == torch.float16 and not scaled:", "if False:"),
+    ],
+    ("fastclip/ops/columns.py", _RANKS): [
         ("owner = (self.rank - step) % self.world", "owner = (self.rank + step) % self.world"),
         ("self._gradient += block", "self._gradient = block"),
         ("self._gradient += self._under_way.wait()", "self._under_way.wait()"),
