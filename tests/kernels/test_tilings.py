@@ -62,3 +62,20 @@ def test_partial_statistics_are_a_parts() -> None:
         # an exponent of 30 is known to 30 eps
         torch.testing.assert_close(mine, want, rtol=1e-5, atol=0)
     assert found[0][1][-1].eq(0).all() and found[0][1].shape[0] == 4
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("diagonal", [-33, -32, -31, -1, 0, 1, 31, 32, 33])
+def test_a_diagonal_that_meets_a_tile_at_a_corner(diagonal: int, parts: int) -> None:
+    """By one from a tile's corner to the next; whole tiles, whose borders ask for no test."""
+    # logits near zero: each entry counts
+    x, y = 0.1 * torch.randn(2, 64, 16, generator=torch.Generator().manual_seed(0))
+    tiling = Tiling(32, 32 * parts, 16, 4, 1, parts=parts)
+    scale = torch.tensor(1.0)
+    *_, top, total, _ = similarity.statistics(x, y, scale, None, diagonal, True, None, tiling)
+    S = x @ y.T
+    rows, columns = torch.arange(64)[:, None], torch.arange(64)
+    want = S.masked_fill(columns == rows + diagonal, -torch.inf).logsumexp(0)
+    # partial statistics are powers of two
+    got = torch.log((total * torch.exp2(top)).sum(0))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
