@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastclip.kernels import launch, similarity
+from fastclip.kernels import launch, merge, similarity
 from fastclip.kernels.launch import INTERPRETED, Tiling
 from tests.kernels.test_triton import check
 
@@ -62,3 +62,24 @@ def test_partial_statistics_are_a_parts() -> None:
         # an exponent of 30 is known to 30 eps
         torch.testing.assert_close(mine, want, rtol=1e-5, atol=0)
     assert found[0][1][-1].eq(0).all() and found[0][1].shape[0] == 4
+
+
+@pytest.mark.parametrize("tiles", [1, merge.MERGED_TILES, 2 * merge.MERGED_TILES + 3])
+def test_any_number_of_tiles_is_merged(tiles: int) -> None:
+    """A program reads MERGED_TILES of them at a time."""
+    lines, generator = merge.MERGED_LINES + 5, torch.Generator().manual_seed(0)
+    part_max = 50 * torch.randn(tiles, lines, generator=generator)
+    part_sum, part_dot = torch.rand(2, tiles, lines, generator=generator) + 0.1
+    run_max = torch.full((lines,), -torch.inf)
+    run_max[::2] = 3.0
+    run_sum = (run_max > 0).float()
+    offset = torch.tensor(0.7)
+    terms = part_max.double() * torch.tensor(2.0).double().log() + offset
+    want_max = torch.maximum(terms.amax(0), run_max.double())
+    before = run_sum * torch.exp(run_max - want_max)
+    weights = torch.exp(terms - want_max)
+    wanted = (want_max, before + (weights * part_sum).sum(0), (weights * part_dot).sum(0))
+    dot = merge.merge(part_max, part_sum, part_dot, run_max, run_sum, offset)
+    for mine, want in zip((run_max, run_sum, dot), wanted, strict=True):
+        # an exponent of 100 is known to 100 eps
+        torch.testing.assert_close(mine.double(), want, rtol=3e-5, atol=0)
