@@ -83,3 +83,30 @@ def test_any_number_of_tiles_is_merged(tiles: int) -> None:
     for mine, want in zip((run_max, run_sum, dot), wanted, strict=True):
         # an exponent of 100 is known to 100 eps
         torch.testing.assert_close(mine.double(), want, rtol=3e-5, atol=0)
+
+
+def check_lines(rows: int, columns: int, diagonal: int | None) -> None:
+    """Log-sum-exps of all lines, from tiles of 16 x 16."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(lines, 17, generator=generator) for lines in (rows, columns))
+    tiling = Tiling(16, 32, 16, 4, 1, parts=2)
+    found = similarity.statistics(x, y, torch.tensor(2.0), None, diagonal, True, None, tiling)
+    logits = 2 * x.double() @ y.double().T
+    if diagonal is not None:
+        left_out = torch.arange(rows)[:, None] + diagonal == torch.arange(columns)
+        logits.masked_fill_(left_out, -torch.inf)
+    for part_max, part_sum, dim in ((*found[:2], 1), (*found[2:4], 0)):
+        run_max, run_sum = part_max.new_full(part_max.shape[1:], -torch.inf), part_sum[0] * 0
+        merge.merge(part_max, part_sum, None, run_max, run_sum, None)
+        lse = run_max + run_sum.log()
+        torch.testing.assert_close(lse.double(), logits.logsumexp(dim), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("diagonal", [d for d in range(-39, 40) if d % 16 in (0, 1, 15)])
+def test_a_diagonal_may_meet_a_tile_in_a_corner(diagonal: int) -> None:
+    check_lines(40, 40, diagonal)
+
+
+@pytest.mark.parametrize("rows, columns", [(47, 63), (48, 64), (33, 31)])
+def test_the_last_tile_may_pass_the_end_by_one_line(rows: int, columns: int) -> None:
+    check_lines(rows, columns, None)

@@ -111,8 +111,28 @@ def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"missing\.pt does not exist"):
         checkpoint.read(tmp_path / "missing.pt")
     torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(ValueError, match="no 'state_dict'"):
-        checkpoint.read(tmp_path / "list.pt")
+    torch.save({"weights": torch.ones(1)}, tmp_path / "bare.pt")
+    for name in ("list.pt", "bare.pt"):
+        with pytest.raises(ValueError, match="no 'state_dict'"):
+            checkpoint.read(tmp_path / name)
+
+
+def test_forms_of_weights(tmp_path: Path) -> None:
+    """Under state_dict or bare, with the prefix of data-parallel training; averaged on request."""
+    path, ones = tmp_path / "c.pt", torch.ones(1)
+    for content in ({"state_dict": {"module.a.module.b": ones}}, {"module.a.module.b": ones}):
+        torch.save(content, path)
+        assert list(checkpoint.read_weights(path)) == ["a.module.b"]
+    for content in ([ones], {"a": ones, "b": 1}, {"state_dict": {"a": ones, "b": "text"}}):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match="holds no state dictionary"):
+            checkpoint.read_weights(path)
+    torch.save({"state_dict": {"a": ones}}, path)
+    with pytest.raises(ValueError, match="its run had no --ema"):
+        checkpoint.read_weights(path, average=True)
+    torch.save({"state_dict": {"a": ones}, checkpoint.AVERAGE: {"a": 2 * ones}}, path)
+    assert [checkpoint.read_weights(path, average=a)["a"].item() for a in (False, True)] == [1, 2]
+    assert checkpoint.AVERAGE == "state_dict_ema"
 
 
 @pytest.mark.parametrize("damage", ["weights", "manifest", "length"])
