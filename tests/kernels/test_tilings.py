@@ -89,7 +89,7 @@ def check_lines(rows: int, columns: int, diagonal: int | None) -> None:
     """Log-sum-exps of all lines, from tiles of 16 x 16."""
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(lines, 17, generator=generator) for lines in (rows, columns))
-    tiling = Tiling(16, 32, 16, 4, 1, parts=2)
+    tiling = Tiling(16, 32, 16, 4, 1, group=2, parts=2)
     found = similarity.statistics(x, y, torch.tensor(2.0), None, diagonal, True, None, tiling)
     logits = 2 * x.double() @ y.double().T
     if diagonal is not None:

@@ -18,7 +18,7 @@ from fastclip.ops.attention import WIDEST, attention
 from fastclip.ops.info_nce import info_nce_sum
 from fastclip.ops.sigmoid import sigmoid_loss
 from fastclip.ops.similarity import similarity_statistics
-from fastclip.ops.tiles import chunk_rows
+from fastclip.ops.tiles import chunk_rows, whole_tiles
 from tests.ops.cases import unit
 
 
@@ -51,6 +51,14 @@ def test_flash_is_given_the_scale_and_the_mask(
 def test_chunks_are_as_few_as_fit(rows: int, fitting: int, size: int) -> None:
     assert chunk_rows(rows, 5, 4, fitting * 5 * 4, "cpu") == size
     assert -(-rows // size) == -(-rows // fitting)
+
+
+@pytest.mark.parametrize(
+    "size, most, whole",
+    [(200, 256, 256), (200, 255, 128), (100, 128, 128), (100, 100, 100), (300, 300, 256)],
+)
+def test_chunks_are_whole_tiles_where_they_fit(size: int, most: int, whole: int) -> None:
+    assert whole_tiles(size, most) == whole
 
 
 def test_flop_of_single_sigmoid_losses() -> None:

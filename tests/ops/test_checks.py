@@ -5,9 +5,18 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fastclip.ops import checks
-from fastclip.ops.collectives import Ranks, ranks_of
+from fastclip.ops.collectives import (
+    Ranks,
+    all_rows,
+    count_bytes,
+    group_name,
+    ranks_of,
+    sum_over_ranks,
+    to_owners,
+)
 from tests.ops.cases import unit
 
 AUTOCAST = torch.autocast("cpu", torch.bfloat16)
@@ -94,3 +103,28 @@ def test_shares_fit_the_processes() -> None:
     for options in ((dist.group.WORLD, None), (None, (4,))):
         with pytest.raises(ValueError, match="give dist"):
             ranks_of(None, *options, 4)
+
+
+@pytest.fixture
+def four() -> Iterator[str]:
+    """A process group of four, of which three are not there and nothing is sent."""
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=4)
+    yield group_name(None)
+    dist.destroy_process_group()
+
+
+def test_bytes_of_each_exchange(four: str) -> None:
+    rows = torch.zeros(6, 5, dtype=torch.bfloat16)
+    for call, received in (
+        # three ranks' rows
+        (lambda: all_rows(four, rows, (6, 6, 6, 6)), 3 * 6 * 5 * 2),
+        # as many as the longest has
+        (lambda: all_rows(four, rows, (7, 6, 2, 4)), 3 * 7 * 5 * 2),
+        # own rows from each of the others
+        (lambda: to_owners(four, rows[:4], (1, 6, 2, 1), 1), 3 * 6 * 5 * 2),
+        # reduced, then gathered: three quarters each time
+        (lambda: sum_over_ranks(four, rows), 2 * 6 * 5 * 2 * 3 // 4),
+    ):
+        with count_bytes() as count:
+            call()
+        assert count.received == received
