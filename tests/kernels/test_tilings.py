@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastclip.kernels import launch, merge, similarity
+from fastclip.kernels import finish, launch, merge, similarity
 from fastclip.kernels.launch import INTERPRETED, Tiling
 from tests.kernels.test_triton import check
 
@@ -42,8 +42,10 @@ def test_descriptors_only_where_lines_are_aligned() -> None:
     given = launch.operands(x, y, tiling)
     assert launch.product_options(given[0], tiling)["TMA"]
     assert [d.block_shape for d in given] == [[32, 32], [64, 32]]
-    # a line of 77 entries is 154 bytes long; the second row of 68 begins at byte 136
-    for off in (torch.zeros(40, 77, dtype=torch.bfloat16), torch.zeros(41, 68).bfloat16()[1:]):
+    # lines of 154 and 136 bytes; aligned lines of 128 from byte 8 on
+    flat = torch.zeros(4 + 40 * 64, dtype=torch.bfloat16)
+    long = (torch.zeros(40, width, dtype=torch.bfloat16) for width in (77, 68))
+    for off in (*long, flat[4:].view(40, 64)):
         given = launch.operands(off, y, tiling)
         assert given[0] is off and given[1] is y
         assert not launch.product_options(off, tiling)["TMA"]
@@ -85,13 +87,28 @@ def test_any_number_of_tiles_is_merged(tiles: int) -> None:
         torch.testing.assert_close(mine.double(), want, rtol=3e-5, atol=0)
 
 
+@pytest.mark.parametrize("width", [1, finish.WIDTH, 2 * finish.WIDTH + 1])
+def test_rows_of_any_width_are_multiplied_and_finished(width: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = finish.ROWS + 3
+    a, b = (torch.randn(rows, width, generator=generator) for _ in range(2))
+    out = torch.empty(rows)
+    finish.row_dot(a, b, out)
+    torch.testing.assert_close(out, (a * b).sum(1), rtol=1e-5, atol=1e-4)
+    coefficient, total = torch.arange(1.0, rows + 1), torch.full((rows, width), torch.nan)
+    finish.finish(a, coefficient, b, total)
+    torch.testing.assert_close(total, a + coefficient[:, None] * b)
+
+
 def check_lines(rows: int, columns: int, diagonal: int | None) -> None:
     """Log-sum-exps of all lines, from tiles of 16 x 16."""
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(lines, 17, generator=generator) for lines in (rows, columns))
     tiling = Tiling(16, 32, 16, 4, 1, group=2, parts=2)
-    found = similarity.statistics(x, y, torch.tensor(2.0), None, diagonal, True, None, tiling)
-    logits = 2 * x.double() @ y.double().T
+    # small: every entry counts in its lines' sums
+    scale = torch.tensor(0.125)
+    found = similarity.statistics(x, y, scale, None, diagonal, True, None, tiling)
+    logits = scale * x.double() @ y.double().T
     if diagonal is not None:
         left_out = torch.arange(rows)[:, None] + diagonal == torch.arange(columns)
         logits.masked_fill_(left_out, -torch.inf)

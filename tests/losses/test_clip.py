@@ -41,6 +41,14 @@ def test_call_and_dictionary() -> None:
             torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:(local_loss|gather_with_grad)")
+@pytest.mark.parametrize("local", [False, True])
+def test_labels_are_open_clips(local: bool) -> None:
+    options = {"local_loss": local, "rank": 2, "world_size": 4}
+    got, want = (m.ClipLoss(**options).get_ground_truth("cpu", 5) for m in (fastclip, open_clip))
+    assert torch.equal(got, want)
+
+
 @pytest.fixture
 def alone() -> Iterator[None]:
     """A process group of one."""

@@ -72,6 +72,43 @@ def test_a_full_disk_keeps_the_previous_file(
         assert checkpoint.find_latest(tmp_path) == path
 
 
+def test_a_file_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a power cut could leave the name with nothing behind it."""
+    done: list[tuple[str, str]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(fd: int) -> None:
+        done.append(("synced", Path(os.readlink(f"/proc/self/fd/{fd}")).name))
+        fsync(fd)
+
+    def named(source: Path, target: Path) -> None:
+        done.append(("named", Path(source).name))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", named)
+    checkpoint.write(tmp_path / "a.pt", content(1))
+    partial = checkpoint.partial_of(tmp_path / "a.pt").name
+    assert done.index(("synced", partial)) < done.index(("named", partial))
+
+
+def test_another_size_is_told_without_reading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint.write(tmp_path / "a.pt", content(1))
+    with (tmp_path / "a.pt").open("ab") as file:
+        file.write(b"x")
+
+    def read(path: Path) -> None:
+        raise AssertionError(f"{path} was read")
+
+    monkeypatch.setattr(checkpoint, "describe", read)
+    with pytest.raises(ValueError, match="does not match its manifest"):
+        checkpoint.require_whole(tmp_path / "a.pt")
+
+
 def test_a_write_that_the_system_refuses_keeps_the_previous_file(tmp_path: Path) -> None:
     """Through torch's own writer, which reports it in its own way."""
     path = tmp_path / "a.pt"
