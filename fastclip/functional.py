@@ -39,6 +39,7 @@ from torch.distributed import ProcessGroup
 from fastclip.ops import checks
 from fastclip.ops.attention import attention as attention
 from fastclip.ops.attention import packed_attention as packed_attention
+from fastclip.ops.candidates import mean_left
 from fastclip.ops.collectives import Ranks, global_sum, ranks_of
 from fastclip.ops.info_nce import info_nce_sum
 from fastclip.ops.labels import label_statistics
@@ -81,8 +82,8 @@ def clip_loss(
         logit_scale: 0-d or (1,) tensor, or a number: the inverse temperature.
         logit_bias: accepted for open_clip's sake; a constant cancels in a softmax, so it changes
             neither the loss nor any gradient (its own is 0).
-        label_smoothing: in [0, 1); mass spread evenly over the candidates of each direction. With
-            groups these are the ones that are left, and all rows must be in one process.
+        label_smoothing: in [0, 1); mass spread evenly over the candidates of each direction, with
+            groups over the ones that are left.
         row_group, column_group: (N,) and (M,) integer ids; texts of an image's group other than
             its own are left out, so that duplicate captions are not negatives.
         metrics: receives "image_to_text_accuracy" and "text_to_image_accuracy", 0-d.
@@ -101,11 +102,6 @@ def clip_loss(
         raise ValueError(f"label_smoothing is {label_smoothing}; give a number in [0, 1)")
     ranks = _ranks(dist, group, sizes, image_features)
     grouped = row_group is not None and column_group is not None
-    if label_smoothing > 0 and grouped and ranks is not None:
-        raise ValueError(
-            f"label_smoothing is {label_smoothing} with groups over {len(ranks.sizes)} processes; "
-            "give groups or smoothing, or dist=None"
-        )
     statistics = similarity_statistics(
         image_features,
         text_features,
@@ -124,9 +120,9 @@ def clip_loss(
     if label_smoothing > 0:
         if row_group is not None and column_group is not None:
             n = image_features.shape[0]
-            cosine = _mean_left(image_features, text_features, row_group, column_group)
-            cosine = cosine + _mean_left(
-                text_features[:n], image_features, column_group[:n], row_group
+            cosine = mean_left(image_features, text_features, row_group, column_group, ranks)
+            cosine = cosine + mean_left(
+                text_features[:n], image_features, column_group[:n], row_group, ranks
             )
             mean = (cosine * logit_scale / 2).to(positive.dtype)
         else:
@@ -141,26 +137,6 @@ def clip_loss(
         metrics["image_to_text_accuracy"] = _above(positive, statistics.row_max, ranks)
         metrics["text_to_image_accuracy"] = _above(positive, statistics.column_max, ranks)
     return _reduce(loss, reduction, ranks)
-
-
-def _mean_left(x: Tensor, y: Tensor, x_group: Tensor, y_group: Tensor) -> Tensor:
-    """Each row's mean product with y_i and the rows of `y` outside its group, in float64.
-
-    Linear in the rows: a group's sum is taken from the sum of all, which float32 would not bear.
-    """
-    x, y = x.double(), y.double()
-    n = x.shape[0]
-    ids = y_group.sort().values
-    place = torch.searchsorted(ids, y_group)
-    # index_put adds in a fixed order where index_add uses atomics
-    sums = torch.zeros_like(y).index_put((place,), y, accumulate=True)
-    counts = torch.searchsorted(ids, ids, right=True) - torch.searchsorted(ids, ids)
-    found = torch.searchsorted(ids, x_group).clamp(max=len(ids) - 1)
-    there = ids[found] == x_group
-    own = y_group[:n] == x_group
-    left = y.sum(dim=0) - sums[found] * there[:, None] + y[:n] * own[:, None]
-    count = len(y) - counts[found] * there + own
-    return (x * left).sum(dim=1) / count
 
 
 def siglip_loss(

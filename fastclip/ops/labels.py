@@ -20,18 +20,14 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastclip.ops import backend as backends
 from fastclip.ops import checks, reference, strip, triangle
+from fastclip.ops.classes import Classes, slices
 from fastclip.ops.collectives import Ranks, plain, rows_of_all, unplain
 from fastclip.ops.columns import columns_of
 from fastclip.ops.gemm import accumulator_dtype
-from fastclip.ops.rectangle import add_rows_
 from fastclip.ops.similarity import collected_shape
 from fastclip.ops.symmetric import backward_flop, forward_flop
-from fastclip.ops.tiles import away_from_zero, chunks, finished, tiles_of
+from fastclip.ops.tiles import away_from_zero, finished, tiles_of
 from fastclip.ops.triangle import Blocks
-
-ROWS_OF_A_PART = 256
-# of a slice of the width that classes are summed over, on the CPU and on a GPU
-SLICE_ENTRIES = 1 << 19, 1 << 24
 
 
 class LabelStatistics(NamedTuple):
@@ -111,11 +107,11 @@ def _labels(
         z = z.to(compute_dtype)
         table = away_from_zero(scale.reshape(1, 1), tiles.dtype)
         collected = columns.collect(z)
-        classes = _Classes(labels, columns.all_lines(labels))
+        classes = Classes(labels, columns.all_lines(labels))
         dot = torch.zeros(z.shape[0], dtype=tiles.dtype, device=z.device)
 
         def see(rows: Tensor, column: int) -> None:
-            for part in _slices(rows):
+            for part in slices(rows):
                 dot.add_(
                     tiles.row_dot(z[:, part], classes.sum(rows[:, part].to(tiles.dtype), column))
                 )
@@ -136,7 +132,7 @@ def _labels(
                 lambda part: see(part.features, part.segments[0].column),
             )
         itself = torch.zeros_like(dot)
-        for part in _slices(z):
+        for part in slices(z):
             # added up as above, so that a row alone in its class has 0
             itself.add_(tiles.row_dot(z[:, part], z[:, part]))
         others = classes.others.to(tiles.dtype)
@@ -177,14 +173,14 @@ def _labels_gradient(
         tiles = tiles_of(backend, compute_dtype)
         features = z.to(compute_dtype)
         table = away_from_zero(scale.reshape(1, 1), tiles.dtype)
-        classes = _Classes(labels, columns.all_lines(labels))
+        classes = Classes(labels, columns.all_lines(labels))
         weight = d_positive_mean / classes.others.clamp(min=1)
         all_weights = columns.all_lines(weight)[:, None]
         of_anchor = (weight * table[0, 0])[:, None]
 
         def see(total: Tensor, rows: Tensor, column: int) -> None:
             # row k is an anchor, and a positive of every other row of its class
-            for part in _slices(rows):
+            for part in slices(rows):
                 wide = rows[:, part].to(tiles.dtype)
                 total[:, part].addcmul_(of_anchor, classes.sum(wide, column))
                 wide = wide * all_weights[column : column + len(wide)]
@@ -255,75 +251,3 @@ def _labels_flop(z_shape, *args, out_shape=None, **kwargs) -> int:
 @register_flop_formula(torch.ops.fastclip.label_statistics_backward)
 def _labels_gradient_flop(z_shape, *args, out_shape=None, **kwargs) -> int:
     return backward_flop(z_shape, *args[2:5])
-
-
-def _slices(rows_RD: Tensor) -> list[slice]:
-    """The width in parts: sums over classes of all of it would be the operator's peak."""
-    length, width = rows_RD.shape
-    columns = max(SLICE_ENTRIES[rows_RD.is_cuda] // max(length, 1), 16)
-    return [slice(start, stop) for start, stop in chunks(0, width, columns)]
-
-
-class _Classes:
-    """For each own row sums over all rows of its label, without reading a label on the host.
-
-    Rows come in parts, each with the labels `labels[column:]`.
-
-    Attributes:
-        others: for each own row the number of others in its class.
-    """
-
-    def __init__(self, own: Tensor, labels: Tensor) -> None:
-        self._own, self._labels = own, labels
-        ordered = labels.sort().values
-        first, last = (torch.searchsorted(ordered, own, right=right) for right in (False, True))
-        self.others = last - first - 1
-        self._indices: dict[tuple[int, int], _Index] = {}
-
-    def sum(self, rows_RD: Tensor, column: int) -> Tensor:
-        """For each own row the sum of the rows of its label, whose labels begin at `column`."""
-        if self._labels is self._own:
-            return self._index(column, len(rows_RD)).sum(rows_RD)
-        # own rows stand in front, to find the class of each; they add nothing
-        n = len(self._own)
-        nothing = rows_RD.new_zeros(n, rows_RD.shape[1])
-        return self._index(column, len(rows_RD)).sum(torch.cat((nothing, rows_RD)))[:n]
-
-    def _index(self, column: int, count: int) -> "_Index":
-        place = column, count
-        if place not in self._indices:
-            labels = self._labels[column : column + count]
-            whole = self._labels is self._own
-            self._indices[place] = _Index(labels if whole else torch.cat((self._own, labels)))
-        return self._indices[place]
-
-
-class _Index:
-    """Classes of equal labels, and in which order their rows are added up.
-
-    Classes are numbered by the place of their first row in label order, so that any integers
-    serve and their number need not be known.
-    """
-
-    def __init__(self, labels: Tensor) -> None:
-        ordered, order = torch.sort(labels, stable=True)
-        place = torch.arange(len(labels), device=labels.device)
-        begins = torch.ones_like(ordered, dtype=torch.bool)
-        begins[1:] = ordered[1:] != ordered[:-1]
-        # a class is summed in parts: adding its rows one after the other would take long for few
-        # large classes
-        part = (begins | (place % ROWS_OF_A_PART == 0)).cumsum(0) - 1
-        class_of_row = begins.cumsum(0) - 1
-        self.part = torch.empty_like(order)
-        self.part[order] = part
-        self.index = torch.empty_like(order)
-        self.index[order] = class_of_row
-        # parts that do not exist add their zeros each to a place of its own
-        self.class_of_part = place.clone()
-        self.class_of_part[part] = class_of_row
-
-    def sum(self, rows_MD: Tensor) -> Tensor:
-        """For each row the sum over its class, (M, D)."""
-        parts = add_rows_(torch.zeros_like(rows_MD), self.part, rows_MD)
-        sums = add_rows_(torch.zeros_like(rows_MD), self.class_of_part, parts)
-        return sums.index_select(0, self.index)

@@ -21,6 +21,10 @@ def masked_lse(S: Tensor, negatives: Tensor, dim: int) -> Tensor:
     return torch.where(empty, -torch.inf, lse)
 
 
+def mean_over(kept: Tensor, S: Tensor, dim: int) -> Tensor:
+    return torch.where(kept, S, 0.0).sum(dim) / kept.sum(dim)
+
+
 def clip(x: Tensor, y: Tensor, scale: Tensor, static: Static) -> Tensor:
     n, m = len(x), len(y)
     S = scale * (x @ y.T)
@@ -31,8 +35,10 @@ def clip(x: Tensor, y: Tensor, scale: Tensor, static: Static) -> Tensor:
     row = softplus(masked_lse(S, negatives, 1) - positive)
     column = softplus(masked_lse(S[:, :n], negatives[:, :n], 0) - positive)
     smoothing = static.get("label_smoothing", 0.0)
-    row = row + smoothing * (positive - S.mean(1))
-    column = column + smoothing * (positive - S[:, :n].mean(0))
+    if smoothing:
+        left = negatives | torch.eye(n, m, dtype=torch.bool)
+        row = row + smoothing * (positive - mean_over(left, S, 1))
+        column = column + smoothing * (positive - mean_over(left[:, :n], S[:, :n], 0))
     return (row + column) / 2
 
 

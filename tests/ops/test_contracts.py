@@ -16,6 +16,7 @@ from tests.ops.cases import LOSSES, Case, ours
 PRODUCTS = {
     "clip": (1, 3),
     "clip_smoothed": (1, 3),
+    "clip_smoothed_grouped": (1, 3),
     "clip_grouped": (1, 3),
     "siglip": (3, 0),
     "info_nce": (3, 0),
