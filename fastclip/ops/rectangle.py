@@ -468,11 +468,12 @@ def _finish_columns(
         coefficient_N = coefficient_N * (shape.positive_index < shape.trained)
         add_rows_(dy_MD, shape.positive_index, coefficient_N[:, None] * x_ND.to(dy_MD.dtype))
         return dy_MD.to(dtype)
-    last = shape.rows
+    # nor here: the row's own column may be one of those
+    last = min(shape.rows, shape.trained)
     out_MD = finished_room(dy_MD, dtype)
     if out_MD is not dy_MD:
         out_MD[last:] = dy_MD[last:]
-    tiles.finish(dy_MD[:last], [(coefficient_N, x_ND)], out_MD[:last])
+    tiles.finish(dy_MD[:last], [(coefficient_N[:last], x_ND[:last])], out_MD[:last])
     return out_MD
 
 

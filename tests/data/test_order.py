@@ -36,7 +36,12 @@ def test_golden_values() -> None:
     assert hash64(1, 2, 3) == 7702586659592502839
     assert permutation(8, 5).tolist() == [3, 4, 2, 5, 0, 7, 1, 6]
     order = Order((4, 3, 5), seed=1, window=6)
-    assert epoch(order, 2)[:6] == [(2, 2), (2, 3), (2, 4), (2, 0), (1, 0), (2, 1)]
+    windows = [(2, 2), (2, 3), (2, 4), (2, 0), (1, 0), (2, 1)]
+    windows += [(0, 1), (1, 1), (0, 3), (1, 2), (0, 2), (0, 0)]
+    assert epoch(order, 2) == windows
+    order = Order((4, 3, 5), seed=1, window=6, weights=(1.5, 1, 0.4))
+    windows = [(1, 2), (2, 0), (2, 1), (1, 0), (0, 3), (1, 1)]
+    assert epoch(order, 2) == [*windows, (0, 2), (0, 0), (0, 0), (0, 3), (0, 1)]
 
 
 def test_reads_stay_local() -> None:
@@ -111,6 +116,13 @@ def test_weighted_reads_stay_local() -> None:
     for start in range(0, len(places), 200):
         # passes are of 100 or 50 samples: at most five begin or end within a window
         assert len({shard for shard, _ in places[start : start + 200]}) <= 5
+
+
+@pytest.mark.parametrize(
+    "weight, length", [(0.34, 3), (0.36, 4), (2.96, 30), (0.04, 1), (1.04, 11)]
+)
+def test_a_stretch_is_rounded_and_not_empty(weight: float, length: int) -> None:
+    assert len(Order((10,), 0, weights=(weight,))) == length
 
 
 def test_impossible_weights() -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastclip.kernels import launch, similarity
+from fastclip.kernels import finish, launch, merge, similarity
 from fastclip.kernels.launch import INTERPRETED, Tiling
 from tests.kernels.test_triton import check
 
@@ -42,8 +42,10 @@ def test_descriptors_only_where_lines_are_aligned() -> None:
     given = launch.operands(x, y, tiling)
     assert launch.product_options(given[0], tiling)["TMA"]
     assert [d.block_shape for d in given] == [[32, 32], [64, 32]]
-    # a line of 77 entries is 154 bytes long; the second row of 68 begins at byte 136
-    for off in (torch.zeros(40, 77, dtype=torch.bfloat16), torch.zeros(41, 68).bfloat16()[1:]):
+    # lines of 154 and 136 bytes; aligned lines of 128 from byte 8 on
+    flat = torch.zeros(4 + 40 * 64, dtype=torch.bfloat16)
+    long = (torch.zeros(40, width, dtype=torch.bfloat16) for width in (77, 68))
+    for off in (*long, flat[4:].view(40, 64)):
         given = launch.operands(off, y, tiling)
         assert given[0] is off and given[1] is y
         assert not launch.product_options(off, tiling)["TMA"]
@@ -62,6 +64,55 @@ def test_partial_statistics_are_a_parts() -> None:
         # an exponent of 30 is known to 30 eps
         torch.testing.assert_close(mine, want, rtol=1e-5, atol=0)
     assert found[0][1][-1].eq(0).all() and found[0][1].shape[0] == 4
+
+
+@pytest.mark.parametrize("tiles", [1, merge.MERGED_TILES, 2 * merge.MERGED_TILES + 3])
+def test_any_number_of_tiles_is_merged(tiles: int) -> None:
+    """A program reads MERGED_TILES of them at a time."""
+    lines, generator = merge.MERGED_LINES + 5, torch.Generator().manual_seed(0)
+    part_max = 50 * torch.randn(tiles, lines, generator=generator)
+    part_sum, part_dot = torch.rand(2, tiles, lines, generator=generator) + 0.1
+    run_max = torch.full((lines,), -torch.inf)
+    run_max[::2] = 3.0
+    run_sum = (run_max > 0).float()
+    offset = torch.tensor(0.7)
+    terms = part_max.double() * torch.tensor(2.0).double().log() + offset
+    want_max = torch.maximum(terms.amax(0), run_max.double())
+    before = run_sum * torch.exp(run_max - want_max)
+    weights = torch.exp(terms - want_max)
+    wanted = (want_max, before + (weights * part_sum).sum(0), (weights * part_dot).sum(0))
+    dot = merge.merge(part_max, part_sum, part_dot, run_max, run_sum, offset)
+    for mine, want in zip((run_max, run_sum, dot), wanted, strict=True):
+        # an exponent of 100 is known to 100 eps
+        torch.testing.assert_close(mine.double(), want, rtol=3e-5, atol=0)
+
+
+@pytest.mark.parametrize("width", [1, finish.WIDTH, 2 * finish.WIDTH + 1])
+def test_rows_of_any_width_are_multiplied_and_finished(width: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = finish.ROWS + 3
+    a, b = (torch.randn(rows, width, generator=generator) for _ in range(2))
+    out = torch.empty(rows)
+    finish.row_dot(a, b, out)
+    torch.testing.assert_close(out, (a * b).sum(1), rtol=1e-5, atol=1e-4)
+    coefficient, total = torch.arange(1.0, rows + 1), torch.full((rows, width), torch.nan)
+    finish.finish(a, coefficient, b, total)
+    torch.testing.assert_close(total, a + coefficient[:, None] * b)
+
+
+@pytest.mark.parametrize("rows, columns", [(47, 63), (48, 64), (33, 31)])
+def test_the_last_tile_may_pass_the_end_by_one_line(rows: int, columns: int) -> None:
+    """In tiles of 16 x 16, two rows of them to a band."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(lines, 17, generator=generator) for lines in (rows, columns))
+    tiling = Tiling(16, 32, 16, 4, 1, group=2, parts=2)
+    # small: every entry counts in its lines' sums
+    scale = torch.tensor(0.125)
+    found = similarity.statistics(x, y, scale, None, None, True, None, tiling)
+    for top, total, dim in ((*found[:2], 1), (*found[2:4], 0)):
+        want = (scale * x @ y.T).logsumexp(dim)
+        got = torch.log((total * torch.exp2(top)).sum(0))
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("parts", [1, 2])

@@ -54,10 +54,11 @@ def check(
     case = LOSSES[name].make(n, width, scale, correlation, seed=n + width, extra=extra).cast(dtype)
     truth = theirs(name, case.double())
     eager = theirs(name, case, autocast=autocast)
-    bytes_ = None if chunk is None else 4 * (n + extra) * chunk
+    operand = torch.bfloat16 if autocast or dtype != torch.float32 else dtype
+    # G is held in two or four bytes
+    bytes_ = None if chunk is None else operand.itemsize * (n + extra) * chunk
     options = {"autocast": autocast, "per_anchor": per_anchor, "chunk_bytes": bytes_}
     got = ours(name, case, backend="triton", **options)
-    operand = torch.bfloat16 if autocast or dtype != torch.float32 else dtype
     eps = torch.finfo(operand).eps
     check_error_rule(name, got, eager, truth, case, eps, [n, width, scale, dtype, options])
 

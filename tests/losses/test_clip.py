@@ -1,10 +1,12 @@
 """`fastclip.ClipLoss` in the place of `open_clip.ClipLoss`."""
 
 import inspect
+from collections.abc import Iterator
 
 import open_clip
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 import fastclip
@@ -33,8 +35,41 @@ def test_call_and_dictionary() -> None:
     torch.testing.assert_close(ours(*inputs()), theirs(*inputs()), rtol=1e-12, atol=0)
     result = ours(*inputs(), output_dict=True)
     assert list(result) == ["contrastive_loss"]
-    for got, want in zip(ours.get_logits(*inputs()), theirs.get_logits(*inputs()), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    for bias in ((), (torch.tensor(-3.0, dtype=torch.float64),)):
+        given = *inputs(), *bias
+        for got, want in zip(ours.get_logits(*given), theirs.get_logits(*given), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:(local_loss|gather_with_grad)")
+@pytest.mark.parametrize("local", [False, True])
+def test_labels_are_open_clips(local: bool) -> None:
+    options = {"local_loss": local, "rank": 2, "world_size": 4}
+    got, want = (m.ClipLoss(**options).get_ground_truth("cpu", 5) for m in (fastclip, open_clip))
+    assert torch.equal(got, want)
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A process group of one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.filterwarnings("ignore:(local_loss|gather_with_grad)")
+@pytest.mark.parametrize(
+    "local, with_grad", [(False, False), (False, True), (True, False), (True, True)]
+)
+def test_a_bias_cancels_and_has_a_gradient_of_zero(local: bool, with_grad: bool) -> None:
+    """In every mode: data-parallel wrappers wait for the gradient of every parameter."""
+    loss = fastclip.ClipLoss(local, with_grad, world_size=2)
+    bias = torch.tensor(-3.0, dtype=torch.float64, requires_grad=True)
+    value = loss(*inputs(), bias)
+    torch.testing.assert_close(value, loss(*inputs()), rtol=1e-12, atol=0)
+    value.backward()
+    assert bias.grad is not None and bias.grad == 0
 
 
 def test_hard_negative_texts_join_the_images_direction_only() -> None:
@@ -58,8 +93,9 @@ def test_label_smoothing_is_cross_entropys() -> None:
 
 
 def test_what_is_not_supported_is_said() -> None:
-    with pytest.raises(ValueError, match="needs gather_with_grad=True"):
-        fastclip.ClipLoss(local_loss=True, world_size=2, label_smoothing=0.1)
+    for loss_class, smoothing in ((fastclip.ClipLoss, 0.1), (fastclip.DistillClipLoss, 0.0)):
+        with pytest.raises(ValueError, match="needs gather_with_grad=True"):
+            loss_class(local_loss=True, world_size=2, label_smoothing=smoothing)
     with pytest.raises(ValueError, match="Horovod"):
         fastclip.ClipLoss(use_horovod=True)
 

@@ -1,7 +1,9 @@
 """Bounds, options and counts of the operators that no other test looks at."""
 
 import sys
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +15,10 @@ from fastclip import SupConLoss
 from fastclip.functional import clip_loss, info_nce_loss, siglip_loss
 from fastclip.ops import attention as module
 from fastclip.ops.attention import WIDEST, attention
+from fastclip.ops.info_nce import info_nce_sum
 from fastclip.ops.sigmoid import sigmoid_loss
-from fastclip.ops.tiles import chunk_rows
+from fastclip.ops.similarity import similarity_statistics
+from fastclip.ops.tiles import chunk_rows, whole_tiles
 from tests.ops.cases import unit
 
 
@@ -47,6 +51,14 @@ def test_flash_is_given_the_scale_and_the_mask(
 def test_chunks_are_as_few_as_fit(rows: int, fitting: int, size: int) -> None:
     assert chunk_rows(rows, 5, 4, fitting * 5 * 4, "cpu") == size
     assert -(-rows // size) == -(-rows // fitting)
+
+
+@pytest.mark.parametrize(
+    "size, most, whole",
+    [(200, 256, 256), (200, 255, 128), (100, 128, 128), (100, 100, 100), (300, 300, 256)],
+)
+def test_chunks_are_whole_tiles_where_they_fit(size: int, most: int, whole: int) -> None:
+    assert whole_tiles(size, most) == whole
 
 
 def test_flop_of_single_sigmoid_losses() -> None:
@@ -85,3 +97,44 @@ def test_fewer_keys_than_queries_with_an_index() -> None:
 def test_sup_con_refuses_a_temperature_when_it_is_made() -> None:
     with pytest.raises(ValueError, match=r"temperature is 0\.0"):
         SupConLoss(0.0)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize("first, trainable", [(0, 9), (0, 3), (2, 0), (5, 4), (4, 6)])
+def test_columns_that_are_positives_alone_or_frozen(
+    first: int, trainable: int, indexed: bool, backend: str
+) -> None:
+    """Columns before `first` are no negatives; those from `trainable` on get no gradient."""
+    dtype = torch.float32 if backend == "triton" else torch.float64
+    index = torch.tensor([0, 5, 8, 2]) if indexed else torch.arange(4)
+    left_out = (torch.arange(9) < first) | (torch.arange(9) == index[:, None])
+    weights = torch.arange(1.0, 9.0, dtype=dtype).view(2, 4)
+    options: dict[str, Any] = {"first": first, "trainable": trainable, "backend": backend}
+    options |= {"positive_index": index if indexed else None, "chunk_bytes": 150}
+
+    def dense(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        S = 9.0 * x @ torch.cat([y[:trainable], y[trainable:].detach()]).T
+        return S.masked_fill(left_out, -torch.inf).logsumexp(1), S[torch.arange(4), index]
+
+    def statistics(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        found = similarity_statistics(x, y, 9.0, both=False, **options)
+        return found.row_lse, found.positive
+
+    def weighted(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
+        return lambda x, y: (torch.stack(function(x, y)) * weights).sum()
+
+    def dense_loss(x: Tensor, y: Tensor) -> Tensor:
+        lse, positive = dense(x, y)
+        return F.softplus(lse - positive).sum()
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return info_nce_sum(x, y, 9.0, **options)[0]
+
+    for mine, want in ((weighted(statistics), weighted(dense)), (loss, dense_loss)):
+        results = []
+        for function in (mine, want):
+            leaves = [unit(n, 3, n).to(dtype).requires_grad_() for n in (4, 9)]
+            value = function(*leaves)
+            results.append([value, *torch.autograd.grad(value, leaves)])
+        torch.testing.assert_close(*results)

@@ -86,6 +86,15 @@ def test_no_scale_has_its_gradient(name: str, scale: float, backend: str) -> Non
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", [n for n in LOSSES if n not in WITH_TEMPERATURE])
+def test_a_negative_scale_is_taken_as_it_is(name: str, backend: str) -> None:
+    case = _at_scale(name, -1.0, torch.float32)
+    truth = theirs(name, case.double())
+    for got, want in zip(ours(name, case, backend=backend), truth, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scale", [0.0, 1e-30])
 def test_distillation_without_a_scale(scale: float, backend: str) -> None:
     if backend == "cpp":

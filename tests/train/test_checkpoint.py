@@ -71,6 +71,43 @@ def test_a_full_disk_keeps_the_previous_file(
         assert checkpoint.find_latest(tmp_path) == path
 
 
+def test_a_file_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a power cut could leave the name with nothing behind it."""
+    done: list[tuple[str, str]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(fd: int) -> None:
+        done.append(("synced", Path(os.readlink(f"/proc/self/fd/{fd}")).name))
+        fsync(fd)
+
+    def named(source: Path, target: Path) -> None:
+        done.append(("named", Path(source).name))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", named)
+    checkpoint.write(tmp_path / "a.pt", content(1))
+    partial = checkpoint.partial_of(tmp_path / "a.pt").name
+    assert done.index(("synced", partial)) < done.index(("named", partial))
+
+
+def test_another_size_is_told_without_reading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint.write(tmp_path / "a.pt", content(1))
+    with (tmp_path / "a.pt").open("ab") as file:
+        file.write(b"x")
+
+    def read(path: Path) -> None:
+        raise AssertionError(f"{path} was read")
+
+    monkeypatch.setattr(checkpoint, "describe", read)
+    with pytest.raises(ValueError, match="does not match its manifest"):
+        checkpoint.require_whole(tmp_path / "a.pt")
+
+
 def test_a_write_that_the_system_refuses_keeps_the_previous_file(tmp_path: Path) -> None:
     """Through torch's own writer, which reports it in its own way."""
     path = tmp_path / "a.pt"
@@ -110,8 +147,28 @@ def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"missing\.pt does not exist"):
         checkpoint.read(tmp_path / "missing.pt")
     torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(ValueError, match="no 'state_dict'"):
-        checkpoint.read(tmp_path / "list.pt")
+    torch.save({"weights": torch.ones(1)}, tmp_path / "bare.pt")
+    for name in ("list.pt", "bare.pt"):
+        with pytest.raises(ValueError, match="no 'state_dict'"):
+            checkpoint.read(tmp_path / name)
+
+
+def test_forms_of_weights(tmp_path: Path) -> None:
+    """Under state_dict or bare, with the prefix of data-parallel training; averaged on request."""
+    path, ones = tmp_path / "c.pt", torch.ones(1)
+    for content in ({"state_dict": {"module.a.module.b": ones}}, {"module.a.module.b": ones}):
+        torch.save(content, path)
+        assert list(checkpoint.read_weights(path)) == ["a.module.b"]
+    for content in ([ones], {"a": ones, "b": 1}, {"state_dict": {"a": ones, "b": "text"}}):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match="holds no state dictionary"):
+            checkpoint.read_weights(path)
+    torch.save({"state_dict": {"a": ones}}, path)
+    with pytest.raises(ValueError, match="its run had no --ema"):
+        checkpoint.read_weights(path, average=True)
+    torch.save({"state_dict": {"a": ones}, checkpoint.AVERAGE: {"a": 2 * ones}}, path)
+    assert [checkpoint.read_weights(path, average=a)["a"].item() for a in (False, True)] == [1, 2]
+    assert checkpoint.AVERAGE == "state_dict_ema"
 
 
 @pytest.mark.parametrize("damage", ["weights", "manifest", "length"])

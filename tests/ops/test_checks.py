@@ -1,0 +1,130 @@
+"""What operators ask of their inputs, at the borders."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from fastclip.ops import checks
+from fastclip.ops.collectives import (
+    Ranks,
+    all_rows,
+    count_bytes,
+    group_name,
+    ranks_of,
+    sum_over_ranks,
+    to_owners,
+)
+from tests.ops.cases import unit
+
+AUTOCAST = torch.autocast("cpu", torch.bfloat16)
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A process group of one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_dtypes_that_are_computed_in() -> None:
+    for dtype, inside in ((torch.float32, torch.bfloat16), (torch.float64, torch.float64)):
+        features = torch.ones(2, 3, dtype=dtype)
+        assert checks.compute_dtype_of(features, "auto") == dtype
+        with AUTOCAST:
+            assert checks.compute_dtype_of(features, "auto") == inside
+            assert checks.compute_dtype_of(features, "input") == dtype
+
+
+def test_tables_are_read_above_their_diagonal() -> None:
+    table = torch.tensor([[1.0, 2.0, 3.0], [-1.0, 4.0, 5.0], [-1.0, -1.0, 6.0]])
+    want = torch.tensor([[1.0, 2.0, 3.0], [2.0, 4.0, 5.0], [3.0, 5.0, 6.0]])
+    # of more domains than are used, too
+    for domains in (2, 3):
+        assert torch.equal(checks.as_table("logit_scale", table, domains, table), want)
+    for wrong in (table[:2], torch.ones(2, 2)):
+        with pytest.raises(ValueError, match="P = 3 domains"):
+            checks.as_table("logit_scale", wrong, 3, table)
+
+
+def test_numbers_are_checked_to_their_border() -> None:
+    checks.check_positive("temperature", 1e-30)
+    assert checks.chunk_argument(1) == 1 and checks.chunk_argument(None) == 0
+    for value in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="give a positive number"):
+            checks.check_positive("temperature", value)
+    for size in (0, -1):
+        with pytest.raises(ValueError, match=f"chunk_bytes is {size}"):
+            checks.chunk_argument(size)
+
+
+def test_ids_are_checked() -> None:
+    device = torch.device("cpu")
+    for dtype in (torch.int32, torch.int64):
+        checks.check_ids("labels", torch.ones(4, dtype=dtype), 4, device)
+    for dtype in (torch.int16, torch.uint8, torch.bool, torch.float32):
+        with pytest.raises(ValueError, match=f"labels is {dtype}"):
+            checks.check_ids("labels", torch.ones(4, dtype=dtype), 4, device)
+
+
+def test_dtypes_of_a_pair_are_checked() -> None:
+    """Only autocast casts both sides, and it leaves float64 alone."""
+    x, y = unit(2, 3, 0).float(), unit(2, 3, 1).bfloat16()
+    with pytest.raises(ValueError, match="cast them to one dtype"):
+        checks.check_alike(x, y, torch.float32)
+    with AUTOCAST:
+        checks.check_alike(x, y, torch.bfloat16)
+        checks.check_alike(y, x, torch.bfloat16)
+        for wide in ((x.double(), y), (x, x.double())):
+            with pytest.raises(ValueError, match="cast them to one dtype"):
+                checks.check_alike(*wide, torch.bfloat16)
+
+
+def test_columns_are_shared_out_as_rows_are() -> None:
+    assert Ranks("gather", "", (2, 3), 0).columns(4) == (4, 6)
+    assert Ranks("gather", "", (2, 3), 1).columns(3) == (2, 3)
+    # as many rows everywhere: any number of columns
+    assert Ranks("gather", "", (2, 2), 0).columns(5) == (5, 5)
+    with pytest.raises(ValueError, match="5 columns for 2 rows"):
+        Ranks("gather", "", (2, 3), 0).columns(5)
+
+
+@pytest.mark.usefixtures("alone")
+def test_shares_fit_the_processes() -> None:
+    assert ranks_of("gather", None, (4,), 4) is None
+    for sizes, rows in (((4,), 3), ((4, 4), 4), ((), 4), ((0,), 0)):
+        with pytest.raises(ValueError, match="give every rank's rows, each at least 1"):
+            ranks_of("gather", None, sizes, rows)
+    with pytest.raises(ValueError, match="not in the group"):
+        ranks_of("gather", dist.GroupMember.NON_GROUP_MEMBER, None, 4)
+    for options in ((dist.group.WORLD, None), (None, (4,))):
+        with pytest.raises(ValueError, match="give dist"):
+            ranks_of(None, *options, 4)
+
+
+@pytest.fixture
+def four() -> Iterator[str]:
+    """A process group of four, of which three are not there and nothing is sent."""
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=4)
+    yield group_name(None)
+    dist.destroy_process_group()
+
+
+def test_bytes_of_each_exchange(four: str) -> None:
+    rows = torch.zeros(6, 5, dtype=torch.bfloat16)
+    for call, received in (
+        # three ranks' rows
+        (lambda: all_rows(four, rows, (6, 6, 6, 6)), 3 * 6 * 5 * 2),
+        # as many as the longest has
+        (lambda: all_rows(four, rows, (7, 6, 2, 4)), 3 * 7 * 5 * 2),
+        # own rows from each of the others
+        (lambda: to_owners(four, rows[:4], (1, 6, 2, 1), 1), 3 * 6 * 5 * 2),
+        # reduced, then gathered: three quarters each time
+        (lambda: sum_over_ranks(four, rows), 2 * 6 * 5 * 2 * 3 // 4),
+    ):
+        with count_bytes() as count:
+            call()
+        assert count.received == received
