@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastclip.ops.chunks import chunk_rows, chunks
 from fastclip.ops.gemm import add_product, product
-from fastclip.ops.tiles import chunk_rows, chunks
 
 Inputs = list[Tensor]
 LossFunction = Callable[..., Tensor]

@@ -43,11 +43,11 @@ from fastclip.ops.candidates import mean_left
 from fastclip.ops.collectives import Ranks, global_sum, ranks_of
 from fastclip.ops.info_nce import info_nce_sum
 from fastclip.ops.labels import label_statistics
+from fastclip.ops.numerics import softplus
+from fastclip.ops.problem import couples
 from fastclip.ops.sigmoid import sigmoid_loss
 from fastclip.ops.similarity import similarity_statistics
 from fastclip.ops.symmetric import block_statistics
-from fastclip.ops.tiles import softplus
-from fastclip.ops.triangle import Blocks
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -249,8 +249,8 @@ def info_nce_loss(
         raise ValueError(f"{query.shape[0]} queries but only {own} keys; give positive_index")
     positives: dict[str, Any] = {
         "positive_index": positive_index,
-        "first": 0 if in_batch else own,
-        "trainable": own,
+        "first_negative": 0 if in_batch else own,
+        "columns_with_gradient": own,
         "ranks": ranks,
     }
     options: dict[str, Any] = {
@@ -260,7 +260,7 @@ def info_nce_loss(
     }
     if reduction == "none":
         statistics = similarity_statistics(
-            query, keys, logit_scale, both=False, **positives, **options
+            query, keys, logit_scale, column_statistics=False, **positives, **options
         )
         loss = softplus(statistics.row_lse - statistics.positive)
         margin = statistics.positive.detach() - statistics.row_max
@@ -345,7 +345,7 @@ def mp_nce_loss(
     lse_of, top_of = lse.reshape(blocks, -1), top.reshape(blocks, -1)
     losses: list[list[Tensor]] = [[] for _ in domains]
     hits = []
-    for index, couple in enumerate(Blocks(len(like), domains).couples()):
+    for index, couple in enumerate(couples(len(domains))):
         for block in couple:
             pair = softplus(lse_of[block] - positive[index])
             if weight is not None:

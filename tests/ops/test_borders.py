@@ -15,10 +15,10 @@ from fastclip import SupConLoss
 from fastclip.functional import clip_loss, info_nce_loss, siglip_loss
 from fastclip.ops import attention as module
 from fastclip.ops.attention import WIDEST, attention
+from fastclip.ops.chunks import chunk_rows, whole_tiles
 from fastclip.ops.info_nce import info_nce_sum
 from fastclip.ops.sigmoid import sigmoid_loss
 from fastclip.ops.similarity import similarity_statistics
-from fastclip.ops.tiles import chunk_rows, whole_tiles
 from tests.ops.cases import unit
 
 
