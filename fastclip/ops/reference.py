@@ -95,18 +95,18 @@ def block_statistics(
         z_MD = _of_all(z_MD, ranks, [own] * count)
     pairs = len(z_MD) // count
     pair_M = torch.arange(len(z_MD), device=z_MD.device) % pairs
-    z_BND = _round(z_MD, options.dtype).split(pairs)
+    z_MD = _round(z_MD, options.dtype)
+    block = [slice(start, start + pairs) for start in range(0, len(z_MD), pairs)]
 
     def logits(b: int, c: int) -> Tensor:
         entry = domains[b], domains[c]
-        S_NN = scale_PP.to(z_BND[b].dtype)[entry] * (z_BND[b] @ z_BND[c].T)
-        return S_NN if offset_PP is None else S_NN + offset_PP.to(S_NN.dtype)[entry]
+        S_NN = scale_PP.to(z_MD.dtype)[entry] * (z_MD[block[b]] @ z_MD[block[c]].T)
+        return S_NN if offset_PP is None else S_NN + offset_PP.to(z_MD.dtype)[entry]
 
     # block by block, so that the gradient of a table's entry is one sum over a block
     S_MM = torch.cat([torch.cat([logits(b, c) for c in range(count)], 1) for b in range(count)])
     negatives_MM = S_MM.masked_fill(pair_M[:, None] == pair_M, -torch.inf)
-    S_BNBN = S_MM.view(count, pairs, count, pairs)
-    positive_QN = torch.stack([S_BNBN[b, :, c].diagonal() for b, c in couples(count)])
+    positive_QN = torch.stack([S_MM[block[b], block[c]].diagonal() for b, c in couples(count)])
     lse, top = _logsumexp(negatives_MM, dim=1), _maximum(negatives_MM, dim=1)
     if ranks is None:
         return lse, top, positive_QN
