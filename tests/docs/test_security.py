@@ -67,6 +67,10 @@ HELD = {
         f"{HOSTILE}::test_pictures",
         f"{HOSTILE}::test_pictures_take_little_memory",
     ],
+    "**Descriptions, manifests and annotations**": [
+        "test_bounded.py::test_json_that_is_refused",
+        "test_bounded.py::test_every_reader_names_the_file",
+    ],
     "**Texts** over 1 MiB": ["data/test_shards.py::test_unreadable_samples"],
     "Of a long text, a tokenizer": [
         "data/test_tokens.py::test_a_word_of_a_mebibyte_stalls_nothing",
