@@ -57,6 +57,7 @@ CASES = {
     "pooling": (1, 2, 1, 257, 64, False, None, torch.float32),
     "padded": (3, 1, 21, 133, 32, False, [0, 70, 133], torch.bfloat16),
     "many queries": (1, 1, 133, 5, 16, False, None, torch.float32),
+    "one line short": (1, 2, 31, 31, 16, False, None, torch.float32),
 }
 
 

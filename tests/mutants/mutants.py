@@ -361,6 +361,9 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("t.stride(0) * t.itemsize % 16", "t.stride(0) % 2"),
         ("tma or x.shape[1] % tiling.width == 0", "tma or x.shape[1] % tiling.width >= 0"),
     ],
+    ("kernels/attention.py", _ATTENTION + " -k every_plan and short"): [
+        ("return first + size * count > length", "return first + size * count > length + 1"),
+    ],
     ("kernels/attention.py", _ATTENTION): [
         ("first_k = FIRST_K + n * KEYS", "first_k = FIRST_K"),
         ("inverse = tl.where(total == 0.0, 0.0, 1.0 / total)", "inverse = 1.0 / total"),
@@ -369,7 +372,6 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("keep = keep & (i_key < limit)", "keep = keep & (i_key <= limit)"),
         ("total = total * shrink +", "total = total +"),
         ("top + tl.log2(total)", "top - tl.log2(total)"),
-        ("return first + size * count > length", "return first + size * count > length + 1"),
     ],
     ("kernels/attention_gradient.py", _ATTENTION): [
         ("delta = tl.sum(p * dp, 1 - AXIS)", "delta = tl.sum(dp, 1 - AXIS)"),
