@@ -101,7 +101,7 @@ def write(
         **more,
         "results": [asdict(row) for row in rows],
     }
-    write_text(path, json.dumps(content, indent=1) + "\n")
+    write_text(path, json.dumps(content, indent=1) + "\n", named=True)
 
 
 def read(path: Path) -> Record:

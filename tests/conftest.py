@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import os
+import shutil
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
@@ -12,11 +13,22 @@ import torch
 from PIL import Image
 
 # a cache of compiled graphs from before a change would run what is no longer there
-os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="fastclip-inductor-")
+_COMPILED = tempfile.mkdtemp(prefix="fastclip-inductor-")
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = _COMPILED
 
 if not torch.cuda.is_available():
     # read when Triton is first imported: kernels then run on the CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: run side by side, one that comes last runs alone."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(_COMPILED, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from fastclip.atomic import write_text
 from fastclip.data.check import Report, check_shards
 from fastclip.data.options import CACHE_BYTES, parse_weights
 from fastclip.data.remote import ShardCache, is_remote
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     print(table(report))
     if config.json:
-        config.json.write_text(json.dumps(as_json(report), indent=1) + "\n")
+        write_text(config.json, json.dumps(as_json(report), indent=1) + "\n", named=True)
     return int(report.good == 0 or (config.strict and bool(report.counts)))
 
 

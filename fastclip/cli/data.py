@@ -10,6 +10,7 @@ import torch
 import tyro
 from PIL import Image
 
+from fastclip.atomic import writing
 from fastclip.data.augment import Augmentation
 from fastclip.data.captions import CaptionSampling
 from fastclip.data.faults import FaultLog
@@ -53,6 +54,9 @@ def main(arguments: Sequence[str]) -> int:
     config = tyro.cli(DataConfig, args=list(arguments), prog="fastclip data")
     if config.count < 1:
         raise ValueError(f"--count is {config.count}; give at least 1")
+    kind = Image.registered_extensions().get(config.output.suffix.lower())
+    if kind is None:
+        raise ValueError(f"--output {config.output} must end in .png")
     source = open_source(
         config.data,
         config.options,
@@ -66,7 +70,9 @@ def main(arguments: Sequence[str]) -> int:
     images, captions = shown(config, source, order, faults)
     for place in faults.places():
         print(f"skipped {place}", file=sys.stderr)
-    contact_sheet(images, captions, config.columns, config.size).save(config.output)
+    sheet = contact_sheet(images, captions, config.columns, config.size)
+    with writing(config.output, named=True) as file:
+        sheet.save(file, kind)
     print(config.output)
     return 0
 

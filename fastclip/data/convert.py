@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fastclip.atomic import write_text
 from fastclip.data.faults import FaultLog
 from fastclip.data.files import ImageFiles
 from fastclip.data.order import hash64, permutation
@@ -74,8 +75,8 @@ def convert_cifar10(source: Path, target: Path, *, seed: int = 0) -> dict[str, l
         for split in ("train", "val")
     }
     classes = CIFAR10(str(source), train=True, download=False).classes
-    (target / "classes.txt").write_text("\n".join(classes) + "\n")
-    (target / "templates.txt").write_text("\n".join(CIFAR10_TEMPLATES) + "\n")
+    write_text(target / "classes.txt", "\n".join(classes) + "\n")
+    write_text(target / "templates.txt", "\n".join(CIFAR10_TEMPLATES) + "\n")
     return written
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fastclip.atomic import create, flush, partial_of, publish
+from fastclip.atomic import create, flush, partial_of, publish, writing
 from fastclip.data.editing import ShardEditor
 from fastclip.data.faults import FaultLog
 from fastclip.data.remote import ShardCache
@@ -160,7 +160,8 @@ def _copy_beside(shard: Path, target: Path) -> None:
     for name in _BESIDE:
         source = shard.with_name(name)
         if source.is_file() and not (target / name).exists():
-            shutil.copyfile(source, target / name)
+            with source.open("rb") as content, writing(target / name) as file:
+                shutil.copyfileobj(content, file)
 
 
 @contextmanager

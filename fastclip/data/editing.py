@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from fastclip.atomic import create, partial_of, publish, write_text
+from fastclip.atomic import append, create, partial_of, publish, write_text
 from fastclip.data.index import IMAGE_EXTENSIONS, Fault, index_file
 from fastclip.data.samples import MAX_TEXT_BYTES, UnreadableSample, decode_image
 from fastclip.data.writing import add_sizes, locked
@@ -40,7 +40,7 @@ class Journal:
         self.path = path.with_name(path.name + ".journal")
         self.pieces: list[dict[str, Any]] = []
         self.mine = True
-        self._file = self.path.open("a+b")
+        self._file = append(self.path)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from fastclip.atomic import write_text
 from fastclip.data.convert import convert_table
 from fastclip.data.faults import FaultLog
 from fastclip.data.files import ImageFiles
@@ -105,7 +106,7 @@ def convert_imagenet_captions(
     data = ImageNetCaptions(source, image_root, parts)
     details = data.details_of
     written = convert_table(data, target, source.stem, per_shard=per_shard, details_of=details)
-    (target / "classes.txt").write_text("\n".join(data.classes) + "\n")
+    write_text(target / "classes.txt", "\n".join(data.classes) + "\n")
     return written
 
 

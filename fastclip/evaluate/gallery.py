@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from fastclip.atomic import writing
 from fastclip.data.order import Order
 from fastclip.data.samples import Source
 from fastclip.evaluate.features import ImageFeatures, embed_texts
@@ -53,5 +54,6 @@ def draw_retrieval(
             for spine in cell.spines.values():
                 spine.set(color="tab:green" if right else "0.8", linewidth=3 if right else 1)
     figure.tight_layout(pad=0.4)
-    figure.savefig(path, dpi=130)
+    with writing(path) as file:
+        figure.savefig(file, dpi=130, format=path.suffix[1:] or "png")
     plt.close(figure)

@@ -5,11 +5,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fastclip.atomic import write_text
+from fastclip.bounded import read_json
+
 _TEXTS = ("dataset", "model", "pretrained", "task")
 
 
 def write_result(
-    path: Path, *, dataset: str, model: str, pretrained: str, task: str, metrics: Mapping[str, Any]
+    path: Path,
+    *,
+    dataset: str,
+    model: str,
+    pretrained: str,
+    task: str,
+    metrics: Mapping[str, Any],
+    named: bool = False,
 ) -> None:
     """Write one result; the folder is made if needed.
 
@@ -18,6 +28,7 @@ def write_result(
         task: "zeroshot_classification", "zeroshot_retrieval", "linear_probe" or
             "image_caption_selection".
         metrics: shares in [0, 1] by CLIP_benchmark's metric names, nested where they have parts.
+        named: whether the user named the file, so that a link of this name is written through.
     """
     result = {
         "dataset": dataset,
@@ -28,7 +39,7 @@ def write_result(
         "language": "en",
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    write_text(path, json.dumps(result, indent=2) + "\n", named=named)
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -39,7 +50,7 @@ def read_result(path: Path) -> dict[str, Any]:
         ValueError: it is no result.
     """
     try:
-        result = json.loads(path.read_text())
+        result = read_json(path)
     except ValueError as error:
         raise ValueError(f"{path} is no result of an evaluation: {error}") from error
     wrong = [key for key in _TEXTS if not _of(result, key, str)]

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from fastclip.atomic import writing
 from fastclip.evaluate.effective_robustness import (
     TRANSFORMS,
     Line,
@@ -113,7 +114,8 @@ def plot_robustness(
     axes.legend(fontsize=8)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    with writing(path) as file:
+        figure.savefig(file, dpi=130, format=path.suffix[1:] or "png")
     plt.close(figure)
 
 

@@ -15,7 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastclip.atomic import PARTIAL_SUFFIX, create, describe, partial_of, prepare_text, publish
+from fastclip.atomic import (
+    PARTIAL_SUFFIX,
+    create,
+    describe,
+    partial_of,
+    prepare_text,
+    publish,
+    require_sums,
+)
 from fastclip.bounded import read_object
 from fastclip.models import sharded
 
@@ -196,7 +204,7 @@ def require_trust(path: Path, trust: bool) -> None:
 
 
 def require_whole(path: Path) -> None:
-    """Refuse a file that differs from the manifest beside it, where there is one.
+    """Refuse a file that differs from the manifest beside it, or else from its own checksums.
 
     Torch checks no sums: a flipped bit would be another weight.
 
@@ -204,10 +212,10 @@ def require_whole(path: Path) -> None:
         ValueError: it differs.
     """
     beside = path.with_suffix(".json")
-    if not beside.is_file():
-        return
     # another file of this name, such as a model's config, vouches for nothing
-    if _MANIFEST_KEYS & read_object(beside).keys() and not _is_whole(path):
+    if not (beside.is_file() and _MANIFEST_KEYS & read_object(beside).keys()):
+        require_sums(path)
+    elif not _is_whole(path):
         raise ValueError(
             f"{path} does not match its manifest {beside.name}: it was damaged or changed since it "
             f"was written; take another checkpoint, or delete {beside.name} if the change is yours"

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from fastclip.atomic import write_text, writing
 from fastclip.models import checkpoint, sharded
 from fastclip.models.clip import CONFIG_FILE, create, describe, system_of
 
@@ -38,10 +39,11 @@ def export_open_clip(source: Path, target: Path, *, trust_checkpoint: bool = Fal
     target.parent.mkdir(parents=True, exist_ok=True)
     kept: dict[str, Any] = {name: content[name] for name in ("epoch", "name") if name in content}
     weights = checkpoint.read_weights(path, trust=trust_checkpoint)
-    torch.save({**kept, "state_dict": weights}, target)
+    with writing(target) as file:
+        torch.save({**kept, "state_dict": weights}, file)
     description = checkpoint.run_of(path) / CONFIG_FILE
     if description.is_file():
-        (target.parent / CONFIG_FILE).write_text(description.read_text())
+        write_text(target.parent / CONFIG_FILE, description.read_text())
 
 
 def import_open_clip(source: Path, model: str, run: Path) -> Path:
@@ -63,8 +65,8 @@ def import_open_clip(source: Path, model: str, run: Path) -> Path:
     built = create(model, pretrained=str(source))
     folder = run / "checkpoints"
     folder.mkdir(parents=True)
-    (run / CONFIG_FILE).write_text(json.dumps(describe(model, built), indent=2) + "\n")
-    (run / "config.yaml").write_text(f"model: {json.dumps(model)}\n")
+    write_text(run / CONFIG_FILE, json.dumps(describe(model, built), indent=2) + "\n")
+    write_text(run / "config.yaml", f"model: {json.dumps(model)}\n")
     path = folder / "imported.pt"
     checkpoint.write(path, {"step": 0, "epoch": 0, "state_dict": built.model.state_dict()})
     return path

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastclip.atomic import describe, write_text
+from fastclip.atomic import describe, require_sums, write_text
 from fastclip.bounded import read_object
 
 TRAINING = "training.pt"
@@ -40,6 +40,7 @@ def read_training(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{file} does not exist: {path} is no checkpoint of a DeepSpeed run"
         )
+    _require_described(path, file)
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
         return dict(content)
@@ -69,6 +70,23 @@ def require_whole(path: Path) -> None:
         raise ValueError(
             f"{path} does not match its manifest: it was damaged or changed since it was written; "
             "take another checkpoint"
+        )
+
+
+def _require_described(path: Path, file: Path) -> None:
+    """Refuse one file of a folder that differs from the manifest, or else from its own checksums.
+
+    Raises:
+        ValueError: it differs.
+    """
+    manifest = path.with_suffix(".json")
+    files = read_object(manifest).get("files") if manifest.is_file() else None
+    if not isinstance(files, dict):
+        require_sums(file)
+    elif describe(file) != files.get(str(file.relative_to(path))):
+        raise ValueError(
+            f"{file} does not match the manifest {manifest.name}: it was damaged or changed since "
+            "it was written; take another checkpoint"
         )
 
 
@@ -142,6 +160,8 @@ def to_universal(path: Path, target: Path) -> None:
         inject_missing_state=True,
     )
     try:
+        # DeepSpeed writes it through a link
+        (target.parent / "latest_universal").unlink(missing_ok=True)
         # its progress is of no use among a run's
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             ds_to_universal.main(options)

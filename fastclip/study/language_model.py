@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from fastclip.atomic import write_folder
 from fastclip.data.scenes import caption, sample_scene
 
 WIDTH, LAYERS, HEADS, CONTEXT = 128, 4, 4, 96
@@ -53,8 +54,8 @@ def teach(folder: Path, seed: int = 0) -> float:
             group["lr"] = RATE * (1 - step / STEPS)
         optimizer.step()
         losses.append(loss.item())
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    write_folder(folder, model.save_pretrained)
+    write_folder(folder, tokenizer.save_pretrained)
     tenth = losses[-STEPS // 10 :]
     return sum(tenth) / len(tenth)
 

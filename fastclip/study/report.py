@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from fastclip.atomic import write_text
+from fastclip.atomic import write_text, writing
 from fastclip.study.runs import Outcome
 from fastclip.study.verdict import Verdict
 
@@ -91,5 +91,6 @@ def _plot(path: Path, rows: Sequence[Row], columns: Mapping[str, str]) -> None:
     panels[0][0].set_yticks(range(len(rows)), [label for label, _ in rows])
     panels[0][0].invert_yaxis()
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    with writing(path) as file:
+        figure.savefig(file, dpi=120)
     plt.close(figure)

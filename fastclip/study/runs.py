@@ -17,7 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from fastclip.atomic import write_text
+from fastclip.atomic import create, write_text
 from fastclip.data.scenes import CLASSES, TEMPLATES
 from fastclip.data.sources import SceneSource
 from fastclip.evaluate.features import ImageFeatures, embed_images
@@ -128,7 +128,7 @@ def train(name: str, flags: Sequence[str], folder: Path, jobs: int = 1) -> tuple
         threads = max(1, (os.cpu_count() or 1) // jobs)
         environment |= {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
     started = time.monotonic()
-    with log.open("w") as output:
+    with create(log) as output:
         status = subprocess.run(
             command, stdout=output, stderr=subprocess.STDOUT, env=environment
         ).returncode

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-from fastclip.atomic import write_text
+from fastclip.atomic import append, write_text, writing
 from fastclip.train.config import TrainConfig
 
 METRICS_FILE = "metrics.jsonl"
@@ -89,7 +89,8 @@ def plot_loss(folder: Path) -> Path | None:
     axes.set_ylabel("contrastive loss")
     axes.spines[["top", "right"]].set_visible(False)
     path = folder / "loss.png"
-    figure.savefig(path, dpi=120)
+    with writing(path) as file:
+        figure.savefig(file, dpi=120)
     plt.close(figure)
     return path
 
@@ -109,15 +110,15 @@ def _start_wandb(folder: Path, config: TrainConfig) -> Any:
     )
 
 
-def _append(file: IO[str], value: dict[str, Any]) -> None:
-    file.write(json.dumps(value) + "\n")
+def _append(file: IO[bytes], value: dict[str, Any]) -> None:
+    file.write(json.dumps(value).encode() + b"\n")
     file.flush()
 
 
-def _open_from(path: Path, step: int) -> IO[str]:
+def _open_from(path: Path, step: int) -> IO[bytes]:
     kept = [json.dumps(line) + "\n" for line in _read_lines(path) if line["step"] <= step]
     write_text(path, "".join(kept))
-    return path.open("a")
+    return append(path)
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

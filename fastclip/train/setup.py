@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastclip.atomic import write_text
+from fastclip.atomic import write_folder, write_text
 from fastclip.data.augment import Augmentation
 from fastclip.data.captions import CaptionSampling
 from fastclip.data.labels import LabelSource
@@ -327,8 +327,8 @@ def write_description(
     write_text(run / CONFIG_FILE, description + "\n")
     write_text(run / "config.yaml", to_yaml(config))
     # a tokenizer from elsewhere must be at hand when the run is loaded
-    if hasattr(model.tokenizer, "save_pretrained"):
-        model.tokenizer.save_pretrained(str(run))
+    if save := getattr(model.tokenizer, "save_pretrained", None):
+        write_folder(run, lambda made: save(str(made)))
 
 
 def announce(

@@ -115,6 +115,7 @@ class Evaluation(ABC):
             pretrained=pretrained,
             task=self.task,
             metrics=metrics,
+            named=self.output is not None,
         )
         print(f"written to {output}", file=sys.stderr)
 
