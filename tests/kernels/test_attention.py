@@ -120,6 +120,9 @@ def test_nan_in_nan_out() -> None:
     inputs[0][0, 1, 3, 2] = torch.nan
     for plan, back in zip(FORWARD.values(), GRADIENT.values(), strict=True):
         out, dq, dk, _ = run(inputs, False, None, plan, back)
+        q, k, v, _ = inputs
+        lse = forward_module.forward(q, k, v, torch.empty_like(q), None, 1.0, False, plan)
+        assert lse.isnan().nonzero().tolist() == [[0, 1, 3]]
         assert out[0, 1, 3].isnan().all() and dq[0, 1, 3].isnan().all()
         assert dk[0, 1].isnan().all() and out[0, 0].isfinite().all() and dk[0, 0].isfinite().all()
 
