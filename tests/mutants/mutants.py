@@ -381,7 +381,7 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
     ],
     ("kernels/attention_gradient.py", _ATTENTION): [
         ("delta = tl.sum(p * dp, 1 - AXIS)", "delta = tl.sum(dp, 1 - AXIS)"),
-        ('QUERIES, float("inf"))\n    scores', "QUERIES, 0.0)\n    scores"),
+        ("tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)", "tl.sum(out.to(tl.float32), 1)"),
         ("ds = p * (dp - tl.expand_dims(", "ds = p * (dp + tl.expand_dims("),
         (
             "limit,\n                scale, LENGTH_Q, KEY_TILES[g][0]",
