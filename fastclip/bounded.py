@@ -1,11 +1,16 @@
 """JSON and YAML files of unknown origin, read within bounds; every error names the file."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 LIMIT = 16 << 20
 """Bytes of a description, configuration or manifest."""
+ANNOTATIONS = 1 << 30
+"""Bytes of the texts of a whole data set."""
+LINE = 1 << 26
+"""Bytes of a line in a file that grows, such as a log."""
 _LARGEST = 2**63
 
 
@@ -16,14 +21,22 @@ def read_text(path: Path, limit: int = LIMIT) -> str:
         ValueError: it is larger, no regular file, or not UTF-8.
         FileNotFoundError: there is no such file.
     """
+    return _decoded(_read(path, limit), "utf-8", path)
+
+
+def _read(path: Path, limit: int) -> bytes:
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is no regular file")
     with path.open("rb") as file:
         content = file.read(limit + 1)
     if len(content) > limit:
         raise ValueError(f"{path} is larger than {limit} bytes, the limit of such files")
+    return content
+
+
+def _decoded(content: bytes, encoding: str, path: Path) -> str:
     try:
-        return content.decode("utf-8")
+        return content.decode(encoding)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error}); save it as UTF-8") from error
 
@@ -35,13 +48,45 @@ def read_json(path: Path, limit: int = LIMIT) -> Any:
         ValueError: it is no JSON, too large or too deep, or has an integer beyond 64 bits.
         FileNotFoundError: there is no such file.
     """
-    text = read_text(path, limit)
+    content = _read(path, limit)
+    # with a byte-order mark, or in UTF-16, as JSON once allowed
+    return parse_json(_decoded(content, json.detect_encoding(content), path), str(path))
+
+
+def parse_json(text: str | bytes, where: str) -> Any:
+    """What a text in JSON holds.
+
+    Args:
+        where: it is from, for messages.
+
+    Raises:
+        ValueError: see `read_json`.
+    """
     try:
         return json.loads(text, parse_int=_integer)
     except RecursionError as error:
-        raise ValueError(f"{path} is nested too deeply") from error
+        raise ValueError(f"{where} is nested too deeply") from error
     except ValueError as error:
-        raise ValueError(f"{path} is no valid JSON: {error}") from error
+        raise ValueError(f"{where} is no valid JSON: {error}") from error
+
+
+def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects in a file of JSON lines, up to the first line that is cut short or damaged.
+
+    Raises:
+        ValueError: it is no regular file. FileNotFoundError: there is no such file.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no regular file")
+    with path.open("rb") as file:
+        while line := file.readline(LINE):
+            try:
+                value = parse_json(line, str(path))
+            except ValueError:
+                return
+            if not isinstance(value, dict):
+                return
+            yield value
 
 
 def read_object(path: Path, limit: int = LIMIT) -> dict[str, Any]:

@@ -137,6 +137,15 @@ def test_a_link_under_a_name_that_the_user_gave_is_followed(tmp_path: Path) -> N
     assert link.is_symlink()
 
 
+def test_a_folder_may_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "disk")
+    log_metrics(tmp_path / "run")
+    checkpoint.write(tmp_path / "run" / "a.pt", {"step": 1, "state_dict": {}})
+    assert checkpoint.find_latest(tmp_path / "disk") == tmp_path / "disk" / "a.pt"
+    assert (tmp_path / "disk" / "loss.png").is_file() and (tmp_path / "run").is_symlink()
+
+
 def test_what_is_no_regular_file_is_not_added_to(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     for path in (tmp_path / "link", Path("/dev/null")):

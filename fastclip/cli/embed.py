@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from torch import Tensor
 
+from fastclip.bounded import ANNOTATIONS, read_text
 from fastclip.data.faults import FaultLog
 from fastclip.data.options import DataOptions
 from fastclip.data.sources import open_source
@@ -60,7 +61,8 @@ def main(arguments: Sequence[str]) -> int:
     batches: Callable[[int], Iterator[tuple[int, Tensor]]]
     if config.kind == "texts":
         # not splitlines, which also splits at separators that captions may contain
-        content = Path(config.data).read_text(encoding="utf-8-sig").removesuffix("\n")
+        content = read_text(Path(config.data), ANNOTATIONS).removeprefix("\ufeff")
+        content = content.replace("\r\n", "\n").removesuffix("\n")
         texts = content.split("\n") if content else []
         count = len(texts)
         batches = partial(text_batches, model, texts, **options)

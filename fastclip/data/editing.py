@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 from PIL import Image
 
 from fastclip.atomic import append, create, partial_of, publish, write_text
+from fastclip.bounded import LINE, parse_json, read_object
 from fastclip.data.index import IMAGE_EXTENSIONS, Fault, index_file
 from fastclip.data.samples import MAX_TEXT_BYTES, UnreadableSample, decode_image
 from fastclip.data.writing import add_sizes, locked
@@ -57,9 +58,9 @@ class Journal:
         """
         self._file.seek(0)
         whole = 0
-        for line in self._file:
+        while line := self._file.readline(LINE):
             try:
-                piece = json.loads(line)
+                piece = parse_json(line, str(self.path))
             except ValueError:
                 break
             if not line.endswith(b"\n") or not isinstance(piece, dict):
@@ -97,8 +98,8 @@ def claim_folder(folder: Path, name: str, identity: dict[str, Any], files: list[
                 raise FileExistsError(f"{there[0]} exists and stays as it is; choose a new folder")
             write_text(path, json.dumps(identity, indent=1, ensure_ascii=False) + "\n")
         try:
-            found = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
+            found = read_object(path)
+        except ValueError as error:
             raise ValueError(f"{path} is damaged ({error}); repair it") from error
     _require_same(path, found, identity, "give the former value, or choose a new folder")
 

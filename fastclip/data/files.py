@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from fastclip.data.index import MAX_MEMBER_BYTES, Fault
 from fastclip.data.regular import open_regular
@@ -82,15 +83,7 @@ class ImageFiles(ABC):
             found = self._find(path)
             if found is None:
                 raise UnreadableSample(Fault("missing image file", where))
-            if not found.is_file():
-                # opening a named pipe would wait for ever
-                raise UnreadableSample(Fault("image path is no file", where))
-            with open_regular(found) as file:
-                size = os.fstat(file.fileno()).st_size
-                if size > MAX_MEMBER_BYTES:
-                    raise UnreadableSample(Fault("image file too large", where, f"{size:,} bytes"))
-                # files of the system that have no size may give bytes without end, or wait
-                return file.read(size) if size else b""
+            return read_image_file(found, where)
         except OSError as error:
             raise UnreadableSample(Fault("unreadable image file", where, str(error))) from error
 
@@ -129,3 +122,33 @@ class ImageFiles(ABC):
         # joining an absolute path gives that path, whatever the root
         candidates = (root / path for root in self.roots)
         return next((found for found in candidates if os.path.exists(found)), None)
+
+
+def read_image_file(path: Path, where: str) -> bytes:
+    """An image file, as it is.
+
+    Raises:
+        UnreadableSample: it is no regular file, or over 64 MiB. OSError: it cannot be read.
+    """
+    if path.exists() and not path.is_file():
+        # opening a named pipe would wait for ever
+        raise UnreadableSample(Fault("image path is no file", where))
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_MEMBER_BYTES:
+            raise UnreadableSample(Fault("image file too large", where, f"{size:,} bytes"))
+        # files of the system that have no size may give bytes without end, or wait
+        return file.read(size) if size else b""
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height of an image file of the formats that are read, from its header.
+
+    Raises:
+        OSError: it is no such file.
+    """
+    try:
+        with open_regular(path) as file, Image.open(file, formats=("JPEG", "PNG", "WEBP")) as image:
+            return image.size
+    except Image.DecompressionBombError as error:
+        raise OSError(f"{path}: {error}") from error

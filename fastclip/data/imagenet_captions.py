@@ -5,12 +5,12 @@ Pre-training": title, description and tags of 463,622 photographs of ILSVRC2012,
 """
 
 import html
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from fastclip.atomic import write_text
+from fastclip.bounded import ANNOTATIONS, read_json
 from fastclip.data.convert import convert_table
 from fastclip.data.faults import FaultLog
 from fastclip.data.files import ImageFiles
@@ -121,7 +121,7 @@ def clean_text(text: object) -> str:
 
 def _read_list(path: Path) -> list[Any]:
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json(path, ANNOTATIONS)
         if isinstance(content, list):
             return content
         problem = "no list"

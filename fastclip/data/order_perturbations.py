@@ -11,11 +11,11 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from fastclip.atomic import write_text
+from fastclip.bounded import ANNOTATIONS, read_object
 
 # (word, tag of the Penn Treebank) of each word
 Tagged = list[tuple[str, str]]
@@ -103,7 +103,7 @@ def write_order_cases(source: Path, target: Path, tagger: Tagger, seed: int = 0)
 def _test_captions(source: Path) -> Iterator[tuple[str, str]]:
     """(path of the image, caption) of the test split."""
     try:
-        content: dict[str, Any] = json.loads(source.read_bytes())
+        content = read_object(source, ANNOTATIONS)
         for image in content["images"]:
             if image["split"] == "test":
                 # Flickr30k's images are all in one folder, which the file does not name

@@ -2,7 +2,6 @@
 
 import fcntl
 import hashlib
-import json
 import math
 import os
 import re
@@ -17,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from fastclip.bounded import parse_json
 from fastclip.data import http
 from fastclip.data.index import index_file
 from fastclip.data.options import CACHE_BYTES
@@ -304,15 +304,15 @@ def remote_counts(names: list[str]) -> dict[str, int]:
     return counts
 
 
-def parsed(where: str, text: bytes) -> dict[str, Any]:
+def parsed(where: str, text: str | bytes) -> dict[str, Any]:
     """A file of counts, sizes.json or _stats.json.
 
     Raises:
         ValueError: it is no dictionary in JSON.
     """
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        content = parse_json(text, where)
+    except ValueError as error:
         raise ValueError(f"{where} is damaged ({error}); repair or delete it") from error
     if not isinstance(content, dict):
         raise ValueError(f"{where} is damaged (no dictionary); repair or delete it")

@@ -8,6 +8,7 @@ from typing import BinaryIO
 
 from braceexpand import braceexpand
 
+from fastclip.bounded import read_text
 from fastclip.data.index import MAX_PLACES, Fault, ShardIndex, index_file
 from fastclip.data.order import DEFAULT_WINDOW
 from fastclip.data.regular import open_regular
@@ -210,7 +211,7 @@ def declared_count(path: Path) -> int | None:
     stats = path.with_name(path.stem + "_stats.json")
     for file, name in ((sizes, path.name), (stats, "successes")):
         if file.is_file():
-            count = parsed(str(file), file.read_bytes()).get(name)
+            count = parsed(str(file), read_text(file)).get(name)
             if count is not None:
                 return whole(str(file), count)
     return None

@@ -2,7 +2,6 @@
 
 import codecs
 import csv
-import json
 import os
 from array import array
 from collections import Counter
@@ -13,6 +12,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from fastclip.bounded import ANNOTATIONS, read_object
 from fastclip.data.files import ImageFiles
 from fastclip.data.options import DataOptions
 from fastclip.data.samples import MAX_TEXT_BYTES
@@ -238,7 +238,7 @@ def _row_fault(row: list[str], width: int, image: int, text: int) -> str:
 
 def _coco_rows(path: Path) -> Iterator[tuple[str, str]]:
     try:
-        content = json.loads(path.read_bytes())
+        content = read_object(path, ANNOTATIONS)
         names = {image["id"]: image["file_name"] for image in content["images"]}
         for name in names.values():
             # half a surrogate pair, which JSON may spell, is in no path
@@ -251,7 +251,7 @@ def _coco_rows(path: Path) -> Iterator[tuple[str, str]]:
                 unusable += 1
             else:
                 captions[annotation["image_id"]].append(text)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(
             f"{path} holds no COCO captions ({what}); give a file like captions_train2017.json, "

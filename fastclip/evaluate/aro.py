@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
+from fastclip.data.files import image_size
 from fastclip.evaluate.choices import Accuracy, Choice, accuracy, first, score_choices, strict
 from fastclip.evaluate.entries import find_parts, read_entries
 from fastclip.evaluate.features import Encoding, ImageFile
@@ -129,8 +128,7 @@ def order_cases(path: Path) -> list[Choice]:
 
 def _size_of(image: Path) -> tuple[int, int] | None:
     try:
-        with Image.open(image) as opened:
-            return opened.size
+        return image_size(image)
     except OSError:
         # all files that are missing or damaged are told together when they are encoded
         return None

@@ -1,10 +1,10 @@
 """The files of published benchmarks, read entry by entry."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastclip.bounded import ANNOTATIONS, parse_json, read_json, read_text
 from fastclip.evaluate.registry import BENCHMARKS
 
 
@@ -45,13 +45,13 @@ def read_entries(path: Path, fields: Mapping[str, Any]) -> list[dict[str, Any]]:
         ValueError: the file is no such JSON, holds nothing, or an entry lacks a field.
     """
     try:
-        with path.open(encoding="utf-8") as file:
-            if path.suffix == ".json":
-                content = json.load(file)
-            else:
-                content = [json.loads(line) for line in file if line.strip()]
+        if path.suffix == ".json":
+            content = read_json(path, ANNOTATIONS)
+        else:
+            lines = enumerate(read_text(path, ANNOTATIONS).removeprefix("\ufeff").split("\n"), 1)
+            content = [parse_json(line, f"{path}:{n}") for n, line in lines if line.strip()]
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON in UTF-8 ({error}); get the file anew") from error
+        raise ValueError(f"{error}; get the file anew") from error
     entries = list(content.values()) if isinstance(content, dict) else content
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{path} holds no list of entries; get the file anew")

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from fastclip.data.faults import FaultLog
+from fastclip.data.files import read_image_file
 from fastclip.data.index import Fault
 from fastclip.data.loader import EvaluationSamples, collate
 from fastclip.data.samples import Source, UnreadableSample, decode_image
@@ -152,7 +153,7 @@ class _Files(Dataset[dict[str, Any]]):
     def __getitem__(self, position: int) -> dict[str, Any]:
         path, box = self.files[position]
         try:
-            image = decode_image(path.read_bytes(), str(path))
+            image = decode_image(read_image_file(path, str(path)), str(path))
             if box is not None:
                 left, top, right, bottom = box
                 if not (left < right and top < bottom):

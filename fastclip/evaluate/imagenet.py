@@ -4,14 +4,13 @@ ImageNetV2 (Recht et al. 2019), ImageNet-Sketch (Wang et al. 2019), ImageNet-R (
 2021a), ImageNet-A (Hendrycks et al. 2021b) and ObjectNet (Barbu et al. 2019).
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
-
+from fastclip.bounded import read_object, read_text
+from fastclip.data.files import image_size
 from fastclip.data.index import IMAGE_EXTENSIONS
 from fastclip.evaluate.features import ImageFile
 
@@ -189,8 +188,7 @@ def _image_paths(folder: Path) -> Iterator[Path]:
 
 
 def _inside_border(path: Path) -> tuple[int, int, int, int]:
-    with Image.open(path) as image:
-        width, height = image.size
+    width, height = image_size(path)
     border = OBJECTNET_BORDER
     return border, border, width - border, height - border
 
@@ -205,7 +203,7 @@ def _objectnet_answers(mappings: Path) -> dict[str, frozenset[int]]:
             "unpack its folder mappings too"
         )
     label_of_folder, names_of_label, line_of_index = map(_read_json, paths[:3])
-    lines = paths[3].read_text(encoding="utf-8").splitlines()
+    lines = read_text(paths[3]).splitlines()
     index_of_line = {line: int(index) for index, line in line_of_index.items()}
     index_of_name = {name.strip(): index_of_line.get(line) for line, name in enumerate(lines)}
     answers = {}
@@ -225,7 +223,6 @@ def _objectnet_answers(mappings: Path) -> dict[str, frozenset[int]]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged ({error}); unpack it anew") from error
-    return content
+        return read_object(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; unpack it anew") from error

@@ -10,6 +10,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from fastclip.bounded import read_text
 from fastclip.data.templates import DEFAULT_TEMPLATES, read_lines
 from fastclip.evaluate.features import ImageFeatures
 
@@ -35,7 +36,7 @@ def expand_wds(data: str, split: str = "test") -> str:
     if not count.is_file():
         known = ", ".join(sorted(path.parent.name for path in folder.glob(f"*/{_COUNT}")))
         raise ValueError(f"{data} has no split {split!r}; give --split, one of: {known}")
-    text = count.read_text().strip()
+    text = read_text(count).strip()
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"{count} holds {text[:20]!r}; it must be the number of shards, e.g. 3")
     return f"{folder / split}/{{0..{int(text) - 1}}}.tar"

@@ -6,6 +6,7 @@ than the causal one) is left to the layer's own code.
 """
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,11 +53,7 @@ def _mark_causal(layers: Iterable[nn.Module], mask: Tensor | None, handle: Patch
     for layer in layers:
         if isinstance(layer, nn.MultiheadAttention) and not hasattr(layer, CAUSAL):
             setattr(layer, CAUSAL, length)
-
-            def forget(layer: nn.Module = layer) -> None:
-                delattr(layer, CAUSAL)
-
-            handle.on_undo(forget)
+            handle.on_undo(partial(delattr, layer, CAUSAL))
 
 
 def _timm_attention() -> type[nn.Module] | None:

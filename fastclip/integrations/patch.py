@@ -1,6 +1,7 @@
 """What all patches share: undoing them, and giving one module another forward."""
 
 from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -11,7 +12,11 @@ MARK = "_fastclip_original"
 
 
 class PatchHandle:
-    """What a patch changed; `undo()`, or the end of a `with` block, restores it."""
+    """What a patch changed; `undo()`, or the end of a `with` block, restores it.
+
+    Pickled or copied together with its model, as `(model, handle)`, it undoes the copy's patch; not
+    where the patch changed classes of a library (open_clip's losses).
+    """
 
     def __init__(self) -> None:
         self._restore: list[Callable[[], None]] = []
@@ -59,11 +64,7 @@ def exchange_forward(
     if hasattr(original, MARK):
         return False
     module.__class__ = _subclass(original, forward, made_by)
-
-    def restore() -> None:
-        module.__class__ = original
-
-    handle.on_undo(restore)
+    handle.on_undo(partial(setattr, module, "__class__", original))
     return True
 
 

@@ -1,7 +1,7 @@
 """`patch_transformers()`: Hugging Face's CLIP and SigLIP with fastclip's attention and loss."""
 
-import functools
 from collections.abc import Callable
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -76,38 +76,48 @@ def patch_transformers(
     for part in known if loss else ():
         for kind, of_features in losses.items():
             if isinstance(part, kind):
-                _exchange_loss(part, of_features, logits, backend, handle)
+                arguments = (type(part), of_features, logits, backend)
+                made_by = (_with_loss, arguments)
+                exchange_forward(part, _with_loss(*arguments), handle, made_by)
     return handle
 
 
 def _exchange_attention(models: list[Any], backend: str, handle: PatchHandle) -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    name = NAME if backend == "auto" else f"{NAME}_{backend}"
-    AttentionInterface.register(name, functools.partial(_attend, backend=backend))
-    # padding and causal masks come as for torch's attention: none where there is nothing to hide
-    AttentionMaskInterface.register(name, sdpa_mask)
+    hook = _Noted(backend)
     for model in models:
         before = model.config._attn_implementation
-        if before == name:
+        if before == hook.name:
             continue
-
-        def restore(config: Any = model.config, before: str = before) -> None:
-            config._attn_implementation = before
-
-        model.config._attn_implementation = name
-        handle.on_undo(restore)
+        model.config._attn_implementation = hook.name
+        handle.on_undo(partial(setattr, model.config, "_attn_implementation", before))
         for layer in model.modules():
             if hasattr(layer, "is_causal") and hasattr(layer, "config"):
-                hook = layer.register_forward_pre_hook(_note_maps, with_kwargs=True)
-                handle.on_undo(hook.remove)
+                handle.on_undo(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
 
-def _note_maps(layer: nn.Module, arguments: Any, options: dict[str, Any]) -> None:
-    # SigLIP's layers do not pass their options on to `_attend`
-    of_all = getattr(layer.config, "output_attentions", False)
-    setattr(layer, MAPS, bool(options.get("output_attentions", of_all)))
+class _Noted:
+    """Before a layer's call: note whether it wants its maps.
+
+    SigLIP's layers do not pass their options on to `_attend`. A process that unpickles a patched
+    model makes its hooks, and with them knows the attention that the configuration names.
+    """
+
+    def __init__(self, backend: str) -> None:
+        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.masking_utils import sdpa_mask
+
+        self.backend = backend
+        self.name = NAME if backend == "auto" else f"{NAME}_{backend}"
+        AttentionInterface.register(self.name, partial(_attend, backend=backend))
+        # padding and causal masks come as for torch's attention: none where nothing is hidden
+        AttentionMaskInterface.register(self.name, sdpa_mask)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Noted, (self.backend,)
+
+    def __call__(self, layer: nn.Module, arguments: Any, options: dict[str, Any]) -> None:
+        of_all = getattr(layer.config, "output_attentions", False)
+        setattr(layer, MAPS, bool(options.get("output_attentions", of_all)))
 
 
 def _attend(
@@ -163,14 +173,12 @@ def _with_maps(
     return (maps @ value).transpose(1, 2).contiguous(), maps
 
 
-def _exchange_loss(
-    model: Any,
-    of_features: Callable[..., Tensor],
-    logits: bool,
-    backend: str,
-    handle: PatchHandle,
-) -> None:
-    @functools.wraps(type(model).forward)
+def _with_loss(
+    original: type[nn.Module], of_features: Callable[..., Tensor], logits: bool, backend: str
+) -> Callable[..., Any]:
+    """The forward of a model whose class was `original`."""
+
+    @wraps(original.forward)
     def forward(
         self: Any,
         input_ids: Tensor | None = None,
@@ -213,7 +221,7 @@ def _exchange_loss(
         )
         return outputs if as_dict else outputs.to_tuple()
 
-    exchange_forward(model, forward, handle)
+    return forward
 
 
 def _output_class(model: Any) -> Any:

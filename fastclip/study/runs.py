@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fastclip.atomic import create, write_text
+from fastclip.bounded import read_object
 from fastclip.data.scenes import CLASSES, TEMPLATES
 from fastclip.data.sources import SceneSource
 from fastclip.evaluate.features import ImageFeatures, embed_images
@@ -157,7 +158,7 @@ def run(
     """
     kept = folder / name / OUTCOME
     if kept.is_file():
-        values = json.loads(kept.read_text())
+        values = read_object(kept)
         if values["flags"] == list(flags):
             return Outcome(**{**values, "flags": tuple(flags)})
         raise FileExistsError(

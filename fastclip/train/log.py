@@ -1,12 +1,13 @@
 """What a run writes down: metrics.jsonl, TensorBoard, sample ids, the loss plot."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-from fastclip.atomic import append, write_text, writing
+from fastclip.atomic import append, writing
+from fastclip.bounded import read_json_lines
 from fastclip.train.config import TrainConfig
 
 METRICS_FILE = "metrics.jsonl"
@@ -65,7 +66,7 @@ class RunLog:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl; a last line cut short by a kill is left out."""
-    return _read_lines(folder / METRICS_FILE)
+    return list(_read_lines(folder / METRICS_FILE))
 
 
 def plot_loss(folder: Path) -> Path | None:
@@ -116,16 +117,13 @@ def _append(file: IO[bytes], value: dict[str, Any]) -> None:
 
 
 def _open_from(path: Path, step: int) -> IO[bytes]:
-    kept = [json.dumps(line) + "\n" for line in _read_lines(path) if line["step"] <= step]
-    write_text(path, "".join(kept))
+    with writing(path) as file:
+        for line in _read_lines(path):
+            if line["step"] <= step:
+                _append(file, line)
     return append(path)
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    lines = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            break
-    return lines
+def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    lines = read_json_lines(path) if path.exists() else iter(())
+    return (line for line in lines if isinstance(line.get("step"), int))

@@ -153,7 +153,7 @@ def test_objectnet_without_its_mappings(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'Banana' stands for ImageNet's 'a fruit nobody knows'"):
         read_objectnet(tmp_path)
     path.write_text("{")
-    with pytest.raises(ValueError, match=r"objectnet_to_imagenet_1k\.json is damaged"):
+    with pytest.raises(ValueError, match=r"objectnet_to_imagenet_1k\.json is no valid JSON"):
         read_objectnet(tmp_path)
 
 

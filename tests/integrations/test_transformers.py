@@ -2,6 +2,11 @@
 
 import copy
 import inspect
+import io
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -95,6 +100,61 @@ def test_a_copy_and_a_saved_model_are_whole(tmp_path) -> None:
     loaded = transformers.CLIPModel.from_pretrained(tmp_path)
     assert type(loaded) is transformers.CLIPModel
     torch.testing.assert_close(loaded(**inputs()).text_embeds, model(**inputs()).text_embeds)
+
+
+def by_pickle(value: Any) -> Any:
+    return pickle.loads(pickle.dumps(value))
+
+
+def by_file(value: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(value, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("copied", [by_pickle, by_file, copy.deepcopy])
+def test_a_patched_model_is_saved_whole(copied: Callable[[Any], Any], kind: str) -> None:
+    """With its handle, which takes the copy's patch back and leaves the model's."""
+    model = transformers_case(kind).model
+    original, implementation = type(model), model.config._attn_implementation
+    want = model(**inputs(), return_loss=True)
+    handle = fastclip.patch_transformers(model)
+    here = model(**inputs(), return_loss=True)
+    other, others_handle = copied((model, handle))
+    again = copied(other)
+    for one in (other, again):
+        assert isinstance(one, original) and type(one) is not original
+        got = one(**inputs(), return_loss=True)
+        assert got.logits_per_image is None and torch.equal(got.loss, here.loss)
+    others_handle.undo()
+    assert type(other) is original
+    assert other.config._attn_implementation == implementation
+    assert not any(module._forward_pre_hooks for module in other.modules())
+    assert torch.equal(other(**inputs(), return_loss=True).logits_per_image, want.logits_per_image)
+    for one in (model, again):
+        assert one(**inputs(), return_loss=True).logits_per_image is None
+        assert one.config._attn_implementation == "fastclip"
+
+
+def losses_there(_: int, models: list[Any], folder: str) -> None:
+    """In a process that has patched nothing."""
+    outputs = [model(**inputs(), return_loss=True) for model in models]
+    torch.save([(o.loss, o.text_embeds) for o in outputs], f"{folder}/found.pt")
+
+
+def test_a_patched_model_goes_to_another_process(tmp_path: Path) -> None:
+    """With loss and attention, and with either alone."""
+    models = [transformers_case(kind).model.requires_grad_(False) for kind in ("clip", "siglip")]
+    models.append(transformers_case("clip").model.requires_grad_(False))
+    fastclip.patch_transformers(models[0])
+    fastclip.patch_transformers(models[1], attention=False)
+    fastclip.patch_transformers(models[2], loss=False, backend="reference")
+    torch.multiprocessing.spawn(losses_there, (models, str(tmp_path)))
+    for model, (loss, texts) in zip(models, torch.load(tmp_path / "found.pt"), strict=True):
+        want = model(**inputs(), return_loss=True)
+        torch.testing.assert_close(loss, want.loss)
+        torch.testing.assert_close(texts, want.text_embeds)
 
 
 @pytest.mark.parametrize("kind", ["Siglip2", "CLIPSeg"])

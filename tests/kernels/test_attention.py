@@ -57,6 +57,7 @@ CASES = {
     "pooling": (1, 2, 1, 257, 64, False, None, torch.float32),
     "padded": (3, 1, 21, 133, 32, False, [0, 70, 133], torch.bfloat16),
     "many queries": (1, 1, 133, 5, 16, False, None, torch.float32),
+    "one line short": (1, 2, 31, 31, 16, False, None, torch.float32),
 }
 
 
@@ -119,6 +120,9 @@ def test_nan_in_nan_out() -> None:
     inputs[0][0, 1, 3, 2] = torch.nan
     for plan, back in zip(FORWARD.values(), GRADIENT.values(), strict=True):
         out, dq, dk, _ = run(inputs, False, None, plan, back)
+        q, k, v, _ = inputs
+        lse = forward_module.forward(q, k, v, torch.empty_like(q), None, 1.0, False, plan)
+        assert lse.isnan().nonzero().tolist() == [[0, 1, 3]]
         assert out[0, 1, 3].isnan().all() and dq[0, 1, 3].isnan().all()
         assert dk[0, 1].isnan().all() and out[0, 0].isfinite().all() and dk[0, 0].isfinite().all()
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from fastclip.kernels import finish, launch, merge, similarity
+from fastclip.kernels import finish, launch, merge, sigmoid, similarity
 from fastclip.kernels.launch import INTERPRETED, Tiling
 from tests.kernels.test_triton import check
 
@@ -98,6 +99,21 @@ def test_rows_of_any_width_are_multiplied_and_finished(width: int) -> None:
     coefficient, total = torch.arange(1.0, rows + 1), torch.full((rows, width), torch.nan)
     finish.finish(a, coefficient, b, total)
     torch.testing.assert_close(total, a + coefficient[:, None] * b)
+
+
+def test_softplus_and_its_slope_over_their_range() -> None:
+    """Logits from -30 to 30, none left out; the polynomial of log(1 + e) is good to 3e-8."""
+    x, y = torch.zeros(121, 16), torch.zeros(3, 16)
+    x[:, 0], y[:, 0] = torch.linspace(-30, 30, 121), 1.0
+    out = torch.full(similarity.room_for(121, 3), torch.nan)[:121, :3]
+    one, tiling = torch.tensor(1.0), Tiling(16, 32, 16, 4, 1)
+    rows, dot, total = sigmoid.sigmoid(x, y, one, None, None, torch.ones(121), out, tiling)
+    z = x[:, :1].double().expand(121, 3)
+    # an exponent of 43 is known to half of 43 eps
+    torch.testing.assert_close(rows.double(), F.softplus(z, threshold=99).sum(1), rtol=4e-6, atol=0)
+    torch.testing.assert_close(out.double(), z.sigmoid(), rtol=4e-6, atol=0)
+    torch.testing.assert_close(dot.double(), (z * z.sigmoid()).sum(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(total.double(), z.sigmoid().sum(), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("rows, columns", [(47, 63), (48, 64), (33, 31)])

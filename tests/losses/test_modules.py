@@ -309,6 +309,8 @@ def test_balanced_weights_give_each_domain_pair_one_share() -> None:
     shares = {(p, q): sum(table[p][q] for pair in pairs if pair == (p, q)) for p, q in set(pairs)}
     assert len(set(round(share, 12) for share in shares.values())) == 1
     assert sum(table[p][q] for p, q in pairs) == pytest.approx(len(pairs))
+    # a table is read with p <= q, whatever the order of the blocks
+    assert balanced_pair_weight([1, 0, 0, 1, 0], 3) == table
     blocks = views(5, 6, 8, 1, 0.4)
     weight = torch.tensor(table, dtype=torch.float64)
     got = fastclip.MPNCELoss(3, pair_weight="balanced").double()(blocks, domains)

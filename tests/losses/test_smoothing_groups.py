@@ -25,7 +25,9 @@ def _definition(x, y, scale, rows, columns, smoothing):
 
 @pytest.mark.parametrize("backend", ["reference", "torch", "cpp"])
 @pytest.mark.parametrize("one", [True, False])
-def test_smoothing_is_over_the_candidates_left(backend: str, one: bool) -> None:
+# the last row's group: of other columns, or of none
+@pytest.mark.parametrize("last", [3, 77])
+def test_smoothing_is_over_the_candidates_left(backend: str, one: bool, last: int) -> None:
     torch.manual_seed(0)
     dtype = torch.float32 if backend == "cpp" else torch.float64
     x, y = (F.normalize(torch.randn(k, 8), dim=1).to(dtype) for k in (7, 9))
@@ -35,7 +37,7 @@ def test_smoothing_is_over_the_candidates_left(backend: str, one: bool) -> None:
         for kind in (dtype, torch.float64)
     )
     rows = groups[:7].clone()
-    rows[6] = 3
+    rows[6] = last
     got = clip_loss(
         *got_leaves, label_smoothing=0.2, row_group=rows, column_group=groups, backend=backend
     )

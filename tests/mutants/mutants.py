@@ -26,8 +26,8 @@ _TRITON = (
 _SIGMOID = (
     "tests/kernels/test_tilings.py tests/kernels/test_triton.py -k siglip and (against or ties)"
 )
-_ATTENTION = "tests/kernels/test_attention.py"
-_ACCUMULATE = "tests/train/test_accumulate.py"
+_ATTENTION = "tests/kernels/test_attention.py -k not same_bits and not ViT-L"
+_ACCUMULATE = "tests/train/test_accumulate.py -k not two_ranks"
 _ORDER = "tests/data/test_order.py tests/data/test_order_limits.py"
 _CHECKPOINT = "tests/train/test_checkpoint.py"
 _BORDERS = "tests/ops/test_borders.py"
@@ -141,7 +141,7 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("self.others = last - first - 1", "self.others = last - first"),
         ("begins[1:] = ordered[1:] != ordered[:-1]", "begins[1:] = ordered[1:] > ordered[:-1] + 1"),
     ],
-    ("fastclip/ops/candidates.py", _PRECISION + " and smoothed_grouped"): [
+    ("fastclip/ops/candidates.py", "tests/losses/test_smoothing_groups.py"): [
         ("counts[found] * there", "counts[found]"),
     ],
     ("fastclip/ops/candidates.py", _RANKS + " and smoothed_grouped"): [
@@ -228,7 +228,7 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
     ],
     ("fastclip/ops/columns.py", _RANKS + " and clip"): [
         ("gradient[s.column : s.column + length]", "gradient[s.start : s.stop]"),
-        ("if s.start < len(own)", "if s.start <= len(own)"),
+        ("if s.start < len(own)", "if s.start < 1"),
     ],
     ("fastclip/ops/collectives.py", "tests/losses/test_distributed.py"): [
         ("parts[rank] = features", "parts[0] = features"),
@@ -282,11 +282,11 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
     ],
     ("fastclip/ops/reference.py", _SIM): [
         ("(columns < first)", "(columns <= first)"),
-        ("-torch.inf)\n    positives = [S_MM", "0.0)\n    positives = [S_MM"),
     ],
     ("fastclip/ops/reference.py", _PRECISION): [
         ("* (z_MD[shape.block(b)] @ z_MD[", "* (z_MD[shape.block(c)] @ z_MD["),
         ("/ positives_M.clamp(min=1)", "/ positives_M.clamp(min=2)"),
+        ("-torch.inf)\n    positives = [S_MM", "0.0)\n    positives = [S_MM"),
     ],
     ("fastclip/ops/tiles.py", "tests/ops/test_scalars.py -k no_scale or beyond"): [
         ("torch.finfo(dtype).tiny ** 0.25", "torch.finfo(dtype).tiny ** 0.75"),
@@ -323,7 +323,7 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("        p += BLOCK_T * lines", "        p += lines"),
         ("(o_t < tiles - start)", "(o_t <= tiles - start)"),
     ],
-    ("kernels/attention_plans.py", _ATTENTION + " -k tiles_cover"): [
+    ("kernels/attention_plans.py", "tests/kernels/test_attention.py -k tiles_cover"): [
         ("rest <= size // 2)", "rest < size // 2)"),
         ("max(rest // size, 1)", "max(rest // size, 2)"),
     ],
@@ -340,8 +340,12 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("(u[:, None] + v[None, :])", "(u[:, None] - v[None, :])"),
         ("tl.store(p_dot, dot / (scale * LOG2E))", "tl.store(p_dot, dot / scale)"),
     ],
-    ("kernels/sigmoid.py", _SIGMOID): [
+    ("kernels/sigmoid.py", "tests/kernels/test_tilings.py -k over_their_range"): [
         ("p * e + 0.19111430644989014", "p * e - 0.19111430644989014"),
+        ("0.005253457929939032 * e - 0.0", "0.005253457929939032 * e + 0.0"),
+        ("(p * e + 1.0) * e", "(p * e + 1.0) * p"),
+    ],
+    ("kernels/sigmoid.py", _SIGMOID): [
         ("/ (1.0 + e) * weight", "/ (1.0 - e) * weight"),
         ("tl.maximum(z, 0.0) + _log1p(e)", "tl.maximum(z, 0.0) - _log1p(e)"),
         ("tl.where(z >= 0.0, 1.0, e)", "tl.where(z < 0.0, 1.0, e)"),
@@ -361,19 +365,23 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("t.stride(0) * t.itemsize % 16", "t.stride(0) % 2"),
         ("tma or x.shape[1] % tiling.width == 0", "tma or x.shape[1] % tiling.width >= 0"),
     ],
+    ("kernels/attention.py", "tests/kernels/test_attention.py -k every_plan and short"): [
+        ("return first + size * count > length", "return first + size * count > length + 1"),
+    ],
+    ("kernels/attention.py", "tests/kernels/test_attention.py -k nan_in"): [
+        ("lse = tl.where(total == total, lse, total)", "lse = tl.where(total == total, lse, 0.0)"),
+    ],
     ("kernels/attention.py", _ATTENTION): [
         ("first_k = FIRST_K + n * KEYS", "first_k = FIRST_K"),
         ("inverse = tl.where(total == 0.0, 0.0, 1.0 / total)", "inverse = 1.0 / total"),
-        ("lse = tl.where(total == total, lse, total)", "lse = tl.where(total == total, lse, 0.0)"),
         ("keep = i_key <= i_query", "keep = i_key < i_query"),
         ("keep = keep & (i_key < limit)", "keep = keep & (i_key <= limit)"),
         ("total = total * shrink +", "total = total +"),
         ("top + tl.log2(total)", "top - tl.log2(total)"),
-        ("return first + size * count > length", "return first + size * count > length + 1"),
     ],
     ("kernels/attention_gradient.py", _ATTENTION): [
         ("delta = tl.sum(p * dp, 1 - AXIS)", "delta = tl.sum(dp, 1 - AXIS)"),
-        ('QUERIES, float("inf"))\n    scores', "QUERIES, 0.0)\n    scores"),
+        ("tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)", "tl.sum(out.to(tl.float32), 1)"),
         ("ds = p * (dp - tl.expand_dims(", "ds = p * (dp + tl.expand_dims("),
         (
             "limit,\n                scale, LENGTH_Q, KEY_TILES[g][0]",
@@ -533,10 +541,14 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("partial.unlink(missing_ok=True)\n", "pass\n"),
         ("sorted(found, reverse=True)", "sorted(found)"),
         ('describe(path)["sha256"] ==', 'describe(path)["sha256"] !='),
-        ("keys() and not _is_whole(path):", "keys() and _is_whole(path):"),
+        ("elif not _is_whole(path):", "elif _is_whole(path):"),
+        ("_MANIFEST_KEYS & read_object(beside)", "_MANIFEST_KEYS | read_object(beside)"),
         ("    require_whole(path)\n    try:", "    try:"),
         ("weights_only=True", "weights_only=False"),
         ('if "zero" in content:', "if False:"),
+    ],
+    ("fastclip/models/checkpoint.py", "tests/models/test_checkpoint_fuzz.py"): [
+        ("        require_sums(path)\n", "        pass\n"),
     ],
     ("fastclip/models/checkpoint.py", "tests/models/test_sharded.py"): [
         ("sharded.is_sharded(path) and not trust", "sharded.is_sharded(path) and trust"),

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import open_clip
@@ -362,3 +362,29 @@ def test_what_is_shared_is_held_once() -> None:
     found, weight.grad = weight.grad, None
     accumulate(forward, [torch.cat(batches)], loss, shared=("head",))
     torch.testing.assert_close(found, weight.grad)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_last_micro_batch_is_announced(count: int) -> None:
+    """Around its forward and its backward, so that data-parallel training reduces once a step."""
+    weight, happened = torch.randn(3, 3, requires_grad=True), []
+
+    @contextlib.contextmanager
+    def context(last: bool) -> Iterator[None]:
+        happened.append("last" if last else "one of several")
+        yield
+        happened.append("end")
+
+    def backward(value: Tensor) -> None:
+        happened.append("backward")
+        value.backward()
+
+    accumulate(
+        lambda rows: {"x": rows @ weight},
+        list(torch.randn(6, 3).split(6 // count)),
+        lambda output: output["x"].square().sum(),
+        backward=backward,
+        context=context,
+    )
+    wanted = ["one of several"] * (count - 1) + ["last"]
+    assert happened == [what for begin in wanted for what in (begin, "backward", "end")]

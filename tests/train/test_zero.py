@@ -61,6 +61,8 @@ def test_stage_equals_data_parallel_and_resumes(stage: int, tmp_path: Path) -> N
     launch(stage, "train", tmp_path, 2)
     saved = tmp_path / "step_00000050"
     assert sharded.verify(saved)
+    # DeepSpeed's script that loads pickles
+    assert not [*tmp_path.rglob("zero_to_fp32.py")]
     result = torch.load(tmp_path / "train.pt")
     if not has_float16():
         print("float16 is left out: DeepSpeed does not support it on this processor")
