@@ -73,6 +73,25 @@ def test_imports_go_one_way(path: Path) -> None:
                 assert RANKS[parts[1]] <= rank, f"{name} is above {room_of(path)}"
 
 
+def lines_of(function: ast.FunctionDef) -> int:
+    """Lines of a function, its docstring apart."""
+    first = function.body[0]
+    assert function.end_lineno is not None and first.end_lineno is not None
+    docstring = first.end_lineno - first.lineno + 1 if ast.get_docstring(function) else 0
+    return function.end_lineno - function.lineno + 1 - docstring
+
+
+def test_functions_of_the_trainer_are_short() -> None:
+    lengths = {
+        f"{path.name}: {node.name}": lines_of(node)
+        for path in tracked("fastclip/train/*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert len(lengths) > 100
+    assert {name: length for name, length in lengths.items() if length > 80} == {}
+
+
 def test_rooms_have_contents() -> None:
     for init in tracked("fastclip/**/__init__.py"):
         assert ast.get_docstring(ast.parse(init.read_text())), init

@@ -91,7 +91,7 @@ class Engine:
 
         Args:
             path: without suffix; the engine knows whether it is a file or a folder.
-            training: what belongs to the run besides the engine, see `state.training_state`.
+            training: what belongs to the run besides the engine, see `TrainState.content`.
 
         Raises:
             OSError: on all ranks alike; nothing that was there is lost.
