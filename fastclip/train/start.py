@@ -13,9 +13,9 @@ from fastclip.models.clip import Model
 from fastclip.train.claim import claim
 from fastclip.train.config import TrainConfig
 from fastclip.train.distributed import World
-from fastclip.train.engine import build_engine
 from fastclip.train.layers import exchange_layers
 from fastclip.train.report import Report
+from fastclip.train.select_engine import build_engine
 from fastclip.train.setup import (
     announce,
     begin_classifier,
