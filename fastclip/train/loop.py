@@ -11,8 +11,8 @@ from fastclip.train.distributed import World, world
 from fastclip.train.health import NonFiniteError
 from fastclip.train.optim import learning_rate
 from fastclip.train.report import Report, StepResult
+from fastclip.train.run_directory import named
 from fastclip.train.saving import prune_epoch_checkpoints, prune_step_checkpoints, save
-from fastclip.train.setup import named
 from fastclip.train.start import start
 from fastclip.train.state import TrainState
 from fastclip.train.stop import StoppedError, StopSignals

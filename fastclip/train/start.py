@@ -10,23 +10,18 @@ import torch
 from fastclip.data.order import hash64
 from fastclip.models.build import build
 from fastclip.models.clip import Model
-from fastclip.train.claim import claim
+from fastclip.train.classifier import begin_classifier, class_names
 from fastclip.train.config import TrainConfig
+from fastclip.train.describe import announce, write_description
 from fastclip.train.distributed import World
 from fastclip.train.layers import exchange_layers
 from fastclip.train.report import Report
+from fastclip.train.resume import check_same_data, read_resumed
+from fastclip.train.run_directory import hold
 from fastclip.train.select_engine import build_engine
-from fastclip.train.setup import (
-    announce,
-    begin_classifier,
-    build_loader,
-    check_same_data,
-    class_names,
-    read_resumed,
-    write_description,
-)
 from fastclip.train.state import TrainState
 from fastclip.train.streams import restore_rng, seed_rng
+from fastclip.train.training_data import build_loader
 from fastclip.train.validate import Evaluation
 
 
@@ -46,7 +41,7 @@ def start(
     """
     folder = Path(config.logs) / str(config.name)
     # before anything is looked for in it: two starts of one name must not both begin
-    _hold(folder, world, around)
+    hold(folder, world, around)
     path, resumed = read_resumed(config, folder, world)
     if config.deterministic:
         # cuBLAS reads this when its first handle is made
@@ -78,19 +73,6 @@ def start(
     # last, so that nothing else draws from these streams
     _start_streams(config, world, resumed)
     return state, evaluation, report
-
-
-def _hold(run: Path, world: World, around: ExitStack) -> None:
-    """Hold the run directory on the first rank until the end; where that fails, all raise."""
-    failure = None
-    if world.is_first:
-        try:
-            around.enter_context(claim(run))
-        except FileExistsError as error:
-            failure = str(error)
-    failure = world.gather(failure)[0]
-    if failure:
-        raise FileExistsError(failure)
 
 
 def _build_model(config: TrainConfig, classes: list[str], world: World) -> Model:
