@@ -1,49 +1,14 @@
 """Resuming a run: which checkpoint, and what differs from the run's beginning."""
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from fastclip.data.loader import TrainingLoader
+from fastclip.flags import defining
 from fastclip.models import checkpoint
-from fastclip.models.options import SystemOptions
 from fastclip.printable import note
 from fastclip.train.config import TrainConfig, from_dict
 from fastclip.train.distributed import World
-
-# What a resumed run must share with its beginning to continue exactly.
-DEFINES_THE_RUN = (
-    *("train_data", "train_data_upsampling_factors", "dataset_type", "csv_img_key"),
-    *("csv_caption_key", "csv_separator", "image_root", "templates"),
-    *("train_num_samples", "shuffle_window", "batch_size", "accum_freq", "seed"),
-    *(
-        "data_backend",
-        "augment",
-        "aug_scale",
-        "strong_scale",
-        "ema",
-        "aug_flip",
-        "captions",
-        "sentence_sampling",
-        "text_augment",
-        "model",
-        "precision",
-        "siglip",
-        "epochs",
-        "warmup",
-    ),
-    *(
-        "torchcompile",
-        "loss_backend",
-        "loss_dist_impl",
-        "device",
-        "deterministic",
-        "deepspeed",
-        "deepspeed_config",
-    ),
-    *("lr", "lr_scheduler", "beta1", "beta2", "eps", "wd", "grad_clip_norm"),
-    *(field.name for field in fields(SystemOptions)),
-)
 
 
 def read_resumed(
@@ -91,7 +56,7 @@ def read_resumed(
             "choose another --name"
         )
     earlier = from_dict(resumed["config"])
-    for key in DEFINES_THE_RUN:
+    for key in defining(TrainConfig):
         before, value = getattr(earlier, key), getattr(config, key)
         if before != value:
             flag = "--" + key.replace("_", "-")

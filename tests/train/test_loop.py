@@ -163,6 +163,32 @@ def test_an_existing_run_is_not_overwritten(
     assert "--seed was 0 and is now 1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "before"),
+    [
+        ("--optimizer", "apex-lamb", "adamw"),
+        ("--attention", "reference", "tower"),
+        ("--layer-norm", "apex", "torch"),
+        ("--grad-checkpointing", "True", "False"),
+    ],
+)
+def test_a_resume_that_changes_the_run_is_noted(
+    train_flags: list[str],
+    capsys: pytest.CaptureFixture[str],
+    flag: str,
+    value: str,
+    before: str,
+) -> None:
+    flags = [*train_flags, "--name", "a", "--epochs", "1"]
+    assert main(["train", *flags]) == 0
+    # where apex is not installed it goes no further
+    main(["train", *flags, "--resume", "latest", flag, *([] if value == "True" else [value])])
+    note = (
+        f"note: {flag} was {before} and is now {value}; the run goes on, but not as it would have"
+    )
+    assert note in capsys.readouterr().err
+
+
 def test_a_run_without_a_checkpoint_begins_anew(
     train_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
