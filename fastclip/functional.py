@@ -393,7 +393,7 @@ def nt_xent_loss(
     return mp_nce_loss(
         [view1, view2],
         [0, 0],
-        _inverse(temperature),
+        _inverse(temperature, view1),
         metrics=metrics,
         reduction=reduction,
         backend=backend,
@@ -442,7 +442,7 @@ def sup_con_loss(
     statistics = label_statistics(
         features,
         labels,
-        _inverse(temperature),
+        _inverse(temperature, features),
         ranks=ranks,
         backend=backend,
         chunk_bytes=chunk_bytes,
@@ -489,7 +489,7 @@ def _concatenate(blocks: list[Tensor]) -> Tensor:
         return torch.cat(blocks)
 
 
-def _inverse(temperature: Tensor | float) -> Tensor | float:
+def _inverse(temperature: Tensor | float, features: Tensor) -> Tensor | float:
     if not isinstance(temperature, Tensor):
         checks.check_positive("temperature", temperature)
         return 1 / temperature
@@ -498,7 +498,7 @@ def _inverse(temperature: Tensor | float) -> Tensor | float:
             f"temperature has shape {tuple(temperature.shape)}; give a 0-d or (1,) tensor"
         )
     # 16 bits would round the inverse, and its gradient, -1/T^2, would overflow in them
-    wide = temperature.to(torch.promote_types(temperature.dtype, torch.float32))
+    wide = checks.widened(temperature, features)
     if checks.is_readable(temperature):
         if temperature.item() <= 0:
             raise ValueError(f"temperature is {temperature.item()}; give a positive number")

@@ -70,6 +70,16 @@ def test_yaml_that_is_refused(tmp_path: Path, content: bytes, told: str) -> None
             reader()
 
 
+@pytest.mark.parametrize("count", ["1e308", "9223372036854775807", "-1", '"x"', "null", "[]"])
+def test_counts_that_no_shard_has(tmp_path: Path, count: str) -> None:
+    (tmp_path / "sizes.json").write_text(f'{{"a.tar": {count}}}')
+    if count == "null":
+        assert declared_count(tmp_path / "a.tar") is None
+        return
+    with pytest.raises(ValueError, match=r"sizes\.json is damaged \(a count is"):
+        declared_count(tmp_path / "a.tar")
+
+
 # every other reader of a file in JSON from elsewhere, by the file's name
 READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "captions": ("a.json", lambda path: convert_imagenet_captions(path, path.parent, path.parent)),

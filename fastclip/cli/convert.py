@@ -176,7 +176,7 @@ class Corrupt(Conversion):
 
 @dataclass(frozen=True)
 class ToOpenClip(Conversion):
-    """A run's weights as a checkpoint of open_clip's."""
+    """A run's weights as a checkpoint of open_clip's; beside OUT.pt its architecture, OUT.json."""
 
     source: Source
     """A run's folder, of which the latest checkpoint is taken, or a checkpoint."""

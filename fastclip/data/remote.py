@@ -319,17 +319,21 @@ def parsed(where: str, text: str | bytes) -> dict[str, Any]:
     return content
 
 
+# of a shard; orders are made of counts, and of larger ones would not be in memory
+_MOST_SAMPLES = 1 << 32
+
+
 def whole(where: str, count: Any) -> int:
     """One of its counts.
 
     Raises:
-        ValueError: it is no number, or negative.
+        ValueError: it is no number, negative, or more than any shard holds.
     """
     try:
         number = int(count)
     except (ValueError, TypeError, OverflowError):
         number = -1
-    if number < 0:
+    if not 0 <= number <= _MOST_SAMPLES:
         raise ValueError(f"{where} is damaged (a count is {count!r}); repair or delete it")
     return number
 

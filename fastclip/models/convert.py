@@ -8,26 +8,29 @@ import torch
 
 from fastclip.atomic import write_text, writing
 from fastclip.models import checkpoint, sharded
-from fastclip.models.clip import CONFIG_FILE, create, describe, system_of
+from fastclip.models.clip import CONFIG_FILE, create, describe, read_description, system_of
 
 
 def export_open_clip(source: Path, target: Path, *, trust_checkpoint: bool = False) -> None:
-    """Write the weights of a run as a checkpoint that open_clip loads.
+    """Write the weights of a run as a checkpoint that open_clip loads, of any of its towers.
 
-    `open_clip.create_model(NAME, pretrained=str(target))` reads it; beside it the model's
-    description goes to `open_clip_config.json`.
+    The architecture goes beside it, e.g. of `model.pt` to `model.json`, and open_clip reads both:
+    `open_clip.add_model_config("model.json")`, `open_clip.create_model("model", "model.pt")`.
 
     Args:
         source: a run's folder (its latest checkpoint is taken) or one of its checkpoints.
-        target: the .pt file to write.
+        target: the .pt file to write; the architecture is written if the source is in a run.
         trust_checkpoint: whether DeepSpeed's files may be read, which can run any code.
 
     Raises:
-        FileNotFoundError: there is no checkpoint. FileExistsError: the target is there already.
+        FileNotFoundError: there is no checkpoint. FileExistsError: one of the files is there.
         ValueError: the checkpoint is not trusted, or is no model of open_clip's.
     """
-    if target.exists():
-        raise FileExistsError(f"{target} exists; choose another name")
+    described = target.with_suffix(".json")
+    if there := [path for path in (target, described) if path.exists()]:
+        raise FileExistsError(f"{there[0]} exists; choose another name")
+    if target == described:
+        raise ValueError(f"{target} is for weights; choose a name that ends in .pt")
     path = checkpoint.resolve(source)
     run = checkpoint.run_of(path)
     if (run / CONFIG_FILE).is_file() and system_of(run):
@@ -41,9 +44,9 @@ def export_open_clip(source: Path, target: Path, *, trust_checkpoint: bool = Fal
     weights = checkpoint.read_weights(path, trust=trust_checkpoint)
     with writing(target) as file:
         torch.save({**kept, "state_dict": weights}, file)
-    description = checkpoint.run_of(path) / CONFIG_FILE
-    if description.is_file():
-        write_text(target.parent / CONFIG_FILE, description.read_text())
+    if (run / CONFIG_FILE).is_file():
+        architecture = read_description(run).get("model_cfg")
+        write_text(described, json.dumps(architecture, indent=2) + "\n")
 
 
 def import_open_clip(source: Path, model: str, run: Path) -> Path:

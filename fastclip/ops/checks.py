@@ -48,15 +48,23 @@ def as_table(name: str, value: Tensor | float, domains: int, like: Tensor) -> Te
             (domains, domains), value, dtype=accumulator_dtype(like.dtype), device=like.device
         )
     if value.numel() == 1:
-        return on_device(name, value, like).reshape(1, 1).expand(domains, domains)
+        value = widened(on_device(name, value, like), like)
+        return value.reshape(1, 1).expand(domains, domains)
     if value.ndim != 2 or value.shape[0] != value.shape[1] or value.shape[0] < domains:
         raise ValueError(
             f"{name} has shape {tuple(value.shape)}; give a number or (P, P) for P = {domains} "
             "domains"
         )
-    value = on_device(name, value, like)
-    upper = value.triu()
+    upper = widened(on_device(name, value, like), like).triu()
     return upper + upper.triu(1).T
+
+
+def widened(value: Tensor, like: Tensor) -> Tensor:
+    """`value` in the accumulator's dtype at least: its gradient is then summed in it.
+
+    In 16 bits the sum over all pairs would be lost, and a rounding in float32 shows in float64.
+    """
+    return value.to(torch.promote_types(value.dtype, accumulator_dtype(like.dtype)))
 
 
 def on_device(name: str, value: Tensor, like: Tensor) -> Tensor:

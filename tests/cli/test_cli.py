@@ -52,6 +52,24 @@ def test_wrong_usage_is_status_2(capsys: pytest.CaptureFixture[str]) -> None:
         assert stop.value.code == 2
 
 
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("eval zeroshot --model x --csv-separator ab", "--csv-separator is 'ab'"),
+        ("embed images scenes --model x -o a.npy --cache-bytes 0", "--cache-bytes is 0"),
+        ("data preview scenes --captions short=0", "--captions 'short=0'"),
+        ("data preview scenes --count 0", "--count is 0"),
+        ("convert recaption a b --model x --batch-size 0", "--batch-size is 0"),
+    ],
+)
+def test_a_bad_value_of_a_known_flag_is_a_sentence(
+    command: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command.split()) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert told in line
+
+
 def test_a_reader_that_leaves_is_no_error() -> None:
     """As in `fastclip info | head -1`."""
     reading, writing = os.pipe()

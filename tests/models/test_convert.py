@@ -1,6 +1,8 @@
 """Checkpoints to open_clip and back, tensor by tensor."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import open_clip
@@ -10,6 +12,7 @@ import torch
 import fastclip
 from fastclip.cli import main
 from fastclip.models import checkpoint
+from fastclip.models.clip import CONFIG_FILE, create, describe
 from fastclip.models.convert import export_open_clip, import_open_clip
 from fastclip.train.config import parse
 from fastclip.train.loop import train
@@ -32,21 +35,46 @@ def run(model_config: str, tmp_path: Path) -> Path:
 
 
 def test_round_trip_is_tensor_equal(run: Path, model_config: str, tmp_path: Path) -> None:
-    exported = tmp_path / "out" / "open_clip.pt"
+    exported = tmp_path / "out" / "exported.pt"
     export_open_clip(run, exported)
     ours = dict(fastclip.load(run).model.state_dict())
+    assert sorted(path.name for path in exported.parent.iterdir()) == [
+        "exported.json",
+        "exported.pt",
+    ]
     # open_clip itself loads it by its own door
-    open_clip.add_model_config(model_config)
-    theirs = open_clip.create_model("tiny-convert", pretrained=str(exported))
+    open_clip.add_model_config(exported.with_suffix(".json"))
+    theirs = open_clip.create_model("exported", pretrained=str(exported))
     assert identical(ours, dict(theirs.state_dict()))
-    local = open_clip.create_model(f"local-dir:{exported.parent}", load_weights=False)
-    assert local.state_dict().keys() == ours.keys()
 
     back = tmp_path / "back"
     import_open_clip(exported, model_config, back)
     model, _, tokenizer = fastclip.load(back)
     assert identical(dict(model.state_dict()), ours)
     assert tokenizer(["x"]).shape == (1, TINY_MODEL["text_cfg"]["context_length"])
+
+
+@pytest.mark.parametrize("name", ["RN10t-64", "TinyNet-E-align", "ViT-mini-16px"])
+def test_shipped_towers_are_loaded_by_open_clip(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = create(name)
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / CONFIG_FILE).write_text(json.dumps(describe(name, built)))
+    weights = built.model.state_dict()
+    checkpoint.write(run / "checkpoints" / "a.pt", {"step": 1, "state_dict": weights})
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    export_open_clip(run, tmp_path / "out" / f"{name}-trained.pt")
+    assert not list((tmp_path / "here").iterdir())
+    # in a process that has never seen fastclip's names
+    script = "import sys, open_clip, torch; open_clip.add_model_config(sys.argv[1] + '.json'); "
+    script += "model = open_clip.create_model(sys.argv[2], pretrained=sys.argv[1] + '.pt'); "
+    script += "torch.save(model.state_dict(), 'found.pt')"
+    stem = str(tmp_path / "out" / f"{name}-trained")
+    subprocess.run([sys.executable, "-c", script, stem, f"{name}-trained"], check=True)
+    assert identical(dict(weights), torch.load("found.pt"))
 
 
 @pytest.mark.parametrize("form", ["trainer", "bare", "safetensors"])

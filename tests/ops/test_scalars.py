@@ -41,6 +41,34 @@ def test_a_temperature_of_16_bits_is_inverted_in_32(
         assert abs(gradients[-1].double() - truth[-1]) <= near * truth[-1].abs()
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", WITH_TEMPERATURE)
+def test_a_temperature_beside_float64_features(name: str, dtype: torch.dtype, backend: str) -> None:
+    """Its inverse rounded to float32 would show: 1e-8 of the loss."""
+    case = LOSSES[name].make(20, 6, 1 / 0.07, 0.3, seed=2)
+    case.leaves[case.features] = case.leaves[case.features].to(dtype)
+    got, want = ours(name, case, backend=backend), theirs(name, case.double())
+    for mine, truth in zip(got[:-1], want[:-1], strict=True):
+        torch.testing.assert_close(mine, truth, rtol=1e-12, atol=1e-13)
+    assert abs(got[-1].double() - want[-1]) <= torch.finfo(dtype).eps * want[-1].abs()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tables_of_16_bits_have_whole_gradients(dtype: torch.dtype, backend: str) -> None:
+    """Each a sum over thousands of pairs, rounded once and not at each."""
+    case = LOSSES["mp_nce"].make(240, 8, 40.0, 0.3, seed=2).cast(torch.float32)
+    for index in range(case.features, len(case.leaves)):
+        case.leaves[index] = case.leaves[index].to(dtype)
+    got = ours("mp_nce", case, backend=backend)[-2:]
+    for mine, want in zip(got, theirs("mp_nce", case.double())[-2:], strict=True):
+        assert mine.dtype == dtype
+        # the lower triangle is not read; float16's last digit below its smallest normal number
+        near = 2 * torch.finfo(dtype).eps * want.abs() + 6e-8 + 1e-5 * want.abs().max()
+        assert ((mine.double() - want).abs() <= near).all()
+
+
 @pytest.mark.parametrize("value", [0.0, -0.0, -1.0, -math.inf])
 @pytest.mark.parametrize("name", WITH_TEMPERATURE)
 def test_a_temperature_that_is_not_positive(
