@@ -37,8 +37,8 @@ from fastclip.bench.runner import (
 from fastclip.models.clip import Model, create
 from fastclip.train.config import TrainConfig
 from fastclip.train.distributed import World
-from fastclip.train.engine import build_engine
 from fastclip.train.optim import learning_rate
+from fastclip.train.select_engine import build_engine
 
 OURS, THEIRS = "fastclip", "open_clip"
 FUSED, PATCHED = "open_clip, fused AdamW", "open_clip, patch_open_clip"

@@ -205,7 +205,12 @@ def parameters(node: ast.FunctionDef) -> list[str]:
 
 def fields(node: ast.ClassDef) -> list[str]:
     """A dataclass's, as parameters."""
-    return [ast.unparse(member) for member in node.body if isinstance(member, ast.AnnAssign)]
+    members = [member for member in node.body if isinstance(member, ast.AnnAssign)]
+    for member in members:
+        # of a flag, its default alone; see `fastclip.flags`
+        if isinstance(member.value, ast.Call) and ast.unparse(member.value.func) == "flag":
+            member.value = member.value.args[0]
+    return [ast.unparse(member) for member in members]
 
 
 def _parameter(argument: ast.arg, default: ast.expr | None) -> str:

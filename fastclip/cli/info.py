@@ -56,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _data_backend(device: torch.device) -> str:
     try:
-        from fastclip.train.setup import choose_backend
+        from fastclip.train.training_data import choose_backend
     except ModuleNotFoundError as error:
         return f"none: {error.name} is not installed"
     return choose_backend("auto", device)

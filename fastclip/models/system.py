@@ -11,6 +11,7 @@ averaging or ZeRO: `forward` hands them out beside the features, and `loss` comp
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,8 +19,44 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-# before the names of the criterion's parameters, and of a teacher's features, in an output
-PREFIX, TEACHER = "criterion.", "teacher."
+# before the names of the criterion's parameters in the system's state
+PREFIX = "criterion."
+_TEACHER = "teacher."
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What the loss of a batch is computed from.
+
+    Whatever wraps a system, and `fastclip.train.accumulate`, wants one flat dictionary of tensors;
+    `flat` and `of` alone know its names.
+
+    Attributes:
+        features: of the system, see `System.features`.
+        parameters: of the criterion, by their names in it; they belong to no sample.
+        taught: a teacher's features.
+    """
+
+    features: Mapping[str, Tensor] = field(default_factory=dict)
+    parameters: Mapping[str, Tensor] = field(default_factory=dict)
+    taught: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def flat(self) -> dict[str, Tensor]:
+        """One dictionary; parameters have their names in the system's state."""
+        return {
+            **self.features,
+            **{PREFIX + name: value for name, value in self.parameters.items()},
+            **{_TEACHER + name: value for name, value in self.taught.items()},
+        }
+
+    @classmethod
+    def of(cls, flat: Mapping[str, Tensor]) -> "Outputs":
+        """What `flat` was made of."""
+        made: dict[str, dict[str, Tensor]] = {PREFIX: {}, _TEACHER: {}, "": {}}
+        for name, value in flat.items():
+            prefix = next(prefix for prefix in made if name.startswith(prefix))
+            made[prefix][name.removeprefix(prefix)] = value
+        return cls(features=made[""], parameters=made[PREFIX], taught=made[_TEACHER])
 
 
 class Criterion(nn.Module):
@@ -100,7 +137,7 @@ class System(nn.Module):
         return F.normalize(features, dim=-1)
 
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The features, and the criterion's parameters under "criterion." and their names.
+        """The features and the criterion's parameters, flat, see `Outputs`.
 
         Raises:
             ValueError: the batch has another number of views.
@@ -111,12 +148,13 @@ class System(nn.Module):
                 f"{type(self).__name__} takes {self.image_views} image and {self.text_views} text "
                 f"views of each sample; the batch has {counts[0]} and {counts[1]}"
             )
-        # copies: where parameters are sharded, the whole one is gone after the forward
+        # copies: where parameters are sharded, the whole one is gone after the forward; by
+        # `get_parameter`, which makes it whole
         handed = {
-            PREFIX + name: self.criterion.get_parameter(name).clone()
+            name: self.criterion.get_parameter(name).clone()
             for name, _ in self.criterion.named_parameters()
         }
-        return {**self.features(batch), **handed}
+        return Outputs(self.features(batch), handed).flat()
 
     def loss(
         self, output: Mapping[str, Tensor], teacher: "System | None" = None, **exchange: Any
@@ -124,21 +162,19 @@ class System(nn.Module):
         """The loss of a whole batch, 0-d.
 
         Args:
-            output: what `forward` gave, of all micro-batches; of the teacher's features, those
-                under "teacher." and their names.
+            output: what `forward` gave, of all micro-batches; with a teacher's features, see
+                `Outputs`.
             teacher: where the system needs one.
             exchange: see `Criterion.forward`.
         """
-        state = {n.removeprefix(PREFIX): v for n, v in output.items() if n.startswith(PREFIX)}
-        state |= dict(self.criterion.named_buffers())
-        taught = {n.removeprefix(TEACHER): v for n, v in output.items() if n.startswith(TEACHER)}
-        rows = {n: v for n, v in output.items() if not n.startswith((PREFIX, TEACHER))}
+        outputs = Outputs.of(output)
+        state = {**outputs.parameters, **dict(self.criterion.named_buffers())}
         shell = self._shell[0].train(self.criterion.training)
         if self.needs_teacher:
             assert teacher is not None
             with torch.no_grad():
-                exchange["targets"] = teacher.criterion.targets(taught)
-        return functional_call(shell, state, (rows,), exchange, strict=True)
+                exchange["targets"] = teacher.criterion.targets(outputs.taught)
+        return functional_call(shell, state, (outputs.features,), exchange, strict=True)
 
     @property
     def bounds(self) -> dict[str, tuple[float, float]]:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastclip.bounded import read_yaml
-from fastclip.data.options import CACHE_BYTES, DatasetType
+from fastclip.data.options import DataOptions
+from fastclip.flags import flag, parse_grouped
 from fastclip.models.options import SystemOptions
 from fastclip.ops.backend import IMPLEMENTATIONS
 
@@ -19,173 +20,156 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 
 @dataclass(frozen=True)
-class TrainConfig(SystemOptions):
+class TrainConfig(SystemOptions, DataOptions):
     """Train a CLIP model, or another system. Flag names are open_clip's where it has them."""
 
-    name: str | None = None
+    name: str | None = flag(None, "log", defines_run=False)
     """Name of the run's folder under --logs; by default the time and the model."""
-    logs: str = "logs"
+    logs: str = flag("logs", "log", defines_run=False)
     """Folder that holds the runs."""
-    resume: str | None = None
+    resume: str | None = flag(None, "checkpoint", defines_run=False)
     """"latest" (of the run called --name) or the path of a checkpoint."""
 
-    train_data: str = "scenes"
+    train_data: str = flag("scenes", "data", defines_run=True)
     """Shards, e.g. '/data/{00000..00041}.tar' or 's3://bucket/{000..041}.tar'; a CSV or COCO
     captions file; a folder with a folder of images a class; 'synthetic'; 'scenes', or a variant
     like 'scenes:caption=dense,shift=style'. Several of one type are joined by '::'."""
-    train_data_upsampling_factors: str | None = None
+    train_data_upsampling_factors: str | None = flag(None, "data", defines_run=True)
     """How many times an epoch passes over each pattern of --train-data, e.g. 1::2.5."""
-    val_data: str | None = None
+    val_data: str | None = flag(None, "data", defines_run=False)
     """As --train-data; evaluated every --val-frequency epochs."""
-    dataset_type: DatasetType = "auto"
-    """What --train-data is; auto tells by its text. For --val-data it counts only where that text
-    does not tell."""
-    csv_img_key: str = "filepath"
-    """Column of a table that holds the paths of images."""
-    csv_caption_key: str = "title"
-    """Column of a table that holds captions; rows with one path are captions of one image."""
-    csv_separator: str = "\t"
-    """Character between the columns of a table."""
-    image_root: str | None = None
-    """Folder of --train-data's images, where it is a table; by default beside the table."""
-    val_image_root: str | None = None
+    val_image_root: str | None = flag(None, "data", defines_run=False)
     """As --image-root, for --val-data."""
-    templates: str | None = None
-    """File of prompt templates, one a line with {} or {c}, that make the captions of a folder of
-    class folders; by default 'a photo of a {}.'."""
-    cache_dir: str | None = None
-    """Folder that remote shards are fetched to; by default fastclip in the user's cache."""
-    cache_bytes: int = CACHE_BYTES
-    """Most bytes kept there; the least recently used shards are deleted."""
-    train_num_samples: int | None = None
+    train_num_samples: int | None = flag(None, "data", defines_run=True)
     """Samples an epoch; all by default (20,000 for scenes, 1,000 for synthetic)."""
-    shuffle_window: int = 32768
+    shuffle_window: int = flag(32768, "data", defines_run=True)
     """Samples shuffled together after the shards were."""
 
-    model: str = "RN10t-64"
+    model: str = flag("RN10t-64", "model", defines_run=True)
     """A model of open_clip's, a config shipped with fastclip, or a path to a JSON config."""
-    pretrained: str | None = None
+    pretrained: str | None = flag(None, "model", defines_run=False)
     """Weights to begin with: a name of open_clip's, e.g. 'laion2b_s34b_b79k', or a checkpoint."""
-    precision: Literal["fp32", "amp", "amp_bf16"] = "amp_bf16"
+    precision: Literal["fp32", "amp", "amp_bf16"] = flag("amp_bf16", "model", defines_run=True)
     """Arithmetic of the towers: float32, float16 with a loss scale, or bfloat16. Parameters stay
     float32."""
-    grad_checkpointing: bool = False
+    grad_checkpointing: bool = flag(False, "model", defines_run=True)
     """Recompute the towers' activations in the backward pass instead of keeping them."""
-    device: str = "auto"
+    device: str = flag("auto", "distributed", defines_run=True)
     """"auto" (the GPU if there is one), "cpu", "cuda" or "cuda:1"."""
-    deterministic: bool = False
-    """Only algorithms that give the same bits every run, also on a GPU; slower there."""
-    torchcompile: bool = False
+    torchcompile: bool = flag(False, "model", defines_run=True)
     """Compile the towers with torch.compile."""
 
-    attention: Literal["tower", "auto", "triton", "sdpa", "flash", "reference"] = "tower"
+    attention: Literal["tower", "auto", "triton", "sdpa", "flash", "reference"] = flag(
+        "tower", "model", defines_run=True
+    )
     """tower: the towers' own attention. Otherwise fastclip's under the same weights, by the fastest
     implementation that was measured (auto) or the one named."""
-    layer_norm: Literal["torch", "apex"] = "torch"
+    layer_norm: Literal["torch", "apex"] = flag("torch", "model", defines_run=True)
     """The towers' layer norms: torch's, or apex's fused one where NVIDIA's apex is installed."""
 
-    data_backend: Literal["auto", "dali", "torchvision"] = "auto"
+    data_backend: Literal["auto", "dali", "torchvision"] = flag("auto", "data", defines_run=True)
     """What decodes and augments: DALI, on the GPU if there is one; or, named after the transforms
     it stands in for, the host's loader processes. auto takes DALI where it is installed and there
     is a GPU; on a CPU it is the slower one."""
-    augment: Literal["crop", "weak", "strong"] | None = None
+    augment: Literal["crop", "weak", "strong"] | None = flag(None, "data", defines_run=True)
     """crop: a random crop, of 0.9 of the image or more. weak, strong: CLIP-Rocket's views, crops of
     0.5 and of 0.08 or more; the strong one has flip, colour jitter, grayscale and blur. By default
     crop, or weak where --objective has strong views besides."""
-    aug_scale: tuple[float, float] | None = None
+    aug_scale: tuple[float, float] | None = flag(None, "data", defines_run=True)
     """Least and greatest share of the image that a random crop keeps, in place of --augment's."""
-    strong_scale: tuple[float, float] | None = None
+    strong_scale: tuple[float, float] | None = flag(None, "data", defines_run=True)
     """As --aug-scale, for the strong views of --objective."""
-    aug_flip: float | None = None
+    aug_flip: float | None = flag(None, "data", defines_run=True)
     """Probability of a horizontal flip, in place of --augment's."""
-    captions: str | None = None
-    """Which captions to train on, with weights, e.g. 'txt=1,recaption=3': txt is KEY.txt, other
-    names are keys of KEY.json with a text or a list of texts; the scenes have alt, short and
-    dense."""
-    sentence_sampling: bool = False
+    sentence_sampling: bool = flag(False, "data", defines_run=True)
     """Train on a random part of a caption's sentences, in their order."""
-    text_augment: Literal["none", "weak", "strong"] = "none"
+    text_augment: Literal["none", "weak", "strong"] = flag("none", "data", defines_run=True)
     """weak: stop-words removed, often. strong: then a synonym, a swap or a deletion as well. The
     strong views of --objective are strong in any case."""
-    allow_commands: bool = False
-    """Let data be named by commands, 'pipe:COMMAND', which the shell then runs."""
 
-    batch_size: int = 128
+    batch_size: int = flag(128, "optim", defines_run=True)
     """Samples a micro-batch of one process; times --accum-freq and the processes, of a step."""
-    accum_freq: int = 1
+    accum_freq: int = flag(1, "optim", defines_run=True)
     """Micro-batches a step. Their gradient is exactly that of the whole batch, of every parameter;
     the towers run forward twice."""
-    epochs: int = 32
+    epochs: int = flag(32, "optim", defines_run=True)
     """Passes over the data."""
-    optimizer: Literal["adamw", "apex-adamw", "apex-lamb"] = "adamw"
+    optimizer: Literal["adamw", "apex-adamw", "apex-lamb"] = flag(
+        "adamw", "optim", defines_run=True
+    )
     """torch's fused AdamW, or apex's FusedAdam or FusedLAMB where NVIDIA's apex is installed."""
-    lr: float = 5e-4
+    lr: float = flag(5e-4, "optim", defines_run=True)
     """Learning rate after warm-up."""
-    beta1: float = 0.9
+    beta1: float = flag(0.9, "optim", defines_run=True)
     """Adam's first decay rate."""
-    beta2: float = 0.98
+    beta2: float = flag(0.98, "optim", defines_run=True)
     """Adam's second decay rate."""
-    eps: float = 1e-6
+    eps: float = flag(1e-6, "optim", defines_run=True)
     """Adam's epsilon."""
-    wd: float = 0.2
+    wd: float = flag(0.2, "optim", defines_run=True)
     """Weight decay; norms, biases and the logit scale have none."""
-    warmup: int = 10000
+    warmup: int = flag(10000, "optim", defines_run=True)
     """Steps of linear warm-up."""
-    lr_scheduler: Literal["cosine", "const"] = "cosine"
+    lr_scheduler: Literal["cosine", "const"] = flag("cosine", "optim", defines_run=True)
     """Course of the learning rate after warm-up."""
-    grad_clip_norm: float | None = None
+    grad_clip_norm: float | None = flag(None, "optim", defines_run=True)
     """Greatest norm of the gradient; larger ones are scaled down."""
-    ema: float | None = None
+    ema: float | None = flag(None, "optim", defines_run=True)
     """Keep an average of the weights that keeps this share of itself in each step, e.g. 0.999, and
     evaluate it too. byolip's teacher is this average, by default with 0.99."""
-    siglip: bool = False
+    siglip: bool = flag(False, "loss", defines_run=True)
     """The sigmoid loss; the model gets a logit bias."""
-    local_loss: bool = False
+    local_loss: bool = flag(False, "loss", defines_run=False)
     """open_clip's flag; the work is shared among the processes in any case."""
-    gather_with_grad: bool = True
+    gather_with_grad: bool = flag(True, "loss", defines_run=False)
     """open_clip's flag; without it the gradient would not be the full batch's."""
-    loss_dist_impl: Literal["gather", "ring", "bidir", "shift", "reduce"] = "gather"
+    loss_dist_impl: Literal["gather", "ring", "bidir", "shift", "reduce"] = flag(
+        "gather", "loss", defines_run=True
+    )
     """How processes exchange features: all at once (gather; reduce), or one process's after the
     other in less memory (ring; bidir, shift)."""
-    loss_backend: str = "auto"
+    loss_backend: str = flag("auto", "loss", defines_run=True)
     """Implementation of the loss: auto, torch or reference."""
 
-    deepspeed: bool = False
+    deepspeed: bool = flag(False, "distributed", defines_run=True)
     """Train with DeepSpeed's ZeRO, which shards optimiser, gradients and parameters."""
-    deepspeed_config: str | None = None
+    deepspeed_config: str | None = flag(None, "distributed", defines_run=True)
     """DeepSpeed's JSON file, or ds_zero1, ds_zero2, ds_zero3; "auto" there takes our flags."""
-    trust_checkpoint: bool = False
+    trust_checkpoint: bool = flag(False, "checkpoint", defines_run=False)
     """Resume from DeepSpeed's files, which are pickles: they can run any code when loaded."""
-    local_rank: int | None = None
+    local_rank: int | None = flag(None, "distributed", defines_run=False)
     """Given by DeepSpeed's launcher; the environment says the same."""
-    dead_rank_timeout: float = 60.0
+    dead_rank_timeout: float = flag(60.0, "distributed", defines_run=False)
     """Seconds without a sign of life after which a rank counts as dead and the others end."""
-    data_timeout: float = 1800.0
+    data_timeout: float = flag(1800.0, "distributed", defines_run=False)
     """Seconds that a rank may wait for a batch before the run ends."""
 
-    workers: int = 4
+    workers: int = flag(4, "data", defines_run=False)
     """Processes that load data; 0 loads in the training process. Does not change the samples."""
-    seed: int = 0
+    seed: int = flag(0, "optim", defines_run=True)
     """Of the initial weights, the order of samples and the augmentation."""
+    deterministic: bool = flag(False, "optim", defines_run=True)
+    """Only algorithms that give the same bits every run, also on a GPU; slower there."""
 
-    save_frequency: int = 1
+    save_frequency: int = flag(1, "checkpoint", defines_run=False)
     """Epochs between checkpoints."""
-    save_every_steps: int | None = None
+    save_every_steps: int | None = flag(None, "checkpoint", defines_run=False)
     """Steps between further checkpoints, of which the newest two are kept."""
-    delete_previous_checkpoint: bool = False
+    delete_previous_checkpoint: bool = flag(False, "checkpoint", defines_run=False)
     """Keep only the newest epoch's checkpoint."""
-    val_frequency: int = 1
+    val_frequency: int = flag(1, "log", defines_run=False)
     """Epochs between evaluations on --val-data."""
-    log_every_n_steps: int = 10
+    log_every_n_steps: int = flag(10, "log", defines_run=False)
     """Steps between lines of metrics."""
-    log_sample_ids: bool = False
+    log_sample_ids: bool = flag(False, "log", defines_run=False)
     """Write the keys of each step's samples to samples.jsonl."""
-    report_to: str = "tensorboard"
+    report_to: str = flag("tensorboard", "log", defines_run=False)
     """Where metrics go besides metrics.jsonl: tensorboard, wandb, both joined by a comma, or
     none."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        SystemOptions.__post_init__(self)
+        DataOptions.__post_init__(self)
         if self.siglip and (self.objective != "clip" or self.hard_negatives):
             raise ValueError(
                 "--siglip is a loss of --objective clip without --hard-negatives; leave it out"
@@ -262,15 +246,6 @@ class TrainConfig(SystemOptions):
         return set(self.report_to.replace("none", "").split(",")) - {""}
 
 
-class _Unchecked(TrainConfig):
-    # tyro would answer an impossible value with a box and the status of wrong usage
-    def __post_init__(self) -> None:
-        pass
-
-
-_Unchecked.__doc__ = TrainConfig.__doc__
-
-
 def parse(arguments: Sequence[str]) -> TrainConfig:
     """The configuration of a command line, which may hold `--config FILE` or `--config RECIPE`.
 
@@ -280,12 +255,9 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
         ValueError: a value is of the right type and impossible, e.g. no epochs.
         SystemExit: a flag is unknown or a value of the wrong type (said on standard error).
     """
-    import tyro
-
     arguments, files = _take_config(list(arguments))
-    flags = [flag for file in files for flag in _flags_of(file)]
-    read = tyro.cli(_Unchecked, args=flags + arguments, prog="fastclip train")
-    return TrainConfig(**{field.name: getattr(read, field.name) for field in fields(read)})
+    given = [each for file in files for each in _flags_of(file)]
+    return TrainConfig(**parse_grouped(TrainConfig, given + arguments, "fastclip train"))
 
 
 def to_yaml(config: TrainConfig) -> str:

@@ -1,88 +1,92 @@
-"""The state of a run as plain values, saved and restored exactly."""
+"""A run between two steps, as one value."""
 
-import random
-import sys
-from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from fastclip.models import checkpoint
+from fastclip.data.loader import TrainingLoader
+from fastclip.models.clip import Model
 from fastclip.train.config import TrainConfig
+from fastclip.train.distributed import World
+from fastclip.train.engine import Engine
+from fastclip.train.streams import rng_state
 
-KEPT_STEP_CHECKPOINTS = 2
 
+@dataclass
+class TrainState:
+    """Everything that the next step depends on.
 
-def training_state(
-    config: TrainConfig, streams: list[dict[str, Any]], data: dict[str, int], step: int
-) -> dict[str, Any]:
-    """Everything the next step depends on but what the engine holds.
+    A step changes the three numbers, what `engine` holds (weights, optimizer) and the random
+    streams of this process; all else stays as it is during a run.
 
-    The first entries have open_clip's names; `epoch` counts finished epochs. `data` is the whole
-    state of the data: where in which epoch of which order the next sample lies.
-
-    Args:
-        streams: the random streams of every rank, see `rng_state`.
-        data: identity of the data, epoch, and position of the next sample over all ranks.
+    Attributes:
+        config: with a name.
+        world: this process among the others.
+        folder: the run directory.
+        model: what is trained, with its transform and tokenizer.
+        loader: of the training data.
+        engine: computes gradients and applies them.
         step: updates made.
+        epoch: epochs finished.
+        position: samples of the current epoch that were used, over all ranks.
     """
-    return {
-        "epoch": data["epoch"],
-        "name": config.name,
-        "step": step,
-        "data": data,
-        "rng": streams,
-        "config": asdict(config),
-    }
 
+    config: TrainConfig
+    world: World
+    folder: Path
+    model: Model
+    loader: TrainingLoader
+    engine: Engine
+    step: int = 0
+    epoch: int = 0
+    position: int = 0
 
-def seed_rng(seed: int) -> None:
-    """Start every global random stream from one seed."""
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
+    @property
+    def step_samples(self) -> int:
+        """Samples of a step over all ranks."""
+        return self.config.step_samples(self.world.size)
 
+    @property
+    def step_in_epoch(self) -> int:
+        """Steps of the current epoch that were made."""
+        return self.position // self.step_samples
 
-def rng_state(device: torch.device) -> dict[str, Any]:
-    """The state of every global random stream that a model on `device` may draw from."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    version, internal, gauss_next = random.getstate()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        "numpy": [kind, torch.from_numpy(np.asarray(keys)), position, has_gauss, gauss],
-        "python": [version, list(internal), gauss_next],
-    }
+    @property
+    def epoch_is_done(self) -> bool:
+        """Whether no step of the current epoch is left; `end_of_epoch` begins the next."""
+        return self.step_in_epoch >= self.loader.steps_per_epoch
 
+    @property
+    def steps_done(self) -> int:
+        """Steps of all epochs up to here; as `step`, unless the length of an epoch has changed."""
+        return self.epoch * self.loader.steps_per_epoch + self.step_in_epoch
 
-def restore_rng(state: dict[str, Any], device: torch.device) -> None:
-    """Undo everything drawn since `rng_state`."""
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
-    kind, keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state((kind, keys.numpy(), position, has_gauss, gauss))
-    version, internal, gauss_next = state["python"]
-    random.setstate((version, tuple(internal), gauss_next))
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.config.epochs * self.loader.steps_per_epoch
 
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the run's checkpoints."""
+        return self.folder / "checkpoints"
 
-def prune_step_checkpoints(folder: Path) -> None:
-    """Delete all step checkpoints but the newest two whole ones, oldest first."""
-    written = [p for p in checkpoint.named(folder, "step_") if p.with_suffix(".json").is_file()]
-    _delete(path for path in written[:-KEPT_STEP_CHECKPOINTS])
+    def streams(self) -> list[dict[str, Any]]:
+        """The random streams of every rank, see `rng_state`; called on all ranks."""
+        return self.world.gather(rng_state(self.world.device))
 
+    def content(self) -> dict[str, Any]:
+        """What a checkpoint holds besides the engine's part; called on all ranks.
 
-def prune_epoch_checkpoints(folder: Path, keep: int) -> None:
-    """Delete all epoch checkpoints but that of epoch `keep`."""
-    _delete(p for p in checkpoint.named(folder, "epoch_") if p.stem != f"epoch_{keep}")
-
-
-def _delete(paths: Iterable[Path]) -> None:
-    for path in paths:
-        try:
-            checkpoint.remove(path)
-        except OSError as error:
-            print(f"warning: {path} could not be deleted: {error}", file=sys.stderr)
+        The first entries have open_clip's names. `data` is the whole state of the data: where in
+        which epoch of which order the next sample lies.
+        """
+        data = {**self.loader.identity, "epoch": self.epoch, "position": self.position}
+        return {
+            "epoch": self.epoch,
+            "name": self.config.name,
+            "step": self.step,
+            "data": data,
+            "rng": self.streams(),
+            "config": asdict(self.config),
+        }

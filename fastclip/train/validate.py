@@ -14,8 +14,43 @@ from fastclip.evaluate.zeroshot import classes_of, evaluate_zeroshot
 from fastclip.functional import clip_loss, siglip_loss
 from fastclip.models.clip import Model
 from fastclip.models.controls import Classifier
+from fastclip.train.average import WeightAverage
 from fastclip.train.config import TrainConfig
+from fastclip.train.engine import Engine
 from fastclip.train.objective import objective_of
+
+
+class Evaluation:
+    """The evaluation of a run: of its weights, and of their average where one is kept.
+
+    Args:
+        config: names the data.
+        model: what is evaluated; the trained one itself, or one that takes over the weights that
+            `Engine.weights` gives. None on other ranks than the first.
+    """
+
+    def __init__(self, config: TrainConfig, model: Model | None) -> None:
+        self._config, self._model = config, model
+        self._validator = None if model is None else Validator(config, model)
+        self._of_average: Validator | None = None
+
+    def include(self, average: WeightAverage | None) -> None:
+        """Evaluate the average as well, under names that end in "_ema"."""
+        if self._model is not None and average is not None:
+            averaged = self._model._replace(model=average.model)
+            self._of_average = Validator(self._config, averaged)
+
+    def __call__(self, engine: Engine) -> dict[str, float] | None:
+        """Metrics by name on the first rank, None on others; called on all ranks."""
+        weights = engine.weights()
+        if self._model is None or self._validator is None:
+            return None
+        if weights:
+            self._model.model.load_state_dict(weights)
+        metrics = self._validator()
+        if self._of_average is not None:
+            metrics |= {f"{name}_ema": value for name, value in self._of_average().items()}
+        return metrics
 
 
 class Validator:

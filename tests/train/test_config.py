@@ -1,13 +1,15 @@
 """Configuration: recipes, files, flags, and what is said of mistakes."""
 
-import ast
-import inspect
-import itertools
+import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from fastclip.cli import main
+from fastclip.data.options import DataOptions
+from fastclip.flags import GROUPS, help_texts
+from fastclip.models.options import SystemOptions
 from fastclip.train.config import RECIPES, TrainConfig, parse, to_yaml
 
 
@@ -87,10 +89,58 @@ def test_impossible_values(flag: str, capsys: pytest.CaptureFixture[str]) -> Non
         TrainConfig(save_every_steps=0)
 
 
+def test_what_is_said_of_data_is_checked_before_anything_is_built() -> None:
+    with pytest.raises(ValueError, match="--csv-separator is 'ab'; give one character"):
+        parse(["--csv-separator", "ab"])
+    assert parse(["--csv-separator", "\\t"]).csv_separator == "\t"
+
+
 def test_every_field_is_explained() -> None:
-    """The string under a field is its help text."""
-    (definition,) = ast.parse(inspect.getsource(TrainConfig)).body
-    assert isinstance(definition, ast.ClassDef)
-    for statement, following in itertools.pairwise(definition.body):
-        if isinstance(statement, ast.AnnAssign):
-            assert isinstance(following, ast.Expr), ast.unparse(statement)
+    """The string under a field is its help text; its metadata say the rest."""
+    texts = help_texts(TrainConfig)
+    for kind in (TrainConfig, DataOptions, SystemOptions):
+        for field in fields(kind):
+            assert texts[field.name].endswith((".", ".'")), field.name
+            assert field.metadata["group"] in GROUPS, field.name
+            assert field.metadata["defines_run"] in (True, False), field.name
+
+
+def shown(width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """`train --help` on a terminal so wide; without one, boxes have no sides."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    return capsys.readouterr().out
+
+
+def test_help_is_grouped_and_begins_with_data_and_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = shown(100, monkeypatch, capsys)
+    headings = re.findall(r"^ (\w+) options$", re.sub(r" +$", "", text, flags=re.M), flags=re.M)
+    assert headings == list(GROUPS)
+    for heading, first in (
+        ("data", "--train-data"),
+        ("model", "--model"),
+        ("optim", "--batch-size"),
+    ):
+        after = text[text.index(f" {heading} options") :]
+        assert re.search(r"^  (--[a-z]\S+)", after, flags=re.M)[1] == first
+    for field in fields(TrainConfig):
+        place = re.search(rf"^  --{field.name.replace('_', '-')}[ ,]", text, flags=re.M)
+        heading = re.findall(r"^ (\w+) options", text[: place.start()], flags=re.M)[-1]
+        assert heading == field.metadata["group"], field.name
+
+
+@pytest.mark.parametrize("width", [50, 80, 100])
+def test_help_is_wrapped_once(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line is broken only where the next word would not fit."""
+    lines = shown(width, monkeypatch, capsys).splitlines()
+    texts = [line.startswith("      ") and not line.isspace() for line in lines]
+    for number in range(1, len(lines)):
+        if texts[number - 1] and texts[number]:
+            word = lines[number].split()[0]
+            assert len(lines[number - 1].rstrip()) + 1 + len(word) > width - 2, lines[number - 1]
+    assert max(map(len, lines[5:])) <= width

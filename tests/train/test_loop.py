@@ -17,7 +17,7 @@ import fastclip
 from fastclip.cli import main
 from fastclip.data.index import Fault
 from fastclip.models import checkpoint
-from fastclip.train import engine, loop
+from fastclip.train import engine, meter, start, validate
 from fastclip.train.config import parse
 from fastclip.train.health import NonFiniteError
 from fastclip.train.log import read_metrics
@@ -163,6 +163,32 @@ def test_an_existing_run_is_not_overwritten(
     assert "--seed was 0 and is now 1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "before"),
+    [
+        ("--optimizer", "apex-lamb", "adamw"),
+        ("--attention", "reference", "tower"),
+        ("--layer-norm", "apex", "torch"),
+        ("--grad-checkpointing", "True", "False"),
+    ],
+)
+def test_a_resume_that_changes_the_run_is_noted(
+    train_flags: list[str],
+    capsys: pytest.CaptureFixture[str],
+    flag: str,
+    value: str,
+    before: str,
+) -> None:
+    flags = [*train_flags, "--name", "a", "--epochs", "1"]
+    assert main(["train", *flags]) == 0
+    # where apex is not installed it goes no further
+    main(["train", *flags, "--resume", "latest", flag, *([] if value == "True" else [value])])
+    note = (
+        f"note: {flag} was {before} and is now {value}; the run goes on, but not as it would have"
+    )
+    assert note in capsys.readouterr().err
+
+
 def test_a_run_without_a_checkpoint_begins_anew(
     train_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -191,7 +217,7 @@ def test_a_failing_evaluation_does_not_cost_the_epoch(
     def fail(self: Any) -> None:
         raise ValueError("labels out of range")
 
-    monkeypatch.setattr(loop.Validator, "__call__", fail)
+    monkeypatch.setattr(validate.Validator, "__call__", fail)
     flags = [*train_flags, "--name", "a", "--val-data", "scenes"]
     with pytest.raises(ValueError, match="out of range"):
         train(parse(flags))
@@ -313,7 +339,7 @@ def test_a_non_finite_loss_stops_before_the_update(
 ) -> None:
     """NaN in one weight's path at the fifth step: the tensor is named, the weights are intact."""
     made: list[torch.nn.Module] = []
-    build = loop.build
+    build = start.build
 
     def spoiled(*arguments: Any, **options: Any) -> Any:
         model = build(*arguments, **options)
@@ -327,7 +353,7 @@ def test_a_non_finite_loss_stops_before_the_update(
         model.model.transformer.resblocks[0].mlp.c_fc.register_forward_hook(hook)
         return model
 
-    monkeypatch.setattr(loop, "build", spoiled)
+    monkeypatch.setattr(start, "build", spoiled)
     flags = [*train_flags, "--name", "a", "--save-every-steps", "4"]
     with pytest.raises(NonFiniteError, match=r"step 5: .*'transformer.resblocks.0.mlp.c_fc'"):
         train(parse(flags))
@@ -340,14 +366,14 @@ def test_a_non_finite_loss_stops_before_the_update(
 def test_non_finite_gradients_are_named(
     train_flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    build = loop.build
+    build = start.build
 
     def spoiled(*arguments: Any, **options: Any) -> Any:
         model = build(*arguments, **options)
         model.model.text_projection.register_hook(lambda gradient: gradient * torch.inf)
         return model
 
-    monkeypatch.setattr(loop, "build", spoiled)
+    monkeypatch.setattr(start, "build", spoiled)
     assert main(["train", *train_flags, "--name", "a"]) == 3
     assert "gradient of 'text_projection'" in capsys.readouterr().err
 
@@ -370,16 +396,16 @@ def test_faults_are_values() -> None:
 
 def test_an_evaluation_is_no_part_of_the_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr(loop.time, "perf_counter", lambda: now)
-    meter = loop._Meter(batch_size=8)
-    meter.step()
+    monkeypatch.setattr(meter.time, "perf_counter", lambda: now)
+    clock = meter.Meter(batch_size=8)
+    clock.step()
     now = 2.0
-    meter.pause()
+    clock.pause()
     now = 100.0
-    meter.resume()
-    meter.step()
+    clock.resume()
+    clock.step()
     now = 102.0
-    assert meter.read(torch.device("cpu"))["samples_per_second"] == 4
+    assert clock.read(torch.device("cpu"))["samples_per_second"] == 4
 
 
 def test_a_slow_evaluation_leaves_the_speed(
@@ -389,7 +415,7 @@ def test_a_slow_evaluation_leaves_the_speed(
         time.sleep(3)
         return {"val/loss": 0.0}
 
-    monkeypatch.setattr(loop.Validator, "__call__", judge)
+    monkeypatch.setattr(validate.Validator, "__call__", judge)
     run = train(parse([*train_flags, "--name", "a", "--val-data", "scenes"]))
     lines = {line["step"]: line for line in read_metrics(run) if "loss" in line}
     # with the evaluation in it, step 9 of 8 samples would be below this

@@ -24,8 +24,8 @@ from fastclip.models.clip import load_weights
 from fastclip.models.system import System
 from fastclip.train.config import TrainConfig, parse
 from fastclip.train.distributed import World, world
-from fastclip.train.engine import TorchEngine
 from fastclip.train.loop import train
+from fastclip.train.torch_engine import TorchEngine
 from tests.train.conftest import ROOT, TINY_MODEL
 
 BATCH = 8

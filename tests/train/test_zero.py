@@ -20,8 +20,8 @@ from fastclip.models.clip import create
 from fastclip.train import zero_checkpoint
 from fastclip.train.config import TrainConfig
 from fastclip.train.distributed import World, world
-from fastclip.train.engine import TorchEngine
 from fastclip.train.health import NonFiniteError
+from fastclip.train.torch_engine import TorchEngine
 from fastclip.train.zero_config import resolve
 from tests.train.conftest import ROOT, TINY_MODEL
 

@@ -1,15 +1,45 @@
-"""One process trains in a run directory at a time."""
+"""The run directory: its name, and that one process at a time trains in it."""
 
 import errno
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
+
+from fastclip.train.config import TrainConfig
+from fastclip.train.distributed import World
 
 LOCK = ".training"
 # file systems that have no locks; of theirs a run is as before
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+def named(config: TrainConfig, world: World) -> TrainConfig:
+    """The configuration with a name: the given one, or one made of the time and the model."""
+    if config.name is not None:
+        return config
+    if config.resume == "latest":
+        raise ValueError("--resume latest needs --name, the run to go on with")
+    model = Path(config.model).stem
+    name = f"{datetime.now():%Y_%m_%d-%H_%M_%S}-{model}-b{config.batch_size}"
+    # the ranks' clocks may differ: all take the first one's
+    return replace(config, name=world.gather(name)[0])
+
+
+def hold(run: Path, world: World, around: ExitStack) -> None:
+    """Hold the run directory on the first rank until the end; where that fails, all raise."""
+    failure = None
+    if world.is_first:
+        try:
+            around.enter_context(claim(run))
+        except FileExistsError as error:
+            failure = str(error)
+    failure = world.gather(failure)[0]
+    if failure:
+        raise FileExistsError(failure)
 
 
 @contextmanager

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from fastclip.train.claim import LOCK, claim
+from fastclip.train.run_directory import LOCK, claim
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from fastclip.train.claim import claim
+from fastclip.train.run_directory import claim
 with claim(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

@@ -1,0 +1,59 @@
+"""What --objective classify begins with: its class names, and zero-shot weights."""
+
+from pathlib import Path
+
+import torch
+
+from fastclip.data.templates import DEFAULT_TEMPLATES, read_lines
+from fastclip.evaluate.zeroshot import class_embeddings, classes_of
+from fastclip.models.build import load
+from fastclip.models.clip import Model
+from fastclip.models.controls import Classifier
+from fastclip.models.system import System
+from fastclip.train.config import TrainConfig
+
+
+def class_names(config: TrainConfig) -> list[str]:
+    """What a classifier is to tell apart: --classes, or what the data bring; else none.
+
+    Raises:
+        ValueError: a classifier is wanted, and there are no class names.
+    """
+    if config.objective != "classify":
+        return []
+    if config.classes is not None:
+        return read_lines(Path(config.classes))
+    found = classes_of(config.train_data, config.dataset_type)
+    if found is None:
+        raise ValueError(
+            "--objective classify has no class names: give --classes FILE, or put classes.txt "
+            "beside the data"
+        )
+    return found[0]
+
+
+@torch.no_grad()
+def begin_classifier(config: TrainConfig, model: Model, classes: list[str]) -> None:
+    """Let a classifier begin as zero-shot classification by --finetune's model, if asked to.
+
+    Raises:
+        ValueError: that model's image features are not compared with text as they are.
+    """
+    if config.classifier != "zeroshot":
+        return
+    assert config.finetune is not None and isinstance(model.model, Classifier)
+    source = load(config.finetune, trust_checkpoint=config.trust_checkpoint)
+    if isinstance(source.model, System):
+        raise ValueError(
+            f"--classifier zeroshot: {config.finetune} is a {type(source.model).__name__}, which "
+            "compares text with what its heads make of image features; give a run of --objective "
+            "clip"
+        )
+    beside = classes_of(config.train_data, config.dataset_type)
+    templates = beside[1] if beside else list(DEFAULT_TEMPLATES)
+    if config.templates is not None:
+        templates = read_lines(Path(config.templates))
+    criterion = model.model.criterion
+    criterion.weight.copy_(class_embeddings(source, classes, templates))
+    assert criterion.logit_scale is not None
+    criterion.logit_scale.copy_(source.model.get_parameter("logit_scale"))

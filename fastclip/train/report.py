@@ -1,0 +1,164 @@
+"""What a run shows while it trains: the bar, metrics, hints, and notes on the data."""
+
+import sys
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from fastclip.data.faults import FaultLog
+from fastclip.train.health import Hints
+from fastclip.train.log import RunLog, plot_loss
+from fastclip.train.meter import Meter
+from fastclip.train.state import TrainState
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step was: its loss (0-d), its learning rate, the bytes received for the loss."""
+
+    loss: Tensor
+    rate: float
+    received: int
+
+
+class Report:
+    """Bar and notes on standard error, metrics in the run's files; a context manager.
+
+    Its methods are called on all ranks; what concerns all of them is shown by the first alone.
+
+    Args:
+        state: of the run, before its first step.
+
+    Attributes:
+        meter: of the speed, from the entrance on.
+    """
+
+    meter: Meter
+
+    def __init__(self, state: TrainState) -> None:
+        config = state.config
+        self._first = state.world.is_first
+        self._folder, self._engine = state.folder, state.engine
+        self._total, self._done = state.total_steps, state.step
+        self._samples = state.step_samples
+        self._log = RunLog(state.folder, state.step, config) if self._first else None
+        self._cut = _CutTexts()
+        self._faults = FaultLog()
+        self._hints = Hints(state.engine.objective.chance(self._samples), config.warmup)
+
+    def __enter__(self) -> "Report":
+        quiet = None if self._first else True
+        self._bar = tqdm(
+            total=self._total, initial=self._done, unit="step", disable=quiet, dynamic_ncols=True
+        )
+        self.meter = Meter(self._samples)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.close()
+        if self._log is not None:
+            self._log.close()
+            plot_loss(self._folder)
+        if self._faults.counts:
+            # the places were shown when they came up
+            print(f"skipped samples and shards: {self._faults.summary()}", file=sys.stderr)
+        if self._cut.count:
+            print(f"note: {self._cut.count} texts were cut to the context", file=sys.stderr)
+        skipped = self._engine.skipped
+        if skipped and self._first:
+            print(f"float16 overflowed in {skipped} steps; skipped", file=sys.stderr)
+
+    def warn(self, text: str) -> None:
+        """Show a warning of this rank."""
+        self._say(f"warning: {text}")
+
+    def batch(self, state: TrainState, batches: list[dict[str, Any]]) -> None:
+        """Show what is wrong with the data of a step, before it is made."""
+        for fault in self._faults.add([f for batch in batches for f in batch["faults"]]):
+            self._say(f"skipped {fault}")
+        if self._cut.add(batches):
+            self._say(f"note: {self._cut.notice(state.model.tokenizer)}")
+
+    def step(self, state: TrainState, batches: list[dict[str, Any]], result: StepResult) -> None:
+        """Count a step that was made, and write its metrics where they are due."""
+        self.meter.step()
+        self._bar.update()
+        if state.config.log_sample_ids:
+            self._write_sample_ids(state, batches)
+        due = state.step % state.config.log_every_n_steps == 0
+        if due or state.steps_done == state.total_steps:
+            self._write_metrics(state, result)
+
+    def evaluation(self, state: TrainState, metrics: dict[str, float]) -> None:
+        """Write the metrics of an evaluation; on the first rank."""
+        assert self._log is not None
+        self._log.metrics(state.step, metrics)
+        shown = (f"{name.removeprefix('val/')} {value:.4f}" for name, value in metrics.items())
+        self._say(f"epoch {state.epoch}: {'  '.join(shown)}")
+
+    def _write_sample_ids(self, state: TrainState, batches: list[dict[str, Any]]) -> None:
+        own = [key for batch in batches for key in batch["key"]]
+        keys = [key for part in state.world.gather(own) for key in part]
+        if self._log is not None:
+            self._log.samples(state.step, keys)
+
+    def _write_metrics(self, state: TrainState, result: StepResult) -> None:
+        # where parameters are sharded all ranks have to ask
+        scale = state.engine.logit_scale
+        if self._log is None:
+            return
+        values = {
+            "loss": result.loss.item(),
+            "grad_norm": state.engine.norm.item(),
+            "lr": result.rate,
+            **({} if scale is None else {"logit_scale": scale}),
+            "epoch": state.epoch + state.step_in_epoch / state.loader.steps_per_epoch,
+            "loss_exchange_mib": result.received / 2**20,
+            **self.meter.read(state.world.device),
+        }
+        self._log.metrics(state.step, values)
+        self._show(state.step, values)
+        for hint in self._hints.observe(state.step, values):
+            self._say(f"hint: {hint}")
+
+    def _show(self, step: int, values: dict[str, Any]) -> None:
+        text = (
+            f"loss {values['loss']:.3f}  {values['samples_per_second']:.0f} samples/s  "
+            f"data wait {values['data_wait']:.0%}  peak {values['peak_memory_gib']:.1f} GiB"
+        )
+        self._bar.set_postfix_str(text)
+        if self._bar.disable:
+            # no terminal: lines for a log file instead of a bar
+            print(f"step {step}/{self._bar.total}  {text}", file=sys.stderr)
+
+    def _say(self, text: str) -> None:
+        self._bar.write(text, file=sys.stderr)
+
+
+class _CutTexts:
+    """Counts texts that are longer than the context; the first are noted."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add(self, batches: list[dict[str, Any]]) -> bool:
+        """Whether these are the first."""
+        before = self.count
+        self.count += sum(sum(batch.get("cut", ())) for batch in batches)
+        return before == 0 < self.count
+
+    def notice(self, tokenizer: Any) -> str:
+        """The note on the first."""
+        length = getattr(tokenizer, "context_length", None)
+        return (
+            f"a text is longer than the context of {length} tokens, and is cut; the number of such "
+            "texts is told at the end"
+        )

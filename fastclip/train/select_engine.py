@@ -1,0 +1,17 @@
+"""Which engine trains: torch's, or DeepSpeed's."""
+
+from fastclip.models.clip import Model
+from fastclip.train.config import TrainConfig
+from fastclip.train.distributed import World
+from fastclip.train.engine import Engine
+from fastclip.train.torch_engine import TorchEngine
+
+
+def build_engine(model: Model, config: TrainConfig, world: World) -> Engine:
+    """The engine that the configuration asks for."""
+    if config.deepspeed:
+        # an installation of its own
+        from fastclip.train.zero import DeepSpeedEngine
+
+        return DeepSpeedEngine(model, config, world)
+    return TorchEngine(model, config, world)

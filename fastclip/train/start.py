@@ -1,0 +1,114 @@
+"""Making a run ready for its first step, new or resumed."""
+
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastclip.data.order import hash64
+from fastclip.models.build import build
+from fastclip.models.clip import Model
+from fastclip.train.classifier import begin_classifier, class_names
+from fastclip.train.config import TrainConfig
+from fastclip.train.describe import announce, write_description
+from fastclip.train.distributed import World
+from fastclip.train.layers import exchange_layers
+from fastclip.train.report import Report
+from fastclip.train.resume import check_same_data, read_resumed
+from fastclip.train.run_directory import hold
+from fastclip.train.select_engine import build_engine
+from fastclip.train.state import TrainState
+from fastclip.train.streams import restore_rng, seed_rng
+from fastclip.train.training_data import build_loader
+from fastclip.train.validate import Evaluation
+
+
+def start(
+    config: TrainConfig, world: World, around: ExitStack
+) -> tuple[TrainState, Evaluation | None, Report]:
+    """Everything that a run needs; called on all ranks.
+
+    The order of what follows is part of a run's results: much of it draws from the random streams.
+
+    Args:
+        config: with a name.
+        around: is left when the run has ended.
+
+    Returns:
+        The state before the next step, the evaluation where --val-data is given, and the report.
+    """
+    folder = Path(config.logs) / str(config.name)
+    # before anything is looked for in it: two starts of one name must not both begin
+    hold(folder, world, around)
+    path, resumed = read_resumed(config, folder, world)
+    if config.deterministic:
+        # cuBLAS reads this when its first handle is made
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    seed_rng(config.seed)
+    classes = class_names(config)
+    model = _build_model(config, classes, world)
+    loader = build_loader(config, model, classes, world)
+    around.enter_context(loader.naming_the_dead())
+    evaluation = _build_evaluation(config, model, classes, world)
+    engine = build_engine(model, config, world)
+    if evaluation is not None:
+        evaluation.include(engine.average)
+    state = TrainState(config, world, folder, model, loader, engine)
+    if path is not None and resumed is not None:
+        check_same_data(resumed, loader, world)
+        engine.load(path, resumed)
+        state.step = resumed["step"]
+        state.epoch, state.position = resumed["data"]["epoch"], resumed["data"]["position"]
+
+    # no rank may look for the folder after the first has made it
+    world.barrier()
+    if world.is_first:
+        state.checkpoints.mkdir(parents=True, exist_ok=True)
+        write_description(folder, config, model, classes)
+        announce(config, world, model.model, loader, state.step)
+    report = Report(state)
+    # last, so that nothing else draws from these streams
+    _start_streams(config, world, resumed)
+    return state, evaluation, report
+
+
+def _build_model(config: TrainConfig, classes: list[str], world: World) -> Model:
+    model = build(
+        config.model,
+        config,
+        world.device,
+        pretrained=config.pretrained,
+        trust_checkpoint=config.trust_checkpoint,
+        siglip=config.siglip,
+        classes=classes,
+    )
+    begin_classifier(config, model, classes)
+    exchange_layers(model.model, config)
+    # convolutions are fastest with channels innermost, and nothing else minds
+    model.model.to(memory_format=torch.channels_last)
+    return model
+
+
+def _build_evaluation(
+    config: TrainConfig, model: Model, classes: list[str], world: World
+) -> Evaluation | None:
+    if not config.val_data:
+        return None
+    if not world.is_first:
+        return Evaluation(config, None)
+    if config.deepspeed:
+        # the engine shards or rounds the model's own parameters
+        lasting = config.lasting()
+        model = build(config.model, lasting, world.device, siglip=config.siglip, classes=classes)
+    return Evaluation(config, model)
+
+
+def _start_streams(config: TrainConfig, world: World, resumed: dict[str, Any] | None) -> None:
+    """This rank's random streams: those of before, or else of its own."""
+    if resumed is not None and world.rank < len(resumed["rng"]):
+        restore_rng(resumed["rng"][world.rank], world.device)
+    elif world.rank > 0:
+        seed_rng(hash64(config.seed, world.rank))

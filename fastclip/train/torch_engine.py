@@ -1,0 +1,113 @@
+"""Training by torch alone: one process, or data-parallel ones."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastclip.device import AUTOCAST_DTYPES
+from fastclip.models import checkpoint
+from fastclip.models.clip import Model, load_weights
+from fastclip.train.accumulate import accumulate
+from fastclip.train.config import TrainConfig
+from fastclip.train.distributed import World
+from fastclip.train.engine import Engine
+from fastclip.train.optim import build_optimizer, clamp
+
+
+class TorchEngine(Engine):
+    """A model trained by one process or by data-parallel ones; see `Engine`."""
+
+    def __init__(self, model: Model, config: TrainConfig, world: World) -> None:
+        super().__init__(model, config, world)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = build_optimizer(self.model, config)
+        self._parallel: Any = world.wrap(self.model)
+        self._towers = torch.compile(self._parallel) if config.torchcompile else self._parallel
+        scaled = AUTOCAST_DTYPES[config.precision] == torch.float16
+        self._scaler = torch.amp.GradScaler(world.device.type, enabled=scaled)
+        self._overflowed = False
+
+    def backward(self, batches: Sequence[dict[str, Any]]) -> Tensor:
+        """See `Engine.backward`; the gradients, unscaled, are in the parameters."""
+        # data-parallel gradients stay in the buckets that they are reduced in
+        self.optimizer.zero_grad(set_to_none=self.world.size == 1)
+        loss = accumulate(
+            self._forward,
+            batches,
+            self._whole_loss,
+            shared=self.objective.shared,
+            constant=self._taught,
+            scale_loss=self._scaler.scale,
+            context=self._reduce_once,
+        )
+        self._scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        self.norm = nn.utils.get_total_norm(gradients)
+        overflow = not torch.isfinite(self.norm)
+        if not torch.isfinite(loss) or (overflow and not self._scaler.is_enabled()):
+            self._refuse(loss, batches)
+        self._overflowed = bool(overflow)
+        self.skipped += int(overflow)
+        return loss
+
+    def _forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        with self._autocast:
+            return self.objective.forward(self._towers, self._inputs(batch))
+
+    def _reduce_once(self, last: bool) -> AbstractContextManager[Any]:
+        """Gradients are averaged over the ranks with the last micro-batch's backward."""
+        if last or self.world.size == 1:
+            return nullcontext()
+        return self._parallel.no_sync()
+
+    def update(self, rate: float) -> None:
+        """See `Engine.update`."""
+        if self.config.grad_clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.config.grad_clip_norm, self.norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        clamp(self.model, self.objective.bounds)
+        if self.average is not None and not self._overflowed:
+            self.average.update(self.model)
+
+    def save(self, path: Path, training: dict[str, Any]) -> None:
+        """See `Engine.save`: one file, under open_clip's names, written by the first rank."""
+        problem = None
+        if self.world.is_first:
+            content = {
+                **training,
+                "state_dict": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self._scaler.state_dict(),
+                **self._averaged_state(),
+            }
+            try:
+                checkpoint.write(path.with_suffix(".pt"), content)
+            except OSError as error:
+                problem = str(error)
+        problem = self.world.gather(problem)[0]
+        if problem is not None:
+            raise OSError(problem)
+
+    def load(self, path: Path, content: dict[str, Any]) -> None:
+        """See `Engine.load`."""
+        if "state_dict" not in content:
+            raise ValueError("the checkpoint is DeepSpeed's; go on with --deepspeed")
+        load_weights(self.model, content["state_dict"], f"the checkpoint ({self.config.model})")
+        self._load_average(content)
+        options = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in self.optimizer.param_groups
+        ]
+        self.optimizer.load_state_dict(content["optimizer"])
+        # moments from the checkpoint, decay rates and the like from the configuration
+        for group, own in zip(self.optimizer.param_groups, options, strict=True):
+            group.update(own)
+        if content.get("scaler"):
+            self._scaler.load_state_dict(content["scaler"])
