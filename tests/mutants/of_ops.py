@@ -162,7 +162,6 @@ OPS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("keeps is not None and not keeps()", "keeps is not None and keeps()"),
         ("enabled and t is not None and", "t is not None and"),
         ("torch.mul(gradient, upstream)", "torch.mul(gradient, upstream.abs())"),
-        ("if need and like is not None", "if like is not None"),
         ("_overwrite if _is_last_use(gradients) else", "_overwrite if True else"),
     ],
     ("fastclip/ops/registration.py", "tests/ops/test_contracts.py -k told or second_copy"): [
@@ -183,6 +182,7 @@ OPS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ],
     ("fastclip/ops/registration.py", OPERATORS): [
         ("*(found[index] for index in backward.constant)", "*()"),
+        ("if need and like is not None", "if like is not None"),
         ("if traced or torch.is_grad_enabled():", "if traced:"),
         ("ctx.mark_non_differentiable(*output[1:])", "pass"),
         ("if all(one is None for one in given):", "if any(one is None for one in given):"),
