@@ -45,7 +45,11 @@ def help_texts(kind: type) -> dict[str, str]:
     """The string under each field, inherited ones included, as one line."""
     texts: dict[str, str] = {}
     for base in reversed([base for base in kind.__mro__ if is_dataclass(base)]):
-        (definition,) = ast.parse(inspect.getsource(base)).body
+        try:
+            (definition,) = ast.parse(inspect.getsource(base)).body
+        except OSError:
+            # installed without sources: flags work, and have no help
+            continue
         assert isinstance(definition, ast.ClassDef)
         for statement, following in itertools.pairwise(definition.body):
             if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
@@ -77,7 +81,7 @@ def parse_grouped(kind: type, arguments: Sequence[str], prog: str) -> dict[str, 
             (
                 each.name,
                 # as one line: the terminal's width alone decides where it is broken
-                Annotated[hints[each.name], tyro.conf.arg(help=texts[each.name])],
+                Annotated[hints[each.name], tyro.conf.arg(help=texts.get(each.name))],
                 field(default=each.default),
             )
             for each in ordered

@@ -105,6 +105,14 @@ def test_every_field_is_explained() -> None:
             assert field.metadata["defines_run"] in (True, False), field.name
 
 
+def test_flags_need_no_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(_: object) -> str:
+        raise OSError("could not get source code")
+
+    monkeypatch.setattr("fastclip.flags.inspect.getsource", missing)
+    assert parse(["--batch-size", "3"]).batch_size == 3
+
+
 def shown(width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
     """`train --help` on a terminal so wide; without one, boxes have no sides."""
     monkeypatch.setenv("COLUMNS", str(width))
