@@ -1,9 +1,9 @@
-"""Attention at the lengths of image and text towers beside its rivals.
+"""Attention at the lengths of image and text towers beside its baselines.
 
-`python -m fastclip.bench.attention --check --sweep --rivals [--seconds N] [--output DIR]` runs what
-it is asked for, in this order: the operator against float64, the plans of every length against
+`python -m fastclip.bench.attention --check --sweep --baselines [--seconds N] [--output DIR]` runs
+what it is asked for, in this order: the operator against float64, the plans of every length against
 each other (with the best to be put in kernels/attention_plans.json), and the operator beside its
-rivals.
+baselines.
 """
 
 import argparse
@@ -38,14 +38,14 @@ QUANTILES = (0.2, 0.5, 0.8)
 
 @dataclass
 class AttentionRow(Row):
-    """A rival at one length: `n` lines, heads `width` wide."""
+    """A baseline at one length: `n` lines, heads `width` wide."""
 
     causal: bool = False
     forward_p20: float | None = None
     forward_p80: float | None = None
 
 
-def rivals(
+def baselines(
     settings: Settings,
     output: Path | None,
     tokens: int,
@@ -108,15 +108,15 @@ def _measure(qkv: Tensor, causal: bool, settings: Settings, flex: bool) -> list[
     both = {name: lambda run=run: run(True) for name, run in runs.items()}
     times, lost = interleave(forward, settings.rounds, settings)
     for row in rows:
-        if row.rival in times:
+        if row.baseline in times:
             row.forward_p20, row.forward, row.forward_p80 = (
-                quantile(times[row.rival], q) for q in QUANTILES
+                quantile(times[row.baseline], q) for q in QUANTILES
             )
     times, more = interleave(both, settings.rounds, settings)
     for row in rows:
-        row.status = {**lost, **more}.get(row.rival, row.status)
-        if row.rival in times:
-            row.p20, row.p50, row.p80 = (quantile(times[row.rival], q) for q in QUANTILES)
+        row.status = {**lost, **more}.get(row.baseline, row.status)
+        if row.baseline in times:
+            row.p20, row.p50, row.p80 = (quantile(times[row.baseline], q) for q in QUANTILES)
     ours = rows[0].p50
     for row in rows:
         if row.p50 and ours:
@@ -181,10 +181,10 @@ def _flex(causal: bool) -> Callable[..., Tensor]:
 def line_of(row: AttentionRow) -> str:
     """One line of the table."""
     if row.p50 is None:
-        return f"{row.n:4} {row.rival:20} {row.status}"
+        return f"{row.n:4} {row.baseline:20} {row.status}"
     spread = f"[{row.p20 * 1e3:.3f}, {row.p80 * 1e3:.3f}]"  # type: ignore[operator]
     return (
-        f"{row.n:4}{'c' if row.causal else ' '} {row.rival:20} "
+        f"{row.n:4}{'c' if row.causal else ' '} {row.baseline:20} "
         f"forward {row.forward * 1e3:7.3f} ms  "  # type: ignore[operator]
         f"both {row.p50 * 1e3:7.3f} ms {spread}  {row.ratio:.2f}x  "
         f"{(row.peak_bytes or 0) >> 20} MiB  error {row.error:.1e}"
@@ -194,7 +194,7 @@ def line_of(row: AttentionRow) -> str:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    for name in ("check", "sweep", "rivals"):
+    for name in ("check", "sweep", "baselines"):
         parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--seconds", type=float, default=120, help="for each of check and sweep")
     parser.add_argument("--output", type=Path)
@@ -210,10 +210,10 @@ def main() -> None:
         right = check(given.device, given.seconds, given.output)
     if given.sweep:
         sweep(given.seconds, given.output, given.tokens, shapes)
-    if given.rivals or not (given.check or given.sweep):
+    if given.baselines or not (given.check or given.sweep):
         settings = Settings(torch.bfloat16, rounds=given.rounds, warmup=3, device=given.device)
         file = given.output / "attention.json" if given.output else None
-        rows = rivals(settings, file, given.tokens, shapes, given.flex)
+        rows = baselines(settings, file, given.tokens, shapes, given.flex)
         print(*map(line_of, rows), sep="\n", flush=True)
     if not right:
         raise SystemExit("the check failed")

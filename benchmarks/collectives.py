@@ -52,7 +52,7 @@ class CollectiveRow:
     """
 
     operator: str
-    rival: str
+    baseline: str
     ranks: int
     n: int
     width: int
@@ -234,8 +234,8 @@ def _measure(
         (t[rank * n :][:n] if t.ndim else t).to(device).detach().requires_grad_() for t in whole
     ]
     rows, runs = [], {}
-    for rival, build in ways(name, rank, world).items():
-        row = CollectiveRow(name, rival, world, n, width)
+    for baseline, build in ways(name, rank, world).items():
+        row = CollectiveRow(name, baseline, world, n, width)
         rows.append(row)
         try:
             loss = build()
@@ -248,17 +248,17 @@ def _measure(
         row.saved_bytes = saved_bytes(loss, inputs)
         if exact is not None:
             row.error = relative(gradient.cpu(), exact)
-        runs[rival] = loss
-    seconds: dict[str, list[float]] = {rival: [] for rival in runs}
+        runs[baseline] = loss
+    seconds: dict[str, list[float]] = {baseline: [] for baseline in runs}
     for turn in range(settings.warmup + settings.rounds):
-        for rival, loss in runs.items():
+        for baseline, loss in runs.items():
             elapsed = _timed(loss, inputs, device)
             if turn >= settings.warmup:
-                seconds[rival].append(elapsed)
-    first = quantile(seconds[rows[0].rival], 0.5)
+                seconds[baseline].append(elapsed)
+    first = quantile(seconds[rows[0].baseline], 0.5)
     for row in rows:
-        if row.rival in seconds:
-            found = seconds[row.rival]
+        if row.baseline in seconds:
+            found = seconds[row.baseline]
             row.p20, row.p50, row.p80 = (quantile(found, q) for q in (0.2, 0.5, 0.8))
             row.ratio = row.p50 / first
     return rows
@@ -285,7 +285,7 @@ def _timed(loss: Loss, inputs: Inputs, device: torch.device) -> float:
 
 
 def _line(row: CollectiveRow) -> str:
-    start = f"{row.operator:7} {row.ranks:5} {row.n:6} {row.width:5}  {row.rival:17}"
+    start = f"{row.operator:7} {row.ranks:5} {row.n:6} {row.width:5}  {row.baseline:17}"
     if row.p20 is None or row.p50 is None or row.p80 is None:
         return start + row.status
     times = " ".join(f"{1e3 * seconds:9.2f}" for seconds in (row.p20, row.p50, row.p80))

@@ -1,4 +1,4 @@
-"""Rivals for one direction of a softmax loss: cross-entropy over all keys, never whole in memory.
+"""Baselines of one direction of a softmax loss: cross-entropy over keys, never whole in memory.
 
 Made for the heads of language models, where keys are a vocabulary; for CLIP they run twice, images
 against texts and texts against images, and compute each product of S twice as well.
@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastclip.bench.runner import Inputs, LossFunction, Rival
+from fastclip.bench.runner import Baseline, Inputs, LossFunction
 
 # rows whose logits are alive at a time where chunks are checkpointed
 CHUNK = 1024
 
 
-def rivals(suffix: str = "") -> tuple[Rival, ...]:
+def baselines(suffix: str = "") -> tuple[Baseline, ...]:
     """All of them for one direction, or for both where their names end in `suffix`."""
     ways = {
         "checkpointed chunks": _checkpointed,
@@ -25,8 +25,8 @@ def rivals(suffix: str = "") -> tuple[Rival, ...]:
         "liger": _liger,
     }
     if not suffix:
-        return tuple(Rival(name, build) for name, build in ways.items())
-    return tuple(Rival(name + suffix, _twice(build)) for name, build in ways.items())
+        return tuple(Baseline(name, build) for name, build in ways.items())
+    return tuple(Baseline(name + suffix, _twice(build)) for name, build in ways.items())
 
 
 def _twice(build):
@@ -106,7 +106,7 @@ def _liger(inputs: Inputs) -> LossFunction:
 
 
 def on_cuda_only(inputs: Inputs) -> None:
-    """Leave a rival out where the inputs are not on a GPU.
+    """Leave a baseline out where the inputs are not on a GPU.
 
     Raises:
         ImportError: they are not.

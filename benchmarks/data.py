@@ -1,4 +1,4 @@
-"""Loading beside its rivals: images a second from shards to batches of views.
+"""Loading beside its baselines: images a second from shards to batches of views.
 
 Every loader reads the same shards with the same number of processes or threads, and runs through
 an epoch in turn with the others, round after round, from the request to the last batch; nothing
@@ -41,7 +41,7 @@ class DataSettings:
     """What is loaded, and how.
 
     Attributes:
-        shards: see `fastclip.data.shards.expand_shards`; the rivals take local files only.
+        shards: see `fastclip.data.shards.expand_shards`; the baselines take local files only.
         size: side of the views, in pixels.
         batch_size: images of a batch.
         workers: loader processes, or DALI's threads.
@@ -75,7 +75,9 @@ def run(settings: DataSettings) -> list[DataRow]:
     """Measure all loaders that are installed, and print a table."""
     source = ShardSource(settings.shards)
     if any(map(is_remote, source.names)):
-        raise ValueError(f"{settings.shards}: the rivals read local files only; fetch them first")
+        raise ValueError(
+            f"{settings.shards}: the baselines read local files only; fetch them first"
+        )
     if sum(source.counts) < settings.batch_size:
         raise ValueError(
             f"{settings.shards} holds {sum(source.counts)} samples, less than a batch of "
@@ -92,7 +94,7 @@ def run(settings: DataSettings) -> list[DataRow]:
         except ImportError as error:
             row.status = f"not installed: {error.name}"
             continue
-        # whatever a rival makes of these shards, the others are measured
+        # whatever a baseline makes of these shards, the others are measured
         except Exception as error:
             if name.startswith("fastclip"):
                 raise

@@ -83,15 +83,15 @@ def summary(rows: list[Row]) -> list[str]:
         f"{'loss':9} {'n':>6} {'D':>5} {'ms':>8} {'host':>6} {'runs':>5} {'share':>5} {'MiB':>7}"
         "  baselines: time / ours"
     ]
-    for ours in (row for row in rows if row.rival == "fastclip" and row.p50 is not None):
+    for ours in (row for row in rows if row.baseline == "fastclip" and row.p50 is not None):
         beside = [
             r
             for r in rows
             if (r.operator, r.n, r.width) == (ours.operator, ours.n, ours.width)
-            and r.rival not in ("fastclip", ROOF)
+            and r.baseline not in ("fastclip", ROOF)
         ]
-        ratios = [f"{r.rival} {r.ratio:.2f}{_queued(r)}" for r in beside if r.ratio is not None]
-        memory = [f"{r.rival} {r.status}" for r in beside if r.status == "out of memory"]
+        ratios = [f"{r.baseline} {r.ratio:.2f}{_queued(r)}" for r in beside if r.ratio is not None]
+        memory = [f"{r.baseline} {r.status}" for r in beside if r.status == "out of memory"]
         assert ours.p50 is not None
         share = "" if ours.roof_share is None else f"{ours.roof_share:.0%}"
         host = "" if ours.host is None else f"{1e3 * ours.host:.2f}"
@@ -106,7 +106,7 @@ def summary(rows: list[Row]) -> list[str]:
 
 
 def _queued(row: Row) -> str:
-    if row.rival != "open_clip" or row.host is None or row.launches is None:
+    if row.baseline != "open_clip" or row.host is None or row.launches is None:
         return ""
     return f" ({1e3 * row.host:.2f} ms host, {row.launches} runs)"
 
@@ -230,7 +230,7 @@ def attention_part(output: Path, seconds: float, quick: bool) -> bool:
     settings = Settings(torch.bfloat16, rounds=15, warmup=3, device="cuda")
     tokens = 1 << (14 if quick else 18)
     # flex attention compiles for minutes
-    rows = attention.rivals(settings, output / "attention.json", tokens, flex=False)
+    rows = attention.baselines(settings, output / "attention.json", tokens, flex=False)
     print("\n".join(map(attention.line_of, rows)))
     return True
 

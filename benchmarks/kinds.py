@@ -22,7 +22,7 @@ class Kind:
         ours: the name of fastclip's row; others that begin like it are fastclip's too.
         measured: the field that is compared.
         columns: what is told of a row besides group and name.
-        ignored: names that are no rivals.
+        ignored: names that are no baselines.
         more_is_better: of what is compared.
     """
 
@@ -62,37 +62,37 @@ class Group:
 
     @property
     def ours_failed(self) -> bool:
-        """Whether fastclip did not run where a rival did."""
+        """Whether fastclip did not run where a baseline did."""
         failed = [
             r for r in self.rows if r[self.kind.name] == self.kind.ours and r["status"] != "ok"
         ]
-        return bool(failed and self.rivals)
+        return bool(failed and self.baselines)
 
     @property
-    def rivals(self) -> list[Row]:
-        """The rivals that ran, best first."""
-        ran = [row for row in self.rows if self.is_rival(row) and self.value(row) is not None]
+    def baselines(self) -> list[Row]:
+        """The baselines that ran, best first."""
+        ran = [row for row in self.rows if self.is_baseline(row) and self.value(row) is not None]
         return sorted(ran, key=self.value, reverse=self.kind.more_is_better)
 
     @property
     def left_out(self) -> list[Row]:
-        """The rivals that did not run."""
-        return [row for row in self.rows if self.is_rival(row) and self.value(row) is None]
+        """The baselines that did not run."""
+        return [row for row in self.rows if self.is_baseline(row) and self.value(row) is None]
 
     @property
     def as_good(self) -> list[Row]:
-        """The rivals whose median lies within or beyond fastclip's spread."""
+        """The baselines whose median lies within or beyond fastclip's spread."""
         ours = self.ours
         if ours is None:
             return []
         if self.kind.more_is_better:
             bound = ours.get("p20") or self.value(ours)
-            return [row for row in self.rivals if self.value(row) >= bound]
+            return [row for row in self.baselines if self.value(row) >= bound]
         spread = ours.get("p80") if self.kind.measured == "p50" else None
         bound = spread or self.value(ours)
-        return [row for row in self.rivals if self.value(row) <= bound]
+        return [row for row in self.baselines if self.value(row) <= bound]
 
-    def is_rival(self, row: Row) -> bool:
+    def is_baseline(self, row: Row) -> bool:
         """Whether it is somebody else's."""
         name = row[self.kind.name]
         return not name.startswith("fastclip") and name not in self.kind.ignored
@@ -167,7 +167,7 @@ KINDS = {
     "losses": Kind(
         "Losses, forward and backward, ms",
         ("operator", "n", "width"),
-        "rival",
+        "baseline",
         "fastclip",
         "p50",
         (
@@ -181,7 +181,7 @@ KINDS = {
     "attention": Kind(
         "Attention of short sequences, forward and backward, ms",
         ("n", "width", "causal"),
-        "rival",
+        "baseline",
         "fastclip",
         "p50",
         (
@@ -202,7 +202,7 @@ KINDS = {
     "train-step": Kind(
         "A whole training step, ms",
         ("model", "batch_size"),
-        "rival",
+        "baseline",
         "fastclip",
         "p50",
         (
@@ -217,7 +217,7 @@ KINDS = {
     "memory": Kind(
         "Memory of the losses, MiB",
         ("operator", "n", "width"),
-        "rival",
+        "baseline",
         "fastclip",
         "peak_bytes",
         (
@@ -230,7 +230,7 @@ KINDS = {
     "collectives": Kind(
         "Losses over several processes, forward and backward, ms",
         ("operator", "ranks", "n", "width"),
-        "rival",
+        "baseline",
         "fastclip gather",
         "p50",
         (

@@ -1,4 +1,4 @@
-"""All losses beside their rivals: the loop and the table behind `fastclip bench losses`."""
+"""All losses beside their baselines: the loop and the table behind `fastclip bench losses`."""
 
 import sys
 import time
@@ -82,7 +82,7 @@ def run(
 
 def format_row(row: Row) -> str:
     """One line of the table."""
-    start = f"{row.operator:9} {row.n:7} {row.width:5}  {row.rival:27}"
+    start = f"{row.operator:9} {row.n:7} {row.width:5}  {row.baseline:27}"
     if row.status != "ok":
         return start + row.status
     return start + " ".join(_cells(row))

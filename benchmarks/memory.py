@@ -34,10 +34,10 @@ from fastclip.bench.runner import (
 
 @dataclass
 class MemoryRow:
-    """One rival at one size; orders are relative to the size before, see above."""
+    """One baseline at one size; orders are relative to the size before, see above."""
 
     operator: str
-    rival: str
+    baseline: str
     n: int
     width: int
     status: str = "ok"
@@ -56,7 +56,7 @@ HEADER = (
 def run(
     names: Sequence[str], sizes: Sequence[int], widths: Sequence[int], settings: Settings
 ) -> list[MemoryRow]:
-    """Measure every loss and rival at every size, smallest first, and print rows as they come."""
+    """Measure losses and baselines at every size, smallest first, and print rows as they come."""
     print(HEADER)
     rows: list[MemoryRow] = []
     for name in names:
@@ -64,8 +64,8 @@ def run(
             before: dict[str, MemoryRow] = {}
             for n in sorted(sizes):
                 for row in measure(OPERATORS[name], n, width, settings):
-                    _compare(row, before.get(row.rival))
-                    before[row.rival] = row
+                    _compare(row, before.get(row.baseline))
+                    before[row.baseline] = row
                     rows.append(row)
                     print(_line(row))
                 sys.stdout.flush()
@@ -73,17 +73,17 @@ def run(
 
 
 def measure(operator: Operator, n: int, width: int, settings: Settings) -> list[MemoryRow]:
-    """All rivals at one size, fastclip first."""
+    """All baselines at one size, fastclip first."""
     inputs = leaves(operator, n, width, settings)
     rows = []
-    for rival in candidates(operator):
-        row = MemoryRow(operator.name, rival.name, n, width)
+    for baseline in candidates(operator):
+        row = MemoryRow(operator.name, baseline.name, n, width)
         rows.append(row)
-        row.status = why_not(rival, n, settings) or "ok"
+        row.status = why_not(baseline, n, settings) or "ok"
         if row.status != "ok":
             continue
         try:
-            loss_function = rival.build(inputs)
+            loss_function = baseline.build(inputs)
             # what is compiled or allocated once is no part of a step
             gradient_of(loss_function, inputs, settings)
             with autocast(settings):
@@ -93,7 +93,7 @@ def measure(operator: Operator, n: int, width: int, settings: Settings) -> list[
             row.peak_bytes = peak_since(settings.device, before)
         except Exception as error:
             # somebody else's code may fail in any way
-            if rival.name == "fastclip":
+            if baseline.name == "fastclip":
                 raise
             row.status = status_of(error)
     return rows
@@ -128,7 +128,7 @@ def _compare(row: MemoryRow, before: MemoryRow | None) -> None:
 
 
 def _line(row: MemoryRow) -> str:
-    start = f"{row.operator:9} {row.n:7} {row.width:5}  {row.rival:27}"
+    start = f"{row.operator:9} {row.n:7} {row.width:5}  {row.baseline:27}"
     if row.status != "ok":
         return start + row.status
     cells = []

@@ -74,11 +74,11 @@ def figure(panels: Sequence[Panel], path: Path) -> None:
 
 
 def loss_panels(record: Record, operator: str, width: int, names: Sequence[str]) -> list[Panel]:
-    """Time and peak memory of one loss against n, of the rivals named."""
+    """Time and peak memory of one loss against n, of the baselines named."""
     chosen = [
         row
         for row in record.rows
-        if row["operator"] == operator and row["width"] == width and row["rival"] in names
+        if row["operator"] == operator and row["width"] == width and row["baseline"] in names
     ]
     return _two(chosen, "n", "rows n", f"{operator}, D = {width}")
 
@@ -150,7 +150,7 @@ def _lines(
     for row in rows:
         # nothing is no point on a logarithmic axis
         if row.get(measured):
-            found.setdefault(row["rival"], []).append((row[field], row[measured] * factor))
+            found.setdefault(row["baseline"], []).append((row[field], row[measured] * factor))
     return {name: points for name, points in found.items() if len(points) > 1}
 
 

@@ -92,11 +92,11 @@ def section(record: Record, names: Sequence[str]) -> str:
         names: of the files that they come from.
 
     Raises:
-        ValueError: no rival ran.
+        ValueError: no baseline ran.
     """
     width = main_width(record)
     everything = [group for group in KINDS["losses"].groups(record) if group.key[2] == width]
-    groups = [group for group in everything if group.ours and group.rivals]
+    groups = [group for group in everything if group.ours and group.baselines]
     sizes = sorted({group.key[1] for group in groups})
     there, how = record.environment, record.settings
     dtype = str(how.get("dtype", "float32")).removeprefix("torch.")
@@ -106,12 +106,21 @@ def section(record: Record, names: Sequence[str]) -> str:
             f"Measured on {there['device']}, {there.get('threads', '?')} threads, "
             f"torch {there.get('torch', '?')}, {precision}, {str(there['date'])[:10]}, "
             "forward and backward, medians of "
-            f"{how['rounds']} rounds of all rivals in turn "
+            f"{how['rounds']} rounds of all baselines in turn "
             f"({', '.join(f'`{name}`' for name in names)}; `fastclip bench losses` measures your "
             f"machine). {sizes[-1]:,} rows of width {width}, peaks above the inputs:"
         ),
         table(
-            ("loss", "ms", "roof", "peak MiB", "rival", "its ms", "fastclip / it", "its peak MiB"),
+            (
+                "loss",
+                "ms",
+                "roof",
+                "peak MiB",
+                "baseline",
+                "its ms",
+                "fastclip / it",
+                "its peak MiB",
+            ),
             [line for group in groups if group.key[1] == sizes[-1] for line in _lines(group)],
         ),
         _paragraph(
@@ -121,7 +130,7 @@ def section(record: Record, names: Sequence[str]) -> str:
     ]
     if len(sizes) > 1:
         parts += [
-            "fastclip's time over that of the fastest rival that ran, by rows:",
+            "fastclip's time over that of the fastest baseline that ran, by rows:",
             table(("loss", *(f"{n:,}" for n in sizes)), list(_by_size(groups, sizes))),
         ]
     parts.append(_paragraph(_up_to(everything)))
@@ -132,15 +141,15 @@ def section(record: Record, names: Sequence[str]) -> str:
 
 
 def main_width(record: Record) -> int:
-    """The width at which most losses stand beside a rival.
+    """The width at which most losses stand beside a baseline.
 
     Raises:
-        ValueError: no rival ran.
+        ValueError: no baseline ran.
     """
     groups = KINDS["losses"].groups(record)
-    widths = [group.key[2] for group in groups if group.ours and group.rivals]
+    widths = [group.key[2] for group in groups if group.ours and group.baselines]
     if not widths:
-        raise ValueError(f"{record.name} has no loss beside a rival that ran")
+        raise ValueError(f"{record.name} has no loss beside a baseline that ran")
     return max(widths, key=widths.count)
 
 
@@ -150,7 +159,7 @@ def _paragraph(text: str) -> str:
 
 def _by_size(groups: Sequence[Group], sizes: Sequence[int]) -> Iterator[list[str]]:
     for name in dict.fromkeys(group.key[0] for group in groups):
-        best = {g.key[1]: ratio(g, g.rivals[0]) for g in groups if g.key[0] == name}
+        best = {g.key[1]: ratio(g, g.baselines[0]) for g in groups if g.key[0] == name}
         yield [f"`{name}_loss`", *(f"{best[n]} ×" if n in best else "" for n in sizes)]
 
 
@@ -166,9 +175,9 @@ def _lines(group: Group) -> list[list[str]]:
         _peak(ours.get("peak_bytes")),
     ]
     lines = []
-    for rival in group.rivals:
-        theirs = [number(1e3 * rival["p50"]), f"{ratio(group, rival)} ×"]
-        lines.append([*own, rival["rival"], *theirs, _peak(rival.get("peak_bytes"))])
+    for baseline in group.baselines:
+        theirs = [number(1e3 * baseline["p50"]), f"{ratio(group, baseline)} ×"]
+        lines.append([*own, baseline["baseline"], *theirs, _peak(baseline.get("peak_bytes"))])
         own = [""] * len(own)
     return lines
 
@@ -178,36 +187,36 @@ def _peak(value: int | None) -> str:
 
 
 def _up_to(groups: Sequence[Group]) -> str:
-    """A sentence with the largest size of each loss at which a rival is as fast."""
+    """A sentence with the largest size of each loss at which a baseline is as fast."""
     largest: dict[str, int] = {}
     for group in groups:
         name, n, *_ = group.key
         if group.as_good:
             largest[name] = max(n, largest.get(name, 0))
     if not largest:
-        return f"No rival that ran is as fast at any of these sizes.{failures(groups)}"
+        return f"No baseline that ran is as fast at any of these sizes.{failures(groups)}"
     places = ", ".join(f"{n:,} rows (`{name}_loss`)" for name, n in largest.items())
-    told = f"A rival is as fast, within fastclip's spread, or faster at up to {places}."
+    told = f"A baseline is as fast, within fastclip's spread, or faster at up to {places}."
     return told + failures(groups)
 
 
 def _left_out(groups: Sequence[Group]) -> str:
-    """The rivals that did not run, by reason; with losses and sizes where they ran for others."""
-    ran = {(group.key[0], row["rival"]) for group in groups for row in group.rivals}
-    somewhere = {rival for _, rival in ran}
+    """Baselines that did not run, by reason; with losses and sizes where they ran for others."""
+    ran = {(group.key[0], row["baseline"]) for group in groups for row in group.baselines}
+    somewhere = {baseline for _, baseline in ran}
     losses: dict[tuple[str, str], dict[str, None]] = {}
     sizes: dict[tuple[str, str], set[int]] = {}
     for group in groups:
         loss, n, *_ = group.key
         for row in group.left_out:
-            place = row["status"].removeprefix("missing: "), row["rival"]
+            place = row["status"].removeprefix("missing: "), row["baseline"]
             losses.setdefault(place, {})[loss] = None
-            if (loss, row["rival"]) in ran:
+            if (loss, row["baseline"]) in ran:
                 sizes.setdefault(place, set()).add(n)
     reasons: dict[str, list[str]] = {}
-    for (reason, rival), names in losses.items():
-        told = f"{rival} for {', '.join(names)}" if rival in somewhere else rival
-        if rows := sorted(sizes.get((reason, rival), ())):
+    for (reason, baseline), names in losses.items():
+        told = f"{baseline} for {', '.join(names)}" if baseline in somewhere else baseline
+        if rows := sorted(sizes.get((reason, baseline), ())):
             told += f" of {', '.join(f'{n:,}' for n in rows)} rows"
         reasons.setdefault(reason, []).append(told)
     return "; ".join(f"{', '.join(those)} ({reason})" for reason, those in reasons.items())

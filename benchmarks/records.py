@@ -21,20 +21,21 @@ from fastclip.atomic import write_text
 
 # The fields that name a row, by benchmark: equal ones are the same measurement.
 KEYS: dict[str, tuple[str, ...]] = {
-    "losses": ("operator", "n", "width", "rival"),
-    "attention": ("operator", "n", "width", "causal", "rival"),
+    "losses": ("operator", "n", "width", "baseline"),
+    "attention": ("operator", "n", "width", "causal", "baseline"),
     "data": ("task", "loader"),
-    "train-step": ("model", "batch_size", "rival"),
-    "memory": ("operator", "n", "width", "rival"),
-    "collectives": ("operator", "ranks", "n", "width", "rival"),
+    "train-step": ("model", "batch_size", "baseline"),
+    "memory": ("operator", "n", "width", "baseline"),
+    "collectives": ("operator", "ranks", "n", "width", "baseline"),
 }
 # The fields that are read as text, and as true or false; all others are numbers.
-_TEXTS = {"operator", "rival", "task", "loader", "model", "status"}
+_TEXTS = {"operator", "baseline", "task", "loader", "model", "status"}
 _FLAGS = {"causal", "repeatable"}
 # What tells files without the name apart: a field that only one kind of row has.
 _TELLING = {"causal": "attention", "loader": "data", "operator": "losses"}
-# What rows of the first files were called.
-_FIRST_NAMES = {"name": "rival"}
+# What a field of older files was called, and of the first.
+_OLD_NAMES = {"rival": "baseline"}
+_FIRST_NAMES = {"name": "baseline"}
 _FIRST_ROOF = {"four bare products": "bare products"}
 
 
@@ -125,6 +126,7 @@ def read(path: Path) -> Record:
     rows = content["results"]
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise _foreign(path, "its results are not rows")
+    rows = [{_OLD_NAMES.get(field, field): row[field] for field in row} for row in rows]
     if "benchmark" not in content and "name" in rows[0]:
         rows = [_of_the_first_files(row) for row in rows]
     guessed = next((kind for field, kind in _TELLING.items() if field in rows[0]), None)
@@ -160,10 +162,10 @@ def _kind_of(field: str) -> tuple[type | tuple[type, ...], str]:
 def _of_the_first_files(row: dict[str, Any]) -> dict[str, Any]:
     """A row of the files that knew the CLIP loss alone."""
     named = {_FIRST_NAMES.get(name, name): value for name, value in row.items()}
-    rival = str(named.get("rival"))
+    baseline = str(named.get("baseline"))
     # their ratio was to open_clip, and is computed anew where it is needed
     named.pop("ratio", None)
-    return {**named, "operator": "clip", "rival": _FIRST_ROOF.get(rival, rival)}
+    return {**named, "operator": "clip", "baseline": _FIRST_ROOF.get(baseline, baseline)}
 
 
 def _foreign(path: Path, why: str) -> ValueError:

@@ -1,4 +1,4 @@
-"""The Markdown report of results: fastclip beside the best rival, and every row."""
+"""The Markdown report of results: fastclip beside the best baseline, and every row."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ def write(records: Sequence[Record], target: Path) -> None:
 
 def markdown(records: Sequence[Record], images: dict[int, list[str]] | None = None) -> str:
     """The report; `images` are files, relative to it, of each record by its place."""
-    parts = ["# fastclip beside its rivals"]
+    parts = ["# fastclip beside its baselines"]
     for index, record in enumerate(records):
         kind = KINDS[record.benchmark]
         parts += [f"## {kind.title}", stamp(record), *_beside_the_best(record, kind)]
@@ -51,15 +51,15 @@ def _said(record: Record, name: str) -> bool:
 
 
 def _beside_the_best(record: Record, kind: Kind) -> Iterator[str]:
-    header = [*_heads(kind), "fastclip", "best rival", "its", "fastclip / it"]
+    header = [*_heads(kind), "fastclip", "best baseline", "its", "fastclip / it"]
     groups, lines = list(kind.groups(record)), []
     for group in groups:
         ours = group.ours
         if ours is None:
             continue
         cells = [*_key_cells(group), _compared(group, ours)]
-        if group.rivals:
-            best = group.rivals[0]
+        if group.baselines:
+            best = group.baselines[0]
             cells += [best[kind.name], _compared(group, best), ratio(group, best)]
         else:
             cells += ["none ran", "", ""]
@@ -71,7 +71,7 @@ def _beside_the_best(record: Record, kind: Kind) -> Iterator[str]:
 
 
 def as_good(groups: Sequence[Group]) -> str:
-    """Sentences that name all places where a rival is as good as fastclip, or runs alone."""
+    """Sentences that name all places where a baseline is as good as fastclip, or runs alone."""
     kind = groups[0].kind
     memory = kind.measured == "peak_bytes"
     places = []
@@ -80,25 +80,25 @@ def as_good(groups: Sequence[Group]) -> str:
             those = ", ".join(f"{row[kind.name]} {ratio(group, row)}" for row in group.as_good)
             places.append(f"{group.place} ({those})")
     failed = failures(groups)
-    if not any(group.ours and group.rivals for group in groups):
-        return failed.strip() or "No rival ran."
+    if not any(group.ours and group.baselines for group in groups):
+        return failed.strip() or "No baseline ran."
     if not places:
         told = "needs as little" if memory else "is as fast"
-        return f"No rival that ran {told} at any of these sizes.{failed}"
+        return f"No baseline that ran {told} at any of these sizes.{failed}"
     told = (
         "needs as little, or less" if memory else "is as fast, within fastclip's spread, or faster"
     )
-    return f"A rival {told} (fastclip / it) at: {'; '.join(places)}.{failed}"
+    return f"A baseline {told} (fastclip / it) at: {'; '.join(places)}.{failed}"
 
 
 def failures(groups: Sequence[Group]) -> str:
     """A further sentence where fastclip failed."""
     alone = "; ".join(group.place for group in groups if group.ours_failed)
-    return f" fastclip failed where a rival ran, at: {alone}." if alone else ""
+    return f" fastclip failed where a baseline ran, at: {alone}." if alone else ""
 
 
 def ratio(group: Group, row: Row) -> str:
-    """What fastclip takes over what a rival takes, as a cell."""
+    """What fastclip takes over what a baseline takes, as a cell."""
     found = group.ratio(row)
     return "" if found is None else f"{found:.2f}"
 

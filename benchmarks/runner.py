@@ -1,7 +1,7 @@
-"""Measuring rivals fairly: one process, interleaved rounds, medians with spread, errors beside.
+"""Measuring baselines fairly: one process, interleaved rounds, medians with spread, errors beside.
 
-Machines drift while they are measured; running A, B, C, A, B, C, ... lets every rival see the
-same drift, so that ratios of medians mean something. A rival that is not installed, runs out of
+Machines drift while they are measured; running A, B, C, A, B, C, ... lets every baseline see the
+same drift, so that ratios of medians mean something. A baseline that is not installed, runs out of
 memory or fails is a row that says so.
 """
 
@@ -19,15 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastclip.ops.chunks import chunk_rows, chunks
 from fastclip.ops.gemm import add_product, product
-from fastclip.ops.tiles import chunk_rows, chunks
 
 Inputs = list[Tensor]
 LossFunction = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
-class Rival:
+class Baseline:
     """Another way to the same loss: `build(inputs)` imports what it needs and returns it."""
 
     name: str
@@ -40,7 +40,7 @@ class Rival:
 
 @dataclass(frozen=True)
 class Operator:
-    """A loss to measure: inputs, fastclip's function, rivals and what the roof consists of.
+    """A loss to measure: inputs, fastclip's function, baselines and what the roof consists of.
 
     `make(n, width, scale)` returns float32 leaves, features first. `roof` holds the products of
     rows x rows x width that the plain exact way needs: (S, dX, dY).
@@ -49,7 +49,7 @@ class Operator:
     name: str
     make: Callable[[int, int, float], Inputs]
     ours: LossFunction
-    rivals: tuple[Rival, ...]
+    baselines: tuple[Baseline, ...]
     roof: tuple[int, int, int]
 
 
@@ -64,12 +64,12 @@ class Settings:
     warmup: int = 2
     device: str = "cpu"
     compiled: bool = True
-    """Whether rivals that compile first are included."""
+    """Whether baselines that compile first are included."""
 
 
 @dataclass
 class Row:
-    """One rival at one size: seconds forward and backward, bytes, and how exact it is.
+    """One baseline at one size: seconds forward and backward, bytes, and how exact it is.
 
     `ratio` is this median over fastclip's, `roof_share` the bare products' over this one. On a GPU
     the times are the device's; `host` is the median time in which the host queued the work, and
@@ -77,7 +77,7 @@ class Row:
     """
 
     operator: str
-    rival: str
+    baseline: str
     n: int
     width: int
     status: str = "ok"
@@ -111,24 +111,24 @@ def clustered(count: int, rows: int, width: int, correlation: float = 0.3) -> In
 
 
 def measure(operator: Operator, n: int, width: int, settings: Settings) -> list[Row]:
-    """All rivals of one operator at one size, fastclip first, the roof last."""
+    """All baselines of one operator at one size, fastclip first, the roof last."""
     inputs = leaves(operator, n, width, settings)
     exact = _exact_gradient(operator, inputs)
     rows: list[Row] = []
     runs: dict[str, Callable[[bool], None]] = {}
-    for rival in candidates(operator):
-        row = Row(operator.name, rival.name, n, width)
+    for baseline in candidates(operator):
+        row = Row(operator.name, baseline.name, n, width)
         rows.append(row)
-        row.status = why_not(rival, n, settings) or "ok"
+        row.status = why_not(baseline, n, settings) or "ok"
         if row.status == "ok":
-            runs[rival.name] = _try_out(rival, row, inputs, exact, settings)
+            runs[baseline.name] = _try_out(baseline, row, inputs, exact, settings)
     rows.append(Row(operator.name, ROOF, n, width))
     try:
         runs[ROOF] = _bare(operator, inputs, settings)
     except Exception as error:
         # without the bare products the losses' own times still count
         rows[-1].status = status_of(error)
-    alive = {row.rival: runs[row.rival] for row in rows if row.status == "ok"}
+    alive = {row.baseline: runs[row.baseline] for row in rows if row.status == "ok"}
     # forward alone says what evaluation costs
     forward = {name: lambda run=run: run(False) for name, run in alive.items() if name != ROOF}
     found, failed = interleave(forward, max(settings.rounds // 3, 3), settings)
@@ -152,17 +152,17 @@ def measure(operator: Operator, n: int, width: int, settings: Settings) -> list[
     return rows
 
 
-def candidates(operator: Operator) -> list[Rival]:
+def candidates(operator: Operator) -> list[Baseline]:
     """All that is measured of an operator, fastclip first."""
-    return [Rival("fastclip", lambda inputs: operator.ours), *operator.rivals]
+    return [Baseline("fastclip", lambda inputs: operator.ours), *operator.baselines]
 
 
-def why_not(rival: Rival, n: int, settings: Settings) -> str | None:
-    """The status of a rival that is not even tried at this size."""
-    if "compiled" in rival.name and not settings.compiled:
+def why_not(baseline: Baseline, n: int, settings: Settings) -> str | None:
+    """The status of a baseline that is not even tried at this size."""
+    if "compiled" in baseline.name and not settings.compiled:
         return "left out"
-    if rival.largest is not None and n > rival.largest:
-        return f"not tried beyond {rival.largest}"
+    if baseline.largest is not None and n > baseline.largest:
+        return f"not tried beyond {baseline.largest}"
     return None
 
 
@@ -197,7 +197,7 @@ def interleave(
                 past = hosts.get(name, [2e-3])[-1]
                 elapsed, queued = _timed(runs[name], settings.device, past)
             except Exception as error:
-                # a rival that fails is out; the others go on
+                # a baseline that fails is out; the others go on
                 failed[name] = status_of(error)
                 del seconds[name]
                 continue
@@ -260,15 +260,15 @@ def leaves(operator: Operator, n: int, width: int, settings: Settings) -> Inputs
 
 
 def _try_out(
-    rival: Rival, row: Row, inputs: Inputs, exact: Tensor | None, settings: Settings
+    baseline: Baseline, row: Row, inputs: Inputs, exact: Tensor | None, settings: Settings
 ) -> Callable[[bool], None]:
-    """Build a rival and run it twice: peak memory, error and whether its bits repeat."""
+    """Build a baseline and run it twice: peak memory, error and whether its bits repeat."""
 
     def nothing(backward: bool) -> None:
-        raise AssertionError("a rival that failed is not timed")
+        raise AssertionError("a baseline that failed is not timed")
 
     try:
-        loss_function = rival.build(inputs)
+        loss_function = baseline.build(inputs)
         first = gradient_of(loss_function, inputs, settings)
         before = reset_peak(settings.device)
         second = gradient_of(loss_function, inputs, settings)
@@ -278,7 +278,7 @@ def _try_out(
         row.status = status_of(error)
         return nothing
     if exact is not None:
-        row.error = relative(first, _across(exact, inputs[0]) if rival.normalizes else exact)
+        row.error = relative(first, _across(exact, inputs[0]) if baseline.normalizes else exact)
     row.repeatable = torch.equal(first, second)
 
     def run(backward: bool) -> None:
@@ -293,7 +293,7 @@ def _try_out(
 
 
 def status_of(error: Exception) -> str:
-    """What a row says of a rival that did not run."""
+    """What a row says of a baseline that did not run."""
     text = str(error).splitlines()[0][:80] if str(error) else ""
     if isinstance(error, ImportError):
         return f"missing: {text}"
@@ -368,7 +368,7 @@ def _across(gradient: Tensor, features: Tensor) -> Tensor:
 
 
 def _named(rows: Sequence[Row], name: str) -> Row:
-    return next(row for row in rows if row.rival == name)
+    return next(row for row in rows if row.baseline == name)
 
 
 # the fastest clock of today's GPUs: a sleep of so many cycles lasts at least a second

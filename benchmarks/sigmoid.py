@@ -1,10 +1,10 @@
-"""The SigLIP loss beside its rivals."""
+"""The SigLIP loss beside its baselines."""
 
 import torch
 from torch import Tensor
 
 from fastclip.bench.cross_entropy import on_cuda_only
-from fastclip.bench.runner import Inputs, LossFunction, Operator, Rival, clustered
+from fastclip.bench.runner import Baseline, Inputs, LossFunction, Operator, clustered
 from fastclip.functional import siglip_loss
 
 
@@ -39,9 +39,9 @@ OPERATORS = (
         _make,
         siglip_loss,
         (
-            Rival("open_clip", _open_clip),
-            Rival("open_clip compiled", _open_clip_compiled),
-            Rival("siglip_kernel", _siglip_kernel),
+            Baseline("open_clip", _open_clip),
+            Baseline("open_clip compiled", _open_clip_compiled),
+            Baseline("siglip_kernel", _siglip_kernel),
         ),
         (1, 1, 1),
     ),

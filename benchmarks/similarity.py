@@ -1,11 +1,11 @@
-"""The CLIP loss and one-direction InfoNCE beside their rivals."""
+"""The CLIP loss and one-direction InfoNCE beside their baselines."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import fastclip.bench.cross_entropy as cross_entropy
-from fastclip.bench.runner import Inputs, LossFunction, Operator, Rival, clustered
+from fastclip.bench.runner import Baseline, Inputs, LossFunction, Operator, clustered
 from fastclip.functional import clip_loss, info_nce_loss
 
 
@@ -48,10 +48,10 @@ OPERATORS = (
         _make,
         clip_loss,
         (
-            Rival("open_clip", _open_clip),
-            Rival("open_clip compiled", _open_clip_compiled),
-            *cross_entropy.rivals(" twice"),
-            Rival("inf_cl", _inf_cl),
+            Baseline("open_clip", _open_clip),
+            Baseline("open_clip compiled", _open_clip_compiled),
+            *cross_entropy.baselines(" twice"),
+            Baseline("inf_cl", _inf_cl),
         ),
         (2, 1, 1),
     ),
@@ -60,8 +60,8 @@ OPERATORS = (
         _make,
         info_nce_loss,
         (
-            Rival("cross_entropy", _cross_entropy),
-            *cross_entropy.rivals(),
+            Baseline("cross_entropy", _cross_entropy),
+            *cross_entropy.baselines(),
         ),
         (1, 1, 1),
     ),

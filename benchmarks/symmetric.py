@@ -1,9 +1,9 @@
-"""NT-Xent, MP-NCE and SupCon beside their rivals. n is the number of rows of all blocks."""
+"""NT-Xent, MP-NCE and SupCon beside their baselines. n is the number of rows of all blocks."""
 
 import torch
 from torch import Tensor
 
-from fastclip.bench.runner import Inputs, LossFunction, Operator, Rival, clustered
+from fastclip.bench.runner import Baseline, Inputs, LossFunction, Operator, clustered
 from fastclip.functional import mp_nce_loss, nt_xent_loss, sup_con_loss
 
 VIEWS_AND_TEXT = [0, 0, 0, 1]
@@ -100,20 +100,20 @@ OPERATORS = (
         _two_views,
         nt_xent_loss,
         (
-            Rival("lightly", _lightly, normalizes=True),
+            Baseline("lightly", _lightly, normalizes=True),
             # it forms positives x negatives: rows cubed
-            Rival("pytorch_metric_learning", _metric_learning_nt_xent, 256, normalizes=True),
+            Baseline("pytorch_metric_learning", _metric_learning_nt_xent, 256, normalizes=True),
         ),
         (2, 1, 0),
     ),
-    Operator("mp_nce", _views, _mp_nce, (Rival("dense", _dense_mp_nce),), (2, 1, 0)),
+    Operator("mp_nce", _views, _mp_nce, (Baseline("dense", _dense_mp_nce),), (2, 1, 0)),
     Operator(
         "sup_con",
         _labelled,
         _sup_con,
         (
-            Rival("dense", _dense_sup_con),
-            Rival("pytorch_metric_learning", _metric_learning_sup_con, normalizes=True),
+            Baseline("dense", _dense_sup_con),
+            Baseline("pytorch_metric_learning", _metric_learning_sup_con, normalizes=True),
         ),
         (2, 1, 0),
     ),

@@ -30,8 +30,9 @@ from fastclip.bench.runner import Settings, interleave, relative, status_of
 from fastclip.bench.trials import run_trials
 from fastclip.kernels import launch
 from fastclip.kernels.launch import Tiling
-from fastclip.ops.tiles import Lines, Running, Tile, Tiles, TorchTiles
-from fastclip.ops.triton_tiles import TritonTiles
+from fastclip.ops.tiles.base import LogSumExps, SoftmaxStats, Tile, Tiles
+from fastclip.ops.tiles.torch import TorchTiles
+from fastclip.ops.tiles.triton import TritonTiles
 
 CANDIDATES = {
     "16bit": [
@@ -123,13 +124,15 @@ def results(kernel: str, tiles: Tiles, tile: Tile, weight: Tensor) -> list[Tenso
     """What a kernel computes of one tile: log-sum-exps, or the entries of G."""
     rows, columns = len(tile.x_CD), len(tile.y_SD)
     if kernel == "statistics":
-        running = [Running.of(n, weight, weight.dtype) for n in (rows, columns)]
+        running = [SoftmaxStats.empty(n, weight, weight.dtype) for n in (rows, columns)]
         tiles.statistics(tile, *running)
         return [lines.lse() for lines in running]
     out = tiles.gradient_buffer(rows, tile.y_SD)
     if kernel == "gradient":
         lse = torch.full_like(weight, LSE)
-        tiles.gradient(tile, Lines(lse[:rows], weight[:rows]), Lines(lse, weight), out, True)
+        tiles.gradient(
+            tile, LogSumExps(lse[:rows], weight[:rows]), LogSumExps(lse, weight), out, True
+        )
     else:
         tiles.sigmoid(tile, weight[:rows], out)
     return [out[:, :columns]]

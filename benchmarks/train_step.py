@@ -84,7 +84,7 @@ class StepRow:
 
     model: str
     batch_size: int
-    rival: str
+    baseline: str
     steps: int
     status: str = "ok"
     p20: float | None = None
@@ -121,14 +121,14 @@ def measure(model: str, batch_size: int, settings: StepSettings) -> list[StepRow
         calls[name] = call
     how = Settings(warmup=settings.warmup, device=settings.device)
     times, failed = interleave(calls, settings.rounds, how)
-    named = {row.rival: row for row in rows}
+    named = {row.baseline: row for row in rows}
     for name, found in times.items():
         row, each = named[name], [seconds / steps for seconds in found]
         row.p20, row.p50, row.p80 = (quantile(each, q) for q in (0.2, 0.5, 0.8))
         row.samples_per_second = batch_size / row.p50
     theirs = named[THEIRS]
     for row in rows:
-        row.status = failed.get(row.rival, row.status)
+        row.status = failed.get(row.baseline, row.status)
         if row.p50 is not None and theirs.p50 is not None:
             row.ratio = theirs.p50 / row.p50
         if row.loss is not None and theirs.loss is not None:
@@ -321,7 +321,7 @@ def run(towers: Sequence[tuple[str, int]], settings: StepSettings) -> list[StepR
 
 
 def _line(row: StepRow) -> str:
-    start = f"{row.model:16} {row.batch_size:5}  {row.rival:27}"
+    start = f"{row.model:16} {row.batch_size:5}  {row.baseline:27}"
     if row.p20 is None or row.p50 is None or row.p80 is None:
         return f"{start} {row.status}"
     times = " ".join(f"{1e3 * seconds:9.2f}" for seconds in (row.p20, row.p50, row.p80))

@@ -29,6 +29,7 @@ SECTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
             "fastclip.functional.mp_nce_loss",
             "fastclip.functional.nt_xent_loss",
             "fastclip.functional.sup_con_loss",
+            "fastclip.functional.similarity_statistics",
         ),
     ),
     (

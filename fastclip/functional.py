@@ -36,18 +36,18 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from fastclip.ops import checks
+from fastclip.ops import checks, similarity
 from fastclip.ops.attention import attention as attention
 from fastclip.ops.attention import packed_attention as packed_attention
 from fastclip.ops.candidates import mean_left
 from fastclip.ops.collectives import Ranks, global_sum, ranks_of
 from fastclip.ops.info_nce import info_nce_sum
 from fastclip.ops.labels import label_statistics
+from fastclip.ops.numerics import softplus
+from fastclip.ops.problem import couples
 from fastclip.ops.sigmoid import sigmoid_loss
-from fastclip.ops.similarity import similarity_statistics
+from fastclip.ops.similarity import Statistics
 from fastclip.ops.symmetric import block_statistics
-from fastclip.ops.tiles import softplus
-from fastclip.ops.triangle import Blocks
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -102,7 +102,7 @@ def clip_loss(
         raise ValueError(f"label_smoothing is {label_smoothing}; give a number in [0, 1)")
     ranks = _ranks(dist, group, sizes, image_features)
     grouped = row_group is not None and column_group is not None
-    statistics = similarity_statistics(
+    statistics = similarity.similarity_statistics(
         image_features,
         text_features,
         logit_scale,
@@ -249,8 +249,8 @@ def info_nce_loss(
         raise ValueError(f"{query.shape[0]} queries but only {own} keys; give positive_index")
     positives: dict[str, Any] = {
         "positive_index": positive_index,
-        "first": 0 if in_batch else own,
-        "trainable": own,
+        "first_negative": 0 if in_batch else own,
+        "columns_with_gradient": own,
         "ranks": ranks,
     }
     options: dict[str, Any] = {
@@ -259,8 +259,8 @@ def info_nce_loss(
         "precision": precision,
     }
     if reduction == "none":
-        statistics = similarity_statistics(
-            query, keys, logit_scale, both=False, **positives, **options
+        statistics = similarity.similarity_statistics(
+            query, keys, logit_scale, column_statistics=False, **positives, **options
         )
         loss = softplus(statistics.row_lse - statistics.positive)
         margin = statistics.positive.detach() - statistics.row_max
@@ -345,7 +345,7 @@ def mp_nce_loss(
     lse_of, top_of = lse.reshape(blocks, -1), top.reshape(blocks, -1)
     losses: list[list[Tensor]] = [[] for _ in domains]
     hits = []
-    for index, couple in enumerate(Blocks(len(like), domains).couples()):
+    for index, couple in enumerate(couples(len(domains))):
         for block in couple:
             pair = softplus(lse_of[block] - positive[index])
             if weight is not None:
@@ -454,6 +454,84 @@ def sup_con_loss(
         return loss
     total, anchors = global_sum(torch.stack((loss.sum(), has_positive.sum().to(loss))), ranks)
     return total / anchors.detach().clamp(min=1) if reduction == "mean" else total
+
+
+def similarity_statistics(
+    rows: Tensor,
+    columns: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    column_statistics: bool = True,
+    positive_index: Tensor | None = None,
+    row_group: Tensor | None = None,
+    column_group: Tensor | None = None,
+    first_negative: int = 0,
+    columns_with_gradient: int | None = None,
+    means: bool = False,
+    backend: str = "auto",
+    chunk_bytes: int | None = None,
+    precision: str = "auto",
+    dist: Exchange | None = None,
+    group: ProcessGroup | None = None,
+    sizes: Sequence[int] | None = None,
+) -> Statistics:
+    """What softmax losses are made of, differentiable, for a loss of your own.
+
+    Of S = logit_scale * rows @ columns.T, which is never stored: the log-sum-exp and the maximum
+    of each row's and each column's negatives, the positive's logit, and means on request. Row i's
+    negatives are all columns but its positive and those left out by a group.
+
+    Args:
+        rows: (N, D), normalized.
+        columns: (M, D), normalized; column i belongs to row i, further ones are negatives.
+        logit_scale: 0-d or (1,) tensor, or a number: the inverse temperature.
+        column_statistics: whether columns have statistics too; needs M >= N.
+        positive_index: (N,) integers in [0, M), the rows' positives, not checked on the host; only
+            without column_statistics and groups.
+        row_group, column_group: (N,) and (M,) integer ids, both or neither; columns of a row's
+            group other than its positive are left out.
+        first_negative: columns before it are positives only; without column_statistics and dist.
+        columns_with_gradient: columns from it on get no gradient; None: all do; without dist.
+        means: whether row_mean and column_mean are wanted, over all columns and rows.
+        backend, chunk_bytes, precision, dist, group, sizes: see the module.
+
+    Returns:
+        A NamedTuple of row_lse, row_max, column_lse, column_max, positive, row_mean, column_mean,
+        each (N,) in float32 (float64 for float64 features), or empty where not asked for. The
+        log-sum-exp of a row without negatives is -inf. Maxima have no gradient.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or options that do not fit together.
+
+    Example:
+        >>> import torch
+        >>> from fastclip.functional import similarity_statistics
+        >>> images = texts = torch.eye(3)
+        >>> found = similarity_statistics(images, texts, 2.0)
+        >>> (found.row_lse - found.positive).mean()  # the positive left out of the denominator
+        tensor(-1.3069)
+    """
+    ranks = _ranks(dist, group, sizes, rows)
+    if ranks is not None and (first_negative or columns_with_gradient is not None):
+        raise ValueError(
+            "first_negative and columns_with_gradient are a process's own; leave out dist"
+        )
+    return similarity.similarity_statistics(
+        rows,
+        columns,
+        logit_scale,
+        column_statistics=column_statistics,
+        positive_index=positive_index,
+        row_group=row_group,
+        column_group=column_group,
+        first_negative=first_negative,
+        columns_with_gradient=columns_with_gradient,
+        means=means,
+        ranks=ranks,
+        backend=backend,
+        chunk_bytes=chunk_bytes,
+        precision=precision,
+    )
 
 
 def _check_reduction(reduction: str) -> None:

@@ -21,10 +21,35 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fast",
+        action="store_true",
+        help="no slow tests, none over processes, the first and the last case of each other",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Files with slow tests first: run side by side, one that comes last runs alone."""
+    if "fuzz" not in config.option.markexpr:
+        _leave_out(config, items, lambda item: item.get_closest_marker("fuzz") is not None)
+    if config.option.fast:
+        long = ("slow", "dist")
+        _leave_out(config, items, lambda item: any(map(item.get_closest_marker, long)))
+        cases: dict[tuple[Path, str], list[pytest.Item]] = {}
+        for item in items:
+            cases.setdefault((item.path, item.name.partition("[")[0]), []).append(item)
+        ends = {id(case) for found in cases.values() for case in (found[0], found[-1])}
+        _leave_out(config, items, lambda item: id(item) not in ends)
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def _leave_out(
+    config: pytest.Config, items: list[pytest.Item], unwanted: Callable[[pytest.Item], bool]
+) -> None:
+    config.hook.pytest_deselected(items=[item for item in items if unwanted(item)])
+    items[:] = [item for item in items if not unwanted(item)]
 
 
 def pytest_unconfigure() -> None:

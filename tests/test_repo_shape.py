@@ -57,6 +57,17 @@ def test_file_sizes() -> None:
     assert max(lengths.values()) <= 700, max(lengths, key=lengths.__getitem__)
 
 
+def test_operators_take_few_arguments() -> None:
+    """Options travel as a record; only public signatures spell them all out."""
+    for path in tracked("fastclip/ops/*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                given = node.args
+                count = len(given.posonlyargs) + len(given.args) + len(given.kwonlyargs)
+                is_public = "Args:" in (ast.get_docstring(node) or "")
+                assert count <= 12 or is_public, f"{path.name}: {node.name} has {count}"
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_go_one_way(path: Path) -> None:
     rank = RANKS[room_of(path)]

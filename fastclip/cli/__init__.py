@@ -22,7 +22,7 @@ COMMANDS = {
     "quickstart": "train and evaluate a small model on the embedded data",
     "convert": "make shards from other formats, caption them anew; checkpoints in and out",
     "plan": "count memory, bytes and FLOP of a global batch on many GPUs; choose a setting",
-    "bench": "measure losses, training steps and loading beside their rivals; tell and compare",
+    "bench": "measure losses, training steps and loading beside their baselines; tell and compare",
     "study": "ask a question of several training runs, in miniature; a table and a plot",
     "info": "versions, devices, and which implementation each operator uses",
 }

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from fastclip.functional import Exchange, clip_loss, info_nce_loss
-from fastclip.ops.collectives import average_gradient, check_way, gather_rows, scale_gradient
+from fastclip.ops.collectives import average_gradient, check_exchange, gather_rows, scale_gradient
 from fastclip.ops.distillation import distillation
 
 _NOT_THE_GRADIENT = {
@@ -62,7 +62,7 @@ class ClipLoss(nn.Module):
         chunk_bytes: int | None = None,
     ) -> None:
         super().__init__()
-        check_way(dist)
+        check_exchange(dist)
         if use_horovod:
             raise ValueError("use_horovod=True: Horovod is not supported, use torch.distributed")
         if world_size > 1 and not gather_with_grad:

@@ -8,7 +8,7 @@ from torch.distributed import ProcessGroup
 from fastclip.functional import Exchange, info_nce_loss
 from fastclip.losses.memory_bank import memory_bank
 from fastclip.ops.checks import check_positive
-from fastclip.ops.collectives import check_way
+from fastclip.ops.collectives import check_exchange
 
 
 class InfoNCELoss(nn.Module):
@@ -39,7 +39,7 @@ class InfoNCELoss(nn.Module):
         chunk_bytes: int | None = None,
     ) -> None:
         super().__init__()
-        check_way(dist)
+        check_exchange(dist)
         check_positive("temperature", temperature)
         self.temperature = temperature
         self.memory_bank = memory_bank(memory_bank_size)

@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup, is_initialized
 from fastclip.functional import Exchange, info_nce_loss, nt_xent_loss
 from fastclip.losses.memory_bank import memory_bank
 from fastclip.ops.checks import check_positive
-from fastclip.ops.collectives import check_way
+from fastclip.ops.collectives import check_exchange
 
 
 class NTXentLoss(nn.Module):
@@ -45,7 +45,7 @@ class NTXentLoss(nn.Module):
         chunk_bytes: int | None = None,
     ) -> None:
         super().__init__()
-        check_way(dist)
+        check_exchange(dist)
         check_positive("temperature", temperature)
         self.temperature = temperature
         self.memory_bank = memory_bank(memory_bank_size)

@@ -8,7 +8,7 @@ from torch.distributed import ProcessGroup
 
 from fastclip.functional import Exchange, sup_con_loss
 from fastclip.ops.checks import check_positive
-from fastclip.ops.collectives import check_way
+from fastclip.ops.collectives import check_exchange
 
 
 class SupConLoss(nn.Module):
@@ -36,7 +36,7 @@ class SupConLoss(nn.Module):
         chunk_bytes: int | None = None,
     ) -> None:
         super().__init__()
-        check_way(dist)
+        check_exchange(dist)
         check_positive("temperature", temperature)
         self.temperature = temperature
         self.options: dict[str, Any] = {

@@ -9,16 +9,17 @@ Shape suffixes: B batch, H heads, S lines, D head width.
 """
 
 import os
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from fastclip.ops import attention_reference as plain
 from fastclip.ops import backend as backends
 from fastclip.ops import checks
 from fastclip.ops.gemm import count_product
+from fastclip.ops.registration import Backward, Tensors, register
 
 WIDEST = 128
 
@@ -67,7 +68,7 @@ def attention(
         if chosen == "flash":
             return _flash(q, k, v, causal, scale)
         checks.refuse_transforms(q, k, v)
-        return _forward(q, k, v, key_lengths, causal, scale)[0]
+        return _attention(q, k, v, key_lengths, causal=causal, scale=scale, needs=())[0]
 
 
 def packed_attention(
@@ -102,7 +103,7 @@ def packed_attention(
         qkv = qkv.to(compute_dtype)
         if chosen == "triton":
             checks.refuse_transforms(qkv)
-            return _packed_forward(qkv, key_lengths, causal, scale)[0]
+            return _packed(qkv, key_lengths, causal=causal, scale=scale, needs=())[0]
     options: dict[str, Any] = {"causal": causal, "key_lengths": key_lengths, "scale": scale}
     out = attention(*_unpacked(qkv), **options, backend=chosen, precision="input")
     return out.transpose(1, 2)
@@ -156,157 +157,87 @@ def _choice(
     return "triton" if shape_key(length_q, length_k, width, dtype, causal) in faster else chosen
 
 
-@torch.library.custom_op("fastclip::attention", mutates_args=())
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    from fastclip.kernels.attention import forward
+class _Options(NamedTuple):
+    causal: bool
+    scale: float
+    needs: tuple[bool, ...]
 
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, **options: Any) -> Any:
     q, k, v = _readable(q, k, v)
     out = _like(q)
-    return out, forward(q, k, v, out, _as_int(lengths), scale, causal, _plan(q, k, causal))
+    return out, _write_output(q, k, v, out, lengths, _Options(**options))
 
 
-@_forward.register_fake
-def _(q, k, v, lengths, causal, scale):
-    return _like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+def _fake(inputs: Tensors, options: _Options) -> list[Tensor]:
+    q = inputs[0]
+    return [_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)]
 
 
-@torch.library.custom_op("fastclip::attention_backward", mutates_args=())
 def _gradient(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    upstream: Tensor,
-    lengths: Tensor | None,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = _like(q), _like(k), _like(v)
-    _write_gradient(q, k, v, out, lse, upstream, dq, dk, dv, lengths, causal, scale)
-    return dq, dk, dv
+    inputs: Tensors, saved: Tensors, upstream: Tensors, options: _Options
+) -> Sequence[Tensor]:
+    q, k, v, lengths = inputs
+    gradients = [_like(one) for one in (q, k, v)]
+    _write_gradient((q, k, v), (*saved, upstream[0]), gradients, lengths, options)
+    return gradients
 
 
-@_gradient.register_fake
-def _(q, k, v, *rest):
-    return _like(q), _like(k), _like(v)
-
-
-def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, lengths, causal, scale = inputs
-    ctx.save_for_backward(q, k, v, *output, lengths)
-    ctx.set_materialize_grads(False)
-    ctx.options = causal, scale
-
-
-def _backward(ctx: Any, upstream: Tensor | None, *rest: Any) -> tuple[Any, ...]:
-    if upstream is None:
-        return (None,) * 6
-    q, k, v, out, lse, lengths = ctx.saved_tensors
-    gradients = _gradient(q, k, v, out, lse, upstream, lengths, *ctx.options)
-    wanted = (g if w else None for g, w in zip(gradients, ctx.needs_input_grad[:3], strict=True))
-    return *wanted, None, None, None
-
-
-_forward.register_autograd(_backward, setup_context=_context)
-_gradient.register_autograd(checks.no_double_backward)
-
-
-@torch.library.custom_op("fastclip::packed_attention", mutates_args=())
-def _packed_forward(
-    qkv: Tensor, lengths: Tensor | None, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    from fastclip.kernels.attention import forward
-
+def _packed_forward(qkv: Tensor, lengths: Tensor | None, **options: Any) -> Any:
     q, k, v = _unpacked(_readable(qkv)[0])
     out = _like(q)
-    lse = forward(q, k, v, out, _as_int(lengths), scale, causal, _plan(q, k, causal))
+    lse = _write_output(q, k, v, out, lengths, _Options(**options))
     return out.transpose(1, 2), lse
 
 
-@_packed_forward.register_fake
-def _(qkv, lengths, causal, scale):
-    b, s, _, h, d = qkv.shape
-    return qkv.new_empty((b, s, h, d)), qkv.new_empty((b, h, s), dtype=torch.float32)
+def _packed_fake(inputs: Tensors, options: _Options) -> list[Tensor]:
+    b, s, _, h, d = inputs[0].shape
+    return [
+        inputs[0].new_empty((b, s, h, d)),
+        inputs[0].new_empty((b, h, s), dtype=torch.float32),
+    ]
 
 
-@torch.library.custom_op("fastclip::packed_attention_backward", mutates_args=())
 def _packed_gradient(
-    qkv: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    upstream: Tensor,
-    lengths: Tensor | None,
-    causal: bool,
-    scale: float,
-) -> Tensor:
+    inputs: Tensors, saved: Tensors, upstream: Tensors, options: _Options
+) -> Sequence[Tensor]:
+    qkv, lengths = inputs
+    out, lse = saved
     gradient = qkv.new_empty(qkv.shape)
-    _write_gradient(
-        *_unpacked(qkv),
-        out.transpose(1, 2),
-        lse,
-        upstream.transpose(1, 2),
-        *_unpacked(gradient),
-        lengths,
-        causal,
-        scale,
-    )
-    return gradient
+    results = out.transpose(1, 2), lse, upstream[0].transpose(1, 2)
+    _write_gradient(_unpacked(qkv), results, _unpacked(gradient), lengths, options)
+    return (gradient,)
 
 
-@_packed_gradient.register_fake
-def _(qkv, *rest):
-    return qkv.new_empty(qkv.shape)
-
-
-def _packed_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    qkv, lengths, causal, scale = inputs
-    ctx.save_for_backward(qkv, *output, lengths)
-    ctx.set_materialize_grads(False)
-    ctx.options = causal, scale
-
-
-def _packed_backward(ctx: Any, upstream: Tensor | None, *rest: Any) -> tuple[Any, ...]:
-    if upstream is None:
-        return (None,) * 4
-    qkv, out, lse, lengths = ctx.saved_tensors
-    return _packed_gradient(qkv, out, lse, upstream, lengths, *ctx.options), None, None, None
-
-
-_packed_forward.register_autograd(_packed_backward, setup_context=_packed_context)
-_packed_gradient.register_autograd(checks.no_double_backward)
-
-
-def _write_gradient(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    upstream: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    lengths: Tensor | None,
-    causal: bool,
-    scale: float,
-) -> None:
-    from fastclip.kernels.attention_gradient import gradient
-    from fastclip.kernels.attention_plans import gradient_plan
-
-    plan = gradient_plan(_key(q, k, causal), q.device)
-    q, k, v, upstream = _readable(q, k, v, upstream)
-    gradient(q, k, v, out, lse, upstream, dq, dk, dv, _as_int(lengths), scale, causal, plan)
-    _count(q, k, 5 if plan.whole else 7)
-
-
-def _plan(q: Tensor, k: Tensor, causal: bool) -> Any:
+def _write_output(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lengths: Tensor | None, options: _Options
+) -> Tensor:
+    """The attention into `out`, and the log-sum-exps of the scores."""
+    from fastclip.kernels.attention import forward
     from fastclip.kernels.attention_plans import forward_plan
 
     _count(q, k, 2)
-    return forward_plan(_key(q, k, causal), q.device)
+    plan = forward_plan(_key(q, k, options.causal), q.device)
+    return forward(q, k, v, out, _as_int(lengths), options.scale, options.causal, plan)
+
+
+def _write_gradient(
+    inputs: Tensors,
+    results: Tensors,
+    gradients: Tensors,
+    lengths: Tensor | None,
+    options: _Options,
+) -> None:
+    """Into dq, dk and dv, from q, k and v, and the output, its log-sum-exps and its gradient."""
+    from fastclip.kernels.attention_gradient import gradient
+    from fastclip.kernels.attention_plans import gradient_plan
+
+    (q, k, _), (out, lse, upstream) = inputs, results
+    plan = gradient_plan(_key(q, k, options.causal), q.device)
+    q, k, v, upstream = _readable(*inputs, upstream)
+    where = _as_int(lengths), options.scale, options.causal, plan
+    gradient(q, k, v, out, lse, upstream, *gradients, *where)
+    _count(q, k, 5 if plan.whole else 7)
 
 
 def _key(q: Tensor, k: Tensor, causal: bool) -> str:
@@ -391,31 +322,47 @@ def _check_options(
     return float(scale)
 
 
-def _flop(q_shape: Any, k_shape: Any, products: int) -> int:
-    b, h, s, d = q_shape
-    return products * 2 * b * h * s * k_shape[2] * d
+def _flop(shapes: Sequence[Any], products: int) -> int:
+    b, h, s, d = shapes[0]
+    return products * 2 * b * h * s * shapes[1][2] * d
 
 
-@register_flop_formula(torch.ops.fastclip.attention)
-def _forward_flop(q_shape, k_shape, *args, out_shape=None, **kwargs) -> int:
-    return _flop(q_shape, k_shape, 2)
+def _packed_flop(shapes: Sequence[Any], products: int) -> int:
+    b, s, _, h, d = shapes[0]
+    return products * 2 * b * h * s * s * d
 
 
-@register_flop_formula(torch.ops.fastclip.attention_backward)
-def _gradient_flop(q_shape, k_shape, *args, out_shape=None, **kwargs) -> int:
-    return _flop(q_shape, k_shape, 5)
-
-
-def _packed_flop(qkv_shape: Any, products: int) -> int:
-    b, s, _, h, d = qkv_shape
-    return _flop((b, h, s, d), (b, h, s, d), products)
-
-
-@register_flop_formula(torch.ops.fastclip.packed_attention)
-def _packed_forward_flop(qkv_shape, *args, out_shape=None, **kwargs) -> int:
-    return _packed_flop(qkv_shape, 2)
-
-
-@register_flop_formula(torch.ops.fastclip.packed_attention_backward)
-def _packed_gradient_flop(qkv_shape, *args, out_shape=None, **kwargs) -> int:
-    return _packed_flop(qkv_shape, 5)
+_attention = register(
+    "attention",
+    _forward,
+    inputs="q k v lengths?",
+    outputs=2,
+    record=_Options,
+    fake=_fake,
+    flop=lambda shapes, options: _flop(shapes, 2),
+    backward=Backward(
+        _gradient,
+        inputs=3,
+        saved=(0, 1),
+        constant=(1,),
+        flop=lambda shapes, options: _flop(shapes, 5),
+        fake=lambda inputs, options: [_like(one) for one in inputs[:3]],
+    ),
+)
+_packed = register(
+    "packed_attention",
+    _packed_forward,
+    inputs="qkv lengths?",
+    outputs=2,
+    record=_Options,
+    fake=_packed_fake,
+    flop=lambda shapes, options: _packed_flop(shapes, 2),
+    backward=Backward(
+        _packed_gradient,
+        inputs=1,
+        saved=(0, 1),
+        constant=(1,),
+        flop=lambda shapes, options: _packed_flop(shapes, 5),
+        fake=lambda inputs, options: [inputs[0].new_empty(inputs[0].shape)],
+    ),
+)

@@ -8,16 +8,17 @@ operator is its own backward.
 Shape suffixes: N own rows, M own columns, D width.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastclip.ops import checks
+from fastclip.ops import checks, problem
 from fastclip.ops.classes import Classes, slices
-from fastclip.ops.collectives import Ranks, plain, unplain
+from fastclip.ops.collectives import Ranks
 from fastclip.ops.columns import columns_of
+from fastclip.ops.problem import Options
+from fastclip.ops.registration import Backward, Tensors, register
 
 
 def mean_left(
@@ -33,7 +34,8 @@ def mean_left(
     if ranks is None:
         sums_ND, count_N = _outside(y_MD.double(), column_group_M, row_group_N)
     else:
-        sums_ND, count_N = _outside_of_all(y_MD, column_group_M, row_group_N, *plain(ranks))
+        options = problem.options(y_MD.dtype, "torch", 0, ranks)
+        sums_ND, count_N = _outside_of_all(y_MD, column_group_M, row_group_N, **options)
     own_N = column_group_M[:n] == row_group_N
     sums_ND = sums_ND + y_MD[:n].double() * own_N[:, None]
     return (x_ND.double() * sums_ND).sum(dim=1) / (count_N + own_N)
@@ -51,48 +53,45 @@ def _outside(y_MD: Tensor, group_M: Tensor, row_group_N: Tensor) -> tuple[Tensor
     return y_MD.sum(dim=0) - sums[found] * there[:, None], len(y_MD) - counts[found] * there
 
 
-@torch.library.custom_op("fastclip::outside_of_all", mutates_args=())
-def _outside_of_all(
-    y: Tensor,
-    group_of_y: Tensor,
-    row_group: Tensor,
-    way: str,
-    group: str,
-    sizes: Sequence[int],
-) -> tuple[Tensor, Tensor]:
+def _of_all(y: Tensor, group_of_y: Tensor, row_group: Tensor, **options: Any) -> tuple[Tensor, ...]:
     """`_outside` among the columns of all ranks, which travel in their own dtype."""
-    columns = columns_of(unplain(way, group, sizes), [len(y)])
+    columns = columns_of(Options(**options).ranks, [len(y)])
     with checks.without_autocast(y.device):
-        classes = Classes(row_group, columns.all_lines(group_of_y))
+        classes = Classes(row_group, columns.of_all_ranks(group_of_y))
         sums = y.new_zeros((len(row_group), y.shape[1]), dtype=torch.float64)
         total = y.new_zeros(y.shape[1], dtype=torch.float64)
         for part in columns.parts(y, columns.collect(y)):
-            for place in slices(part.features):
-                rows = part.features[:, place].double()
-                total[place] += rows.sum(dim=0)
-                sums[:, place] -= classes.sum(rows, part.segments[0].column)
+            for width in slices(part.features):
+                rows = part.features[:, width].double()
+                total[width] += rows.sum(dim=0)
+                sums[:, width] -= classes.sum(rows, part.segments[0].column)
         return sums.add_(total), columns.layout.columns() - 1 - classes.others
 
 
-@_outside_of_all.register_fake
-def _(y, group_of_y, row_group, *rest):
+def _fake(inputs: Tensors, options: Options) -> list[Tensor]:
+    y, _, row_group = inputs
     sums = y.new_empty((len(row_group), y.shape[1]), dtype=torch.float64)
-    return sums, row_group.new_empty(len(row_group), dtype=torch.int64)
+    return [sums, row_group.new_empty(len(row_group), dtype=torch.int64)]
 
 
-def _keep_groups(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    y, group_of_y, row_group, *ctx.where = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(group_of_y, row_group)
-    ctx.dtype = y.dtype
-
-
-def _swap_sides(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    group_of_y, row_group = ctx.saved_tensors
+def _swap_sides(
+    inputs: Tensors, saved: Tensors, upstream: Tensors, options: Options
+) -> tuple[Tensor]:
+    y, group_of_y, row_group = inputs
     # sent in float32 at least: float16 would flush a gradient to zero
-    upstream = upstream.to(torch.promote_types(ctx.dtype, torch.float32))
-    gradient, _ = _outside_of_all(upstream, row_group, group_of_y, *ctx.where)
-    return gradient.to(ctx.dtype), *(None,) * 5
+    d_sums = upstream[0].to(torch.promote_types(y.dtype, torch.float32))
+    return (_of_all(d_sums, row_group, group_of_y, **options._asdict())[0],)
 
 
-_outside_of_all.register_autograd(_swap_sides, setup_context=_keep_groups)
+_outside_of_all = register(
+    "outside_of_all",
+    _of_all,
+    inputs="y group_of_y row_group",
+    outputs=2,
+    record=Options,
+    fake=_fake,
+    flop=lambda shapes, options: 0,
+    backward=Backward(
+        _swap_sides, inputs=1, saved=(), constant=(1,), flop=lambda shapes, options: 0
+    ),
+)

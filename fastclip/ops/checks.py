@@ -167,9 +167,41 @@ def refuse_transforms(*inputs: Tensor) -> None:
             )
 
 
-def no_double_backward(ctx: object, *upstream: Tensor | None) -> None:
-    """Registered as the backward of backward operators."""
-    raise RuntimeError(
-        "fastclip's fused operators are differentiable once; use backend='reference' "
-        "for second derivatives"
-    )
+def check_pair(x: Tensor, y: Tensor, compute_dtype: torch.dtype) -> None:
+    """Both sides' features, for every operator with two."""
+    check_features("first features", x)
+    check_features("second features", y)
+    check_alike(x, y, compute_dtype)
+
+
+def check_positives(
+    x: Tensor,
+    y: Tensor,
+    column_statistics: bool,
+    positive_index: Tensor | None,
+    row_group: Tensor | None,
+    column_group: Tensor | None,
+    first_negative: int,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Positives and groups that fit the features; returned as the operators take them."""
+    n, m = x.shape[0], y.shape[0]
+    if positive_index is None and m < n:
+        raise ValueError(
+            f"{n} rows but only {m} columns; row i needs column i as its positive, further "
+            "columns are hard negatives"
+        )
+    if not 0 <= first_negative <= m:
+        raise ValueError(f"negatives begin at column {first_negative} of {m}")
+    if positive_index is not None:
+        if column_statistics or row_group is not None or column_group is not None:
+            raise ValueError("positive_index is for rows alone: no column_statistics, no groups")
+        check_ids("positive_index", positive_index, n, x.device)
+        positive_index = positive_index.contiguous().long()
+    if (row_group is None) != (column_group is None):
+        raise ValueError("give both row_group and column_group, or neither")
+    if row_group is None or column_group is None:
+        return positive_index, None, None
+    check_ids("row_group", row_group, n, x.device)
+    check_ids("column_group", column_group, m, x.device)
+    dtype = torch.promote_types(row_group.dtype, column_group.dtype)
+    return positive_index, row_group.to(dtype).contiguous(), column_group.to(dtype).contiguous()

@@ -6,8 +6,8 @@ Shape suffixes: M rows, N own rows, R rows of a part, D width.
 import torch
 from torch import Tensor
 
-from fastclip.ops.rectangle import add_rows_
-from fastclip.ops.tiles import chunks
+from fastclip.ops.chunks import chunks
+from fastclip.ops.passes import add_rows_
 
 ROWS_OF_A_PART = 256
 # of a slice of the width that classes are summed over, on the CPU and on a GPU

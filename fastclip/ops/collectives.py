@@ -1,17 +1,17 @@
 """What the processes that share a batch send to each other, and a count of it.
 
-A rank owns the rows of its samples. Two ways bring it the columns of the others:
+A rank owns the rows of its samples. Two exchanges bring it the columns of the others:
 
     gather  all columns at once; partial gradients go home in one all-to-all
     ring    one rank's columns after the other, the next under way while a block is computed;
             each block's partial gradient is sent straight home: memory O(n D)
 
-Either way only one side of S travels. Maxima and sums of columns (8 bytes a column) go to their
+In both only one side of S travels. Maxima and sums of columns (8 bytes a column) go to their
 owners, and what their gradient needs is gathered from there (8 bytes again). Partial gradients
 travel in the features' dtype (`columns.exchange_dtype`); their owner sums them in the
-accumulator's, in a fixed order, so a partial is rounded once and the same bits come out every time.
+accumulator's, in a fixed order, so a partial is rounded once and results are bitwise reproducible.
 
-`columns.py` holds the walks' view of it. Processes may have different numbers of rows.
+`columns.py` holds the operators' view of it. Processes may have different numbers of rows.
 """
 
 import os
@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-WAYS = ("gather", "ring")
+EXCHANGES = ("gather", "ring")
 CHECK_SIZES = "FASTCLIP_CHECK_SIZES"
 # renamed in torch 2.14
 _ALL_GATHER = (
@@ -66,10 +66,10 @@ def _received(tensor: Tensor, share: float = 1.0) -> None:
 class Ranks(NamedTuple):
     """The processes that share a batch, as plain values, which operators and graphs can hold.
 
-    way: "gather" or "ring"; group: the process group's name; sizes: the rows of every rank.
+    exchange: "gather" or "ring"; group: the process group's name; sizes: the rows of every rank.
     """
 
-    way: str
+    exchange: str
     group: str
     sizes: tuple[int, ...]
     rank: int
@@ -96,18 +96,18 @@ class Ranks(NamedTuple):
         return tuple(size * (columns // own) for size in self.sizes)
 
 
-def check_way(way: str | None) -> None:
+def check_exchange(exchange: str | None) -> None:
     """The `dist` of a loss.
 
     Raises:
-        ValueError: it is none of `WAYS`, nor None.
+        ValueError: it is none of `EXCHANGES`, nor None.
     """
-    if way is not None and way not in WAYS:
-        raise ValueError(f"dist is {way!r}; use 'gather', 'ring' or None")
+    if exchange is not None and exchange not in EXCHANGES:
+        raise ValueError(f"dist is {exchange!r}; use 'gather', 'ring' or None")
 
 
 def ranks_of(
-    way: str | None,
+    exchange: str | None,
     group: dist.ProcessGroup | None,
     sizes: Sequence[int] | None,
     rows: int,
@@ -115,7 +115,7 @@ def ranks_of(
     """The `dist`, `group` and `sizes` arguments of a loss; None where one process works alone.
 
     Args:
-        way: "gather", "ring" or None.
+        exchange: "gather", "ring" or None.
         group: the process group; None is the default one.
         sizes: rows of every rank; None means that all have as many as this one.
         rows: this rank's.
@@ -124,11 +124,11 @@ def ranks_of(
         ValueError: the arguments do not fit together, or no process group exists; with
             FASTCLIP_CHECK_SIZES=1 also: the ranks have other rows than `sizes` says.
     """
-    if way is None:
+    if exchange is None:
         if group is not None or sizes is not None:
             raise ValueError("group and sizes are for losses over several processes; give dist")
         return None
-    check_way(way)
+    check_exchange(exchange)
     name, rank, world = _place(group)
     shares = (rows,) * world if sizes is None else tuple(sizes)
     compare_sizes("rows", rows, shares, name)
@@ -137,7 +137,7 @@ def ranks_of(
             f"sizes are {shares} with {rows} rows on rank {rank} of {world}; give every rank's "
             "rows, each at least 1"
         )
-    return None if world == 1 else Ranks(way, name, shares, rank)
+    return None if world == 1 else Ranks(exchange, name, shares, rank)
 
 
 @torch.compiler.assume_constant_result  # a graph is compiled for the processes that share it
@@ -191,14 +191,9 @@ def check_columns(ranks: Ranks | None, columns: int) -> None:
         compare_sizes("columns", columns, ranks.columns(columns), ranks.group)
 
 
-def plain(ranks: Ranks | None) -> tuple[str, str, list[int]]:
-    """`ranks` as the arguments of an operator."""
-    return ("", "", []) if ranks is None else (ranks.way, ranks.group, list(ranks.sizes))
-
-
-def unplain(way: str, group: str, sizes: Sequence[int]) -> Ranks | None:
-    """The inverse of `plain`."""
-    return Ranks(way, group, tuple(sizes), dist.get_rank(_handle(group))) if way else None
+def rank_in(group: str) -> int:
+    """This process's rank in the group of that name."""
+    return dist.get_rank(_handle(group))
 
 
 def _check_initialized() -> None:
@@ -243,7 +238,7 @@ def all_rows(group: str, own: Tensor, sizes: Sequence[int], out: Tensor | None =
     return torch.cat([part[:size] for part, size in parts], out=out)
 
 
-def to_owners(group: str, outgoing: Tensor, sizes: Sequence[int], rank: int) -> list[Tensor]:
+def all_to_all_rows(group: str, outgoing: Tensor, sizes: Sequence[int], rank: int) -> list[Tensor]:
     """What every other rank had for this one, in their order.
 
     Args:
@@ -372,7 +367,7 @@ def _(features, group, sizes, rank):
 def _gather_rows_gradient(upstream: Tensor, group: str, sizes: Sequence[int], rank: int) -> Tensor:
     own, others = without(upstream, sizes, rank)
     total = own.clone()
-    for received in to_owners(group, others, sizes, rank):
+    for received in all_to_all_rows(group, others, sizes, rank):
         total += received
     return total
 

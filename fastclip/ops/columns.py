@@ -1,8 +1,8 @@
 """Where the columns of S come from: this process, all processes at once, or one after the other.
 
 Columns stand in blocks (views and texts; true captions and hard negatives), and inside a block
-in the order of the ranks. A walk asks for parts, each some columns with their features, and gives
-back each part's gradient; `own_gradient` then is the sum for this rank's columns.
+in the order of the ranks. A loop over S asks for parts, each some columns with their features, and
+gives back each part's gradient; `own_gradient` then is the sum for this rank's columns.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from torch import Tensor
 from fastclip.ops import collectives
 from fastclip.ops.collectives import Ranks, Swap
 from fastclip.ops.gemm import accumulator_dtype
-from fastclip.ops.tiles import Running
+from fastclip.ops.tiles.base import SoftmaxStats
 
 _FEATURES, _GRADIENTS = 1, 2  # tags of the two kinds of tensors that travel at a time
 
@@ -80,18 +80,18 @@ class Columns(Protocol):
         """All columns, part by part; a part is valid until the next is asked for."""
 
     def give(self, part: Part, gradient: Tensor, dtype: torch.dtype) -> None:
-        """The gradient of a part, to be sent in `dtype`; it is spent."""
+        """The gradient of a part, to be sent in `dtype`; it may be overwritten."""
 
     def own_gradient(self) -> Tensor:
         """The sum of what all ranks gave for this rank's columns."""
 
-    def own_lines(self, lines: Running) -> Running:
+    def own_statistics(self, found: SoftmaxStats) -> SoftmaxStats:
         """Statistics of this rank's columns of the first block, from every rank's of all."""
 
-    def all_lines(self, own: Tensor) -> Tensor:
-        """Lines (own columns, ...) of every rank in the order of the columns.
+    def of_all_ranks(self, own: Tensor) -> Tensor:
+        """What every rank has for its columns, (own columns, ...), in the order of the columns.
 
-        Rows may be those of the first block only.
+        It may be of the first block only.
         """
 
     def sum(self, own: Tensor) -> Tensor:
@@ -101,12 +101,12 @@ class Columns(Protocol):
 def columns_of(ranks: Ranks | None, blocks: Sequence[int]) -> Columns:
     """The source for these ranks, where this one has blocks[b] columns in block b."""
     if ranks is None:
-        return Alone(Layout(tuple((size,) for size in blocks), 0))
+        return LocalColumns(Layout(tuple((size,) for size in blocks), 0))
     layout = Layout(tuple(ranks.columns(size) for size in blocks), ranks.rank)
-    return (Gathered if ranks.way == "gather" else Ring)(layout, ranks.group)
+    return (Gathered if ranks.exchange == "gather" else Ring)(layout, ranks.group)
 
 
-class Alone:
+class LocalColumns:
     """One process: its columns are all."""
 
     def __init__(self, layout: Layout) -> None:
@@ -126,10 +126,10 @@ class Alone:
         assert self._gradient is not None
         return self._gradient
 
-    def own_lines(self, lines: Running) -> Running:
-        return lines
+    def own_statistics(self, found: SoftmaxStats) -> SoftmaxStats:
+        return found
 
-    def all_lines(self, own: Tensor) -> Tensor:
+    def of_all_ranks(self, own: Tensor) -> Tensor:
         return own
 
     def sum(self, own: Tensor) -> Tensor:
@@ -137,29 +137,29 @@ class Alone:
 
 
 class _Shared:
-    """What both ways over several processes have in common."""
+    """What both exchanges have in common."""
 
     def __init__(self, layout: Layout, group: str) -> None:
         self.layout, self.group, self.rank = layout, group, layout.rank
         self.world = len(layout.sizes[0])
 
-    def own_lines(self, lines: Running) -> Running:
+    def own_statistics(self, found: SoftmaxStats) -> SoftmaxStats:
         sizes = self.layout.sizes[0]
-        own, others = collectives.without(torch.stack(lines, dim=1), sizes, self.rank)
-        received = collectives.to_owners(self.group, others, sizes, self.rank)
+        own, others = collectives.without(torch.stack(found, dim=1), sizes, self.rank)
+        received = collectives.all_to_all_rows(self.group, others, sizes, self.rank)
         received.insert(self.rank, own)
-        merged = Running.of(sizes[self.rank], lines.max, lines.max.dtype)
+        merged = SoftmaxStats.empty(sizes[self.rank], found.max, found.max.dtype)
         for pairs in received:
             merged.merge_(*pairs.unbind(dim=1))
         return merged
 
-    def all_lines(self, own: Tensor) -> Tensor:
-        found = [
+    def of_all_ranks(self, own: Tensor) -> Tensor:
+        parts = [
             collectives.all_rows(self.group, own[s.start : s.stop], self.layout.sizes[s.block])
             for s in self.layout.of_rank(self.rank)
             if s.start < len(own)
         ]
-        return torch.cat(found) if len(found) > 1 else found[0]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def sum(self, own: Tensor) -> Tensor:
         return collectives.sum_over_ranks(self.group, own)
@@ -195,7 +195,7 @@ class Gathered(_Shared):
             for s in self.layout.of_rank(rank):
                 length = s.stop - s.start
                 block[s.start : s.stop] = gradient[s.column : s.column + length]
-        received = collectives.to_owners(self.group, outgoing, sizes, self.rank)
+        received = collectives.all_to_all_rows(self.group, outgoing, sizes, self.rank)
         received.insert(self.rank, own)
         self._gradient = torch.zeros_like(own)
         for block in received:

@@ -11,17 +11,18 @@ gradient. Six products forward and backward, two of them of the teacher's width.
 Shape suffixes: N pairs, D and E widths of student and teacher, C rows of one chunk.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastclip.ops import backend as backends
 from fastclip.ops import checks, reference
+from fastclip.ops.chunks import chunk_rows, chunks
 from fastclip.ops.gemm import accumulator_dtype, add_product, as_operand, product
-from fastclip.ops.similarity import check_pair
-from fastclip.ops.tiles import away_from_zero, chunk_rows, chunks
+from fastclip.ops.numerics import away_from_zero
+from fastclip.ops.registration import Backward, Tensors, register
 
 
 def distillation(
@@ -51,9 +52,9 @@ def distillation(
     """
     compute_dtype = checks.compute_dtype_of(x, precision)
     chunk = checks.chunk_argument(chunk_bytes)
-    check_pair(x, y, compute_dtype)
+    checks.check_pair(x, y, compute_dtype)
     teacher_dtype = checks.compute_dtype_of(teacher_x, precision)
-    check_pair(teacher_x, teacher_y, teacher_dtype)
+    checks.check_pair(teacher_x, teacher_y, teacher_dtype)
     if len({t.shape[0] for t in (x, y, teacher_x, teacher_y)}) != 1:
         counts = [t.shape[0] for t in (x, y, teacher_x, teacher_y)]
         raise ValueError(f"student and teacher have {counts} rows; all need the same number")
@@ -72,43 +73,63 @@ def distillation(
             "the teacher requires a gradient; compute its features under torch.no_grad(), or use "
             "backend='reference' to train it too"
         )
-    row, column, *_ = _distillation(*inputs, compute_dtype, teacher_dtype, chunk)
+    row, column, *_ = _distillation(
+        *inputs, dtype=compute_dtype, teacher_dtype=teacher_dtype, chunk_bytes=chunk, needs=()
+    )
     return row, column
 
 
-@torch.library.custom_op("fastclip::distillation", mutates_args=())
-def _distillation(
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    teacher_x: Tensor,
-    teacher_y: Tensor,
-    teacher_scale: Tensor,
-    compute_dtype: torch.dtype,
-    teacher_dtype: torch.dtype,
-    chunk_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    with checks.without_autocast(x.device):
-        walk = _Walk(
-            x,
-            y,
-            scale,
-            teacher_x,
-            teacher_y,
-            teacher_scale,
-            compute_dtype,
-            teacher_dtype,
-            chunk_bytes,
+class _Options(NamedTuple):
+    dtype: torch.dtype
+    teacher_dtype: torch.dtype
+    chunk_bytes: int
+    needs: tuple[bool, ...]
+
+
+class _Problem:
+    """S and T in chunks of rows, in two buffers that every step may overwrite."""
+
+    def __init__(self, inputs: Tensors, options: _Options) -> None:
+        x, y, scale, teacher_x, teacher_y, teacher_scale = inputs
+        self.dtype = accumulator_dtype(options.dtype)
+        self.x_ND, self.y_ND = (as_operand(t.to(options.dtype)) for t in (x, y))
+        # the teacher is rounded to its own dtype, and held as the student where that is wider
+        self.u_NE, self.v_NE = (
+            as_operand(t.to(options.teacher_dtype)) for t in (teacher_x, teacher_y)
         )
-        n, dtype = walk.n, walk.dtype
+        if self.u_NE.dtype != torch.bfloat16:
+            self.u_NE, self.v_NE = self.u_NE.to(self.dtype), self.v_NE.to(self.dtype)
+        self.scale, self.teacher_scale = (
+            away_from_zero(s.reshape(()), self.dtype) for s in (scale, teacher_scale)
+        )
+        self.n, device = x.shape[0], x.device.type
+        size = options.chunk_bytes
+        self.chunk = chunk_rows(self.n, self.n, self.dtype.itemsize, size, device)
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        S_buffer, T_buffer = (
+            self.x_ND.new_empty((self.chunk, self.n), dtype=self.dtype) for _ in range(2)
+        )
+        for start, stop in chunks(0, self.n, self.chunk):
+            S_CN, T_CN = S_buffer[: stop - start], T_buffer[: stop - start]
+            product(self.x_ND[start:stop], self.y_ND.T, out=S_CN).mul_(self.scale)
+            product(self.u_NE[start:stop], self.v_NE.T, out=T_CN).mul_(self.teacher_scale)
+            yield slice(start, stop), S_CN, T_CN
+
+
+def _forward(*inputs: Tensor, **options: Any) -> tuple[Tensor, ...]:
+    x = inputs[0]
+    with checks.without_autocast(x.device):
+        asked = _Problem(inputs, _Options(**options))
+        n, dtype = asked.n, asked.dtype
         lse_N, teacher_lse_N, mean_N = (x.new_empty(n, dtype=dtype) for _ in range(3))
         maximum, teacher_maximum = (x.new_full((n,), -torch.inf, dtype=dtype) for _ in range(2))
         total, teacher_total, weighted = (x.new_zeros(n, dtype=dtype) for _ in range(3))
-        for start, stop, S_CN, T_CN in walk:
-            lse_N[start:stop] = S_CN.logsumexp(dim=1)
-            teacher_lse_N[start:stop] = T_CN.logsumexp(dim=1)
+        for rows, S_CN, T_CN in asked:
+            lse_N[rows] = S_CN.logsumexp(dim=1)
+            teacher_lse_N[rows] = T_CN.logsumexp(dim=1)
             P_CN = torch.softmax(T_CN, dim=1)
-            mean_N[start:stop] = P_CN.mul_(S_CN).sum(dim=1)
+            mean_N[rows] = P_CN.mul_(S_CN).sum(dim=1)
             # columns, over the chunks so far
             found = torch.maximum(teacher_maximum, T_CN.amax(dim=0))
             T_CN.sub_(found).exp_()
@@ -126,118 +147,57 @@ def _distillation(
     return row, column, lse_N, column_lse_N, teacher_lse_N, teacher_column_lse_N
 
 
-@_distillation.register_fake
-def _(x, y, scale, teacher_x, teacher_y, teacher_scale, dtype, *rest):
-    return tuple(x.new_empty(x.shape[0], dtype=accumulator_dtype(dtype)) for _ in range(6))
+def _fake(inputs: Tensors, options: _Options) -> list[Tensor]:
+    x = inputs[0]
+    return [x.new_empty(x.shape[0], dtype=accumulator_dtype(options.dtype)) for _ in range(6)]
 
 
-@torch.library.custom_op("fastclip::distillation_backward", mutates_args=())
-def _distillation_backward(
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    teacher_x: Tensor,
-    teacher_y: Tensor,
-    teacher_scale: Tensor,
-    row_lse: Tensor,
-    column_lse: Tensor,
-    teacher_row_lse: Tensor,
-    teacher_column_lse: Tensor,
-    d_row: Tensor,
-    d_column: Tensor,
-    compute_dtype: torch.dtype,
-    teacher_dtype: torch.dtype,
-    chunk_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _gradient(
+    inputs: Tensors, saved: Tensors, upstream: Tensors, options: _Options
+) -> tuple[Tensor | None, ...]:
+    x, y, *_ = inputs
+    lse_N, column_lse_N, teacher_lse_N, teacher_column_lse_N = saved
+    d_row_N, d_column_N = (torch.zeros_like(lse_N) if one is None else one for one in upstream)
     with checks.without_autocast(x.device):
-        walk = _Walk(
-            x,
-            y,
-            scale,
-            teacher_x,
-            teacher_y,
-            teacher_scale,
-            compute_dtype,
-            teacher_dtype,
-            chunk_bytes,
-        )
-        dx_ND = x.new_empty(x.shape, dtype=walk.dtype)
-        dy_ND = y.new_zeros(y.shape, dtype=walk.dtype)
-        dscale_N = x.new_empty(walk.n, dtype=walk.dtype)
-        for start, stop, S_CN, T_CN in walk:
-            rows = slice(start, stop)
-            G_CN = torch.exp(S_CN - row_lse[rows, None]).sub_(
-                (T_CN - teacher_row_lse[rows, None]).exp_()
+        asked = _Problem(inputs, options)
+        dx_ND = x.new_empty(x.shape, dtype=asked.dtype)
+        dy_ND = y.new_zeros(y.shape, dtype=asked.dtype)
+        dscale_N = x.new_empty(asked.n, dtype=asked.dtype)
+        for rows, S_CN, T_CN in asked:
+            G_CN = torch.exp(S_CN - lse_N[rows, None]).sub_(
+                (T_CN - teacher_lse_N[rows, None]).exp_()
             )
-            G_CN.mul_(d_row[rows, None])
-            column_CN = torch.exp(S_CN - column_lse).sub_(T_CN.sub_(teacher_column_lse).exp_())
-            G_CN.addcmul_(column_CN, d_column)
+            G_CN.mul_(d_row_N[rows, None])
+            column_CN = torch.exp(S_CN - column_lse_N).sub_(T_CN.sub_(teacher_column_lse_N).exp_())
+            G_CN.addcmul_(column_CN, d_column_N)
             dscale_N[rows] = S_CN.mul_(G_CN).sum(dim=1)
-            G_CN = G_CN.mul_(walk.scale).to(walk.x_ND.dtype)
-            product(G_CN, walk.y_ND, out=dx_ND[rows])
-            add_product(dy_ND, G_CN.T, walk.x_ND[rows])
-    return (
-        dx_ND.to(x.dtype),
-        dy_ND.to(y.dtype),
-        (dscale_N.sum() / walk.scale).to(scale.dtype).reshape(scale.shape),
-    )
+            G_CN = G_CN.mul_(asked.scale).to(asked.x_ND.dtype)
+            product(G_CN, asked.y_ND, out=dx_ND[rows])
+            add_product(dy_ND, G_CN.T, asked.x_ND[rows])
+    found = dx_ND, dy_ND, dscale_N.sum() / asked.scale
+    return tuple(g if need else None for g, need in zip(found, options.needs, strict=True))
 
 
-@_distillation_backward.register_fake
-def _(x, y, scale, *rest):
-    return tuple(t.new_empty(t.shape) for t in (x, y, scale))
+def _flop(shapes: Sequence[Any], options: _Options) -> int:
+    """S and T, once."""
+    (n, d), (_, e) = shapes[0], shapes[3]
+    return 2 * n * n * (d + e)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.mark_non_differentiable(*output[2:])
-    ctx.save_for_backward(*inputs[:6], *output[2:])
-    ctx.options = inputs[6:]
+def _gradient_flop(shapes: Sequence[Any], options: _Options) -> int:
+    (n, d), (_, e) = shapes[0], shapes[3]
+    return 2 * n * n * (3 * d + e)
 
 
-def _autograd_backward(ctx: Any, d_row: Tensor, d_column: Tensor, *_: Any) -> tuple[Any, ...]:
-    gradients = _distillation_backward(*ctx.saved_tensors, d_row, d_column, *ctx.options)
-    needs = ctx.needs_input_grad[:3]
-    wanted = (g if need else None for g, need in zip(gradients, needs, strict=True))
-    return *wanted, *(None,) * 6
-
-
-_distillation.register_autograd(_autograd_backward, setup_context=_setup_context)
-_distillation_backward.register_autograd(checks.no_double_backward)
-
-
-class _Walk:
-    """Chunks of rows of S and T, in two buffers that every step may spend."""
-
-    def __init__(
-        self,
-        x: Tensor,
-        y: Tensor,
-        scale: Tensor,
-        teacher_x: Tensor,
-        teacher_y: Tensor,
-        teacher_scale: Tensor,
-        compute_dtype: torch.dtype,
-        teacher_dtype: torch.dtype,
-        chunk_bytes: int,
-    ) -> None:
-        self.dtype = accumulator_dtype(compute_dtype)
-        self.x_ND, self.y_ND = (as_operand(t.to(compute_dtype)) for t in (x, y))
-        # the teacher is rounded to its own dtype, and held as the student where that is wider
-        self.u_NE, self.v_NE = (as_operand(t.to(teacher_dtype)) for t in (teacher_x, teacher_y))
-        if self.u_NE.dtype != torch.bfloat16:
-            self.u_NE, self.v_NE = self.u_NE.to(self.dtype), self.v_NE.to(self.dtype)
-        self.scale, self.teacher_scale = (
-            away_from_zero(s.reshape(()), self.dtype) for s in (scale, teacher_scale)
-        )
-        self.n = x.shape[0]
-        self.chunk = chunk_rows(self.n, self.n, self.dtype.itemsize, chunk_bytes, x.device.type)
-
-    def __iter__(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-        S_buffer, T_buffer = (
-            self.x_ND.new_empty((self.chunk, self.n), dtype=self.dtype) for _ in range(2)
-        )
-        for start, stop in chunks(0, self.n, self.chunk):
-            S_CN, T_CN = S_buffer[: stop - start], T_buffer[: stop - start]
-            product(self.x_ND[start:stop], self.y_ND.T, out=S_CN).mul_(self.scale)
-            product(self.u_NE[start:stop], self.v_NE.T, out=T_CN).mul_(self.teacher_scale)
-            yield start, stop, S_CN, T_CN
+_distillation = register(
+    "distillation",
+    _forward,
+    inputs="x y scale teacher_x teacher_y teacher_scale",
+    outputs=6,
+    record=_Options,
+    fake=_fake,
+    flop=_flop,
+    backward=Backward(
+        _gradient, inputs=3, saved=(2, 3, 4, 5), constant=(2, 3, 4, 5), flop=_gradient_flop
+    ),
+)

@@ -3,39 +3,57 @@
 Shape suffixes: N rows (anchors), M columns, D feature width; B blocks of N rows, P domains.
 """
 
+from collections.abc import Sequence
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
+from fastclip.ops.collectives import Ranks, rows_of_all
 from fastclip.ops.gemm import accumulator_dtype
-from fastclip.ops.tiles import softplus
-from fastclip.ops.triangle import Blocks
+from fastclip.ops.numerics import softplus
+from fastclip.ops.problem import Options, couples
+
+TensorOrNone = TypeVar("TensorOrNone", Tensor, Tensor | None)
 
 
 def similarity_statistics(
     x_ND: Tensor,
     y_MD: Tensor,
     scale: Tensor,
-    both: bool,
     positive_index_N: Tensor | None,
     row_group_N: Tensor | None,
     column_group_M: Tensor | None,
-    first: int,
-    trainable: int,
-    compute_dtype: torch.dtype,
+    options: Options,
 ) -> tuple[Tensor, ...]:
     """The statistics of `fastclip.ops.similarity`, with the whole of S in memory."""
-    n, m = x_ND.shape[0], y_MD.shape[0]
-    y_MD = torch.cat([y_MD[:trainable], y_MD[trainable:].detach()])
-    S_NM = _logits(x_ND, y_MD, scale, compute_dtype)
+    ranks, own, n = options.ranks, len(x_ND), len(x_ND)
+    both = options.column_statistics
+    if ranks is not None:
+        # every rank computes the whole of S and takes the rows that are its own
+        blocks = [n, len(y_MD) - n] if both else [len(y_MD)]
+        if positive_index_N is None and not both:
+            positive_index_N = torch.arange(n, device=x_ND.device)
+        if positive_index_N is not None:
+            first = sum(ranks.columns(len(y_MD))[: ranks.rank])
+            positive_index_N = _of_all(positive_index_N + first, ranks, [n])
+        x_ND, row_group_N = _of_all(x_ND, ranks, [n]), _of_all(row_group_N, ranks, [n])
+        y_MD = _of_all(y_MD, ranks, blocks)
+        column_group_M = _of_all(column_group_M, ranks, blocks)
+        n = len(x_ND)
+    m, with_gradient = len(y_MD), options.columns_with_gradient
+    if ranks is None and with_gradient >= 0:
+        y_MD = torch.cat([y_MD[:with_gradient], y_MD[with_gradient:].detach()])
+    S_NM = _logits(x_ND, y_MD, scale, options.dtype)
     rows = torch.arange(n, device=S_NM.device)
     columns = torch.arange(m, device=S_NM.device)
     positives = rows if positive_index_N is None else positive_index_N
-    left_out_NM = (positives[:, None] == columns) | (columns < first)
+    left_out_NM = (positives[:, None] == columns) | (columns < options.first_negative)
     if row_group_N is not None and column_group_M is not None:
         left_out_NM = left_out_NM | (row_group_N[:, None] == column_group_M)
     negatives_NM = S_NM.masked_fill(left_out_NM, -torch.inf)
     paired_NN = negatives_NM[:, : n if both else 0]
-    return (
+    found = (
         _logsumexp(negatives_NM, dim=1),
         _maximum(negatives_NM, dim=1),
         _logsumexp(paired_NN, dim=0),
@@ -44,6 +62,7 @@ def similarity_statistics(
         S_NM.mean(dim=1),
         S_NM[:, :n].mean(dim=0),
     )
+    return found if ranks is None else tuple(one[_own(ranks, own)] for one in found)
 
 
 def sigmoid_rows(
@@ -51,10 +70,13 @@ def sigmoid_rows(
     y_MD: Tensor,
     scale: Tensor,
     offset: Tensor | None,
-    diagonal: int,
+    ranks: Ranks | None,
     compute_dtype: torch.dtype,
 ) -> Tensor:
     """The row sums of `fastclip.ops.sigmoid`."""
+    diagonal = 0
+    if ranks is not None:
+        y_MD, diagonal = _of_all(y_MD, ranks, [len(y_MD)]), _own(ranks, len(x_ND)).start
     S_NM = _logits(x_ND, y_MD, scale, compute_dtype)
     if offset is not None:
         S_NM = S_NM + offset.reshape(()).to(S_NM.dtype)
@@ -64,39 +86,53 @@ def sigmoid_rows(
 
 
 def block_statistics(
-    z_MD: Tensor,
-    scale_PP: Tensor,
-    offset_PP: Tensor | None,
-    shape: Blocks,
-    compute_dtype: torch.dtype,
+    z_MD: Tensor, scale_PP: Tensor, offset_PP: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The statistics of `fastclip.ops.symmetric.block_statistics`."""
-    pair_M = torch.arange(shape.rows, device=z_MD.device) % shape.pairs
-    z_MD = _round(z_MD, compute_dtype)
+    ranks, domains = options.ranks, options.domains
+    count, own = len(domains), len(z_MD) // len(domains)
+    if ranks is not None:
+        z_MD = _of_all(z_MD, ranks, [own] * count)
+    pairs = len(z_MD) // count
+    pair_M = torch.arange(len(z_MD), device=z_MD.device) % pairs
+    z_MD = _round(z_MD, options.dtype)
+    block = [slice(start, start + pairs) for start in range(0, len(z_MD), pairs)]
 
     def logits(b: int, c: int) -> Tensor:
-        entry = shape.domains[b], shape.domains[c]
-        S_NN = scale_PP.to(z_MD.dtype)[entry] * (z_MD[shape.block(b)] @ z_MD[shape.block(c)].T)
+        entry = domains[b], domains[c]
+        S_NN = scale_PP.to(z_MD.dtype)[entry] * (z_MD[block[b]] @ z_MD[block[c]].T)
         return S_NN if offset_PP is None else S_NN + offset_PP.to(z_MD.dtype)[entry]
 
     # block by block, so that the gradient of a table's entry is one sum over a block
-    blocks = range(len(shape.domains))
-    S_MM = torch.cat([torch.cat([logits(b, c) for c in blocks], dim=1) for b in blocks])
+    S_MM = torch.cat([torch.cat([logits(b, c) for c in range(count)], 1) for b in range(count)])
     negatives_MM = S_MM.masked_fill(pair_M[:, None] == pair_M, -torch.inf)
-    positives = [S_MM[shape.block(b), shape.block(c)].diagonal() for b, c in shape.couples()]
-    return _logsumexp(negatives_MM, dim=1), _maximum(negatives_MM, dim=1), torch.stack(positives)
+    positive_QN = torch.stack([S_MM[block[b], block[c]].diagonal() for b, c in couples(count)])
+    lse, top = _logsumexp(negatives_MM, dim=1), _maximum(negatives_MM, dim=1)
+    if ranks is None:
+        return lse, top, positive_QN
+    mine = _own(ranks, own)
+    lse, top = (one.reshape(count, -1)[:, mine].reshape(-1) for one in (lse, top))
+    return lse, top, positive_QN[:, mine]
 
 
 def label_statistics(
-    z_MD: Tensor, labels_M: Tensor, scale: Tensor, compute_dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The statistics of `fastclip.ops.symmetric.label_statistics`."""
+    z_MD: Tensor,
+    labels_M: Tensor,
+    scale: Tensor,
+    ranks: Ranks | None,
+    compute_dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
+    """The statistics of `fastclip.ops.labels.label_statistics`."""
+    own = slice(None) if ranks is None else _own(ranks, len(z_MD))
+    if ranks is not None:
+        z_MD, labels_M = (_of_all(one, ranks, [len(one)]) for one in (z_MD, labels_M))
     S_MM = _logits(z_MD, z_MD, scale, compute_dtype)
     itself_MM = torch.eye(len(z_MD), dtype=torch.bool, device=z_MD.device)
     same_MM = (labels_M[:, None] == labels_M) & ~itself_MM
     positives_M = same_MM.sum(dim=1).to(S_MM.dtype)
     mean_M = S_MM.masked_fill(~same_MM, 0.0).sum(dim=1) / positives_M.clamp(min=1)
-    return _logsumexp(S_MM.masked_fill(itself_MM, -torch.inf), dim=1), mean_M, positives_M
+    lse_M = _logsumexp(S_MM.masked_fill(itself_MM, -torch.inf), dim=1)
+    return tuple(one[own] for one in (lse_M, mean_M, positives_M))
 
 
 def distillation(
@@ -116,6 +152,20 @@ def distillation(
     return row, column
 
 
+def _of_all(own: TensorOrNone, ranks: Ranks, blocks: Sequence[int]) -> TensorOrNone:
+    """What all ranks have, block after block, where this one has blocks[b] rows in block b."""
+    if own is None:
+        return own
+    parts = zip(own.split(list(blocks)), blocks, strict=True)
+    return torch.cat([rows_of_all(part, ranks, ranks.columns(rows)) for part, rows in parts])
+
+
+def _own(ranks: Ranks, rows: int) -> slice:
+    """Where a rank's rows are among all."""
+    first = sum(ranks.sizes[: ranks.rank])
+    return slice(first, first + rows)
+
+
 def _logits(x_ND: Tensor, y_MD: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     product_NM = _round(x_ND, dtype) @ _round(y_MD, dtype).T
     return scale.reshape(()).to(product_NM.dtype) * product_NM
@@ -128,7 +178,7 @@ def _round(features: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _logsumexp(logits: Tensor, dim: int) -> Tensor:
-    # A line without negatives has the value -inf and no gradient; logsumexp alone gives NaN there.
+    # A row without negatives has the value -inf and no gradient; logsumexp alone gives NaN there.
     empty = (logits == -torch.inf).all(dim=dim, keepdim=True)
     lse = torch.logsumexp(logits.masked_fill(empty, 0.0), dim=dim)
     return lse.masked_fill(empty.squeeze(dim), -torch.inf)

@@ -17,8 +17,8 @@ A forward costs one N x M x D product, a backward three (S again, dX, dY). For a
 one direction, `info_nce.py` makes do with three in all; where both sides are the same,
 `symmetric.py` with two.
 
-Over several processes a rank has rows and the columns that belong to them, is told the statistics
-of these among the rows and columns of all, and gets the gradient of what all ranks made of theirs.
+Over several processes a rank has rows and the columns that belong to them, gets the statistics of
+these among the rows and columns of all, and the gradient of what all ranks made of theirs.
 
 Shape suffixes: N rows, M columns, D feature width.
 """
@@ -28,14 +28,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from fastclip.ops import backend as backends
-from fastclip.ops import checks, rectangle, reference
-from fastclip.ops.collectives import Ranks, check_columns, plain, rows_of_all, unplain
-from fastclip.ops.columns import Columns, columns_of
+from fastclip.ops import checks, passes, problem, reference
+from fastclip.ops.collectives import Ranks, check_columns
+from fastclip.ops.columns import Columns
 from fastclip.ops.gemm import accumulator_dtype
-from fastclip.ops.tiles import tiles_of
+from fastclip.ops.problem import Options, Problem
+from fastclip.ops.registration import Backward, Tensors, register
+from fastclip.ops.tiles.base import LogSumExps
 
 
 class Statistics(NamedTuple):
@@ -55,12 +56,12 @@ def similarity_statistics(
     y: Tensor,
     scale: Tensor | float,
     *,
-    both: bool = True,
+    column_statistics: bool = True,
     positive_index: Tensor | None = None,
     row_group: Tensor | None = None,
     column_group: Tensor | None = None,
-    first: int = 0,
-    trainable: int | None = None,
+    first_negative: int = 0,
+    columns_with_gradient: int | None = None,
     means: bool = False,
     ranks: Ranks | None = None,
     backend: str = "auto",
@@ -73,17 +74,18 @@ def similarity_statistics(
         x: (N, D) rows, N >= 1.
         y: (M, D) columns, on x's device and, unless autocast casts both, of its dtype.
         scale: 0-d or (1,) tensor, or a number.
-        both: whether columns have statistics too; needs M >= N.
+        column_statistics: whether columns have statistics too; needs M >= N.
         positive_index: (N,) integers in [0, M), the rows' positives; None: row i's is column i.
-            Only without `both` and groups. Values out of range are the caller's fault.
+            Only without `column_statistics` and groups. Values out of range are the caller's fault.
         row_group, column_group: (N,) and (M,) integer ids, both or neither. Columns of a row's
             group other than its positive are left out of the negatives.
-        first: columns before it are positives only, never negatives (a memory bank behind
-            paired keys); only without `both`.
-        trainable: columns from it on get no gradient; None: all do.
+        first_negative: columns before it are positives only, never negatives (a memory bank behind
+            paired keys); only without `column_statistics`.
+        columns_with_gradient: columns from it on get no gradient; None: all do.
         means: whether row_mean and column_mean are wanted.
-        ranks: the processes whose rows and columns these are part of; without `first` and
-            `trainable`. positive_index counts own columns, groups are the same on all ranks.
+        ranks: the processes whose rows and columns these are part of; without `first_negative` and
+            `columns_with_gradient`. positive_index counts own columns, groups are the same on all
+            ranks.
         backend: "auto", "cpp", "cuda", "torch", "triton" or "reference".
         chunk_bytes: size of a chunk of S, of which up to three are alive; None takes a fixed
             default.
@@ -94,352 +96,160 @@ def similarity_statistics(
     """
     compute_dtype = checks.compute_dtype_of(x, precision)
     chunk = checks.chunk_argument(chunk_bytes)
-    check_pair(x, y, compute_dtype)
+    checks.check_pair(x, y, compute_dtype)
     scale = checks.as_scalar("logit_scale", scale, x)
-    positive_index, row_group, column_group = check_positives(
-        x, y, both, positive_index, row_group, column_group, first
+    ids = checks.check_positives(
+        x, y, column_statistics, positive_index, row_group, column_group, first_negative
     )
     check_columns(ranks, y.shape[0])
-    options = (
-        both,
-        positive_index,
-        row_group,
-        column_group,
-        first,
-        y.shape[0] if trainable is None else trainable,
-    )
     chosen = backends.choose("similarity", backend, x.device, compute_dtype)
+    options = problem.options(
+        compute_dtype,
+        chosen,
+        chunk,
+        ranks,
+        column_statistics=column_statistics,
+        means=means,
+        first_negative=first_negative,
+        columns_with_gradient=-1 if columns_with_gradient is None else columns_with_gradient,
+    )
     if chosen == "reference":
         with checks.without_autocast(x.device):
-            if ranks is not None:
-                return _shared_reference(x, y, scale, options, ranks, compute_dtype)
-            return Statistics(
-                *reference.similarity_statistics(x, y, scale, *options, compute_dtype)
-            )
+            found = reference.similarity_statistics(x, y, scale, *ids, Options(**options))
+        return Statistics(*found)
     checks.refuse_transforms(x, y, scale)
-    return Statistics(
-        *_statistics(x, y, scale, *options, *plain(ranks), means, compute_dtype, chosen, chunk)[:7]
-    )
+    return Statistics(*_statistics(x, y, scale, *ids, **options)[:7])
 
 
-def rectangle_of(
-    x: Tensor,
-    y: Tensor,
-    both: bool,
-    ranks: Ranks | None,
-    positive_index: Tensor | None = None,
-    row_group: Tensor | None = None,
-    column_group: Tensor | None = None,
-    first: int = 0,
-    trainable: int | None = None,
-) -> tuple[rectangle.Rectangle, Columns]:
-    """S as its walk wants it: own rows x, own columns y, and where all columns come from."""
-    n, m = x.shape[0], y.shape[0]
-    # true captions apart from hard negatives: only they have statistics
-    columns = columns_of(ranks, [n, m - n] if both else [m])
-    if ranks is not None:
-        trainable = None
-        if column_group is not None:
-            column_group = columns.all_lines(column_group)
-    shape = rectangle.Rectangle(
-        n,
-        columns.layout.columns(),
-        sum(columns.layout.sizes[0]) if both else 0,
-        columns.layout.start(0, columns.layout.rank),
-        positive_index,
-        row_group,
-        column_group,
-        first,
-        trainable,
-    )
-    return shape, columns
-
-
-def _shared_reference(
+def _forward(
     x: Tensor,
     y: Tensor,
     scale: Tensor,
-    options: tuple[Any, ...],
-    ranks: Ranks,
-    compute_dtype: torch.dtype,
-) -> Statistics:
-    """Every rank computes the whole of S and takes the lines that are its own."""
-    both, positive_index, row_group, column_group, *_ = options
-    n, m = x.shape[0], y.shape[0]
-    layout = columns_of(ranks, [n, m - n] if both else [m]).layout
-    first = layout.start(0, ranks.rank)
-    if positive_index is None and not both:
-        positive_index = torch.arange(n, device=x.device)
-
-    def everyone(own: Tensor, blocks: Sequence[Sequence[int]]) -> Tensor:
-        parts = own.split([sizes[ranks.rank] for sizes in blocks])
-        return torch.cat([rows_of_all(p, ranks, s) for p, s in zip(parts, blocks, strict=True)])
-
-    def everyones(ids: Tensor | None, blocks: Sequence[Sequence[int]]) -> Tensor | None:
-        return None if ids is None else everyone(ids, blocks)
-
-    rows, columns = [ranks.sizes], layout.sizes
-    y_all = everyone(y, columns)
-    found = reference.similarity_statistics(
-        everyone(x, rows),
-        y_all,
-        scale,
-        both,
-        everyones(None if positive_index is None else positive_index + first, rows),
-        everyones(row_group, rows),
-        everyones(column_group, columns),
-        0,
-        y_all.shape[0],
-        compute_dtype,
-    )
-    start = sum(ranks.sizes[: ranks.rank])
-    own = slice(start, start + n)
-    return Statistics(*(line[own] for line in found))
-
-
-@torch.library.custom_op("fastclip::similarity_statistics", mutates_args=())
-def _statistics(
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    both: bool,
     positive_index: Tensor | None,
     row_group: Tensor | None,
     column_group: Tensor | None,
-    first: int,
-    trainable: int,
-    way: str,
-    group: str,
-    sizes: Sequence[int],
-    means: bool,
-    compute_dtype: torch.dtype,
-    backend: str,
-    chunk_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    **options: Any,
+) -> tuple[Tensor, ...]:
     with checks.without_autocast(x.device):
-        x, y = x.to(compute_dtype), y.to(compute_dtype)
-        tiles = tiles_of(backend, compute_dtype)
-        shape, columns = rectangle_of(
-            x,
-            y,
-            both,
-            unplain(way, group, sizes),
-            positive_index,
-            row_group,
-            column_group,
-            first,
-            trainable,
-        )
-        collected = columns.collect(y)
-        rows, own_columns, positive = rectangle.statistics(
-            tiles, x, y, collected, scale, shape, columns, chunk_bytes
-        )
+        ids = positive_index, row_group, column_group
+        asked = problem.rectangle(Options(**options), x, y, scale, None, *ids)
+        collected = asked.columns.collect(asked.y_MD)
+        rows, columns = passes.statistics(asked, collected)
+        factor, dtype = asked.scale_PP[0, 0], asked.tiles.dtype
+        positive = asked.tiles.row_dot(asked.x_ND, asked.positives()).mul_(factor)
+        if asked.paired:
+            columns = asked.columns.own_statistics(columns)
         row_mean, column_mean = positive.new_empty(0), positive.new_empty(0)
-        if means:
-            factor = scale.reshape(()).to(tiles.dtype)
-            x_mean, y_mean = rectangle.means(x, y, columns, tiles.dtype)
-            row_mean = torch.mv(x.to(tiles.dtype), y_mean).mul_(factor)
-            column_mean = torch.mv(y[: shape.rows].to(tiles.dtype), x_mean).mul_(factor)
-    return (
-        rows.lse(),
-        rows.max,
-        own_columns.lse(),
-        own_columns.max,
-        positive,
-        row_mean,
-        column_mean,
-        collected,
+        if asked.options.means:
+            scale = scale.reshape(()).to(dtype)
+            x_mean, y_mean = _means(asked.x_ND, asked.y_MD, asked.columns, dtype)
+            row_mean = torch.mv(asked.x_ND.to(dtype), y_mean).mul_(scale)
+            column_mean = torch.mv(asked.y_MD[: len(x)].to(dtype), x_mean).mul_(scale)
+    lses = rows.lse(), rows.max, columns.lse(), columns.max
+    return *lses, positive, row_mean, column_mean, collected
+
+
+def _fake(inputs: Tensors, options: Options) -> list[Tensor]:
+    x, y, *_ = inputs
+    n, dtype = x.shape[0], accumulator_dtype(options.dtype)
+    columns, means = n if options.column_statistics else 0, n if options.means else 0
+    sizes = (n, n, columns, columns, n, means, means)
+    collected = y.new_empty(problem.collected_shape(y, options), dtype=options.dtype)
+    return [*(x.new_empty(size, dtype=dtype) for size in sizes), collected]
+
+
+def _gradient(
+    inputs: Tensors, saved: Tensors, upstream: Tensors, options: Options
+) -> tuple[Tensor | None, ...]:
+    x, y, scale, *ids = inputs
+    collected, row_lse, column_lse = saved
+    d_row_lse, d_column_lse, d_positive, d_row_mean, d_column_mean = (
+        torch.zeros_like(row_lse) if one is None else one for one in upstream
     )
-
-
-@_statistics.register_fake
-def _(x, y, scale, both, *rest):
-    way, group, sizes, means, compute_dtype = rest[5:10]
-    n, dtype = x.shape[0], accumulator_dtype(compute_dtype)
-    columns, mean_size = n if both else 0, n if means else 0
-    lines = (n, n, columns, columns, n, mean_size, mean_size)
-    outputs = [x.new_empty(size, dtype=dtype) for size in lines]
-    collected = collected_shape(unplain(way, group, sizes), y)
-    return *outputs, y.new_empty(collected, dtype=compute_dtype)
-
-
-@torch.library.custom_op("fastclip::similarity_statistics_backward", mutates_args=())
-def _statistics_backward(
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    both: bool,
-    positive_index: Tensor | None,
-    row_group: Tensor | None,
-    column_group: Tensor | None,
-    first: int,
-    trainable: int,
-    way: str,
-    group: str,
-    sizes: Sequence[int],
-    collected: Tensor,
-    row_lse: Tensor,
-    column_lse: Tensor,
-    d_row_lse: Tensor,
-    d_column_lse: Tensor | None,
-    d_positive: Tensor,
-    d_row_mean: Tensor | None,
-    d_column_mean: Tensor | None,
-    need_x: bool,
-    need_y: bool,
-    need_scale: bool,
-    compute_dtype: torch.dtype,
-    backend: str,
-    chunk_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    upstream = rectangle.Upstream(d_row_lse, d_column_lse, d_positive, d_row_mean, d_column_mean)
     with checks.without_autocast(x.device):
-        shape, columns = rectangle_of(
-            x,
-            y,
-            both,
-            unplain(way, group, sizes),
-            positive_index,
-            row_group,
-            column_group,
-            first,
-            trainable,
-        )
-        dx, dy, dscale = rectangle.statistics_gradient(
-            tiles_of(backend, compute_dtype),
-            x.to(compute_dtype),
-            y.to(compute_dtype),
-            collected,
-            scale,
-            shape,
-            columns,
-            row_lse,
-            column_lse if both else None,
-            upstream,
-            (need_x, need_y, need_scale),
-            (x.dtype, y.dtype),
-            chunk_bytes,
-        )
-    return (
-        x.new_empty(0) if dx is None else dx,
-        y.new_empty(0) if dy is None else dy,
-        scale.new_empty(0) if dscale is None else dscale.to(scale.dtype).reshape(scale.shape),
-    )
+        asked = problem.rectangle(options, x, y, scale, None, *ids)
+        means = None
+        if options.means:
+            means = _MeansGradient(asked, d_row_mean, d_column_mean)
+        columns = None
+        if options.column_statistics:
+            pairs = asked.columns.of_all_ranks(torch.stack((column_lse, d_column_lse), dim=1))
+            columns = LogSumExps(*(one.contiguous() for one in pairs.unbind(dim=1)))
+        needs = options.needs[0], options.needs[1], options.needs[2]
+        rows = LogSumExps(row_lse, d_row_lse)
+        found = passes.gradient(asked, collected, rows, columns, needs)
+        if means is not None:
+            means.add_to(found)
+        coefficient = d_positive * asked.scale_PP[0, 0]
+        dtypes = x.dtype, y.dtype
+        dx, dy = passes.add_positives(asked, found.x, found.y, coefficient, dtypes)
+        dscale = None
+        if needs[2]:
+            cosine = asked.tiles.row_dot(asked.x_ND, asked.positives())
+            dscale = (d_positive * cosine).sum()
+            if means is not None:
+                dscale = dscale + means.scale()
+            dscale = dscale + found.scale()
+    return dx, dy, dscale
 
 
-@_statistics_backward.register_fake
-def _(x, y, scale, *rest):
-    need_x, need_y, need_scale = rest[17:20]
-    wanted = ((x, need_x), (y, need_y), (scale, need_scale))
-    return tuple(t.new_empty(t.shape) if need else t.new_empty(0) for t, need in wanted)
+class _MeansGradient:
+    """The terms of row and column means (label smoothing): S averaged over columns and rows."""
+
+    def __init__(self, asked: Problem, d_row_N: Tensor, d_column_N: Tensor) -> None:
+        self.d_row_N, self.d_column_N = d_row_N, d_column_N
+        self._scale, layout = asked.scale_PP[0, 0], asked.columns.layout
+        x_ND, y_MD, dtype = asked.x_ND, asked.y_MD, asked.tiles.dtype
+        self.x_mean_D, self.y_mean_D = _means(x_ND, y_MD, asked.columns, dtype)
+        # over this rank's own rows and columns
+        self.x_sum_D = torch.mv(x_ND.to(dtype).T, d_row_N)
+        self.y_sum_D = torch.mv(y_MD[: len(x_ND)].to(dtype).T, d_column_N)
+        everyone = asked.columns.sum(torch.stack((self.x_sum_D, self.y_sum_D)))
+        self.x_total_D, self.y_total_D = everyone
+        self.rows, self.columns = sum(layout.sizes[0]), layout.columns()
+
+    def add_to(self, found: passes.Gradients) -> None:
+        """Add to both sides' gradients, in place."""
+        scale = self._scale
+        if found.x is not None:
+            found.x.addcmul_((self.d_row_N * scale)[:, None], self.y_mean_D)
+            found.x.add_(self.y_total_D * scale, alpha=1 / self.rows)
+        if found.y is not None:
+            own = len(self.d_column_N)
+            found.y[:own].addcmul_((self.d_column_N * scale)[:, None], self.x_mean_D)
+            found.y.add_(self.x_total_D * scale, alpha=1 / self.columns)
+
+    def scale(self) -> Tensor:
+        """To the scale's gradient."""
+        return torch.dot(self.x_sum_D, self.y_mean_D) + torch.dot(self.y_sum_D, self.x_mean_D)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, y, scale, both, positive_index, row_group, column_group = inputs[:7]
-    row_lse, row_max, column_lse, column_max = output[:4]
-    collected = output[7]
-    ctx.mark_non_differentiable(row_max, column_max, collected)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(
-        x, y, scale, positive_index, row_group, column_group, collected, row_lse, column_lse
-    )
-    # first, trainable and the ranks; then the dtype, the implementation and the chunk's size
-    ctx.both, ctx.columns, ctx.means, ctx.options = both, inputs[7:12], inputs[12], inputs[13:]
+def _means(
+    x_ND: Tensor, y_MD: Tensor, columns: Columns, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The means of all rows and of all columns, (D,) each."""
+    sums = torch.stack([features.sum(dim=0, dtype=dtype) for features in (x_ND, y_MD)])
+    x_D, y_D = columns.sum(sums)
+    return x_D / sum(columns.layout.sizes[0]), y_D / columns.layout.columns()
 
 
-def _autograd_backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, y, scale, positive_index, row_group, column_group, *saved = ctx.saved_tensors
-    row_lse = saved[1]
-    d_row_lse, _, d_column_lse, _, d_positive, d_row_mean, d_column_mean = (
-        torch.zeros_like(row_lse) if gradient is None else gradient for gradient in upstream[:7]
-    )
-    needs = ctx.needs_input_grad[:3]
-    gradients = _statistics_backward(
-        x,
-        y,
-        scale,
-        ctx.both,
-        positive_index,
-        row_group,
-        column_group,
-        *ctx.columns,
-        *saved,
-        d_row_lse,
-        d_column_lse if ctx.both else None,
-        d_positive,
-        *((d_row_mean, d_column_mean) if ctx.means else (None, None)),
-        *needs,
-        *ctx.options,
-    )
-    wanted = tuple(g if need else None for g, need in zip(gradients, needs, strict=True))
-    return *wanted, *(None,) * 13
+def _flop(shapes: Sequence[Any], options: Options) -> int:
+    return problem.one_product(shapes[0], shapes[1], options)
 
 
-_statistics.register_autograd(_autograd_backward, setup_context=_setup_context)
-_statistics_backward.register_autograd(checks.no_double_backward)
+def _gradient_flop(shapes: Sequence[Any], options: Options) -> int:
+    return _flop(shapes, options) * (1 + sum(options.needs[:2]))
 
 
-@register_flop_formula(torch.ops.fastclip.similarity_statistics)
-def _statistics_flop(x_shape, y_shape, *args, out_shape=None, **kwargs) -> int:
-    return one_product(x_shape, y_shape, *args[7:10])
-
-
-@register_flop_formula(torch.ops.fastclip.similarity_statistics_backward)
-def _statistics_backward_flop(x_shape, y_shape, *args, out_shape=None, **kwargs) -> int:
-    need_x, need_y = args[18], args[19]
-    return one_product(x_shape, y_shape, *args[7:10]) * (1 + bool(need_x) + bool(need_y))
-
-
-def one_product(
-    x_shape: Sequence[int], y_shape: Sequence[int], way: str, group: str, sizes: Sequence[int]
-) -> int:
-    """The FLOP of one product of this rank's rows with the columns of all."""
-    ranks = unplain(way, group, sizes)
-    columns = y_shape[0] if ranks is None else sum(ranks.columns(y_shape[0]))
-    return 2 * x_shape[0] * columns * x_shape[1]
-
-
-def collected_shape(ranks: Ranks | None, own: Tensor) -> tuple[int, ...]:
-    """The shape of what `Columns.collect` gives."""
-    if ranks is None or ranks.way != "gather":
-        return (0,)
-    return sum(ranks.columns(own.shape[0])), own.shape[1]
-
-
-def check_pair(x: Tensor, y: Tensor, compute_dtype: torch.dtype) -> None:
-    """Both sides' features, for every operator with two."""
-    checks.check_features("first features", x)
-    checks.check_features("second features", y)
-    checks.check_alike(x, y, compute_dtype)
-
-
-def check_positives(
-    x: Tensor,
-    y: Tensor,
-    both: bool,
-    positive_index: Tensor | None,
-    row_group: Tensor | None,
-    column_group: Tensor | None,
-    first: int,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Positives and groups that fit the features; returned as the operators take them."""
-    n, m = x.shape[0], y.shape[0]
-    if positive_index is None and m < n:
-        raise ValueError(
-            f"{n} rows but only {m} columns; row i needs column i as its positive, further "
-            "columns are hard negatives"
-        )
-    if not 0 <= first <= m:
-        raise ValueError(f"negatives begin at column {first} of {m}")
-    if positive_index is not None:
-        assert not both and row_group is None and column_group is None
-        checks.check_ids("positive_index", positive_index, n, x.device)
-        positive_index = positive_index.contiguous().long()
-    if (row_group is None) != (column_group is None):
-        raise ValueError("give both row_group and column_group, or neither")
-    if row_group is None or column_group is None:
-        return positive_index, None, None
-    checks.check_ids("row_group", row_group, n, x.device)
-    checks.check_ids("column_group", column_group, m, x.device)
-    dtype = torch.promote_types(row_group.dtype, column_group.dtype)
-    return positive_index, row_group.to(dtype).contiguous(), column_group.to(dtype).contiguous()
+_statistics = register(
+    "similarity_statistics",
+    _forward,
+    inputs="x y scale positive_index? row_group? column_group?",
+    outputs=8,
+    record=Options,
+    fake=_fake,
+    flop=_flop,
+    backward=Backward(
+        _gradient, inputs=3, saved=(7, 0, 2), constant=(1, 3, 7), flop=_gradient_flop
+    ),
+)

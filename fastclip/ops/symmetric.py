@@ -9,9 +9,12 @@ MP-NCE, Lee et al. 2022; NT-Xent has two blocks of one domain). The operator ret
 
 with S_ij = scale[p, q] * <z_i, z_j> + offset[p, q] for domains p, q of i and j.
 
-Every pair of rows is visited once: half a product of M x M x D forward, one and a half backward.
-Over several processes a rank has all blocks of its own pairs and walks over its strip of S
-(`strip.py`): one product of it forward, two backward, and no gradient has to be sent.
+Every pair of rows is visited once (`schedule.py`): half a product of M x M x D forward, one and a
+half backward, since with u_i = a_i exp(-lse_i) the gradient of a pair is symmetric,
+exp(S_ij) (u_i + u_j), and serves both of its sides. Over several processes a rank has all blocks
+of its own pairs and visits its strip of S: one product of it forward, two backward. G is
+symmetric there too: with the log-sum-exps and upstream gradients of all rows at hand (8 bytes a
+row) the strip gives this rank's dZ whole, so no gradient is sent.
 
 `labels.py` is the other operator on a symmetric S.
 
@@ -23,16 +26,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from fastclip.ops import backend as backends
-from fastclip.ops import checks, reference, strip, triangle
-from fastclip.ops.collectives import Ranks, plain, rows_of_all, unplain
-from fastclip.ops.columns import columns_of
+from fastclip.ops import checks, passes, problem, reference
+from fastclip.ops.collectives import Ranks
 from fastclip.ops.gemm import accumulator_dtype
-from fastclip.ops.similarity import collected_shape, one_product
-from fastclip.ops.tiles import away_from_zero, tiles_of
-from fastclip.ops.triangle import Blocks
+from fastclip.ops.problem import Options, Problem, couples
+from fastclip.ops.registration import Backward, Tensors, register
+from fastclip.ops.tiles.base import LogSumExps, finished_room
 
 
 class BlockStatistics(NamedTuple):
@@ -70,196 +71,117 @@ def block_statistics(
     chunk = checks.chunk_argument(chunk_bytes)
     checks.check_features("features", z)
     chosen = backends.choose("symmetric", backend, z.device, compute_dtype)
-    shape = Blocks(z.shape[0] // len(domains), tuple(domains))
+    options = problem.options(compute_dtype, chosen, chunk, ranks, domains=tuple(domains))
     if chosen == "reference":
         with checks.without_autocast(z.device):
-            if ranks is not None:
-                return _shared_reference(z, scale, offset, shape, ranks, compute_dtype)
-            return BlockStatistics(
-                *reference.block_statistics(z, scale, offset, shape, compute_dtype)
-            )
+            found = reference.block_statistics(z, scale, offset, Options(**options))
+        return BlockStatistics(*found)
     checks.refuse_transforms(z, scale)
-    options = (*plain(ranks), compute_dtype, chosen, chunk)
-    return BlockStatistics(*_blocks(z, scale, offset, list(domains), *options)[:3])
+    return BlockStatistics(*_blocks(z, scale, offset, **options)[:3])
 
 
-def _shared_reference(
-    z: Tensor,
-    scale: Tensor,
-    offset: Tensor | None,
-    shape: Blocks,
-    ranks: Ranks,
-    compute_dtype: torch.dtype,
-) -> BlockStatistics:
-    """Every rank computes the whole of S and takes the lines that are its own."""
-    blocks = len(shape.domains)
-    parts = [rows_of_all(block, ranks, ranks.sizes) for block in z.split(shape.pairs)]
-    everyone = Blocks(ranks.rows, shape.domains)
-    found = reference.block_statistics(torch.cat(parts), scale, offset, everyone, compute_dtype)
-    first = sum(ranks.sizes[: ranks.rank])
-    own = slice(first, first + shape.pairs)
-    lse, top = (line.reshape(blocks, -1)[:, own].reshape(-1) for line in found[:2])
-    return BlockStatistics(lse, top, found[2][:, own])
-
-
-@torch.library.custom_op("fastclip::block_statistics", mutates_args=())
-def _blocks(
-    z: Tensor,
-    scale: Tensor,
-    offset: Tensor | None,
-    domains: Sequence[int],
-    way: str,
-    group: str,
-    sizes: Sequence[int],
-    compute_dtype: torch.dtype,
-    backend: str,
-    chunk_bytes: int,
+def _forward(
+    z: Tensor, scale: Tensor, offset: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    shape = Blocks(z.shape[0] // len(domains), domains)
     with checks.without_autocast(z.device):
-        tiles = tiles_of(backend, compute_dtype)
-        z = z.to(compute_dtype)
-        scale = away_from_zero(scale, tiles.dtype)
-        offset = None if offset is None else offset.to(tiles.dtype)
-        ranks = unplain(way, group, sizes)
-        collected = z.new_empty(0)
-        if ranks is None:
-            lines = triangle.statistics(tiles, z, scale, offset, shape, chunk_bytes)
-        else:
-            columns = columns_of(ranks, [shape.pairs] * len(domains))
-            collected = columns.collect(z)
-            lines = strip.statistics(
-                tiles, z, collected, scale, offset, shape, columns, chunk_bytes
-            )
-        positive = triangle.positive_cosines(tiles, z, shape)
-        positive.mul_(triangle.couple_entries(scale, shape))
-        if offset is not None:
-            positive.add_(triangle.couple_entries(offset, shape))
-    return lines.lse(), lines.max, positive, collected
+        asked = problem.symmetric(Options(**options), z, scale, offset)
+        collected = asked.columns.collect(asked.x_ND)
+        rows, _ = passes.statistics(asked, collected)
+        positive = _positive_cosines(asked)
+        positive.mul_(_entries(asked.scale_PP, asked))
+        if asked.offset_PP is not None:
+            positive.add_(_entries(asked.offset_PP, asked))
+    return rows.lse(), rows.max, positive, collected
 
 
-@_blocks.register_fake
-def _(z, scale, offset, domains, way, group, sizes, compute_dtype, *rest):
-    rows, blocks, dtype = z.shape[0], len(domains), accumulator_dtype(compute_dtype)
-    couples = (blocks * (blocks - 1) // 2, rows // blocks)
-    outputs = [z.new_empty(size, dtype=dtype) for size in (rows, rows, couples)]
-    collected = collected_shape(unplain(way, group, sizes), z)
-    return *outputs, z.new_empty(collected, dtype=compute_dtype)
+def _fake(inputs: Tensors, options: Options) -> list[Tensor]:
+    z, blocks, dtype = inputs[0], len(options.domains), accumulator_dtype(options.dtype)
+    rows, positives = z.shape[0], (blocks * (blocks - 1) // 2, z.shape[0] // blocks)
+    collected = z.new_empty(problem.collected_shape(z, options), dtype=options.dtype)
+    return [*(z.new_empty(size, dtype=dtype) for size in (rows, rows, positives)), collected]
 
 
-@torch.library.custom_op("fastclip::block_statistics_backward", mutates_args=())
-def _blocks_gradient(
-    z: Tensor,
-    scale: Tensor,
-    offset: Tensor | None,
-    domains: Sequence[int],
-    way: str,
-    group: str,
-    sizes: Sequence[int],
-    collected: Tensor,
-    lse: Tensor,
-    d_lse: Tensor,
-    d_positive: Tensor,
-    need_scalars: bool,
-    compute_dtype: torch.dtype,
-    backend: str,
-    chunk_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    shape = Blocks(z.shape[0] // len(domains), domains)
+def _gradient(
+    inputs: Tensors, saved: Tensors, upstream: Tensors, options: Options
+) -> tuple[Tensor | None, ...]:
+    z, scale, offset = inputs
+    collected, lse = saved
+    d_lse, d_positive = upstream
+    d_lse = torch.zeros_like(lse) if d_lse is None else d_lse
+    need_scalars = options.needs[1] or options.needs[2]
     with checks.without_autocast(z.device):
-        tiles = tiles_of(backend, compute_dtype)
-        features = z.to(compute_dtype)
-        wide = away_from_zero(scale, tiles.dtype)
-        wide_offset = None if offset is None else offset.to(tiles.dtype)
-        ranks = unplain(way, group, sizes)
-        tables = (wide, wide_offset)
-        lines = (lse, d_lse)
-        if ranks is None:
-            total, dscale, doffset = triangle.statistics_gradient(
-                tiles, features, *tables, shape, *lines, need_scalars, chunk_bytes
-            )
-        else:
-            columns = columns_of(ranks, [shape.pairs] * len(domains))
-            total, dscale, doffset = strip.statistics_gradient(
-                tiles,
-                features,
-                collected,
-                *tables,
-                shape,
-                columns,
-                *lines,
-                need_scalars,
-                chunk_bytes,
-            )
-        coefficient = d_positive * triangle.couple_entries(wide, shape)
-        dz = triangle.finish_positives(tiles, total, features, coefficient, shape, z.dtype)
-        if need_scalars:
-            cosines = triangle.positive_cosines(tiles, features, shape)
-            for index, (b, c) in enumerate(shape.couples()):
-                p, q = domains[b], domains[c]
-                dscale[p, q] += (d_positive[index] * cosines[index]).sum()
-                doffset[p, q] += d_positive[index].sum()
-    return dz, dscale.to(scale.dtype, copy=True), doffset.to(scale.dtype, copy=True)
+        asked = problem.symmetric(options, z, scale, offset)
+        rows, columns = LogSumExps(lse, d_lse), LogSumExps(lse, d_lse)
+        if not asked.is_triangle:
+            pairs = asked.columns.of_all_ranks(torch.stack((lse, d_lse), dim=1))
+            columns = LogSumExps(*(one.contiguous() for one in pairs.unbind(dim=1)))
+        found = passes.gradient(asked, collected, rows, columns, (True, True, need_scalars))
+        assert found.x is not None
+        if d_positive is None:
+            shape = len(couples(len(options.domains))), len(z) // len(options.domains)
+            d_positive = lse.new_zeros(shape)
+        dz = _add_positives(asked, found.x, d_positive * _entries(asked.scale_PP, asked), z.dtype)
+        if not need_scalars:
+            return dz, None, None
+        dscale, doffset = found.tables(asked.scale_PP)
+        cosines = _positive_cosines(asked)
+        for index, (b, c) in enumerate(couples(len(options.domains))):
+            entry = asked.domains[b], asked.domains[c]
+            dscale[entry] += (d_positive[index] * cosines[index]).sum()
+            doffset[entry] += d_positive[index].sum()
+    return dz, dscale, None if offset is None else doffset
 
 
-@_blocks_gradient.register_fake
-def _(z, scale, offset, *rest):
-    shapes = (z.shape, z.dtype), (scale.shape, scale.dtype), (scale.shape, scale.dtype)
-    return tuple(z.new_empty(shape, dtype=dtype) for shape, dtype in shapes)
+def _positive_cosines(asked: Problem) -> Tensor:
+    """Cosines of each pair's rows, (Q, N)."""
+    blocks, z_MD = asked.row_blocks(), asked.x_ND
+    found = [asked.tiles.row_dot(z_MD[blocks[b]], z_MD[blocks[c]]) for b, c in _couples(asked)]
+    return torch.stack(found)
 
 
-def _blocks_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    z, scale, offset, *ctx.where = inputs[:7]
-    lse, maximum, _, collected = output
-    ctx.mark_non_differentiable(maximum, collected)
-    ctx.save_for_backward(z, scale, offset, collected, lse)
-    ctx.options = inputs[7:]
+def _entries(table_PP: Tensor, asked: Problem) -> Tensor:
+    """The entries of a table by domain pair for each couple of blocks, (Q, 1)."""
+    domains = asked.domains
+    return torch.stack([table_PP[domains[b], domains[c]] for b, c in _couples(asked)])[:, None]
 
 
-def _blocks_backward(
-    ctx: Any, d_lse: Tensor, _: Tensor, d_positive: Tensor, *rest: Any
-) -> tuple[Any, ...]:
-    z, scale, offset, collected, lse = ctx.saved_tensors
-    need_z, need_scale, need_offset = ctx.needs_input_grad[:3]
-    dz, dscale, doffset = _blocks_gradient(
-        z,
-        scale,
-        offset,
-        *ctx.where,
-        collected,
-        lse,
-        d_lse,
-        d_positive,
-        need_scale or need_offset,
-        *ctx.options,
-    )
-    wanted = (
-        dz if need_z else None,
-        dscale if need_scale else None,
-        doffset if need_offset else None,
-    )
-    return *wanted, *(None,) * 7
+def _couples(asked: Problem) -> list[tuple[int, int]]:
+    return couples(len(asked.domains))
 
 
-_blocks.register_autograd(_blocks_backward, setup_context=_blocks_context)
-_blocks_gradient.register_autograd(checks.no_double_backward)
+def _add_positives(
+    asked: Problem, dz_MD: Tensor, coefficient_QN: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Add coefficient * partner to both rows of each positive pair, and cast."""
+    out_MD, blocks, z_MD = finished_room(dz_MD, dtype), asked.row_blocks(), asked.x_ND
+    for block, rows in enumerate(blocks):
+        terms = [
+            (coefficient_QN[index], z_MD[blocks[c if b == block else b]])
+            for index, (b, c) in enumerate(_couples(asked))
+            if block in (b, c)
+        ]
+        asked.tiles.finish(dz_MD[rows], terms, out_MD[rows])
+    return out_MD
 
 
-@register_flop_formula(torch.ops.fastclip.block_statistics)
-def _blocks_flop(z_shape, *args, out_shape=None, **kwargs) -> int:
-    return forward_flop(z_shape, *args[3:6])
-
-
-@register_flop_formula(torch.ops.fastclip.block_statistics_backward)
-def _blocks_gradient_flop(z_shape, *args, out_shape=None, **kwargs) -> int:
-    return backward_flop(z_shape, *args[3:6])
-
-
-def forward_flop(z_shape: Sequence[int], way: str, group: str, sizes: Sequence[int]) -> int:
+def forward_flop(shapes: Sequence[Any], options: Options) -> int:
     """Half a product of M x M x D, or over several processes one of this rank's strip."""
-    return one_product(z_shape, z_shape, way, group, sizes) // (1 if way else 2)
+    strip = problem.one_product(shapes[0], shapes[0], options)
+    return strip if options.exchange else strip // 2
 
 
-def backward_flop(z_shape: Sequence[int], way: str, group: str, sizes: Sequence[int]) -> int:
+def backward_flop(shapes: Sequence[Any], options: Options) -> int:
     """One product and a half, or two of the strip."""
-    return forward_flop(z_shape, way, group, sizes) * (2 if way else 3)
+    return forward_flop(shapes, options) * (2 if options.exchange else 3)
+
+
+_blocks = register(
+    "block_statistics",
+    _forward,
+    inputs="z scale offset?",
+    outputs=4,
+    record=Options,
+    fake=_fake,
+    flop=forward_flop,
+    backward=Backward(_gradient, inputs=3, saved=(3, 0), constant=(1, 3), flop=backward_flop),
+)

@@ -7,7 +7,7 @@ b bytes of a feature in the loss, P parameters, k micro-batches a step.
 from typing import NamedTuple
 
 from fastclip.device import AUTOCAST_DTYPES
-from fastclip.ops.tiles import chunk_rows
+from fastclip.ops.chunks import chunk_rows
 
 ENGINES = ("torch", "zero1", "zero2", "zero3")
 WAYS = ("gather", "ring")

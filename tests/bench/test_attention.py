@@ -17,15 +17,15 @@ def test_rows_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert main(["bench", "attention", *flags.split()]) == 0
     assert "77c fastclip" in capsys.readouterr().out
     rows = json.loads(file.read_text())["results"]
-    ours = [row for row in rows if row["rival"] == "fastclip"]
+    ours = [row for row in rows if row["baseline"] == "fastclip"]
     assert [(row["n"], row["causal"]) for row in ours] == [(50, False), (77, True)]
     timed = [row for row in rows if row["status"] == "ok"]
-    assert {"fastclip", "fastclip packed", "sdpa math"} <= {row["rival"] for row in timed}
+    assert {"fastclip", "fastclip packed", "sdpa math"} <= {row["baseline"] for row in timed}
     for row in timed:
         assert row["p20"] <= row["p50"] <= row["p80"] and row["forward"] > 0
         assert row["error"] < 1e-2
-    # rivals of the GPU are rows that say so
-    failed = {row["rival"] for row in rows if row["status"].startswith("failed")}
+    # baselines of the GPU are rows that say so
+    failed = {row["baseline"] for row in rows if row["status"].startswith("failed")}
     assert "sdpa cudnn" in failed
 
 

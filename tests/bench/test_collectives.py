@@ -18,7 +18,7 @@ def test_bytes_scale_with_ranks(world: int) -> None:
     """In float32: texts travel there, their gradients back, and what a column's sums need."""
     settings = CollectiveSettings(rounds=1, warmup=0)
     rows = collectives.measure(("clip", "siglip"), world, (N,), WIDTH, settings)
-    received = {(row.operator, row.rival): row.received_bytes or 0 for row in rows}
+    received = {(row.operator, row.baseline): row.received_bytes or 0 for row in rows}
     others = world - 1
     texts = others * N * WIDTH * 4
     for row in rows:
@@ -47,7 +47,7 @@ def test_rows_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "open_clip local" in capsys.readouterr().out
     content = json.loads(file.read_text())
     assert content["benchmark"] == "collectives"
-    rows = {row["rival"]: row for row in content["results"]}
+    rows = {row["baseline"]: row for row in content["results"]}
     assert rows["fastclip gather"]["ratio"] == 1
     # on one chip's memory, the ring keeps a rank's own rows alone
     assert rows["fastclip ring"]["saved_bytes"] < rows["fastclip gather"]["saved_bytes"]

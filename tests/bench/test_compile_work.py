@@ -33,7 +33,7 @@ class Recorder:
         def tiling(kernel: str, dtype: torch.dtype, device: Any, count: int) -> Tiling:
             return entries[kernel][launch.precision_of(dtype)]
 
-        monkeypatch.setattr("fastclip.ops.triton_tiles.tiling", tiling)
+        monkeypatch.setattr("fastclip.ops.tiles.triton.tiling", tiling)
 
     def __call__(self, kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
         names = kernel.arg_names

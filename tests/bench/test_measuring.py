@@ -30,7 +30,7 @@ def test_losses_are_timed_without_bare_products(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(runner, "_bare", _fails)
     rows = measure(OPERATORS["clip"], 64, 16, FEW)
     assert rows[0].p50 is not None and rows[0].roof_share is None
-    assert rows[-1].rival == ROOF and rows[-1].status == "out of memory"
+    assert rows[-1].baseline == ROOF and rows[-1].status == "out of memory"
 
 
 def test_rows_are_saved_after_each_loss() -> None:

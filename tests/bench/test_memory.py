@@ -1,4 +1,4 @@
-"""What losses keep for the backward is linear in the batch, what dense rivals keep is not."""
+"""What losses keep for the backward is linear in the batch, what dense baselines keep is not."""
 
 import json
 from pathlib import Path
@@ -22,23 +22,23 @@ def test_saved_bytes_are_linear(name: str, capsys: pytest.CaptureFixture[str]) -
     sizes = [64, 128, 256]
     rows = memory.run([name], sizes, [WIDTH], SETTINGS)
     for row in rows:
-        if row.rival == "fastclip":
+        if row.baseline == "fastclip":
             assert row.saved_bytes is not None
             # all blocks together have n rows of NT-Xent, MP-NCE, SupCon, and 2 n of the others
             assert row.saved_bytes <= 2 * row.n * WIDTH * 4 + 80 * row.n
             assert row.saved_order is None or row.saved_order <= 1.05
-        elif row.rival in DENSE and row.saved_bytes is not None:
+        elif row.baseline in DENSE and row.saved_bytes is not None:
             assert row.saved_bytes >= 4 * row.n * row.n
-    last = {row.rival: row for row in rows if row.n == sizes[-1]}
-    ran = {rival for rival, row in last.items() if row.status == "ok"} - {"fastclip"}
+    last = {row.baseline: row for row in rows if row.n == sizes[-1]}
+    ran = {baseline for baseline, row in last.items() if row.status == "ok"} - {"fastclip"}
     assert ran
     ours = last["fastclip"].saved_bytes or 0
-    assert all(ours < (last[rival].saved_bytes or 0) for rival in ran & set(DENSE))
+    assert all(ours < (last[baseline].saved_bytes or 0) for baseline in ran & set(DENSE))
     assert "fastclip" in capsys.readouterr().out
 
 
 def test_checkpointed_chunks_keep_no_logits() -> None:
-    rows = {row.rival: row for row in memory.measure(OPERATORS["clip"], 256, WIDTH, SETTINGS)}
+    rows = {row.baseline: row for row in memory.measure(OPERATORS["clip"], 256, WIDTH, SETTINGS)}
     kept = rows["checkpointed chunks twice"].saved_bytes
     assert kept is not None and kept < 256 * 256 * 4
 
@@ -61,7 +61,7 @@ def test_rows_and_json(tmp_path: Path) -> None:
     assert main(["bench", "memory", *flags.split()]) == 0
     content = json.loads(file.read_text())
     assert content["benchmark"] == "memory"
-    ours = [row for row in content["results"] if row["rival"] == "fastclip"]
+    ours = [row for row in content["results"] if row["baseline"] == "fastclip"]
     assert [row["n"] for row in ours] == [64, 128]
     assert ours[0]["saved_order"] is None and ours[1]["saved_order"] == pytest.approx(1, abs=0.05)
     assert main(["bench", "report", str(file), "-o", str(tmp_path / "report")]) == 0

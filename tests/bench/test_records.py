@@ -34,14 +34,14 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     records.write(file, "losses", settings, rows, "cpu", note="more")
     record = records.read(file)
     assert record.settings["dtype"] == "torch.float32" and record.benchmark == "losses"
-    assert [row["rival"] for row in record.rows] == [row.rival for row in rows]
+    assert [row["baseline"] for row in record.rows] == [row.baseline for row in rows]
     assert json.loads(file.read_text())["note"] == "more"
 
 
 def test_the_first_files_names() -> None:
-    """They knew one loss, called a rival `name` and took open_clip as the unit."""
+    """They knew one loss, called a baseline `name` and took open_clip as the unit."""
     record = records.read(ROOT / "benchmarks" / "results" / "2026-11-22-cpu-losses.json")
-    assert {row["rival"] for row in record.rows} == {"fastclip", "bare products", "open_clip"}
+    assert {row["baseline"] for row in record.rows} == {"fastclip", "bare products", "open_clip"}
     assert all("ratio" not in row and row["operator"] == "clip" for row in record.rows)
 
 
@@ -58,7 +58,7 @@ HEAD = '{"benchmark": "losses", "environment": {"device": "x", "date": "y"}, "re
 
 def one_row(**change: object) -> str:
     """A file of one row that is right but for what is changed."""
-    row = {"operator": "clip", "n": 4, "width": 4, "rival": "x", "p50": 1.0} | change
+    row = {"operator": "clip", "n": 4, "width": 4, "baseline": "x", "p50": 1.0} | change
     return f"{HEAD} [{json.dumps(row)}]}}"
 
 
@@ -78,7 +78,7 @@ WRONG = {
     "a row cut": Wrong(f'{HEAD} [{{"operator": "clip", "n": 4}}]}}', "row 0 has no 'width'"),
     "words for numbers": Wrong(one_row(p50="fast"), "'p50' of row 0 is 'fast', not a number"),
     "a list in a row": Wrong(one_row(p50=[1]), "'p50' of row 0 is [1], not a number"),
-    "a number for a name": Wrong(one_row(rival=3), "'rival' of row 0 is 3, not text"),
+    "a number for a name": Wrong(one_row(baseline=3), "'baseline' of row 0 is 3, not text"),
     "a word for a flag": Wrong(one_row(repeatable="yes"), "is 'yes', not true or false"),
     "no size": Wrong(one_row(n=None), "row 0 has no 'n'"),
     "a list for the benchmark": Wrong(

@@ -79,7 +79,7 @@ def test_rows_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "samples/s" in capsys.readouterr().out
     content = json.loads(file.read_text())
     assert content["benchmark"] == "train-step" and content["settings"]["steps"] == 2
-    rows = {row["rival"]: row for row in content["results"]}
+    rows = {row["baseline"]: row for row in content["results"]}
     assert list(rows) == list(train_step.TRAINERS)
     for row in rows.values():
         assert row["status"] == "ok" and row["p20"] <= row["p50"] <= row["p80"]

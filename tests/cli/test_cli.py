@@ -162,7 +162,7 @@ def test_bench_prints_ratios_and_writes_json(
     flags = f"losses --n 64 128 --width 16 --rounds 3 --device cpu --no-compiled --output {output}"
     assert main(["bench", *flags.split()]) == 0
     content = json.loads(output.read_text())
-    rows = {(r["operator"], r["n"], r["rival"]): r for r in content["results"]}
+    rows = {(r["operator"], r["n"], r["baseline"]): r for r in content["results"]}
     measured = [row for row in rows.values() if row["status"] == "ok"]
     assert all(0 < row["p20"] <= row["p50"] <= row["p80"] for row in measured)
     for loss in ("clip", "info_nce", "siglip", "nt_xent", "mp_nce", "sup_con"):
@@ -170,10 +170,10 @@ def test_bench_prints_ratios_and_writes_json(
             ours, roof = rows[loss, n, "fastclip"], rows[loss, n, "bare products"]
             assert ours["ratio"] == 1 and ours["repeatable"] and ours["error"] < 1e-5
             assert roof["roof_share"] == 1
-    # every rival agrees with the truth, those that normalise inside along the sphere
-    rivals = {row["rival"] for row in measured} - {"fastclip", "bare products"}
-    assert {"open_clip", "lightly", "pytorch_metric_learning", "dense"} <= rivals
-    assert all(row["error"] < 1e-5 for row in measured if row["rival"] in rivals)
+    # every baseline agrees with the truth, those that normalise inside along the sphere
+    baselines = {row["baseline"] for row in measured} - {"fastclip", "bare products"}
+    assert {"open_clip", "lightly", "pytorch_metric_learning", "dense"} <= baselines
+    assert all(row["error"] < 1e-5 for row in measured if row["baseline"] in baselines)
     assert rows["siglip", 64, "siglip_kernel"]["status"].startswith("missing")
     assert rows["clip", 64, "open_clip compiled"]["status"] == "left out"
     assert content["environment"]["torch"] and content["settings"]["rounds"] == 3
@@ -206,9 +206,9 @@ def test_bench_times_nothing_that_fails_its_check(
         monkeypatch.setitem(losses.OPERATORS, "clip", honest)
 
 
-def test_a_rival_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_baseline_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     import fastclip.bench.losses as losses
-    from fastclip.bench.runner import Operator, Rival, Settings, measure
+    from fastclip.bench.runner import Baseline, Operator, Settings, measure
 
     def no_memory(inputs):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried too much")
@@ -216,11 +216,15 @@ def test_a_rival_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(inputs):
         return lambda *leaves: 1 / 0
 
-    rivals = (Rival("hungry", no_memory), Rival("broken", broken), Rival("small", broken, 8))
+    baselines = (
+        Baseline("hungry", no_memory),
+        Baseline("broken", broken),
+        Baseline("small", broken, 8),
+    )
     clip = losses.OPERATORS["clip"]
-    operator = Operator("clip", clip.make, clip.ours, rivals, clip.roof)
+    operator = Operator("clip", clip.make, clip.ours, baselines, clip.roof)
     rows = measure(operator, 16, 4, Settings(rounds=1))
-    status = {row.rival: row.status for row in rows}
+    status = {row.baseline: row.status for row in rows}
     assert status["fastclip"] == status["bare products"] == "ok"
     assert status["hungry"] == "out of memory"
     assert status["broken"].startswith("failed: ZeroDivisionError")
@@ -228,9 +232,9 @@ def test_a_rival_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(losses.format_row(row) for row in rows)
 
 
-def test_a_rival_that_fails_later_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_baseline_that_fails_later_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     import fastclip.bench.losses as losses
-    from fastclip.bench.runner import Operator, Rival, Settings, measure
+    from fastclip.bench.runner import Baseline, Operator, Settings, measure
 
     clip = losses.OPERATORS["clip"]
 
@@ -244,7 +248,7 @@ def test_a_rival_that_fails_later_leaves_the_others(monkeypatch: pytest.MonkeyPa
 
         return loss
 
-    operator = Operator("clip", clip.make, clip.ours, (Rival("tiring", tiring),), clip.roof)
+    operator = Operator("clip", clip.make, clip.ours, (Baseline("tiring", tiring),), clip.roof)
     rows = measure(operator, 16, 4, Settings(rounds=3))
     assert [row.status for row in rows] == ["ok", "out of memory", "ok"]
     assert rows[0].p50 is not None and rows[1].p50 is None

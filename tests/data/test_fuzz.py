@@ -173,7 +173,7 @@ def run(cases: int) -> Result:
     return Result(failures, slowest, peak_mebibytes() - before, *counts)
 
 
-@pytest.mark.parametrize("cases", [300, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cases", [300, pytest.param(10_000, marks=pytest.mark.fuzz)])
 def test_damaged_tars(cases: int) -> None:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context) as pool:

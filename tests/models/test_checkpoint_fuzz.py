@@ -141,7 +141,7 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-@pytest.mark.parametrize("cases", [160, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cases", [160, pytest.param(2000, marks=pytest.mark.fuzz)])
 def test_no_damaged_checkpoint_loads_as_another(cases: int, tmp_path: Path) -> None:
     seen: Counter[tuple[str, str, str]] = Counter()
     wrong = []

@@ -218,13 +218,17 @@ def test_operators_obey_their_contract() -> None:
     leaves = [t.requires_grad_() for t in parts]
     # the backward is differentiable once on purpose, so dynamic autograd checks stop at the first
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(ops.attention.default, (*leaves, lengths, False, 0.25), test_utils=checks)
-    out, lse = ops.attention(*parts, lengths, False, 0.25)
-    arguments = (*(t.detach() for t in (*parts, out, lse, upstream)), lengths, False, 0.25)
-    torch.library.opcheck(ops.attention_backward.default, arguments, test_utils=checks)
+    options = {"causal": False, "scale": 0.25, "needs": ()}
+
+    def check(operator: Any, inputs: tuple[Any, ...], **others: Any) -> None:
+        torch.library.opcheck(operator.default, inputs, options | others, test_utils=checks)
+
+    check(ops.attention, (*leaves, lengths))
+    out, lse = ops.attention(*parts, lengths, **options)
+    inputs = (*(t.detach() for t in parts), lengths, *(t.detach() for t in (out, lse, upstream)))
+    check(ops.attention_backward, inputs, needs=(True, True, True))
     qkv = torch.randn(2, 5, 3, 2, 16, requires_grad=True)
-    arguments = (qkv, lengths, True, 0.25)
-    torch.library.opcheck(ops.packed_attention.default, arguments, test_utils=checks)
+    check(ops.packed_attention, (qkv, lengths), causal=True)
 
 
 def test_gradients_nobody_asks_for() -> None:

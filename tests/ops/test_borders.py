@@ -15,10 +15,10 @@ from fastclip import SupConLoss
 from fastclip.functional import clip_loss, info_nce_loss, siglip_loss
 from fastclip.ops import attention as module
 from fastclip.ops.attention import WIDEST, attention
+from fastclip.ops.chunks import chunk_rows, whole_tiles
 from fastclip.ops.info_nce import info_nce_sum
 from fastclip.ops.sigmoid import sigmoid_loss
 from fastclip.ops.similarity import similarity_statistics
-from fastclip.ops.tiles import chunk_rows, whole_tiles
 from tests.ops.cases import unit
 
 
@@ -110,7 +110,11 @@ def test_columns_that_are_positives_alone_or_frozen(
     index = torch.tensor([0, 5, 8, 2]) if indexed else torch.arange(4)
     left_out = (torch.arange(9) < first) | (torch.arange(9) == index[:, None])
     weights = torch.arange(1.0, 9.0, dtype=dtype).view(2, 4)
-    options: dict[str, Any] = {"first": first, "trainable": trainable, "backend": backend}
+    options: dict[str, Any] = {
+        "first_negative": first,
+        "columns_with_gradient": trainable,
+        "backend": backend,
+    }
     options |= {"positive_index": index if indexed else None, "chunk_bytes": 150}
 
     def dense(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,7 +122,7 @@ def test_columns_that_are_positives_alone_or_frozen(
         return S.masked_fill(left_out, -torch.inf).logsumexp(1), S[torch.arange(4), index]
 
     def statistics(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        found = similarity_statistics(x, y, 9.0, both=False, **options)
+        found = similarity_statistics(x, y, 9.0, column_statistics=False, **options)
         return found.row_lse, found.positive
 
     def weighted(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:

@@ -11,11 +11,11 @@ from fastclip.ops import checks
 from fastclip.ops.collectives import (
     Ranks,
     all_rows,
+    all_to_all_rows,
     count_bytes,
     group_name,
     ranks_of,
     sum_over_ranks,
-    to_owners,
 )
 from tests.ops.cases import unit
 
@@ -121,7 +121,7 @@ def test_bytes_of_each_exchange(four: str) -> None:
         # as many as the longest has
         (lambda: all_rows(four, rows, (7, 6, 2, 4)), 3 * 7 * 5 * 2),
         # own rows from each of the others
-        (lambda: to_owners(four, rows[:4], (1, 6, 2, 1), 1), 3 * 6 * 5 * 2),
+        (lambda: all_to_all_rows(four, rows[:4], (1, 6, 2, 1), 1), 3 * 6 * 5 * 2),
         # reduced, then gathered: three quarters each time
         (lambda: sum_over_ranks(four, rows), 2 * 6 * 5 * 2 * 3 // 4),
     ):

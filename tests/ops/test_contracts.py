@@ -1,5 +1,7 @@
 """What holds for every loss: memory, determinism, counts, compilation, refusals."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastclip
 from fastclip import native
-from fastclip.ops import distillation
+from fastclip.ops import distillation, problem
 from fastclip.ops.gemm import count_products
 from tests.ops.cases import LOSSES, Case, ours, theirs
 
@@ -157,33 +159,40 @@ def test_opcheck() -> None:
     bias = torch.tensor([-1.0], dtype=torch.float64, requires_grad=True)
     table = torch.rand(2, 2, dtype=torch.float64).requires_grad_()
     index, group = torch.tensor([0, 6, 6, 2, 1]), torch.tensor([0, 0, 1, 2, 3])
-    alone = ("", "", [])
-    tail = (torch.float64, "torch", 0)
     ops = torch.ops.fastclip
-    for both, means in ((True, True), (True, False), (False, False)):
-        arguments = (x, y, scale, both, None, None, None, 0, 7, *alone, means, *tail)
-        torch.library.opcheck(ops.similarity_statistics.default, arguments)
-    grouped = (x, y, scale, True, None, group, torch.arange(7), 0, 7, *alone, False, *tail)
-    torch.library.opcheck(ops.similarity_statistics.default, grouped)
+
+    def check(name: str, *inputs: Any, **others: Any) -> None:
+        options = problem.options(torch.float64, "torch", 0, None, **others)
+        torch.library.opcheck(getattr(ops, name).default, inputs, options)
+
+    statistics = "similarity_statistics"
+    for columns, means in ((True, True), (True, False), (False, False)):
+        ids = None, None, None
+        check(statistics, x, y, scale, *ids, column_statistics=columns, means=means)
+    groups = None, group, torch.arange(7)
+    check(statistics, x, y, scale, *groups, column_statistics=True)
     for needs in ((True, True, True), (True, False, False), (False, False, False)):
         inputs = [t if need else t.detach() for t, need in zip((x, y, scale), needs, strict=True)]
-        torch.library.opcheck(ops.info_nce.default, (*inputs, index, 0, 6, *alone, *needs, *tail))
+        check("info_nce", *inputs, index, columns_with_gradient=6, needs=needs)
         inputs = [inputs[0], inputs[1][:5], inputs[2], bias if needs[2] else None]
-        flags = (*needs, needs[2])
-        torch.library.opcheck(ops.sigmoid_sum.default, (*inputs, *flags, *alone, *tail))
-        torch.library.opcheck(ops.sigmoid_rows.default, (*inputs, *alone, *tail))
+        check("sigmoid_sum", *inputs, needs=(*needs, needs[2]))
+        check("sigmoid_rows", *inputs)
     z = torch.cat([x, x.detach()]).detach().requires_grad_()
     for offset in (table, None):
-        torch.library.opcheck(
-            ops.block_statistics.default, (z, table, offset, [0, 1], *alone, *tail)
-        )
+        check("block_statistics", z, table, offset, domains=(0, 1))
     labels = torch.tensor([1, 1, 2, 3, 3, 3, 3, 9, 9, 0])
-    torch.library.opcheck(ops.label_statistics.default, (z, labels, scale, *alone, *tail))
+    check("label_statistics", z, scale, labels, domains=(0,))
     teacher = [t.detach() for t in (x, y[:5], scale)]
     student = (x, y[:5].detach().requires_grad_(), scale)
     torch.library.opcheck(
         distillation._distillation._opoverload,
-        (*student, *teacher, torch.float64, torch.float64, 0),
+        (*student, *teacher),
+        {
+            "dtype": torch.float64,
+            "teacher_dtype": torch.float64,
+            "chunk_bytes": 0,
+            "needs": (),
+        },
     )
     upstream = torch.tensor(2.0, dtype=torch.float64)
     torch.library.opcheck(ops.apply_upstream.default, (x.detach(), upstream, x.detach()))

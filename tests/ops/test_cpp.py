@@ -12,9 +12,10 @@ from torch import Tensor
 
 from fastclip import native
 from fastclip.functional import clip_loss
-from fastclip.ops import backend, cpp_tiles
+from fastclip.ops import backend
 from fastclip.ops.gemm import count_products
-from fastclip.ops.tiles import Running, Tile
+from fastclip.ops.tiles import cpp as cpp_tiles
+from fastclip.ops.tiles.base import SoftmaxStats, Tile
 from tests.ops.cases import (
     LOSSES,
     Case,
@@ -101,7 +102,7 @@ def test_same_bits_every_time(name: str, threads: int, monkeypatch: pytest.Monke
 
 
 def tile_statistics(tiles: cpp_tiles.CppTiles, tile: Tile) -> list[Tensor]:
-    rows, columns = (Running.of(len(t), t, torch.float32) for t in (tile.x_CD, tile.y_SD))
+    rows, columns = (SoftmaxStats.empty(len(t), t, torch.float32) for t in (tile.x_CD, tile.y_SD))
     tiles.statistics(tile, rows, columns)
     out_CS = tiles.gradient_buffer(len(tile.x_CD), tile.y_SD)
     weight_C = torch.ones(len(tile.x_CD))

@@ -16,9 +16,9 @@ import torch
 from fastclip import native
 from fastclip.functional import clip_loss
 from fastclip.ops import backend
-from fastclip.ops.cuda_tiles import CudaTiles
 from fastclip.ops.gemm import count_products
-from fastclip.ops.tiles import Running, Tile
+from fastclip.ops.tiles.base import SoftmaxStats, Tile
+from fastclip.ops.tiles.cuda import CudaTiles
 from tests.ops.cases import (
     LOSSES,
     check_error_rule,
@@ -179,7 +179,7 @@ def test_memory_is_a_tile(dtype: torch.dtype, entry_bytes: int) -> None:
     assert tiles.itemsize == entry_bytes
     x = unit(64, 8, 1).to(dtype)
     tile = Tile(x, x, torch.tensor(9.0), None, 0)
-    tiles.statistics(tile, Running.of(64, x, torch.float32), None)
+    tiles.statistics(tile, SoftmaxStats.empty(64, x, torch.float32), None)
     if dtype == torch.float32:
         tiles._pool.clear()  # forward and backward have tiles of their own
     rows, _ = tiles.begin_rows(tile)

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastclip.functional import clip_loss
+from fastclip.ops.chunks import chunk_rows
 from fastclip.ops.gemm import count_products
 from fastclip.ops.similarity import similarity_statistics
-from fastclip.ops.tiles import chunk_rows
 
 BACKENDS = ("torch", "reference")
 

@@ -1,4 +1,4 @@
-"""`fastclip bench PART ...`: measuring beside rivals, and telling what was measured.
+"""`fastclip bench PART ...`: measuring beside baselines, and telling what was measured.
 
 One class a part. A part that measures prints a table and writes a JSON file; `report` and `compare`
 read these files.

@@ -27,7 +27,7 @@ PARTS: dict[str, type[Any]] = {
 
 @dataclass(frozen=True)
 class AllConfig:
-    """Measure everything beside its rivals, and write a report with tables and plots.
+    """Measure everything beside its baselines, and write a report with tables and plots.
 
     Each part as by its own command with its defaults; with --quick in minutes on two CPU cores. A
     part that fails does not stop the others; the status is then 1.

@@ -1,4 +1,4 @@
-"""`fastclip bench losses|attention|memory|collectives`: operators beside their rivals, in turn."""
+"""`fastclip bench losses|attention|memory|collectives`: operators beside their baselines."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +13,7 @@ LossName = Literal["clip", "info_nce", "siglip", "nt_xent", "mp_nce", "sup_con"]
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Measure losses beside their rivals: time, peak memory, error, repeatability.
+    """Measure losses beside their baselines: time, peak memory, error, repeatability.
 
     Columns: milliseconds forward alone, and forward and backward (20th, 50th and 80th
     percentile); this median over fastclip's; the roof, which is the time of the matrix products
@@ -34,9 +34,9 @@ class LossConfig:
     autocast: bool = False
     """Under bf16 autocast."""
     compiled: bool = True
-    """Include rivals under torch.compile."""
+    """Include baselines under torch.compile."""
     rounds: int = 15
-    """Rounds in which each rival runs once."""
+    """Rounds in which each baseline runs once."""
     quick: bool = False
     """Small sizes and few rounds, in place of what --n, --width, --rounds and --compiled say."""
     device: str = "auto"
@@ -83,7 +83,7 @@ class AttentionConfig:
     tokens: int | None = None
     """Tokens of a batch; by default 262,144 on a GPU, 8,192 on a CPU."""
     rounds: int = 15
-    """Rounds in which each rival runs once."""
+    """Rounds in which each baseline runs once."""
     flex: bool = True
     """Include FlexAttention, which compiles first."""
     quick: bool = False
@@ -96,7 +96,7 @@ class AttentionConfig:
     def run(self) -> int:
         """Measure, print, write."""
         import fastclip.bench.records as records
-        from fastclip.bench.attention import SHAPES, rivals
+        from fastclip.bench.attention import SHAPES, baselines
         from fastclip.bench.runner import Settings
 
         if self.quick:
@@ -113,7 +113,7 @@ class AttentionConfig:
         records.prepare(self.output)
         settings = Settings(torch.bfloat16, rounds=self.rounds, warmup=3, device=device)
         shapes = [known[lines] for lines in self.lines]
-        rivals(settings, self.output, tokens, shapes, self.flex)
+        baselines(settings, self.output, tokens, shapes, self.flex)
         return 0
 
 
@@ -136,7 +136,7 @@ class MemoryConfig:
     autocast: bool = False
     """Under bf16 autocast."""
     compiled: bool = True
-    """Include rivals under torch.compile."""
+    """Include baselines under torch.compile."""
     quick: bool = False
     """Small sizes, in place of what --n, --width and --compiled say."""
     device: str = "auto"
@@ -187,7 +187,7 @@ class CollectivesConfig:
     width: int = 512
     """Feature width."""
     rounds: int = 15
-    """Rounds in which each rival runs once."""
+    """Rounds in which each baseline runs once."""
     quick: bool = False
     """Small batches and few rounds, in place of what --n, --width and --rounds say."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -73,10 +73,10 @@ def _tower(text: str) -> tuple[str, int]:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Measure loading beside its rivals, images a second from shards to batches of views.
+    """Measure loading beside its baselines, images a second from shards to batches of views.
 
-    strong: two views each of a strong augmentation. plain: one view of open_clip's. A rival that is
-    not installed is a row that says so.
+    strong: two views each of a strong augmentation. plain: one view of open_clip's. A baseline
+    that is not installed is a row that says so.
     """
 
     data: Annotated[str | None, tyro.conf.Positional] = None

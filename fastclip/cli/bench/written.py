@@ -10,9 +10,9 @@ import tyro
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Make Markdown tables and plots of JSON files: fastclip beside the best rival of each size.
+    """Make Markdown tables and plots of JSON files: fastclip beside the best baseline of each size.
 
-    Sizes where a rival is as fast are named. Without --output the tables are printed.
+    Sizes where a baseline is as fast are named. Without --output the tables are printed.
     """
 
     files: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()

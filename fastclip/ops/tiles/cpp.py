@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from fastclip import native
+from fastclip.ops.chunks import chunks
 from fastclip.ops.gemm import product
-from fastclip.ops.tiles import Lines, Running, Tile, TorchTiles, chunks
+from fastclip.ops.tiles.base import LogSumExps, SoftmaxStats, Tile
+from fastclip.ops.tiles.torch import TorchTiles
 
 # a mebibyte for each thread
 BLOCK_ENTRIES = 1 << 18
@@ -42,23 +44,30 @@ class CppTiles(TorchTiles):
     def gradient_buffer(self, rows: int, operand_SD: Tensor) -> Tensor:
         return self._buffer("G", rows, len(operand_SD), operand_SD.new_empty(0, dtype=self.dtype))
 
-    def statistics(self, tile: Tile, rows: Running, columns: Running | None) -> None:
+    def statistics(self, tile: Tile, rows: SoftmaxStats, columns: SoftmaxStats | None) -> None:
         for block, part in _blocks(tile):
             S_CB = self._buffer("S", len(part.x_CD), len(part.y_SD), part.x_CD)
-            of_columns = None if columns is None else Running(*(line[block] for line in columns))
+            of_columns = (
+                None if columns is None else SoftmaxStats(*(line[block] for line in columns))
+            )
             self._native.statistics(
                 _cosines(part, S_CB), *_pair(rows), *_pair(of_columns), torch.get_num_threads()
             )
 
     def gradient(
-        self, tile: Tile, rows: Lines, columns: Lines | None, out_CS: Tensor, scalars: bool
+        self,
+        tile: Tile,
+        rows: LogSumExps,
+        columns: LogSumExps | None,
+        out_CS: Tensor,
+        scalars: bool,
     ) -> tuple[Tensor, Tensor]:
-        rows = Lines(*(line.contiguous() for line in rows))
+        rows = LogSumExps(*(line.contiguous() for line in rows))
         if columns is not None:
-            columns = Lines(*(line.contiguous() for line in columns))
+            columns = LogSumExps(*(line.contiguous() for line in columns))
         sums = torch.zeros(2 if scalars else 0, dtype=torch.float64)
         for block, part in _blocks(tile):
-            of_columns = None if columns is None else Lines(*(line[block] for line in columns))
+            of_columns = None if columns is None else LogSumExps(*(line[block] for line in columns))
             self._native.gradient(
                 _cosines(part, out_CS[:, block]),
                 *_pair(rows),
@@ -68,9 +77,9 @@ class CppTiles(TorchTiles):
             )
         return self._scalars(sums)
 
-    def begin_rows(self, tile: Tile) -> tuple[Running, Tensor]:
+    def begin_rows(self, tile: Tile) -> tuple[SoftmaxStats, Tensor]:
         E_CS = self.gradient_buffer(len(tile.x_CD), tile.y_SD)
-        rows = Running.of(len(E_CS), E_CS, self.dtype)
+        rows = SoftmaxStats.empty(len(E_CS), E_CS, self.dtype)
         dot_C = torch.zeros_like(rows.sum)
         blocks = []
         for block, part in _blocks(tile):
@@ -146,5 +155,5 @@ def _cosines(tile: Tile, out_CB: Tensor) -> Any:
     return native.library().Tile(*tile.described(out_CB))
 
 
-def _pair(lines: Running | Lines | None) -> tuple[int, int]:
+def _pair(lines: SoftmaxStats | LogSumExps | None) -> tuple[int, int]:
     return (0, 0) if lines is None else (lines[0].data_ptr(), lines[1].data_ptr())

@@ -11,7 +11,7 @@ import fastclip.kernels.sigmoid as sigmoid
 import fastclip.kernels.similarity as similarity
 from fastclip.kernels.launch import Tiling, tiling
 from fastclip.ops.gemm import count_product, gradient_dtype
-from fastclip.ops.tiles import Lines, Running, Tile
+from fastclip.ops.tiles.base import LogSumExps, SoftmaxStats, Tile
 
 
 class TritonTiles:
@@ -34,7 +34,7 @@ class TritonTiles:
     def gradient_buffer(self, rows: int, operand_SD: Tensor) -> Tensor:
         return self._room(rows, operand_SD.shape[0], operand_SD.device)
 
-    def statistics(self, tile: Tile, rows: Running, columns: Running | None) -> None:
+    def statistics(self, tile: Tile, rows: SoftmaxStats, columns: SoftmaxStats | None) -> None:
         self._count(tile)
         row_max, row_sum, column_max, column_sum, _ = similarity.statistics(
             *_operands(tile), columns is not None, None, self._tiling("statistics", tile)
@@ -44,7 +44,12 @@ class TritonTiles:
             merging.merge(column_max, column_sum, None, *columns, tile.offset)
 
     def gradient(
-        self, tile: Tile, rows: Lines, columns: Lines | None, out_CS: Tensor, scalars: bool
+        self,
+        tile: Tile,
+        rows: LogSumExps,
+        columns: LogSumExps | None,
+        out_CS: Tensor,
+        scalars: bool,
     ) -> tuple[Tensor, Tensor]:
         self._count(tile)
         x, y, scale, ids, diagonal = _operands(tile)
@@ -62,7 +67,7 @@ class TritonTiles:
             self._tiling("gradient", tile),
         )
 
-    def begin_rows(self, tile: Tile) -> tuple[Running, Tensor]:
+    def begin_rows(self, tile: Tile) -> tuple[SoftmaxStats, Tensor]:
         self._count(tile)
         r, s = tile.x_CD.shape[0], tile.y_SD.shape[0]
         kept = self._room(r, s, tile.x_CD.device)
@@ -73,7 +78,7 @@ class TritonTiles:
         row_max, row_sum, _, _, row_dot = similarity.statistics(
             *_operands(tile), False, kept, tiles
         )
-        rows = Running.of(r, tile.x_CD, torch.float32)
+        rows = SoftmaxStats.empty(r, tile.x_CD, torch.float32)
         dot = merging.merge(row_max, row_sum, row_dot, *rows, None)
         self._kept = kept, row_max, rows.max, tiles
         return rows, dot
@@ -142,5 +147,5 @@ def _operands(
     return tile.x_CD, tile.y_SD, tile.scale, ids, diagonal
 
 
-def _lines(lines: Lines) -> tuple[Tensor, Tensor]:
+def _lines(lines: LogSumExps) -> tuple[Tensor, Tensor]:
     return lines.lse.contiguous(), lines.weight.contiguous()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastclip import native
 from fastclip.ops.gemm import gradient_dtype, product
-from fastclip.ops.tiles import Lines, Running, Tile
+from fastclip.ops.tiles.base import LogSumExps, SoftmaxStats, Tile
 
 # csrc/include/fastclip/cuda_epilogues.h has the same numbers
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -48,7 +48,7 @@ class CudaTiles:
         like = operand_SD.new_empty(0, dtype=self._gradient_dtype)
         return self._room("G", rows, len(operand_SD), like)
 
-    def statistics(self, tile: Tile, rows: Running, columns: Running | None) -> None:
+    def statistics(self, tile: Tile, rows: SoftmaxStats, columns: SoftmaxStats | None) -> None:
         tile = _wide(tile)
         cosines = self._cosines(tile, self._products(tile))
         down, across = cosines.pieces
@@ -63,13 +63,18 @@ class CudaTiles:
         self._merge(tile, of_rows, rows)
 
     def gradient(
-        self, tile: Tile, rows: Lines, columns: Lines | None, out_CS: Tensor, scalars: bool
+        self,
+        tile: Tile,
+        rows: LogSumExps,
+        columns: LogSumExps | None,
+        out_CS: Tensor,
+        scalars: bool,
     ) -> tuple[Tensor, Tensor]:
         tile = _wide(tile)
         cosines = self._cosines(tile, out_CS if self._in_place else self._products(tile))
-        rows = Lines(*(line.contiguous() for line in rows))
+        rows = LogSumExps(*(line.contiguous() for line in rows))
         if columns is not None:
-            columns = Lines(*(line.contiguous() for line in columns))
+            columns = LogSumExps(*(line.contiguous() for line in columns))
         sums = self._room_for_sums(cosines, tile, scalars)
         self._queue(
             "gradient",
@@ -82,7 +87,7 @@ class CudaTiles:
         )
         return self._scalars(sums)
 
-    def begin_rows(self, tile: Tile) -> tuple[Running, Tensor]:
+    def begin_rows(self, tile: Tile) -> tuple[SoftmaxStats, Tensor]:
         tile = _wide(tile)
         rows = len(tile.x_CD)
         E_CS = self.gradient_buffer(rows, tile.y_SD) if self._in_place else self._products(tile)
@@ -90,7 +95,7 @@ class CudaTiles:
         part = tile.scale.new_empty((3, cosines.pieces[1], rows))
         part_max, part_sum, part_dot = _addresses(part)
         self._queue("statistics", tile, cosines, part_max, part_sum, 0, 0, part_dot)
-        found = Running.of(rows, E_CS, self.dtype)
+        found = SoftmaxStats.empty(rows, E_CS, self.dtype)
         dot_C = torch.empty_like(found.sum)
         self._merge(tile, part, found, dot_C)
         self._kept = cosines, part, found.max
@@ -160,7 +165,7 @@ class CudaTiles:
             getattr(self._library, name)(*arguments, stream)
 
     def _merge(
-        self, tile: Tile, part: Tensor, running: Running, dot_C: Tensor | None = None
+        self, tile: Tile, part: Tensor, running: SoftmaxStats, dot_C: Tensor | None = None
     ) -> None:
         """Merge (max, sum[, dot]) of the pieces' lines into the running ones."""
         maximum, total, *dots = _addresses(part)

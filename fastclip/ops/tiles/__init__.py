@@ -1,0 +1,1 @@
+"""What happens inside a tile of S, by implementation."""

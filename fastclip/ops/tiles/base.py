@@ -1,0 +1,186 @@
+"""Tiles of the similarity matrix: what an implementation of the operators has to provide.
+
+The operators visit S in tiles of C rows by S columns and need five things of each tile:
+
+    statistics   rows' and columns' (max, sum of exponentials), merged into running ones     K1
+    gradient     G, the gradient of the tile's products, from given log-sum-exps             K2
+    begin_rows,
+    end_rows     both at once where a tile holds its rows whole (one product instead of two)
+    sigmoid      softplus row sums and G of the sigmoid loss
+    finish       products of G with features, plus positive terms, cast once                 K4
+
+The order of the visits (`schedule.py`), the loops (`passes.py`) and the products with G (K3,
+`gemm.py`) are common to all implementations. `TorchTiles` (`torch.py`) runs everywhere.
+
+A logit is S = scale * cos + offset. The offset is never added to a tile: it goes into the
+anchors, so that sums of G * cos need no subtraction.
+
+Shape suffixes: C rows of a tile, S its columns, D feature width.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fastclip.ops.numerics import finite, largest_logit
+
+
+class Tile(NamedTuple):
+    """One tile: operands, the domain pair's scale and offset, and which entries are left out.
+
+    The entry (c, c + diagonal) is no negative, nor are entries whose row and column ids agree.
+    """
+
+    x_CD: Tensor
+    y_SD: Tensor
+    scale: Tensor
+    offset: Tensor | None
+    diagonal: int | None
+    row_id_C: Tensor | None = None
+    column_id_S: Tensor | None = None
+
+    @property
+    def crosses_diagonal(self) -> bool:
+        """Whether any entry lies on the diagonal that is left out."""
+        if self.diagonal is None:
+            return False
+        return -self.x_CD.shape[0] < self.diagonal < self.y_SD.shape[0]
+
+    def described(self, cosines_CS: Tensor) -> tuple[Any, ...]:
+        """What the native library's tiles are made of, where the cosines are in memory."""
+        ids: tuple[int, int, int] = 0, 0, 0
+        if self.row_id_C is not None and self.column_id_S is not None:
+            row_id, column_id = self.row_id_C, self.column_id_S
+            ids = row_id.data_ptr(), column_id.data_ptr(), row_id.itemsize
+        return (
+            cosines_CS.data_ptr(),
+            *cosines_CS.shape,
+            cosines_CS.stride(0),
+            self.scale.data_ptr(),
+            0 if self.offset is None else self.offset.data_ptr(),
+            self.diagonal if self.crosses_diagonal else None,
+            *ids,
+        )
+
+
+class LogSumExps(NamedTuple):
+    """Log-sum-exps of rows (or columns) of S, and their upstream gradients."""
+
+    lse: Tensor
+    weight: Tensor
+
+    def part(self, which: slice) -> "LogSumExps":
+        """Some of the rows, as views."""
+        return LogSumExps(self.lse[which], self.weight[which])
+
+
+class SoftmaxStats(NamedTuple):
+    """Of rows (or columns) of S, over the tiles visited: maximum, sum of exp(S - maximum)."""
+
+    max: Tensor
+    sum: Tensor
+
+    @staticmethod
+    def empty(rows: int, like: Tensor, dtype: torch.dtype) -> "SoftmaxStats":
+        """Over no tiles yet."""
+        return SoftmaxStats(
+            like.new_full((rows,), -torch.inf, dtype=dtype), like.new_zeros(rows, dtype=dtype)
+        )
+
+    def part(self, which: slice) -> "SoftmaxStats":
+        """Some of the rows, as views."""
+        return SoftmaxStats(self.max[which], self.sum[which])
+
+    def merge_(self, maximum: Tensor, total: Tensor) -> None:
+        """Add a tile's, in place."""
+        merged = torch.maximum(self.max, maximum)
+        anchor = finite(merged)
+        self.sum.mul_(torch.exp(self.max - anchor)).add_(total * torch.exp(maximum - anchor))
+        self.max.copy_(merged)
+
+    def lse(self) -> Tensor:
+        """The log-sum-exps; -inf for rows without negatives.
+
+        NaN from a maximum of `largest_logit` on: neighbors are 2 apart there, so that exp(S - lse)
+        has no digit, whatever a loss made of it would look like.
+        """
+        anchor = finite(self.max)
+        dtype = anchor.dtype
+        # overflows from there on, and 0 * inf is NaN
+        beyond = anchor * (torch.finfo(dtype).max / largest_logit(dtype))
+        return torch.log(self.sum).add_(anchor).add_(beyond, alpha=0)
+
+
+class Tiles(Protocol):
+    """An implementation; one instance serves one call of an operator and owns its buffers."""
+
+    dtype: torch.dtype
+    """The accumulator's dtype: of sums, log-sum-exps and unfinished gradients."""
+    itemsize: int
+    """Bytes of an entry of S or G that is held in memory."""
+
+    def operand(self, features: Tensor) -> Tensor:
+        """Features as they enter S."""
+
+    def gradient_operand(self, operand: Tensor) -> Tensor:
+        """An operand of S as it enters products with G."""
+
+    def gradient_buffer(self, rows: int, operand_SD: Tensor) -> Tensor:
+        """Room for G, rows x S, in the dtype of `operand_SD`; valid until the next call."""
+
+    def statistics(self, tile: Tile, rows: SoftmaxStats, columns: SoftmaxStats | None) -> None:
+        """Merge the tile's statistics into the running ones."""
+
+    def gradient(
+        self,
+        tile: Tile,
+        rows: LogSumExps,
+        columns: LogSumExps | None,
+        out_CS: Tensor,
+        scalars: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """G times the scale into `out_CS`; the sums of G * cos and of G if `scalars`."""
+
+    def begin_rows(self, tile: Tile) -> tuple[SoftmaxStats, Tensor]:
+        """Statistics of a tile without offset that holds its rows whole; sum of exp(S - max) * cos.
+
+        The sum is over the columns, (C,).
+        """
+
+    def end_rows(self, factor_C: Tensor, out_CS: Tensor) -> None:
+        """factor * exp(S - max) of the tile that began last, into `out_CS`."""
+
+    def sigmoid(
+        self, tile: Tile, weight_C: Tensor, out_CS: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Row sums of softplus(S); where `out_CS` is given G times the scale goes there.
+
+        G = weight * sigmoid(S); the other two results are its sums with cos and alone.
+        """
+
+    def finish(
+        self, total_CD: Tensor, terms: Sequence[tuple[Tensor, Tensor]], out_CD: Tensor
+    ) -> None:
+        """out = total + sum of coefficient_C * partner_CD, cast once.
+
+        `total_CD` may be overwritten; `out_CD` may be `total_CD`.
+        """
+
+    def row_dot(self, a_CD: Tensor, b_CD: Tensor) -> Tensor:
+        """Row-wise products in the accumulator's dtype, (C,)."""
+
+
+def finished(
+    tiles: Tiles, total: Tensor, terms: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype
+) -> Tensor:
+    """`Tiles.finish`, in place where nothing is to be cast."""
+    out = finished_room(total, dtype)
+    tiles.finish(total, terms, out)
+    return out
+
+
+def finished_room(total: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where `Tiles.finish` casts a total to: itself where nothing is to be cast."""
+    return total if total.dtype == dtype else torch.empty_like(total, dtype=dtype)

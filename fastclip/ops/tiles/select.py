@@ -1,0 +1,25 @@
+"""The implementation of the tiles by its name."""
+
+import torch
+
+from fastclip.ops.tiles.base import Tiles
+from fastclip.ops.tiles.torch import TorchTiles
+
+
+def tiles_of(backend: str, compute_dtype: torch.dtype) -> Tiles:
+    """A new instance of the implementation of that name."""
+    if backend == "triton":
+        # triton is not everywhere
+        from fastclip.ops.tiles.triton import TritonTiles
+
+        return TritonTiles(compute_dtype)
+    if backend == "cpp":
+        # nor is the library
+        from fastclip.ops.tiles.cpp import CppTiles
+
+        return CppTiles(compute_dtype)
+    if backend == "cuda":
+        from fastclip.ops.tiles.cuda import CudaTiles
+
+        return CudaTiles(compute_dtype)
+    return TorchTiles(compute_dtype)

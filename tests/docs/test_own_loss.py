@@ -1,0 +1,74 @@
+"""The loss that a page builds outside the package, against its definition."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastclip.ops.gemm import count_products
+from tests.docs.pages import READ
+from tests.ops.cases import unit
+
+NAME = "decoupled_contrastive_loss"
+
+
+def from_the_page() -> Callable[..., Tensor]:
+    """The function as a reader copies it."""
+    (block,) = (b for page in READ for b in page.blocks("python") if f"def {NAME}" in b.text)
+    text = block.text[: block.text.index(f"\n{NAME}(")]
+    assert len(text.strip().splitlines()) <= 40
+    names: dict[str, Any] = {}
+    exec(compile(text, "page", "exec"), names)
+    return names[NAME]
+
+
+def definition(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
+    """-S_ii + log of the sum over the others of exp(S_ij), rows and columns, in the mean."""
+    S = scale * images @ texts.T
+    others = S.masked_fill(torch.eye(len(S), dtype=torch.bool), -torch.inf)
+    terms = [others.logsumexp(dim) - S.diagonal() for dim in (1, 0)]
+    return (terms[0] + terms[1]).mean() / 2
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_it_is_its_definition(backend: str) -> None:
+    loss = from_the_page()
+    leaves = [unit(9, 5, 0), unit(9, 5, 1), torch.tensor(7.0, dtype=torch.float64)]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    with count_products() as counted:
+        found = loss(*leaves, backend=backend)
+        ours = torch.autograd.grad(found, leaves)
+    wanted = definition(*leaves)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        list(ours), list(torch.autograd.grad(wanted, leaves)), rtol=1e-10, atol=1e-12
+    )
+    if backend == "torch":
+        assert counted.products_of(9, 9, 5) == 4
+
+
+def share(rank: int, path: Path) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{path}/meet", rank=rank, world_size=2
+    )
+    loss = from_the_page()
+    own = slice(4 * rank, 4 * rank + 4)
+    leaves = [unit(8, 5, seed)[own].requires_grad_() for seed in (0, 1)]
+    loss(*leaves, 7.0, dist="gather").backward()
+    torch.save([leaf.grad for leaf in leaves], path / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.dist
+def test_over_processes_it_has_the_whole_gradient(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(share, (tmp_path,), nprocs=2)
+    leaves = [unit(8, 5, seed).requires_grad_() for seed in (0, 1)]
+    wanted = torch.autograd.grad(definition(*leaves, torch.tensor(7.0)), leaves)
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for index, whole in enumerate(wanted):
+        # data-parallel training averages over the two
+        ours = torch.cat([gradients[index] for gradients in found]) / 2
+        torch.testing.assert_close(ours, whole, rtol=1e-10, atol=1e-12)
