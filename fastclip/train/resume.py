@@ -21,7 +21,7 @@ def read_resumed(
 
     Raises:
         FileExistsError: --resume is not given and the run has checkpoints already.
-        FileNotFoundError, ValueError: the checkpoint is not there, or cannot be gone on from.
+        FileNotFoundError, ValueError: the checkpoint is not there, or cannot be resumed.
     """
     folder = run / "checkpoints"
     # one rank looks, and all do as it says: others may see a shared folder late
