@@ -8,7 +8,7 @@ import ast
 import inspect
 import itertools
 from collections.abc import Sequence
-from dataclasses import field, fields, is_dataclass, make_dataclass
+from dataclasses import Field, field, fields, is_dataclass, make_dataclass
 from typing import Annotated, Any, Literal, get_type_hints
 
 Group = Literal["data", "model", "optim", "loss", "distributed", "checkpoint", "log"]
@@ -41,6 +41,16 @@ def defining(kind: type) -> list[str]:
     return [each.name for each in fields(kind) if each.metadata["defines_run"]]
 
 
+def ordered(kind: type) -> list[Field[Any]]:
+    """The fields by group, in each the class's own before those that it inherits."""
+    groups = list(GROUPS)
+
+    def place(each: Field[Any]) -> tuple[int, bool]:
+        return groups.index(each.metadata["group"]), each.name not in kind.__annotations__
+
+    return sorted(fields(kind), key=place)
+
+
 def help_texts(kind: type) -> dict[str, str]:
     """The string under each field, inherited ones included, as one line."""
     texts: dict[str, str] = {}
@@ -71,8 +81,6 @@ def parse_grouped(kind: type, arguments: Sequence[str], prog: str) -> dict[str, 
     import tyro
 
     hints, texts = get_type_hints(kind), help_texts(kind)
-    # the class's own before those that it inherits
-    ordered = sorted(fields(kind), key=lambda each: each.name not in kind.__annotations__)
     # flags of a group are named without the group
     bare: Any = tyro.conf.OmitArgPrefixes
     groups: list[Any] = []
@@ -84,7 +92,7 @@ def parse_grouped(kind: type, arguments: Sequence[str], prog: str) -> dict[str, 
                 Annotated[hints[each.name], tyro.conf.arg(help=texts.get(each.name))],
                 field(default=each.default),
             )
-            for each in ordered
+            for each in ordered(kind)
             if each.metadata["group"] == group
         ]
         made: Any = make_dataclass(group, members, namespace={"__doc__": about})

@@ -6,13 +6,13 @@ types, and a flag given by hand wins.
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from fastclip.bounded import read_yaml
 from fastclip.data.options import DataOptions
-from fastclip.flags import flag, parse_grouped
+from fastclip.flags import flag, ordered, parse_grouped
 from fastclip.models.options import SystemOptions
 from fastclip.ops.backend import IMPLEMENTATIONS
 
@@ -261,10 +261,11 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
 
 
 def to_yaml(config: TrainConfig) -> str:
-    """The whole configuration, as `--config` reads it back."""
+    """The whole configuration in the order of `--help`, as `--config` reads it back."""
     import yaml
 
-    values = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(config).items()}
+    values = {each.name: getattr(config, each.name) for each in ordered(TrainConfig)}
+    values = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
     return yaml.safe_dump(values, sort_keys=False)
 
 
