@@ -35,7 +35,7 @@ class Baseline:
     largest: int | None = None
     """Rows beyond which it is not tried."""
     normalizes: bool = False
-    """Whether it normalises inside: its gradient then has no part along the features."""
+    """Whether it normalizes inside: its gradient then has no part along the features."""
 
 
 @dataclass(frozen=True)

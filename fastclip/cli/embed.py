@@ -22,7 +22,7 @@ from fastclip.models.build import load
 
 @dataclass(frozen=True)
 class EmbedConfig:
-    """Write normalised features, one row an image or text, in the data's order."""
+    """Write normalized features, one row an image or text, in the data's order."""
 
     kind: Annotated[Literal["images", "texts"], tyro.conf.Positional]
     """What DATA holds."""

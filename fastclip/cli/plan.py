@@ -150,7 +150,7 @@ def report(plan: Plan, model: str) -> list[str]:
                 f"{request.batch:,}: {'none' if fewest is None else f'{fewest:,}'}"
             )
     if footprint.has_batch_norm:
-        lines.append("  the model has batch normalisation: no accumulation")
+        lines.append("  the model has batch normalization: no accumulation")
     return lines
 
 

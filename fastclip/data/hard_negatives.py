@@ -228,7 +228,7 @@ def hard_negatives(caption: str, kinds: Sequence[str] = KINDS, *, rng: random.Ra
     Args:
         caption: in English; of another language only the order is changed. Changes are made in its
             first 48 words.
-        kinds: "attribute", colours, sizes, materials and so on exchanged between two things, or one
+        kinds: "attribute", colors, sizes, materials and so on exchanged between two things, or one
             replaced; "relation", one replaced by its opposite, or the two phrases around one
             exchanged; "order", two words exchanged, or trigrams shuffled or turned round.
         rng: chooses which come first, and among replacements.

@@ -143,7 +143,7 @@ def step_of(path: Path) -> int:
 def read(path: Path) -> dict[str, Any]:
     """The content of a checkpoint, on the CPU; never runs code from the file.
 
-    Of a folder of DeepSpeed's it is the part without parameters and optimiser.
+    Of a folder of DeepSpeed's it is the part without parameters and optimizer.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -73,7 +73,7 @@ class TrainConfig(SystemOptions, DataOptions):
     is a GPU; on a CPU it is the slower one."""
     augment: Literal["crop", "weak", "strong"] | None = flag(None, "data", defines_run=True)
     """crop: a random crop, of 0.9 of the image or more. weak, strong: CLIP-Rocket's views, crops of
-    0.5 and of 0.08 or more; the strong one has flip, colour jitter, grayscale and blur. By default
+    0.5 and of 0.08 or more; the strong one has flip, color jitter, grayscale and blur. By default
     crop, or weak where --objective has strong views besides."""
     aug_scale: tuple[float, float] | None = flag(None, "data", defines_run=True)
     """Least and greatest share of the image that a random crop keeps, in place of --augment's."""
@@ -132,7 +132,7 @@ class TrainConfig(SystemOptions, DataOptions):
     """Implementation of the loss: auto, torch or reference."""
 
     deepspeed: bool = flag(False, "distributed", defines_run=True)
-    """Train with DeepSpeed's ZeRO, which shards optimiser, gradients and parameters."""
+    """Train with DeepSpeed's ZeRO, which shards optimizer, gradients and parameters."""
     deepspeed_config: str | None = flag(None, "distributed", defines_run=True)
     """DeepSpeed's JSON file, or ds_zero1, ds_zero2, ds_zero3; "auto" there takes our flags."""
     trust_checkpoint: bool = flag(False, "checkpoint", defines_run=False)

@@ -1,7 +1,7 @@
-"""Training with DeepSpeed: optimiser (ZeRO-1), gradients (2) and parameters (3) over the processes.
+"""Training with DeepSpeed: optimizer (ZeRO-1), gradients (2) and parameters (3) over the processes.
 
 What differs from `TorchEngine`: with --precision amp or amp_bf16 the parameters themselves are in
-float16 or bfloat16 and DeepSpeed keeps float32 ones beside the optimiser, so autocast is off. The
+float16 or bfloat16 and DeepSpeed keeps float32 ones beside the optimizer, so autocast is off. The
 loss sees the float32 scales and biases all the same. An average of the weights is float32, of the
 parameters as the towers have them, in every process.
 """

@@ -170,7 +170,7 @@ def test_bench_prints_ratios_and_writes_json(
             ours, roof = rows[loss, n, "fastclip"], rows[loss, n, "bare products"]
             assert ours["ratio"] == 1 and ours["repeatable"] and ours["error"] < 1e-5
             assert roof["roof_share"] == 1
-    # every baseline agrees with the truth, those that normalise inside along the sphere
+    # every baseline agrees with the truth, those that normalize inside along the sphere
     baselines = {row["baseline"] for row in measured} - {"fastclip", "bare products"}
     assert {"open_clip", "lightly", "pytorch_metric_learning", "dense"} <= baselines
     assert all(row["error"] < 1e-5 for row in measured if row["baseline"] in baselines)

@@ -94,7 +94,7 @@ def draw(index: int, shift: str | None) -> Image.Image:
 @pytest.mark.parametrize(
     "data, message",
     [
-        ("scenes:colour=red", "unknown key 'colour'; known are split, shift, caption, objects"),
+        ("scenes:color=red", "unknown key 'color'; known are split, shift, caption, objects"),
         ("scenes:shift=weather", "unknown shift 'weather'; known are style, palette"),
         ("scenes:shift=style+", "unknown shift ''; known are style, palette"),
         ("scenes:objects=4", "unknown objects '4'; known are 1, 2, 3"),

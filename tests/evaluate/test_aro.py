@@ -140,7 +140,7 @@ def test_the_region_is_cut_out(tmp_path: Path) -> None:
     assert [case.image.box for case in cases] == [box for _, box, _ in boxes]
     metrics = evaluate_aro(MODEL, tmp_path, Encoding())
     assert metrics["relation_macro"] == 1
-    # only pure colours are as near to their word as this
+    # only pure colors are as near to their word as this
     assert all(scores[0] > 0.98 for scores in score_choices(MODEL, cases, Encoding()))
 
 

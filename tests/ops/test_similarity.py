@@ -247,7 +247,7 @@ def test_autocast_loses_nothing_beyond_the_features_rounding(
 
 
 def oracle_dense(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-    """As `oracle`, vectorised: softplus of the negatives' log-sum-exp less the positive."""
+    """As `oracle`, vectorized: softplus of the negatives' log-sum-exp less the positive."""
     S = scale * x @ y.T
     negatives = S.masked_fill(torch.eye(len(x), dtype=torch.bool), -torch.inf)
     if len(x) == 1:

@@ -327,7 +327,7 @@ def test_outputs_that_do_not_fit_are_told(outputs: list[Any], message: str) -> N
         accumulate(lambda output: output, outputs, lambda output: X.sum())
 
 
-def test_batch_normalisation_is_refused() -> None:
+def test_batch_normalization_is_refused() -> None:
     model = nn.Sequential(nn.Linear(3, 3), *(nn.BatchNorm1d(3) for _ in range(4)))
     refuse_batch_norm(model, 1)
     with pytest.raises(

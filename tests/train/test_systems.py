@@ -113,7 +113,7 @@ def steps(engine: Any, here: World, cuts: int = 1, count: int = STEPS) -> list[f
 
 
 def furthest(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
-    """The largest difference of any entry; batch normalisation's running statistics included."""
+    """The largest difference of any entry; batch normalization's running statistics included."""
     assert found.keys() == wanted.keys()
     return max((found[n].double() - wanted[n].double()).abs().max().item() for n in wanted)
 

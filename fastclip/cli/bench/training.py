@@ -16,7 +16,7 @@ class TrainStepConfig:
     """Measure a whole training step beside open_clip's own loop, with the same weights and batch.
 
     Columns: milliseconds a step (20th, 50th and 80th percentile); samples a second; the speed in
-    units of open_clip's; MiB above weights and optimiser; the loss after the first call, and how
+    units of open_clip's; MiB above weights and optimizer; the loss after the first call, and how
     far it is from open_clip's. Rows are fastclip's engine; open_clip's loop with AdamW as its
     trainer makes it, with torch's fused AdamW, and with fastclip's loss (`patch_open_clip`).
     """
