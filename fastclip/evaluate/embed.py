@@ -34,7 +34,7 @@ class Embedding:
     Args:
         output: the .npy file, (count, D) float32; it appears when all rows are there.
         count: rows.
-        identity: what the features are of; a started file of something else is not gone on with.
+        identity: what the features are of; a started file of something else is not resumed.
     """
 
     output: Path

@@ -33,7 +33,7 @@ class Encoding:
     Args:
         batch_size: images or texts encoded at a time.
         workers: processes that load images; 0 loads in this one.
-        precision: the towers' arithmetic, of `fastclip.device.AUTOCAST_DTYPES`.
+        precision: the towers' precision, one of `fastclip.device.AUTOCAST_DTYPES`.
         progress: whether to draw a bar.
 
     Raises:
@@ -172,7 +172,7 @@ def _encode_images(
 ) -> list[dict[str, Any]]:
     """The batches that `collate` makes of all samples in order, with "features" for "image".
 
-    Ranks share whole batches, so that the features are the same bits as one process's.
+    Ranks share whole batches, so that the features are bitwise equal to one process's.
     """
     device = next(model.model.parameters()).device
     rows = list(range(len(samples)))  # type: ignore[arg-type]

@@ -142,7 +142,7 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 
 def build_described(run: Path, device: str | torch.device) -> Model:
-    """The model that `open_clip_config.json` in a run's folder describes, with random weights.
+    """The model that `open_clip_config.json` in a run directory describes, with random weights.
 
     Raises:
         ValueError: the description is damaged, or has a key that is not allowed.

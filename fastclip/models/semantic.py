@@ -195,7 +195,7 @@ def with_language_model(
     """The model with the language model of the options in place of its text tower.
 
     Args:
-        described: folder of a run, whose description and tokenizer are taken: random weights.
+        described: a run directory, whose description and tokenizer are taken: random weights.
 
     Raises:
         ValueError: the model is not of open_clip's two-tower classes, or see `LanguageModelTower`

@@ -144,7 +144,7 @@ def to_universal(path: Path, target: Path) -> None:
     if training["zero"]["stage"] == 3 and frozen:
         raise ValueError(
             f"{path} is of ZeRO-3 with frozen parameters ({frozen[0]}, {len(frozen)} in all), of "
-            "which DeepSpeed's universal form holds nothing: go on with as many processes as "
+            "which DeepSpeed's universal form holds nothing: resume with as many processes as "
             "before, or with its weights: --pretrained"
         )
     if target.exists():

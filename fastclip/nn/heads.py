@@ -23,7 +23,7 @@ class GlobalBatchNorm(nn.Module):
 
     With one process it is `nn.BatchNorm1d`; with several it equals `nn.BatchNorm1d` on their rows
     together, gradients included, also where they have different numbers of rows.
-    (`nn.SyncBatchNorm` refuses the CPU.) Statistics and arithmetic are float32 or better.
+    (`nn.SyncBatchNorm` refuses the CPU.) Statistics are computed in float32 or better.
 
     Args:
         width: D.

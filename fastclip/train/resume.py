@@ -21,7 +21,7 @@ def read_resumed(
 
     Raises:
         FileExistsError: --resume is not given and the run has checkpoints already.
-        FileNotFoundError, ValueError: the checkpoint is not there, or cannot be gone on from.
+        FileNotFoundError, ValueError: the checkpoint is not there, or cannot be resumed from.
     """
     folder = run / "checkpoints"
     # one rank looks, and all do as it says: others may see a shared folder late
@@ -29,7 +29,7 @@ def read_resumed(
     if config.resume is None:
         if existing:
             raise FileExistsError(
-                f"{run} exists; choose another --name, or go on with it: --resume latest"
+                f"{run} exists; choose another --name, or resume it: --resume latest"
             )
         return None, None
     if config.resume == "latest" and not existing:
@@ -52,7 +52,7 @@ def read_resumed(
         )
     if latest is not None and checkpoint.step_of(latest) > resumed["step"]:
         raise ValueError(
-            f"{run} has gone on to {latest.name}; to branch off from step {resumed['step']} "
+            f"{run} has continued to {latest.name}; to branch off from step {resumed['step']} "
             "choose another --name"
         )
     earlier = from_dict(resumed["config"])
@@ -61,7 +61,7 @@ def read_resumed(
         if before != value:
             flag = "--" + key.replace("_", "-")
             changed = f"{flag} was {before} and is now {value}"
-            _note(world, f"{changed}; the run goes on, but not as it would have")
+            _note(world, f"{changed}; the resumed run differs from the original")
     batch = config.step_samples(world.size)
     if resumed["data"]["position"] % batch:
         raise ValueError(

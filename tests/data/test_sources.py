@@ -41,7 +41,7 @@ def test_the_text_tells_the_type(data: str, kind: str | None) -> None:
     assert guess_type(data) == kind
 
 
-def test_what_cannot_be_told_or_mixed(tmp_path: Path, make_shard: MakeShard) -> None:
+def test_what_cannot_be_recognized_or_mixed(tmp_path: Path, make_shard: MakeShard) -> None:
     shard = make_shard()
     with pytest.raises(ValueError, match=r"cannot tell what '/nowhere/x' is: .*--dataset-type"):
         opened("/nowhere/x")

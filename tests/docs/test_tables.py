@@ -57,7 +57,7 @@ def test_products_of_the_mathematics() -> None:
 
 
 def test_the_front_pages_names() -> None:
-    for _, take in table("| in the place of | take |"):
+    for _, take in table("| instead of | use |"):
         for name in re.findall(r"\b([A-Z]\w+Loss|patch_\w+)\b", take):
             assert hasattr(fastclip, name), name
 

@@ -175,7 +175,7 @@ def test_parts_that_are_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert not capsys.readouterr().err
 
 
-def test_missing_images_are_told_together(tmp_path: Path) -> None:
+def test_missing_images_are_reported_together(tmp_path: Path) -> None:
     entries = [relation("red", "blue", "on", image) for image in ("red", "gone", "lost", "blue")]
     lay_out(tmp_path, visual_genome_relation=entries)
     with pytest.raises(ValueError, match=r"2 of 4 image files are missing: .*gone.*, .*lost"):

@@ -150,7 +150,7 @@ def wds(tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_layout_is_told_from_others(wds: Path, tmp_path: Path) -> None:
+def test_the_layout_is_distinguished_from_others(wds: Path, tmp_path: Path) -> None:
     assert expand_wds(str(wds)) == f"{wds}/test/{{0..1}}.tar"
     assert expand_wds(f"{wds}/", "train") == f"{wds}/train/{{0..0}}.tar"
     assert wds_classes(str(wds)) == (["red", "green", "blue"], ["a {c} image.", "{c}."])

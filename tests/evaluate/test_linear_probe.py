@@ -38,7 +38,7 @@ def blobs(count: int, seed: int, classes: int = 3) -> tuple[Tensor, list[int | N
     return centers[labels] + 0.6 * torch.randn(count, 6, generator=generator), list(labels)
 
 
-def test_separable_classes_are_told_apart() -> None:
+def test_separable_classes_are_separated() -> None:
     train = images(torch.eye(2).repeat(10, 1), [0, 1] * 10)
     found = linear_probe(train, images(torch.eye(2), [0, 1]))
     assert found["lp_acc1"] == found["lp_mean_per_class_recall"] == found["validation_acc1"] == 1

@@ -129,7 +129,7 @@ def test_weights_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_folders_without_a_model(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="/nowhere"):
         open_model(f"local-dir:{tmp_path}/nowhere")
-    with pytest.raises(FileNotFoundError, match="is no run of fastclip train"):
+    with pytest.raises(FileNotFoundError, match="is not a run directory of fastclip train"):
         open_model(f"{tmp_path}/nowhere")
     (folder / "open_clip_pytorch_model.bin").unlink()
     with pytest.raises(ValueError, match=r"repository cannot be opened"):

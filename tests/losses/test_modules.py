@@ -380,7 +380,7 @@ BLOCK, OTHER = torch.ones(4, 3), torch.ones(4, 5)
         (lambda: fastclip.MPNCELoss(2, pair_weight="even"), "pair_weight is 'even'"),
     ],
 )
-def test_bad_input_is_told(call, message: str) -> None:
+def test_bad_input_is_reported(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
 

@@ -322,7 +322,7 @@ X = torch.ones(2, 3)
         ([{"x": X, "more": torch.ones(4, 3)}] * 2, r"'more': \(4, 3\)\}; .*hard negatives apart"),
     ],
 )
-def test_outputs_that_do_not_fit_are_told(outputs: list[Any], message: str) -> None:
+def test_outputs_that_do_not_fit_are_reported(outputs: list[Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         accumulate(lambda output: output, outputs, lambda output: X.sum())
 

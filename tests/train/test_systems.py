@@ -292,7 +292,7 @@ def test_compiled_is_the_same(objective: str, folder: Path, monkeypatch: Any) ->
     assert steps(engine, ALONE, count=2) == pytest.approx(plain, rel=SAME_DOUBLE)
 
 
-def test_another_architecture_is_told_by_names(
+def test_another_architecture_is_reported_by_names(
     train_flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(parse([*train_flags, "--name", "clip", "--epochs", "1"]))

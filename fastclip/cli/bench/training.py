@@ -24,9 +24,9 @@ class TrainStepConfig:
     towers: tuple[str, ...] = ("ViT-mini-16px:16", "ViT-mini-16px:256", "ViT-B-32:16")
     """Models and their batch sizes, MODEL:BATCH."""
     precision: Literal["fp32", "amp", "amp_bf16"] = "fp32"
-    """Arithmetic of the towers."""
+    """Precision of the towers."""
     grad_clip_norm: float | None = None
-    """Greatest norm of the gradient; without it open_clip does not compute the norm."""
+    """Maximum gradient norm; without it open_clip does not compute the norm."""
     steps: int | None = None
     """Training steps of one call; by default 4, or 1 where one takes more than half a second."""
     rounds: int = 15
