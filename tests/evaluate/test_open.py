@@ -106,7 +106,7 @@ def test_a_run_and_its_checkpoint(train_flags: list[str]) -> None:
         ("ViT-B-23", {"pretrained": "openai"}, r"near names: ViT-B-32"),
         ("RN50", {}, r"would be random: .* \(known: openai, yfcc15m, cc12m\)"),
         ("RN50", {"pretrained": "laion"}, r"neither a file nor weights of RN50"),
-        ("RN50", {"pretrained": "openai", "average": True}, "--average: RN50 is no run"),
+        ("RN50", {"pretrained": "openai", "average": True}, "--average: RN50 is not a run"),
         ("local-dir:/nowhere", {"pretrained": "openai"}, "brings its own weights"),
     ],
 )
