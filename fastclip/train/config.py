@@ -149,7 +149,7 @@ class TrainConfig(SystemOptions, DataOptions):
     seed: int = flag(0, "optim", defines_run=True)
     """Of the initial weights, the order of samples and the augmentation."""
     deterministic: bool = flag(False, "optim", defines_run=True)
-    """Only algorithms that give the same bits every run, also on a GPU; slower there."""
+    """Only algorithms that are bitwise reproducible, also on a GPU; slower there."""
 
     save_frequency: int = flag(1, "checkpoint", defines_run=False)
     """Epochs between checkpoints."""

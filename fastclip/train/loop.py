@@ -41,7 +41,7 @@ def train(config: TrainConfig) -> Path:
     ):
         run, signals = _train(named(config, here), here, stop, watch, around)
     if signals:
-        raise StoppedError(f"{' and '.join(signals)} received; go on with --name {run.name}")
+        raise StoppedError(f"{' and '.join(signals)} received; resume with --name {run.name}")
     return run
 
 

@@ -29,7 +29,7 @@ def read_resumed(
     if config.resume is None:
         if existing:
             raise FileExistsError(
-                f"{run} exists; choose another --name, or go on with it: --resume latest"
+                f"{run} exists; choose another --name, or resume it: --resume latest"
             )
         return None, None
     if config.resume == "latest" and not existing:
@@ -42,7 +42,7 @@ def read_resumed(
     resumed = _read(path, latest, config)
     if latest is not None and checkpoint.step_of(latest) > resumed["step"]:
         raise ValueError(
-            f"{run} has gone on to {latest.name}; to branch off from step {resumed['step']} "
+            f"{run} has continued to {latest.name}; to branch off from step {resumed['step']} "
             "choose another --name"
         )
     _note_changes(resumed, config, world)
@@ -92,7 +92,7 @@ def _note_changes(resumed: dict[str, Any], config: TrainConfig, world: World) ->
         if before != value:
             flag = "--" + name.replace("_", "-")
             changed = f"{flag} was {before} and is now {value}"
-            _note(world, f"{changed}; the run goes on, but not as it would have")
+            _note(world, f"{changed}; the resumed run differs from the original")
 
 
 def _check_position(path: Path, resumed: dict[str, Any], config: TrainConfig, world: World) -> None:

@@ -57,7 +57,7 @@ def test_recipes_are_valid(recipe: str) -> None:
     assert parse(["--config", recipe, *GIVEN.get(recipe, [])]) != TrainConfig()
 
 
-def test_unknown_keys_are_told_with_the_nearest_name(tmp_path: Path) -> None:
+def test_unknown_keys_are_reported_with_the_nearest_name(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("batchsize: 3\n")
     with pytest.raises(ValueError, match=r"unknown key 'batchsize'; did you mean 'batch_size'\?"):
