@@ -492,7 +492,7 @@ def similarity_statistics(
             group other than its positive are left out.
         first_negative: columns before it are positives only; without column_statistics and dist.
         columns_with_gradient: columns from it on get no gradient; None: all do; without dist.
-        means: whether row_mean and column_mean are wanted, over all columns and rows.
+        means: whether row_mean and column_mean are wanted, over all columns and rows; needs M >= N.
         backend, chunk_bytes, precision, dist, group, sizes: see the module.
 
     Returns:

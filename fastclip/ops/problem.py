@@ -114,6 +114,11 @@ class Problem:
         """The domain of each block of columns."""
         return tuple(self.options.domains) or (0,) * len(self.columns.layout.sizes)
 
+    @property
+    def rows(self) -> int:
+        """The number of rows, of all ranks."""
+        return sum(self.options.sizes) or len(self.x_ND)
+
     def row_blocks(self) -> list[slice]:
         """The rows of each block."""
         count = len(self.options.domains) or 1

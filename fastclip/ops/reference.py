@@ -28,14 +28,15 @@ def similarity_statistics(
 ) -> tuple[Tensor, ...]:
     """The statistics of `fastclip.ops.similarity`, with the whole of S in memory."""
     ranks, own, n = options.ranks, len(x_ND), len(x_ND)
-    both = options.column_statistics
+    both, mine = options.column_statistics, slice(0, n)
     if ranks is not None:
         # every rank computes the whole of S and takes the rows that are its own
         blocks = [n, len(y_MD) - n] if both else [len(y_MD)]
         if positive_index_N is None and not both:
             positive_index_N = torch.arange(n, device=x_ND.device)
+        first = sum(ranks.columns(len(y_MD))[: ranks.rank])
+        mine = _own(ranks, own) if both else slice(first, first + own)
         if positive_index_N is not None:
-            first = sum(ranks.columns(len(y_MD))[: ranks.rank])
             positive_index_N = _of_all(positive_index_N + first, ranks, [n])
         x_ND, row_group_N = _of_all(x_ND, ranks, [n]), _of_all(row_group_N, ranks, [n])
         y_MD = _of_all(y_MD, ranks, blocks)
@@ -53,16 +54,17 @@ def similarity_statistics(
         left_out_NM = left_out_NM | (row_group_N[:, None] == column_group_M)
     negatives_NM = S_NM.masked_fill(left_out_NM, -torch.inf)
     paired_NN = negatives_NM[:, : n if both else 0]
-    found = (
+    found: tuple[Tensor, ...] = (
         _logsumexp(negatives_NM, dim=1),
         _maximum(negatives_NM, dim=1),
         _logsumexp(paired_NN, dim=0),
         _maximum(paired_NN, dim=0),
         S_NM[rows, positives],
         S_NM.mean(dim=1),
-        S_NM[:, :n].mean(dim=0),
     )
-    return found if ranks is None else tuple(one[_own(ranks, own)] for one in found)
+    if ranks is not None:
+        found = tuple(one[_own(ranks, own)] for one in found)
+    return *found, S_NM[:, mine].mean(dim=0)
 
 
 def sigmoid_rows(

@@ -139,11 +139,12 @@ def _register_backward(
     def fake(*tensors: Any, **options: Any) -> Any:
         if backward.fake is not None:
             found = backward.fake(tensors[: ends[0]], record(**options))
-            return tuple(found) if count > 1 else found[0]
-        return tuple(
-            tensor.new_empty(tensor.shape) if need else tensors[0].new_empty(0)
-            for tensor, need in zip(tensors[:count], options["needs"], strict=True)
-        )
+        else:
+            found = [
+                tensor.new_empty(tensor.shape) if need else tensors[0].new_empty(0)
+                for tensor, need in zip(tensors[:count], options["needs"], strict=True)
+            ]
+        return tuple(found) if count > 1 else found[0]
 
     all_inputs = " ".join((*names, *saved, *upstream))
     gradient = _custom_operator(f"{name}_backward", run, all_inputs, count, record)

@@ -32,7 +32,6 @@ from torch import Tensor
 from fastclip.ops import backend as backends
 from fastclip.ops import checks, passes, problem, reference
 from fastclip.ops.collectives import Ranks, check_columns
-from fastclip.ops.columns import Columns
 from fastclip.ops.gemm import accumulator_dtype
 from fastclip.ops.problem import Options, Problem
 from fastclip.ops.registration import Backward, Tensors, register
@@ -82,7 +81,7 @@ def similarity_statistics(
         first_negative: columns before it are positives only, never negatives (a memory bank behind
             paired keys); only without `column_statistics`.
         columns_with_gradient: columns from it on get no gradient; None: all do.
-        means: whether row_mean and column_mean are wanted.
+        means: whether row_mean and column_mean are wanted; needs M >= N.
         ranks: the processes whose rows and columns these are part of; without `first_negative` and
             `columns_with_gradient`. positive_index counts own columns, groups are the same on all
             ranks.
@@ -98,6 +97,10 @@ def similarity_statistics(
     chunk = checks.chunk_argument(chunk_bytes)
     checks.check_pair(x, y, compute_dtype)
     scale = checks.as_scalar("logit_scale", scale, x)
+    if means and y.shape[0] < x.shape[0]:
+        raise ValueError(
+            f"{x.shape[0]} rows but only {y.shape[0]} columns; means need a column for each row"
+        )
     ids = checks.check_positives(
         x, y, column_statistics, positive_index, row_group, column_group, first_negative
     )
@@ -142,7 +145,7 @@ def _forward(
         row_mean, column_mean = positive.new_empty(0), positive.new_empty(0)
         if asked.options.means:
             scale = scale.reshape(()).to(dtype)
-            x_mean, y_mean = _means(asked.x_ND, asked.y_MD, asked.columns, dtype)
+            x_mean, y_mean = _means(asked)
             row_mean = torch.mv(asked.x_ND.to(dtype), y_mean).mul_(scale)
             column_mean = torch.mv(asked.y_MD[: len(x)].to(dtype), x_mean).mul_(scale)
     lses = rows.lse(), rows.max, columns.lse(), columns.max
@@ -197,15 +200,16 @@ class _MeansGradient:
 
     def __init__(self, asked: Problem, d_row_N: Tensor, d_column_N: Tensor) -> None:
         self.d_row_N, self.d_column_N = d_row_N, d_column_N
-        self._scale, layout = asked.scale_PP[0, 0], asked.columns.layout
+        self._scale = asked.scale_PP[0, 0]
         x_ND, y_MD, dtype = asked.x_ND, asked.y_MD, asked.tiles.dtype
-        self.x_mean_D, self.y_mean_D = _means(x_ND, y_MD, asked.columns, dtype)
+        self.x_mean_D, self.y_mean_D = _means(asked)
         # over this rank's own rows and columns
         self.x_sum_D = torch.mv(x_ND.to(dtype).T, d_row_N)
         self.y_sum_D = torch.mv(y_MD[: len(x_ND)].to(dtype).T, d_column_N)
         everyone = asked.columns.sum(torch.stack((self.x_sum_D, self.y_sum_D)))
         self.x_total_D, self.y_total_D = everyone
-        self.rows, self.columns = sum(layout.sizes[0]), layout.columns()
+        self.rows, self.columns = asked.rows, asked.columns.layout.columns()
+        self._with_gradient = asked.columns_with_gradient
 
     def add_to(self, found: passes.Gradients) -> None:
         """Add to both sides' gradients, in place."""
@@ -214,22 +218,21 @@ class _MeansGradient:
             found.x.addcmul_((self.d_row_N * scale)[:, None], self.y_mean_D)
             found.x.add_(self.y_total_D * scale, alpha=1 / self.rows)
         if found.y is not None:
-            own = len(self.d_column_N)
-            found.y[:own].addcmul_((self.d_column_N * scale)[:, None], self.x_mean_D)
-            found.y.add_(self.x_total_D * scale, alpha=1 / self.columns)
+            own = min(len(self.d_column_N), self._with_gradient)
+            found.y[:own].addcmul_((self.d_column_N * scale)[:own, None], self.x_mean_D)
+            found.y[: self._with_gradient].add_(self.x_total_D * scale, alpha=1 / self.columns)
 
     def scale(self) -> Tensor:
         """To the scale's gradient."""
         return torch.dot(self.x_sum_D, self.y_mean_D) + torch.dot(self.y_sum_D, self.x_mean_D)
 
 
-def _means(
-    x_ND: Tensor, y_MD: Tensor, columns: Columns, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _means(asked: Problem) -> tuple[Tensor, Tensor]:
     """The means of all rows and of all columns, (D,) each."""
-    sums = torch.stack([features.sum(dim=0, dtype=dtype) for features in (x_ND, y_MD)])
-    x_D, y_D = columns.sum(sums)
-    return x_D / sum(columns.layout.sizes[0]), y_D / columns.layout.columns()
+    sides, dtype = (asked.x_ND, asked.y_MD), asked.tiles.dtype
+    sums = torch.stack([features.sum(dim=0, dtype=dtype) for features in sides])
+    x_D, y_D = asked.columns.sum(sums)
+    return x_D / asked.rows, y_D / asked.columns.layout.columns()
 
 
 def _flop(shapes: Sequence[Any], options: Options) -> int:

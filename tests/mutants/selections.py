@@ -2,7 +2,6 @@
 
 SIM = "tests/ops/test_similarity.py -k float64_equals_the_oracle or left_out or one_group"
 PRECISION = "tests/ops/test_precision.py -k float64_equals_the_oracle"
-BORDERS_IN_16_BITS = "tests/ops/test_precision.py -k every_border"
 MODULES = "tests/losses/test_modules.py"
 CLIP = "tests/losses/test_clip.py"
 OTHERS = "tests/losses/test_non_contrastive.py"
@@ -19,6 +18,7 @@ ATTENTION = "tests/kernels/test_attention.py -k not same_bits and not ViT-L"
 ACCUMULATE = "tests/train/test_accumulate.py -k not two_ranks"
 ORDER = "tests/data/test_order.py tests/data/test_order_limits.py"
 CHECKPOINT = "tests/train/test_checkpoint.py"
+OPERATORS = "tests/ops/test_operators.py"
 BORDERS = "tests/ops/test_borders.py"
 OPS_ATTENTION = (
     "tests/ops/test_attention.py tests/ops/test_borders.py -k packed_is or layouts or without_keys"

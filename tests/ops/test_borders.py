@@ -15,7 +15,7 @@ from fastclip import SupConLoss
 from fastclip.functional import clip_loss, info_nce_loss, siglip_loss
 from fastclip.ops import attention as module
 from fastclip.ops.attention import WIDEST, attention
-from fastclip.ops.chunks import chunk_rows, whole_tiles
+from fastclip.ops.chunks import chunk_rows, chunks, whole_tiles
 from fastclip.ops.info_nce import info_nce_sum
 from fastclip.ops.sigmoid import sigmoid_loss
 from fastclip.ops.similarity import similarity_statistics
@@ -51,6 +51,18 @@ def test_flash_is_given_the_scale_and_the_mask(
 def test_chunks_are_as_few_as_fit(rows: int, fitting: int, size: int) -> None:
     assert chunk_rows(rows, 5, 4, fitting * 5 * 4, "cpu") == size
     assert -(-rows // size) == -(-rows // fitting)
+
+
+def test_chunks_by_default_are_neither_thin_nor_thick() -> None:
+    """Between 16 and 512 rows on a CPU, whatever 16 MiB hold."""
+    assert chunk_rows(2000, 8, 4, 0, "cpu") == 500
+    assert chunk_rows(64, 1 << 24, 4, 0, "cpu") == 16
+    assert chunk_rows(64, 1 << 24, 4, 1, "cpu") == 1
+
+
+def test_chunks_end_where_the_rows_do() -> None:
+    assert chunks(2, 9, 3) == [(2, 5), (5, 8), (8, 9)]
+    assert chunks(2, 8, 3) == [(2, 5), (5, 8)]
 
 
 @pytest.mark.parametrize(

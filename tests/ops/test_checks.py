@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from fastclip.ops import checks
+from fastclip import functional
+from fastclip.ops import checks, problem
 from fastclip.ops.collectives import (
     Ranks,
     all_rows,
@@ -17,6 +18,7 @@ from fastclip.ops.collectives import (
     ranks_of,
     sum_over_ranks,
 )
+from fastclip.ops.columns import columns_of
 from tests.ops.cases import unit
 
 AUTOCAST = torch.autocast("cpu", torch.bfloat16)
@@ -128,3 +130,32 @@ def test_bytes_of_each_exchange(four: str) -> None:
         with count_bytes() as count:
             call()
         assert count.received == received
+
+
+@pytest.mark.parametrize("exchange", ["gather", "ring"])
+def test_what_an_exchange_keeps_and_costs(exchange: str, four: str) -> None:
+    """As the shapes in a trace and the FLOP counter have it."""
+    x, y = torch.zeros(6, 5), torch.zeros(12, 5)
+    ranks = Ranks(exchange, four, (4, 6, 2, 1), 1)
+    options = problem.Options(**problem.options(torch.float32, "torch", 0, ranks))
+    kept = columns_of(ranks, [12]).collect(y)
+    assert kept.shape == problem.collected_shape(y, options)
+    assert kept.shape == ((26, 5) if exchange == "gather" else (0,))
+    assert problem.one_product(x.shape, y.shape, options) == 2 * 6 * 26 * 5
+
+
+@pytest.mark.parametrize("exchange", ["gather", "ring"])
+@pytest.mark.usefixtures("four")
+def test_float16_gradients_travel_narrow_once_a_loss_scale_is_on(exchange: str) -> None:
+    """Those of a sum are formed before: in float32, twice the bytes."""
+    received = {}
+    for dtype in (torch.bfloat16, torch.float16):
+        for name, reduction in (("clip", "mean"), ("siglip", "none"), ("siglip", "mean")):
+            leaves = [unit(6, 5, seed).to(dtype).requires_grad_() for seed in (0, 1)]
+            options = {"dist": exchange, "sizes": (6,) * 4, "reduction": reduction}
+            with count_bytes() as count:
+                getattr(functional, f"{name}_loss")(*leaves, 9.0, **options).sum().backward()
+            received[dtype, name, reduction] = count.received
+    for (dtype, *loss), count in received.items():
+        more = 3 * 6 * 5 * 2 if dtype == torch.float16 and loss == ["siglip", "mean"] else 0
+        assert count - more == received[torch.bfloat16, loss[0], loss[1]], (dtype, loss)

@@ -153,16 +153,25 @@ def test_one_graph_serves_all_batch_sizes() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
-def test_opcheck() -> None:
-    x, y = (leaf.requires_grad_() for leaf in LOSSES["clip"].make(5, 4, 3.0, 0.3, 1, 2).leaves[:2])
-    scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
-    bias = torch.tensor([-1.0], dtype=torch.float64, requires_grad=True)
-    table = torch.rand(2, 2, dtype=torch.float64).requires_grad_()
+@pytest.mark.parametrize(
+    "dtype, compute_dtype",
+    [
+        (torch.float64, torch.float64),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.bfloat16),
+    ],
+)
+def test_opcheck(dtype: torch.dtype, compute_dtype: torch.dtype) -> None:
+    case = LOSSES["clip"].make(5, 4, 3.0, 0.3, 1, 2).cast(dtype)
+    x, y = (leaf.requires_grad_() for leaf in case.leaves[:2])
+    scale = torch.tensor(3.0, dtype=dtype, requires_grad=True)
+    bias = torch.tensor([-1.0], dtype=dtype, requires_grad=True)
+    table = torch.rand(2, 2, dtype=dtype).requires_grad_()
     index, group = torch.tensor([0, 6, 6, 2, 1]), torch.tensor([0, 0, 1, 2, 3])
     ops = torch.ops.fastclip
 
     def check(name: str, *inputs: Any, **others: Any) -> None:
-        options = problem.options(torch.float64, "torch", 0, None, **others)
+        options = problem.options(compute_dtype, "torch", 0, None, **others)
         torch.library.opcheck(getattr(ops, name).default, inputs, options)
 
     statistics = "similarity_statistics"
@@ -177,6 +186,10 @@ def test_opcheck() -> None:
         inputs = [inputs[0], inputs[1][:5], inputs[2], bias if needs[2] else None]
         check("sigmoid_sum", *inputs, needs=(*needs, needs[2]))
         check("sigmoid_rows", *inputs)
+        # only what is needed is made
+        upstream = torch.ones(5, dtype=dtype)
+        inputs = [t if t is None else t.detach() for t in inputs]
+        check("sigmoid_rows_backward", *inputs, upstream, needs=(*needs, needs[2]))
     z = torch.cat([x, x.detach()]).detach().requires_grad_()
     for offset in (table, None):
         check("block_statistics", z, table, offset, domains=(0, 1))
@@ -188,13 +201,13 @@ def test_opcheck() -> None:
         distillation._distillation._opoverload,
         (*student, *teacher),
         {
-            "dtype": torch.float64,
-            "teacher_dtype": torch.float64,
+            "dtype": compute_dtype,
+            "teacher_dtype": compute_dtype,
             "chunk_bytes": 0,
             "needs": (),
         },
     )
-    upstream = torch.tensor(2.0, dtype=torch.float64)
+    upstream = torch.tensor(2.0, dtype=dtype)
     torch.library.opcheck(ops.apply_upstream.default, (x.detach(), upstream, x.detach()))
 
 

@@ -131,6 +131,7 @@ def work(rank: int, world: int, folder: str) -> None:
                 map(torch.equal, repeated["gradients"], first["gradients"])
             )
     results["few keys"] = few_keys(world, rank)
+    results["means"] = means_of_more_columns(world, rank)
     results["counts"] = {way: counts(world, rank, way) for way in WAYS}
     results["low precision"] = {way: low_precision(world, rank, way) for way in WAYS}
     if world == 2:
@@ -157,6 +158,29 @@ def few_keys(world: int, rank: int) -> list[bool]:
         equal.append(close(loss, per_query.mean()))
         for gradient, want in zip(got, wanted, strict=True):
             equal.append(close(gradient, world * want.chunk(world)[rank]))
+    return equal
+
+
+def means_of_more_columns(world: int, rank: int) -> list[bool]:
+    """Whether means of 2 rows and of 3 columns on every rank equal one process's."""
+    whole = [unit(2 * world, WIDTH, 1), unit(3 * world, WIDTH, 2)]
+    leaves = [leaf.clone().requires_grad_() for leaf in whole]
+    S = 9.0 * leaves[0] @ leaves[1].T
+    rows, columns = S.mean(dim=1).chunk(world), S.mean(dim=0).chunk(world)
+    weights = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    total = sum(
+        (a * weights).sum() - 3 * (b[:2] * weights).sum()
+        for a, b in zip(rows, columns, strict=True)
+    )
+    wanted = [g.chunk(world)[rank] for g in torch.autograd.grad(total, leaves)]
+    equal = []
+    for way, backend in product(WAYS, BACKENDS):
+        own = [t.chunk(world)[rank].clone().requires_grad_() for t in whole]
+        options: dict[str, Any] = {"dist": way, "backend": backend, "means": True}
+        found = functional.similarity_statistics(*own, 9.0, column_statistics=False, **options)
+        equal += [close(found.row_mean, rows[rank]), close(found.column_mean, columns[rank][:2])]
+        loss = (found.row_mean * weights).sum() - 3 * (found.column_mean * weights).sum()
+        equal += map(close, torch.autograd.grad(loss, own), wanted)
     return equal
 
 
@@ -405,6 +429,13 @@ def test_low_precision_keeps_the_error_rule(
 def test_fewer_keys_than_queries(ranks: Callable[[int], Any], world: int) -> None:
     for results in ranks(world):
         assert results["few keys"] == [True] * 12
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world", SIZES)
+def test_means_of_more_columns_than_rows(ranks: Callable[[int], Any], world: int) -> None:
+    for results in ranks(world):
+        assert results["means"] == [True] * 16
 
 
 @pytest.mark.dist
