@@ -1,4 +1,4 @@
-"""Attention against float64 by the error rule, in many cases; and the same bits every time.
+"""Attention against float64 by the error rule, in many cases; and bitwise reproducibility.
 
 On a CPU, under TRITON_INTERPRET=1, it takes small shapes.
 """
@@ -77,7 +77,7 @@ def check(device: str, seconds: float, output: Path | None, seed: int = 0) -> bo
             say(f"WRONG {share:.2f} of the bound", case)
     repeats = _same_bits(device)
     say(f"check: {done} cases, worst error {worst:.2f} of its bound, {len(failed)} wrong;",
-        f"the same bits every time: {repeats}")  # fmt: skip
+        f"bitwise reproducible: {repeats}")  # fmt: skip
     write_findings(output, "attention-check.json", device, cases=done, worst=worst, failed=failed,
            same_bits=repeats)  # fmt: skip
     return repeats and not failed

@@ -2,7 +2,7 @@
 
 `python -m fastclip.bench.check [--device cuda] [--backend triton] [--few] [--part I/K]`: borders of
 tiles, widths, scales, dtypes and chunks; hard negatives, groups, chosen positives, banks, smoothing
-and per-anchor gradients; the same bits again; no synchronisation with the host; replay from a CUDA
+and per-anchor gradients; the same bits again; no synchronization with the host; replay from a CUDA
 graph. Needs torch alone (and triton for its kernels).
 """
 
@@ -273,7 +273,7 @@ def report(
 ) -> tuple[list[Finding], bool]:
     """Run everything that the device allows and print it; (all findings, whether all is well).
 
-    Repeats, synchronisation and graphs are the first part's.
+    Repeats, synchronization and graphs are the first part's.
     """
     found = list(findings(device, backend, few, deadline, part))
     bad = [finding for finding in found if not finding.ok]
@@ -296,7 +296,7 @@ def report(
         "bits that differ": same_bits(device, backend, 5 if few else 50, 64 if few else 1000)
     }
     if device == "cuda":
-        problems["host synchronisation"] = synchronizing(backend)
+        problems["host synchronization"] = synchronizing(backend)
         problems["no CUDA graph"] = not_graphable(backend)
     for what, culprits in problems.items():
         print(f"  {what}: {', '.join(culprits) or 'none'}")

@@ -238,7 +238,7 @@ def _dali_reader(settings: DataSettings, source: ShardSource) -> Epoch:
     batches, tokenizer = sum(source.counts) // settings.batch_size, _tokenizer()
 
     def epoch() -> Iterator[Any]:
-        # scheduled one by one: run() would go on with what comes after the epoch
+        # scheduled one by one: run() would continue with what comes after the epoch
         pipeline.schedule_run()
         for number in range(batches):
             if number + 1 < batches:

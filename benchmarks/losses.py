@@ -18,7 +18,7 @@ OPERATORS: dict[str, Operator] = {
 
 HEADER = (
     f"{'loss':9} {'n':>7} {'D':>5}  {'':27}{'forward':>9} {'p20':>9} {'p50':>9} {'p80':>9}"
-    f" {'/ ours':>7} {'roof':>5} {'MiB':>8} {'error':>8} bits"
+    f" {'/ ours':>7} {'matmul':>6} {'MiB':>8} {'error':>8} bits"
 )
 
 
@@ -92,7 +92,7 @@ def _cells(row: Row) -> Iterator[str]:
     for seconds in (row.forward, row.p20, row.p50, row.p80):
         yield " " * 9 if seconds is None else f"{1e3 * seconds:9.2f}"
     yield " " * 7 if row.ratio is None else f"{row.ratio:7.2f}"
-    yield " " * 5 if row.roof_share is None else f"{row.roof_share:5.0%}"
+    yield " " * 6 if row.roof_share is None else f"{row.roof_share:6.0%}"
     yield " " * 8 if row.peak_bytes is None else f"{row.peak_bytes / 2**20:8.0f}"
     yield " " * 8 if row.error is None else f"{row.error:8.1e}"
     yield {None: "", True: "same", False: "vary"}[row.repeatable]

@@ -1,6 +1,6 @@
 """Curves of results on logarithmic axes, in one style, each line named at its end.
 
-Lines and letters have colours of medium brightness on no background, so that a light and a dark
+Lines and letters have colors of medium brightness on no background, so that a light and a dark
 page serve.
 """
 
@@ -94,13 +94,13 @@ def _draw_panel(panel: Panel, axes: Any) -> None:
 
     axes.set(xscale="log", yscale="log", xlabel=panel.x, title=f"{panel.title}: {panel.y}")
     ends = []
-    colours = iter(THEIRS * (1 + len(panel.lines) // len(THEIRS)))
+    colors = iter(THEIRS * (1 + len(panel.lines) // len(THEIRS)))
     for name, points in panel.lines.items():
         ours = name.startswith("fastclip")
-        colour = OURS if name in ("fastclip", "fastclip gather") else next(colours)
+        color = OURS if name in ("fastclip", "fastclip gather") else next(colors)
         xs, ys = zip(*sorted(points), strict=True)
-        axes.plot(xs, ys, color=colour, linewidth=2.4 if ours else 1.6, marker="o", markersize=4)
-        ends.append((xs[-1], ys[-1], name, colour))
+        axes.plot(xs, ys, color=color, linewidth=2.4 if ours else 1.6, marker="o", markersize=4)
+        ends.append((xs[-1], ys[-1], name, color))
     ticks = _apart(sorted({x for points in panel.lines.values() for x, _ in points}))
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -114,11 +114,9 @@ def _draw_panel(panel: Panel, axes: Any) -> None:
     low, high = axes.get_ylim()
     # names that would lie over each other are pushed down
     step, last = (high / low) ** 0.065, math.inf
-    for x, y, name, colour in sorted(ends, key=lambda end: -end[1]):
+    for x, y, name, color in sorted(ends, key=lambda end: -end[1]):
         last = min(y, last / step)
-        axes.annotate(
-            name, (x, last), (8, 0), textcoords="offset points", color=colour, va="center"
-        )
+        axes.annotate(name, (x, last), (8, 0), textcoords="offset points", color=color, va="center")
 
 
 def _apart(values: Sequence[float]) -> list[float]:

@@ -108,13 +108,13 @@ def section(record: Record, names: Sequence[str]) -> str:
             "forward and backward, medians of "
             f"{how['rounds']} rounds of all baselines in turn "
             f"({', '.join(f'`{name}`' for name in names)}; `fastclip bench losses` measures your "
-            f"machine). {sizes[-1]:,} rows of width {width}, peaks above the inputs:"
+            f"machine). {sizes[-1]:,} rows of width {width}; peak is peak extra memory:"
         ),
         table(
             (
                 "loss",
                 "ms",
-                "roof",
+                "matmul",
                 "peak MiB",
                 "baseline",
                 "its ms",
@@ -124,8 +124,9 @@ def section(record: Record, names: Sequence[str]) -> str:
             [line for group in groups if group.key[1] == sizes[-1] for line in _lines(group)],
         ),
         _paragraph(
-            "The roof is the bare products of the plain way, as a share of fastclip's time: where "
-            "fastclip computes fewer, it can be above 100 %."
+            "matmul is the time of dense matrix products alone, as a share of fastclip's time: "
+            "near 100 %, fastclip is matmul-bound; where it computes fewer products, the share can "
+            "be above 100 %."
         ),
     ]
     if len(sizes) > 1:

@@ -35,15 +35,15 @@ class Baseline:
     largest: int | None = None
     """Rows beyond which it is not tried."""
     normalizes: bool = False
-    """Whether it normalises inside: its gradient then has no part along the features."""
+    """Whether it normalizes inside: its gradient then has no part along the features."""
 
 
 @dataclass(frozen=True)
 class Operator:
-    """A loss to measure: inputs, fastclip's function, baselines and what the roof consists of.
+    """A loss to measure: inputs, fastclip's function, baselines, and the products it needs.
 
     `make(n, width, scale)` returns float32 leaves, features first. `roof` holds the products of
-    rows x rows x width that the plain exact way needs: (S, dX, dY).
+    rows x rows x width that dense exact computation needs: (S, dX, dY).
     """
 
     name: str
@@ -111,7 +111,7 @@ def clustered(count: int, rows: int, width: int, correlation: float = 0.3) -> In
 
 
 def measure(operator: Operator, n: int, width: int, settings: Settings) -> list[Row]:
-    """All baselines of one operator at one size, fastclip first, the roof last."""
+    """All baselines of one operator at one size, fastclip first, the matmul time last."""
     inputs = leaves(operator, n, width, settings)
     exact = _exact_gradient(operator, inputs)
     rows: list[Row] = []
@@ -320,7 +320,7 @@ def _exact_gradient(operator: Operator, inputs: Inputs) -> Tensor | None:
 
 
 def _bare(operator: Operator, inputs: Inputs, settings: Settings) -> Callable[[bool], None]:
-    """The roof: just the products, in chunks like ours, accumulated in float32.
+    """The matmul time: just the products, in chunks like ours, accumulated in float32.
 
     They are of the losses' precision on a GPU, and of float32 on a CPU.
     """

@@ -17,7 +17,7 @@ def _two_views(n: int, width: int, scale: float) -> Inputs:
 def _lightly(inputs: Inputs) -> LossFunction:
     from lightly.loss import NTXentLoss
 
-    # it takes a number, and normalises rows that are unit already
+    # it takes a number, and normalizes rows that are unit already
     loss = NTXentLoss(inputs[2].item())
     return lambda x, y, temperature: loss(x, y)
 
@@ -63,7 +63,7 @@ def _dense_mp_nce(inputs: Inputs) -> LossFunction:
     return loss
 
 
-def _labelled(n: int, width: int, scale: float) -> Inputs:
+def _labeled(n: int, width: int, scale: float) -> Inputs:
     blocks = clustered(PER_CLASS, n // PER_CLASS, width)
     return [torch.stack(blocks, dim=1).flatten(0, 1), torch.tensor(1 / scale)]
 
@@ -109,7 +109,7 @@ OPERATORS = (
     Operator("mp_nce", _views, _mp_nce, (Baseline("dense", _dense_mp_nce),), (2, 1, 0)),
     Operator(
         "sup_con",
-        _labelled,
+        _labeled,
         _sup_con,
         (
             Baseline("dense", _dense_sup_con),

@@ -140,7 +140,7 @@ def results(kernel: str, tiles: Tiles, tile: Tile, weight: Tensor) -> list[Tenso
 
 @contextlib.contextmanager
 def shipped_as(kernel: str, precision: str, candidate: Tiling, device: str) -> Iterator[None]:
-    """A candidate in the place of the table's entry, inside the context."""
+    """A candidate replaces the table's entry inside the context."""
     if device == "cpu":
         # the interpreter has tilings of its own
         before = launch.INTERPRETER_TILINGS

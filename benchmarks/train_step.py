@@ -7,7 +7,7 @@
 
 All begin with the same weights and see the same batch, again and again; loading is not measured.
 A call is some steps, and tells the loss once: open_clip's loop logs its first and last step. Each
-does what it does for its users: fastclip takes pixels as bytes and normalises them in the step,
+does what it does for its users: fastclip takes pixels as bytes and normalizes them in the step,
 where open_clip's loader has done so before; its towers have channels innermost; it computes the
 gradient's norm in every step, which open_clip does only where the gradient is clipped; and it
 checks loss and norm for NaN.
@@ -78,7 +78,7 @@ class StepRow:
         steps: of one call.
         ratio: open_clip's median over this one's: its speed in units of open_clip's.
         loss_difference: of the losses after the first call, relative to open_clip's.
-        peak_bytes: of a call after the first, above what it finds: weights, optimiser and the last
+        peak_bytes: of a call after the first, above what it finds: weights, optimizer and the last
             gradients, which every trainer frees as the call begins.
     """
 
@@ -150,7 +150,7 @@ class Batch:
 
     Attributes:
         pixels: (B, 3, H, W), uint8.
-        images: the same, normalised, float32.
+        images: the same, normalized, float32.
         texts: (B, context length) tokens.
     """
 

@@ -249,7 +249,7 @@ def markdown(docstring: str) -> str:
             item = re.match(r"    ([\w*]+(?:, [\w*]+)*|[\w ]+):\s+(.*)", line)
             lines.append(f"- `{item[1]}`: {item[2]}" if item else f"- {line.strip()}")
             if not item and len(lines) > 1 and lines[-2] and not lines[-2].startswith("*"):
-                # the text of a section without names, gone on with
+                # the text of a section without names, continued
                 lines[-2:] = [lines[-2], f"  {line.strip()}"]
         elif line.startswith("    "):
             lines.append(f"  {line.strip()}")

@@ -34,10 +34,10 @@ def train(supervised: bool) -> list[float]:
         first, second, labels = two_views(centers)
         z0, z1 = encoder(first), encoder(second)
         if supervised:
-            # (N, V, D) normalised: V views of each sample
+            # (N, V, D) normalized: V views of each sample
             loss = sup_con(nn.functional.normalize(torch.stack((z0, z1), dim=1), dim=-1), labels)
         else:
-            # normalises inside, as lightly's
+            # normalizes inside, as lightly's
             loss = nt_xent(z0, z1)
         optimizer.zero_grad()
         loss.backward()

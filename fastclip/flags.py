@@ -8,7 +8,7 @@ import ast
 import inspect
 import itertools
 from collections.abc import Sequence
-from dataclasses import field, fields, is_dataclass, make_dataclass
+from dataclasses import Field, field, fields, is_dataclass, make_dataclass
 from typing import Annotated, Any, Literal, get_type_hints
 
 Group = Literal["data", "model", "optim", "loss", "distributed", "checkpoint", "log"]
@@ -41,11 +41,25 @@ def defining(kind: type) -> list[str]:
     return [each.name for each in fields(kind) if each.metadata["defines_run"]]
 
 
+def ordered(kind: type) -> list[Field[Any]]:
+    """The fields by group, in each the class's own before those that it inherits."""
+    groups = list(GROUPS)
+
+    def place(each: Field[Any]) -> tuple[int, bool]:
+        return groups.index(each.metadata["group"]), each.name not in kind.__annotations__
+
+    return sorted(fields(kind), key=place)
+
+
 def help_texts(kind: type) -> dict[str, str]:
     """The string under each field, inherited ones included, as one line."""
     texts: dict[str, str] = {}
     for base in reversed([base for base in kind.__mro__ if is_dataclass(base)]):
-        (definition,) = ast.parse(inspect.getsource(base)).body
+        try:
+            (definition,) = ast.parse(inspect.getsource(base)).body
+        except OSError:
+            # installed without sources: flags work, and have no help
+            continue
         assert isinstance(definition, ast.ClassDef)
         for statement, following in itertools.pairwise(definition.body):
             if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
@@ -67,8 +81,6 @@ def parse_grouped(kind: type, arguments: Sequence[str], prog: str) -> dict[str, 
     import tyro
 
     hints, texts = get_type_hints(kind), help_texts(kind)
-    # the class's own before those that it inherits
-    ordered = sorted(fields(kind), key=lambda each: each.name not in kind.__annotations__)
     # flags of a group are named without the group
     bare: Any = tyro.conf.OmitArgPrefixes
     groups: list[Any] = []
@@ -77,10 +89,10 @@ def parse_grouped(kind: type, arguments: Sequence[str], prog: str) -> dict[str, 
             (
                 each.name,
                 # as one line: the terminal's width alone decides where it is broken
-                Annotated[hints[each.name], tyro.conf.arg(help=texts[each.name])],
+                Annotated[hints[each.name], tyro.conf.arg(help=texts.get(each.name))],
                 field(default=each.default),
             )
-            for each in ordered
+            for each in ordered(kind)
             if each.metadata["group"] == group
         ]
         made: Any = make_dataclass(group, members, namespace={"__doc__": about})

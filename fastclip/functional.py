@@ -1,6 +1,6 @@
 """Contrastive losses as functions: exact, in memory linear in the batch.
 
-Features are normalised by the caller and scales already exponentiated, as in open_clip. Results
+Features are normalized by the caller and scales already exponentiated, as in open_clip. Results
 are float32 (float64 for float64 features); gradients come in each input's dtype.
 
 Every loss takes, beside its own arguments,
@@ -75,8 +75,8 @@ def clip_loss(
     """Symmetric image-text cross-entropy (Radford et al. 2021, figure 3).
 
     Args:
-        image_features: (N, D), normalised.
-        text_features: (M, D), normalised, M >= N; text i belongs to image i, texts beyond the
+        image_features: (N, D), normalized.
+        text_features: (M, D), normalized, M >= N; text i belongs to image i, texts beyond the
             N-th are hard negatives that only images are compared with (NegCLIP), images of all
             processes.
         logit_scale: 0-d or (1,) tensor, or a number: the inverse temperature.
@@ -156,7 +156,7 @@ def siglip_loss(
     """Sigmoid loss over all pairs (Zhai et al. 2023), as open_clip's.
 
     Args:
-        image_features, text_features: (N, D), normalised; text i belongs to image i.
+        image_features, text_features: (N, D), normalized; text i belongs to image i.
         logit_scale: 0-d or (1,) tensor, or a number: the inverse temperature.
         logit_bias: 0-d or (1,) tensor, a number or None, added to every logit.
         reduction: "mean": the sum over all N * N pairs divided by N; "none": the rows' sums, (N,).
@@ -210,8 +210,8 @@ def info_nce_loss(
     """One-direction softmax cross-entropy (van den Oord et al. 2018): each query among the keys.
 
     Args:
-        query: (N, D), normalised.
-        keys: (M, D), normalised; further keys are extra negatives.
+        query: (N, D), normalized.
+        keys: (M, D), normalized; further keys are extra negatives.
         logit_scale: 0-d or (1,) tensor, or a number: the inverse temperature.
         positive_index: (N,) integers in [0, M), the queries' positives; may repeat. None: query
             i's is key i. Values are not checked on the host; out of range is undefined. Over
@@ -297,7 +297,7 @@ def mp_nce_loss(
     positives stay out of each other's denominators.
 
     Args:
-        features: B >= 2 blocks, each (N, D), normalised, in the same pair order.
+        features: B >= 2 blocks, each (N, D), normalized, in the same pair order.
         domains: the domain of each block, e.g. [0, 0, 0, 1] for three views and a text.
         logit_scale, logit_offset: (P, P) tensors for P domains, the entry (a, b) read with
             a <= b; a number, and None for offset 0, stand for a full table.
@@ -374,10 +374,10 @@ def nt_xent_loss(
     group: ProcessGroup | None = None,
     sizes: Sequence[int] | None = None,
 ) -> Tensor:
-    """Normalised-temperature cross-entropy among 2N views (SimCLR, Chen et al. 2020, eq. 1).
+    """Normalized-temperature cross-entropy among 2N views (SimCLR, Chen et al. 2020, eq. 1).
 
     Args:
-        view1, view2: (N, D), normalised, two views of the same samples.
+        view1, view2: (N, D), normalized, two views of the same samples.
         temperature: 0-d or (1,) tensor, or a number, > 0.
         metrics: receives "accuracy", 0-d.
         reduction: "mean" over the 2N anchors; "none": (2N,), view1's before view2's.
@@ -423,7 +423,7 @@ def sup_con_loss(
     loss_i = logsumexp_{j != i} s_ij - mean over the others p of i's label of s_ip.
 
     Args:
-        features: (M, D), normalised.
+        features: (M, D), normalized.
         labels: (M,) integers of any values.
         temperature: 0-d or (1,) tensor, or a number, > 0.
         reduction: "mean" over the anchors that have a positive, 0 if none has; "none": (M,), 0

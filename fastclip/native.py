@@ -46,9 +46,9 @@ def _load() -> Any:
 
 def _missing(error: ImportError) -> str:
     ours = importlib.machinery.EXTENSION_SUFFIXES
-    told = _told("_native_missing.txt")
-    if told:
-        return f"it is not built: {told}; then install fastclip again"
+    reason = _recorded("_native_missing.txt")
+    if reason:
+        return f"it is not built: {reason}; then install fastclip again"
     found = Path(__file__).parent.glob("_native*")
     files = [path.name for path in found if path.is_file() and path.suffix != ".txt"]
     if not files:
@@ -58,7 +58,7 @@ def _missing(error: ImportError) -> str:
     return f"it does not load ({error}): {HOW_TO_BUILD}"
 
 
-def _told(name: str) -> str | None:
+def _recorded(name: str) -> str | None:
     """The reason that the build left in the package folder, if it left one."""
     path = Path(__file__).parent / name
     return path.read_text(encoding="utf-8").strip() if path.is_file() else None
@@ -102,8 +102,8 @@ def cuda_obstacle() -> str | None:
     if reason:
         return reason
     if not hasattr(library(), "cuda"):
-        told = _told("_native_cuda_missing.txt") or HOW_TO_BUILD_CUDA
-        return f"the library has no CUDA part: {told}; then install fastclip again"
+        reason = _recorded("_native_cuda_missing.txt") or HOW_TO_BUILD_CUDA
+        return f"the library has no CUDA part: {reason}; then install fastclip again"
     driver = library().cuda.driver_obstacle()
     return f"its CUDA part is built, but: {driver}" if driver else None
 

@@ -3,7 +3,7 @@
     row sums of softplus(S);   G_ij = weight_i sigmoid(S_ij), times the scale, rounded once
 
 over entries that are not left out; float32 sums of G * cos and G. X (R, D), Y (S, D). Partial
-sums are (column tiles, R) and (tiles,): no atomics, the same bits every run.
+sums are (column tiles, R) and (tiles,): no atomics, bitwise reproducible.
 
 One exponential e = exp(-|S|) serves both. log(1 + e) is e times a polynomial: near the usual
 start, S = -10, forming 1 + e would lose all but ten bits of e.

@@ -6,7 +6,7 @@
                  the scale, rounded once; float32 sums of G * cos and G
 
 X (R, D), Y (S, D); partial statistics are (tiles, lines), for `merge.py`, so that no program
-writes where another does: no atomics, no locks, the same bits every run. The gradient
+writes where another does: no atomics, no locks, bitwise reproducible. The gradient
 forms S again because storing it exactly would cost more traffic than the product.
 
 A tile's entries serve rows and columns; where its logits (the gradient: the log-sum-exps of its

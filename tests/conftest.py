@@ -58,7 +58,7 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(autouse=True)
 def poisoned_empty_memory() -> Iterator[None]:
-    """Uninitialised memory is NaN, so that an output nobody wrote shows."""
+    """Uninitialized memory is NaN, so that an output nobody wrote shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
@@ -75,7 +75,7 @@ def real_data() -> Path:
 
 
 def jpeg(color: tuple[int, int, int] = (200, 30, 30), size: int = 32) -> bytes:
-    """A small JPEG of one colour."""
+    """A small JPEG of one color."""
     buffer = BytesIO()
     Image.new("RGB", (size, size), color).save(buffer, "JPEG")
     return buffer.getvalue()

@@ -105,7 +105,7 @@ def test_a_failing_cuda_part_leaves_the_rest_and_its_reason(
 
 @needs_compiler
 @pytest.mark.slow
-def test_an_nvcc_that_breaks_is_told_not_fatal(
+def test_an_nvcc_that_breaks_is_reported_not_fatal(
     tools: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     pytest.importorskip("pybind11", reason="pybind11 is not installed")
@@ -226,7 +226,7 @@ def test_the_module_loads_without_cuda(built: Path) -> None:
         ({"cuda": ""}, {}, None),
     ],
 )
-def test_what_is_missing_is_told(
+def test_what_is_missing_is_reported(
     library: dict,
     files: dict[str, str],
     told: str | None,

@@ -87,7 +87,7 @@ def test_auto_never_fails_and_says_why(
 
 
 @needs_compiler
-def test_a_broken_compiler_is_told_not_fatal(
+def test_a_broken_compiler_is_reported_not_fatal(
     tools: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     pytest.importorskip("pybind11", reason="pybind11 is not installed")
@@ -96,7 +96,7 @@ def test_a_broken_compiler_is_told_not_fatal(
     assert 'configuring failed: The C++ compiler "/bin/false"' in reason_of(tmp_path)
 
 
-def test_a_reason_in_any_encoding_is_told_not_fatal(tmp_path: Path) -> None:
+def test_a_reason_in_any_encoding_is_reported_not_fatal(tmp_path: Path) -> None:
     """Compilers quote with more than ASCII; a locale may decode and write nothing but that."""
     code = (
         "import native, pathlib\n"
@@ -152,7 +152,7 @@ def test_what_does_not_fit_is_refused_with_its_reason(
     assert native.obstacle()
 
 
-def test_a_stale_library_is_told_by_info_and_not_used(checkout: Path, tmp_path: Path) -> None:
+def test_a_stale_library_is_reported_by_info_and_not_used(checkout: Path, tmp_path: Path) -> None:
     shutil.copytree(checkout / "fastclip", tmp_path / "fastclip")
     (tmp_path / "fastclip" / "_native.py").write_text("VERSION, ABI = '0.0.1', 1\n")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}

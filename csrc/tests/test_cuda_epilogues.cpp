@@ -399,7 +399,7 @@ void check_types() {
         const float other = static_cast<float>(brain);
         expect(std::isnan(other) || __nv_bfloat16(other).bits == bits, "bf16 there and back");
     }
-    // ties to even, and to the neighbour
+    // ties to even, and to the neighbor
     expect(__half(1.0f + 0x1p-11f).bits == 0x3c00, "fp16");
     expect(__half(1.0f + 0x1.8p-10f).bits == 0x3c02, "fp16");
     expect(__nv_bfloat16(1.0f + 0x1p-8f).bits == 0x3f80, "bf16");

@@ -125,7 +125,7 @@ class Recaption(Conversion):
     fastclip convert recaption '/data/{00000..00041}.tar' /data/recaptioned --model
     Salesforce/blip-image-captioning-large
 
-    Stopped or killed, the same command goes on where it was, at most one batch back. Started
+    Stopped or killed, the same command resumes where it was, at most one batch back. Started
     several times, e.g. once a GPU, the processes share the shards. Nothing is ever overwritten.
     """
 
@@ -179,7 +179,7 @@ class ToOpenClip(Conversion):
     """A run's weights as a checkpoint of open_clip's; beside OUT.pt its architecture, OUT.json."""
 
     source: Source
-    """A run's folder, of which the latest checkpoint is taken, or a checkpoint."""
+    """A run directory, whose latest checkpoint is used, or a checkpoint."""
     target: Target
     """The .pt file."""
     trust_checkpoint: bool = False
@@ -193,7 +193,7 @@ class ToOpenClip(Conversion):
 
 @dataclass(frozen=True)
 class FromOpenClip(Conversion):
-    """A run's folder, for `fastclip eval` and others, of a checkpoint of open_clip's."""
+    """A run directory, for `fastclip eval` and others, of a checkpoint of open_clip's."""
 
     source: Source
     """The checkpoint."""
@@ -215,7 +215,7 @@ class ToUniversal(Conversion):
     """A checkpoint of DeepSpeed's in its universal format, for any number of processes."""
 
     source: Source
-    """A run's folder, of which the latest checkpoint is taken, or a checkpoint."""
+    """A run directory, whose latest checkpoint is used, or a checkpoint."""
     target: Target
     """Folder for the universal checkpoint."""
     trust_checkpoint: bool = False

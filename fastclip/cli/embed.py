@@ -22,16 +22,16 @@ from fastclip.models.build import load
 
 @dataclass(frozen=True)
 class EmbedConfig:
-    """Write normalised features, one row an image or text, in the data's order."""
+    """Write normalized features, one row an image or text, in the data's order."""
 
     kind: Annotated[Literal["images", "texts"], tyro.conf.Positional]
     """What DATA holds."""
     data: Annotated[str, tyro.conf.Positional]
     """Images: as --train-data of `fastclip train`. Texts: a UTF-8 file, one text a line."""
     model: str
-    """A run's folder (its latest checkpoint is taken) or one of its checkpoints."""
+    """A run directory (its latest checkpoint is taken) or one of its checkpoints."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """The .npy file, (rows, width) float32. If the command is stopped, the same command goes on."""
+    """The .npy file, (rows, width) float32. If the command is stopped, the same command resumes."""
     trust_checkpoint: bool = False
     """Read a checkpoint of DeepSpeed's: pickles, which can run any code when they are loaded."""
     batch_size: int = 256
@@ -39,7 +39,7 @@ class EmbedConfig:
     workers: int = 2
     """Processes that load images."""
     precision: Literal["fp32", "amp", "amp_bf16"] = "fp32"
-    """Arithmetic of the towers."""
+    """Precision of the towers."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:1."""
     num_samples: int = 1000

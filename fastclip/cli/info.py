@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
         for device in {device.type: device for device in devices}.values():
             for name, status, description in explain(operator, device, torch.float32):
                 print(f"  {operator} on {device.type:5} {name:10} {status} ({description})")
-    print("\nfused layer norm and optimisers (--layer-norm, --optimizer)")
+    print("\nfused layer norm and optimizers (--layer-norm, --optimizer)")
     print(f"  apex      {apex.obstacle() or 'available'}")
     print("\ndata (--data-backend chooses another)")
     for device in {device.type: device for device in devices}.values():

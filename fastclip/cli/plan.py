@@ -40,7 +40,7 @@ class PlanConfig:
     memory: float = 80.0
     """GiB of a GPU; 92 % of it are filled."""
     precision: Literal["amp_bf16", "fp32", "amp"] = "amp_bf16"
-    """Arithmetic of the towers and dtype of the features in the loss."""
+    """Precision of the towers and dtype of the features in the loss."""
     engine: Literal["auto", "torch", "zero1", "zero2", "zero3"] = "auto"
     """torch, or a ZeRO stage of DeepSpeed's."""
     loss: Literal["clip", "siglip"] = "clip"
@@ -150,7 +150,7 @@ def report(plan: Plan, model: str) -> list[str]:
                 f"{request.batch:,}: {'none' if fewest is None else f'{fewest:,}'}"
             )
     if footprint.has_batch_norm:
-        lines.append("  the model has batch normalisation: no accumulation")
+        lines.append("  the model has batch normalization: no accumulation")
     return lines
 
 

@@ -17,7 +17,7 @@ def main(arguments: Sequence[str]) -> int:
     """Train; the process's exit status.
 
     0: trained. 3: stopped at a non-finite loss or gradient. 4: another rank ended, or no data
-    came. 75: SIGTERM or SIGUSR1 received and a checkpoint saved; --resume latest goes on.
+    came. 75: SIGTERM or SIGUSR1 received and a checkpoint saved; resume with --resume latest.
     """
     try:
         run = train(parse(arguments))

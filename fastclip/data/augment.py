@@ -30,17 +30,17 @@ _GRID = 4096
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What a view may be: a random resized crop, flip, colours, blur, in this order.
+    """What a view may be: a random resized crop, flip, colors, blur, in this order.
 
     Args:
         size: side of the square output, in pixels.
         scale: least and greatest share of the image's area that a crop keeps.
         ratio: least and greatest width / height of a crop.
         flip: probability of a horizontal flip.
-        jitter: probability of colour jitter: all four steps, in random order.
+        jitter: probability of color jitter: all four steps, in random order.
         jitter_strength: of brightness, contrast and saturation, whose factors lie in
             [max(0, 1 - s), 1 + s], and of hue, whose turn lies in [-s, s], s at most half a circle.
-        gray: probability that colour is taken out.
+        gray: probability that color is taken out.
         blur: probability of a Gaussian blur.
         sigma: its least and greatest standard deviation, in pixels of the output, at most 4.
         solarize: probability that levels from 128 on are inverted.
@@ -103,11 +103,11 @@ class AugmentationParams:
     Attributes:
         top, left, height, width: of the crop, in pixels of the original.
         flip: left and right exchanged.
-        jitter: whether the colour steps are taken.
+        jitter: whether the color steps are taken.
         brightness, contrast, saturation: factors.
         hue: turn, as a share of the full circle.
         order: the indices of `COLOR_STEPS` in the order in which they are taken.
-        gray: colour taken out.
+        gray: color taken out.
         sigma: of the blur, in pixels of the view; 0 for none.
         solarize: the least level that is inverted; 256 for none.
     """
@@ -135,8 +135,8 @@ class AugmentationParams:
     def encode(self, width: int, height: int) -> Tensor:
         """The vector of a view of an image of `width` x `height` pixels: (PARAMS,) float32.
 
-        `PARAM_NAMES` names its entries: the crop's centre and size as shares of the image; flip;
-        jitter, the factors less 1, hue in turns; each colour step's place in the order, from 0 to
+        `PARAM_NAMES` names its entries: the crop's center and size as shares of the image; flip;
+        jitter, the factors less 1, hue in turns; each color step's place in the order, from 0 to
         1; gray; blur and half its sigma; and 1 - solarize / 256. So no augmentation is 0.5, 0.5,
         1, 1, then 0 but for the order 0, 1/3, 2/3, 1. Nothing is lost: see `decode`.
         """

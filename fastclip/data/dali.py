@@ -239,7 +239,7 @@ class ViewPipeline:
 
 
 def _arguments(draws: Sequence[AugmentationParams]) -> dict[str, np.ndarray]:
-    """One view's parameters as arrays of B rows; colour steps in the order they are taken."""
+    """One view's parameters as arrays of B rows; color steps in the order they are taken."""
     kinds = np.array([draw.order for draw in draws], dtype=np.int32)
     factors = np.array(
         [(draw.brightness, draw.contrast, draw.saturation, draw.hue) for draw in draws], np.float32
@@ -301,7 +301,7 @@ def _graph(views: tuple[Augmentation, ...], device: str, **options: Any) -> tupl
             "output_type": types.RGB,
             # an orientation in EXIF is not looked at, as in Pillow and open_clip
             "adjust_orientation": False,
-            # else a GPU enlarges colour differences otherwise than a CPU
+            # else a GPU enlarges color differences otherwise than a CPU
             "jpeg_fancy_upsampling": True,
         }
         crop: dict[str, Any] = {"axis_names": "HW"}

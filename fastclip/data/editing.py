@@ -51,7 +51,7 @@ class Journal:
             pass
 
     def begin(self, identity: dict[str, Any]) -> None:
-        """Begin work that depends on `identity`, or go on with it.
+        """Begin work that depends on `identity`, or resume it.
 
         Raises:
             ValueError: it was begun with another.

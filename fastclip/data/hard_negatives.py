@@ -68,7 +68,7 @@ _TAG_WORDS = {
 }
 _TAGS = dict.fromkeys(text_augment.STOP_WORDS, "F")
 _TAGS |= {word: tag for tag, words in _TAG_WORDS.items() for word in words.split()}
-# small letters after punctuation: no phrase goes on there
+# small letters after punctuation: no phrase continues there
 _PHRASE_AFTER = re.compile("D*[NV]N*")
 _PHRASE_BEFORE = re.compile("([Dd]D*N+|[Nn]N*)[VL]*$")
 _LIST = re.compile("[NVnv](?:[Jj][JDjd]*[NVnv]|dD*[NV]|[nv])*")
@@ -137,7 +137,7 @@ class _Caption:
         return listed is not None or {i, j} <= set(self.attributes)
 
     def with_words(self, start: int, end: int, words: str) -> str:
-        """The caption with these words in the place of others."""
+        """The caption with these words instead of others."""
         words = match_case(words, self.words[start])
         return self.written([*self.pieces[: 2 * start + 1], words, *self.pieces[2 * end :]])
 
@@ -228,7 +228,7 @@ def hard_negatives(caption: str, kinds: Sequence[str] = KINDS, *, rng: random.Ra
     Args:
         caption: in English; of another language only the order is changed. Changes are made in its
             first 48 words.
-        kinds: "attribute", colours, sizes, materials and so on exchanged between two things, or one
+        kinds: "attribute", colors, sizes, materials and so on exchanged between two things, or one
             replaced; "relation", one replaced by its opposite, or the two phrases around one
             exchanged; "order", two words exchanged, or trigrams shuffled or turned round.
         rng: chooses which come first, and among replacements.

@@ -24,7 +24,7 @@ MAX_NAME_BYTES = 4096
 # Of a shard; one with a name of over 256 bytes counts for more. An index takes about 0.4 kB for
 # each, so this is what bounds its memory.
 MAX_MEMBERS = 4_000_000
-# places kept of each kind of fault; the count goes on
+# places kept of each kind of fault; the count continues
 MAX_PLACES = 10_000
 
 _COMPRESSED = {

@@ -52,7 +52,7 @@ class Order:
         weights: how many times an epoch passes over each shard; None for once. The whole part w
             of a weight gives w passes over all of the shard, the fractional part f one over a
             stretch of round(f * count) samples (one at least) that begins, anew each epoch, at a
-            hash of (seed, epoch, shard) and goes on at the shard's beginning where it ends. So
+            hash of (seed, epoch, shard) and continues at the shard's beginning where it ends. So
             every epoch has the same length.
 
     Raises:

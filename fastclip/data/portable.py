@@ -38,7 +38,7 @@ def portable(sample: Sample) -> bytes | Image.Image:
 def decode_pixels(sample: Sample) -> Tensor:
     """The sample's image as (3, H, W) uint8 with channels innermost in memory.
 
-    simplejpeg decodes the JPEGs that `portable` lets pass, to the same bits as Pillow and without
+    simplejpeg decodes the JPEGs that `portable` lets pass, bitwise equal to Pillow and without
     its copies; Pillow all else, and where it finds damage.
 
     Args:

@@ -72,7 +72,7 @@ class CaptionOptions:
     seed: int = 0
     """Of the tokens drawn."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Arithmetic; auto is bfloat16 on a GPU and float32 on a CPU."""
+    """Precision; auto is bfloat16 on a GPU and float32 on a CPU."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_new_tokens", "num_beams"):

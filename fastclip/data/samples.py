@@ -71,7 +71,7 @@ class Source(Protocol):
 
 
 class UnreadableSample(Exception):
-    """One sample cannot be used; the run goes on with another."""
+    """One sample cannot be used; the run continues with another."""
 
     def __init__(self, fault: Fault) -> None:
         super().__init__(str(fault))

@@ -8,7 +8,7 @@ DEFAULT_TEMPLATES = ("a photo of a {}.",)
 
 
 def fill_template(template: str, name: str) -> str:
-    """The template with the class name in the place of {} or {c}.
+    """The template with its {} or {c} replaced by the class name.
 
     Raises:
         ValueError: the template has no such place.

@@ -21,7 +21,7 @@ from fastclip.data.portable import as_tensor
 
 # ITU-R BT.601, as Pillow, torchvision and DALI use it
 GRAY = np.array([0.299, 0.587, 0.114], dtype=np.float32)
-# Of the NTSC colour space: luma, and two axes of colour that a turn of the hue mixes
+# Of the NTSC color space: luma, and two axes of color that a turn of the hue mixes
 RGB_TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
 
 Hue = Literal["yiq", "hsv"]
@@ -34,7 +34,7 @@ def render_view(image: Tensor, params: AugmentationParams, size: int, hue: Hue =
         image: (3, H, W) uint8, best with channels innermost.
         params: of the view.
         size: side of the view, in pixels.
-        hue: "yiq" turns colours about the gray axis, which is linear; "hsv" is torchvision's,
+        hue: "yiq" turns colors about the gray axis, which is linear; "hsv" is torchvision's,
             which DALI does not have.
 
     Returns:
@@ -100,14 +100,14 @@ def contrast(pixels: np.ndarray, factor: float) -> np.ndarray:
 
 
 def saturate(pixels: np.ndarray, factor: float) -> np.ndarray:
-    """Distances from each pixel's gray level times a factor; 0 takes all colour out."""
+    """Distances from each pixel's gray level times a factor; 0 takes all color out."""
     red, green, blue = pixels
     gray = GRAY[0] * red + GRAY[1] * green + GRAY[2] * blue
     return _rounded(pixels * np.float32(factor) + gray * np.float32(1 - factor))
 
 
 def turn_hue(pixels: np.ndarray, turn: float) -> np.ndarray:
-    """Colours turned about the gray axis, in YIQ, by a share of the full circle: red to yellow."""
+    """Colors turned about the gray axis, in YIQ, by a share of the full circle: red to yellow."""
     angle = -2 * math.pi * turn
     cos, sin = math.cos(angle), math.sin(angle)
     rotation = np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]])

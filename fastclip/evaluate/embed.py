@@ -21,7 +21,7 @@ from fastclip.data.faults import FaultLog
 from fastclip.data.loader import EvaluationSamples
 from fastclip.data.samples import Source
 from fastclip.device import autocast
-from fastclip.evaluate.features import evaluating, normalised
+from fastclip.evaluate.features import evaluating, normalized
 from fastclip.models.clip import Model
 
 SAVE_EVERY_BATCHES = 20
@@ -34,7 +34,7 @@ class Embedding:
     Args:
         output: the .npy file, (count, D) float32; it appears when all rows are there.
         count: rows.
-        identity: what the features are of; a started file of something else is not gone on with.
+        identity: what the features are of; a started file of something else is not resumed.
     """
 
     output: Path
@@ -124,7 +124,7 @@ def image_batches(
     precision: str,
     faults: FaultLog,
 ) -> Iterator[tuple[int, Tensor]]:
-    """(row, normalised features) of a source's samples in order; NaN rows for unreadable ones."""
+    """(row, normalized features) of a source's samples in order; NaN rows for unreadable ones."""
     device = next(model.model.parameters()).device
     samples = EvaluationSamples(source, model.preprocess)
     loader: DataLoader[Any] = DataLoader(
@@ -145,6 +145,6 @@ def image_batches(
             rows = torch.full((len(batch), width), torch.nan)
             if readable:
                 images = torch.stack([batch[i]["image"] for i in readable]).to(device)
-                rows[readable] = normalised(towers.encode_image(images))
+                rows[readable] = normalized(towers.encode_image(images))
             yield start, rows
             start += len(batch)

@@ -1,4 +1,4 @@
-"""Normalised features of a data set, in the data's own order."""
+"""Normalized features of a data set, in the data's own order."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class Encoding:
     Args:
         batch_size: images or texts encoded at a time.
         workers: processes that load images; 0 loads in this one.
-        precision: the towers' arithmetic, of `fastclip.device.AUTOCAST_DTYPES`.
+        precision: the towers' precision, one of `fastclip.device.AUTOCAST_DTYPES`.
         progress: whether to draw a bar.
 
     Raises:
@@ -64,7 +64,7 @@ class ImageFile(NamedTuple):
 class ImageFeatures:
     """Features of every readable sample and what came with them.
 
-    features: (N, D) float32, normalised; of a classifier its logits. texts (all captions of each
+    features: (N, D) float32, normalized; of a classifier its logits. texts (all captions of each
     image), labels and keys have length N.
     """
 
@@ -112,7 +112,7 @@ def embed_images(
 
 
 def embed_files(model: Model, files: Sequence[ImageFile], encoding: Encoding) -> Tensor:
-    """Image features of files, (len(files), D) float32, normalised; of a classifier its logits.
+    """Image features of files, (len(files), D) float32, normalized; of a classifier its logits.
 
     Equal files are encoded once.
 
@@ -172,7 +172,7 @@ def _encode_images(
 ) -> list[dict[str, Any]]:
     """The batches that `collate` makes of all samples in order, with "features" for "image".
 
-    Ranks share whole batches, so that the features are the same bits as one process's.
+    Ranks share whole batches, so that the features are bitwise equal to one process's.
     """
     device = next(model.model.parameters()).device
     rows = list(range(len(samples)))  # type: ignore[arg-type]
@@ -194,7 +194,7 @@ def _encode_images(
                 batch["features"] = (
                     towers.classify(images).float().cpu()
                     if classify and isinstance(towers, Classifier)
-                    else normalised(towers.encode_image(images))
+                    else normalized(towers.encode_image(images))
                 )
             encoded.append(batch)
     return ranks.collect(encoded)
@@ -203,7 +203,7 @@ def _encode_images(
 def embed_texts(
     model: Model, texts: list[str], *, batch_size: int = 256, precision: str = "fp32"
 ) -> Tensor:
-    """Text features, (len(texts), D) float32, normalised."""
+    """Text features, (len(texts), D) float32, normalized."""
     batches = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
     options: dict[str, Any] = {"batch_size": batch_size, "precision": precision}
     share = [
@@ -218,17 +218,17 @@ def embed_texts(
 def text_batches(
     model: Model, texts: list[str], start: int, *, batch_size: int, precision: str
 ) -> Iterator[tuple[int, Tensor]]:
-    """(row, normalised features) of the texts from `start` on, in order."""
+    """(row, normalized features) of the texts from `start` on, in order."""
     device = next(model.model.parameters()).device
     towers: Any = model.model
     with evaluating(model.model), autocast(device, precision):
         tokenizer = bounded(model.tokenizer)
         for first in range(start, len(texts), batch_size):
             tokens = tokenizer(texts[first : first + batch_size]).to(device)
-            yield first, normalised(towers.encode_text(tokens))
+            yield first, normalized(towers.encode_text(tokens))
 
 
-def normalised(features: Tensor) -> Tensor:
+def normalized(features: Tensor) -> Tensor:
     """Features of length one in float32 on the CPU."""
     return F.normalize(features.float(), dim=-1).cpu()
 

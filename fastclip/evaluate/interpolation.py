@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from fastclip.evaluate.features import ImageFeatures
-from fastclip.evaluate.zeroshot import class_embeddings, classification_metrics, labelled
+from fastclip.evaluate.zeroshot import class_embeddings, classification_metrics, labeled
 from fastclip.models.clip import Model
 from fastclip.models.rocket import Rocket
 
@@ -28,7 +28,7 @@ def accuracy_by_head_weight(
 ) -> dict[float, float]:
     """Zero-shot accuracy at every weight w of w * cos_weak + (1 - w) * cos_strong.
 
-    Encodes once. Prompts are averaged and normalised for each head by itself (Fini et al. 2023).
+    Encodes once. Prompts are averaged and normalized for each head by itself (Fini et al. 2023).
 
     Args:
         images: embedded by this model, at a weight strictly between 0 and 1.
@@ -41,7 +41,7 @@ def accuracy_by_head_weight(
             f"{type(model.model).__name__} has no weak and strong heads to weigh; leave the head "
             "weight out"
         )
-    features, labels = labelled(images)
+    features, labels = labeled(images)
     prompts = class_embeddings(model, classes, templates, precision=precision)
     parts: Any = model.model
     pairs = zip(parts.weak_and_strong(features), parts.weak_and_strong(prompts), strict=True)

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from fastclip.evaluate.features import ImageFeatures
-from fastclip.evaluate.zeroshot import classification_metrics, labelled
+from fastclip.evaluate.zeroshot import classification_metrics, labeled
 
 # inverse strengths of the penalty, as scikit-learn counts them
-REGULARISATION = tuple(10.0**exponent for exponent in range(-2, 5))
+REGULARIZATION = tuple(10.0**exponent for exponent in range(-2, 5))
 HELD_OUT = 0.2
 MAX_ITERATIONS = 1000
 
@@ -19,24 +19,24 @@ def linear_probe(
     train: ImageFeatures,
     test: ImageFeatures,
     *,
-    regularisation: Sequence[float] = REGULARISATION,
+    regularization: Sequence[float] = REGULARIZATION,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Multinomial logistic regression by scikit-learn's L-BFGS; unlabelled images are left out.
+    """Multinomial logistic regression by scikit-learn's L-BFGS; unlabeled images are left out.
 
-    The features are those of the common space, normalised; CLIP's paper took the image tower's,
+    The features are those of the common space, normalized; CLIP's paper took the image tower's,
     before the projection, so its figures are not comparable. The strength of the penalty is chosen
     on a fifth of the training images, every class in it alike where each has two or more; then all
     of them are fitted.
 
     Args:
         train, test: features with labels; of a classifier embed them with `classify=False`.
-        regularisation: inverse strengths to choose from; of equally good ones the smallest.
+        regularization: inverse strengths to choose from; of equally good ones the smallest.
         seed: of the part that is held out.
 
     Returns:
         lp_acc1, lp_acc5, lp_mean_per_class_recall (ties count against the truth; a class that was
-        not trained on is never right), regularisation, validation_acc1, and unseen_labels: test
+        not trained on is never right), regularization, validation_acc1, and unseen_labels: test
         images of such classes.
 
     Raises:
@@ -45,8 +45,8 @@ def linear_probe(
     """
     from sklearn.model_selection import train_test_split
 
-    features, labels = labelled(train)
-    tested, truth = labelled(test)
+    features, labels = labeled(train)
+    tested, truth = labeled(test)
     classes, counts = labels.unique(return_counts=True)
     if len(classes) < 2:
         raise ValueError(
@@ -56,9 +56,9 @@ def linear_probe(
     _require_finite(tested, "test")
     x, y = features.numpy(), labels.numpy()
     stratify = y if int(counts.min()) > 1 and HELD_OUT * len(y) >= len(classes) else None
-    strengths = sorted(regularisation)
+    strengths = sorted(regularization)
     if not strengths or not all(strength > 0 for strength in strengths):
-        raise ValueError(f"regularisation is {strengths}; give positive numbers, e.g. (0.1, 1, 10)")
+        raise ValueError(f"regularization is {strengths}; give positive numbers, e.g. (0.1, 1, 10)")
     chosen, accuracy = strengths[0], float("nan")
     if len(strengths) > 1:
         parts = train_test_split(x, y, test_size=HELD_OUT, random_state=seed, stratify=stratify)
@@ -66,7 +66,7 @@ def linear_probe(
         if len(np.unique(fitted_y)) < 2:
             raise ValueError(
                 f"{len(y)} training images are too few to hold a fifth out; give more, or one "
-                "regularisation"
+                "regularization"
             )
         accuracy = -1.0
         for strength in strengths:
@@ -80,7 +80,7 @@ def linear_probe(
     metrics = classification_metrics(_widen(*logits, width), truth)
     return {
         **{f"lp_{name}": value for name, value in metrics.items()},
-        "regularisation": chosen,
+        "regularization": chosen,
         "validation_acc1": accuracy,
         "unseen_labels": float((~torch.isin(truth, classes)).sum()),
     }

@@ -62,7 +62,7 @@ _ALL = (
         task="image_caption_selection",
         files=("examples.jsonl", "images/*.png"),
         source=(
-            "huggingface.co/datasets/facebook/winoground after accepting its licence (research "
+            "huggingface.co/datasets/facebook/winoground after accepting its license (research "
             "only): examples.jsonl, and images.zip unpacked to images/"
         ),
         metric="text_score, image_score and group_score",

@@ -76,7 +76,7 @@ def _best_rank(queries: Tensor, keys: Tensor, query_of: Tensor, key_of: Tensor) 
 
 
 def _paired_scores(queries: Tensor, keys: Tensor, query_of: Tensor, key_of: Tensor) -> Tensor:
-    """Score of each pair (P,), the same bits that it has among all."""
+    """Score of each pair (P,), bitwise equal to its score among all."""
     scores = [
         scores_of(queries[own_queries], keys[own_keys]).diagonal()
         for own_queries, own_keys in zip(
@@ -87,7 +87,7 @@ def _paired_scores(queries: Tensor, keys: Tensor, query_of: Tensor, key_of: Tens
 
 
 def scores_of(queries: Tensor, keys: Tensor) -> Tensor:
-    """Inner products (N, M) of (N, D) and (M, D), each the same bits whatever stands beside it."""
+    """Inner products (N, M) of (N, D) and (M, D), each bitwise independent of the others."""
     scores = queries.new_empty(queries.shape[0], keys.shape[0])
     for a in range(0, queries.shape[0], TILE_ROWS):
         rows = _filled(queries[a : a + TILE_ROWS], TILE_ROWS)

@@ -24,7 +24,7 @@ TEMPLATE_FILES = ("zeroshot_classification_templates.txt", "templates.txt")
 def class_embeddings(
     model: Model, classes: list[str], templates: list[str], *, precision: str = "fp32"
 ) -> Tensor:
-    """One normalised feature a class, (C, D): the mean of its normalised prompts' features.
+    """One normalized feature a class, (C, D): the mean of its normalized prompts' features.
 
     Args:
         classes: class names in index order.
@@ -98,21 +98,21 @@ def evaluate_zeroshot(
     *,
     precision: str = "fp32",
 ) -> dict[str, float]:
-    """Zero-shot metrics of embedded images that carry labels; unlabelled ones are left out.
+    """Zero-shot metrics of embedded images that carry labels; unlabeled ones are left out.
 
     Of a classifier they are its own: it tells its classes apart without names and templates.
 
     Raises:
         ValueError: no image has a label.
     """
-    features, labels = labelled(images)
+    features, labels = labeled(images)
     if isinstance(model.model, Classifier):
         return classification_metrics(features, labels)
     embeddings = class_embeddings(model, classes, templates, precision=precision)
     return zeroshot_metrics(features, embeddings, labels)
 
 
-def labelled(images: ImageFeatures) -> tuple[Tensor, Tensor]:
+def labeled(images: ImageFeatures) -> tuple[Tensor, Tensor]:
     """The features (or logits) of images that carry labels, and the labels.
 
     Raises:

@@ -1,4 +1,4 @@
-"""apex's fused layer norm and optimisers, where apex is installed.
+"""apex's fused layer norm and optimizers, where apex is installed.
 
 Known by `from apex.normalization import FusedLayerNorm`: the package that is called apex on PyPI is
 another project.
@@ -30,7 +30,7 @@ def obstacle() -> str | None:
 
 
 def optimizer(name: str, groups: list[dict[str, Any]], **options: Any) -> Any:
-    """apex's optimiser of that name ("FusedAdam", "FusedLAMB").
+    """apex's optimizer of that name ("FusedAdam", "FusedLAMB").
 
     Raises:
         ValueError: apex is not there.

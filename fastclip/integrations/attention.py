@@ -21,7 +21,7 @@ CAUSAL = "_fastclip_causal_length"
 
 
 def exchange_attention(model: nn.Module, handle: PatchHandle, backend: str = "auto") -> int:
-    """Exchange the attention of every known layer; returns how many there were."""
+    """Replace the attention of every known layer; returns how many there were."""
     for tower in list(model.modules()):
         # a text tower's mask is a buffer beside its layers
         _mark_causal(tower.modules(), getattr(tower, "attn_mask", None), handle)

@@ -35,7 +35,7 @@ def patch_open_clip(
             timm's; weights stay as they are. For text towers from Hugging Face see
             `patch_transformers`.
         loss: whether to exchange the loss classes.
-        attention: whether to exchange the attention of `model`.
+        attention: whether to replace the attention of `model`.
         backend: implementation of `fastclip.functional.attention`.
 
     Returns:

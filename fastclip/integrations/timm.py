@@ -7,7 +7,7 @@ from fastclip.integrations.patch import PatchHandle
 
 
 def patch_timm(model: nn.Module, *, backend: str = "auto") -> PatchHandle:
-    """Exchange the attention of a timm model's `Attention` layers; weights stay as they are.
+    """Replace the attention of a timm model's `Attention` layers; weights stay as they are.
 
     Calls with a mask, or with dropout of attention while training, keep timm's code.
 

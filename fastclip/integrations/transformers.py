@@ -36,7 +36,7 @@ def patch_transformers(
         model: from `transformers`; its weights and its configuration's other entries stay as they
             are.
         loss: whether to exchange the loss; a tower alone (CLIPVisionModel) has none.
-        attention: whether to exchange the attention of both towers.
+        attention: whether to replace the attention of both towers.
         logits: whether to form the logits beside the loss, (N, N) each.
         backend: implementation of fastclip's attention and loss.
 
@@ -68,7 +68,7 @@ def patch_transformers(
         if hasattr(part, "logit_scale") and not isinstance(part, tuple(losses)):
             raise ValueError(
                 f"the loss of {type(part).__name__} cannot be exchanged, only CLIPModel's and "
-                "SiglipModel's; loss=False exchanges its attention alone"
+                "SiglipModel's; loss=False replaces its attention alone"
             )
     handle = PatchHandle()
     if attention:

@@ -131,8 +131,8 @@ class ClipLoss(nn.Module):
         """The loss, 0-d, or {"contrastive_loss": loss} with output_dict.
 
         Args:
-            image_features: (N, D), normalised.
-            text_features: (M, D), normalised, M >= N; those beyond the N-th are hard negatives.
+            image_features: (N, D), normalized.
+            text_features: (M, D), normalized, M >= N; those beyond the N-th are hard negatives.
             logit_scale: 0-d or (1,), exponentiated.
             logit_bias: 0-d, (1,) or None; cancels in this loss.
             output_dict: whether to return a dictionary.
@@ -295,7 +295,7 @@ class DistillClipLoss(ClipLoss):
 
         Args:
             image_features, text_features, logit_scale: see `ClipLoss`; as many texts as images.
-            dist_image_features, dist_text_features: (N, E), the teacher's, normalised.
+            dist_image_features, dist_text_features: (N, E), the teacher's, normalized.
             dist_logit_scale: 0-d or (1,), the teacher's, exponentiated.
             output_dict: whether to return {"contrastive_loss": ..., "distill_loss": ...}.
         """

@@ -57,8 +57,8 @@ class InfoNCELoss(nn.Module):
         """The loss, 0-d.
 
         Args:
-            query: (N, D), normalised.
-            keys: (M, D), normalised.
+            query: (N, D), normalized.
+            keys: (M, D), normalized.
             positive_index: (N,) integers, the queries' positives; None: query i's is key i.
         """
         bank = None if self.memory_bank is None else self.memory_bank.bank

@@ -78,7 +78,7 @@ class MPNCELoss(nn.Module):
         """The mean over all anchors, 0-d.
 
         Args:
-            features: B >= 2 blocks, each (N, D), normalised, in the same pair order.
+            features: B >= 2 blocks, each (N, D), normalized, in the same pair order.
             domains: the domain of each block, e.g. [0, 0, 0, 1] for three views and a text.
         """
         scale = torch.exp(-self.log_temperature)
@@ -96,7 +96,7 @@ class MPNCELoss(nn.Module):
 
     @torch.no_grad()
     def clamp_scale_(self) -> None:
-        """Hold every 1 / temperature to at most `max_scale`; call it after an optimiser step."""
+        """Hold every 1 / temperature to at most `max_scale`; call it after an optimizer step."""
         self.log_temperature.clamp_(min=-math.log(self.max_scale))
 
 

@@ -44,11 +44,11 @@ def prediction_loss(
 ) -> Tensor:
     """The mean of 2 - 2 cos(prediction, target); no gradient reaches the target.
 
-    That is the squared distance of the normalised vectors (BYOL, Grill et al. 2020, eq. 2; SimSiam,
+    That is the squared distance of the normalized vectors (BYOL, Grill et al. 2020, eq. 2; SimSiam,
     Chen and He 2021, up to scale and shift).
 
     Args:
-        prediction, target: (N, D), not normalised.
+        prediction, target: (N, D), not normalized.
         dist, group, sizes: see `fastclip.functional`; both ways are one sum here.
 
     Returns:
@@ -81,7 +81,7 @@ def cross_correlation_loss(
     with N D and not with D^2: three products where autograd needs as many and C twice.
 
     Args:
-        first, second: (N, D), each column standardised over the batch (a head's last
+        first, second: (N, D), each column standardized over the batch (a head's last
             `GlobalBatchNorm`).
         off_diagonal: weight of redundancy.
         dist, group, sizes: see `fastclip.functional`; both ways sum C over the ranks.
@@ -173,7 +173,7 @@ def swapped_assignment_loss(
     likewise texts to images. Mean over rows, the four pairs and both directions.
 
     Args:
-        images, texts: two views each, (N, D), normalised.
+        images, texts: two views each, (N, D), normalized.
         logit_scale: exponentiated, 0-d, (1,) or a float.
         epsilon: temperature of the assignments.
         iterations: of Sinkhorn-Knopp.

@@ -15,7 +15,7 @@ from fastclip.ops.collectives import check_exchange
 class NTXentLoss(nn.Module):
     """Drop-in for `lightly.loss.NTXentLoss`: same arguments, call and value, memory linear in N.
 
-    As there, features are normalised inside.
+    As there, features are normalized inside.
 
     Args:
         temperature: > 0.

@@ -94,7 +94,7 @@ class SigLipLoss(nn.Module):
         """The loss, 0-d, or {"contrastive_loss": loss} with output_dict.
 
         Args:
-            image_features, text_features: (N, D), normalised.
+            image_features, text_features: (N, D), normalized.
             logit_scale: 0-d or (1,), exponentiated.
             logit_bias: 0-d, (1,) or None.
             output_dict: whether to return a dictionary.

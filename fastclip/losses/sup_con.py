@@ -50,7 +50,7 @@ class SupConLoss(nn.Module):
         """The mean over all anchors that have a positive, 0-d.
 
         Args:
-            features: (N, D), or (N, V, D) with V views of each sample, normalised.
+            features: (N, D), or (N, V, D) with V views of each sample, normalized.
             labels: (N,) integers. None, only with views: every sample is a class of its own.
 
         Raises:

@@ -42,7 +42,7 @@ def build(
 
     Args:
         name, device, siglip: of the towers, see `fastclip.models.clip.create`.
-        pretrained: as there; or a run's folder or a checkpoint, of the towers or the whole system.
+        pretrained: as there; or a run directory or a checkpoint, of the towers or the whole system.
         options: what to make of them.
         classes: names of what a classifier tells apart.
         trust_checkpoint: whether DeepSpeed's files may be read, which can run any code.
@@ -72,7 +72,7 @@ def build(
 
 def lock_image(model: nn.Module, options: SystemOptions) -> None:
     """Freeze the image tower of a model of open_clip's but for its last groups of layers."""
-    # open_clip's own freezing of statistics takes timm's normalisations for plain ones, and drops
+    # open_clip's own freezing of statistics takes timm's normalizations for plain ones, and drops
     # the activations that they hold
     model.lock_image_tower(unlocked_groups=options.lock_image_unlocked_groups)  # type: ignore[operator]
     if not options.lock_image_freeze_bn_stats:
@@ -134,7 +134,7 @@ def load(
     """A trained model, its evaluation transform and its tokenizer.
 
     Args:
-        path: a run folder as `fastclip train` writes it (its latest whole checkpoint is taken),
+        path: a run directory as `fastclip train` writes it (its latest whole checkpoint is taken),
             or one checkpoint file inside it.
         device: where the parameters are put.
         average: take the averaged weights of a run with --ema.
@@ -151,7 +151,7 @@ def load(
     run = checkpoint.run_of(path)
     if not (run / CONFIG_FILE).is_file():
         raise FileNotFoundError(
-            f"{run / CONFIG_FILE} does not exist: {path} is no run of fastclip train"
+            f"{run / CONFIG_FILE} does not exist: {path} is not a run directory of fastclip train"
         )
     found = checkpoint.resolve(path)
     state = checkpoint.read_weights(found, average=average, trust=trust_checkpoint)

@@ -104,7 +104,7 @@ def named(folder: Path, prefix: str) -> list[Path]:
 
 
 def run_of(path: Path) -> Path:
-    """The run's folder of a run's folder or of a checkpoint inside it."""
+    """The run directory of a run directory or of a checkpoint inside it."""
     return path.parent.parent if _is_checkpoint(path) else path
 
 
@@ -113,7 +113,7 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def resolve(path: Path) -> Path:
-    """The checkpoint that a run's folder (its latest) or a checkpoint's own path means.
+    """The checkpoint that a run directory (its latest) or a checkpoint's own path means.
 
     Raises:
         FileNotFoundError: the run has no whole checkpoint.
@@ -143,7 +143,7 @@ def step_of(path: Path) -> int:
 def read(path: Path) -> dict[str, Any]:
     """The content of a checkpoint, on the CPU; never runs code from the file.
 
-    Of a folder of DeepSpeed's it is the part without parameters and optimiser.
+    Of a folder of DeepSpeed's it is the part without parameters and optimizer.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -64,7 +64,7 @@ def create(
         siglip: whether the model has a logit bias, and begins with SigLIP's scale and bias.
 
     Returns:
-        The model (called with images and texts it gives a dictionary of normalised
+        The model (called with images and texts it gives a dictionary of normalized
         image_features and text_features and the exponentiated logit_scale), its evaluation
         transform and its tokenizer.
 
@@ -142,7 +142,7 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 
 def build_described(run: Path, device: str | torch.device) -> Model:
-    """The model that `open_clip_config.json` in a run's folder describes, with random weights.
+    """The model that `open_clip_config.json` in a run directory describes, with random weights.
 
     Raises:
         ValueError: the description is damaged, or has a key that is not allowed.
@@ -205,7 +205,7 @@ def load_weights(model: nn.Module, state_dict: dict[str, Tensor], origin: str) -
         ValueError: they are of another architecture; the message tells which names differ.
     """
     own = model.state_dict()
-    # a frozen batch normalisation counts no batches: no difference in architecture
+    # a frozen batch normalization counts no batches: no difference in architecture
     counted = {n: v for n, v in own.items() if n.endswith(_COUNT)}
     kept = {n: v for n, v in state_dict.items() if n in own or not n.endswith(_COUNT)}
     problem = _differences(own, {**counted, **kept})

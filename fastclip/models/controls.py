@@ -65,13 +65,13 @@ class ImageSystem(System):
 
 
 class LabelCriterion(Criterion):
-    """Cross-entropy of a linear classifier over the labelled rows.
+    """Cross-entropy of a linear classifier over the labeled rows.
 
     Args:
         width: D, of the features.
         classes: C.
         label_smoothing: mass of the target that is spread over all classes.
-        prototype: compare features and weights by their angle: both normalised, no bias, a learned
+        prototype: compare features and weights by their angle: both normalized, no bias, a learned
             scale of at most 100.
         weight: (C, D) to begin with, e.g. class names' text features times a scale; by default
             random.
@@ -127,7 +127,7 @@ class LabelCriterion(Criterion):
         sizes: Sequence[int] | None = None,
         **implementation: Any,
     ) -> Tensor:
-        """The mean over all ranks' labelled rows, 0-d; 0 where there is none.
+        """The mean over all ranks' labeled rows, 0-d; 0 where there is none.
 
         Args:
             features: image.0, (N, D), and label, (N,) int64, -1 for none.
@@ -192,7 +192,7 @@ class Classifier(ImageSystem):
 class ViewCriterion(Criterion):
     """SimCLR's loss of two views (Chen et al. 2020, eq. 1) behind an MLP.
 
-    Each view is normalised by its own batch statistics, as in SLIP (Mu et al. 2021).
+    Each view is normalized by its own batch statistics, as in SLIP (Mu et al. 2021).
 
     Args:
         width, hidden, output: of the features, the MLP's two hidden layers, and what it gives.

@@ -18,7 +18,7 @@ def export_open_clip(source: Path, target: Path, *, trust_checkpoint: bool = Fal
     `open_clip.add_model_config("model.json")`, `open_clip.create_model("model", "model.pt")`.
 
     Args:
-        source: a run's folder (its latest checkpoint is taken) or one of its checkpoints.
+        source: a run directory (its latest checkpoint is used) or one of its checkpoints.
         target: the .pt file to write; the architecture is written if the source is in a run.
         trust_checkpoint: whether DeepSpeed's files may be read, which can run any code.
 
@@ -50,7 +50,7 @@ def export_open_clip(source: Path, target: Path, *, trust_checkpoint: bool = Fal
 
 
 def import_open_clip(source: Path, model: str, run: Path) -> Path:
-    """Make a run's folder of an open_clip checkpoint, for `fastclip.load`, eval and embed.
+    """Make a run directory of an open_clip checkpoint, for `fastclip.load`, eval and embed.
 
     Args:
         source: a checkpoint of open_clip's trainer, or a bare state dictionary.
@@ -79,7 +79,7 @@ def export_universal(source: Path, target: Path, *, trust_checkpoint: bool = Fal
     """Convert a checkpoint of DeepSpeed's to its universal format, for any number of processes.
 
     Args:
-        source: a run's folder (its latest checkpoint is taken) or one of its checkpoints.
+        source: a run directory (its latest checkpoint is used) or one of its checkpoints.
         target: the folder to write; `--resume` takes it.
         trust_checkpoint: see `export_open_clip`; it has to be trusted.
 

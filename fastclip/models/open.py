@@ -32,7 +32,7 @@ def open_model(
     """A trained model, its evaluation transform and its tokenizer, in evaluation mode.
 
     Args:
-        name: a run's folder or one of its checkpoints, see `fastclip.models.build.load`; with
+        name: a run directory or one of its checkpoints, see `fastclip.models.build.load`; with
             `pretrained` a model that `fastclip.models.clip.create` knows; or "hf-hub:ORG/NAME" or
             "local-dir:FOLDER", which hold open_clip_config.json and weights.
         device: where the parameters are put.
@@ -48,7 +48,7 @@ def open_model(
     if is_run(name, pretrained):
         return load(name, device, average=average, trust_checkpoint=trust_checkpoint)
     if average:
-        raise ValueError(f"--average: {name} is no run of fastclip's with averages; leave it out")
+        raise ValueError(f"--average: {name} is not a run directory with averages; leave it out")
     if name.startswith(_WITH_WEIGHTS) and pretrained is not None:
         raise ValueError(f"{name} brings its own weights; leave --pretrained {pretrained} out")
     try:
@@ -72,7 +72,7 @@ def _refuse_random(name: str) -> NoReturn:
         create(name, pretrained="")
     except ValueError as error:
         raise ValueError(
-            f"--model {name} is no run of fastclip's, and without --pretrained TAG or FILE the "
+            f"--model {name} is not a run directory, and without --pretrained TAG or FILE the "
             f"weights would be random: {error}"
         ) from error
     raise AssertionError("weights without a name")

@@ -105,7 +105,7 @@ class SystemOptions:
     lock_image_unlocked_groups: int = flag(0, "model", defines_run=True)
     """But for its last so many groups of layers."""
     lock_image_freeze_bn_stats: bool = flag(False, "model", defines_run=True)
-    """Also keep the locked batch normalisations' running statistics."""
+    """Also keep the locked batch normalizations' running statistics."""
 
     classes: str | None = flag(None, "data", defines_run=True)
     """classify: file of class names, one a line in the order of the labels."""

@@ -158,7 +158,7 @@ class RocketCriterion(Criterion):
             self.predictors = ViewHeads(predictor, predictor if separate else None)
 
     def embed(self, view: str, rows: Tensor) -> Tensor:
-        """A view's features, (N, width), in its common space, (N, head_width), normalised."""
+        """A view's features, (N, width), in its common space, (N, head_width), normalized."""
         return F.normalize(self.heads.head(view)(rows), dim=-1)
 
     def forward(
@@ -239,7 +239,7 @@ def _check(term: str | None, strong_views: int, label_smoothing: float) -> None:
 class Rocket(TwoTowers):
     """Towers of open_clip's under `RocketCriterion`: 1 + R image and text views; slip has one text.
 
-    Encodings are [sqrt(w) * weak; sqrt(1 - w) * strong] of the heads' normalised outputs, so that
+    Encodings are [sqrt(w) * weak; sqrt(1 - w) * strong] of the heads' normalized outputs, so that
     inner products are w * cos_weak + (1 - w) * cos_strong (the paper's interpolation of scores).
     Where strong views have no heads of their own they are the weak part alone.
 
@@ -280,11 +280,11 @@ class Rocket(TwoTowers):
         )
 
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
-        """(N, 3, S, S) to (N, D), normalised with either `normalize`: parts are weighed as such."""
+        """(N, 3, S, S) to (N, D), normalized with either `normalize`: parts are weighed as such."""
         return self._encode("image", self.towers.encode_image(image))
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
-        """(N, L) tokens to (N, D), normalised with either `normalize`, as images are."""
+        """(N, L) tokens to (N, D), normalized with either `normalize`, as images are."""
         return self._encode("text", self.towers.encode_text(text))
 
     def _encode(self, modality: str, rows: Tensor) -> Tensor:
@@ -294,12 +294,12 @@ class Rocket(TwoTowers):
         return self.weigh(weak, self.criterion.embed(f"{modality}.1", rows))
 
     def weigh(self, weak: Tensor, strong: Tensor) -> Tensor:
-        """The encoding, (N, 2 D), of its normalised parts, (N, D) each, by `head_weight`."""
+        """The encoding, (N, 2 D), of its normalized parts, (N, D) each, by `head_weight`."""
         weight = self.head_weight
         return torch.cat([weight.sqrt() * weak, (1 - weight).sqrt() * strong], dim=-1)
 
     def weak_and_strong(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """The normalised parts of encodings or of their averages: for other weights, `weigh` them.
+        """The normalized parts of encodings or of their averages: for other weights, `weigh` them.
 
         A part encoded with weight 0 is lost, and is zeros.
 
@@ -312,7 +312,7 @@ class Rocket(TwoTowers):
         return F.normalize(weak, dim=-1), F.normalize(strong, dim=-1)
 
     def renormalize(self, features: Tensor) -> Tensor:
-        """See `System.renormalize`; each part is normalised by itself and weighed again."""
+        """See `System.renormalize`; each part is normalized by itself and weighed again."""
         if not self.criterion.two_spaces:
             return super().renormalize(features)
         return self.weigh(*self.weak_and_strong(features))

@@ -169,7 +169,7 @@ class LanguageModelCLIP(nn.Module):
         return F.normalize(features, dim=-1) if normalize else features
 
     def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> dict[str, Any]:
-        """Normalised image_features and text_features, (N, D) or None, logit_scale, logit_bias."""
+        """Normalized image_features and text_features, (N, D) or None, logit_scale, logit_bias."""
         output: dict[str, Any] = {
             "image_features": None if image is None else self.encode_image(image, normalize=True),
             "text_features": None if text is None else self.encode_text(text, normalize=True),
@@ -195,7 +195,7 @@ def with_language_model(
     """The model with the language model of the options in place of its text tower.
 
     Args:
-        described: folder of a run, whose description and tokenizer are taken: random weights.
+        described: a run directory, whose description and tokenizer are taken: random weights.
 
     Raises:
         ValueError: the model is not of open_clip's two-tower classes, or see `LanguageModelTower`

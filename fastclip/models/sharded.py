@@ -1,6 +1,6 @@
 """Checkpoints of sharded training: folders of DeepSpeed's files beside fastclip's own plain state.
 
-`step_00000120/` holds DeepSpeed's files (each rank's share of optimiser and parameters) and
+`step_00000120/` holds DeepSpeed's files (each rank's share of optimizer and parameters) and
 training.pt. The manifest `step_00000120.json` beside it has the size and SHA-256 of every file; a
 folder without a matching one is torn and never chosen.
 
@@ -27,7 +27,7 @@ TEMPORARY_SUFFIX = ".universal"
 
 
 def read_training(path: Path) -> dict[str, Any]:
-    """The plain state in a checkpoint folder: all but parameters and optimiser; runs no code.
+    """The plain state in a checkpoint folder: all but parameters and optimizer; runs no code.
 
     Returns:
         What was given to `write`.
@@ -144,7 +144,7 @@ def to_universal(path: Path, target: Path) -> None:
     if training["zero"]["stage"] == 3 and frozen:
         raise ValueError(
             f"{path} is of ZeRO-3 with frozen parameters ({frozen[0]}, {len(frozen)} in all), of "
-            "which DeepSpeed's universal form holds nothing: go on with as many processes as "
+            "which DeepSpeed's universal form holds nothing: resume with as many processes as "
             "before, or with its weights: --pretrained"
         )
     if target.exists():

@@ -51,7 +51,7 @@ class StateCache:
     @torch.compiler.disable
     def _fetch(self, tokens: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
         device = tokens.device.type
-        # other arithmetic has other states
+        # another precision has other states
         precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         texts = [row[row >= 0].numpy() for row in tokens.cpu()]
         keys = [(precision, text.tobytes()) for text in texts]

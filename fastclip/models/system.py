@@ -118,7 +118,7 @@ class System(nn.Module):
         """What the criterion takes, by name: one row a sample, floating-point or integer.
 
         Args:
-            batch: images: views (N, 3, S, S), normalised as the towers want them. texts: views
+            batch: images: views (N, 3, S, S), normalized as the towers want them. texts: views
                 (N, L) of tokens. params: (N, V, PARAMS). Where asked for: negatives (N, K, L),
                 label (N,) int64.
         """
@@ -190,7 +190,7 @@ class System(nn.Module):
 class TwoTowers(System):
     """A system on a model of open_clip's: a vision and a text tower of one width.
 
-    The towers' own features, before their last normalisation, are what heads project. The model's
+    The towers' own features, before their last normalization, are what heads project. The model's
     own logit scale is out of use.
 
     Args:

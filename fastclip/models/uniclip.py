@@ -109,8 +109,8 @@ class UniClipCriterion(Criterion):
                 blocks.append(self.text_head(rows))
                 domains.append(TEXT)
         losses = {"mp-nce": self._mp_nce, "info-nce": self._info_nce, "sup-con": self._sup_con}
-        normalised = [F.normalize(block, dim=-1) for block in blocks]
-        return losses[self.pair_loss](normalised, domains, exchange)
+        normalized = [F.normalize(block, dim=-1) for block in blocks]
+        return losses[self.pair_loss](normalized, domains, exchange)
 
     def project_image(self, features: Tensor, params: Tensor | None = None) -> Tensor:
         """(N, width), told (N, PARAMS) or None for no augmentation, to (N, output)."""

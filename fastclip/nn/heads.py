@@ -19,11 +19,11 @@ from fastclip.ops.gemm import accumulator_dtype
 
 
 class GlobalBatchNorm(nn.Module):
-    """Batch normalisation of rows by the statistics of all processes' rows, on any device.
+    """Batch normalization of rows by the statistics of all processes' rows, on any device.
 
     With one process it is `nn.BatchNorm1d`; with several it equals `nn.BatchNorm1d` on their rows
     together, gradients included, also where they have different numbers of rows.
-    (`nn.SyncBatchNorm` refuses the CPU.) Statistics and arithmetic are float32 or better.
+    (`nn.SyncBatchNorm` refuses the CPU.) Statistics are computed in float32 or better.
 
     Args:
         width: D.
@@ -58,7 +58,7 @@ class GlobalBatchNorm(nn.Module):
         self.register_buffer("num_batches_tracked", torch.tensor(0))
 
     def forward(self, rows: Tensor) -> Tensor:
-        """(N, D) rows normalised, in their dtype."""
+        """(N, D) rows normalized, in their dtype."""
         if rows.ndim != 2 or rows.shape[1] != self.width:
             raise ValueError(f"rows are {tuple(rows.shape)}; give (N, {self.width})")
         if not self.training:
@@ -75,13 +75,13 @@ class GlobalBatchNorm(nn.Module):
             total = sums[-1]
             mean = sums[:-1] / total
             centered = wide - mean
-            # from the centred rows: a difference of large sums would lose the variance
+            # from the centered rows: a difference of large sums would lose the variance
             variance = self._total(centered.square().sum(0), shared) / total
             self._track(mean.detach(), variance.detach(), total.detach())
-            normalised = centered * (variance + self.eps).rsqrt()
+            normalized = centered * (variance + self.eps).rsqrt()
             if self.weight is not None and self.bias is not None:
-                normalised = normalised * self.weight + self.bias
-            return normalised.to(rows.dtype)
+                normalized = normalized * self.weight + self.bias
+            return normalized.to(rows.dtype)
 
     def _total(self, local: Tensor, shared: bool) -> Tensor:
         return sum_with_gradient(local, self.group) if shared else local
@@ -101,13 +101,13 @@ class GlobalBatchNorm(nn.Module):
 
 
 class MLPHead(nn.Sequential):
-    """Linear layers with batch normalisation and ReLU between them.
+    """Linear layers with batch normalization and ReLU between them.
 
     Args:
         widths: of the input, the hidden layers and the output; two or more.
         last_norm: of the output: None, "affine", or "plain" (without learned scale and shift).
-        last_bias: whether the last layer has a bias; those before a normalisation have none.
-        group: the processes whose rows are normalised together; None for all.
+        last_bias: whether the last layer has a bias; those before a normalization have none.
+        group: the processes whose rows are normalized together; None for all.
 
     Raises:
         ValueError: fewer than two widths, one below 1, or another `last_norm`.

@@ -415,7 +415,7 @@ def average_gradient(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 def sum_with_gradient(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The sum over all ranks, on all ranks; its gradient is the sum of all ranks' upstreams.
 
-    For statistics that every rank uses in a loss of its own, as batch normalisation does.
+    For statistics that every rank uses in a loss of its own, as batch normalization does.
     """
     name = group_name(group)
     # backward the average of the upstreams first, then the world's size times it

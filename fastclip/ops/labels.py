@@ -132,8 +132,7 @@ def _gradient(
             add_class_sums(found.x, z_MD, 0)
         else:
             of_classes = z.new_zeros(z.shape, dtype=tiles.dtype)
-            pairs = columns.of_all_ranks(torch.stack((lse, d_lse), dim=1))
-            of_columns = LogSumExps(*(one.contiguous() for one in pairs.unbind(dim=1)))
+            of_columns = asked.of_all_columns(of_rows)
             found = passes.gradient(
                 asked,
                 collected,

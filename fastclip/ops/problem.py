@@ -23,7 +23,7 @@ from torch import Tensor
 from fastclip.ops.collectives import Ranks, rank_in
 from fastclip.ops.columns import Columns, Part, Segment, columns_of
 from fastclip.ops.numerics import away_from_zero
-from fastclip.ops.tiles.base import Tile, Tiles
+from fastclip.ops.tiles.base import LogSumExps, Tile, Tiles
 from fastclip.ops.tiles.select import tiles_of
 
 
@@ -169,6 +169,11 @@ class Problem:
         # numbers of the pairs, over all ranks, that the first row and the first column are of
         row_pair = layout.start(0, layout.rank) + row - self.row_blocks()[block].start
         return row_pair - (segment.column - layout.start(segment.block, 0))
+
+    def of_all_columns(self, own: LogSumExps) -> LogSumExps:
+        """Those of the columns of all ranks, from those of own columns."""
+        pairs = self.columns.of_all_ranks(torch.stack(own, dim=1))
+        return LogSumExps(*(one.contiguous() for one in pairs.unbind(dim=1)))
 
     def positives(self) -> Tensor:
         """Each row's positive, among own columns."""

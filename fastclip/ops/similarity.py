@@ -176,8 +176,7 @@ def _gradient(
             means = _MeansGradient(asked, d_row_mean, d_column_mean)
         columns = None
         if options.column_statistics:
-            pairs = asked.columns.of_all_ranks(torch.stack((column_lse, d_column_lse), dim=1))
-            columns = LogSumExps(*(one.contiguous() for one in pairs.unbind(dim=1)))
+            columns = asked.of_all_columns(LogSumExps(column_lse, d_column_lse))
         needs = options.needs[0], options.needs[1], options.needs[2]
         rows = LogSumExps(row_lse, d_row_lse)
         found = passes.gradient(asked, collected, rows, columns, needs)

@@ -111,10 +111,8 @@ def _gradient(
     need_scalars = options.needs[1] or options.needs[2]
     with checks.without_autocast(z.device):
         asked = problem.symmetric(options, z, scale, offset)
-        rows, columns = LogSumExps(lse, d_lse), LogSumExps(lse, d_lse)
-        if not asked.is_triangle:
-            pairs = asked.columns.of_all_ranks(torch.stack((lse, d_lse), dim=1))
-            columns = LogSumExps(*(one.contiguous() for one in pairs.unbind(dim=1)))
+        rows = LogSumExps(lse, d_lse)
+        columns = rows if asked.is_triangle else asked.of_all_columns(rows)
         found = passes.gradient(asked, collected, rows, columns, (True, True, need_scalars))
         assert found.x is not None
         if d_positive is None:

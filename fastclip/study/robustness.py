@@ -149,7 +149,7 @@ def judge(model: Model) -> Scores:
 
 
 def with_rho(rows: Sequence[Row]) -> tuple[list[Row], Line]:
-    """The rows with ρ beyond the labelled classifiers' lines, and the line of all shifts' mean.
+    """The rows with ρ beyond the labeled classifiers' lines, and the line of all shifts' mean.
 
     Raises:
         ValueError: one of those got nothing right, or everything.

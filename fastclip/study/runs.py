@@ -1,7 +1,7 @@
 """Training runs of a study, and what is measured of them.
 
 A run is a process of `fastclip train`, as a user would start it. Its outcome is kept beside it, so
-that a study that was stopped goes on where it was.
+that a study that was stopped resumes where it was.
 """
 
 import json
@@ -109,7 +109,7 @@ def run_all(plans: Sequence[Plan], folder: Path, jobs: int = 1) -> dict[str, Out
 
 
 def train(name: str, flags: Sequence[str], folder: Path, jobs: int = 1) -> tuple[Path, float]:
-    """Train in a process of its own; the run's folder, and the seconds that it took.
+    """Train in a process of its own; the run directory, and the seconds that it took.
 
     Args:
         jobs: how many such processes share the cores.
@@ -121,7 +121,7 @@ def train(name: str, flags: Sequence[str], folder: Path, jobs: int = 1) -> tuple
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "fastclip.cli", "train", *flags]
     command += ["--logs", str(folder), "--name", name, "--report-to", "none"]
-    # what was cut short goes on; what has not begun begins
+    # what was cut short is resumed; what has not begun begins
     command += ["--resume", "latest"]
     environment = dict(os.environ)
     if jobs > 1:

@@ -42,7 +42,7 @@ def accumulate(
     The gradient is the full batch's, logit scale and bias included, and with dropout that of one
     graph over the same micro-batches. A single micro-batch goes the plain way: one forward, one
     backward. `forward` runs twice on each of several, so it must not change its own state (batch
-    normalisation, see `refuse_batch_norm`; the power iterations of spectral normalisation) and may
+    normalization, see `refuse_batch_norm`; the power iterations of spectral normalization) and may
     draw random numbers only from torch's default generators of the CPU and of CUDA devices, the
     same ones with gradients off and on. These generators end where one plain pass leaves them.
 
@@ -138,7 +138,7 @@ def accumulate(
 def refuse_batch_norm(model: nn.Module, micro_batches: int) -> None:
     """Check that a model's outputs do not depend on how the batch is cut into micro-batches.
 
-    Of torch's layers only batch normalisation lets them: in training mode it normalises by the
+    Of torch's layers only batch normalization lets them: in training mode it normalizes by the
     micro-batch's statistics (and would update the running ones twice). In evaluation mode with
     running statistics, or replaced by a frozen layer, it is a fixed affine map.
 
@@ -157,9 +157,9 @@ def refuse_batch_norm(model: nn.Module, micro_batches: int) -> None:
     if micro_batches > 1 and names:
         first = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
         raise ValueError(
-            f"{micro_batches} micro-batches and batch normalisation ({first}): its statistics "
+            f"{micro_batches} micro-batches and batch normalization ({first}): its statistics "
             "would be a micro-batch's, and the gradient not the full batch's; use --accum-freq 1, "
-            "a model without batch normalisation, or freeze it (evaluation mode)"
+            "a model without batch normalization, or freeze it (evaluation mode)"
         )
 
 

@@ -6,13 +6,13 @@ types, and a flag given by hand wins.
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from fastclip.bounded import read_yaml
 from fastclip.data.options import DataOptions
-from fastclip.flags import flag, parse_grouped
+from fastclip.flags import flag, ordered, parse_grouped
 from fastclip.models.options import SystemOptions
 from fastclip.ops.backend import IMPLEMENTATIONS
 
@@ -24,9 +24,9 @@ class TrainConfig(SystemOptions, DataOptions):
     """Train a CLIP model, or another system. Flag names are open_clip's where it has them."""
 
     name: str | None = flag(None, "log", defines_run=False)
-    """Name of the run's folder under --logs; by default the time and the model."""
+    """Name of the run directory under --logs; by default the time and the model."""
     logs: str = flag("logs", "log", defines_run=False)
-    """Folder that holds the runs."""
+    """Directory that holds the run directories."""
     resume: str | None = flag(None, "checkpoint", defines_run=False)
     """"latest" (of the run called --name) or the path of a checkpoint."""
 
@@ -50,7 +50,7 @@ class TrainConfig(SystemOptions, DataOptions):
     pretrained: str | None = flag(None, "model", defines_run=False)
     """Weights to begin with: a name of open_clip's, e.g. 'laion2b_s34b_b79k', or a checkpoint."""
     precision: Literal["fp32", "amp", "amp_bf16"] = flag("amp_bf16", "model", defines_run=True)
-    """Arithmetic of the towers: float32, float16 with a loss scale, or bfloat16. Parameters stay
+    """Precision of the towers: float32, float16 with a loss scale, or bfloat16. Parameters stay
     float32."""
     grad_checkpointing: bool = flag(False, "model", defines_run=True)
     """Recompute the towers' activations in the backward pass instead of keeping them."""
@@ -73,7 +73,7 @@ class TrainConfig(SystemOptions, DataOptions):
     is a GPU; on a CPU it is the slower one."""
     augment: Literal["crop", "weak", "strong"] | None = flag(None, "data", defines_run=True)
     """crop: a random crop, of 0.9 of the image or more. weak, strong: CLIP-Rocket's views, crops of
-    0.5 and of 0.08 or more; the strong one has flip, colour jitter, grayscale and blur. By default
+    0.5 and of 0.08 or more; the strong one has flip, color jitter, grayscale and blur. By default
     crop, or weak where --objective has strong views besides."""
     aug_scale: tuple[float, float] | None = flag(None, "data", defines_run=True)
     """Least and greatest share of the image that a random crop keeps, in place of --augment's."""
@@ -111,9 +111,9 @@ class TrainConfig(SystemOptions, DataOptions):
     warmup: int = flag(10000, "optim", defines_run=True)
     """Steps of linear warm-up."""
     lr_scheduler: Literal["cosine", "const"] = flag("cosine", "optim", defines_run=True)
-    """Course of the learning rate after warm-up."""
+    """Learning-rate schedule after warm-up."""
     grad_clip_norm: float | None = flag(None, "optim", defines_run=True)
-    """Greatest norm of the gradient; larger ones are scaled down."""
+    """Maximum gradient norm; larger gradients are scaled down to it."""
     ema: float | None = flag(None, "optim", defines_run=True)
     """Keep an average of the weights that keeps this share of itself in each step, e.g. 0.999, and
     evaluate it too. byolip's teacher is this average, by default with 0.99."""
@@ -132,7 +132,7 @@ class TrainConfig(SystemOptions, DataOptions):
     """Implementation of the loss: auto, torch or reference."""
 
     deepspeed: bool = flag(False, "distributed", defines_run=True)
-    """Train with DeepSpeed's ZeRO, which shards optimiser, gradients and parameters."""
+    """Train with DeepSpeed's ZeRO, which shards optimizer, gradients and parameters."""
     deepspeed_config: str | None = flag(None, "distributed", defines_run=True)
     """DeepSpeed's JSON file, or ds_zero1, ds_zero2, ds_zero3; "auto" there takes our flags."""
     trust_checkpoint: bool = flag(False, "checkpoint", defines_run=False)
@@ -140,7 +140,7 @@ class TrainConfig(SystemOptions, DataOptions):
     local_rank: int | None = flag(None, "distributed", defines_run=False)
     """Given by DeepSpeed's launcher; the environment says the same."""
     dead_rank_timeout: float = flag(60.0, "distributed", defines_run=False)
-    """Seconds without a sign of life after which a rank counts as dead and the others end."""
+    """Seconds without a heartbeat after which a rank counts as dead and the others end."""
     data_timeout: float = flag(1800.0, "distributed", defines_run=False)
     """Seconds that a rank may wait for a batch before the run ends."""
 
@@ -149,7 +149,7 @@ class TrainConfig(SystemOptions, DataOptions):
     seed: int = flag(0, "optim", defines_run=True)
     """Of the initial weights, the order of samples and the augmentation."""
     deterministic: bool = flag(False, "optim", defines_run=True)
-    """Only algorithms that give the same bits every run, also on a GPU; slower there."""
+    """Only algorithms that are bitwise reproducible, also on a GPU; slower there."""
 
     save_frequency: int = flag(1, "checkpoint", defines_run=False)
     """Epochs between checkpoints."""
@@ -261,10 +261,11 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
 
 
 def to_yaml(config: TrainConfig) -> str:
-    """The whole configuration, as `--config` reads it back."""
+    """The whole configuration in the order of `--help`, as `--config` reads it back."""
     import yaml
 
-    values = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(config).items()}
+    values = {each.name: getattr(config, each.name) for each in ordered(TrainConfig)}
+    values = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
     return yaml.safe_dump(values, sort_keys=False)
 
 

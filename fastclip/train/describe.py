@@ -22,7 +22,7 @@ from fastclip.train.distributed import World
 def write_description(
     run: Path, config: TrainConfig, model: Model, classes: Sequence[str] = ()
 ) -> None:
-    """Write the model's description and the resolved configuration into the run's folder."""
+    """Write the model's description and the resolved configuration into the run directory."""
     description = json.dumps(describe(config.model, model, config, classes), indent=2)
     write_text(run / CONFIG_FILE, description + "\n")
     write_text(run / "config.yaml", to_yaml(config))

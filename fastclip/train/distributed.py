@@ -18,7 +18,7 @@ WAIT = timedelta(hours=2)
 
 
 class DeadRankError(RuntimeError):
-    """Another rank has ended or gives no sign of life."""
+    """Another rank has ended or gives no heartbeat."""
 
 
 @dataclass(frozen=True)

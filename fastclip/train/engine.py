@@ -110,7 +110,7 @@ class Engine:
         raise NotImplementedError
 
     def _inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """On the device: normalised float images with channels innermost, tokens, parameters."""
+        """On the device: normalized float images with channels innermost, tokens, parameters."""
         device = self.world.device
         moved = [
             view.to(device, non_blocking=True, memory_format=torch.channels_last)

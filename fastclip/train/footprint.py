@@ -6,7 +6,7 @@ model, whatever it is made of; a straight line through two batch sizes gives eac
 samples. They are the same on every machine.
 
 Autocast is that of the CPU, changed where CUDA's differs in what a ViT or a text tower keeps:
-CUDA runs normalisations and softmax in float32 and so keeps float32 copies of their inputs.
+CUDA runs normalizations and softmax in float32 and so keeps float32 copies of their inputs.
 """
 
 import weakref

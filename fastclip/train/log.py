@@ -18,7 +18,7 @@ class RunLog:
     """Appends metrics to `metrics.jsonl`, one JSON object a line, and to TensorBoard.
 
     Args:
-        folder: the run's folder.
+        folder: the run directory.
         step: the step the run stands at; lines of later steps, which a killed run may have left,
             are dropped, so that a resumed run's file reads like an uninterrupted one's.
         config: says which of TensorBoard and wandb are wanted, and whether `samples` writes.

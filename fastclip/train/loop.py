@@ -21,10 +21,10 @@ from fastclip.train.watch import Watch
 
 
 def train(config: TrainConfig) -> Path:
-    """Train, alone or as one of several processes; returns the run's folder.
+    """Train, alone or as one of several processes; returns the run directory.
 
     Raises:
-        FileExistsError: the run's folder exists and --resume is not given, or another process
+        FileExistsError: the run directory exists and --resume is not given, or another process
             trains in it.
         NonFiniteError: a step's loss or gradient is not finite; nothing of it was applied.
         StoppedError: SIGTERM or SIGUSR1 asked to stop; a checkpoint was saved.
@@ -41,14 +41,14 @@ def train(config: TrainConfig) -> Path:
     ):
         run, signals = _train(named(config, here), here, stop, watch, around)
     if signals:
-        raise StoppedError(f"{' and '.join(signals)} received; go on with --name {run.name}")
+        raise StoppedError(f"{' and '.join(signals)} received; resume with --name {run.name}")
     return run
 
 
 def _train(
     config: TrainConfig, here: World, stop: StopSignals, watch: Watch, around: ExitStack
 ) -> tuple[Path, list[str]]:
-    """The run's folder, and the signals that ended it before its time."""
+    """The run directory, and the signals that ended it before its time."""
     state, evaluation, report = start(config, here, around)
     stopping = False
     with report:

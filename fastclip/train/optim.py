@@ -1,4 +1,4 @@
-"""Optimiser and learning-rate schedule."""
+"""Optimizer and learning-rate schedule."""
 
 import math
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ LOGIT_SCALE_MAX = math.log(100)
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimiser with weight decay on matrices only: none on norms, biases and scales.
+    """The optimizer with weight decay on matrices only: none on norms, biases and scales.
 
     Raises:
         ValueError: it is one of apex's, and apex is not there.

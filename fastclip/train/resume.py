@@ -21,7 +21,7 @@ def read_resumed(
 
     Raises:
         FileExistsError: --resume is not given and the run has checkpoints already.
-        FileNotFoundError, ValueError: the checkpoint is not there, or cannot be gone on from.
+        FileNotFoundError, ValueError: the checkpoint is not there, or cannot be resumed.
     """
     folder = run / "checkpoints"
     # one rank looks, and all do as it says: others may see a shared folder late
@@ -29,46 +29,24 @@ def read_resumed(
     if config.resume is None:
         if existing:
             raise FileExistsError(
-                f"{run} exists; choose another --name, or go on with it: --resume latest"
+                f"{run} exists; choose another --name, or resume it: --resume latest"
             )
         return None, None
     if config.resume == "latest" and not existing:
         _note(world, f"{folder} holds no checkpoint yet; the run begins")
         return None, None
-    # found once: it reads every byte of a checkpoint
-    found = checkpoint.find_latest(folder) if existing and world.is_first else None
-    found_name = world.gather(found.name if found else "")[0]
-    latest = folder / found_name if found_name else None
+    latest = _latest(folder, world) if existing else None
     path = latest if config.resume == "latest" else Path(config.resume)
     if path is None:
         raise FileNotFoundError(f"--resume latest: {folder} holds no whole checkpoint")
-    checkpoint.require_trust(path, config.trust_checkpoint)
-    if path != latest and checkpoint.sharded.is_sharded(path):
-        checkpoint.sharded.require_whole(path)
-    resumed = checkpoint.read(path)
-    if "data" not in resumed:
-        raise ValueError(
-            f"{path} holds weights but no training state; begin with them: --pretrained {path}"
-        )
+    resumed = _read(path, latest, config)
     if latest is not None and checkpoint.step_of(latest) > resumed["step"]:
         raise ValueError(
-            f"{run} has gone on to {latest.name}; to branch off from step {resumed['step']} "
+            f"{run} has continued to {latest.name}; to branch off from step {resumed['step']} "
             "choose another --name"
         )
-    earlier = from_dict(resumed["config"])
-    for key in defining(TrainConfig):
-        before, value = getattr(earlier, key), getattr(config, key)
-        if before != value:
-            flag = "--" + key.replace("_", "-")
-            changed = f"{flag} was {before} and is now {value}"
-            _note(world, f"{changed}; the run goes on, but not as it would have")
-    batch = config.step_samples(world.size)
-    if resumed["data"]["position"] % batch:
-        raise ValueError(
-            f"{path} stands at sample {resumed['data']['position']} of an epoch, which is no "
-            f"multiple of {batch}, the samples of a step; keep --batch-size times --accum-freq "
-            "times the number of processes, or resume from an epoch's end"
-        )
+    _note_changes(resumed, config, world)
+    _check_position(path, resumed, config, world)
     if world.size != len(resumed["rng"]):
         _note(
             world,
@@ -83,6 +61,48 @@ def check_same_data(resumed: dict[str, Any], loader: TrainingLoader, world: Worl
     """Note it where the shards no longer hold as many samples as when the run began."""
     if resumed["data"]["counts"] != loader.identity["counts"]:
         _note(world, "the data's sample counts have changed; other samples follow than would have")
+
+
+def _latest(folder: Path, world: World) -> Path | None:
+    """The latest whole checkpoint, found once: it reads every byte of one."""
+    found = checkpoint.find_latest(folder) if world.is_first else None
+    name = world.gather(found.name if found else "")[0]
+    return folder / name if name else None
+
+
+def _read(path: Path, latest: Path | None, config: TrainConfig) -> dict[str, Any]:
+    """A checkpoint's content, if it is trusted, whole, and has a training state."""
+    checkpoint.require_trust(path, config.trust_checkpoint)
+    # the latest was found to be whole
+    if path != latest and checkpoint.sharded.is_sharded(path):
+        checkpoint.sharded.require_whole(path)
+    resumed = checkpoint.read(path)
+    if "data" not in resumed:
+        raise ValueError(
+            f"{path} holds weights but no training state; begin with them: --pretrained {path}"
+        )
+    return resumed
+
+
+def _note_changes(resumed: dict[str, Any], config: TrainConfig, world: World) -> None:
+    """Note every flag that defines a run and has another value than at its beginning."""
+    earlier = from_dict(resumed["config"])
+    for name in defining(TrainConfig):
+        before, value = getattr(earlier, name), getattr(config, name)
+        if before != value:
+            flag = "--" + name.replace("_", "-")
+            changed = f"{flag} was {before} and is now {value}"
+            _note(world, f"{changed}; the resumed run differs from the original")
+
+
+def _check_position(path: Path, resumed: dict[str, Any], config: TrainConfig, world: World) -> None:
+    position, batch = resumed["data"]["position"], config.step_samples(world.size)
+    if position % batch:
+        raise ValueError(
+            f"{path} stands at sample {position} of an epoch, which is no "
+            f"multiple of {batch}, the samples of a step; keep --batch-size times --accum-freq "
+            "times the number of processes, or resume from an epoch's end"
+        )
 
 
 def _note(world: World, text: str) -> None:

@@ -22,7 +22,7 @@ def named(config: TrainConfig, world: World) -> TrainConfig:
     if config.name is not None:
         return config
     if config.resume == "latest":
-        raise ValueError("--resume latest needs --name, the run to go on with")
+        raise ValueError("--resume latest needs --name, the run to resume")
     model = Path(config.model).stem
     name = f"{datetime.now():%Y_%m_%d-%H_%M_%S}-{model}-b{config.batch_size}"
     # the ranks' clocks may differ: all take the first one's

@@ -16,7 +16,7 @@ def save(state: TrainState, name: str, *, needed: bool, warn: Callable[[str], No
     Args:
         state: of the run.
         name: of the checkpoint, without suffix.
-        needed: whether the run must not go on without it.
+        needed: whether the run must not continue without it.
         warn: receives the message of a failure that the run survives.
 
     Returns:
@@ -32,7 +32,7 @@ def save(state: TrainState, name: str, *, needed: bool, warn: Callable[[str], No
         kept = f"checkpoint {name} could not be written: {error}; earlier ones are kept"
         if needed:
             raise OSError(f"{kept} in {state.checkpoints}") from error
-        warn(f"{kept}, the run goes on")
+        warn(f"{kept}, the run continues")
         return False
     return True
 

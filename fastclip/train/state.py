@@ -68,7 +68,7 @@ class TrainState:
 
     @property
     def checkpoints(self) -> Path:
-        """The folder of the run's checkpoints."""
+        """The directory of the run's checkpoints."""
         return self.folder / "checkpoints"
 
     def streams(self) -> list[dict[str, Any]]:

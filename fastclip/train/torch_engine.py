@@ -98,7 +98,7 @@ class TorchEngine(Engine):
     def load(self, path: Path, content: dict[str, Any]) -> None:
         """See `Engine.load`."""
         if "state_dict" not in content:
-            raise ValueError("the checkpoint is DeepSpeed's; go on with --deepspeed")
+            raise ValueError("the checkpoint is DeepSpeed's; resume with --deepspeed")
         load_weights(self.model, content["state_dict"], f"the checkpoint ({self.config.model})")
         self._load_average(content)
         options = [

@@ -75,7 +75,7 @@ class Validator:
         required = ("cls",) if config.objective == "classify" else ("txt",)
         self.source = open_source(config.val_data, options, split="val", required=required)
         self.classes = classes_of(config.val_data, kind)
-        self._told = False
+        self._reported = False
 
     def __call__(self) -> dict[str, float]:
         """Metrics by name, each beginning with "val/"."""
@@ -83,9 +83,9 @@ class Validator:
         images = embed_images(
             self.model, self.source, workers=self.config.workers, precision=precision
         )
-        for place in () if self._told else images.faults.places():
+        for place in () if self._reported else images.faults.places():
             print(f"skipped in validation: {place}", file=sys.stderr)
-        self._told = True
+        self._reported = True
         if isinstance(self.model.model, Classifier):
             metrics = evaluate_zeroshot(self.model, images, [], [])
         else:

@@ -1,9 +1,10 @@
-"""A rank that dies or waits for data without end takes the others with it, and is named.
+"""When a rank dies or waits for data without end, the others end too and report which one failed.
 
-Collectives cannot tell: NCCL's wait for hours, gloo's fail with the address of a socket. So every
-rank has a thread that gives a sign of life through a small store beside the collectives. The first
-rank's reads all signs and pronounces a verdict; every thread ends its process when there is one. A
-second thread sees to it that the first does not itself wait for a store that no longer answers.
+Collectives do not report it: NCCL's wait for hours, gloo's fail with the address of a socket. So
+every rank has a thread that sends a heartbeat through a small store beside the collectives. The
+first rank's reads all heartbeats and declares a failure with its reason; every thread then ends its
+process. A second thread makes sure that the first does not itself wait for a store that no longer
+answers.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ EXIT_STATUS = 4
 INTERVAL = 1.0
 # Ranks that fail together each report their own error; so long a thread holds back.
 GRACE = 3.0
-# A wait for a batch so long is told, with what the loaders read, and again at twice the time.
+# A wait for a batch so long is reported, with what the loaders read, and again at twice the time.
 SLOW_BATCH = 30.0
 # A thread that slept so much longer than it meant to was suspended, with all others perhaps.
 SUSPENDED = 5.0
@@ -37,11 +38,11 @@ _SYMPTOMS = ("gloo", "nccl", "connection closed", "connection reset", "socket")
 
 @dataclass
 class _Wait:
-    """A wait for a batch: when it began, what the loader is at, after how long it is told."""
+    """A wait for a batch: when it began, what the loader is at, after how long it is reported."""
 
     since: float
     reading: Callable[[], str]
-    told_after: float
+    report_after: float
 
 
 class Watch:
@@ -49,7 +50,7 @@ class Watch:
 
     Args:
         world: this process among the others.
-        dead_after: seconds without a sign of life after which a rank counts as dead.
+        dead_after: seconds without a heartbeat after which a rank counts as dead.
         data_within: seconds that a rank may wait for its next batch.
     """
 
@@ -67,7 +68,7 @@ class Watch:
 
     @contextlib.contextmanager
     def waiting_for_data(self, reading: Callable[[], str]) -> Iterator[None]:
-        """Around the wait for a batch; `reading` tells what the loader is at, for messages."""
+        """Around the wait for a batch; `reading` says what the loader is at, for messages."""
         self._wait = _Wait(time.monotonic(), reading, min(SLOW_BATCH, self.data_within / 2))
         try:
             yield
@@ -76,7 +77,7 @@ class Watch:
 
     def __enter__(self) -> "Watch":
         # before the first exchange, so that a rank that dies early has a place
-        self._sign(0)
+        self._send_heartbeat(0)
         self._last_round = time.monotonic()
         for thread in self._threads:
             thread.start()
@@ -89,30 +90,30 @@ class Watch:
         trace: TracebackType | None,
     ) -> None:
         if error is None:
-            # signs go on until all have come here
+            # heartbeats continue until all have come here
             self.world.barrier()
         if self._store is None or error is None:
             self._close()
             return
         if _is_symptom(error):
-            verdict = self._await_verdict()
+            reason = self._await_reason()
             if self.world.is_first:
-                # the store goes with this process, and the others have yet to read the verdict
+                # the store goes with this process, and the others have yet to read the reason
                 time.sleep(GRACE)
             self._close()
-            raise DeadRankError(f"{verdict} (here: {str(error).splitlines()[0]})") from error
+            raise DeadRankError(f"{reason} (here: {str(error).splitlines()[0]})") from error
         self._close()
         if not isinstance(error, KeyboardInterrupt):
             # the others may fail alike, each with its own message: theirs come first
             text = f"{type(error).__name__}: {error}".splitlines()[0]
             with contextlib.suppress(RuntimeError):
-                self._store.set("verdict", f"rank {self.world.rank} failed: {text}")
+                self._store.set("failure", f"rank {self.world.rank} failed: {text}")
 
     def _open_store(self) -> dist.TCPStore:
         port = 0
         store = None
         wait = timedelta(seconds=self.dead_after)
-        # launchers tell the address at which all ranks reach the first
+        # launchers set the address at which all ranks reach the first
         host = os.environ.get("MASTER_ADDR", "localhost")
         if self.world.is_first:
             store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=wait)
@@ -143,29 +144,29 @@ class Watch:
                 self._look_at_wait(wait, now, slept if slept > SUSPENDED else 0.0)
             if self._store is not None and now - self._last_round > self.dead_after:
                 self._end(
-                    "rank 0, which keeps the watch, has given no sign of life for "
+                    "rank 0, which keeps the watch, has sent no heartbeat for "
                     f"{self.dead_after:.0f} s (--dead-rank-timeout)"
                 )
 
     def _look_at_wait(self, wait: "_Wait", now: float, slept: float) -> None:
-        """Tell of a wait for a batch that is long, and end the run for one that is too long."""
+        """Report a wait for a batch that is long, and end the run for one that is too long."""
         wait.since += slept
         seconds = now - wait.since
-        if seconds <= min(self.data_within, wait.told_after):
+        if seconds <= min(self.data_within, wait.report_after):
             return
         waited = f"rank {self.world.rank} ({_place()}) has waited {seconds:.0f} s for a batch"
         reading = wait.reading() or "no process is reading"
         if seconds > self.data_within:
-            self._pronounce(
+            self._declare(
                 f"{waited}: its loader hangs, or storage does not answer (--data-timeout); "
                 f"{reading}"
             )
         else:
             print(f"note: {waited}; {reading}", file=sys.stderr, flush=True)
-            wait.told_after *= 2
+            wait.report_after *= 2
 
     def _beat(self) -> None:
-        """Give signs of life and read the verdict; the first rank looks after the others."""
+        """Send heartbeats and read whether one failed; the first rank checks the others."""
         beats = 0
         seen: dict[int, tuple[str, float]] = {}
         before = time.monotonic()
@@ -176,65 +177,65 @@ class Watch:
                 seen.clear()
             before = now
             try:
-                self._sign(beats)
+                self._send_heartbeat(beats)
                 if self.world.is_first:
-                    self._look(seen, now)
-                verdict = self._verdict()
+                    self._check_heartbeats(seen, now)
+                reason = self._failure()
             except RuntimeError:
-                verdict = self._read or "rank 0, which keeps the watch, has ended"
+                reason = self._read or "rank 0, which keeps the watch, has ended"
             self._last_round = time.monotonic()
-            if verdict is not None:
-                self._end(verdict)
+            if reason is not None:
+                self._end(reason)
 
-    def _sign(self, beats: int) -> None:
+    def _send_heartbeat(self, beats: int) -> None:
         if self._store is not None:
-            self._store.set(f"sign/{self.world.rank}", json.dumps([_place(), beats]))
+            self._store.set(f"heartbeat/{self.world.rank}", json.dumps([_place(), beats]))
 
-    def _look(self, seen: dict[int, tuple[str, float]], now: float) -> None:
-        """Note which ranks gave a new sign; pronounce one dead that has not for too long."""
+    def _check_heartbeats(self, seen: dict[int, tuple[str, float]], now: float) -> None:
+        """Note which ranks sent a new heartbeat; declare one dead that has not for too long."""
         assert self._store is not None
         for rank in range(1, self.world.size):
-            key = f"sign/{rank}"
-            sign = self._store.get(key).decode() if self._store.check([key]) else ""
-            if rank not in seen or seen[rank][0] != sign:
-                seen[rank] = sign, now
+            key = f"heartbeat/{rank}"
+            beat = self._store.get(key).decode() if self._store.check([key]) else ""
+            if rank not in seen or seen[rank][0] != beat:
+                seen[rank] = beat, now
             elif now - seen[rank][1] > self.dead_after:
-                place = f" ({json.loads(sign)[0]})" if sign else ""
-                self._pronounce(
-                    f"rank {rank}{place} has given no sign of life for {self.dead_after:.0f} s "
+                place = f" ({json.loads(beat)[0]})" if beat else ""
+                self._declare(
+                    f"rank {rank}{place} has sent no heartbeat for {self.dead_after:.0f} s "
                     "(--dead-rank-timeout)"
                 )
 
-    def _pronounce(self, verdict: str) -> None:
+    def _declare(self, reason: str) -> None:
         if self._store is None:
-            self._end(verdict)
-        elif self._verdict() is None:
-            self._store.set("verdict", verdict)
+            self._end(reason)
+        elif self._failure() is None:
+            self._store.set("failure", reason)
 
-    def _verdict(self) -> str | None:
+    def _failure(self) -> str | None:
         assert self._store is not None
-        # kept: the store goes with the first rank, which may end before this one has said it
-        if self._read is None and self._store.check(["verdict"]):
-            self._read = self._store.get("verdict").decode()
+        # kept: the store goes with the first rank, which may end before this one has printed it
+        if self._read is None and self._store.check(["failure"]):
+            self._read = self._store.get("failure").decode()
         return self._read
 
-    def _await_verdict(self) -> str:
-        """The verdict on who ended, when this rank's collective has failed of it."""
+    def _await_reason(self) -> str:
+        """Why another rank ended, when this rank's collective has failed because of it."""
         deadline = time.monotonic() + self.dead_after + 5 * INTERVAL
         while time.monotonic() < deadline:
             try:
-                verdict = self._verdict()
+                reason = self._failure()
             except RuntimeError:
                 return "rank 0, which keeps the watch, has ended"
-            if verdict is not None:
-                return verdict
+            if reason is not None:
+                return reason
             time.sleep(INTERVAL / 5)
-        return "an exchange between the ranks failed, though all give signs of life"
+        return "an exchange between the ranks failed, though all send heartbeats"
 
-    def _end(self, verdict: str) -> None:
+    def _end(self, reason: str) -> None:
         if self._closing.wait(GRACE):
             return
-        print(f"fastclip train: stopped: {verdict}", file=sys.stderr, flush=True)
+        print(f"fastclip train: stopped: {reason}", file=sys.stderr, flush=True)
         # the main thread may hang inside a collective or a read: no exception reaches it
         os._exit(EXIT_STATUS)
 

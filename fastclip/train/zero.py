@@ -1,7 +1,7 @@
-"""Training with DeepSpeed: optimiser (ZeRO-1), gradients (2) and parameters (3) over the processes.
+"""Training with DeepSpeed: optimizer (ZeRO-1), gradients (2) and parameters (3) over the processes.
 
 What differs from `TorchEngine`: with --precision amp or amp_bf16 the parameters themselves are in
-float16 or bfloat16 and DeepSpeed keeps float32 ones beside the optimiser, so autocast is off. The
+float16 or bfloat16 and DeepSpeed keeps float32 ones beside the optimizer, so autocast is off. The
 loss sees the float32 scales and biases all the same. An average of the weights is float32, of the
 parameters as the towers have them, in every process.
 """
@@ -182,7 +182,7 @@ class DeepSpeedEngine(Engine):
         """
         if "zero" not in content:
             raise ValueError(
-                "the checkpoint is of a run without --deepspeed; go on without it, or begin with "
+                "the checkpoint is of a run without --deepspeed; resume without it, or begin with "
                 "the checkpoint's weights: --pretrained"
             )
         saved = content["zero"]
@@ -191,7 +191,7 @@ class DeepSpeedEngine(Engine):
         # stages 1 and 2 keep the same things, 3 cuts every parameter
         if (saved["stage"] == 3) != (self._stage == 3):
             raise ValueError(
-                f"{path} is of ZeRO stage {saved['stage']} and cannot be gone on from in stage "
+                f"{path} is of ZeRO stage {saved['stage']} and cannot be resumed in stage "
                 f"{self._stage}; keep the stage, or begin with its weights: fastclip convert "
                 "to-open-clip, then --pretrained"
             )

@@ -104,7 +104,7 @@ def test_candidates_fit_the_buffers() -> None:
     assert set(tile_sweep.KERNELS) == set(tilings()["sm_90"])
 
 
-def test_the_summary_names_ratio_and_roof() -> None:
+def test_the_summary_names_ratio_and_matmul_time() -> None:
     rows = measure(OPERATORS["clip"], 64, 16, Settings(rounds=1, compiled=False))
     header, line = summary(rows)
     assert "share" in header

@@ -45,7 +45,7 @@ def test_an_epoch_is_counted_whole(make_shard: Callable[..., Path]) -> None:
             assert data._load(epoch(), "cpu") == 24, key
 
 
-def test_too_few_samples_are_told(
+def test_too_few_samples_are_reported(
     make_shard: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["bench", "data", str(make_shard(samples=3)), "--device", "cpu"]) == 1

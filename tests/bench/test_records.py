@@ -115,7 +115,7 @@ PARTS = ("losses", "attention", "memory", "collectives", "train-step", "data")
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_a_place_that_cannot_be_written_is_told_before_anything_is_measured(
+def test_a_place_that_cannot_be_written_is_reported_before_anything_is_measured(
     part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--device", "cpu", "--output", str(tmp_path)]

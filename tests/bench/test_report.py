@@ -58,7 +58,7 @@ def test_baselines_that_are_as_fast_are_named(tmp_path: Path) -> None:
     assert "| clip | 4,096 | 512 | 234 | open_clip | 200 | 1.17 |" in text
 
 
-def test_failures_are_told(tmp_path: Path) -> None:
+def test_failures_are_reported(tmp_path: Path) -> None:
     """Ours, though no baseline is as fast elsewhere; and a baseline's at one size of several."""
 
     def fail(row: dict[str, Any]) -> None:
@@ -81,7 +81,7 @@ def test_a_baseline_within_the_spread_counts_as_fast() -> None:
     near = copy.deepcopy(group)
     near.baselines[0]["p50"] = near.ours["p80"]  # type: ignore[index]
     assert [row["baseline"] for row in near.as_good] == ["open_clip compiled"]
-    # our own variants and the roof are no baselines
+    # our own variants and the matmul time are no baselines
     assert {row["baseline"] for row in group.baselines} == {"open_clip", "open_clip compiled"}
 
 

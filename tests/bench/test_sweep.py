@@ -26,7 +26,7 @@ def test_a_right_tiling_is_ok(precision: str) -> None:
 
 
 @needs_interpreter
-def test_a_wrong_tiling_is_told_from_a_right_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_tiling_is_distinguished_from_a_right_one(monkeypatch: pytest.MonkeyPatch) -> None:
     def double(kernel, tiles, tile, weight):
         found = original(kernel, tiles, tile, weight)
         return [1.1 * t for t in found] if weight.dtype == torch.float32 else found

@@ -22,7 +22,7 @@ def batch() -> Batch:
 
 
 def flop(name: str, batch: Batch, settings: StepSettings) -> int:
-    """Of one call, the optimiser's state already there."""
+    """Of one call, the optimizer's state already there."""
     call = train_step.TRAINERS[name](MODEL, batch, settings)
     call()
     with FlopCounterMode(display=False) as counter:
@@ -94,7 +94,7 @@ def test_towers_that_are_none(tower: str, capsys: pytest.CaptureFixture[str]) ->
     assert "give MODEL:BATCH" in capsys.readouterr().err
 
 
-def test_pixels_are_normalised_alike(batch: Batch) -> None:
+def test_pixels_are_normalized_alike(batch: Batch) -> None:
     settings = StepSettings(steps=1)
     assert batch.pixels.dtype == torch.uint8 and batch.images.dtype == torch.float32
     losses = [train_step.TRAINERS[name](MODEL, batch, settings)() for name in (OURS, THEIRS)]

@@ -135,7 +135,7 @@ def test_eval_on_scenes_and_what_it_says_of_mistakes(
 ) -> None:
     assert main(["eval", "zeroshot", "--model", run, "--num-samples", "40", "--workers", "0"]) == 0
     assert main(["eval", "zeroshot", "--model", str(tmp_path)]) == 1
-    assert "is no run of fastclip train" in capsys.readouterr().err
+    assert "is not a run directory of fastclip train" in capsys.readouterr().err
     (tmp_path / "t.txt").write_text("no place for a name\n")
     arguments = ["eval", "zeroshot", "--model", run, "--num-samples", "40", "--workers", "0"]
     assert main([*arguments, "--templates", str(tmp_path / "t.txt")]) == 1
@@ -170,7 +170,7 @@ def test_bench_prints_ratios_and_writes_json(
             ours, roof = rows[loss, n, "fastclip"], rows[loss, n, "bare products"]
             assert ours["ratio"] == 1 and ours["repeatable"] and ours["error"] < 1e-5
             assert roof["roof_share"] == 1
-    # every baseline agrees with the truth, those that normalise inside along the sphere
+    # every baseline agrees with the truth, those that normalize inside along the sphere
     baselines = {row["baseline"] for row in measured} - {"fastclip", "bare products"}
     assert {"open_clip", "lightly", "pytorch_metric_learning", "dense"} <= baselines
     assert all(row["error"] < 1e-5 for row in measured if row["baseline"] in baselines)
@@ -254,7 +254,7 @@ def test_a_baseline_that_fails_later_leaves_the_others(monkeypatch: pytest.Monke
     assert rows[0].p50 is not None and rows[1].p50 is None
 
 
-def test_a_wrong_gradient_at_a_measured_size_is_told(
+def test_a_wrong_gradient_at_a_measured_size_is_reported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from dataclasses import replace

@@ -632,7 +632,7 @@ def pictures() -> dict[str, Picture]:
         "PNG of 16 x 8 with 300 MB of rows": Picture(
             png(16, 8, bomb(300_000_000)), (16, 8), (0, 0, 0)
         ),
-        "PNG with 300 MB of colour profile": refused(
+        "PNG with 300 MB of color profile": refused(
             REAL(chunk(b"iCCP", b"x\0\0" + bomb(300_000_000)))
         ),
         "PNG with 300 MB of text": refused(REAL(chunk(b"zTXt", b"x\0\0" + bomb(300_000_000)))),

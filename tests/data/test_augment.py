@@ -54,7 +54,7 @@ def test_each_step_is_as_frequent_as_asked_for() -> None:
         assert draw.jitter or (factors, draw.hue, draw.order) == ((1, 1, 1), 0, (0, 1, 2, 3))
 
 
-def test_a_strip_falls_back_to_its_centre() -> None:
+def test_a_strip_falls_back_to_its_center() -> None:
     view = draw_view(Augmentation(16, scale=(1.0, 1.0)), 100, 1, random.Random(0))
     assert view == AugmentationParams(0, 49, 1, 1)
 

@@ -154,7 +154,7 @@ def test_remote_shards_and_commands(make_shard: MakeShard, tmp_path: Path) -> No
     assert report.written == [] and not (tmp_path / "sizes.json").exists()
 
 
-def test_a_process_that_dies_is_told_of(
+def test_a_process_that_dies_is_reported(
     make_shard: MakeShard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if multiprocessing.get_start_method() != "fork":
@@ -206,7 +206,7 @@ def test_nothing_readable_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "1 shards and --workers 0" in errors and "0 shards and --workers" in errors
 
 
-def test_a_folder_that_cannot_be_written_to_is_told_of_first(
+def test_a_folder_that_cannot_be_written_to_is_reported_first(
     make_shard: MakeShard, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = make_shard()

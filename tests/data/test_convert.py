@@ -283,7 +283,7 @@ def test_a_journal_is_held_by_one_and_forgets_what_is_torn(tmp_path: Path) -> No
         again.begin({"n": 1})
         assert again.mine and again.pieces == [{"done": "ü"}] * (size == len(text))
         again.close()
-        # it can always be gone on with
+        # it can always be resumed
         assert first.path.read_bytes() == (text if size == len(text) else text[:9])
     with pytest.raises(ValueError, match="n was 1 and is 2; delete it"):
         Journal(tmp_path / "a.tar").begin({"n": 2})
@@ -291,7 +291,7 @@ def test_a_journal_is_held_by_one_and_forgets_what_is_torn(tmp_path: Path) -> No
         Journal(tmp_path / "a.tar").begin({"n": 1, "m": 1})
 
 
-def test_sizes_that_are_damaged_are_told(tmp_path: Path) -> None:
+def test_sizes_that_are_damaged_are_reported(tmp_path: Path) -> None:
     add_sizes(tmp_path, {"a.tar": 1})
     add_sizes(tmp_path, {"b.tar": 2})
     assert json.loads((tmp_path / "sizes.json").read_text()) == {"a.tar": 1, "b.tar": 2}

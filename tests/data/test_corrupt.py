@@ -115,7 +115,7 @@ def test_command_line(make_shard: Callable[..., Path], tmp_path: Path) -> None:
     ]
 
 
-def test_unreadable_images_are_left_out_and_told(
+def test_unreadable_images_are_left_out_and_reported(
     make_shard: Callable[..., Path], tmp_path: Path
 ) -> None:
     shard = make_shard(members=[("a.jpg", jpeg()), ("a.cls", b"1"), ("b.jpg", b"no image")])

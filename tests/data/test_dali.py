@@ -284,7 +284,7 @@ def test_views_made_on_a_gpu(tmp_path: Path) -> None:
                 assert b.is_cuda and mean_apart(a, b.cpu()).max() <= 1.5
 
 
-def test_a_missing_dali_is_told(tmp_path: Path) -> None:
+def test_a_missing_dali_is_reported(tmp_path: Path) -> None:
     """In a process of its own, whose imports can be spoiled."""
     code = (
         "import sys; sys.modules['nvidia.dali'] = None\n"

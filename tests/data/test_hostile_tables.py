@@ -181,7 +181,7 @@ def damaged(content: bytes, rng: random.Random) -> tuple[bytes, int]:
 
 
 @pytest.mark.parametrize("cases", [200, pytest.param(2000, marks=pytest.mark.slow)])
-def test_damage_to_a_row_is_told_or_stays_in_it(
+def test_damage_to_a_row_is_reported_or_stays_in_it(
     cases: int, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What no error or note tells of is a change within the row whose bytes were changed.

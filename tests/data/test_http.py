@@ -297,7 +297,7 @@ def test_counts(
         assert ShardSource(server + "a.tar", cache=ShardCache(tmp_path)).counts == (4,)
 
 
-def test_a_refused_connection_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refused_connection_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "PAUSE_SECONDS", 0)
     with pytest.raises(FetchError, match=r"sizes\.json could not be read: .*refused"):
         ShardSource("http://127.0.0.1:9/a.tar", cache=ShardCache(tmp_path))

@@ -175,12 +175,12 @@ def test_labels_and_texts_only_where_asked_for(make_shard: MakeShard) -> None:
         name: next(TrainingLoader(samples, 4).batches(0))
         for name, samples in {
             "plain": TrainingSamples(source, order, Augmentation(16), None),
-            "labelled": TrainingSamples(
+            "labeled": TrainingSamples(
                 source, order, Augmentation(16), None, labels=LabelSource(NAMES)
             ),
         }.items()
     }
     assert batches["plain"].keys() == {"key", "position", "params", "images", "faults"}
-    assert batches["labelled"].keys() - batches["plain"].keys() == {"label"}
-    assert torch.equal(batches["labelled"]["images"][0], batches["plain"]["images"][0])
-    assert batches["labelled"]["label"].tolist() == [1] * 4 and not batches["labelled"]["faults"]
+    assert batches["labeled"].keys() - batches["plain"].keys() == {"label"}
+    assert torch.equal(batches["labeled"]["images"][0], batches["plain"]["images"][0])
+    assert batches["labeled"]["label"].tolist() == [1] * 4 and not batches["labeled"]["faults"]

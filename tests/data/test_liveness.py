@@ -68,7 +68,7 @@ def test_a_hung_loader_ends_the_run_and_its_shard_is_named(
     assert seconds < 60
 
 
-def test_a_dead_loader_is_told_with_its_shard(
+def test_a_dead_loader_is_reported_with_its_shard(
     train_flags: list[str], shards: str, tmp_path: Path
 ) -> None:
     done, _ = train("os.kill(os.getpid(), signal.SIGKILL)", train_flags, shards, tmp_path / "once")
@@ -78,7 +78,7 @@ def test_a_dead_loader_is_told_with_its_shard(
     assert "Traceback" not in done.stderr
 
 
-def test_a_slow_loader_is_told_and_waited_for(
+def test_a_slow_loader_is_reported_and_waited_for(
     train_flags: list[str], shards: str, tmp_path: Path
 ) -> None:
     does = "open({once!r}, 'w').close(); time.sleep(3)".replace("{once!r}", "'{once}'")

@@ -89,7 +89,7 @@ def test_what_no_view_shows_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("make", [portable, decode_pixels])
-def test_what_is_no_whole_image_is_told_with_its_place(
+def test_what_is_no_whole_image_is_reported_with_its_place(
     make: Callable[[Sample], object],
 ) -> None:
     with pytest.raises(UnreadableSample, match=r"corrupt image: s.tar:a.jpg"):

@@ -169,7 +169,7 @@ def run(*words: object) -> int:
     return main(["convert", "recaption", *map(str, words), *flags])
 
 
-def test_all_members_are_kept_and_every_fault_is_told(
+def test_all_members_are_kept_and_every_fault_is_reported(
     blip: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     png = BytesIO()

@@ -309,7 +309,7 @@ def test_filled_objects_have_their_color(train):
             continue
         image = pixels(scene)
         for obj in scene.objects:
-            # The middle of a ring is its hole; its band is centred at 0.725 of the radius.
+            # The middle of a ring is its hole; its band is centered at 0.725 of the radius.
             x = obj.x + (0.725 * obj.radius if obj.shape == "ring" else 0.0)
             level = image[int(obj.y * 64), int(x * 64)]
             nearest = np.abs(palette - level).sum(1).argmin()
@@ -405,15 +405,15 @@ def test_class_index():
         (lambda: S.sample_scene(-1), "seed is -1"),
         (lambda: S.sample_scene(2**64), "seed is"),
         (lambda: S.sample_scene(0, split="dev"), "split is 'dev'; use one of train"),
-        (lambda: S.sample_scene(0, shift="colour"), "shift is 'colour'"),
+        (lambda: S.sample_scene(0, shift="color"), "shift is 'color'"),
         (lambda: S.sample_scene(0, objects=4), "objects is 4"),
         (lambda: S.caption(PAIR, "long"), "quality is 'long'"),
         (lambda: S.hard_negatives(PAIR, "swap"), "kind is 'swap'"),
         (lambda: S.render(PAIR, 8), "size is 8"),
         (lambda: S.Object("blob", "red", "small", 0.5, 0.5), "shape is 'blob'"),
-        (lambda: S.Object("star", "red", "small", 1.5, 0.5), "the centre is"),
+        (lambda: S.Object("star", "red", "small", 1.5, 0.5), "the center is"),
         (lambda: S.Scene((), None), "0 objects"),
-        (lambda: replace(PAIR, relation="above"), "centres show 'left of'"),
+        (lambda: replace(PAIR, relation="above"), "centers show 'left of'"),
         (lambda: replace(PAIR, severity=4), "severity is 4"),
         (lambda: S.Claim((CIRCLE,), "above"), "two mentions"),
     ],

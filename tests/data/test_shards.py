@@ -250,7 +250,7 @@ def test_unreadable_samples(make_shard: MakeShard, image: bytes, text: bytes, ki
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK", "P", "RGBA", "I;16"])
-def test_every_colour_mode_becomes_rgb(make_shard: MakeShard, mode: str) -> None:
+def test_every_color_mode_becomes_rgb(make_shard: MakeShard, mode: str) -> None:
     buffer = io.BytesIO()
     Image.new(mode, (20, 10)).save(buffer, "JPEG" if mode == "CMYK" else "PNG")
     members = [("a.png", buffer.getvalue()), ("a.txt", b"t")]

@@ -41,7 +41,7 @@ def test_the_text_tells_the_type(data: str, kind: str | None) -> None:
     assert guess_type(data) == kind
 
 
-def test_what_cannot_be_told_or_mixed(tmp_path: Path, make_shard: MakeShard) -> None:
+def test_what_cannot_be_recognized_or_mixed(tmp_path: Path, make_shard: MakeShard) -> None:
     shard = make_shard()
     with pytest.raises(ValueError, match=r"cannot tell what '/nowhere/x' is: .*--dataset-type"):
         opened("/nowhere/x")
@@ -94,7 +94,7 @@ def draw(index: int, shift: str | None) -> Image.Image:
 @pytest.mark.parametrize(
     "data, message",
     [
-        ("scenes:colour=red", "unknown key 'colour'; known are split, shift, caption, objects"),
+        ("scenes:color=red", "unknown key 'color'; known are split, shift, caption, objects"),
         ("scenes:shift=weather", "unknown shift 'weather'; known are style, palette"),
         ("scenes:shift=style+", "unknown shift ''; known are style, palette"),
         ("scenes:objects=4", "unknown objects '4'; known are 1, 2, 3"),

@@ -40,7 +40,7 @@ def len_(source: Source) -> int:
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """A folder of 0.jpg to 4.jpg of different colours."""
+    """A folder of 0.jpg to 4.jpg of different colors."""
     folder = tmp_path / "images"
     folder.mkdir()
     for i in range(5):

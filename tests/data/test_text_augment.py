@@ -152,7 +152,7 @@ def test_other_languages_keep_every_word(text: str) -> None:
         ("", True),
     ],
 )
-def test_english_is_told_by_letters_and_small_words(text: str, english: bool) -> None:
+def test_english_is_recognized_by_letters_and_small_words(text: str, english: bool) -> None:
     assert looks_english(text) == english
 
 

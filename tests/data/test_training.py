@@ -59,7 +59,7 @@ def test_synthetic_data_train(flags: list[str], tmp_path: Path) -> None:
     assert len(set(keys(tmp_path))) == 12
 
 
-def test_wrong_factors_are_told(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_factors_are_reported(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *flags, "--train-data-upsampling-factors", "1::2"]) == 1
     assert "has 2 factors for the 1 patterns" in capsys.readouterr().err
 

@@ -82,7 +82,7 @@ def test_it_has_a_first_line(entry: object) -> None:
 
 
 @pytest.mark.parametrize(("name", "docstring", "node"), TOLD, ids=[name for name, _, _ in TOLD])
-def test_its_arguments_are_told(name: str, docstring: str, node: ast.FunctionDef) -> None:
+def test_its_arguments_are_reported(name: str, docstring: str, node: ast.FunctionDef) -> None:
     arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
     for argument in arguments:
         if argument.arg not in SHARED and "further arguments" not in docstring:
@@ -95,7 +95,7 @@ def test_its_arguments_are_told(name: str, docstring: str, node: ast.FunctionDef
 @pytest.mark.parametrize(
     ("name", "docstring", "node"), FUNCTIONS, ids=[name for name, _, _ in FUNCTIONS]
 )
-def test_its_errors_are_told(name: str, docstring: str, node: ast.FunctionDef) -> None:
+def test_its_errors_are_reported(name: str, docstring: str, node: ast.FunctionDef) -> None:
     """Where it raises, or calls one of the checks, itself."""
     called = {
         ast.unparse(call.func).rpartition(".")[2]

@@ -57,7 +57,7 @@ def test_products_of_the_mathematics() -> None:
 
 
 def test_the_front_pages_names() -> None:
-    for _, take in table("| in the place of | take |"):
+    for _, take in table("| instead of | use |"):
         for name in re.findall(r"\b([A-Z]\w+Loss|patch_\w+)\b", take):
             assert hasattr(fastclip, name), name
 
@@ -138,7 +138,7 @@ def test_notices_name_every_dependency() -> None:
     text = (ROOT / "pyproject.toml").read_text()
     project = text.split("[project.scripts]")[0].split("dependencies = [", 1)[1]
     wanted = set(re.findall(r'"([A-Za-z][\w-]*)(?:[<>=]|\[)', project)) - {"fastclip-kernels"}
-    rows = table("| package | extra | licence |")
+    rows = table("| package | extra | license |")
     told = {name.lower() for row in rows for name in re.split(r",\s*", row[0])}
     assert {name.lower() for name in wanted} - told == set()
 

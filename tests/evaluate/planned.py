@@ -1,4 +1,4 @@
-"""A model whose features are planned: of images their colours, of texts what a table says."""
+"""A model whose features are planned: of images their colors, of texts what a table says."""
 
 import json
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ class _Towers(nn.Module):
 
 
 def planned_model(features: dict[str, Sequence[float]]) -> Model:
-    """An image's feature is its mean colour, a text's the row of the table."""
+    """An image's feature is its mean color, a text's the row of the table."""
     row_of = {text: row for row, text in enumerate(features)}
 
     def mean_color(image: Any) -> Tensor:
@@ -50,7 +50,7 @@ def planned_model(features: dict[str, Sequence[float]]) -> Model:
 
 
 def paint(path: Path, *stripes: Color, height: int = 8) -> Path:
-    """A PNG of vertical stripes, each 8 pixels wide (whatever the ending, PNG keeps colours)."""
+    """A PNG of vertical stripes, each 8 pixels wide (whatever the ending, PNG keeps colors)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = np.repeat(np.array(stripes, dtype=np.uint8), 8, axis=0)
     Image.fromarray(np.tile(columns, (height, 1, 1))).save(path, "PNG")

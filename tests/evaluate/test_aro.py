@@ -140,7 +140,7 @@ def test_the_region_is_cut_out(tmp_path: Path) -> None:
     assert [case.image.box for case in cases] == [box for _, box, _ in boxes]
     metrics = evaluate_aro(MODEL, tmp_path, Encoding())
     assert metrics["relation_macro"] == 1
-    # only pure colours are as near to their word as this
+    # only pure colors are as near to their word as this
     assert all(scores[0] > 0.98 for scores in score_choices(MODEL, cases, Encoding()))
 
 
@@ -175,7 +175,7 @@ def test_parts_that_are_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert not capsys.readouterr().err
 
 
-def test_missing_images_are_told_together(tmp_path: Path) -> None:
+def test_missing_images_are_reported_together(tmp_path: Path) -> None:
     entries = [relation("red", "blue", "on", image) for image in ("red", "gone", "lost", "blue")]
     lay_out(tmp_path, visual_genome_relation=entries)
     with pytest.raises(ValueError, match=r"2 of 4 image files are missing: .*gone.*, .*lost"):

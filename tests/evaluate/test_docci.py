@@ -22,7 +22,7 @@ TEXTS = {
 
 
 def lay_out(root: Path, rows: list[tuple[str, str, str, tuple[int, int, int]]]) -> Model:
-    """Descriptions of (split, id, text) with an image of a colour."""
+    """Descriptions of (split, id, text) with an image of a color."""
     entries = []
     for split, name, text, color in rows:
         image = paint(root / "images" / f"{name}.jpg", color)

@@ -212,7 +212,7 @@ def test_plot(transform: str, tmp_path: Path) -> None:
     plot_robustness(path, list(zip(x, y, strict=True)), points, line, band, "ImageNet", "V2")
     with Image.open(path) as image:
         drawn = np.asarray(image.convert("RGB"))
-    # the first two models have the first two colours of matplotlib's cycle
+    # the first two models have the first two colors of matplotlib's cycle
     for color in ((31, 119, 180), (255, 127, 14)):
         assert (drawn == color).all(axis=2).sum() > 20
     plot_robustness(tmp_path / "plain.png", [], points, None, [], "x", "y")

@@ -72,7 +72,7 @@ def test_texts_resume_where_they_stopped(
     with pytest.raises(Stop):
         main(command)
     assert not output.exists() and calls == [12, 24]
-    # a different input does not go on with these rows
+    # a different input does not resume these rows
     (tmp_path / "u.txt").write_text("x\ny")
     assert main([*command[:2], str(tmp_path / "u.txt"), *command[3:]]) == 1
     assert "was begun with" in capsys.readouterr().err

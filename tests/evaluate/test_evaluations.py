@@ -42,7 +42,7 @@ def files(tmp_path: Path) -> list[Path]:
 
 
 def encoded(model: Model, image: Image.Image) -> Tensor:
-    """One image's normalised feature, without any of fastclip's evaluation."""
+    """One image's normalized feature, without any of fastclip's evaluation."""
     model.model.eval()
     with torch.no_grad():
         feature = model.model.encode_image(model.preprocess(image)[None])[0]
@@ -150,7 +150,7 @@ def wds(tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_layout_is_told_from_others(wds: Path, tmp_path: Path) -> None:
+def test_the_layout_is_distinguished_from_others(wds: Path, tmp_path: Path) -> None:
     assert expand_wds(str(wds)) == f"{wds}/test/{{0..1}}.tar"
     assert expand_wds(f"{wds}/", "train") == f"{wds}/train/{{0..0}}.tar"
     assert wds_classes(str(wds)) == (["red", "green", "blue"], ["a {c} image.", "{c}."])
@@ -181,7 +181,7 @@ def run(flags: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 
 
 def own_scores(model: Model, images: list[tuple[int, int, int]], texts: list[str]) -> Tensor:
-    """Cosines (images, texts) of plain colours, without any of fastclip's evaluation."""
+    """Cosines (images, texts) of plain colors, without any of fastclip's evaluation."""
     pixels = torch.stack([encoded(model, Image.new("RGB", (24, 24), color)) for color in images])
     with torch.no_grad():
         features = model.model.encode_text(model.tokenizer(texts))
@@ -278,7 +278,7 @@ def test_what_no_data_says_of_classes_is_asked_for(
 
 @pytest.fixture
 def folders(tmp_path: Path) -> tuple[str, str]:
-    """Image folders of three colours to train and to test on: six images a class, and two."""
+    """Image folders of three colors to train and to test on: six images a class, and two."""
     for split, shades in (("train", range(0, 60, 10)), ("test", (5, 25))):
         for name, color in {"red": RED, "green": GREEN, "blue": BLUE}.items():
             folder = tmp_path / split / name

@@ -25,7 +25,7 @@ def model(tmp_path: Path) -> Model:
 
 
 def embedded(model: Model) -> ImageFeatures:
-    """Encodings of 40 images at the present weight, drawn in the place of the tower's."""
+    """Encodings of 40 images at the present weight, drawn instead of computed by the tower."""
     generator = torch.Generator().manual_seed(3)
     parts = F.normalize(torch.randn(2, 40, WIDTH, generator=generator).double(), dim=-1)
     features = model.model.weigh(*parts)

@@ -34,11 +34,11 @@ def mean_color(image: Image.Image) -> Tensor:
 def blobs(count: int, seed: int, classes: int = 3) -> tuple[Tensor, list[int | None]]:
     generator = torch.Generator().manual_seed(seed)
     labels = [i % classes for i in range(count)]
-    centres = torch.eye(classes, 6)
-    return centres[labels] + 0.6 * torch.randn(count, 6, generator=generator), list(labels)
+    centers = torch.eye(classes, 6)
+    return centers[labels] + 0.6 * torch.randn(count, 6, generator=generator), list(labels)
 
 
-def test_separable_classes_are_told_apart() -> None:
+def test_separable_classes_are_separated() -> None:
     train = images(torch.eye(2).repeat(10, 1), [0, 1] * 10)
     found = linear_probe(train, images(torch.eye(2), [0, 1]))
     assert found["lp_acc1"] == found["lp_mean_per_class_recall"] == found["validation_acc1"] == 1
@@ -47,7 +47,7 @@ def test_separable_classes_are_told_apart() -> None:
 
 def test_it_is_scikit_learns_fit() -> None:
     train, test = images(*blobs(120, 0)), images(*blobs(90, 1))
-    found = linear_probe(train, test, regularisation=(0.5,))
+    found = linear_probe(train, test, regularization=(0.5,))
     plain = LogisticRegression(C=0.5, max_iter=1000).fit(train.features, train.labels)
     right = plain.predict(test.features) == torch.tensor(test.labels).numpy()
     assert 0.4 < found["lp_acc1"] < 1
@@ -56,13 +56,13 @@ def test_it_is_scikit_learns_fit() -> None:
 
 def test_the_strength_is_chosen_on_the_training_images() -> None:
     train, test = images(*blobs(150, 2)), images(*blobs(60, 3))
-    found = linear_probe(train, test, regularisation=(1e-9, 1.0))
-    alone = linear_probe(train, test, regularisation=(found["regularisation"],))
+    found = linear_probe(train, test, regularization=(1e-9, 1.0))
+    alone = linear_probe(train, test, regularization=(found["regularization"],))
     assert found["lp_acc1"] == alone["lp_acc1"]
     # labels of the test do not matter to it
     other = images(test.features, [0] * 60)
-    assert linear_probe(train, other, regularisation=(1e-9, 1.0))["regularisation"] == 1.0
-    assert found == linear_probe(train, test, regularisation=(1e-9, 1.0))
+    assert linear_probe(train, other, regularization=(1e-9, 1.0))["regularization"] == 1.0
+    assert found == linear_probe(train, test, regularization=(1e-9, 1.0))
 
 
 def test_labels_with_gaps_and_classes_never_seen() -> None:
@@ -84,8 +84,8 @@ def test_a_class_never_seen_is_wrong_among_few_too() -> None:
 
 def test_of_equally_good_strengths_the_smallest() -> None:
     train = images(torch.eye(2).repeat(10, 1), [0, 1] * 10)
-    found = linear_probe(train, train, regularisation=(10.0, 0.1, 1.0))
-    assert found["validation_acc1"] == 1 and found["regularisation"] == 0.1
+    found = linear_probe(train, train, regularization=(10.0, 0.1, 1.0))
+    assert found["validation_acc1"] == 1 and found["regularization"] == 0.1
 
 
 def test_of_a_classifier_its_towers_features() -> None:
@@ -133,4 +133,4 @@ def test_broken_features_are_refused(broken: str) -> None:
 def test_strengths_that_are_none(strengths: tuple[float, ...]) -> None:
     train = images(torch.eye(2).repeat(10, 1), [0, 1] * 10)
     with pytest.raises(ValueError, match="give positive numbers"):
-        linear_probe(train, train, regularisation=strengths)
+        linear_probe(train, train, regularization=strengths)

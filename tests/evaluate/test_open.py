@@ -106,7 +106,7 @@ def test_a_run_and_its_checkpoint(train_flags: list[str]) -> None:
         ("ViT-B-23", {"pretrained": "openai"}, r"near names: ViT-B-32"),
         ("RN50", {}, r"would be random: .* \(known: openai, yfcc15m, cc12m\)"),
         ("RN50", {"pretrained": "laion"}, r"neither a file nor weights of RN50"),
-        ("RN50", {"pretrained": "openai", "average": True}, "--average: RN50 is no run"),
+        ("RN50", {"pretrained": "openai", "average": True}, "--average: RN50 is not a run"),
         ("local-dir:/nowhere", {"pretrained": "openai"}, "brings its own weights"),
     ],
 )
@@ -129,7 +129,7 @@ def test_weights_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_folders_without_a_model(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="/nowhere"):
         open_model(f"local-dir:{tmp_path}/nowhere")
-    with pytest.raises(FileNotFoundError, match="is no run of fastclip train"):
+    with pytest.raises(FileNotFoundError, match="is not a run directory of fastclip train"):
         open_model(f"{tmp_path}/nowhere")
     (folder / "open_clip_pytorch_model.bin").unlink()
     with pytest.raises(ValueError, match=r"repository cannot be opened"):

@@ -17,7 +17,7 @@ def lay_out(name: str, root: Path) -> None:
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_what_is_missing_is_told_with_where_to_get_it(name: str, tmp_path: Path) -> None:
+def test_what_is_missing_is_reported_with_where_to_get_it(name: str, tmp_path: Path) -> None:
     benchmark = BENCHMARKS[name]
     with pytest.raises(FileNotFoundError) as told:
         require(name, tmp_path)

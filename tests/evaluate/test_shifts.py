@@ -132,7 +132,7 @@ def test_results_that_are_no_baseline(tmp_path: Path) -> None:
 
 
 class Choices(nn.Module):
-    """Sees in a picture's colour a first and a second choice of class, as two 12-bit numbers.
+    """Sees in a picture's color a first and a second choice of class, as two 12-bit numbers.
 
     A class's text is its index.
     """

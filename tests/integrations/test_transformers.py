@@ -169,7 +169,7 @@ def test_a_loss_that_would_stay_is_refused(kind: str) -> None:
     )
     model = getattr(transformers, f"{kind}Model")(config)
     before = model.config._attn_implementation
-    with pytest.raises(ValueError, match="loss=False exchanges its attention alone"):
+    with pytest.raises(ValueError, match="loss=False replaces its attention alone"):
         fastclip.patch_transformers(model)
     assert model.config._attn_implementation == before
     with fastclip.patch_transformers(model, loss=False):

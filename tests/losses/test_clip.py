@@ -1,4 +1,4 @@
-"""`fastclip.ClipLoss` in the place of `open_clip.ClipLoss`."""
+"""`fastclip.ClipLoss` instead of `open_clip.ClipLoss`."""
 
 import inspect
 from collections.abc import Iterator

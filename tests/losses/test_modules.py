@@ -231,7 +231,7 @@ def test_sup_con_is_pytorch_metric_learnings(temperature: float) -> None:
     z = unit(40, 8, 1)
     labels = torch.arange(40) // 3
     ours = fastclip.SupConLoss(temperature)
-    # theirs normalises inside
+    # theirs normalizes inside
     got = with_gradients(lambda z: ours(F.normalize(z, dim=-1), labels), z)
     theirs = pml.SupConLoss(temperature)
     # the last anchor has no positive, and neither of the two counts it
@@ -380,7 +380,7 @@ BLOCK, OTHER = torch.ones(4, 3), torch.ones(4, 5)
         (lambda: fastclip.MPNCELoss(2, pair_weight="even"), "pair_weight is 'even'"),
     ],
 )
-def test_bad_input_is_told(call, message: str) -> None:
+def test_bad_input_is_reported(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
 

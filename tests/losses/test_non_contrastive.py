@@ -24,7 +24,7 @@ SCALE = 9.0
 
 
 def inputs(rows: int) -> list[Tensor]:
-    """Two image views and two text views, normalised rows."""
+    """Two image views and two text views, normalized rows."""
     generator = torch.Generator().manual_seed(3)
     shape = (4, rows, WIDTH)
     return list(F.normalize(torch.randn(shape, generator=generator, dtype=torch.float64), dim=-1))

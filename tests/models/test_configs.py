@@ -89,7 +89,7 @@ def test_twins_learn_a_batch(name: str) -> None:
 
 
 def test_a_locked_image_tower_is_a_fixed_map_that_the_gradient_cache_takes() -> None:
-    """Its batch normalisations are replaced, with the activations that timm puts into them."""
+    """Its batch normalizations are replaced, with the activations that timm puts into them."""
     towers: list[Any] = []
     for options in (SystemOptions(), LOCKED):
         torch.manual_seed(0)
@@ -104,7 +104,7 @@ def test_a_locked_image_tower_is_a_fixed_map_that_the_gradient_cache_takes() -> 
 
 
 def test_the_stages_of_attention_can_be_unlocked_under_the_gradient_cache() -> None:
-    """BASIC's third phase: CoAtNet has batch normalisation in its stages of convolution alone."""
+    """BASIC's third phase: CoAtNet has batch normalization in its stages of convolution alone."""
     with torch.device("meta"):
         model: Any = clip.create("CoAtNet-5-basic", "meta").model.train()
         lock_image(model, replace(LOCKED, lock_image_unlocked_groups=3))
@@ -129,6 +129,6 @@ def test_the_stages_of_attention_can_be_unlocked_under_the_gradient_cache() -> N
 def test_recipes_train_what_they_are_named_after(recipe: str, model: str, samples: int) -> None:
     config = parse(["--config", recipe])
     assert (config.model, config.step_samples(1)) == (model, samples)
-    # or the gradient cache refuses the tower's batch normalisation
+    # or the gradient cache refuses the tower's batch normalization
     locked = config.lock_image and config.lock_image_freeze_bn_stats
     assert locked == (config.accum_freq > 1)

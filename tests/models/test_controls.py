@@ -47,7 +47,7 @@ def build_simclr(folder: Path) -> Built:
     return SimCLR.of(tiny_towers(folder), WIDTH, options).double(), None
 
 
-def labelled(rows: int = 7) -> Batch:
+def labeled(rows: int = 7) -> Batch:
     """The first row, and so the first of several processes, has no label."""
     label = torch.tensor([-1, 3, 0, 4, -1, 3, 1])[:rows]
     return {**draw_batch(rows, 1, 0), "label": label}
@@ -105,8 +105,8 @@ def simclr_loss(system: SimCLR, batch: Batch) -> Tensor:
 
 
 CASES = {
-    "classifier": (build_classifier, classifier_loss, labelled),
-    "prototypes": (build_prototypes, prototype_loss, labelled),
+    "classifier": (build_classifier, classifier_loss, labeled),
+    "prototypes": (build_prototypes, prototype_loss, labeled),
     "simclr": (build_simclr, simclr_loss, lambda: draw_batch(7, 2, 0)),
 }
 case = pytest.mark.parametrize(("build", "oracle", "draw"), CASES.values(), ids=CASES)
@@ -124,7 +124,7 @@ def expected(build: Build, oracle: Oracle, batch: Batch, folder: Path) -> dict[s
 def assert_equal(
     found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = TOLERANCE
 ) -> None:
-    """Relative to the largest entry of all: where normalisation follows, some are truly 0."""
+    """Relative to the largest entry of all: where normalization follows, some are truly 0."""
     assert found.keys() == wanted.keys()
     largest = max(value.abs().max() for value in wanted.values())
     for name, value in wanted.items():
@@ -172,10 +172,10 @@ def test_a_batch_without_labels_teaches_nothing(tmp_path: Path) -> None:
 def test_a_frozen_tower_leaves_a_linear_probe(tmp_path: Path) -> None:
     system, _ = build_classifier(tmp_path)
     system.visual.lock()
-    whole = loss_and_gradients(system, labelled())
+    whole = loss_and_gradients(system, labeled())
     assert whole.keys() == {"loss", "criterion.weight", "criterion.bias"}
     system.zero_grad()
-    parts = [rows_of(labelled(), 0, 3), rows_of(labelled(), 3, 7)]
+    parts = [rows_of(labeled(), 0, 3), rows_of(labeled(), 3, 7)]
     loss = accumulate(system, parts, system.loss, shared=whole.keys() - {"loss"})
     grads = {n: p.grad for n, p in system.named_parameters() if p.grad is not None}
     assert_equal({"loss": loss, **grads}, whole, 1e-12)

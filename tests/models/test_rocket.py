@@ -71,7 +71,7 @@ def unit(rows: Tensor) -> Tensor:
 def slow_mlp(
     p: dict[str, Tensor], name: str, x: Tensor, hidden: int, last_norm: str | None = None
 ) -> Tensor:
-    """Hidden layers of a product, batch normalisation and ReLU; and what follows the last one."""
+    """Hidden layers of a product, batch normalization and ReLU; and what follows the last one."""
 
     def norm(x: Tensor, layer: int) -> Tensor:
         weight, bias = p.get(f"{name}.{layer}.weight"), p.get(f"{name}.{layer}.bias")
@@ -296,7 +296,7 @@ def test_parts_serve_every_weight(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_averages_of_prompts_are_normalised_by_parts(tmp_path: Path) -> None:
+def test_averages_of_prompts_are_normalized_by_parts(tmp_path: Path) -> None:
     system = evaluated(tmp_path)
     system.head_weight.fill_(0.3)
     prompts = system.encode_text(torch.cat(BATCH["texts"]))
@@ -305,7 +305,7 @@ def test_averages_of_prompts_are_normalised_by_parts(tmp_path: Path) -> None:
     weak, strong = (unit(part.mean(0, keepdim=True)) for part in (weak, strong))
     expected = torch.cat([math.sqrt(0.3) * weak, math.sqrt(0.7) * strong], dim=1)
     torch.testing.assert_close(mean, expected)
-    # a plain normalisation would weigh the parts by how much the prompts agree
+    # a plain normalization would weigh the parts by how much the prompts agree
     assert not torch.allclose(mean, unit(prompts.mean(0, keepdim=True)), rtol=1e-3)
 
 

@@ -272,7 +272,7 @@ def test_it_learns_a_batch_and_is_saved_whole(tmp_path: Path) -> None:
     assert (found == torch.arange(8)).double().mean() == 1
 
 
-def test_mistakes_are_told(tmp_path: Path) -> None:
+def test_mistakes_are_reported(tmp_path: Path) -> None:
     batch = draw(6)
     with pytest.raises(ValueError, match=r"\(6, 2, 18\) for 3 views of 6 images"):
         build(tmp_path)({**batch, "params": batch["params"][:, :2]})

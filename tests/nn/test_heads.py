@@ -45,7 +45,7 @@ def work(rank: int, world: int, folder: str) -> None:
 
 @pytest.mark.dist
 @pytest.mark.parametrize("world", [2, 3])
-def test_ranks_are_normalised_as_one_batch(world: int, tmp_path: Path) -> None:
+def test_ranks_are_normalized_as_one_batch(world: int, tmp_path: Path) -> None:
     torch.multiprocessing.spawn(work, (world, str(tmp_path)), nprocs=world)
     out, gradient, weight, bias, *state = trained(nn.BatchNorm1d(WIDTH), *rows(sum(SIZES[world])))
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]

@@ -119,11 +119,11 @@ def _two_views(n: int, width: int, scale: float, correlation: float, seed: int, 
     )
 
 
-def _labelled(n: int, width: int, scale: float, correlation: float, seed: int, extra: int = 0):
+def _labeled(n: int, width: int, scale: float, correlation: float, seed: int, extra: int = 0):
     labels = torch.randint(-3, max(n // 3, 1), (n,), generator=torch.Generator().manual_seed(seed))
-    centres = unit(n // 3 + 4, width, seed)[labels + 3]
+    centers = unit(n // 3 + 4, width, seed)[labels + 3]
     away = (1 - correlation**2) ** 0.5
-    z = F.normalize(correlation**0.5 * centres + away * unit(n, width, seed + 1), dim=-1)
+    z = F.normalize(correlation**0.5 * centers + away * unit(n, width, seed + 1), dim=-1)
     return Case([z, _scalar(1 / scale)], 1, {"labels": labels}, True)
 
 
@@ -156,7 +156,7 @@ def _run_blocks(leaves: list[Tensor], static: dict, **options: Any) -> Tensor:
     return functional.mp_nce_loss(blocks, domains, scale, offset, **static, **options)
 
 
-def _run_labelled(leaves: list[Tensor], static: dict, **options: Any) -> Tensor:
+def _run_labeled(leaves: list[Tensor], static: dict, **options: Any) -> Tensor:
     z, temperature = leaves
     return functional.sup_con_loss(z, static["labels"], temperature, **options)
 
@@ -180,7 +180,7 @@ LOSSES: dict[str, Loss] = {
     "info_nce_bank": Loss(_pairs(_banked), _run(functional.info_nce_loss), oracles.info_nce),
     "nt_xent": Loss(_two_views, _run(functional.nt_xent_loss), oracles.nt_xent),
     "mp_nce": Loss(_blocks([0, 0, 1]), _run_blocks, oracles.mp_nce),
-    "sup_con": Loss(_labelled, _run_labelled, oracles.sup_con),
+    "sup_con": Loss(_labeled, _run_labeled, oracles.sup_con),
 }
 
 

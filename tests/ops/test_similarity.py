@@ -247,7 +247,7 @@ def test_autocast_loses_nothing_beyond_the_features_rounding(
 
 
 def oracle_dense(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-    """As `oracle`, vectorised: softplus of the negatives' log-sum-exp less the positive."""
+    """As `oracle`, vectorized: softplus of the negatives' log-sum-exp less the positive."""
     S = scale * x @ y.T
     negatives = S.masked_fill(torch.eye(len(x), dtype=torch.bool), -torch.inf)
     if len(x) == 1:
@@ -395,7 +395,7 @@ X, Y = torch.ones(4, 3), torch.ones(4, 3)
         ),
     ],
 )
-def test_bad_input_is_told(arguments: tuple, options: dict, message: str) -> None:
+def test_bad_input_is_reported(arguments: tuple, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         clip_loss(*arguments, **options)
 

@@ -13,7 +13,7 @@ from tests.train.conftest import TINY_MODEL
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Six shards of coloured squares under CIFAR-10's names."""
+    """Six shards of colored squares under CIFAR-10's names."""
     folder = tmp_path / "shards"
     folder.mkdir()
     colors = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}

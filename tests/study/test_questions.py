@@ -67,7 +67,7 @@ def test_the_captions_and_towers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         assert (config.text_lm is not None) == ("pretrained" in plan.name)
 
 
-def test_rho_is_beyond_the_labelled_classifiers() -> None:
+def test_rho_is_beyond_the_labeled_classifiers() -> None:
     # on the line accuracy under shift is a half of the odds without
     def shifted(accuracy: float, beyond: float = 0.0) -> dict[str, float]:
         odds = accuracy / (1 - accuracy) / 2

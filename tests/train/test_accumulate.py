@@ -322,12 +322,12 @@ X = torch.ones(2, 3)
         ([{"x": X, "more": torch.ones(4, 3)}] * 2, r"'more': \(4, 3\)\}; .*hard negatives apart"),
     ],
 )
-def test_outputs_that_do_not_fit_are_told(outputs: list[Any], message: str) -> None:
+def test_outputs_that_do_not_fit_are_reported(outputs: list[Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         accumulate(lambda output: output, outputs, lambda output: X.sum())
 
 
-def test_batch_normalisation_is_refused() -> None:
+def test_batch_normalization_is_refused() -> None:
     model = nn.Sequential(nn.Linear(3, 3), *(nn.BatchNorm1d(3) for _ in range(4)))
     refuse_batch_norm(model, 1)
     with pytest.raises(

@@ -93,7 +93,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(
     assert done.index(("synced", partial)) < done.index(("named", partial))
 
 
-def test_another_size_is_told_without_reading(
+def test_another_size_is_reported_without_reading(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint.write(tmp_path / "a.pt", content(1))

@@ -8,7 +8,7 @@ import pytest
 
 from fastclip.cli import main
 from fastclip.data.options import DataOptions
-from fastclip.flags import GROUPS, help_texts
+from fastclip.flags import GROUPS, help_texts, ordered
 from fastclip.models.options import SystemOptions
 from fastclip.train.config import RECIPES, TrainConfig, parse, to_yaml
 
@@ -40,6 +40,8 @@ def test_what_is_saved_is_what_is_read(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(to_yaml(config))
     assert parse(["--config", str(path)]) == config
+    keys = [line.partition(":")[0] for line in to_yaml(config).splitlines() if line[0].isalpha()]
+    assert keys[0] == "train_data" and keys == [field.name for field in ordered(TrainConfig)]
 
 
 # what a recipe leaves to its user
@@ -55,7 +57,7 @@ def test_recipes_are_valid(recipe: str) -> None:
     assert parse(["--config", recipe, *GIVEN.get(recipe, [])]) != TrainConfig()
 
 
-def test_unknown_keys_are_told_with_the_nearest_name(tmp_path: Path) -> None:
+def test_unknown_keys_are_reported_with_the_nearest_name(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("batchsize: 3\n")
     with pytest.raises(ValueError, match=r"unknown key 'batchsize'; did you mean 'batch_size'\?"):
@@ -103,6 +105,14 @@ def test_every_field_is_explained() -> None:
             assert texts[field.name].endswith((".", ".'")), field.name
             assert field.metadata["group"] in GROUPS, field.name
             assert field.metadata["defines_run"] in (True, False), field.name
+
+
+def test_flags_need_no_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(_: object) -> str:
+        raise OSError("could not get source code")
+
+    monkeypatch.setattr("fastclip.flags.inspect.getsource", missing)
+    assert parse(["--batch-size", "3"]).batch_size == 3
 
 
 def shown(width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:

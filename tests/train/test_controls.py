@@ -67,7 +67,7 @@ def test_simclr_then_finetuned_by_text_match(flags: list[str], tmp_path: Path) -
     assert min(losses) > 0.5
 
 
-def test_what_cannot_be_is_told(
+def test_what_cannot_be_is_reported(
     clip: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     def told(*more: str) -> str:

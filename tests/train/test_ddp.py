@@ -63,7 +63,7 @@ def test_two_ranks_equal_one_process_and_resume_exactly(flags: list[str], tmp_pa
     ]
     for key in ("state_dict", "optimizer", "rng", "data", "step"):
         assert identical(last[0][key], last[1][key]), key
-    # and one process goes on from two: the same samples in the same order
+    # and one process resumes from two: the same samples in the same order
     train(parse([*flags, "--name", "one", "--batch-size", "16", "--resume", str(source)]))
     files = [tmp_path / "logs" / name / "samples.jsonl" for name in ("one", "alone")]
     assert files[1].read_text().endswith(files[0].read_text())
@@ -95,7 +95,7 @@ def test_a_global_batch_that_cannot_follow_is_refused(flags: list[str]) -> None:
         train(parse([*flags, "--name", "b", "--batch-size", "100", "--resume", str(source)]))
 
 
-def test_a_world_without_ranks_is_told(
+def test_a_world_without_ranks_is_reported(
     flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")

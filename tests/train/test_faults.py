@@ -69,7 +69,7 @@ def test_a_signal_saves_within_a_step(
     os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 75, errors[-2000:]
-    assert f"{number.name} received; go on with --name stopped --resume latest" in errors
+    assert f"{number.name} received; resume with --name stopped --resume latest" in errors
     latest = checkpoint.find_latest(run / "checkpoints")
     assert latest is not None
     # the step under way when the signal came, and no other
@@ -118,7 +118,7 @@ def test_a_dead_rank_ends_the_others_and_is_named(
         if index != killed:
             assert rank.returncode == 4, errors[-2000:]
             assert f"rank {killed}" in errors, errors[-2000:]
-    # the time without a sign of life, and a few beats
+    # the time without a heartbeat, and a few beats
     assert time.monotonic() - began < DEAD_AFTER + 15
 
 
@@ -141,7 +141,7 @@ def test_a_frozen_rank_is_named(long_flags: list[str], tmp_path: Path, frozen: i
     place = f" ({socket.gethostname()}, process {ranks[1].pid})"
     if frozen == 0:
         place = ", which keeps the watch,"
-    assert f"rank {frozen}{place} has given no sign of life for {DEAD_AFTER} s" in errors
+    assert f"rank {frozen}{place} has sent no heartbeat for {DEAD_AFTER} s" in errors
 
 
 HEALTHY = """

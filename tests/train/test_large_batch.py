@@ -43,7 +43,7 @@ def test_batch_norm_is_refused_with_accumulation(
 ) -> None:
     flags = [*train_flags, "--model", "RN10t-64", "--accum-freq", "2", "--batch-size", "2"]
     assert main(["train", *flags, "--name", "norm"]) == 1
-    assert "batch normalisation (visual.trunk." in capsys.readouterr().err
+    assert "batch normalization (visual.trunk." in capsys.readouterr().err
 
 
 def test_the_recipe_for_one_machine(tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def test_an_existing_run_is_not_overwritten(
     flags = [*train_flags, "--name", "a", "--epochs", "1"]
     assert main(["train", *flags]) == 0
     assert main(["train", *flags]) == 1
-    assert "choose another --name, or go on with it: --resume latest" in capsys.readouterr().err
+    assert "choose another --name, or resume it: --resume latest" in capsys.readouterr().err
     assert main(["train", *flags, "--resume", "latest"]) == 0
     assert main(["train", *flags, "--resume", "latest", "--seed", "1"]) == 0
     assert "--seed was 0 and is now 1" in capsys.readouterr().err
@@ -184,7 +184,7 @@ def test_a_resume_that_changes_the_run_is_noted(
     # where apex is not installed it goes no further
     main(["train", *flags, "--resume", "latest", flag, *([] if value == "True" else [value])])
     note = (
-        f"note: {flag} was {before} and is now {value}; the run goes on, but not as it would have"
+        f"note: {flag} was {before} and is now {value}; the resumed run differs from the original"
     )
     assert note in capsys.readouterr().err
 
@@ -205,7 +205,7 @@ def test_branching_off_an_earlier_checkpoint_needs_another_name(
     run = train(parse([*train_flags, "--name", "a"]))
     early = str(run / "checkpoints" / "epoch_1.pt")
     assert main(["train", *train_flags, "--name", "a", "--resume", early]) == 1
-    assert "has gone on to epoch_2.pt" in capsys.readouterr().err
+    assert "has continued to epoch_2.pt" in capsys.readouterr().err
     assert main(["train", *train_flags, "--name", "b", "--resume", early, "--wd", "0.5"]) == 0
     decay = state_of(run.parent / "b", "epoch_2.pt")["optimizer"]["param_groups"][0]
     assert decay["weight_decay"] == 0.5
@@ -378,7 +378,7 @@ def test_non_finite_gradients_are_named(
     assert "gradient of 'text_projection'" in capsys.readouterr().err
 
 
-def test_texts_that_are_cut_are_told_once(
+def test_texts_that_are_cut_are_reported_once(
     train_flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(parse([*train_flags, "--name", "a", "--captions", "dense"]))

@@ -1,4 +1,4 @@
-"""The schedule and the optimiser's groups."""
+"""The schedule and the optimizer's groups."""
 
 import math
 

@@ -96,7 +96,7 @@ def test_saved_bytes_are_those_that_autograd_keeps(plain_model: str) -> None:
 
 
 def test_autocast_keeps_what_cuda_keeps(plain_model: str) -> None:
-    """CUDA's own autocast, forward on fake tensors; both with attention that materialises."""
+    """CUDA's own autocast, forward on fake tensors; both with attention that materializes."""
     shapes = meta_model(plain_model)
     with FakeTensorMode(), nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
         model = as_fake(shapes)
@@ -240,7 +240,7 @@ def test_what_is_asked_for_is_kept() -> None:
     large = replace(vit(), parameters=5 * 10**9, saved={c: Line(0, 1e6) for c in (False, True)})
     plan = choose(large, Request(64, 2**13))
     assert plan is not None and plan.engine == "zero1" and plan.micro_batches == 1
-    # batch normalisation forbids accumulation
+    # batch normalization forbids accumulation
     assert choose(replace(vit(), has_batch_norm=True), Request(64, 2**20)) is None
 
 

@@ -113,7 +113,7 @@ def steps(engine: Any, here: World, cuts: int = 1, count: int = STEPS) -> list[f
 
 
 def furthest(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
-    """The largest difference of any entry; batch normalisation's running statistics included."""
+    """The largest difference of any entry; batch normalization's running statistics included."""
     assert found.keys() == wanted.keys()
     return max((found[n].double() - wanted[n].double()).abs().max().item() for n in wanted)
 
@@ -292,7 +292,7 @@ def test_compiled_is_the_same(objective: str, folder: Path, monkeypatch: Any) ->
     assert steps(engine, ALONE, count=2) == pytest.approx(plain, rel=SAME_DOUBLE)
 
 
-def test_another_architecture_is_told_by_names(
+def test_another_architecture_is_reported_by_names(
     train_flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(parse([*train_flags, "--name", "clip", "--epochs", "1"]))

@@ -313,7 +313,7 @@ def test_contradictions_are_refused(config_file: Any, content: dict[str, Any], t
         resolve(config_file(**content), TrainConfig())
 
 
-def test_a_missing_or_broken_file_is_told(tmp_path: Path) -> None:
+def test_a_missing_or_broken_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="ds_zero1, ds_zero2, ds_zero3"):
         resolve("ds_zero4", TrainConfig())
     (tmp_path / "bad.json").write_text("{")

@@ -19,7 +19,7 @@ from tests.train.conftest import ROOT
 from tests.train.test_ddp import torchrun
 from tests.train.test_kill import kill_when, last_step
 
-# by stage: what is killed and gone on with is the same code, so one stage is killed most
+# by stage: what is killed and resumed is the same code, so one stage is killed most
 KILLS = {1: 1, 2: 2, 3: 1}
 STEPS = 30
 
@@ -122,7 +122,7 @@ def test_killed_equals_uninterrupted(
 
 
 def check_what_a_user_does_next(run: Path, folder: Path, flags: list[str]) -> None:
-    """Pickles are not read unasked; weights go out; one process goes on."""
+    """Pickles are not read unasked; weights go out; one process resumes."""
     command = [sys.executable, "-m", "fastclip.cli"]
 
     def call(*arguments: str) -> subprocess.CompletedProcess[str]:

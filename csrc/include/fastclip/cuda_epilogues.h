@@ -7,7 +7,7 @@
 //
 // A tile is worked on in pieces of TILE_ROWS x TILE_COLUMNS, a thread block each. What a piece says
 // of its lines goes into a workspace of the caller's, (pieces across, rows) for rows and (pieces
-// down, columns) for columns, and is merged in order: no atomics, the same bits every time.
+// down, columns) for columns, and is merged in order: no atomics, bitwise reproducible.
 #pragma once
 
 #include <cstdint>

@@ -6,7 +6,7 @@
 // for the maximum and the log-sum-exp of a line without negatives. NaN stays NaN.
 //
 // The work is cut by sizes and the number of threads alone, and partial results are merged in one
-// order: the same bits every time.
+// order: bitwise reproducible.
 #pragma once
 
 #include <cstdint>

@@ -16,9 +16,9 @@ class LossConfig:
     """Measure losses beside their baselines: time, peak memory, error, repeatability.
 
     Columns: milliseconds forward alone, and forward and backward (20th, 50th and 80th
-    percentile); this median over fastclip's; the roof, which is the time of the matrix products
-    alone over this median; MiB above the inputs; the relative error of dX against float64; whether
-    its bits repeat.
+    percentile); this median over fastclip's; the matmul share, which is the time of the matrix
+    products alone over this median; peak extra MiB; the relative error of dX against float64;
+    whether its bits repeat.
     """
 
     loss: tuple[LossName, ...] = ("clip", "info_nce", "siglip", "nt_xent", "mp_nce", "sup_con")
@@ -121,8 +121,8 @@ class AttentionConfig:
 class MemoryConfig:
     """Measure the losses' memory against the batch: bytes kept for the backward, and the peak.
 
-    Columns: MiB that autograd keeps, the inputs left out; the power of n by which they grew since
-    the size before; MiB of the peak above the inputs, and its power.
+    Columns: MiB that autograd keeps, the inputs left out; their scaling exponent in n since the
+    size before; peak extra MiB, and its exponent.
     """
 
     loss: tuple[LossName, ...] = ("clip", "info_nce", "siglip", "nt_xent", "mp_nce", "sup_con")

@@ -16,7 +16,7 @@ class TrainStepConfig:
     """Measure a whole training step beside open_clip's own loop, with the same weights and batch.
 
     Columns: milliseconds a step (20th, 50th and 80th percentile); samples a second; the speed in
-    units of open_clip's; MiB above weights and optimiser; the loss after the first call, and how
+    units of open_clip's; MiB above weights and optimizer; the loss after the first call, and how
     far it is from open_clip's. Rows are fastclip's engine; open_clip's loop with AdamW as its
     trainer makes it, with torch's fused AdamW, and with fastclip's loss (`patch_open_clip`).
     """
@@ -24,9 +24,9 @@ class TrainStepConfig:
     towers: tuple[str, ...] = ("ViT-mini-16px:16", "ViT-mini-16px:256", "ViT-B-32:16")
     """Models and their batch sizes, MODEL:BATCH."""
     precision: Literal["fp32", "amp", "amp_bf16"] = "fp32"
-    """Arithmetic of the towers."""
+    """Precision of the towers."""
     grad_clip_norm: float | None = None
-    """Greatest norm of the gradient; without it open_clip does not compute the norm."""
+    """Maximum gradient norm; without it open_clip does not compute the norm."""
     steps: int | None = None
     """Training steps of one call; by default 4, or 1 where one takes more than half a second."""
     rounds: int = 15

@@ -26,7 +26,7 @@ class Zeroshot(DataEvaluation):
     """Class names, one a line in index order; by default classnames.txt or classes.txt beside
     the shards."""
     held_out: str | None = None
-    """Labelled data, as --data, on which the share of the weak head is chosen."""
+    """Labeled data, as --data, on which the share of the weak head is chosen."""
 
     task = "zeroshot_classification"
     required = ("cls",)
@@ -107,14 +107,14 @@ class Zeroshot(DataEvaluation):
 
 @dataclass(frozen=True, kw_only=True)
 class LinearProbe(DataEvaluation):
-    """Train a linear classifier on the features of labelled images, and test it on others."""
+    """Train a linear classifier on the features of labeled images, and test it on others."""
 
     train_data: str
-    """Labelled data to train it on, as --data, e.g. scenes:split=train."""
+    """Labeled data to train it on, as --data, e.g. scenes:split=train."""
     train_split: str = "train"
     """Of a folder in CLIP_benchmark's layout: which split to train on."""
     seed: int = 0
-    """Of the part of the training data that chooses the regularisation."""
+    """Of the part of the training data that chooses the regularization."""
 
     task = "linear_probe"
     required = ("cls",)

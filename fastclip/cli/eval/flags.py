@@ -30,7 +30,7 @@ class Evaluation(ABC):
     """Flags that every evaluation of a model has."""
 
     model: str
-    """A run's folder (its latest checkpoint is taken) or one of its checkpoints; a model of
+    """A run directory (its latest checkpoint is used) or one of its checkpoints; a model of
     open_clip's, with --pretrained; hf-hub:ORG/NAME, or local-dir:FOLDER of the same files."""
     pretrained: str | None = None
     """Of a model of open_clip's: the name of its weights, or a checkpoint's file."""
@@ -45,7 +45,7 @@ class Evaluation(ABC):
     workers: int = 2
     """Processes that load images."""
     precision: Literal["fp32", "amp_bf16"] = "fp32"
-    """Arithmetic of the towers."""
+    """Precision of the towers."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:1."""
     output: Path | None = None

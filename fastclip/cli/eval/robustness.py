@@ -18,7 +18,7 @@ from fastclip.evaluate.shifts import (
     evaluate_shifts,
     read_metrics,
 )
-from fastclip.evaluate.zeroshot import evaluate_zeroshot, labelled
+from fastclip.evaluate.zeroshot import evaluate_zeroshot, labeled
 from fastclip.models.build import class_names
 from fastclip.models.clip import Model
 from fastclip.models.controls import Classifier
@@ -28,7 +28,7 @@ from fastclip.models.controls import Classifier
 class Robustness(Zeroshot):
     """Classify images without and with a distribution shift; how much more is right than expected.
 
-    Either ImageNet with its natural shifts (--root), or any labelled data (--data and --shifts) of
+    Either ImageNet with its natural shifts (--root), or any labeled data (--data and --shifts) of
     the same classes.
     """
 
@@ -64,7 +64,7 @@ class Robustness(Zeroshot):
         else:
             metrics = self._measure_data(model, shifts, lines)
         if ranks.is_first():
-            self._summarise(metrics)
+            self._summarize(metrics)
             if self.plot is not None:
                 models = [(f"{self.model} {self.pretrained or ''}".strip(), metrics), *others]
                 baselines = [read_metrics(path) for path in self.baseline]
@@ -115,7 +115,7 @@ class Robustness(Zeroshot):
 
         def counts(data: str) -> Counts:
             images = self.embed(model, data)
-            count = len(labelled(images)[1])
+            count = len(labeled(images)[1])
             found = evaluate_zeroshot(model, images, classes, templates, precision=self.precision)
             return round(found["acc1"] * count), count
 
@@ -134,7 +134,7 @@ class Robustness(Zeroshot):
                 f"{self.data} {', '.join(own[0][:3])}, ... ({len(own[0])}): a shift must keep them"
             )
 
-    def _summarise(self, metrics: dict[str, Any]) -> None:
+    def _summarize(self, metrics: dict[str, Any]) -> None:
         """Tell accuracies in per cent and effective robustness in points."""
         fit = f", {suited_fit(metrics['acc1'])} baseline" if self.root is not None else ""
         print(f"{self.dataset}: {100 * metrics['acc1']:.1f} %{fit}", file=sys.stderr)

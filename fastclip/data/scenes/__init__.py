@@ -1,4 +1,4 @@
-"""Scenes: an embedded world of coloured shapes, rendered and captioned from integer seeds."""
+"""Scenes: an embedded world of colored shapes, rendered and captioned from integer seeds."""
 
 from fastclip.data.scenes.captions import (
     NEGATIVE_KINDS,

@@ -153,7 +153,7 @@ def _short(scene: Scene, seed: int) -> tuple[_Phrasing, Claim]:
 
 
 def _vague_mention(obj: Object, stream: Stream) -> Mention:
-    """Some of the object's attributes, most often its colour and shape."""
+    """Some of the object's attributes, most often its color and shape."""
     return Mention(
         obj.color if stream.below(10) < 6 else None,
         obj.shape if stream.below(10) < 8 else None,
@@ -235,7 +235,7 @@ def _dense_relations(scene: Scene, stream: Stream) -> list[tuple[str, Claim]]:
         relation = relation_between(a, b)
         if relation is None:
             continue
-        # Colour and shape name one object of the scene, so "the" is right.
+        # Color and shape name one object of the scene, so "the" is right.
         first, second = _mention(a, with_size=False), _mention(b, with_size=False)
         words = stream.choice(_RELATION_WORDS[relation])
         verb = stream.choice(("is", "is placed", "lies"))
@@ -260,7 +260,7 @@ def caption(scene: Scene, quality: str = "short", seed: int = 0) -> str:
 
     Args:
         scene: what to describe.
-        quality: "short", one phrase with every object's colour and shape, often the sizes, and the
+        quality: "short", one phrase with every object's color and shape, often the sizes, and the
             relation; "alt", the kind of text found beside pictures on the web: vague, a file name,
             attributes missing, words that sell; or "dense", several sentences on every object, the
             relations, the background and the style.
@@ -328,7 +328,7 @@ def hard_negatives(scene: Scene, kind: str = "attribute", seed: int = 0) -> list
 
     Args:
         scene: what not to describe.
-        kind: "attribute", colours, shapes or sizes swapped between two objects, or one of them
+        kind: "attribute", colors, shapes or sizes swapped between two objects, or one of them
             replaced; "relation", left and right or above and below exchanged; or "order", the two
             objects around the relation exchanged.
         seed: chooses phrasing and replacements, together with the scene's own seed.

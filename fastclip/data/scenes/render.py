@@ -1,7 +1,7 @@
 """Draws scene graphs, deterministically and fast enough to render while training.
 
 Each object is drawn as a mask on a small patch at OVERSAMPLING times the resolution, reduced with
-a box filter, and pasted in its colour: only the pixels near objects are paid for. Backgrounds are
+a box filter, and pasted in its color: only the pixels near objects are paid for. Backgrounds are
 cut from cached tiles of twice the image's side, which leaves room to move, rotate and shrink them.
 Backgrounds are near neutral and objects are saturated, so that none hides in the other.
 """
@@ -24,7 +24,7 @@ Contour = tuple[tuple[float, float], ...]
 OVERSAMPLING = 4
 # Tiles of each background kind; the seed also chooses where the tile is cut.
 TILE_VARIANTS = 8
-# Each channel of an object's colour differs from the palette's by at most this many levels.
+# Each channel of an object's color differs from the palette's by at most this many levels.
 TINT_JITTER = 10
 
 PALETTE_RGB: dict[str, dict[str, RGB]] = {
@@ -129,7 +129,7 @@ class _Patch:
             (y - self.corner[1]) * OVERSAMPLING,
         )
         a, b, c, d = scene.view.matrix()
-        # A stroke is centred on the contour and must not widen the object.
+        # A stroke is centered on the contour and must not widen the object.
         r = self.radius if scene.style == "filled" else self.radius - self.stroke / 2
         self.matrix = (a * r, b * r, c * r, d * r)
         self.contours = [self.placed(contour) for contour in _unit_contours(obj.shape)]
@@ -211,7 +211,7 @@ def _stipple(patch: _Patch, stream: Stream) -> Image.Image:
 def _highlight(side: int) -> Image.Image:
     """A soft light from the upper left, as a mask."""
     light = Image.radial_gradient("L").point([max(0, 125 - level) for level in range(256)])
-    # The gradient's centre is moved a fifth of the patch up and to the left.
+    # The gradient's center is moved a fifth of the patch up and to the left.
     moved = light.transform((256, 256), Image.Transform.AFFINE, (1, 0, 48, 0, 1, 48))
     return moved.resize((side, side), Image.Resampling.BILINEAR)
 

@@ -1,6 +1,6 @@
 """The scene graph: its vocabulary, how scenes are sampled, and what is true of them.
 
-A scene is one to three coloured shapes in the unit square (x to the right, y downwards), with a
+A scene is one to three colored shapes in the unit square (x to the right, y downwards), with a
 background, a drawing style and, in shifted test sets, another palette, view or corruption. Scenes
 are a pure function of integers: sampling uses 64-bit integer arithmetic and exactly rounded
 floating-point operations only, so that a seed names the same scene on every platform.
@@ -37,7 +37,7 @@ CORRUPTIONS = ("noise", "blur", "jpeg", "contrast")
 SPLITS = ("train", "val", "test", "compositional")
 SHIFTS = ("style", "palette", "background", "viewpoint", "corruption")
 
-# One pair for each colour and each shape, so that neither is rarer than another in training.
+# One pair for each color and each shape, so that neither is rarer than another in training.
 HELD_OUT = frozenset((c, SHAPES[(3 * i + 1) % len(SHAPES)]) for i, c in enumerate(COLORS))
 _KNOWN_PAIRS = tuple((c, s) for c in COLORS for s in SHAPES if (c, s) not in HELD_OUT)
 _HELD_OUT_PAIRS = tuple((c, s) for c in COLORS for s in SHAPES if (c, s) in HELD_OUT)
@@ -53,7 +53,7 @@ TEMPLATES = (
     "there is a {}",
 )
 
-# Least distance of two centres along a relation's axis, and how far that must exceed the distance
+# Least distance of two centers along a relation's axis, and how far that must exceed the distance
 # along the other axis for the relation to be the one that a caption names.
 RELATION_MARGIN = 0.2
 DOMINANCE = 2.0
@@ -64,7 +64,7 @@ _MASK = 2**64 - 1
 
 
 def _mix(value: int) -> int:
-    """The finaliser of SplitMix64, a bijection of the 64-bit integers."""
+    """The finalizer of SplitMix64, a bijection of the 64-bit integers."""
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
     return value ^ (value >> 31)
@@ -105,9 +105,9 @@ def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Object:
-    """A coloured shape with its centre at (x, y), as fractions of the image's side.
+    """A colored shape with its center at (x, y), as fractions of the image's side.
 
-    Raises ValueError for a name outside the vocabulary or a centre outside [0, 1].
+    Raises ValueError for a name outside the vocabulary or a center outside [0, 1].
     """
 
     shape: str
@@ -121,7 +121,7 @@ class Object:
         check_choice("color", self.color, COLORS)
         check_choice("size", self.size, tuple(SIZES))
         if not (0.0 <= self.x <= 1.0 and 0.0 <= self.y <= 1.0):
-            raise ValueError(f"the centre is ({self.x}, {self.y}); keep both within [0, 1]")
+            raise ValueError(f"the center is ({self.x}, {self.y}); keep both within [0, 1]")
 
     @property
     def radius(self) -> float:
@@ -131,7 +131,7 @@ class Object:
 
 @dataclass(frozen=True)
 class View:
-    """How the scene is seen: sheared along x, then rotated, then scaled about its centre.
+    """How the scene is seen: sheared along x, then rotated, then scaled about its center.
 
     rotation is in degrees, clockwise; scale and shear are plain factors.
     """
@@ -162,7 +162,7 @@ class Scene:
     where there is a corruption.
 
     Raises ValueError for a name outside the vocabulary, another number of objects, or a relation
-    that is not the one the centres show.
+    that is not the one the centers show.
     """
 
     objects: tuple[Object, ...]
@@ -188,7 +188,7 @@ class Scene:
         shown = relation_between(*self.objects[:2]) if len(self.objects) > 1 else None
         if self.relation != shown:
             raise ValueError(
-                f"relation is {self.relation!r} but the centres show {shown!r}; "
+                f"relation is {self.relation!r} but the centers show {shown!r}; "
                 "move the objects or name the relation they show"
             )
 
@@ -238,7 +238,7 @@ def _along(a: Object, relation: str, b: Object) -> float:
 
 
 def related(a: Object, relation: str, b: Object) -> bool:
-    """Whether the relation is true of a to b: their centres differ by at least RELATION_MARGIN.
+    """Whether the relation is true of a to b: their centers differ by at least RELATION_MARGIN.
 
     Of two objects on a diagonal, two relations can be true ("left of" and "above").
     """
@@ -293,7 +293,7 @@ def class_index(scene: Scene) -> int | None:
 
 
 def has_held_out(scene: Scene) -> bool:
-    """Whether some object is one of the (colour, shape) pairs kept out of training."""
+    """Whether some object is one of the (color, shape) pairs kept out of training."""
     return any((obj.color, obj.shape) in HELD_OUT for obj in scene.objects)
 
 
@@ -303,7 +303,7 @@ def apart(a: Object, b: Object) -> bool:
 
 
 def _sample_pairs(stream: Stream, count: int, held_out: bool) -> list[tuple[str, str]]:
-    """Different (colour, shape) pairs; with held_out, exactly one of them is a held-out pair."""
+    """Different (color, shape) pairs; with held_out, exactly one of them is a held-out pair."""
     pairs: list[tuple[str, str]] = []
     while len(pairs) < count:
         pair = stream.choice(_KNOWN_PAIRS)
