@@ -38,6 +38,7 @@ OPS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("layout.start(0, layout.rank) + row", "layout.start(0, 0) + row"),
         ("columns.layout.start(0, columns.layout.rank)", "columns.layout.start(0, 0)"),
         ("column_id = columns.of_all_ranks(column_id)", "pass"),
+        ("torch.stack(own, dim=1)", "torch.stack(own[::-1], dim=1)"),
         ("slice(segment.column, segment.column +", "slice(segment.start, segment.start +"),
         ("tuple(self.sizes), rank_in(self.group))", "tuple(self.sizes), 0)"),
         ("self.is_symmetric and not self.options.exchange", "self.is_symmetric"),
@@ -414,8 +415,7 @@ OPS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("if x.shape[0] != y.shape[0]:", "if x.shape[0] > y.shape[0]:"),
     ],
     ("fastclip/ops/symmetric.py", RANKS + " and (nt_xent or mp_nce)"): [
-        ("if not asked.is_triangle:", "if False:"),
-        ("torch.stack((lse, d_lse), dim=1)", "torch.stack((d_lse, lse), dim=1)"),
+        ("rows if asked.is_triangle else asked.of_all_columns(rows)", "rows"),
     ],
     ("fastclip/ops/symmetric.py", OPERATORS): [
         ("torch.zeros_like(lse) if", "torch.ones_like(lse) if"),
@@ -438,7 +438,7 @@ OPS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("found.x.add_(of_classes)", "pass"),
         ("all_weights[column : column + len(rows)]", "all_weights[: len(rows)]"),
         ("classes.sum(rows, part.segments[0].column)", "classes.sum(rows, 0)"),
-        ("torch.stack((lse, d_lse), dim=1)", "torch.stack((d_lse, lse), dim=1)"),
+        ("asked.of_all_columns(of_rows)", "of_rows"),
     ],
     ("fastclip/ops/labels.py", OPERATORS): [
         ("torch.zeros_like(lse) if", "torch.ones_like(lse) if"),
