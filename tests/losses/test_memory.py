@@ -1,6 +1,7 @@
 """Peak memory of large batches, measured in child processes."""
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -60,6 +61,8 @@ def peaks(names: list[str], rows: int, width: int) -> dict[str, int]:
         text=True,
         check=True,
         cwd=Path(__file__).parents[2],
+        # memory that is freed goes back at once; how much malloc keeps differs from run to run
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
     )
     found = json.loads(result.stdout)
     print({name: f"{peak / 1e6:.0f} MB" for name, peak in found.items()})
