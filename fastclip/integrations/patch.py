@@ -15,7 +15,7 @@ class PatchHandle:
     """What a patch changed; `undo()`, or the end of a `with` block, restores it.
 
     Pickled or copied together with its model, as `(model, handle)`, it undoes the copy's patch; not
-    where the patch changed classes of a library (open_clip's losses).
+    where the patch changed classes of a library (the open_clip losses).
     """
 
     def __init__(self) -> None:

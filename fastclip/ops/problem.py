@@ -15,6 +15,7 @@ Shape suffixes: N own rows, M own columns, D width, P domains, C rows and S colu
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -109,7 +110,7 @@ class Problem:
         """Whether all of a symmetric S is here, so that each pair of rows is visited once."""
         return self.is_symmetric and not self.options.exchange
 
-    @property
+    @cached_property
     def domains(self) -> tuple[int, ...]:
         """The domain of each block of columns."""
         return tuple(self.options.domains) or (0,) * len(self.columns.layout.sizes)
@@ -119,6 +120,7 @@ class Problem:
         """The number of rows, of all ranks."""
         return sum(self.options.sizes) or len(self.x_ND)
 
+    @cached_property
     def row_blocks(self) -> list[slice]:
         """The rows of each block."""
         count = len(self.options.domains) or 1
@@ -167,7 +169,7 @@ class Problem:
             return None
         layout = self.columns.layout
         # numbers of the pairs, over all ranks, that the first row and the first column are of
-        row_pair = layout.start(0, layout.rank) + row - self.row_blocks()[block].start
+        row_pair = layout.start(0, layout.rank) + row - self.row_blocks[block].start
         return row_pair - (segment.column - layout.start(segment.block, 0))
 
     def of_all_columns(self, own: LogSumExps) -> LogSumExps:

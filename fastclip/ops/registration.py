@@ -150,9 +150,7 @@ def _register_backward(
     gradient = _custom_operator(f"{name}_backward", run, all_inputs, count, record)
     gradient.register_fake(fake)
     gradient.register_autograd(no_double_backward)
-    _register_flop(
-        f"{name}_backward", record, lambda shapes, options: backward.flop(shapes, options)
-    )
+    _register_flop(f"{name}_backward", record, backward.flop)
 
     def keep(ctx: Any, inputs: Tensors, keyword_only_inputs: dict[str, Any], output: Any) -> None:
         found = output if isinstance(output, tuple) else (output,)

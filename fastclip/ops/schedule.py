@@ -58,7 +58,7 @@ def visit(problem: Problem, part: Part, x_op_ND: Tensor, y_op_PD: Tensor) -> Ite
         return
     segments = problem.segments(part)
     first = segments[0].start if segments else len(y_op_PD)
-    blocks = problem.row_blocks()
+    blocks = problem.row_blocks
     height = blocks[0].stop
     device, budget = x_op_ND.device.type, problem.options.chunk_bytes
     size = chunk_rows(height, len(y_op_PD), problem.tiles.itemsize, budget, device)
@@ -70,7 +70,7 @@ def visit(problem: Problem, part: Part, x_op_ND: Tensor, y_op_PD: Tensor) -> Ite
 
 
 def _triangle(problem: Problem, z_op_ND: Tensor) -> Iterator[Chunk]:
-    blocks = problem.row_blocks()
+    blocks = problem.row_blocks
     device, budget = z_op_ND.device.type, problem.options.chunk_bytes
     height, rows = blocks[0].stop, len(z_op_ND)
     size = chunk_rows(height, rows, problem.tiles.itemsize, budget, device)

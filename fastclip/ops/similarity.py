@@ -69,19 +69,12 @@ def similarity_statistics(
 ) -> Statistics:
     """Differentiable statistics of `scale * x @ y.T`; see the module's docstring.
 
+    Those that are not named here are as `fastclip.functional.similarity_statistics` has them.
+
     Args:
-        x: (N, D) rows, N >= 1.
-        y: (M, D) columns, on x's device and, unless autocast casts both, of its dtype.
-        scale: 0-d or (1,) tensor, or a number.
-        column_statistics: whether columns have statistics too; needs M >= N.
-        positive_index: (N,) integers in [0, M), the rows' positives; None: row i's is column i.
-            Only without `column_statistics` and groups. Values out of range are the caller's fault.
-        row_group, column_group: (N,) and (M,) integer ids, both or neither. Columns of a row's
-            group other than its positive are left out of the negatives.
-        first_negative: columns before it are positives only, never negatives (a memory bank behind
-            paired keys); only without `column_statistics`.
-        columns_with_gradient: columns from it on get no gradient; None: all do.
-        means: whether row_mean and column_mean are wanted; needs M >= N.
+        x: (N, D), the rows there.
+        y: (M, D), the columns there, on x's device and, unless autocast casts both, of its dtype.
+        scale: the logit_scale there.
         ranks: the processes whose rows and columns these are part of; without `first_negative` and
             `columns_with_gradient`. positive_index counts own columns, groups are the same on all
             ranks.

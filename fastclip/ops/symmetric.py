@@ -132,7 +132,7 @@ def _gradient(
 
 def _positive_cosines(asked: Problem) -> Tensor:
     """Cosines of each pair's rows, (Q, N)."""
-    blocks, z_MD = asked.row_blocks(), asked.x_ND
+    blocks, z_MD = asked.row_blocks, asked.x_ND
     found = [asked.tiles.row_dot(z_MD[blocks[b]], z_MD[blocks[c]]) for b, c in _couples(asked)]
     return torch.stack(found)
 
@@ -151,7 +151,7 @@ def _add_positives(
     asked: Problem, dz_MD: Tensor, coefficient_QN: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """Add coefficient * partner to both rows of each positive pair, and cast."""
-    out_MD, blocks, z_MD = finished_room(dz_MD, dtype), asked.row_blocks(), asked.x_ND
+    out_MD, blocks, z_MD = finished_room(dz_MD, dtype), asked.row_blocks, asked.x_ND
     for block, rows in enumerate(blocks):
         terms = [
             (coefficient_QN[index], z_MD[blocks[c if b == block else b]])
