@@ -2,8 +2,8 @@
 
 `python -m fastclip.bench.check [--device cuda] [--backend triton] [--few] [--part I/K]`: borders of
 tiles, widths, scales, dtypes and chunks; hard negatives, groups, chosen positives, banks, smoothing
-and per-anchor gradients; the same bits again; no synchronization with the host; replay from a CUDA
-graph. Needs torch alone (and triton for its kernels).
+and per-anchor gradients; bitwise reproducibility; no synchronization with the host; replay from a
+CUDA graph. Needs torch alone (and triton for its kernels).
 """
 
 import argparse
@@ -175,7 +175,7 @@ def compare(
     try:
         _compare(finding, operator, dtype, device, backend)
     except Exception as error:
-        # a kernel that does not compile, say: the other cases still tell something
+        # a kernel that does not compile, say: the other cases are still of use
         finding.failure = f"{type(error).__name__}: {str(error)[:200]}"
     return finding
 

@@ -193,7 +193,7 @@ def _compile(
             signature[name] = POINTER[typed.get(name, "float32")]
         else:
             signature[name] = "i32"
-        # as the JIT finds them, but for what it is told not to look at
+        # as the JIT finds them, but for what it is set not to look at
         aligned = name.endswith("_ptr") or name.startswith("stride") or name == "width"
         aligned = aligned and name not in unaligned and not signature[name].startswith("tensor")
         if aligned and name not in constants:

@@ -18,10 +18,10 @@ class Kind:
     Attributes:
         title: a heading.
         group: fields that rows which stand side by side have in common.
-        name: the field that tells them apart.
+        name: the field that distinguishes them.
         ours: the name of fastclip's row; others that begin like it are fastclip's too.
         measured: the field that is compared.
-        columns: what is told of a row besides group and name.
+        columns: what is shown of a row besides group and name.
         ignored: names that are no baselines.
         more_is_better: of what is compared.
     """

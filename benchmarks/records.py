@@ -2,7 +2,7 @@
 
     {"benchmark": "losses", "environment": {...}, "settings": {...}, "results": [{...}, ...]}
 
-Files from before `benchmark` was written are told by their rows' fields.
+Files from before `benchmark` was written are recognized by their rows' fields.
 """
 
 import json
@@ -31,7 +31,7 @@ KEYS: dict[str, tuple[str, ...]] = {
 # The fields that are read as text, and as true or false; all others are numbers.
 _TEXTS = {"operator", "baseline", "task", "loader", "model", "status"}
 _FLAGS = {"causal", "repeatable"}
-# What tells files without the name apart: a field that only one kind of row has.
+# What distinguishes files without the name: a field that only one kind of row has.
 _TELLING = {"causal": "attention", "loader": "data", "operator": "losses"}
 # What a field of older files was called, and of the first.
 _OLD_NAMES = {"rival": "baseline"}

@@ -8,7 +8,7 @@ from fastclip.bench import plots
 from fastclip.bench.kinds import KINDS, Group, Kind, Row, number
 from fastclip.bench.records import Record
 
-# What is told of settings, where it is there.
+# What is reported of settings, where it is there.
 _SETTINGS = ("dtype", "autocast", "precision", "grad_clip_norm", "scale", "rounds", "steps")
 
 

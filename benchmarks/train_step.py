@@ -6,7 +6,7 @@
     open_clip, patch_open_clip  the same as open_clip, with fastclip's loss under it
 
 All begin with the same weights and see the same batch, again and again; loading is not measured.
-A call is some steps, and tells the loss once: open_clip's loop logs its first and last step. Each
+A call is some steps, and reports the loss once: open_clip's loop logs its first and last step. Each
 does what it does for its users: fastclip takes pixels as bytes and normalizes them in the step,
 where open_clip's loader has done so before; its towers have channels innermost; it computes the
 gradient's norm in every step, which open_clip does only where the gradient is clipped; and it

@@ -3,7 +3,7 @@
     python examples/simclr_lightly.py
 
 `NTXentLoss` takes the place of `lightly.loss.NTXentLoss`: same arguments, same call, same value.
-Shows SimCLR learning on two augmented views of synthetic classes; then SupCon, told the labels.
+Shows SimCLR learning on two augmented views of synthetic classes; then SupCon, with the labels.
 """
 
 import torch

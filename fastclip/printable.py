@@ -22,5 +22,5 @@ def printable(text: str) -> str:
 
 
 def note(text: str) -> None:
-    """Tell of something on standard error."""
+    """Report something on standard error."""
     print(f"note: {printable(text)}", file=sys.stderr)

@@ -42,7 +42,7 @@ def padded(group: tuple[int, int, int], length: int) -> bool:
 
 @triton.jit
 def head_of(pointer, stride_b, stride_h, pair, heads, UNIT: tl.constexpr):
-    """Where the lines of one (batch, head) begin; strides count UNITs, which tells alignment."""
+    """Where the lines of one (batch, head) begin; strides count UNITs, which shows alignment."""
     return (
         pointer
         + ((pair // heads).to(tl.int64) * stride_b + (pair % heads).to(tl.int64) * stride_h) * UNIT

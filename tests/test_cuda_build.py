@@ -1,4 +1,4 @@
-"""The native library's CUDA part: which nvcc is taken, what it makes, what is told without one."""
+"""The native library's CUDA part: which nvcc is taken, what it makes, what is said without one."""
 
 import os
 import re

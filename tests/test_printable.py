@@ -1,4 +1,4 @@
-"""What comes from files and URLs moves no cursor and tells no secret."""
+"""What comes from files and URLs moves no cursor and reveals no secret."""
 
 import json
 from pathlib import Path

@@ -22,7 +22,7 @@ COMMANDS = {
     "quickstart": "train and evaluate a small model on the embedded data",
     "convert": "make shards from other formats, caption them anew; checkpoints in and out",
     "plan": "count memory, bytes and FLOP of a global batch on many GPUs; choose a setting",
-    "bench": "measure losses, training steps and loading beside their baselines; tell and compare",
+    "bench": "measure losses, training steps and loading beside baselines; report and compare",
     "study": "ask a question of several training runs, in miniature; a table and a plot",
     "info": "versions, devices, and which implementation each operator uses",
 }
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError) and _reader_left():
             return 0
-        # bad input is told in a sentence; a traceback is for mistakes of ours
+        # bad input is reported in a sentence; a traceback is for mistakes of ours
         print(printable(f"fastclip {parsed.command}: error: {error}"), file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

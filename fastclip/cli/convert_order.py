@@ -27,11 +27,11 @@ class AroOrder:
     target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """coco_order.json or flickr30k_order.json in the folder that is evaluated."""
     tagger: str = SPACY_MODEL
-    """The model of spaCy's that tells nouns and adjectives."""
+    """The model of spaCy's that finds nouns and adjectives."""
     seed: int = 0
     """Of the shuffles."""
 
     def run(self) -> None:
-        """Write the cases; tells their number."""
+        """Write the cases; prints their number."""
         count = write_order_cases(self.source, self.target, spacy_tagger(self.tagger), self.seed)
         print(f"{self.target.name}: {count} cases", file=sys.stderr)

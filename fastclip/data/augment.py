@@ -1,4 +1,4 @@
-"""Training augmentation: what may be drawn, what was drawn, and the vector a model is told.
+"""Training augmentation: what may be drawn, what was drawn, and the vector a model receives.
 
 Python draws the parameters of a view from a random state; a pipeline makes the pixels from them
 (`views.py`, `dali.py`). So the same numbers transform the pixels, can be replayed on the original,

@@ -85,7 +85,7 @@ class _Task(NamedTuple):
 
 @dataclass
 class _Found:
-    """What came of a task; that of a shard's first part tells of the whole shard as well.
+    """What came of a task; that of a shard's first part reports on the whole shard as well.
 
     indexed: samples of the shard, None in other parts and where it could not be read. hashes: 64
     bits for each of their keys. lines: of DALI's index, one for each good sample of the part.
@@ -120,7 +120,7 @@ def check_shards(
 
     Raises:
         ValueError: there are no names or no workers, or `sizes.json` or `_stats.json` is damaged.
-        OSError: a shard's size cannot be told, a file cannot be written, or a process died.
+        OSError: a shard's size cannot be read, a file cannot be written, or a process died.
     """
     if not names or workers < 1:
         raise ValueError(f"{len(names)} shards and --workers {workers}: give at least one of each")

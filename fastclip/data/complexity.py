@@ -1,4 +1,4 @@
-"""How much there is to parse in an image file, told before a decoder in Python parses it."""
+"""How much there is to parse in an image file, found before a decoder in Python parses it."""
 
 import struct
 

@@ -76,7 +76,7 @@ class DaliLoader(TrainingLoader):
             )
         self.device = torch.device(device)
         self.threads = threads or _own_cores()
-        # built now, so that what is missing is told before training begins
+        # built now, so that what is missing is reported before training begins
         self._idle: ViewPipeline | None = self._built()
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[dict[str, Any]]:
@@ -137,8 +137,8 @@ class _Work:
         samples, positions = self.loader.samples, batch["position"]
         decoded = collate([samples.decoded(self.epoch, position) for position in positions])
         place = f"epoch {self.epoch}, positions {positions[0]} to {positions[-1]}"
-        told = [*batch["faults"], Fault("batch that DALI cannot decode", place)]
-        decoded["faults"] += [fault for fault in told if fault not in decoded["faults"]]
+        reported = [*batch["faults"], Fault("batch that DALI cannot decode", place)]
+        decoded["faults"] += [fault for fault in reported if fault not in decoded["faults"]]
         self.waiting[0] = decoded
         # what fails now is no image's fault
         self.pipeline = self.loader._built()
@@ -165,9 +165,9 @@ class _Work:
 
 
 def _own_cores() -> int:
-    """This process's share of the cores; torchrun and DeepSpeed's launcher tell how many share."""
-    told = (os.environ.get(name) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
-    processes = next((int(value) for value in told if value), 1)
+    """This process's share of the cores; torchrun and DeepSpeed's launcher set how many share."""
+    counts = (os.environ.get(name) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
+    processes = next((int(value) for value in counts if value), 1)
     return max(1, available_cores() // processes)
 
 

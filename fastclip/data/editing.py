@@ -127,7 +127,7 @@ class ShardEditor:
     Attributes:
         samples: the files of each by extension, as (offset, bytes), by the samples' keys.
         faults: what in the tar cannot be read.
-        identity: what tells it from another.
+        identity: what distinguishes it from another.
     """
 
     def __init__(self, file: BinaryIO, name: str) -> None:

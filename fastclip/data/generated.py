@@ -40,7 +40,7 @@ class SceneSource:
         shift: one of `fastclip.data.scenes.SHIFTS`, or None; of several joined by '+' each scene
             has one or none, all alike often.
         quality: of the captions, one of `fastclip.data.scenes.QUALITIES`.
-        captions: qualities to tell apart as sources of captions.
+        captions: qualities to keep apart as sources of captions.
         negatives: whether samples have hard negatives.
 
     Raises:

@@ -116,7 +116,7 @@ class _Caption:
         return known and not fixed and (before_noun or self.low[i] not in _BEFORE_NOUN)
 
     def nouns(self, start: int, end: int) -> list[str]:
-        """The words that may name things, as far as lexicons can tell."""
+        """The words that may name things, as far as lexicons know."""
         places = set(range(start, end)) - set(self.attributes)
         words = [self.low[i] for i in sorted(places) if self.tags[i] in "NVnv"]
         return [word for word in words if not word.endswith("ly")]

@@ -212,7 +212,7 @@ class _Members:
             block = os.pread(self.descriptor, _BLOCK, offset)
             header = self._header(block, offset)
             if header is None:
-                # where the archive breaks off, that has been told
+                # where the archive breaks off, that has been reported
                 if announced is not None and not block.strip(b"\0"):
                     self._fault("damaged header", "an extended header without a member")
                 return
@@ -287,7 +287,7 @@ class _Members:
             self._fault("empty file", "")
 
     def _look_behind(self, end: int) -> None:
-        """Tell of data behind the end-of-archive mark, such as a second archive's."""
+        """Report data behind the end-of-archive mark, such as a second archive's."""
         rest = os.pread(self.descriptor, _LOOK_BEHIND_END, end)
         behind = len(rest) - len(rest.lstrip(b"\0"))
         if behind < len(rest):

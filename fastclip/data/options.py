@@ -47,7 +47,7 @@ class DataOptions:
     you trust only."""
 
     def __post_init__(self) -> None:
-        # told now, not when the first sample is read
+        # reported now, not when the first sample is read
         _ = self.caption_weights
         # a shell passes '\t' on as two characters
         if self.csv_separator == "\\t":

@@ -55,7 +55,7 @@ class CaptionOptions:
     Salesforce/blip-image-captioning-large or Qwen/Qwen2.5-VL-3B-Instruct. Code that comes with a
     model is never run."""
     prompt: str | None = None
-    """What the model is told. {alt_text} stands for KEY.txt, {title} for "title" in KEY.json; a
+    """The model's prompt. {alt_text} stands for KEY.txt, {title} for "title" in KEY.json; a
     sentence with one that a sample lacks is left out. A chat model is asked it; other captioners
     continue it, and it is cut off again. By default a request for a description that names both, or
     'Title: {title}. Alt-text: {alt_text}. A photo of'."""

@@ -212,7 +212,7 @@ def _require_tar(file: BinaryIO, url: str) -> None:
     """Keep a server's page of an error, or nothing, from being kept for the shard.
 
     Raises:
-        OSError: it is no tar at all. A damaged or packed one is told of by who reads it.
+        OSError: it is no tar at all. A damaged or packed one is reported by its reader.
     """
     for fault in index_file(file, url).faults:
         if fault.kind in ("not a tar", "empty file"):

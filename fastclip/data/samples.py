@@ -145,7 +145,7 @@ def decode(image: Image.Image, where: str) -> Image.Image:
 
 
 class SampleReader:
-    """Reads a shard's samples, whose places an index tells.
+    """Reads a shard's samples, whose places an index has.
 
     Args:
         required: extensions a sample must have besides an image.
@@ -158,7 +158,7 @@ class SampleReader:
     def __init__(self, required: tuple[str, ...], captions: tuple[str, ...] = ()) -> None:
         self.captions = captions
         if captions:
-            # any of them will do, which only reading tells where there are several
+            # any of them will do; where there are several, only reading shows which
             members = {"txt" if name == "txt" else "json" for name in captions}
             others = tuple(extension for extension in required if extension != "txt")
             required = (*others, *(members if len(members) == 1 else ()))

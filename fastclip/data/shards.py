@@ -93,7 +93,7 @@ class ShardSource:
     Args:
         pattern: see `expand_shards`.
         required: extensions a sample must have besides an image, e.g. ("txt",) or ("cls",).
-        captions: sources of captions to tell apart: "txt", and keys of KEY.json that hold a text
+        captions: sources of captions to keep apart: "txt", and keys of KEY.json that hold a text
             or a list of texts. A sample then needs a caption of one of these only.
         cache: where remote shards are kept; by default fastclip's folder of the user's cache.
         allow_commands: see `expand_shards`; a command is run as often as a URL would be fetched.

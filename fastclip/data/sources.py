@@ -90,12 +90,12 @@ def open_source(
         negatives: have the scenes' own hard negatives made, which takes time.
 
     Raises:
-        ValueError, FileNotFoundError: the data cannot be told or read; the message says why.
+        ValueError, FileNotFoundError: the data cannot be recognized or read; the message says why.
     """
     options = options or DataOptions()
     kind = guess_type(data) if options.dataset_type == "auto" else options.dataset_type
     if kind is None or (kind == "webdataset" and os.path.isdir(data)):
-        raise ValueError(_untold(data))
+        raise ValueError(_unrecognized(data))
     if options.captions and kind not in ("webdataset", "scenes"):
         raise ValueError(
             f"--captions {options.captions}: only shards and scenes have captions by name; leave "
@@ -178,7 +178,7 @@ def _open_one(
     return open_csv(path, options) if kind == "csv" else open_coco(path, options)
 
 
-def _untold(data: str) -> str:
+def _unrecognized(data: str) -> str:
     if os.path.isdir(data):
         example = f"{data.rstrip('/')}/{{00000..00009}}.tar"
         return (
@@ -186,7 +186,7 @@ def _untold(data: str) -> str:
             f"e.g. '{example}'"
         )
     return (
-        f"cannot tell what {data!r} is: give shards ('/data/{{00000..00041}}.tar'), a table (.csv, "
-        ".tsv or .txt), a COCO .json, a folder of class folders, 'synthetic' or 'scenes', or say "
-        "it with --dataset-type"
+        f"cannot recognize {data!r} as data: give shards ('/data/{{00000..00041}}.tar'), a table "
+        "(.csv, .tsv or .txt), a COCO .json, a folder of class folders, 'synthetic' or 'scenes', "
+        "or say it with --dataset-type"
     )

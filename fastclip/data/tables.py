@@ -48,7 +48,7 @@ class TableSource(ImageFiles):
             self._paths.append(path)
             self._texts.append(text)
             hashes.append(hash(path))
-        # 64 bits tell the paths apart: among ten million, two fall together in one table of 300,000
+        # 64 bits separate the paths: among ten million, two fall together in one table of 300,000
         keys = np.frombuffer(hashes, dtype=np.int64)
         _, first, group = np.unique(keys, return_index=True, return_inverse=True)
         rank = np.empty(len(first), dtype=np.int64)
@@ -126,7 +126,7 @@ def _header(path: Path, separator: str) -> list[str]:
 
 
 def _lines(file: TextIO) -> Iterator[str]:
-    """The lines of a file; of a file that has none, no more than is needed to tell so."""
+    """The lines of a file; of a file that has none, no more than is needed to know so."""
     while line := file.readline(MAX_FIELD + 1):
         if len(line) > MAX_FIELD:
             raise csv.Error(f"a line of over {MAX_FIELD:,} characters")
@@ -156,7 +156,7 @@ def _separator_of(path: Path, options: DataOptions) -> str:
                 note(f"{path} is separated by {other!r}, not {given!r}")
                 return other
             if len(found) > 1:
-                # what is missing is told of the columns as they are meant
+                # what is missing is reported of the columns as they are meant
                 given, columns = other, found
     missing = [name for name in wanted if name not in columns]
     if missing:

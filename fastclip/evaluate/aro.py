@@ -130,7 +130,7 @@ def _size_of(image: Path) -> tuple[int, int] | None:
     try:
         return image_size(image)
     except OSError:
-        # all files that are missing or damaged are told together when they are encoded
+        # all files that are missing or damaged are reported together when they are encoded
         return None
 
 

@@ -151,7 +151,7 @@ def evaluate_imagenet_shifts(model: Model, root: Path, encoding: Encoding) -> di
         count = len(model.model.criterion.weight)
         if count != CLASSES:
             raise ValueError(
-                f"the classifier tells {count} classes apart; ImageNet has {CLASSES}: evaluate it "
+                f"the classifier has {count} classes; ImageNet has {CLASSES}: evaluate it "
                 "on data of its own classes"
             )
     else:

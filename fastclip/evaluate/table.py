@@ -13,7 +13,7 @@ def markdown_table(results: Sequence[Mapping[str, Any]], metrics: Sequence[str] 
         metrics: those to show, by their names or the last word of them; all by default.
 
     Raises:
-        ValueError: two results tell different values of the same, or none has such a metric.
+        ValueError: two results have different values of the same, or none has such a metric.
     """
     rows: dict[str, dict[str, float]] = {}
     known: dict[str, None] = {}

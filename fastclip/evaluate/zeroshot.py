@@ -100,7 +100,7 @@ def evaluate_zeroshot(
 ) -> dict[str, float]:
     """Zero-shot metrics of embedded images that carry labels; unlabeled ones are left out.
 
-    Of a classifier they are its own: it tells its classes apart without names and templates.
+    Of a classifier they are its own: it predicts its classes without names and templates.
 
     Raises:
         ValueError: no image has a label.
@@ -134,7 +134,7 @@ def classes_of(data: str, dataset_type: str = "auto") -> tuple[list[str], list[s
         return list(CLASSES), list(TEMPLATES)
     if kind == "imagefolder":
         return class_names(Path(data.split("::")[0]).expanduser()), list(DEFAULT_TEMPLATES)
-    # only names are told here: nothing is run
+    # only names are given here: nothing is run
     shards = kind == "webdataset"
     first = expand_shards(data, allow_commands=True)[0] if shards else data.split("::")[0]
     place = Path(first).expanduser()

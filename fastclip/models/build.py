@@ -44,7 +44,7 @@ def build(
         name, device, siglip: of the towers, see `fastclip.models.clip.create`.
         pretrained: as there; or a run directory or a checkpoint, of the towers or the whole system.
         options: what to make of them.
-        classes: names of what a classifier tells apart.
+        classes: names of a classifier's classes.
         trust_checkpoint: whether DeepSpeed's files may be read, which can run any code.
 
     Raises:
@@ -171,5 +171,5 @@ def load(
 
 
 def class_names(path: Path) -> list[str]:
-    """The names that a run's classifier tells apart, in the order of its logits; none of others."""
+    """The classes of a run's classifier, in the order of its logits; none of others."""
     return list(system_of(checkpoint.run_of(path)).get("classes", []))

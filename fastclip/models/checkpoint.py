@@ -84,7 +84,7 @@ def _is_whole(path: Path) -> bool:
     if path.is_dir():
         return sharded.verify(path)
     manifest = read_object(path.with_suffix(".json"))
-    # a difference in size is told without reading
+    # a difference in size is found without reading
     if path.stat().st_size != manifest.get("bytes"):
         return False
     return describe(path)["sha256"] == manifest.get("sha256")

@@ -202,7 +202,7 @@ def load_weights(model: nn.Module, state_dict: dict[str, Tensor], origin: str) -
         origin: where they are from, for the message.
 
     Raises:
-        ValueError: they are of another architecture; the message tells which names differ.
+        ValueError: they are of another architecture; the message says which names differ.
     """
     own = model.state_dict()
     # a frozen batch normalization counts no batches: no difference in architecture

@@ -1,4 +1,4 @@
-"""Models without language: what CLIP is compared with to tell what language is good for.
+"""Models without language: what CLIP is compared with to find what language is good for.
 
 Fang et al. 2022 ("Data Determines Distributional Robustness in Contrastive Language Image
 Pre-training") train the same image tower by labels, and by contrasting views of images alone.
@@ -91,7 +91,7 @@ class LabelCriterion(Criterion):
     ) -> None:
         super().__init__()
         if classes < 1:
-            raise ValueError(f"{classes} classes: there is nothing to tell apart; give --classes")
+            raise ValueError(f"{classes} classes: there is nothing to classify; give --classes")
         if weight is not None and weight.shape != (classes, width):
             raise ValueError(
                 f"the weight is {tuple(weight.shape)}; {classes} classes and features of width "

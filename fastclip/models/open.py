@@ -66,7 +66,7 @@ def open_model(
 
 
 def _refuse_random(name: str) -> NoReturn:
-    """Refuse a name without weights, known or not, and tell what there is instead."""
+    """Refuse a name without weights, known or not, and say what there is instead."""
     try:
         # no weights have this name, so that nothing is built
         create(name, pretrained="")

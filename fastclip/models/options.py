@@ -81,7 +81,7 @@ class SystemOptions:
     """uniclip: weights of the positives of image-image, image-text and text-text pairs; by default
     each kind present contributes alike."""
     augmentation_encoder: bool = flag(True, "model", defines_run=True)
-    """uniclip: tell the image head how a view was augmented."""
+    """uniclip: give the image head the augmentation of each view."""
     shared_similarity: bool = flag(False, "loss", defines_run=True)
     """uniclip: one temperature and offset for all pairs, not one for each kind."""
 

@@ -1,4 +1,4 @@
-"""UniCLIP (Lee et al. 2022): one space for views and texts, and a head told the augmentation."""
+"""UniCLIP (Lee et al. 2022): one space for views and texts; a head receives the augmentation."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -36,7 +36,7 @@ class UniClipCriterion(Criterion):
             temperature.
         pair_weight: weights of image-image, image-text and text-text positives in the mean over
             all; None for weights under which each kind present contributes alike.
-        augmentation_encoder: False leaves the image head as it is but tells it of no augmentation.
+        augmentation_encoder: False leaves the image head as it is but gives it no augmentation.
         shared_similarity: one temperature for all pairs, whose offset would cancel.
         temperature: the initial one, of every pair.
         blocks: residual blocks of the image head.
@@ -113,11 +113,11 @@ class UniClipCriterion(Criterion):
         return losses[self.pair_loss](normalized, domains, exchange)
 
     def project_image(self, features: Tensor, params: Tensor | None = None) -> Tensor:
-        """(N, width), told (N, PARAMS) or None for no augmentation, to (N, output)."""
+        """(N, width), with (N, PARAMS) or None for no augmentation, to (N, output)."""
         if params is None or not self.tells_augmentation:
             params = self.no_augmentation
-        told = self.augmentation_encoder(params.to(features.dtype))
-        return self.image_head(features, told.expand(len(features), -1))
+        encoded = self.augmentation_encoder(params.to(features.dtype))
+        return self.image_head(features, encoded.expand(len(features), -1))
 
     @property
     def logit_scale(self) -> Tensor:

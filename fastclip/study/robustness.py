@@ -118,7 +118,7 @@ def study(
             given = (*STEPS, *own, *begins, "--seed", str(seed), *NO_VALIDATION, *flags)
             plans.append(Plan(run_name(label, seed), given, judge, after))
     outcomes = run_all(plans, folder, jobs)
-    # what SimCLR alone has learned tells no classes apart
+    # what SimCLR alone has learned separates no classes
     labels = [label for label in models if not label.startswith("SimCLR") or "labels" in label]
     rows: list[Row] = [(label, outcomes_of(label, outcomes, seeds)) for label in labels]
     rows, line = with_rho(rows)

@@ -14,7 +14,7 @@ from fastclip.train.config import TrainConfig
 
 
 def class_names(config: TrainConfig) -> list[str]:
-    """What a classifier is to tell apart: --classes, or what the data bring; else none.
+    """A classifier's classes: --classes, or what the data bring; else none.
 
     Raises:
         ValueError: a classifier is wanted, and there are no class names.

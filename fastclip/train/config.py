@@ -176,8 +176,7 @@ class TrainConfig(SystemOptions, DataOptions):
             )
         if self.objective == "simclr" and self.val_data:
             raise ValueError(
-                "--val-data: simclr has nothing to tell classes by; evaluate what --finetune makes "
-                "of it"
+                "--val-data: simclr has no classifier; evaluate what --finetune makes of it"
             )
         if self.strong_scale is not None and not self.strong:
             raise ValueError(f"--strong-scale: {self.objective} has no strong views; leave it out")

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from fastclip.device import AUTOCAST_DTYPES
 from fastclip.models.clip import create
 
-# Few and many samples: what does not grow with the batch is told apart from what does.
+# Few and many samples: what does not grow with the batch is separated from what does.
 SAMPLES = (16, 256)
 FLOAT32_ON_CUDA = ("layer_norm", "group_norm", "normalize", "softmax")
 

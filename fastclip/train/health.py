@@ -70,7 +70,7 @@ class Hints:
     """Notices signs of a run that will not succeed, and says each once.
 
     Args:
-        chance: the loss of a model that tells nothing apart, ln(batch) of CLIP's; None where it is
+        chance: the loss of a model that separates nothing, ln(batch) of CLIP's; None where it is
             not known.
         warmup: steps before which nothing is expected.
     """
@@ -86,7 +86,7 @@ class Hints:
         """The hints that this line of metrics gives rise to."""
         chance = math.inf if self.chance is None else self.chance
         signs = {
-            f"the loss stays at ln(batch) = {chance:.2f}: the model tells no pair apart; "
+            f"the loss stays at ln(batch) = {chance:.2f}: the model distinguishes no pair; "
             "check that captions belong to their images, lower --lr or lengthen --warmup": (
                 step > self.warmup and abs(values["loss"] / chance - 1) < 0.01
             ),

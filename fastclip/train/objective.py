@@ -53,7 +53,7 @@ class Objective:
         raise NotImplementedError
 
     def chance(self, samples: int) -> float | None:
-        """The loss of a model that tells nothing apart, where it is known."""
+        """The loss of a model that distinguishes nothing, where it is known."""
         return None
 
 

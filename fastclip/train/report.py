@@ -160,5 +160,5 @@ class _CutTexts:
         length = getattr(tokenizer, "context_length", None)
         return (
             f"a text is longer than the context of {length} tokens, and is cut; the number of such "
-            "texts is told at the end"
+            "texts is reported at the end"
         )

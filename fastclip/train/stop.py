@@ -42,7 +42,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        # loader processes inherit the handler, and must die when told to
+        # loader processes inherit the handler, and must die when asked to
         if self.received is not None or os.getpid() != self._process:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

@@ -1,4 +1,4 @@
-"""How many kernels a stage of a GPU session compiles, counted by what Triton would tell apart."""
+"""How many kernels a stage of a GPU session compiles, counted by what Triton would distinguish."""
 
 from collections import Counter
 from typing import Any

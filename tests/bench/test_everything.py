@@ -56,7 +56,7 @@ def test_parts_run_in_turn_and_are_reported(
     assert main(["bench", "all", *flags]) == 0
     told = capsys.readouterr().out
     assert "left out: it needs the package 'absent'" in told
-    # an earlier run's result is neither lost nor told as this one's
+    # an earlier run's result is neither lost nor reported as this one's
     assert stale.read_text() == "{}"
     assert told.index("== attention") < told.index("== memory") < told.index("== report")
     text = (tmp_path / "report.md").read_text()

@@ -1,4 +1,4 @@
-"""Results are read as they were written, old files too; anything else is told in a sentence."""
+"""Results are read as they were written, old files too; anything else is reported in a sentence."""
 
 import json
 from dataclasses import dataclass

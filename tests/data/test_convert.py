@@ -140,7 +140,7 @@ def test_coco_keeps_image_bytes_and_all_captions(
     assert "00000005_p.png" in bytes_of_members(out / "val2017-00002.tar")
     source = ShardSource(f"{out}/val2017-{{00000..00002}}.tar")
     assert source.read(1, 1).texts == ("ein 4", "ün 4")
-    # no shard is overwritten, and a table without a single image is told
+    # no shard is overwritten, and a table without a single image is reported
     assert main(["convert", "coco", str(annotations), str(out)]) == 1
     assert "exists" in capsys.readouterr().err
     (tmp_path / "t.csv").write_text(f"image,text\n{tmp_path}/val2017/3.v1.jpg,x\n")

@@ -184,7 +184,7 @@ def damaged(content: bytes, rng: random.Random) -> tuple[bytes, int]:
 def test_damage_to_a_row_is_reported_or_stays_in_it(
     cases: int, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What no error or note tells of is a change within the row whose bytes were changed.
+    """What no error or note reports is a change within the row whose bytes were changed.
 
     A table has no checksum: another letter in a caption is another caption. But no other row may
     be lost by it or changed. Of a table that is cut, the rows before the cut are whole.

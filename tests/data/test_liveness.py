@@ -1,4 +1,4 @@
-"""Loader processes that hang, die or are slow: told with the shard, within the time stated."""
+"""Loader processes that hang, die or are slow: reported with the shard, within the time stated."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""kill -9 of everyone who loads, then go on from three integers: the next samples bit for bit."""
+"""kill -9 of everyone who loads, then resume from three integers: the next samples bit for bit."""
 
 import hashlib
 import json

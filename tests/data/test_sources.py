@@ -43,7 +43,9 @@ def test_the_text_tells_the_type(data: str, kind: str | None) -> None:
 
 def test_what_cannot_be_recognized_or_mixed(tmp_path: Path, make_shard: MakeShard) -> None:
     shard = make_shard()
-    with pytest.raises(ValueError, match=r"cannot tell what '/nowhere/x' is: .*--dataset-type"):
+    with pytest.raises(
+        ValueError, match=r"cannot recognize '/nowhere/x' as data: .*--dataset-type"
+    ):
         opened("/nowhere/x")
     with pytest.raises(ValueError, match=r"folder without CLASS/.*name them, e.g. .*00009"):
         opened(str(tmp_path))

@@ -269,7 +269,7 @@ def test_coco_captions(images: Path, capsys: pytest.CaptureFixture[str]) -> None
     noted = capsys.readouterr().err
     assert "1 images without captions left out" in noted
     assert "2 captions without text or of unknown images left out" in noted
-    # another name tells no folder: the file's own is taken, or the one given
+    # another name gives no folder: the file's own is taken, or the one given
     path = path.rename(path.with_name("captions.json"))
     with pytest.raises(
         FileNotFoundError, match=r"none of 2 images.*annotations; give --image-root"

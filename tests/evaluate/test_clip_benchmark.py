@@ -78,7 +78,7 @@ def test_retrieval(images: int, captions: int, width: int) -> None:
 def test_ties_count_against_the_model_here_and_by_chance_there() -> None:
     logits, labels = torch.zeros(4, 3), torch.tensor([0, 1, 2, 0])
     assert classification_metrics(logits, labels)["acc1"] == 0
-    # a model that cannot tell classes apart scores as the sort happens to leave them
+    # a model that cannot separate classes scores as the sort happens to leave them
     assert accuracy(logits, labels, topk=(1,))[0] > 0
 
 

@@ -206,7 +206,7 @@ class _Token:
 def test_spacy_is_asked_for_tags(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With a stand-in for the package; a model that is not there is told."""
+    """With a stand-in for the package; a model that is not there is reported."""
 
     class Spacy:
         @staticmethod

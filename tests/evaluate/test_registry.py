@@ -1,4 +1,4 @@
-"""The registry's entries are whole, and what is missing of a benchmark is told."""
+"""The registry's entries are whole, and what is missing of a benchmark is reported."""
 
 from pathlib import Path
 

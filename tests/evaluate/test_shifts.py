@@ -308,7 +308,7 @@ def test_classifiers_of_imagenet(model: Model, sets: dict[str, Images], tmp_path
     found = evaluate_imagenet_shifts(model._replace(model=classifier), tmp_path, Encoding())
     assert found == as_towers
     other = Classifier(Choices(), 1000, 10)
-    with pytest.raises(ValueError, match="tells 10 classes apart; ImageNet has 1000"):
+    with pytest.raises(ValueError, match="has 10 classes; ImageNet has 1000"):
         evaluate_imagenet_shifts(model._replace(model=other), tmp_path, Encoding())
 
 

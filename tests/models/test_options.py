@@ -1,4 +1,4 @@
-"""Flags of systems: views that each objective takes, and contradictions told."""
+"""Flags of systems: views that each objective takes, and contradictions reported."""
 
 from typing import Any
 

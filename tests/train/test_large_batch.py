@@ -53,7 +53,7 @@ def test_the_recipe_for_one_machine(tmp_path: Path) -> None:
         assert main(["train", *flags.split(), "--logs", str(tmp_path), "--name", "large"]) == 0
     assert count.products_of(4096, 4096, 64) == 4
     (line,) = (tmp_path / "large" / "metrics.jsonl").read_text().splitlines()
-    # untrained towers tell nothing apart: ln 4096, and what their noise adds at scale 14
+    # untrained towers distinguish nothing: ln 4096, and what their noise adds at scale 14
     assert json.loads(line)["loss"] == pytest.approx(8.32, abs=0.4)
     state = checkpoint.read(tmp_path / "large" / "checkpoints" / "epoch_1.pt")
     assert state["data"] | {"epoch": 1, "position": 0} == state["data"] and state["step"] == 1

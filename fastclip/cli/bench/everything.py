@@ -59,7 +59,7 @@ class AllConfig:
                 traceback.print_exc()
                 print(f"{name} failed")
                 status = 1
-            # one of an earlier run stays where it is, but is not told as this one's
+            # one of an earlier run stays where it is, but is not reported as this one's
             if _changed(file) != before:
                 written.append(file)
         print(f"\n== report, after {time.monotonic() - began:.0f} s", flush=True)

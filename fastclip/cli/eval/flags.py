@@ -151,7 +151,7 @@ class DataEvaluation(Evaluation):
         return f"{type(self).__name__.lower()}_{self.dataset}"
 
     def embed(self, model: Model, data: str, split: str | None = None) -> ImageFeatures:
-        """Features of all readable images of the data; what was skipped is told."""
+        """Features of all readable images of the data; what was skipped is reported."""
         images = embed_images(
             model,
             open_source(

@@ -135,7 +135,7 @@ class Robustness(Zeroshot):
             )
 
     def _summarize(self, metrics: dict[str, Any]) -> None:
-        """Tell accuracies in per cent and effective robustness in points."""
+        """Print accuracies in percent and effective robustness in points."""
         fit = f", {suited_fit(metrics['acc1'])} baseline" if self.root is not None else ""
         print(f"{self.dataset}: {100 * metrics['acc1']:.1f} %{fit}", file=sys.stderr)
         for name, found in metrics.items():

@@ -2,7 +2,7 @@
 
 A text is composed from claims, never the other way round: a claim is chosen from the scene graph,
 checked with `holds`, and then phrased. A negative is the short caption of the same seed with one
-thing changed in its claim, phrased alike, so that nothing but the change tells the two apart.
+thing changed in its claim, phrased alike, so that nothing but the change distinguishes the two.
 """
 
 from __future__ import annotations

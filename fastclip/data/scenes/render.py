@@ -353,7 +353,9 @@ def render(scene: Scene, size: int = 64) -> Image.Image:
     Raises ValueError where size is below 16 pixels: a small object would be three pixels wide.
     """
     if size < 16:
-        raise ValueError(f"size is {size}; use at least 16 pixels, 64 or more to tell shapes")
+        raise ValueError(
+            f"size is {size}; use at least 16 pixels, 64 or more to distinguish shapes"
+        )
     stream = Stream(_SAMPLE_KEY, scene.seed)
     image = _background(scene, size, stream)
     palette = PALETTE_RGB[scene.palette]
