@@ -21,7 +21,7 @@ from fastclip.data import http
 from fastclip.data.index import index_file
 from fastclip.data.options import CACHE_BYTES
 from fastclip.data.regular import open_regular
-from fastclip.printable import note
+from fastclip.messages import note
 
 ATTEMPTS = 3
 PAUSE_SECONDS = 1.0

@@ -1,6 +1,5 @@
 """The training data as the configuration names it: views, captions, labels, the loader."""
 
-import sys
 from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
@@ -17,6 +16,7 @@ from fastclip.data.order import Order
 from fastclip.data.sources import open_source, shard_weights
 from fastclip.data.text_augment import TextAugmentation
 from fastclip.data.training_samples import TrainingSamples
+from fastclip.messages import note
 from fastclip.models.clip import Model
 from fastclip.train.config import TrainConfig
 from fastclip.train.distributed import World
@@ -48,10 +48,9 @@ def build_loader(
     weights = shard_weights(source, config.train_data_upsampling_factors)
     order = Order(source.counts, config.seed, config.shuffle_window, weights)
     if world.is_first and (config.train_num_samples or 0) > len(order):
-        print(
-            f"note: --train-num-samples is {config.train_num_samples} and the data have "
-            f"{len(order)} samples: an epoch is these",
-            file=sys.stderr,
+        note(
+            f"--train-num-samples is {config.train_num_samples} and the data have "
+            f"{len(order)} samples: an epoch is these"
         )
     dali = choose_backend(config.data_backend, world.device) == "dali"
     samples = TrainingSamples(

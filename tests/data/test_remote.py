@@ -69,7 +69,7 @@ def test_remote_samples_are_the_local_ones(bucket: str, tmp_path: Path) -> None:
 
 
 def test_counts_come_from_either_file_or_one_scan(
-    bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    bucket: str, tmp_path: Path, logged: Callable[[], str]
 ) -> None:
     put(bucket + "sizes.json", b'{"0.tar": 3}')
     put(bucket + "1_stats.json", b'{"successes": 2}')
@@ -77,7 +77,7 @@ def test_counts_come_from_either_file_or_one_scan(
     source = ShardSource(pattern, cache=ShardCache(tmp_path / "cache"))
     assert source.counts == (3, 2, 4, 4)
     assert cached(tmp_path / "cache") == ["2.tar"]
-    assert "1 of 3 remote shards have no count" in capsys.readouterr().err
+    assert "1 of 3 remote shards have no count" in logged()
     for damage in (b"{", b"[]", b'{"0.tar": "x"}', b"\xff"):
         put(bucket + "sizes.json", damage)
         with pytest.raises(ValueError, match=r"memory://bucket/sizes.json is damaged"):
@@ -85,7 +85,7 @@ def test_counts_come_from_either_file_or_one_scan(
 
 
 def test_the_least_recently_used_makes_room(
-    bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    bucket: str, tmp_path: Path, logged: Callable[[], str]
 ) -> None:
     size = (tmp_path / "0.tar").stat().st_size
     folder = tmp_path / "cache"
@@ -106,11 +106,11 @@ def test_the_least_recently_used_makes_room(
     tight = ShardCache(folder, limit=1)
     assert tight.open(bucket + "1.tar").read(1)
     assert cached(folder) == ["1.tar"]
-    assert capsys.readouterr().err == ""
+    assert logged() == ""
     for i in (0, 1, 0):
         tight.open(f"{bucket}{i}.tar").close()
         assert cached(folder) == [f"{i}.tar"]
-    assert capsys.readouterr().err.count("--cache-bytes 1 does not hold the shards in use") == 1
+    assert logged().count("--cache-bytes 1 does not hold the shards in use") == 1
 
 
 def test_other_files_are_never_deleted(bucket: str, tmp_path: Path) -> None:

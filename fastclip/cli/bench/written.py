@@ -1,11 +1,12 @@
 """`fastclip bench report|compare|import`: what the files of the other parts say."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
+
+from fastclip.messages import logger
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,10 @@ class CompareConfig:
 
         before, after = (records.read(file) for file in (self.before, self.after))
         for warning in compare.differences(before, after, self.across_devices):
-            print(f"warning: {warning}", file=sys.stderr)
+            logger.warning(f"warning: {warning}")
         pairs = compare.compare(before, after)
         for warning in compare.failures(before, after):
-            print(f"warning: {warning}", file=sys.stderr)
+            logger.warning(f"warning: {warning}")
         print(f"B / A: {compare.measured(after)}, {after.name} over {before.name}")
         print("\n".join(compare.lines(pairs)))
         return 0
