@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastclip.bounded import read_yaml
-from fastclip.data.options import DataOptions
+from fastclip.data.options import DataOptions, without_commands
 from fastclip.flags import flag, ordered, parse_grouped
 from fastclip.models.options import SystemOptions
 from fastclip.ops.backend import IMPLEMENTATIONS
@@ -271,6 +271,8 @@ def to_yaml(config: TrainConfig) -> str:
 def from_dict(values: dict[str, Any]) -> TrainConfig:
     """The configuration that `dataclasses.asdict` gave."""
     plain: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    # of before, when data could be commands: what is read now is not said here
+    plain.pop("allow_commands", None)
     return TrainConfig(**plain)
 
 
@@ -303,6 +305,7 @@ def _flags_of(file: Path) -> list[str]:
     values = read_yaml(file) or {}
     if not isinstance(values, dict):
         raise ValueError(f"{file} must be a list of `key: value` lines")
+    values = without_commands(values, str(file))
     known = {field.name for field in fields(TrainConfig)}
     flags: list[str] = []
     for key, value in values.items():
