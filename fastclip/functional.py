@@ -58,10 +58,9 @@ def clip_loss(
     """Symmetric image-text cross-entropy (Radford et al. 2021, figure 3).
 
     Args:
-        image_features: (N, D), normalized.
+        image_features: (N, D), normalized, of any floating-point dtype.
         text_features: (M, D), normalized, M >= N; text i belongs to image i, texts beyond the
-            N-th are hard negatives that only images are compared with (NegCLIP), images of all
-            processes.
+            N-th are hard negatives (NegCLIP), compared with the images of all processes.
         logit_scale: 0-d or (1,) tensor, or a number: the inverse temperature.
         logit_bias: accepted for open_clip's sake; a constant cancels in a softmax, so it changes
             neither the loss nor any gradient (its own is 0).
@@ -69,12 +68,11 @@ def clip_loss(
             groups over the ones that are left.
         row_group, column_group: (N,) and (M,) integer ids; texts of an image's group other than
             its own are left out, so that duplicate captions are not negatives.
-        metrics: a dictionary that receives "image_to_text_accuracy" and "text_to_image_accuracy",
-            top-1, 0-d, without gradient.
+        metrics: a dictionary for the top-1 "image_to_text_accuracy" and "text_to_image_accuracy".
         reduction: "mean" over the N pairs of the mean of both directions; "sum": N times that;
             "none": each pair's, (N,).
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
-        chunk_bytes: size of a chunk of the similarity matrix; None: a fixed default.
+        chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
         precision: "auto" follows autocast, "input" computes in the features' dtype.
         dist: None, or "gather" or "ring" where processes share the loss: features are this
             process's rows, the loss is that of all, averaged gradients (DDP) are the full batch's.
@@ -85,8 +83,7 @@ def clip_loss(
         The loss, 0-d or (N,), float32 (float64 for float64 features).
 
     Raises:
-        ValueError: shapes, dtypes, devices or options do not fit together, such as fewer texts
-            than images, or a smoothing outside [0, 1).
+        ValueError: shapes, dtypes, devices or options do not fit, e.g. fewer texts than images.
 
     Examples:
         >>> import torch
@@ -156,13 +153,14 @@ def siglip_loss(
     """Sigmoid loss over all pairs (Zhai et al. 2023), as open_clip's.
 
     Args:
-        image_features, text_features: (N, D), normalized; text i belongs to image i.
+        image_features, text_features: (N, D), normalized, of any floating-point dtype; text i
+            belongs to image i.
         logit_scale: 0-d or (1,) tensor, or a number: the inverse temperature.
         logit_bias: 0-d or (1,) tensor, a number or None, added to every logit.
         reduction: "sum" over all N * N pairs; "mean": that divided by N; "none": each row's sum,
             (N,).
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
-        chunk_bytes: size of a chunk of the similarity matrix; None: a fixed default.
+        chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
         precision: "auto" follows autocast, "input" computes in the features' dtype.
         dist: None, or "gather" or "ring" where processes share the loss: features are this
             process's rows, the loss is that of all, averaged gradients (DDP) are the full batch's.
@@ -173,8 +171,7 @@ def siglip_loss(
         The loss, 0-d or (N,), float32 (float64 for float64 features).
 
     Raises:
-        ValueError: shapes, dtypes, devices or options do not fit together, such as other than one
-            text an image.
+        ValueError: shapes, dtypes, devices or options do not fit, e.g. fewer texts than images.
 
     Examples:
         >>> import torch
@@ -225,7 +222,7 @@ def info_nce_loss(
     """One-direction softmax cross-entropy (van den Oord et al. 2018): each query among the keys.
 
     Args:
-        query: (N, D), normalized.
+        query: (N, D), normalized, of any floating-point dtype.
         keys: (M, D), normalized; further keys are extra negatives.
         logit_scale: 0-d or (1,) tensor, or a number: the inverse temperature.
         positive_index: (N,) integers in [0, M), the queries' positives; may repeat. None: query
@@ -233,10 +230,10 @@ def info_nce_loss(
             several processes they count this process's keys.
         bank: (K, D), further negatives without gradient (a memory bank).
         in_batch: whether other queries' keys are negatives; False only with a bank.
-        metrics: a dictionary that receives "accuracy", top-1, 0-d, without gradient.
+        metrics: a dictionary for the top-1 "accuracy", 0-d, without gradient.
         reduction: "mean" or "sum" over the N queries; "none": each query's, (N,).
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
-        chunk_bytes: size of a chunk of the similarity matrix; None: a fixed default.
+        chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
         precision: "auto" follows autocast, "input" computes in the features' dtype.
         dist: None, or "gather" or "ring" where processes share the loss: features are this
             process's rows, the loss is that of all, averaged gradients (DDP) are the full batch's.
@@ -247,8 +244,7 @@ def info_nce_loss(
         The loss, 0-d or (N,), float32 (float64 for float64 features).
 
     Raises:
-        ValueError: shapes, dtypes, devices or options do not fit together, such as more
-            queries than keys without `positive_index`, or a bank with `dist`.
+        ValueError: shapes, dtypes, devices or options do not fit, e.g. a bank with `dist`.
 
     Examples:
         >>> import torch
@@ -327,17 +323,18 @@ def mp_nce_loss(
     positives stay out of each other's denominators.
 
     Args:
-        features: B >= 2 blocks, each (N, D), normalized, in the same pair order.
+        features: B >= 2 blocks, each (N, D), normalized, of any one floating-point dtype, in the
+            same pair order.
         domains: the domain of each block, e.g. [0, 0, 0, 1] for three views and a text.
         logit_scale, logit_offset: (P, P) tensors for P domains, the entry (a, b) read with
             a <= b; a number, and None for offset 0, stand for a full table.
         pair_weight: the positives' weights by domain pair, read likewise: (P, P) as a tensor or
             as lists of numbers, or None for ones.
-        metrics: a dictionary that receives "accuracy", the share of anchors and positives where
-            the positive lies above every negative, 0-d, without gradient.
+        metrics: a dictionary for the "accuracy", 0-d, without gradient: the share of anchors and
+            positives where the positive lies above every negative.
         reduction: "mean" or "sum" over the B * N anchors; "none": (B * N,) in block order.
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
-        chunk_bytes: size of a chunk of the similarity matrix; None: a fixed default.
+        chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
         precision: "auto" follows autocast, "input" computes in the features' dtype.
         dist: None, or "gather" or "ring" where processes share the loss: features are this
             process's rows, the loss is that of all, averaged gradients (DDP) are the full batch's.
@@ -348,8 +345,7 @@ def mp_nce_loss(
         The loss, 0-d or (B * N,), float32 (float64 for float64 features).
 
     Raises:
-        ValueError: shapes, dtypes, devices or options do not fit together, such as blocks of
-            different shapes, or a table with fewer domains than `domains` names.
+        ValueError: shapes, dtypes, devices or options do not fit, e.g. blocks of different shapes.
 
     Examples:
         >>> import torch
@@ -421,12 +417,12 @@ def nt_xent_loss(
     """Normalized-temperature cross-entropy among 2N views (SimCLR, Chen et al. 2020, eq. 1).
 
     Args:
-        view1, view2: (N, D), normalized, two views of the same samples.
+        view1, view2: (N, D), normalized, of any floating-point dtype: two views of the samples.
         temperature: 0-d or (1,) tensor, or a number, > 0.
-        metrics: a dictionary that receives "accuracy", top-1, 0-d, without gradient.
+        metrics: a dictionary for the top-1 "accuracy", 0-d, without gradient.
         reduction: "mean" or "sum" over the 2N anchors; "none": (2N,), view1's before view2's.
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
-        chunk_bytes: size of a chunk of the similarity matrix; None: a fixed default.
+        chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
         precision: "auto" follows autocast, "input" computes in the features' dtype.
         dist: None, or "gather" or "ring" where processes share the loss: features are this
             process's rows, the loss is that of all, averaged gradients (DDP) are the full batch's.
@@ -437,8 +433,7 @@ def nt_xent_loss(
         The loss, 0-d or (2N,), float32 (float64 for float64 features).
 
     Raises:
-        ValueError: shapes, dtypes, devices or options do not fit together, or a temperature
-            that is not positive.
+        ValueError: shapes, dtypes, devices or options do not fit, e.g. a temperature of 0.
 
     Examples:
         >>> import torch
@@ -480,13 +475,13 @@ def sup_con_loss(
     loss_i = logsumexp_{j != i} s_ij - mean over the others p of i's label of s_ip.
 
     Args:
-        features: (M, D), normalized.
+        features: (M, D), normalized, of any floating-point dtype.
         labels: (M,) integers of any values.
         temperature: 0-d or (1,) tensor, or a number, > 0.
         reduction: "mean" or "sum" over the anchors that have a positive, 0 if none has; "none":
             (M,), 0 where there is no positive.
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
-        chunk_bytes: size of a chunk of the similarity matrix; None: a fixed default.
+        chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
         precision: "auto" follows autocast, "input" computes in the features' dtype.
         dist: None, or "gather" or "ring" where processes share the loss: features are this
             process's rows, the loss is that of all, averaged gradients (DDP) are the full batch's.
@@ -497,8 +492,7 @@ def sup_con_loss(
         The loss, 0-d or (M,), float32 (float64 for float64 features).
 
     Raises:
-        ValueError: shapes, dtypes, devices or options do not fit together, or a temperature
-            that is not positive.
+        ValueError: shapes, dtypes, devices or options do not fit, e.g. a temperature of 0.
 
     Examples:
         >>> import torch
@@ -552,7 +546,7 @@ def similarity_statistics(
     negatives are all columns but its positive and those left out by a group.
 
     Args:
-        rows: (N, D), normalized.
+        rows: (N, D), normalized, of any floating-point dtype.
         columns: (M, D), normalized; column i belongs to row i, further ones are negatives.
         logit_scale: 0-d or (1,) tensor, or a number: the inverse temperature.
         column_statistics: whether columns have statistics too; needs M >= N.
@@ -564,7 +558,7 @@ def similarity_statistics(
         columns_with_gradient: columns from it on get no gradient; None: all do; without dist.
         means: whether row_mean and column_mean are wanted, over all columns and rows; needs M >= N.
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
-        chunk_bytes: size of a chunk of the similarity matrix; None: a fixed default.
+        chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
         precision: "auto" follows autocast, "input" computes in the features' dtype.
         dist: None, or "gather" or "ring": rows and columns are this process's, compared with all.
             A mean over own rows has, averaged over processes (DDP), the full batch's gradient.

@@ -225,6 +225,9 @@ def draw_view(
         width, height: of the image, in pixels.
         rng: what is drawn from.
 
+    Returns:
+        The parameters, from which `fastclip.data.views.render_view` makes the pixels.
+
     Examples:
         >>> import random
         >>> from fastclip.data.augment import Augmentation, draw_view

@@ -123,6 +123,10 @@ def open_source(
         required: extensions a shard's sample must have besides an image.
         negatives: have the scenes' own hard negatives made, which takes time.
 
+    Returns:
+        A source: `counts` has the number of samples of each shard, `read(shard, index)` gives one,
+        with its `image`, `texts` and `label`.
+
     Raises:
         ValueError, FileNotFoundError: the data cannot be recognized or read; the message says why.
 
@@ -165,6 +169,9 @@ def shard_weights(source: Source, factors: str | None) -> tuple[float, ...] | No
     Args:
         source: the data, of as many patterns as there are factors.
         factors: one number for each pattern of the data, joined by '::'; None for no weights.
+
+    Returns:
+        A number for each shard, for `fastclip.data.order.Order`; None without factors.
 
     Raises:
         ValueError: their number differs from the patterns', one is no positive number, or a factor

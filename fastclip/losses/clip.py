@@ -39,7 +39,7 @@ class ClipLoss(nn.Module):
         dist: "gather" brings all ranks' texts at once, "ring" one rank's after the other.
         group: the process group; None: the default one.
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
-        chunk_bytes: size of a chunk of the similarity matrix; None: a fixed default.
+        chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
 
     Raises:
         ValueError: `dist` is unknown, Horovod is asked for, or label smoothing where neither
@@ -228,7 +228,7 @@ class CoCaLoss(ClipLoss):
         rank, world_size: this process's number in the default group, and how many there are.
         use_horovod: must be False.
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
-        chunk_bytes: size of a chunk of the similarity matrix; None: a fixed default.
+        chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
 
     Examples:
         >>> import torch
@@ -317,7 +317,7 @@ class DistillClipLoss(ClipLoss):
         dist: "gather" brings all ranks' texts at once, "ring" one rank's after the other.
         group: the process group; None: the default one.
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
-        chunk_bytes: size of a chunk of the similarity matrix; None: a fixed default.
+        chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
 
     Raises:
         ValueError: `dist` is unknown, Horovod is asked for, or local_loss without gather_with_grad

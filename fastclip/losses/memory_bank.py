@@ -67,6 +67,9 @@ def memory_bank(size: int | tuple[int, int]) -> MemoryBank | None:
     Args:
         size: 0 for none, or (rows, width).
 
+    Returns:
+        The bank, or None.
+
     Raises:
         ValueError: a size without width, or numbers that make no sense.
 

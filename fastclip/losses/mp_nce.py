@@ -30,7 +30,7 @@ class MPNCELoss(nn.Module):
             (DDP) are the full batch's.
         group: the process group; None: the default one.
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
-        chunk_bytes: size of a chunk of the similarity matrix; None: a fixed default.
+        chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
 
     Raises:
         ValueError: an unknown `dist`, or numbers out of range.

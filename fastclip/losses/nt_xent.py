@@ -29,7 +29,7 @@ class NTXentLoss(nn.Module):
         dist: "gather" brings all processes' features at once, "ring" one's after the other.
         group: the process group; None: the default one.
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
-        chunk_bytes: size of a chunk of the similarity matrix; None: a fixed default.
+        chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
 
     Raises:
         ValueError: an unknown `dist`, a temperature that is not positive, or a bank without width.

@@ -25,7 +25,7 @@ class SigLipLoss(nn.Module):
             after the other.
         group: the process group; None: the default one.
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
-        chunk_bytes: size of a chunk of the similarity matrix; None: a fixed default.
+        chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
 
     Raises:
         ValueError: dist_impl is none of open_clip's.

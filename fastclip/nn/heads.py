@@ -164,6 +164,9 @@ def linear_head(width: int, output: int) -> nn.Linear:
         width: of the features, (N, width).
         output: of their projections, (N, output).
 
+    Returns:
+        A layer whose `weight` is (output, width).
+
     Examples:
         >>> import torch
         >>> from fastclip.nn.heads import linear_head
