@@ -53,12 +53,12 @@ def callables() -> Iterator[tuple[str, Any, str]]:
                 yield f"{name}.{attribute}", getattr(one, attribute), inspect.getdoc(method) or ""
 
 
-def described(docstring: str) -> dict[str, str]:
-    """Each argument's description."""
+def described(docstring: str, *sections: str) -> dict[str, str]:
+    """What each name of the sections is."""
     found, inside = {}, False
     for line in docstring.splitlines():
         if re.match(r"\S", line):
-            inside = line in ("Args:", "Attributes:")
+            inside = line in sections
         elif inside and (item := ITEM.fullmatch(line)):
             found |= dict.fromkeys(item[1].split(", "), item[2])
     return found
@@ -94,8 +94,10 @@ def test_it_has_examples(name: str) -> None:
 @pytest.mark.parametrize(("name", "call", "docstring"), CALLABLES, ids=[c[0] for c in CALLABLES])
 def test_it_stands_alone(name: str, call: Any, docstring: str) -> None:
     assert not ELSEWHERE.search(docstring), f"{name} sends its reader elsewhere"
-    of_arguments = described(docstring)
-    for argument in inspect.signature(call).parameters:
+    of_arguments = described(docstring, "Args:", "Attributes:")
+    parameters = inspect.signature(call).parameters
+    assert described(docstring, "Args:").keys() <= parameters.keys(), "there is no such argument"
+    for argument in parameters:
         if argument not in ("self", "cls"):
             assert argument in of_arguments, f"{name}: {argument} is not described"
             text = of_arguments[argument]
