@@ -516,7 +516,8 @@ def sup_con_loss(
     loss = torch.where(has_positive, statistics.lse - statistics.positive_mean, 0.0)
     if reduction == "none":
         return loss
-    total, anchors = global_sum(torch.stack((loss.sum(), has_positive.sum().to(loss))), ranks)
+    sums = global_sum(torch.stack((loss.sum(), has_positive.sum().to(loss))), ranks)
+    total, anchors = sums.unbind()
     return total / anchors.detach().clamp(min=1) if reduction == "mean" else total
 
 

@@ -122,7 +122,8 @@ def cross_correlation_loss(
     check_positive("scale", scale)
     ranks = ranks_of(dist, group, sizes, len(first))
     with without_autocast(first.device):
-        return _CrossCorrelation.apply(first, second, off_diagonal, scale, ranks)
+        loss: Tensor = _CrossCorrelation.apply(first, second, off_diagonal, scale, ranks)
+        return loss
 
 
 class _CrossCorrelation(torch.autograd.Function):

@@ -75,7 +75,8 @@ def attention(
         if chosen == "flash":
             return _flash(q, k, v, causal, scale)
         checks.refuse_transforms(q, k, v)
-        return _attention(q, k, v, key_lengths, causal=causal, scale=scale, needs=())[0]
+        out: Tensor = _attention(q, k, v, key_lengths, causal=causal, scale=scale, needs=())[0]
+        return out
 
 
 def packed_attention(
@@ -122,7 +123,8 @@ def packed_attention(
         qkv = qkv.to(compute_dtype)
         if chosen == "triton":
             checks.refuse_transforms(qkv)
-            return _packed(qkv, key_lengths, causal=causal, scale=scale, needs=())[0]
+            out: Tensor = _packed(qkv, key_lengths, causal=causal, scale=scale, needs=())[0]
+            return out
     options: dict[str, Any] = {"causal": causal, "key_lengths": key_lengths, "scale": scale}
     out = attention(*_unpacked(qkv), **options, backend=chosen, precision="input")
     return out.transpose(1, 2)
@@ -142,7 +144,7 @@ def _choose(
     key_lengths: Tensor | None,
 ) -> str:
     shape = (int(q.shape[2]), int(k.shape[2]), int(q.shape[3]))
-    chosen = _choice(*shape, causal, dtype, backend, q.device)
+    chosen: str = _choice(*shape, causal, dtype, backend, q.device)
     if chosen == "triton":
         if shape[2] > WIDEST:
             raise ValueError(
@@ -163,7 +165,7 @@ def _choice(
     backend: str,
     device: torch.device,
 ) -> str:
-    chosen = backends.choose("attention", backend, device, dtype)
+    chosen: str = backends.choose("attention", backend, device, dtype)
     asked = backend != "auto" or os.environ.get(backends.ENVIRONMENT_VARIABLE) == chosen
     if asked or device.type != "cuda":
         return chosen
@@ -254,8 +256,9 @@ def _write_gradient(
     (q, k, _), (out, lse, upstream) = inputs, results
     plan = gradient_plan(_key(q, k, options.causal), q.device)
     q, k, v, upstream = _readable(*inputs, upstream)
+    dq, dk, dv = gradients
     where = _as_int(lengths), options.scale, options.causal, plan
-    gradient(q, k, v, out, lse, upstream, *gradients, *where)
+    gradient(q, k, v, out, lse, upstream, dq, dk, dv, *where)
     _count(q, k, 5 if plan.whole else 7)
 
 
@@ -292,7 +295,8 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tenso
     from flash_attn import flash_attn_func
 
     lines = (t.transpose(1, 2) for t in (q, k, v))
-    return flash_attn_func(*lines, softmax_scale=scale, causal=causal).transpose(1, 2)
+    out: Tensor = flash_attn_func(*lines, softmax_scale=scale, causal=causal)
+    return out.transpose(1, 2)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, compute_dtype: torch.dtype) -> None:
@@ -336,17 +340,18 @@ def _check_options(
     if key_lengths is not None:
         checks.check_ids("key_lengths", key_lengths, query.shape[0], query.device)
     if scale is None:
-        return query.shape[3] ** -0.5
+        default: float = query.shape[3] ** -0.5
+        return default
     checks.check_positive("scale", scale)
     return float(scale)
 
 
-def _flop(shapes: Sequence[Any], products: int) -> int:
+def _flop(shapes: Sequence[Sequence[int]], products: int) -> int:
     b, h, s, d = shapes[0]
     return products * 2 * b * h * s * shapes[1][2] * d
 
 
-def _packed_flop(shapes: Sequence[Any], products: int) -> int:
+def _packed_flop(shapes: Sequence[Sequence[int]], products: int) -> int:
     b, s, _, h, d = shapes[0]
     return products * 2 * b * h * s * s * d
 
