@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fastclip.data.order import Order, hash64
-from fastclip.data.progress import LoaderDiedError, ReadingBoard
 from fastclip.data.samples import Source, UnreadableSample
 from fastclip.data.training_samples import TrainingSamples
+from fastclip.data.watchdog import LoaderDiedError, ReadingBoard
 
 # What torch says of a process that has gone; of one that raised it says "Caught ...".
 _DIED = re.compile(

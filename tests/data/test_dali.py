@@ -14,8 +14,8 @@ from PIL import Image
 
 from fastclip.data import dali
 from fastclip.data.augment import Augmentation, AugmentationParams
+from fastclip.data.jpeg import as_tensor, is_whole_jpeg
 from fastclip.data.order import Order
-from fastclip.data.portable import as_tensor, is_whole_jpeg
 from fastclip.data.shards import ShardSource
 from fastclip.data.training_samples import TrainingSamples
 from fastclip.data.views import replay

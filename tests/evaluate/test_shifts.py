@@ -29,8 +29,8 @@ from fastclip.evaluate.shifts import (
     read_metrics,
     shifts_in,
 )
+from fastclip.models.classifier import Classifier
 from fastclip.models.clip import Model
-from fastclip.models.controls import Classifier
 from fastclip.train.config import parse
 from fastclip.train.loop import train
 from tests.evaluate.test_imagenet import write_image, write_mappings

@@ -9,7 +9,7 @@ import torch
 import fastclip
 from fastclip.cli import main
 from fastclip.data.scenes import CLASSES
-from fastclip.models.controls import Classifier
+from fastclip.models.classifier import Classifier
 from fastclip.train.config import parse
 from fastclip.train.log import read_metrics
 from fastclip.train.loop import train

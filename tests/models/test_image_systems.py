@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastclip.models.classifier import Classifier
 from fastclip.models.clip import create
-from fastclip.models.controls import Classifier, SimCLR, load_image_tower
+from fastclip.models.image_tower import load_image_tower
 from fastclip.models.options import SystemOptions
+from fastclip.models.simclr import SimCLR
 from fastclip.models.system import PREFIX, System, TwoTowers
 from fastclip.train.accumulate import accumulate
 from tests.models.harness import (
