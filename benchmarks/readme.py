@@ -168,11 +168,11 @@ def _lines(group: Group) -> list[list[str]]:
     """fastclip's cells in the first line alone."""
     ours = group.ours
     assert ours is not None
-    roof = ours.get("roof_share")
+    share = ours.get("matmul_share")
     own = [
         f"`{group.key[0]}_loss`",
         number(1e3 * ours["p50"]),
-        "" if roof is None else f"{roof:.0%}",
+        "" if share is None else f"{share:.0%}",
         _peak(ours.get("peak_bytes")),
     ]
     lines = []

@@ -166,7 +166,7 @@ class TrainingLoader:
         return self.samples.board.describe(self.samples.source.place)
 
     @contextmanager
-    def naming_the_dead(self) -> Iterator[None]:
+    def reporting_worker_failure(self) -> Iterator[None]:
         """Around everything that the loader may interrupt when one of its processes has died.
 
         Raises:

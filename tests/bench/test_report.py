@@ -31,6 +31,16 @@ def changed(tmp_path: Path, name: str, **change: Any) -> Path:
     return file
 
 
+def test_fields_of_older_files_are_read() -> None:
+    old = json.loads(LOSSES.read_text())["results"][0]
+    assert old["roof_share"] == records.read(LOSSES).rows[0]["matmul_share"] is not None
+    memory = RESULTS / "2026-11-28-cpu-memory.json"
+    pairs = zip(json.loads(memory.read_text())["results"], records.read(memory).rows, strict=True)
+    for old, row in pairs:
+        for name in ("saved", "peak"):
+            assert old[f"{name}_order"] == row[f"{name}_exponent"]
+
+
 def test_fastclip_stands_beside_the_best_baseline(tmp_path: Path) -> None:
     target = tmp_path / "out" / "report.md"
     report.write([records.read(LOSSES)], target)
