@@ -49,7 +49,7 @@ def prediction_loss(
 
     Args:
         prediction, target: (N, D), not normalized.
-        dist, group, sizes: see `fastclip.functional`; both ways are one sum here.
+        dist, group, sizes: see `fastclip.functional`; both exchanges are one sum here.
 
     Returns:
         0-d, float32 (float64 for float64).
@@ -84,7 +84,7 @@ def cross_correlation_loss(
         first, second: (N, D), each column standardized over the batch (a head's last
             `GlobalBatchNorm`).
         off_diagonal: weight of redundancy.
-        dist, group, sizes: see `fastclip.functional`; both ways sum C over the ranks.
+        dist, group, sizes: see `fastclip.functional`; both exchanges sum C over the ranks.
 
     Returns:
         0-d, float32 (float64 for float64).
@@ -177,7 +177,7 @@ def swapped_assignment_loss(
         logit_scale: exponentiated, 0-d, (1,) or a float.
         epsilon: temperature of the assignments.
         iterations: of Sinkhorn-Knopp.
-        dist, group, sizes: see `fastclip.functional`; both ways gather the views.
+        dist, group, sizes: see `fastclip.functional`; both exchanges gather the views.
 
     Returns:
         0-d, float32 (float64 for float64). Matrices are this rank's rows by all columns.

@@ -89,7 +89,7 @@ class LabelCriterion(Criterion):
 
         Args:
             features: image.0, (N, D), and label, (N,) int64, -1 for none.
-            dist, group, sizes: see `fastclip.functional`; both ways are one sum here.
+            dist, group, sizes: see `fastclip.functional`; both exchanges are one sum here.
         """
         label = features["label"]
         ranks = ranks_of(dist, group, sizes, len(label))

@@ -53,7 +53,7 @@ def test_wrong_usage_is_status_2(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "told"),
+    ("command", "message"),
     [
         ("eval zeroshot --model x --csv-separator ab", "--csv-separator is 'ab'"),
         ("embed images scenes --model x -o a.npy --cache-bytes 0", "--cache-bytes is 0"),
@@ -63,11 +63,11 @@ def test_wrong_usage_is_status_2(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_a_bad_value_of_a_known_flag_is_a_sentence(
-    command: str, told: str, capsys: pytest.CaptureFixture[str]
+    command: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(command.split()) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert told in line
+    assert message in line
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:

@@ -259,10 +259,10 @@ def test_other_towers_are_refused(tmp_path: Path) -> None:
     del weights["visual.proj"]
     with pytest.raises(ValueError) as refused:
         load_image_tower(system, weights)
-    told = str(refused.value)
-    assert "missing: proj;" in told
-    assert "12 unexpected: transformer.resblocks.1.attn" in told
-    assert "conv1.weight (16, 3, 4, 4) for (16, 3, 8, 8)" in told
+    message = str(refused.value)
+    assert "missing: proj;" in message
+    assert "12 unexpected: transformer.resblocks.1.attn" in message
+    assert "conv1.weight (16, 3, 4, 4) for (16, 3, 8, 8)" in message
     with pytest.raises(ValueError, match=r"no image tower.*the first is logit_scale"):
         load_image_tower(system, {"logit_scale": torch.zeros(())})
     for name, value in system.state_dict().items():
