@@ -231,8 +231,8 @@ def _signature(name: str, texts: list[str], returns: ast.expr | None = None) -> 
             lines.append("    ")
         lines[-1] += part
     lines[-1] += f"){arrow}"
-    told = "\n".join(line.rstrip() for line in lines).replace("'", '"')
-    return f"```text\n{told}\n```"
+    signature = "\n".join(line.rstrip() for line in lines).replace("'", '"')
+    return f"```text\n{signature}\n```"
 
 
 def markdown(docstring: str) -> str:
@@ -258,10 +258,10 @@ def markdown(docstring: str) -> str:
         else:
             inside = False
             lines.append(line)
-    told = (line for line in lines if line is not None)
+    kept = (line for line in lines if line is not None)
     # outside of indented formulas, what could be taken for a tag
     text = "\n".join(
-        x if x.startswith("    ") else re.sub(r"<(?=\w)", "&lt;", x) for x in told
+        x if x.startswith("    ") else re.sub(r"<(?=\w)", "&lt;", x) for x in kept
     ).strip()
     if not examples:
         return text

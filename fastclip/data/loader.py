@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fastclip.data.order import Order, hash64
-from fastclip.data.progress import LoaderDiedError, ReadingBoard
 from fastclip.data.samples import Source, UnreadableSample
 from fastclip.data.training_samples import TrainingSamples
+from fastclip.data.watchdog import LoaderDiedError, ReadingBoard
 
 # What torch says of a process that has gone; of one that raised it says "Caught ...".
 _DIED = re.compile(
@@ -184,7 +184,7 @@ class TrainingLoader:
         return self.samples.board.describe(self.samples.source.place)
 
     @contextmanager
-    def naming_the_dead(self) -> Iterator[None]:
+    def reporting_worker_failure(self) -> Iterator[None]:
         """Around everything that the loader may interrupt when one of its processes has died.
 
         Raises:

@@ -16,13 +16,13 @@ from torch.utils.data import Dataset
 from fastclip.data.augment import Augmentation, draw_view
 from fastclip.data.captions import CaptionSampling
 from fastclip.data.index import Fault
+from fastclip.data.jpeg import decode_pixels, portable, trim
 from fastclip.data.labels import LabelSource
 from fastclip.data.order import Order, hash64
-from fastclip.data.portable import decode_pixels, portable, trim
-from fastclip.data.progress import ReadingBoard
 from fastclip.data.samples import Sample, Source, UnreadableSample, decode
 from fastclip.data.tokens import Tokenizer, tokenize
 from fastclip.data.views import Hue, render_view
+from fastclip.data.watchdog import ReadingBoard
 
 REPLACEMENT_ATTEMPTS = 32
 

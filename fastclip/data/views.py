@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastclip.data.augment import COLOR_STEPS, AugmentationParams, blur_radius
-from fastclip.data.portable import as_tensor
+from fastclip.data.jpeg import as_tensor
 
 # ITU-R BT.601, as Pillow, torchvision and DALI use it
 GRAY = np.array([0.299, 0.587, 0.114], dtype=np.float32)

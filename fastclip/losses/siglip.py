@@ -10,7 +10,7 @@ from fastclip.functional import siglip_loss
 from fastclip.ops.collectives import ranks_of
 from fastclip.ops.sigmoid import sigmoid_loss
 
-_WAYS = {"bidir": "ring", "shift": "ring", "reduce": "gather", "gather": "gather"}
+_EXCHANGES = {"bidir": "ring", "shift": "ring", "reduce": "gather", "gather": "gather"}
 
 
 class SigLipLoss(nn.Module):
@@ -20,7 +20,7 @@ class SigLipLoss(nn.Module):
         cache_labels: accepted for open_clip's sake; nothing is cached.
         rank, world_size: this process's number in `group`, and how many there are; each compares
             its images with all texts.
-        dist_impl: open_clip's four ways to exchange texts, of one value and one gradient: with
+        dist_impl: open_clip's four exchanges of texts, of one value and one gradient: with
             "gather" and "reduce" all texts come at once, with "bidir" and "shift" one rank's
             after the other.
         group: the process group; None: the default one.
@@ -51,8 +51,8 @@ class SigLipLoss(nn.Module):
         chunk_bytes: int | None = None,
     ) -> None:
         super().__init__()
-        if dist_impl is not None and dist_impl not in _WAYS:
-            raise ValueError(f"dist_impl is {dist_impl!r}; use one of {', '.join(_WAYS)}")
+        if dist_impl is not None and dist_impl not in _EXCHANGES:
+            raise ValueError(f"dist_impl is {dist_impl!r}; use one of {', '.join(_EXCHANGES)}")
         self.cache_labels = cache_labels
         self.rank = rank
         self.world_size = world_size
@@ -116,7 +116,7 @@ class SigLipLoss(nn.Module):
             loss = siglip_loss(image_features, text_features, logit_scale, logit_bias, **options)
         else:
             n = image_features.shape[0]
-            ranks = ranks_of(_WAYS[self.dist_impl], self.group, None, n)
+            ranks = ranks_of(_EXCHANGES[self.dist_impl], self.group, None, n)
             # the value is the own rows', as open_clip's; its gradient reaches all texts
             total = sigmoid_loss(
                 image_features, text_features, logit_scale, logit_bias, ranks=ranks, **options

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastclip.models import checkpoint
+from fastclip.models.classifier import Classifier
 from fastclip.models.clip import (
     CONFIG_FILE,
     SYSTEM,
@@ -20,10 +21,11 @@ from fastclip.models.clip import (
     system_of,
 )
 from fastclip.models.clip import describe as describe_towers
-from fastclip.models.controls import Classifier, SimCLR, load_image_tower
+from fastclip.models.image_tower import load_image_tower
+from fastclip.models.language_model import LanguageModelTower, with_language_model
 from fastclip.models.options import SystemOptions
 from fastclip.models.rocket import Rocket
-from fastclip.models.semantic import LanguageModelTower, with_language_model
+from fastclip.models.simclr import SimCLR
 from fastclip.models.system import PREFIX, System
 from fastclip.models.uniclip import UniClip
 

@@ -59,8 +59,8 @@ def test_examples_are_blocks_of_code() -> None:
 
 
 def test_every_public_name_is_in_it() -> None:
-    told = {entry.name for entry in ENTRIES}
-    assert told >= {f"fastclip.{name}" for name in fastclip.__all__} - {
+    listed = {entry.name for entry in ENTRIES}
+    assert listed >= {f"fastclip.{name}" for name in fastclip.__all__} - {
         "fastclip.functional",
         "fastclip.__version__",
     }
@@ -74,10 +74,10 @@ def test_every_public_name_is_in_it() -> None:
 
 
 def test_every_loss_function_is_in_it() -> None:
-    told = {entry.name for entry in ENTRIES}
+    listed = {entry.name for entry in ENTRIES}
     for node in API.tree("fastclip.functional").body:
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
-            assert f"fastclip.functional.{node.name}" in told
+            assert f"fastclip.functional.{node.name}" in listed
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
