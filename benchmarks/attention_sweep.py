@@ -111,43 +111,43 @@ def sweep(
 
     stop = time.monotonic() + seconds
     jobs = [
-        Job(kind, lines, causal, tokens, heads, width, plan)
-        for lines, causal in shapes
+        Job(kind, length, causal, tokens, heads, width, plan)
+        for length, causal in shapes
         for kind, table in TABLES.items()
-        for plan in table[lines]
+        for plan in table[length]
     ]
     tried = try_all(jobs, 0.6 * seconds)
     found = measured()["plans"].setdefault(true_architecture(torch.device("cuda")), {})
     rows: list[dict[str, Any]] = []
-    for lines, causal in shapes:
-        qkv = inputs_of(max(tokens // lines, 1), lines, heads, width, torch.bfloat16, "cuda")
+    for length, causal in shapes:
+        qkv = inputs_of(max(tokens // length, 1), length, heads, width, torch.bfloat16, "cuda")
         work = _Work(split(qkv), causal)
         for kind in TABLES:
             if time.monotonic() > stop:
-                say("out of time before", lines, kind)
+                say("out of time before", length, kind)
                 break
             about = {
                 str(job.plan): found
                 for job, found in tried.items()
-                if (job.kind, job.lines) == (kind, lines)
+                if (job.kind, job.length) == (kind, length)
             }
             for name, trial in about.items():
                 if trial["status"] != "ok":
-                    rows.append({"lines": lines, "kind": kind, "plan": name, **trial})
-                    say(lines, kind, name, trial["status"])
+                    rows.append({"length": length, "kind": kind, "plan": name, **trial})
+                    say(length, kind, name, trial["status"])
             runs = work.runs(kind, [f["fields"] for f in about.values() if f["status"] == "ok"])
             times, broken = interleave(runs, 9, Settings(device="cuda", warmup=3))
             for name, status in broken.items():
-                say(lines, kind, name, status)
+                say(length, kind, name, status)
             best = None
             for name, values in sorted(times.items(), key=lambda item: statistics.median(item[1])):
                 p50 = statistics.median(values)
-                rows.append({"lines": lines, "kind": kind, "plan": name, "p50": p50, "ms": values,
+                rows.append({"length": length, "kind": kind, "plan": name, "p50": p50, "ms": values,
                              **about.get(name, {})})  # fmt: skip
-                say(f"{lines:4} {kind:8} {p50 * 1e3:7.3f} ms  {name} {about.get(name, '')}")
+                say(f"{length:4} {kind:8} {p50 * 1e3:7.3f} ms  {name} {about.get(name, '')}")
                 if best is None and name in about:
                     best = about[name]["fields"]
-            key = shape_key(lines, lines, width, torch.bfloat16, causal)
+            key = shape_key(length, length, width, torch.bfloat16, causal)
             if best is not None:
                 found.setdefault(kind, {})[key] = best
             # after every table, so that a run cut short leaves what it found
@@ -165,7 +165,7 @@ class Job(NamedTuple):
     """A plan to try, and on what."""
 
     kind: str
-    lines: int
+    length: int
     causal: bool
     tokens: int
     heads: int
@@ -297,8 +297,8 @@ def _kernels_made() -> Iterator[dict[str, Any]]:
 
 def try_job(job: Job, device: str = "cuda") -> dict[str, Any]:
     """Try one plan in this process."""
-    batch = max(job.tokens // job.lines, 2)
-    qkv = inputs_of(batch, job.lines, job.heads, job.width, torch.bfloat16, device)
+    batch = max(job.tokens // job.length, 2)
+    qkv = inputs_of(batch, job.length, job.heads, job.width, torch.bfloat16, device)
     return _Work(split(qkv), job.causal).trial(job.kind, tuple(job.plan))
 
 

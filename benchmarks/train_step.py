@@ -199,8 +199,8 @@ def _fastclip(name: str, batch: Batch, settings: StepSettings) -> Call:
             engine.update(learning_rate(config, done, _TOTAL_STEPS))
             done += 1
             if number in (0, steps - 1):
-                told = loss.item(), engine.norm.item(), engine.logit_scale
-        return told[0]
+                reported = loss.item(), engine.norm.item(), engine.logit_scale
+        return reported[0]
 
     return call
 

@@ -53,6 +53,13 @@ def attention(
 
     Raises:
         ValueError: on shapes, dtypes, devices or options that do not fit together.
+
+    Examples:
+        >>> import torch
+        >>> from fastclip.functional import attention
+        >>> query, key, value = torch.zeros(3, 2, 4, 50, 64)  # 2 images, 4 heads, 50 tokens
+        >>> attention(query, key, value).shape
+        torch.Size([2, 4, 50, 64])
     """
     compute_dtype = checks.compute_dtype_of(query, precision)
     _check(query, key, value, compute_dtype)
@@ -85,13 +92,25 @@ def packed_attention(
 
     Args:
         qkv: (B, S, 3, H, D): query, key and value of every line and head.
-        causal, key_lengths, scale, backend, precision: as `attention`.
+        causal: whether a line sees only itself and those before it.
+        key_lengths: (B,) integers; lines from there on are padding.
+        scale: a positive number; None is 1 / sqrt(D).
+        backend: "auto", "triton", "sdpa" (torch's), "flash" (the flash-attn package) or
+            "reference" (dense, twice differentiable).
+        precision: "auto" follows autocast, "input" computes in the input's dtype.
 
     Returns:
-        (B, S, H, D), contiguous with `triton`.
+        (B, S, H, D) in the dtype of the computation, contiguous with `triton`.
 
     Raises:
         ValueError: on shapes, dtypes, devices or options that do not fit together.
+
+    Examples:
+        >>> import torch
+        >>> from fastclip.functional import packed_attention
+        >>> qkv = torch.nn.Linear(256, 3 * 256)(torch.zeros(2, 50, 256)).unflatten(-1, (3, 4, 64))
+        >>> packed_attention(qkv).flatten(2).shape  # heads side by side again
+        torch.Size([2, 50, 256])
     """
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise ValueError(f"qkv has shape {tuple(qkv.shape)}; give (batch, lines, 3, heads, width)")
