@@ -19,30 +19,30 @@ class DataOptions:
             the cache has no room at all.
     """
 
-    dataset_type: DatasetType = flag("auto", "data", defines_run=True)
+    dataset_type: DatasetType = flag("auto", defines_run=True)
     """What the data are; auto decides by their name. Of --val-data in training it counts only where
     the name leaves it open."""
-    csv_img_key: str = flag("filepath", "data", defines_run=True)
+    csv_img_key: str = flag("filepath", defines_run=True)
     """Column of a table that holds the paths of images."""
-    csv_caption_key: str = flag("title", "data", defines_run=True)
+    csv_caption_key: str = flag("title", defines_run=True)
     """Column of a table that holds captions; rows with one path are captions of one image."""
-    csv_separator: str = flag("\t", "data", defines_run=True)
+    csv_separator: str = flag("\t", defines_run=True)
     """One character between the columns of a table; \\t means a tab."""
-    image_root: str | None = flag(None, "data", defines_run=True)
+    image_root: str | None = flag(None, defines_run=True)
     """Folder of a table's images; by default beside the table."""
-    templates: str | None = flag(None, "data", defines_run=True)
+    templates: str | None = flag(None, defines_run=True)
     """File of prompt templates, one a line with {} or {c} for the class name; they make an
     image folder's captions (by default 'a photo of a {}.'), and the prompts of a zero-shot
     evaluation."""
-    captions: str | None = flag(None, "data", defines_run=True)
+    captions: str | None = flag(None, defines_run=True)
     """Which captions to use of shards and scenes, with the weights they are drawn by, e.g.
     'txt=1,recaption=3': txt is KEY.txt, other names are keys of KEY.json with a text or a list of
     texts; the scenes have alt, short and dense."""
-    cache_dir: str | None = flag(None, "data", defines_run=False)
+    cache_dir: str | None = flag(None, defines_run=False)
     """Folder that remote shards are fetched to; by default fastclip in the user's cache."""
-    cache_bytes: int = flag(CACHE_BYTES, "data", defines_run=False)
+    cache_bytes: int = flag(CACHE_BYTES, defines_run=False)
     """Most bytes kept there; the least recently used shards are deleted."""
-    allow_commands: bool = flag(False, "data", defines_run=False)
+    allow_commands: bool = flag(False, defines_run=False)
     """Run data named pipe:COMMAND with the shell and take the output for a shard; for names that
     you trust only."""
 

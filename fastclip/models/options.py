@@ -47,80 +47,78 @@ class SystemOptions:
         ValueError: values out of range, or that exclude each other.
     """
 
-    objective: Objective = flag("clip", "model", defines_run=True)
+    objective: Objective = flag("clip", defines_run=True)
     """clip (with --siglip, its loss); slip, siamlip, byolip, barlip, swalip: CLIP with a
     non-contrastive or image-image term; rocket: CLIP-Rocket; uniclip; without language: classify
     (by label) and simclr."""
-    strong_views: int | None = flag(None, "data", defines_run=True)
+    strong_views: int | None = flag(None, defines_run=True)
     """Strongly augmented views of each image, and for the objectives from siamlip to rocket of each
     text, besides the weak one; by default 2 where the objective has any."""
-    head_width: int | None = flag(None, "model", defines_run=True)
+    head_width: int | None = flag(None, defines_run=True)
     """Width of the common space behind heads; by default that of the towers' features."""
-    head_hidden: int = flag(4096, "model", defines_run=True)
+    head_hidden: int = flag(4096, defines_run=True)
     """Width of the hidden layers of MLP heads."""
-    separate_heads: bool = flag(True, "model", defines_run=True)
+    separate_heads: bool = flag(True, defines_run=True)
     """Heads of their own for strong views; without, one linear head a modality serves all."""
-    projector_hidden: int | None = flag(None, "model", defines_run=True)
+    projector_hidden: int | None = flag(None, defines_run=True)
     """Width of the hidden layers of the projectors of slip, simclr and the added terms; by default
     the paper's."""
-    projector_width: int | None = flag(None, "model", defines_run=True)
+    projector_width: int | None = flag(None, defines_run=True)
     """Width of what they project to; by default the paper's."""
-    separate_projectors: bool = flag(False, "model", defines_run=True)
+    separate_projectors: bool = flag(False, defines_run=True)
     """Projectors of their own for strong views."""
-    extra_weight: float | None = flag(None, "loss", defines_run=True)
+    extra_weight: float | None = flag(None, defines_run=True)
     """Weight of the term that is added to CLIP's loss; by default the paper's: 0.2 of swalip, 1 of
     the others."""
-    label_smoothing: float = flag(0.0, "loss", defines_run=True)
+    label_smoothing: float = flag(0.0, defines_run=True)
     """Mass of the loss's target spread over all candidates; for rocket and its kin, of the strong
     views' loss."""
 
-    pair_loss: Literal["mp-nce", "info-nce", "sup-con"] = flag("mp-nce", "loss", defines_run=True)
+    pair_loss: Literal["mp-nce", "info-nce", "sup-con"] = flag("mp-nce", defines_run=True)
     """uniclip: the loss over views and texts. info-nce takes each two blocks by themselves; sup-con
     has positives in each other's denominators, and one scale."""
-    pair_weight: tuple[float, float, float] | None = flag(None, "loss", defines_run=True)
+    pair_weight: tuple[float, float, float] | None = flag(None, defines_run=True)
     """uniclip: weights of the positives of image-image, image-text and text-text pairs; by default
     each kind present contributes alike."""
-    augmentation_encoder: bool = flag(True, "model", defines_run=True)
+    augmentation_encoder: bool = flag(True, defines_run=True)
     """uniclip: give the image head the augmentation of each view."""
-    shared_similarity: bool = flag(False, "loss", defines_run=True)
+    shared_similarity: bool = flag(False, defines_run=True)
     """uniclip: one temperature and offset for all pairs, not one for each kind."""
 
-    hard_negatives: int = flag(0, "data", defines_run=True)
+    hard_negatives: int = flag(0, defines_run=True)
     """False captions of each image, as further columns of its row; for clip."""
 
-    text_lm: str | None = flag(None, "model", defines_run=True)
+    text_lm: str | None = flag(None, defines_run=True)
     """A language model of Hugging Face's, by name or folder, as text tower in place of --model's.
     It is frozen but for its last layers, which attend in both directions."""
-    text_lm_unfrozen: int = flag(4, "model", defines_run=True)
+    text_lm_unfrozen: int = flag(4, defines_run=True)
     """How many layers those are."""
-    text_lm_pooling: Literal["mean", "last"] = flag("mean", "model", defines_run=True)
+    text_lm_pooling: Literal["mean", "last"] = flag("mean", defines_run=True)
     """Which of its states are the text's feature: all tokens' mean, or the last token's."""
-    text_lm_cache_bytes: int = flag(0, "model", defines_run=True)
+    text_lm_cache_bytes: int = flag(0, defines_run=True)
     """Most bytes of the frozen part's states kept in memory, by text."""
-    context_length: int | None = flag(None, "model", defines_run=True)
+    context_length: int | None = flag(None, defines_run=True)
     """Tokens that --text-lm's texts are cut to; by default 128, or as many as it takes. Other text
     towers have theirs in --model's config."""
-    lock_image: bool = flag(False, "model", defines_run=True)
+    lock_image: bool = flag(False, defines_run=True)
     """Train nothing of the image tower."""
-    lock_image_unlocked_groups: int = flag(0, "model", defines_run=True)
+    lock_image_unlocked_groups: int = flag(0, defines_run=True)
     """But for its last so many groups of layers."""
-    lock_image_freeze_bn_stats: bool = flag(False, "model", defines_run=True)
+    lock_image_freeze_bn_stats: bool = flag(False, defines_run=True)
     """Also keep the locked batch normalizations' running statistics."""
 
-    classes: str | None = flag(None, "data", defines_run=True)
+    classes: str | None = flag(None, defines_run=True)
     """classify: file of class names, one a line in the order of the labels."""
-    label_source: Literal["cls", "text"] = flag("cls", "data", defines_run=True)
+    label_source: Literal["cls", "text"] = flag("cls", defines_run=True)
     """classify: labels from the data (KEY.cls, folders), or from class names found in captions;
     samples without one take no part in the loss."""
-    label_case_sensitive: bool = flag(False, "data", defines_run=True)
+    label_case_sensitive: bool = flag(False, defines_run=True)
     """classify: whether capitals matter in that."""
-    classifier: Literal["linear", "prototype", "zeroshot"] = flag(
-        "linear", "model", defines_run=True
-    )
+    classifier: Literal["linear", "prototype", "zeroshot"] = flag("linear", defines_run=True)
     """classify: linear, with a bias; prototype: by the cosine of features and one vector a class,
     times a learned scale; zeroshot: prototypes that begin as the class names' text features of
     --finetune's model, where it has not been trained yet."""
-    finetune: str | None = flag(None, "model", defines_run=True)
+    finetune: str | None = flag(None, defines_run=True)
     """Run or checkpoint, of any objective, whose image tower is begun with."""
 
     def __post_init__(self) -> None:

@@ -63,8 +63,8 @@ class ClipObjective(Objective):
     shared = ("logit_scale", "logit_bias")
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
-        self.siglip, self.label_smoothing = config.siglip, config.label_smoothing
-        self.hard_negatives = config.hard_negatives
+        self.siglip, self.label_smoothing = config.loss.siglip, config.model.label_smoothing
+        self.hard_negatives = config.model.hard_negatives
         self.bounds = {"logit_scale": (0.0, LOGIT_SCALE_MAX)}
         if getattr(model, "logit_bias", None) is not None:
             self.bounds["logit_bias"] = (-math.inf, math.inf)

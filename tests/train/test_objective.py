@@ -59,7 +59,9 @@ def inputs() -> dict[str, Any]:
 def test_false_captions_are_columns_of_every_image() -> None:
     for smoothing in (0.0, 0.1):
         fast, reference = Towers(), Towers()
-        objective = ClipObjective(fast, TrainConfig(hard_negatives=2, label_smoothing=smoothing))
+        objective = ClipObjective(
+            fast, TrainConfig.from_flat(hard_negatives=2, label_smoothing=smoothing)
+        )
         output = objective.forward(fast, inputs())
         assert output["false_features"].shape == (ROWS, FALSE, WIDTH)
         found = objective.loss(output)

@@ -183,4 +183,6 @@ def set_head_weight(model: Model, weight: float) -> None:
 
 
 def _architecture(run: Path) -> str:
-    return str(read_yaml(run / "config.yaml")["model"])
+    model = read_yaml(run / "config.yaml")["model"]
+    # by section, or flat, as runs of before have it
+    return str(model["model"] if isinstance(model, dict) else model)
