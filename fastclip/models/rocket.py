@@ -317,7 +317,6 @@ class Rocket(TwoTowers):
             return super().renormalize(features)
         return self.weigh(*self.weak_and_strong(features))
 
-    @property
-    def logit_scale_of(self) -> tuple[str, Callable[[Tensor], Tensor]]:
-        """See `System.logit_scale_of`: the weak pair's."""
-        return PREFIX + "weak_logit_scale", torch.exp
+    def logit_scale(self, parameter: Callable[[str], Tensor]) -> float:
+        """See `System.logit_scale`: the weak pair's."""
+        return parameter(PREFIX + "weak_logit_scale").exp().item()

@@ -94,6 +94,8 @@ class Criterion(nn.Module):
 class System(nn.Module):
     """Base of all systems; a subclass makes `criterion`, and gives `features` and the encoders.
 
+    It is a `fastclip.train.objective.Objective`, which has the description of what trains it.
+
     Args:
         criterion: its parameters should all have a part in the loss, or be frozen: data-parallel
             training waits for the gradient of every one.
@@ -156,8 +158,12 @@ class System(nn.Module):
         }
         return Outputs(self.features(batch), handed).flat()
 
+    def outputs(self, towers: Callable[..., Any], batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What `forward` gives, of `towers`, which wrap the system."""
+        return dict(towers(batch))
+
     def loss(
-        self, output: Mapping[str, Tensor], teacher: "System | None" = None, **exchange: Any
+        self, output: Mapping[str, Tensor], teacher: nn.Module | None = None, **exchange: Any
     ) -> Tensor:
         """The loss of a whole batch, 0-d.
 
@@ -171,19 +177,33 @@ class System(nn.Module):
         state = {**outputs.parameters, **dict(self.criterion.named_buffers())}
         shell = self._shell[0].train(self.criterion.training)
         if self.needs_teacher:
-            assert teacher is not None
+            assert isinstance(teacher, System)
             with torch.no_grad():
                 exchange["targets"] = teacher.criterion.targets(outputs.taught)
         return functional_call(shell, state, (outputs.features,), exchange, strict=True)
+
+    def exact(self, output: dict[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+        """Put the values of float32 parameters in place of rounded ones, whose gradient stays."""
+        for name, value in parameters.items():
+            rounded = output[name].float()
+            output[name] = value + rounded - rounded.detach()
+
+    @property
+    def shared(self) -> set[str]:
+        """Names of the outputs that belong to no sample: the criterion's parameters."""
+        return {PREFIX + name for name, _ in self.criterion.named_parameters()}
 
     @property
     def bounds(self) -> dict[str, tuple[float, float]]:
         """The criterion's, under the system's names."""
         return {PREFIX + name: bound for name, bound in self.criterion.bounds.items()}
 
-    @property
-    def logit_scale_of(self) -> tuple[str, Callable[[Tensor], Tensor]] | None:
-        """Name of the parameter that holds the image-text scale, and how: for the log; or None."""
+    def logit_scale(self, parameter: Callable[[str], Tensor]) -> float | None:
+        """The scale of image-text logits for the log, of parameters by name; None without one."""
+        return None
+
+    def chance(self, samples: int) -> float | None:
+        """The loss of a system that distinguishes nothing, where it is known."""
         return None
 
 

@@ -206,11 +206,10 @@ class UniClip(TwoTowers):
         projected = self.criterion.text_head(self.towers.encode_text(text))
         return F.normalize(projected, dim=-1) if normalize else projected
 
-    @property
-    def logit_scale_of(self) -> tuple[str, Callable[[Tensor], Tensor]]:
-        """See `System.logit_scale_of`."""
-        entry = self.criterion.pair[IMAGE, TEXT].item()
-        return PREFIX + "log_temperature", lambda value: torch.exp(-value[entry])
+    def logit_scale(self, parameter: Callable[[str], Tensor]) -> float:
+        """See `System.logit_scale`."""
+        entry = int(self.criterion.pair[IMAGE, TEXT])
+        return parameter(PREFIX + "log_temperature")[entry].neg().exp().item()
 
 
 def _check_weight(weight: tuple[float, float, float], pair_loss: str) -> None:

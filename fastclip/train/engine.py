@@ -157,7 +157,7 @@ class Engine:
         """
         for batch in batches:
             inputs = self._inputs(batch)
-            forward = functools.partial(self.objective.forward, self.model, inputs)
+            forward = functools.partial(self.objective.outputs, self.model, inputs)
             pixels = {f"image {view}": image for view, image in enumerate(inputs["images"])}
             with self._autocast:
                 found = first_non_finite(self.model, pixels, forward)

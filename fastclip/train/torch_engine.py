@@ -57,7 +57,7 @@ class TorchEngine(Engine):
 
     def _forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         with self._autocast:
-            return self.objective.forward(self._towers, self._inputs(batch))
+            return self.objective.outputs(self._towers, self._inputs(batch))
 
     def _reduce_once(self, last: bool) -> AbstractContextManager[Any]:
         """Gradients are averaged over the ranks with the last micro-batch's backward."""

@@ -249,7 +249,7 @@ class DeepSpeedEngine(Engine):
         return inputs
 
     def _forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        output = self.objective.forward(self._engine, self._inputs(batch))
+        output = self.objective.outputs(self._engine, self._inputs(batch))
         if self._dtype != torch.float32:
             self.objective.exact(output, self._exact)
         return output
