@@ -6,6 +6,7 @@ Pre-training") train the same image tower by labels, and by contrasting views of
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from fastclip.functional import Exchange, nt_xent_loss
 from fastclip.models.clip import load_weights
 from fastclip.models.options import SystemOptions
 from fastclip.models.rocket import SIMCLR_TEMPERATURE, TERMS
-from fastclip.models.system import Criterion, System
+from fastclip.models.system import Criterion, Features, System, View
 from fastclip.nn.heads import MLPHead
 from fastclip.ops.collectives import global_sum, ranks_of
 from fastclip.ops.gemm import accumulator_dtype
@@ -39,9 +40,9 @@ class ImageSystem(System):
         super().__init__(criterion, image_views, text_views=0)
         self.visual = visual
 
-    def features(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """image.0, image.1, ..., each (N, D)."""
-        return {f"image.{i}": self.visual(view) for i, view in enumerate(batch["images"])}
+    def features(self, batch: Mapping[str, Any]) -> Features:
+        """The tower's features of every view, each (N, D)."""
+        return Features([self.visual(view) for view in batch["images"]])
 
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
         """The tower's features: (N, 3, S, S) to (N, D)."""
@@ -119,9 +120,9 @@ class LabelCriterion(Criterion):
 
     def forward(
         self,
-        features: Mapping[str, Tensor],
+        features: Features,
         *,
-        targets: Mapping[str, Tensor] | None = None,
+        targets: Mapping[View, Tensor] | None = None,
         dist: Exchange | None = None,
         group: ProcessGroup | None = None,
         sizes: Sequence[int] | None = None,
@@ -130,12 +131,13 @@ class LabelCriterion(Criterion):
         """The mean over all ranks' labeled rows, 0-d; 0 where there is none.
 
         Args:
-            features: image.0, (N, D), and label, (N,) int64, -1 for none.
+            features: one image view, (N, D), and label, (N,) int64, -1 for none.
             dist, group, sizes: see `fastclip.functional`; both ways are one sum here.
         """
-        label = features["label"]
+        label = features.label
+        assert label is not None
         ranks = ranks_of(dist, group, sizes, len(label))
-        logits = self.logits(features["image.0"])
+        logits = self.logits(features.images[0])
         loss = F.cross_entropy(
             logits,
             label,
@@ -180,9 +182,9 @@ class Classifier(ImageSystem):
             weight=weight,
         )
 
-    def features(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """image.0, (N, D), and label, (N,)."""
-        return {**super().features(batch), "label": batch["label"]}
+    def features(self, batch: Mapping[str, Any]) -> Features:
+        """See `ImageSystem.features`; beside them label, (N,)."""
+        return replace(super().features(batch), label=batch["label"])
 
     def classify(self, image: Tensor) -> Tensor:
         """(N, 3, S, S) to logits, (N, C)."""
@@ -206,15 +208,13 @@ class ViewCriterion(Criterion):
 
     def forward(
         self,
-        features: Mapping[str, Tensor],
+        features: Features,
         *,
-        targets: Mapping[str, Tensor] | None = None,
+        targets: Mapping[View, Tensor] | None = None,
         **exchange: Any,
     ) -> Tensor:
-        """See `Criterion.forward`; features: image.0 and image.1, (N, width)."""
-        first, second = (
-            F.normalize(self.projector(features[name]), dim=1) for name in ("image.0", "image.1")
-        )
+        """See `Criterion.forward`; of the features two image views, (N, width)."""
+        first, second = (F.normalize(self.projector(rows), dim=1) for rows in features.images)
         return nt_xent_loss(first, second, self.temperature, **exchange)
 
 

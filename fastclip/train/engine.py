@@ -12,7 +12,7 @@ from torch import Tensor
 from fastclip.device import autocast
 from fastclip.models import checkpoint
 from fastclip.models.clip import Model
-from fastclip.models.system import Outputs
+from fastclip.models.system import Features, Outputs
 from fastclip.train.accumulate import refuse_batch_norm
 from fastclip.train.average import TEACHER_DECAY, WeightAverage
 from fastclip.train.config import TrainConfig
@@ -131,9 +131,9 @@ class Engine:
         teacher: Any = self.average.model.train()
         with autocast(self.world.device, self.config.model.precision):
             features = teacher.features(Engine._inputs(self, batch))
+        taught = Outputs(Features(), {}, features).flat()
         # what DeepSpeed casts to low precision is no part of the teacher
-        wide = {n: v.to(torch.promote_types(v.dtype, torch.float32)) for n, v in features.items()}
-        return Outputs(taught=wide).flat()
+        return {n: v.to(torch.promote_types(v.dtype, torch.float32)) for n, v in taught.items()}
 
     def _whole_loss(self, output: dict[str, Tensor]) -> Tensor:
         """The loss of a whole batch's outputs."""

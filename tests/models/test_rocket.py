@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastclip.models.options import SystemOptions
 from fastclip.models.rocket import Rocket
+from fastclip.models.system import Features, Outputs
 from fastclip.train.accumulate import accumulate
 from tests.models.harness import (
     WIDTH,
@@ -244,8 +245,8 @@ def test_micro_batches_give_the_gradients_of_the_whole_batch(case: str, tmp_path
     whole = loss_and_gradients(system, BATCH, teacher)
 
     def taught(batch: Batch) -> dict[str, Tensor]:
-        features = teacher.features(batch) if teacher is not None else {}
-        return {f"teacher.{name}": rows for name, rows in features.items()}
+        features = Features() if teacher is None else teacher.features(batch)
+        return Outputs(Features(), {}, features).flat()
 
     system, teacher = build(case, tmp_path)
     loss = accumulate(
@@ -325,7 +326,7 @@ def test_without_strong_heads_encodings_are_the_weak_part(case: str, tmp_path: P
 def test_it_is_saved_whole(case: str, tmp_path: Path) -> None:
     system = make(tmp_path, **CASES[case])
     # running statistics move
-    system.train().criterion.heads(system.features(BATCH))
+    system.train().criterion.heads(system.features(BATCH).views())
     system.head_weight.fill_(0.3)
     torch.save(system.state_dict(), tmp_path / "weights.pt")
     again = make(tmp_path, seed=5, **CASES[case])

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastclip.models.system import Criterion, System
+from fastclip.models.system import Criterion, Features, System
 from fastclip.train.config import TrainConfig
 from fastclip.train.objective import ClipObjective, objective_of
 
@@ -77,8 +77,8 @@ def test_false_captions_are_columns_of_every_image() -> None:
 
 def test_a_system_is_its_own_objective() -> None:
     class Half(System):
-        def features(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-            return {"image.0": batch["images"][0] / 2}
+        def features(self, batch: Mapping[str, Any]) -> Features:
+            return Features([batch["images"][0] / 2])
 
     criterion = Criterion()
     criterion.weight = nn.Parameter(torch.tensor(3.0))
