@@ -138,6 +138,26 @@ def help_texts(kind: type) -> dict[str, str]:
     return texts
 
 
+def refuse_renamed(arguments: Sequence[str], renamed: Mapping[str, str]) -> None:
+    """Refuse flags that have another name now.
+
+    Args:
+        arguments: of a command line.
+        renamed: from an old flag, or an old flag and its value, to what is written now.
+
+    Raises:
+        ValueError: an old one is given; the message has the new one.
+    """
+    words: list[str] = []
+    for argument in arguments:
+        flag, *value = argument.split("=", 1) if argument.startswith("--") else [argument]
+        words += [flag.replace("_", "-") if argument.startswith("--") else flag, *value]
+    for old, new in renamed.items():
+        size = len(old.split())
+        if any(words[i : i + size] == old.split() for i in range(len(words))):
+            raise ValueError(f"{old} has been renamed; write {new}")
+
+
 def parse_sections(config: type, arguments: Sequence[str], prog: str) -> dict[str, dict[str, Any]]:
     """The values of all flags of a configuration, by section and field.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastclip.bounded import read_yaml
-from fastclip.flags import arrange, flag_name, ordered, parse_sections, sections
+from fastclip.flags import arrange, flag_name, ordered, parse_sections, refuse_renamed, sections
 from fastclip.train.options import (
     CheckpointOptions,
     DistributedOptions,
@@ -22,6 +22,8 @@ from fastclip.train.options import (
 )
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+# the names of before of a field's values: read from files, refused on the command line
+OLD_VALUES = {"data_backend": {"torchvision": "cpu"}}
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class TrainConfig:
             values: by section, or flat, as runs of before have them; lists stand for tuples.
             origin: what they are of, for messages.
         """
-        kinds, given = sections(cls), arrange(cls, values, origin)
+        kinds, given = sections(cls), _arrange(values, origin)
         parts: dict[str, Any] = {
             name: kinds[name](
                 **{k: tuple(v) if isinstance(v, list) else v for k, v in part.items()}
@@ -100,12 +102,16 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     """The configuration of a command line, which may hold `--config FILE` or `--config RECIPE`.
 
     Raises:
-        ValueError: the file has an unknown key; the message names the nearest known one.
+        ValueError: the file has an unknown key; the message names the nearest known one. Or a
+            flag's value has been renamed; the message names the new one.
         FileNotFoundError: there is no such file or recipe.
         ValueError: a value is of the right type and impossible, e.g. no epochs.
         SystemExit: a flag is unknown or a value of the wrong type (said on standard error).
     """
     arguments, files = _take_config(list(arguments))
+    for name, values in OLD_VALUES.items():
+        flag = flag_name(name)
+        refuse_renamed(arguments, {f"{flag} {old}": f"{flag} {new}" for old, new in values.items()})
     given = [each for file in files for each in _flags_of(file)]
     return TrainConfig.from_dict(parse_sections(TrainConfig, given + arguments, "fastclip train"))
 
@@ -119,6 +125,15 @@ def to_yaml(config: TrainConfig) -> str:
         part = {each.name: getattr(getattr(config, name), each.name) for each in ordered(section)}
         values[name] = {k: list(v) if isinstance(v, tuple) else v for k, v in part.items()}
     return yaml.safe_dump(values, sort_keys=False)
+
+
+def _arrange(values: Mapping[str, Any], origin: str) -> dict[str, dict[str, Any]]:
+    """Values by section and field, by the names that they have now."""
+    arranged = arrange(TrainConfig, values, origin)
+    for part in arranged.values():
+        for name in part.keys() & OLD_VALUES.keys():
+            part[name] = OLD_VALUES[name].get(str(part[name]), part[name])
+    return arranged
 
 
 def _take_config(arguments: list[str]) -> tuple[list[str], list[Path]]:
@@ -151,7 +166,7 @@ def _flags_of(file: Path) -> list[str]:
     if not isinstance(values, dict):
         raise ValueError(f"{file} must be a list of `key: value` lines")
     flags: list[str] = []
-    for section in arrange(TrainConfig, values, str(file)).values():
+    for section in _arrange(values, str(file)).values():
         for name, value in section.items():
             flag = flag_name(name)
             if isinstance(value, bool):

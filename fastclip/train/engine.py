@@ -50,8 +50,10 @@ class Engine:
             self.model.set_grad_checkpointing(True)  # type: ignore[operator]
         self._loss_options: dict[str, Any] = {"backend": config.loss.loss_backend}
         if world.size > 1:
-            way = "ring" if config.loss.loss_dist_impl in ("ring", "bidir", "shift") else "gather"
-            self._loss_options["dist"] = way
+            exchange = (
+                "ring" if config.loss.loss_dist_impl in ("ring", "bidir", "shift") else "gather"
+            )
+            self._loss_options["dist"] = exchange
         self._autocast: AbstractContextManager[Any] = autocast(world.device, config.model.precision)
         self._mean, self._std = (
             torch.tensor(model.preprocess_config[name], device=world.device).view(3, 1, 1) * 255

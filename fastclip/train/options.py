@@ -30,10 +30,9 @@ class TrainingDataOptions(DataOptions):
     """Samples an epoch; all by default (20,000 for scenes, 1,000 for synthetic)."""
     shuffle_window: int = flag(32768, defines_run=True)
     """Samples shuffled together after the shards were."""
-    data_backend: Literal["auto", "dali", "torchvision"] = flag("auto", defines_run=True)
-    """What decodes and augments: DALI, on the GPU if there is one; or, named after the transforms
-    it stands in for, the host's loader processes. auto takes DALI where it is installed and there
-    is a GPU; on a CPU it is the slower one."""
+    data_backend: Literal["auto", "dali", "cpu"] = flag("auto", defines_run=True)
+    """What decodes and augments images. dali: DALI, on the GPU if there is one. cpu: the loader
+    processes. auto uses DALI if it is installed and there is a GPU; on a CPU DALI is slower."""
     augment: Literal["crop", "weak", "strong"] | None = flag(None, defines_run=True)
     """crop: a random crop, of 0.9 of the image or more. weak, strong: CLIP-Rocket's views, crops of
     0.5 and of 0.08 or more; the strong one has flip, color jitter, grayscale and blur. By default

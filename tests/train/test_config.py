@@ -125,6 +125,31 @@ def test_unknown_keys_are_reported_with_the_nearest_name(tmp_path: Path) -> None
         parse(["--config", "cifar11"])
 
 
+@pytest.mark.parametrize(
+    ("command", "old", "new"),
+    [
+        ("train", "--data-backend torchvision", "--data-backend cpu"),
+        ("train", "--data_backend=torchvision", "--data-backend cpu"),
+        ("bench attention", "--lines 50", "--lengths"),
+        ("bench attention", "--lines=50", "--lengths"),
+    ],
+)
+def test_a_renamed_flag_is_refused_with_its_new_name(
+    command: str, old: str, new: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command.split(), *old.split()]) == 1
+    assert f"has been renamed; write {new}\n" in capsys.readouterr().err
+
+
+def test_files_with_old_names_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("data_backend: torchvision\n")
+    assert parse(["--config", str(path)]).data.data_backend == "cpu"
+    # as a checkpoint holds it
+    old = flatten(TrainConfig()) | {"data_backend": "torchvision"}
+    assert TrainConfig.from_dict(old).data.data_backend == "cpu"
+
+
 def test_unknown_flags_and_wrong_types_end_in_usage_errors(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
