@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from fastclip.flags import flag
+from fastclip.messages import note
 
 DatasetType = Literal["auto", "webdataset", "csv", "coco", "imagefolder", "synthetic", "scenes"]
 CACHE_BYTES = 50 << 30
@@ -25,7 +26,6 @@ class DataOptions:
         captions: captions of shards and scenes by name, with weights, as "txt=1,recaption=3".
         cache_dir: folder that remote shards are fetched to; None: in the user's cache.
         cache_bytes: most bytes kept there.
-        allow_commands: whether data named pipe:COMMAND may run the command in a shell.
 
     Raises:
         ValueError: the separator is no single character, the sources of captions cannot be read, or
@@ -60,9 +60,6 @@ class DataOptions:
     """Folder that remote shards are fetched to; by default fastclip in the user's cache."""
     cache_bytes: int = flag(CACHE_BYTES, defines_run=False)
     """Most bytes kept there; the least recently used shards are deleted."""
-    allow_commands: bool = flag(False, defines_run=False)
-    """Run data named pipe:COMMAND with the shell and take the output for a shard; for names that
-    you trust only."""
 
     def __post_init__(self) -> None:
         # reported now, not when the first sample is read
@@ -113,3 +110,20 @@ def parse_weights(text: str) -> dict[str, float]:
             )
         weights[name] = weight
     return weights
+
+
+def without_commands(values: dict[str, Any], origin: str) -> dict[str, Any]:
+    """A configuration of before, when data could be commands, without its `allow_commands`.
+
+    Raises:
+        ValueError: it allows them.
+    """
+    kept = {key: v for key, v in values.items() if str(key).replace("-", "_") != "allow_commands"}
+    if any(value for key, value in values.items() if key not in kept):
+        raise ValueError(
+            f"{origin}: allow_commands is true, and fastclip runs no commands; name data by paths "
+            "or by URLs that fsspec reads, and delete the key"
+        )
+    if len(kept) < len(values):
+        note(f"{origin}: allow_commands is not used any more; delete the key")
+    return kept
