@@ -111,7 +111,7 @@ class ImagenetCaptions(Conversion):
             self.source, self.target, self.image_root, parts=parts, per_shard=self.per_shard
         )
         _report(self.source.stem, counts)
-        _tell("skipped", faults)
+        _report_faults("skipped", faults)
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class Recaption(Conversion):
             f"{done.finished} were there, {done.busy} are being written by other processes",
             file=sys.stderr,
         )
-        _tell("without a new caption", done.faults)
+        _report_faults("without a new caption", done.faults)
 
 
 @dataclass(frozen=True)
@@ -171,12 +171,12 @@ class Corrupt(Conversion):
         counts, faults = corrupt_shards(self.source, self.target, kinds, self.severity)
         for name, count in counts.items():
             _report(name, [count])
-        _tell("skipped", faults)
+        _report_faults("skipped", faults)
 
 
 @dataclass(frozen=True)
 class ToOpenClip(Conversion):
-    """A run's weights as a checkpoint of open_clip's; beside OUT.pt its architecture, OUT.json."""
+    """A run's weights as an open_clip checkpoint; beside OUT.pt its architecture, OUT.json."""
 
     source: Source
     """A run directory, whose latest checkpoint is used, or a checkpoint."""
@@ -193,7 +193,7 @@ class ToOpenClip(Conversion):
 
 @dataclass(frozen=True)
 class FromOpenClip(Conversion):
-    """A run directory, for `fastclip eval` and others, of a checkpoint of open_clip's."""
+    """A run directory, for `fastclip eval` and others, of an open_clip checkpoint."""
 
     source: Source
     """The checkpoint."""
@@ -257,7 +257,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _convert_table(table: ImageFiles, prefix: str, flags: Coco | Csv) -> None:
     counts, faults = convert_table(table, flags.target, prefix, per_shard=flags.per_shard)
-    _tell("skipped", faults)
+    _report_faults("skipped", faults)
     _report(prefix, counts)
 
 
@@ -265,6 +265,6 @@ def _report(split: str, counts: list[int]) -> None:
     print(f"{split}: {sum(counts)} samples in {len(counts)} shards", file=sys.stderr)
 
 
-def _tell(what: str, faults: FaultLog) -> None:
+def _report_faults(what: str, faults: FaultLog) -> None:
     if faults.counts:
         print(f"{what}: {faults.report()}", file=sys.stderr)

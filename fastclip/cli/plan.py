@@ -36,7 +36,7 @@ class PlanConfig:
     batch: int
     """Global batch: samples of all GPUs that one step compares with each other."""
     model: str = "ViT-B-16"
-    """A model of open_clip's, a config shipped with fastclip, or a path to a JSON config."""
+    """An open_clip model, a config shipped with fastclip, or a path to a JSON config."""
     memory: float = 80.0
     """GiB of a GPU; 92 % of it are filled."""
     precision: Literal["amp_bf16", "fp32", "amp"] = "amp_bf16"

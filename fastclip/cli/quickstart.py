@@ -65,7 +65,7 @@ def main(arguments: Sequence[str]) -> int:
             task=task,
             metrics=metrics,
         )
-    # captions of several objects make the more telling queries
+    # captions of several objects are the better test
     texts, pairs = caption_pairs(images.texts)
     queries = sorted(texts, key=lambda text: (-len(text), text))[:: SCENES // 12]
     draw_retrieval(run / "retrieval.png", model, source, images, queries[:QUERIES])

@@ -1,4 +1,4 @@
-"""CLIP's loss and two that build on it, in place of open_clip's classes of the same names."""
+"""CLIP's loss and two that build on it, which replace the open_clip classes of the same names."""
 
 import functools
 import warnings
@@ -32,8 +32,8 @@ class ClipLoss(nn.Module):
     Args:
         local_loss: whether the value is that of the rank's own pairs, or of all.
         gather_with_grad: whether gradients flow to the features of other ranks.
-        cache_labels, rank, world_size, use_horovod: open_clip's. world_size is the number of ranks
-            in `group`.
+        cache_labels, rank, world_size, use_horovod: as in open_clip. world_size is the number of
+            ranks in `group`.
         label_smoothing: see `fastclip.functional.clip_loss`.
         dist: "gather" or "ring", see `fastclip.functional`.
         group: the process group; None is the default one.
@@ -272,7 +272,7 @@ class DistillClipLoss(ClipLoss):
     """Drop-in for `open_clip.DistillClipLoss`: the contrastive loss and a teacher's.
 
     Arguments are those of `ClipLoss`. The teacher gets no gradient: compute its features under
-    `torch.no_grad()`, as open_clip's trainer does. Over several processes the distillation loss
+    `torch.no_grad()`, as the open_clip trainer does. Over several processes the distillation loss
     is computed whole on each of them.
 
     Raises:

@@ -17,7 +17,7 @@ class SigLipLoss(nn.Module):
     """Drop-in for `open_clip.SigLipLoss`: same arguments, call and value, memory linear in N.
 
     Args:
-        cache_labels, rank, world_size: open_clip's. Over several processes each compares its
+        cache_labels, rank, world_size: as in open_clip. Over several processes each compares its
             images with all texts; world_size is the number of ranks in `group`.
         dist_impl: open_clip's four exchanges of texts, of one value and one gradient: with
             "gather" and "reduce" all texts come at once, with "bidir" and "shift" one rank's
@@ -26,7 +26,7 @@ class SigLipLoss(nn.Module):
         backend, chunk_bytes: see `fastclip.functional`.
 
     Raises:
-        ValueError: dist_impl is none of open_clip's.
+        ValueError: dist_impl is unknown to open_clip.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class SigLipLoss(nn.Module):
         else:
             n = image_features.shape[0]
             ranks = ranks_of(_EXCHANGES[self.dist_impl], self.group, None, n)
-            # the value is the own rows', as open_clip's; its gradient reaches all texts
+            # the value is the own rows', as in open_clip; its gradient reaches all texts
             total = sigmoid_loss(
                 image_features, text_features, logit_scale, logit_bias, ranks=ranks, **options
             )

@@ -143,10 +143,10 @@ class LanguageModelTower(nn.Module):
 
 
 class LanguageModelCLIP(nn.Module):
-    """An image tower of open_clip's with a language model, used as open_clip's models are.
+    """An open_clip image tower with a language model, used as other open_clip models are.
 
     Args:
-        model: open_clip's, whose image tower, scale and bias are taken over.
+        model: the open_clip model, whose image tower, scale and bias are taken over.
         text: (N, L) tokens to features of the image tower's width.
     """
 

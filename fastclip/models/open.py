@@ -36,7 +36,7 @@ def open_model(
             `pretrained` a model that `fastclip.models.clip.create` knows; or "hf-hub:ORG/NAME" or
             "local-dir:FOLDER", which hold open_clip_config.json and weights.
         device: where the parameters are put.
-        pretrained: a name of open_clip's weights for the model, or a checkpoint's file.
+        pretrained: the name of open_clip weights for the model, or a checkpoint's file.
         average: take the averaged weights of a run with --ema.
         trust_checkpoint: whether DeepSpeed's files may be read, which can run any code.
 

@@ -48,9 +48,9 @@ class TrainConfig(SystemOptions, DataOptions):
     """Samples shuffled together after the shards were."""
 
     model: str = flag("RN10t-64", "model", defines_run=True)
-    """A model of open_clip's, a config shipped with fastclip, or a path to a JSON config."""
+    """An open_clip model, a config shipped with fastclip, or a path to a JSON config."""
     pretrained: str | None = flag(None, "model", defines_run=False)
-    """Weights to begin with: a name of open_clip's, e.g. 'laion2b_s34b_b79k', or a checkpoint."""
+    """Weights to start from: the name of open_clip weights, e.g. 'laion2b_s34b_b79k', or a path."""
     precision: Literal["fp32", "amp", "amp_bf16"] = flag("amp_bf16", "model", defines_run=True)
     """Precision of the towers: float32, float16 with a loss scale, or bfloat16. Parameters stay
     float32."""

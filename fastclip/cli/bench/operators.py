@@ -170,7 +170,7 @@ class MemoryConfig:
 
 @dataclass(frozen=True)
 class CollectivesConfig:
-    """Measure losses over several processes beside open_clip's: bytes, time, memory, error.
+    """Measure losses over several processes beside open_clip: bytes, time, memory, error.
 
     Columns: KiB that a process receives, forward and backward; milliseconds of the slowest process
     (20th, 50th and 80th percentile); this median over that of fastclip's gather; MiB kept for the

@@ -30,10 +30,10 @@ class Evaluation(ABC):
     """Flags that every evaluation of a model has."""
 
     model: str
-    """A run directory (its latest checkpoint is used) or one of its checkpoints; a model of
-    open_clip's, with --pretrained; hf-hub:ORG/NAME, or local-dir:FOLDER of the same files."""
+    """A run directory (its latest checkpoint is used) or one of its checkpoints; an
+    open_clip model, with --pretrained; hf-hub:ORG/NAME, or local-dir:FOLDER of the same files."""
     pretrained: str | None = None
-    """Of a model of open_clip's: the name of its weights, or a checkpoint's file."""
+    """Of an open_clip model: the name of its weights, or a checkpoint's file."""
     average: bool = False
     """Evaluate the averaged weights of a run with --ema."""
     trust_checkpoint: bool = False
@@ -94,10 +94,10 @@ class Evaluation(ABC):
                 given = {"head_weight": self.head_weight}
             metrics = {**self.measure(model), **given}
             if here.is_first:
-                self._tell(metrics)
+                self._report(metrics)
         return 0
 
-    def _tell(self, metrics: dict[str, Any]) -> None:
+    def _report(self, metrics: dict[str, Any]) -> None:
         print(json.dumps(metrics, indent=2))
         model, pretrained, name = self.model, self.pretrained or "", self.name
         if is_run(self.model, self.pretrained):
