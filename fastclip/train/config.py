@@ -77,11 +77,11 @@ class TrainConfig(SystemOptions, DataOptions):
     0.5 and of 0.08 or more; the strong one has flip, color jitter, grayscale and blur. By default
     crop, or weak where --objective has strong views besides."""
     aug_scale: tuple[float, float] | None = flag(None, "data", defines_run=True)
-    """Least and greatest share of the image that a random crop keeps, in place of --augment's."""
+    """Least and greatest share of the image that a random crop keeps; overrides --augment."""
     strong_scale: tuple[float, float] | None = flag(None, "data", defines_run=True)
     """As --aug-scale, for the strong views of --objective."""
     aug_flip: float | None = flag(None, "data", defines_run=True)
-    """Probability of a horizontal flip, in place of --augment's."""
+    """Probability of a horizontal flip; overrides --augment."""
     sentence_sampling: bool = flag(False, "data", defines_run=True)
     """Train on a random part of a caption's sentences, in their order."""
     text_augment: Literal["none", "weak", "strong"] = flag("none", "data", defines_run=True)

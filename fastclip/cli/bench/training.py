@@ -34,7 +34,7 @@ class TrainStepConfig:
     warmup: int = 2
     """Calls of each before."""
     quick: bool = False
-    """A small model and few rounds, in place of what --towers and --rounds say."""
+    """A small model and few rounds; overrides --towers and --rounds."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:1."""
     output: Path | None = None
@@ -91,7 +91,7 @@ class DataConfig:
     rounds: int = 5
     """Epochs of each loader that count; one more goes before."""
     quick: bool = False
-    """Few pictures and rounds, in place of what --batch-size and --rounds say."""
+    """Few pictures and rounds; overrides --batch-size and --rounds."""
     device: str = "auto"
     """Where DALI makes views: auto, cpu, cuda or cuda:1."""
     output: Path | None = None

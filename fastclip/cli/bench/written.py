@@ -20,10 +20,10 @@ class ReportConfig:
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """Folder for report.md and its plots."""
     markdown: Path | None = None
-    """Markdown file to write in place of a folder's report.md; plots come beside it."""
+    """Markdown file to write instead of --output's report.md, with the plots beside it."""
     readme: Path | None = None
-    """File whose text between <!-- bench:losses --> and <!-- /bench --> is written anew, with the
-    plot docs/performance.svg beside it; without FILES from those that the text names."""
+    """File whose text between <!-- bench:losses --> and <!-- /bench --> is updated, with the plot
+    docs/performance.svg beside it. Without PATHs, from the files that the text names."""
 
     def run(self) -> int:
         """Read all files first, then write."""
@@ -64,7 +64,7 @@ class CompareConfig:
     after: Annotated[Path, tyro.conf.Positional]
     """JSON file B."""
     across_devices: bool = False
-    """Compare although the files are of different devices."""
+    """Compare files of different devices."""
 
     def run(self) -> int:
         """Print a line for each row that both files have."""
@@ -84,7 +84,7 @@ class CompareConfig:
 
 @dataclass(frozen=True)
 class ImportConfig:
-    """Put what benchmarks/gpu_lab.sh brought back where it belongs in a checkout.
+    """Import the archive that benchmarks/gpu_lab.sh made into a checkout.
 
     Results go to benchmarks/results, tables of tilings and plans to kernels, and a note with the
     figures to benchmarks/notes. Nothing is written where a file of the archive is damaged or a
@@ -92,9 +92,9 @@ class ImportConfig:
     """
 
     archive: Annotated[Path, tyro.conf.Positional]
-    """The lab.tar.gz."""
+    """The archive, lab.tar.gz."""
     root: Path = Path(".")
-    """The checkout."""
+    """Root of the checkout."""
 
     def run(self) -> int:
         """Print each file written."""
