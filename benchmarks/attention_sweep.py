@@ -5,6 +5,7 @@ only one that runs and is right is timed.
 """
 
 import contextlib
+import functools
 import json
 import statistics
 import sys
@@ -34,7 +35,7 @@ from fastclip.bench.trials import run_trials
 from fastclip.ops.attention import attention
 
 # held, whole | whole, held; each with warps, stages and, where given, registers
-ON_CHIP = [
+ON_CHIP: list[tuple[Any, ...]] = [
     (64, 64, True, True, 4, 1),
     (64, 128, True, True, 4, 1),
     (64, 256, True, True, 4, 1),
@@ -44,7 +45,7 @@ ON_CHIP = [
     (128, 64, False, False, 8, 2),
     (64, 64, False, True, 4, 2),
 ]
-FORWARD = {
+FORWARD: dict[int, list[tuple[Any, ...]]] = {
     50: [(64, 64, True, True, 4, 1), (64, 64, True, True, 8, 1)],
     77: [(64, 64, True, True, 4, 1), (64, 64, True, True, 8, 1), (64, 64, False, False, 4, 2)],
     197: ON_CHIP,
@@ -59,7 +60,7 @@ FORWARD = {
         (128, 64, False, True, 8, 2),
     ],
 }
-GRADIENT = {
+GRADIENT: dict[int, list[tuple[Any, ...]]] = {
     50: [(64, 64, True, False, 4, 1), (64, 64, True, False, 8, 1)],
     77: [
         (64, 64, True, False, 4, 1),
@@ -90,7 +91,10 @@ GRADIENT = {
         (128, 64, False, False, 8, 2),
     ],
 }
-TABLES = {"forward": FORWARD, "gradient": GRADIENT}
+TABLES = {
+    "forward": FORWARD,
+    "gradient": GRADIENT,
+}
 
 
 def sweep(
@@ -201,16 +205,18 @@ class _Work:
         from fastclip.kernels.attention import forward
         from fastclip.kernels.attention_plans import Plan
 
-        self.lse = forward(
-            *self.parts, self.out, None, self.scale, self.causal, Plan(*plan)
-        )  # fmt: skip
+        q, k, v = self.parts
+        self.lse = forward(q, k, v, self.out, None, self.scale, self.causal, Plan(*plan))
 
     def gradient(self, plan: tuple[Any, ...]) -> None:
         from fastclip.kernels.attention_gradient import gradient
         from fastclip.kernels.attention_plans import GradientPlan
 
-        gradient(*self.parts, self.out, self.lse, self.upstream, *self.gradients, None, self.scale,
-                 self.causal, GradientPlan(*plan))  # fmt: skip
+        assert self.lse is not None, "forward comes first"
+        (q, k, v), (dq, dk, dv) = self.parts, self.gradients
+        results = self.out, self.lse, self.upstream
+        made = GradientPlan(*plan)
+        gradient(q, k, v, *results, dq, dk, dv, None, self.scale, self.causal, made)
 
     def trial(self, kind: str, plan: tuple[Any, ...]) -> dict[str, Any]:
         """Whether a plan is right, with its fields and resources."""
@@ -240,18 +246,18 @@ class _Work:
         if kind == "gradient":
             self.forward(FORWARD[self.parts[0].shape[2]][0])
         for plan in map(tuple, plans):
-            runs[str(plan)] = lambda plan=plan: getattr(self, kind)(plan)
+            runs[str(plan)] = functools.partial(getattr(self, kind), plan)
         for name, backend in list(SDPA.items())[:2]:
             with contextlib.suppress(Exception):
                 runs[name] = self._sdpa(kind, backend)
         return runs
 
     def _sdpa(self, kind: str, backend: SDPBackend) -> Callable[[], Any]:
-        leaves = [t.detach().requires_grad_() for t in self.parts]
+        q, k, v = leaves = [t.detach().requires_grad_() for t in self.parts]
 
         def forward() -> Tensor:
             with sdpa_kernel(backend), torch.set_grad_enabled(kind == "gradient"):
-                return scaled_dot_product_attention(*leaves, is_causal=self.causal)
+                return scaled_dot_product_attention(q, k, v, is_causal=self.causal)
 
         out = forward()
         if kind == "forward":

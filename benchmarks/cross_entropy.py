@@ -61,7 +61,7 @@ def _linear_cross_entropy(inputs: Inputs) -> LossFunction:
 
     def loss(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
         scaled = (scale * x).to(y.dtype)
-        return F.linear_cross_entropy(scaled, y, target, options=options)  # type: ignore
+        return F.linear_cross_entropy(scaled, y, target, options=options)
 
     return loss
 

@@ -10,7 +10,7 @@ import gc
 import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,7 +167,7 @@ def why_not(baseline: Baseline, n: int, settings: Settings) -> str | None:
 
 
 def interleave(
-    runs: dict[str, Callable[[], Any]],
+    runs: Mapping[str, Callable[[], Any]],
     rounds: int,
     settings: Settings,
     host: dict[str, list[float]] | None = None,

@@ -9,6 +9,7 @@ Reads source files only, so it needs neither torch nor what a module imports.
 import ast
 import re
 import sys
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -235,7 +236,8 @@ def _signature(name: str, texts: list[str], returns: ast.expr | None = None) -> 
 
 
 def markdown(docstring: str) -> str:
-    """A docstring with its sections as lists."""
+    """A docstring with its sections as lists, and its examples, which come last, as code."""
+    docstring, _, examples = docstring.partition("\nExamples:\n")
     lines: list[str] = []
     inside = False
     for line in docstring.splitlines():
@@ -258,9 +260,12 @@ def markdown(docstring: str) -> str:
             lines.append(line)
     kept = (line for line in lines if line is not None)
     # outside of indented formulas, what could be taken for a tag
-    return "\n".join(
+    text = "\n".join(
         x if x.startswith("    ") else re.sub(r"<(?=\w)", "&lt;", x) for x in kept
     ).strip()
+    if not examples:
+        return text
+    return f"{text}\n\n*Examples:*\n\n```pycon\n{textwrap.dedent(examples).strip()}\n```"
 
 
 def _section_of(entry: Entry) -> Iterator[str]:

@@ -17,16 +17,26 @@ class SigLipLoss(nn.Module):
     """Drop-in for `open_clip.SigLipLoss`: same arguments, call and value, memory linear in N.
 
     Args:
-        cache_labels, rank, world_size: as in open_clip. Over several processes each compares its
-            images with all texts; world_size is the number of ranks in `group`.
+        cache_labels: accepted as in open_clip; nothing is cached.
+        rank, world_size: this process's number in `group`, and how many there are; each compares
+            its images with all texts.
         dist_impl: open_clip's four exchanges of texts, of one value and one gradient: with
             "gather" and "reduce" all texts come at once, with "bidir" and "shift" one rank's
             after the other.
-        group: the process group; None is the default one.
-        backend, chunk_bytes: see `fastclip.functional`.
+        group: the process group; None: the default one.
+        backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
+        chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
 
     Raises:
         ValueError: dist_impl is unknown to open_clip.
+
+    Examples:
+        >>> import torch
+        >>> from fastclip import SigLipLoss
+        >>> loss = SigLipLoss()  # in place of open_clip.SigLipLoss()
+        >>> scale, bias = torch.tensor(10.0), torch.tensor(-10.0)
+        >>> round(loss(torch.eye(3), torch.eye(3), scale, bias).item(), 4)
+        0.6932
     """
 
     def __init__(
@@ -78,7 +88,9 @@ class SigLipLoss(nn.Module):
         """Logits (N, N) of this rank's features, in full: for inspection, not for training.
 
         Args:
-            image_features, text_features, logit_scale, logit_bias: as `forward`'s.
+            image_features, text_features: (N, D), normalized.
+            logit_scale: 0-d or (1,), exponentiated.
+            logit_bias: 0-d, (1,) or None, added to every logit.
         """
         logits = logit_scale * image_features @ text_features.T
         return logits if logit_bias is None else logits + logit_bias

@@ -148,6 +148,21 @@ def load(
     Raises:
         FileNotFoundError: there is no run, no checkpoint or no model description there.
         ValueError: the checkpoint is not of the described model, is not trusted, or has no average.
+
+    Examples:
+        >>> import fastclip, json, pathlib, tempfile
+        >>> from fastclip.models import checkpoint, clip
+        >>> new = clip.create("ViT-mini-16px")
+        >>> with tempfile.TemporaryDirectory() as folder:  # with what `fastclip train` writes
+        ...     run = pathlib.Path(folder)
+        ...     described = json.dumps(clip.describe("ViT-mini-16px", new))
+        ...     _ = (run / "open_clip_config.json").write_text(described)
+        ...     (run / "checkpoints").mkdir()
+        ...     content = {"state_dict": new.model.state_dict(), "step": 1}
+        ...     checkpoint.write(run / "checkpoints" / "step_1.pt", content)
+        ...     model, preprocess, tokenizer = fastclip.load(run)
+        >>> model.encode_text(tokenizer(["a red circle"])).shape
+        torch.Size([1, 64])
     """
     path = Path(path)
     run = checkpoint.run_of(path)

@@ -52,6 +52,12 @@ def test_the_page_is_what_the_docstrings_say() -> None:
     assert API.PAGE.read_text() == API.page(), "run python docs/make_api.py"
 
 
+def test_examples_are_blocks_of_code() -> None:
+    """Markdown takes an indented line after text for its continuation."""
+    blocks = re.findall(r"(?ms)^```pycon\n(.*?)^```$", API.page())
+    assert sum(block.count(">>>") for block in blocks) == API.page().count(">>>") > 0
+
+
 def test_every_public_name_is_in_it() -> None:
     listed = {entry.name for entry in ENTRIES}
     assert listed >= {f"fastclip.{name}" for name in fastclip.__all__} - {
