@@ -304,8 +304,8 @@ class CoCaLoss(ClipLoss):
 class DistillClipLoss(ClipLoss):
     """Drop-in for `open_clip.DistillClipLoss`: the contrastive loss and a teacher's.
 
-    The teacher gets no gradient: compute its features under `torch.no_grad()`, as open_clip's
-    trainer does. Over several processes the distillation loss is computed whole on each of them.
+    The teacher gets no gradient: compute its features under `torch.no_grad()`, as the
+    open_clip trainer does. Over several processes each computes the whole distillation loss.
 
     Args:
         local_loss: whether the value is that of the rank's own pairs, or of all.
