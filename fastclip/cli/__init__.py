@@ -17,14 +17,14 @@ COMMANDS = {
     "train": "train a model from a configuration and flags",
     "eval": "score any model on a benchmark: zero-shot, retrieval, compositional, robustness",
     "embed": "write the features of images or texts to a .npy file",
-    "data": "look at data: a contact sheet of images with captions",
-    "check-data": "read shards whole: report all that is wrong, count the samples",
+    "data": "preview data: a contact sheet of images with captions",
+    "check-data": "read and decode all of the shards: count the samples, report every fault",
     "quickstart": "train and evaluate a small model on the embedded data",
-    "convert": "make shards from other formats, caption them anew; checkpoints in and out",
-    "plan": "count memory, bytes and FLOP of a global batch on many GPUs; choose a setting",
-    "bench": "measure losses, training steps and loading beside baselines; report and compare",
-    "study": "ask a question of several training runs, in miniature; a table and a plot",
-    "info": "versions, devices, and which implementation each operator uses",
+    "convert": "make shards from other formats, recaption shards, import and export checkpoints",
+    "plan": "compute memory, traffic and FLOP of a global batch on many GPUs; choose settings",
+    "bench": "measure losses, training steps and data loading against baselines; report, compare",
+    "study": "small experiments of several training runs: a table and a plot",
+    "info": "print versions, devices, and which implementation each operator uses",
 }
 
 # The extra that brings a package, where it is not `train`.
@@ -74,7 +74,7 @@ def _run(command: str, options: Sequence[str]) -> int:
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError) and _reader_left():
             return 0
-        # bad input is reported in a sentence; a traceback is for mistakes of ours
+        # bad input is reported in a sentence; a traceback is for our own bugs
         logger.error(f"fastclip {command}: error: {error}")
     except KeyboardInterrupt:
         logger.error("interrupted")

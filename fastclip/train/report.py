@@ -48,7 +48,7 @@ class Report:
         self._log = RunLog(state.folder, state.step, config) if self._first else None
         self._cut = _CutTexts()
         self._faults = FaultLog()
-        self._hints = Hints(state.engine.objective.chance(self._samples), config.warmup)
+        self._hints = Hints(state.engine.objective.chance(self._samples), config.optim.warmup)
 
     def __enter__(self) -> "Report":
         quiet = None if self._first else True
@@ -92,9 +92,9 @@ class Report:
         """Count a step that was made, and write its metrics where they are due."""
         self.meter.step()
         self._bar.update()
-        if state.config.log_sample_ids:
+        if state.config.log.log_sample_ids:
             self._write_sample_ids(state, batches)
-        due = state.step % state.config.log_every_n_steps == 0
+        due = state.step % state.config.log.log_every_n_steps == 0
         if due or state.steps_done == state.total_steps:
             self._write_metrics(state, result)
 

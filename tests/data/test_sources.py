@@ -36,7 +36,7 @@ def opened(data: str, **options: int) -> Source:
         ("/nowhere/at/all", None),
     ],
 )
-def test_the_text_tells_the_type(data: str, kind: str | None) -> None:
+def test_the_name_decides_the_type(data: str, kind: str | None) -> None:
     assert guess_type(data) == kind
 
 

@@ -57,7 +57,7 @@ def test_a_run_leaves_what_it_promises(train_flags: list[str]) -> None:
     assert [len(line["keys"]) for line in samples] == [8] * 16
     # one epoch sees each of its samples once
     assert len({key for line in samples[:8] for key in line["keys"]}) == 64
-    assert parse(["--config", str(run / "config.yaml")]).name == "a"
+    assert parse(["--config", str(run / "config.yaml")]).log.name == "a"
 
 
 def test_a_run_loads_as_model_preprocess_tokenizer(train_flags: list[str]) -> None:
@@ -221,7 +221,7 @@ def test_a_failing_evaluation_does_not_cost_the_epoch(
     flags = [*train_flags, "--name", "a", "--val-data", "scenes"]
     with pytest.raises(ValueError, match="out of range"):
         train(parse(flags))
-    assert state_of(Path(parse(flags).logs) / "a", "epoch_1.pt")["epoch"] == 1
+    assert state_of(Path(parse(flags).log.logs) / "a", "epoch_1.pt")["epoch"] == 1
 
 
 def test_pretrained_weights_begin_a_run(
@@ -357,7 +357,7 @@ def test_a_non_finite_loss_stops_before_the_update(
     flags = [*train_flags, "--name", "a", "--save-every-steps", "4"]
     with pytest.raises(NonFiniteError, match=r"step 5: .*'transformer.resblocks.0.mlp.c_fc'"):
         train(parse(flags))
-    run = Path(parse(flags).logs) / "a"
+    run = Path(parse(flags).log.logs) / "a"
     saved = state_of(run, "step_00000004.pt")["state_dict"]
     assert identical(dict(made[0].state_dict()), dict(saved))
     assert (run / "loss.png").exists()

@@ -21,10 +21,10 @@ class ReportConfig:
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """Folder for report.md and its plots."""
     markdown: Path | None = None
-    """Markdown file to write in place of a folder's report.md; plots come beside it."""
+    """Markdown file to write instead of --output's report.md, with the plots beside it."""
     readme: Path | None = None
-    """File whose text between <!-- bench:losses --> and <!-- /bench --> is written anew, with the
-    plot docs/performance.svg beside it; without FILES from those that the text names."""
+    """File whose text between <!-- bench:losses --> and <!-- /bench --> is updated, with the plot
+    docs/performance.svg beside it. Without PATHs, from the files that the text names."""
 
     def run(self) -> int:
         """Read all files first, then write."""
@@ -65,7 +65,7 @@ class CompareConfig:
     after: Annotated[Path, tyro.conf.Positional]
     """JSON file B."""
     across_devices: bool = False
-    """Compare although the files are of different devices."""
+    """Compare files of different devices."""
 
     def run(self) -> int:
         """Print a line for each row that both files have."""

@@ -26,7 +26,7 @@ from fastclip.models.clip import Model
 
 @dataclass(frozen=True, kw_only=True)
 class Robustness(Zeroshot):
-    """Classify images without and with a distribution shift; how much more is right than expected.
+    """Classify images without and with distribution shift, and compute effective robustness.
 
     Either ImageNet with its natural shifts (--root), or any labeled data (--data and --shifts) of
     the same classes.
@@ -36,14 +36,14 @@ class Robustness(Zeroshot):
     """Folder with imagenet/val and any of imagenetv2-matched-frequency-format-val, imagenet-sketch,
     imagenet-r, imagenet-a and objectnet-1.0, as they are published."""
     shifts: tuple[str, ...] = ()
-    """NAME=DATA of each shift, with DATA as --data: fog=/data/corrupted/fog-3.tar."""
+    """NAME=DATA of each shift, with DATA as for --data: fog=/data/corrupted/fog-3.tar."""
     baseline: tuple[Path, ...] = ()
-    """Results of three or more models trained on the distribution of --data alone, which say what
-    accuracy under a shift is to be expected."""
+    """Results of three or more models trained only on the distribution of --data, from which the
+    expected accuracy under a shift is fitted."""
     plot: Path | None = None
-    """A .png to draw; of several shifts, one file each."""
+    """PNG file to draw; one per shift if there are several."""
     compare: tuple[Path, ...] = ()
-    """Results of other models to draw besides."""
+    """Results of other models to draw as well."""
 
     task = "robustness"
 
