@@ -238,7 +238,7 @@ def test_help_is_wrapped_once(
 def test_a_file_of_when_data_could_be_commands(tmp_path: Path, logged: Callable[[], str]) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("lr: 0.5\nallow_commands: false\n")
-    assert parse(["--config", str(path)]).lr == 0.5
+    assert parse(["--config", str(path)]).optim.lr == 0.5
     assert logged() == f"note: {path}: allow_commands is not used any more; delete the key\n"
     path.write_text("allow-commands: true\n")
     with pytest.raises(ValueError, match=r"c\.yaml: allow_commands is true, .* URLs that fsspec"):
