@@ -11,6 +11,10 @@ Every loss takes, beside its own arguments,
         differentiable).
     chunk_bytes: size of a chunk of the similarity matrix, of which up to three are alive at a
         time; None takes a fixed default.
+    keep_bytes: a budget for exponentials that the forward keeps for the backward, one of the size
+        of the similarity matrix (half, where both sides are the same): where they fit, it is
+        formed once, not twice. None is the device's default (64 MiB on a CPU), 0 keeps none. Not
+        for the SigLIP loss and sums of InfoNCE, which form it once in any case.
     precision: "auto" follows autocast, "input" computes in the features' dtype.
     dist: None, or how processes share the loss: "gather" brings all columns at once, "ring" one
         process's after the other, in memory linear in a process's own rows.
@@ -67,6 +71,7 @@ def clip_loss(
     reduction: str = "mean",
     backend: str = "auto",
     chunk_bytes: int | None = None,
+    keep_bytes: int | None = None,
     precision: str = "auto",
     dist: Exchange | None = None,
     group: ProcessGroup | None = None,
@@ -88,7 +93,7 @@ def clip_loss(
             its own are left out, so that duplicate captions are not negatives.
         metrics: receives "image_to_text_accuracy" and "text_to_image_accuracy", 0-d.
         reduction: "mean" over the N pairs of the mean of both directions; "none": (N,).
-        backend, chunk_bytes, precision, dist, group, sizes: see the module.
+        backend, chunk_bytes, keep_bytes, precision, dist, group, sizes: see the module.
 
     Returns:
         The loss, 0-d or (N,).
@@ -108,10 +113,12 @@ def clip_loss(
         logit_scale,
         row_group=row_group,
         column_group=column_group,
+        maxima=metrics is not None,
         means=label_smoothing > 0 and not grouped,
         ranks=ranks,
         backend=backend,
         chunk_bytes=chunk_bytes,
+        keep_bytes=keep_bytes,
         precision=precision,
     )
     positive = statistics.positive
@@ -202,6 +209,7 @@ def info_nce_loss(
     reduction: str = "mean",
     backend: str = "auto",
     chunk_bytes: int | None = None,
+    keep_bytes: int | None = None,
     precision: str = "auto",
     dist: Exchange | None = None,
     group: ProcessGroup | None = None,
@@ -220,7 +228,7 @@ def info_nce_loss(
         in_batch: whether other queries' keys are negatives; False only with a bank.
         metrics: receives "accuracy", 0-d.
         reduction: "mean" over the N queries; "none": (N,).
-        backend, chunk_bytes, precision, dist, group, sizes: see the module.
+        backend, chunk_bytes, keep_bytes, precision, dist, group, sizes: see the module.
 
     Returns:
         The loss, 0-d or (N,).
@@ -260,10 +268,18 @@ def info_nce_loss(
     }
     if reduction == "none":
         statistics = similarity.similarity_statistics(
-            query, keys, logit_scale, column_statistics=False, **positives, **options
+            query,
+            keys,
+            logit_scale,
+            column_statistics=False,
+            maxima=metrics is not None,
+            keep_bytes=keep_bytes,
+            **positives,
+            **options,
         )
         loss = softplus(statistics.row_lse - statistics.positive)
-        margin = statistics.positive.detach() - statistics.row_max
+        if metrics is not None:
+            margin = statistics.positive.detach() - statistics.row_max
     else:
         loss, margin = info_nce_sum(query, keys, logit_scale, **positives, **options)
     if metrics is not None:
@@ -282,6 +298,7 @@ def mp_nce_loss(
     reduction: str = "mean",
     backend: str = "auto",
     chunk_bytes: int | None = None,
+    keep_bytes: int | None = None,
     precision: str = "auto",
     dist: Exchange | None = None,
     group: ProcessGroup | None = None,
@@ -305,7 +322,7 @@ def mp_nce_loss(
             as lists of numbers, or None for ones.
         metrics: receives "accuracy", over anchors and positives, 0-d.
         reduction: "mean" over the B * N anchors; "none": (B * N,) in block order.
-        backend, chunk_bytes, precision, dist, group, sizes: see the module.
+        backend, chunk_bytes, keep_bytes, precision, dist, group, sizes: see the module.
 
     Returns:
         The loss, 0-d or (B * N,).
@@ -336,13 +353,15 @@ def mp_nce_loss(
         domains,
         scale,
         offset,
+        maxima=metrics is not None,
         ranks=ranks,
         backend=backend,
         chunk_bytes=chunk_bytes,
+        keep_bytes=keep_bytes,
         precision=precision,
     )
     blocks = len(domains)
-    lse_of, top_of = lse.reshape(blocks, -1), top.reshape(blocks, -1)
+    lse_of = lse.reshape(blocks, -1)
     losses: list[list[Tensor]] = [[] for _ in domains]
     hits = []
     for index, couple in enumerate(couples(len(domains))):
@@ -353,7 +372,7 @@ def mp_nce_loss(
                 pair = pair * weight[low][high]
             losses[block].append(pair)
             if metrics is not None:
-                hits.append(_above(positive[index], top_of[block], ranks))
+                hits.append(_above(positive[index], top.reshape(blocks, -1)[block], ranks))
     if metrics is not None:
         metrics["accuracy"] = torch.stack(hits).mean()
     loss = torch.cat([torch.stack(terms).mean(dim=0) for terms in losses])
@@ -369,6 +388,7 @@ def nt_xent_loss(
     reduction: str = "mean",
     backend: str = "auto",
     chunk_bytes: int | None = None,
+    keep_bytes: int | None = None,
     precision: str = "auto",
     dist: Exchange | None = None,
     group: ProcessGroup | None = None,
@@ -381,7 +401,7 @@ def nt_xent_loss(
         temperature: 0-d or (1,) tensor, or a number, > 0.
         metrics: receives "accuracy", 0-d.
         reduction: "mean" over the 2N anchors; "none": (2N,), view1's before view2's.
-        backend, chunk_bytes, precision, dist, group, sizes: see the module.
+        backend, chunk_bytes, keep_bytes, precision, dist, group, sizes: see the module.
 
     Returns:
         The loss, 0-d or (2N,).
@@ -398,6 +418,7 @@ def nt_xent_loss(
         reduction=reduction,
         backend=backend,
         chunk_bytes=chunk_bytes,
+        keep_bytes=keep_bytes,
         precision=precision,
         dist=dist,
         group=group,
@@ -413,6 +434,7 @@ def sup_con_loss(
     reduction: str = "mean",
     backend: str = "auto",
     chunk_bytes: int | None = None,
+    keep_bytes: int | None = None,
     precision: str = "auto",
     dist: Exchange | None = None,
     group: ProcessGroup | None = None,
@@ -428,7 +450,7 @@ def sup_con_loss(
         temperature: 0-d or (1,) tensor, or a number, > 0.
         reduction: "mean" over the anchors that have a positive, 0 if none has; "none": (M,), 0
             where there is no positive.
-        backend, chunk_bytes, precision, dist, group, sizes: see the module.
+        backend, chunk_bytes, keep_bytes, precision, dist, group, sizes: see the module.
 
     Returns:
         The loss, 0-d or (M,).
@@ -446,6 +468,7 @@ def sup_con_loss(
         ranks=ranks,
         backend=backend,
         chunk_bytes=chunk_bytes,
+        keep_bytes=keep_bytes,
         precision=precision,
     )
     has_positive = statistics.positives > 0
@@ -467,9 +490,11 @@ def similarity_statistics(
     column_group: Tensor | None = None,
     first_negative: int = 0,
     columns_with_gradient: int | None = None,
+    maxima: bool = False,
     means: bool = False,
     backend: str = "auto",
     chunk_bytes: int | None = None,
+    keep_bytes: int | None = None,
     precision: str = "auto",
     dist: Exchange | None = None,
     group: ProcessGroup | None = None,
@@ -477,8 +502,8 @@ def similarity_statistics(
 ) -> Statistics:
     """What softmax losses are made of, differentiable, for a loss of your own.
 
-    Of S = logit_scale * rows @ columns.T, which is never stored: the log-sum-exp and the maximum
-    of each row's and each column's negatives, the positive's logit, and means on request. Row i's
+    Of S = logit_scale * rows @ columns.T, which is never stored: the log-sum-exp of each row's
+    and each column's negatives, the positive's logit, maxima and means on request. Row i's
     negatives are all columns but its positive and those left out by a group.
 
     Args:
@@ -492,8 +517,9 @@ def similarity_statistics(
             group other than its positive are left out.
         first_negative: columns before it are positives only; without column_statistics and dist.
         columns_with_gradient: columns from it on get no gradient; None: all do; without dist.
+        maxima: whether row_max and column_max are wanted; nothing is kept then.
         means: whether row_mean and column_mean are wanted, over all columns and rows; needs M >= N.
-        backend, chunk_bytes, precision, dist, group, sizes: see the module.
+        backend, chunk_bytes, keep_bytes, precision, dist, group, sizes: see the module.
 
     Returns:
         A NamedTuple of row_lse, row_max, column_lse, column_max, positive, row_mean, column_mean,
@@ -526,10 +552,12 @@ def similarity_statistics(
         column_group=column_group,
         first_negative=first_negative,
         columns_with_gradient=columns_with_gradient,
+        maxima=maxima,
         means=means,
         ranks=ranks,
         backend=backend,
         chunk_bytes=chunk_bytes,
+        keep_bytes=keep_bytes,
         precision=precision,
     )
 

@@ -37,7 +37,7 @@ class ClipLoss(nn.Module):
         label_smoothing: see `fastclip.functional.clip_loss`.
         dist: "gather" or "ring", see `fastclip.functional`.
         group: the process group; None is the default one.
-        backend, chunk_bytes: see `fastclip.functional.clip_loss`.
+        backend, chunk_bytes, keep_bytes: see `fastclip.functional.clip_loss`.
 
     Raises:
         ValueError: `dist` is unknown, Horovod is asked for, or label smoothing where neither
@@ -60,6 +60,7 @@ class ClipLoss(nn.Module):
         group: ProcessGroup | None = None,
         backend: str = "auto",
         chunk_bytes: int | None = None,
+        keep_bytes: int | None = None,
     ) -> None:
         super().__init__()
         check_exchange(dist)
@@ -84,6 +85,7 @@ class ClipLoss(nn.Module):
         self.group = group
         self.backend = backend
         self.chunk_bytes = chunk_bytes
+        self.keep_bytes = keep_bytes
 
     def get_ground_truth(self, device: torch.device, num_logits: int) -> Tensor:
         """The index of each row's positive, (num_logits,) int64; open_clip's subclasses call it.
@@ -138,7 +140,11 @@ class ClipLoss(nn.Module):
             output_dict: whether to return a dictionary.
         """
         features = image_features, text_features
-        options: dict[str, Any] = {"backend": self.backend, "chunk_bytes": self.chunk_bytes}
+        options: dict[str, Any] = {
+            "backend": self.backend,
+            "chunk_bytes": self.chunk_bytes,
+            "keep_bytes": self.keep_bytes,
+        }
         if self.world_size > 1 and self.local_loss and not self.gather_with_grad:
             loss = self._rows_alone(*features, logit_scale, options)
             if logit_bias is not None:
@@ -224,6 +230,7 @@ class CoCaLoss(ClipLoss):
         *,
         backend: str = "auto",
         chunk_bytes: int | None = None,
+        keep_bytes: int | None = None,
     ) -> None:
         super().__init__(
             local_loss,
@@ -234,6 +241,7 @@ class CoCaLoss(ClipLoss):
             use_horovod,
             backend=backend,
             chunk_bytes=chunk_bytes,
+            keep_bytes=keep_bytes,
         )
         self.clip_loss_weight = clip_loss_weight
         self.caption_loss_weight = caption_loss_weight

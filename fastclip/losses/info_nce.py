@@ -20,7 +20,7 @@ class InfoNCELoss(nn.Module):
             gradient. In training mode the keys go into it after each call.
         in_batch: whether other queries' keys are negatives; False only with a bank.
         dist, group: how processes share the loss, without a bank; see `fastclip.functional`, as
-            for backend, chunk_bytes.
+            for backend, chunk_bytes, keep_bytes.
 
     Raises:
         ValueError: an unknown `dist`, a temperature that is not positive, a bank without width,
@@ -37,6 +37,7 @@ class InfoNCELoss(nn.Module):
         group: ProcessGroup | None = None,
         backend: str = "auto",
         chunk_bytes: int | None = None,
+        keep_bytes: int | None = None,
     ) -> None:
         super().__init__()
         check_exchange(dist)
@@ -51,6 +52,7 @@ class InfoNCELoss(nn.Module):
             "group": group,
             "backend": backend,
             "chunk_bytes": chunk_bytes,
+            "keep_bytes": keep_bytes,
         }
 
     def forward(self, query: Tensor, keys: Tensor, positive_index: Tensor | None = None) -> Tensor:

@@ -26,7 +26,7 @@ class MPNCELoss(nn.Module):
             weights under which every domain pair contributes alike, or a (P, P) tensor.
         max_scale: the limit that `clamp_scale_` holds 1 / temperature to.
         dist, group: how processes share the loss; see `fastclip.functional`, as for
-            backend, chunk_bytes.
+            backend, chunk_bytes, keep_bytes.
 
     Raises:
         ValueError: an unknown `dist`, or numbers out of range.
@@ -47,6 +47,7 @@ class MPNCELoss(nn.Module):
         group: ProcessGroup | None = None,
         backend: str = "auto",
         chunk_bytes: int | None = None,
+        keep_bytes: int | None = None,
     ) -> None:
         super().__init__()
         if num_domains < 1:
@@ -72,6 +73,7 @@ class MPNCELoss(nn.Module):
             "group": group,
             "backend": backend,
             "chunk_bytes": chunk_bytes,
+            "keep_bytes": keep_bytes,
         }
 
     def forward(self, features: Sequence[Tensor], domains: Sequence[int]) -> Tensor:

@@ -27,7 +27,7 @@ class NTXentLoss(nn.Module):
             that of the process's own anchors, and data-parallel averaging gives the gradient of
             the full batch.
         dist, group: how features are exchanged then; see `fastclip.functional`, as for
-            backend, chunk_bytes.
+            backend, chunk_bytes, keep_bytes.
 
     Raises:
         ValueError: an unknown `dist`, a temperature that is not positive, or a bank without width.
@@ -43,13 +43,18 @@ class NTXentLoss(nn.Module):
         group: ProcessGroup | None = None,
         backend: str = "auto",
         chunk_bytes: int | None = None,
+        keep_bytes: int | None = None,
     ) -> None:
         super().__init__()
         check_exchange(dist)
         check_positive("temperature", temperature)
         self.temperature = temperature
         self.memory_bank = memory_bank(memory_bank_size)
-        self.options: dict[str, Any] = {"backend": backend, "chunk_bytes": chunk_bytes}
+        self.options: dict[str, Any] = {
+            "backend": backend,
+            "chunk_bytes": chunk_bytes,
+            "keep_bytes": keep_bytes,
+        }
         self.gather_distributed = gather_distributed
         self.dist: Exchange = dist
         self.group = group

@@ -20,7 +20,7 @@ class SupConLoss(nn.Module):
     Args:
         temperature: > 0.
         dist, group: how processes share the loss; see `fastclip.functional`, as for
-            backend, chunk_bytes.
+            backend, chunk_bytes, keep_bytes.
 
     Raises:
         ValueError: an unknown `dist`, a temperature that is not positive.
@@ -34,6 +34,7 @@ class SupConLoss(nn.Module):
         group: ProcessGroup | None = None,
         backend: str = "auto",
         chunk_bytes: int | None = None,
+        keep_bytes: int | None = None,
     ) -> None:
         super().__init__()
         check_exchange(dist)
@@ -44,6 +45,7 @@ class SupConLoss(nn.Module):
             "group": group,
             "backend": backend,
             "chunk_bytes": chunk_bytes,
+            "keep_bytes": keep_bytes,
         }
 
     def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
