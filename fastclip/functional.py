@@ -13,8 +13,9 @@ Every loss takes, beside its own arguments,
         time; None takes a fixed default.
     keep_bytes: a budget for exponentials that the forward keeps for the backward, one of the size
         of the similarity matrix (half, where both sides are the same): where they fit, it is
-        formed once, not twice. None is the device's default (64 MiB on a CPU), 0 keeps none. Not
-        for the SigLIP loss and sums of InfoNCE, which form it once in any case.
+        formed once, not twice. None is the device's default (64 MiB on a CPU), 0 keeps none. The
+        SigLIP loss and sums of InfoNCE form it once in any case and keep nothing; with `metrics`
+        nothing is kept either.
     precision: "auto" follows autocast, "input" computes in the features' dtype.
     dist: None, or how processes share the loss: "gather" brings all columns at once, "ring" one
         process's after the other, in memory linear in a process's own rows.
@@ -46,6 +47,7 @@ from fastclip.ops.attention import packed_attention as packed_attention
 from fastclip.ops.candidates import mean_left
 from fastclip.ops.collectives import Ranks, global_sum, ranks_of
 from fastclip.ops.info_nce import info_nce_sum
+from fastclip.ops.kept import keep_argument
 from fastclip.ops.labels import label_statistics
 from fastclip.ops.numerics import softplus
 from fastclip.ops.problem import couples
@@ -155,6 +157,7 @@ def siglip_loss(
     reduction: str = "mean",
     backend: str = "auto",
     chunk_bytes: int | None = None,
+    keep_bytes: int | None = None,
     precision: str = "auto",
     dist: Exchange | None = None,
     group: ProcessGroup | None = None,
@@ -167,7 +170,7 @@ def siglip_loss(
         logit_scale: 0-d or (1,) tensor, or a number: the inverse temperature.
         logit_bias: 0-d or (1,) tensor, a number or None, added to every logit.
         reduction: "mean": the sum over all N * N pairs divided by N; "none": the rows' sums, (N,).
-        backend, chunk_bytes, precision, dist, group, sizes: see the module.
+        backend, chunk_bytes, keep_bytes, precision, dist, group, sizes: see the module.
 
     Returns:
         The loss, 0-d or (N,).
@@ -177,6 +180,7 @@ def siglip_loss(
             one text an image.
     """
     _check_reduction(reduction)
+    keep_argument(keep_bytes, "", image_features)
     if image_features.shape[:1] != text_features.shape[:1]:
         raise ValueError(
             f"{image_features.shape[0]} images and {text_features.shape[0]} texts; the sigmoid "
@@ -240,6 +244,7 @@ def info_nce_loss(
     _check_reduction(reduction)
     if bank is None and not in_batch:
         raise ValueError("in_batch=False leaves no negatives; give a bank")
+    keep_argument(keep_bytes, "", query)
     ranks = _ranks(dist, group, sizes, query)
     if bank is not None and ranks is not None:
         raise ValueError("a bank is a process's own; leave out dist, or the bank")

@@ -32,7 +32,7 @@ class Kept(NamedTuple):
     """What the forward saves.
 
     entries: E of every visit, chunk after chunk; empty where nothing is kept. anchors: of each
-    part, NaN where its sums were out of range.
+    part, infinite where its sums were out of range.
     """
 
     entries: Tensor
@@ -88,7 +88,7 @@ def room_to_keep(problem: Problem) -> Kept:
     x_ND, dtype = problem.x_ND, problem.tiles.dtype
     count = kept_entries(len(x_ND), len(problem.y_MD), problem.options)
     entries = x_ND.new_empty(count, dtype=dtype)
-    return Kept(entries, entries.new_full((problem.options.parts,), torch.nan))
+    return Kept(entries, entries.new_full((problem.options.parts,), torch.inf))
 
 
 def fake_kept(own: Tensor, columns: Tensor, options: Options) -> list[Tensor]:
