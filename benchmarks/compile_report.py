@@ -95,7 +95,7 @@ def reports(architectures: tuple[int, ...] = (80, 90, 100)) -> Iterator[Report]:
             for entry, kernel, name, flags in variants():
                 for precision, tiling in tilings()[table][entry].items():
                     dtype, product = OPERANDS[precision]
-                    constants = {**flags, "TMA": tiling.tma, "PRECISION": product}
+                    constants: dict[str, Any] = {**flags, "TMA": tiling.tma, "PRECISION": product}
                     constants |= _sides(tiling)
                     yield _compile(
                         kernel, f"{name}/{precision}", architecture, tiling, constants, dtype, limit
@@ -104,13 +104,14 @@ def reports(architectures: tuple[int, ...] = (80, 90, 100)) -> Iterator[Report]:
             yield from _ones()
         yield from _attention(architecture)
         small = Tiling(finish.ROWS, 0, finish.WIDTH, 4, 3)
-        for kernel, constants in (
+        rest: list[tuple[Any, dict[str, Any]]] = [
             (finish.finish_kernel, {"HAS_TERM": True, "BLOCK_R": 16, "BLOCK_D": 128}),
             (finish.row_dot_kernel, {"BLOCK_R": 16, "BLOCK_D": 128}),
             (merge.merge_kernel, {"HAS_OFFSET": True, "HAS_DOT": True, **MERGED}),
             (merge.rescale_kernel, {"BLOCK_R": 16, "BLOCK_S": 256}),
-        ):
-            limit = SHARED_LIMIT[architecture]
+        ]
+        limit = SHARED_LIMIT[architecture]
+        for kernel, constants in rest:
             yield _compile(kernel, "16bit", architecture, small, constants, "bfloat16", limit)
 
 
@@ -125,7 +126,13 @@ def _attention(architecture: int) -> Iterator[Report]:
         key = f"{lines}x{lines}x64 16bit"
         forward = attention_plans.forward_rule(key, family)
         gradient = attention_plans.gradient_rule(key, family)
-        shape = {"LENGTH_Q": lines, "LENGTH_K": lines, "WIDTH": 64, "BLOCK_D": 64, "UNIT": 8}
+        shape: dict[str, Any] = {
+            "LENGTH_Q": lines,
+            "LENGTH_K": lines,
+            "WIDTH": 64,
+            "BLOCK_D": 64,
+            "UNIT": 8,
+        }
         shape |= {"LENGTHS": False, "CAUSAL": causal, "PRECISION": "ieee"}
         whole, two_pass = attention_gradient.whole_kernel, attention_gradient.two_pass_kernel
         for kernel, plan, constants in (

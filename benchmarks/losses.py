@@ -92,7 +92,7 @@ def _cells(row: Row) -> Iterator[str]:
     for seconds in (row.forward, row.p20, row.p50, row.p80):
         yield " " * 9 if seconds is None else f"{1e3 * seconds:9.2f}"
     yield " " * 7 if row.ratio is None else f"{row.ratio:7.2f}"
-    yield " " * 6 if row.roof_share is None else f"{row.roof_share:6.0%}"
+    yield " " * 6 if row.matmul_share is None else f"{row.matmul_share:6.0%}"
     yield " " * 8 if row.peak_bytes is None else f"{row.peak_bytes / 2**20:8.0f}"
     yield " " * 8 if row.error is None else f"{row.error:8.1e}"
     yield {None: "", True: "same", False: "vary"}[row.repeatable]

@@ -51,7 +51,7 @@ def figure(panels: Sequence[Panel], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    style = {
+    style: dict[Any, Any] = {
         "svg.fonttype": "none",
         # the same file every time
         "svg.hashsalt": "fastclip",

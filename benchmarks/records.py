@@ -34,9 +34,14 @@ _FLAGS = {"causal", "repeatable"}
 # What distinguishes files without the name: a field that only one kind of row has.
 _TELLING = {"causal": "attention", "loader": "data", "operator": "losses"}
 # What a field of older files was called, and of the first.
-_OLD_NAMES = {"rival": "baseline"}
+_OLD_NAMES = {
+    "rival": "baseline",
+    "roof_share": "matmul_share",
+    "saved_order": "saved_exponent",
+    "peak_order": "peak_exponent",
+}
 _FIRST_NAMES = {"name": "baseline"}
-_FIRST_ROOF = {"four bare products": "bare products"}
+_FIRST_MATMUL = {"four bare products": "bare products"}
 
 
 @dataclass(frozen=True)
@@ -165,7 +170,7 @@ def _of_the_first_files(row: dict[str, Any]) -> dict[str, Any]:
     baseline = str(named.get("baseline"))
     # their ratio was to open_clip, and is computed anew where it is needed
     named.pop("ratio", None)
-    return {**named, "operator": "clip", "baseline": _FIRST_ROOF.get(baseline, baseline)}
+    return {**named, "operator": "clip", "baseline": _FIRST_MATMUL.get(baseline, baseline)}
 
 
 def _foreign(path: Path, why: str) -> ValueError:

@@ -248,7 +248,7 @@ def timed(
         return [*late, *others]
     runs = {name: lambda c=c: run(c) for name, c in right.items()}
     found, failed = interleave(runs, ROUNDS, Settings(device=device, warmup=2))
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"tiling": _numbers(right[name]), "status": "ok", "seconds": statistics.median(seconds)}
         for name, seconds in found.items()
     ]

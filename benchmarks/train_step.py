@@ -183,7 +183,7 @@ def _fastclip(name: str, batch: Batch, settings: StepSettings) -> Call:
         device=settings.device,
     )
     model = _fresh(name, settings.device)
-    model.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.model.to(memory_format=torch.channels_last)
     engine = build_engine(model, config, World(0, 1, torch.device(settings.device)))
     keys = [str(i) for i in range(len(batch.texts))]
     batches = [{"images": [batch.pixels], "texts": [batch.texts], "key": keys}]
@@ -199,8 +199,8 @@ def _fastclip(name: str, batch: Batch, settings: StepSettings) -> Call:
             engine.update(learning_rate(config, done, _TOTAL_STEPS))
             done += 1
             if number in (0, steps - 1):
-                told = loss.item(), engine.norm.item(), engine.logit_scale
-        return told[0]
+                reported = loss.item(), engine.norm.item(), engine.logit_scale
+        return reported[0]
 
     return call
 
@@ -255,7 +255,7 @@ def _open_clip(
     )
     scaler = torch.amp.GradScaler(settings.device) if amp else None
     scheduler = cosine_lr(optimizer, defaults.lr, _WARMUP, _TOTAL_STEPS)
-    data = {"train": DataInfo(_Repeated(batch, steps))}  # type: ignore[arg-type]
+    data = {"train": DataInfo(_Repeated(batch, steps))}
     loss, writer = ClipLoss(), _Losses()
     epoch = 0
 
@@ -273,7 +273,8 @@ def _open_clip(
 
 def _their_optimizer(model: nn.Module, config: TrainConfig, fused: bool) -> torch.optim.Optimizer:
     """AdamW over the groups that open_clip's trainer makes, with its default options."""
-    plain, decayed = [], []
+    plain: list[nn.Parameter] = []
+    decayed: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         kept = parameter.ndim < 2 or any(part in name for part in ("bn", "ln", "bias"))
         (plain if kept or "logit_scale" in name else decayed).append(parameter)

@@ -105,14 +105,14 @@ def _nvcc() -> str:
     at_home = [f"{home}/bin/nvcc"] if home else []
     candidates = [asked] if asked else [*at_home, "nvcc", "/usr/local/cuda/bin/nvcc"]
     least = f"{'.'.join(map(str, LEAST_CUDA))} or newer: install CUDA's toolkit, or set CUDACXX"
-    told = f"{asked or 'nvcc'} was not found; it takes {least}"
+    reason = f"{asked or 'nvcc'} was not found; it takes {least}"
     for path in filter(None, map(shutil.which, candidates)):
         done = _listen(path, "--version")
         release = re.search(r"release (\d+\.\d+)", done.stdout)
         if release and tuple(map(int, release[1].split("."))) >= LEAST_CUDA:
             return path
-        told = f"{path} is of CUDA {release[1] if release else '?'}; it takes {least}"
-    raise CannotBuild(told)
+        reason = f"{path} is of CUDA {release[1] if release else '?'}; it takes {least}"
+    raise CannotBuild(reason)
 
 
 def _build(package: Path, version: str, nvcc: str | None) -> None:
@@ -156,8 +156,8 @@ def _run(step: str, *command: str) -> None:
     if done.returncode:
         _tell(done.stdout)
         # the compiler's or CMake's first word on it; the rest follows from that
-        told = re.split(r"error: |CMake Error[^\n]*\n", done.stdout, maxsplit=1)[-1]
-        raise CannotBuild(f"{step} failed: {' '.join(told.split())[:160]}")
+        reason = re.split(r"error: |CMake Error[^\n]*\n", done.stdout, maxsplit=1)[-1]
+        raise CannotBuild(f"{step} failed: {' '.join(reason.split())[:160]}")
 
 
 def _listen(*command: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:

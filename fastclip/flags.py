@@ -7,7 +7,7 @@ what the three do not say: where `--help` lists it, and what a change means for 
 import ast
 import inspect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, field, fields, is_dataclass, make_dataclass
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -66,6 +66,26 @@ def help_texts(kind: type) -> dict[str, str]:
                 text = ast.literal_eval(following.value)
                 texts[ast.unparse(statement.target)] = " ".join(text.split())
     return texts
+
+
+def refuse_renamed(arguments: Sequence[str], renamed: Mapping[str, str]) -> None:
+    """Refuse flags that have another name now.
+
+    Args:
+        arguments: of a command line.
+        renamed: from an old flag, or an old flag and its value, to what is written now.
+
+    Raises:
+        ValueError: an old one is given; the message has the new one.
+    """
+    words: list[str] = []
+    for argument in arguments:
+        flag, *value = argument.split("=", 1) if argument.startswith("--") else [argument]
+        words += [flag.replace("_", "-") if argument.startswith("--") else flag, *value]
+    for old, new in renamed.items():
+        size = len(old.split())
+        if any(words[i : i + size] == old.split() for i in range(len(words))):
+            raise ValueError(f"{old} has been renamed; write {new}")
 
 
 def parse_grouped(kind: type, arguments: Sequence[str], prog: str) -> dict[str, Any]:

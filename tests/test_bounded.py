@@ -25,7 +25,7 @@ from fastclip.train.log import METRICS_FILE, read_metrics
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (b"[" * 200_000, "nested too deeply"),
         (b'{"a": 9223372036854775808}', "beyond 64 bits"),
@@ -35,11 +35,11 @@ from fastclip.train.log import METRICS_FILE, read_metrics
         (b" " * 101 * 1000, "larger than"),
     ],
 )
-def test_json_that_is_refused(tmp_path: Path, content: bytes, told: str) -> None:
+def test_json_that_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(content)
-    limit = 100_000 if told == "larger than" else 1 << 20
-    with pytest.raises(ValueError, match=rf"a\.json.*{told}"):
+    limit = 100_000 if message == "larger than" else 1 << 20
+    with pytest.raises(ValueError, match=rf"a\.json.*{message}"):
         read_json(path, limit)
 
 
@@ -53,7 +53,7 @@ def test_json_that_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (b"a: &a [x]\nb: *a\n", "aliases"),
         (b"seed: " + b"[" * 5000 + b"]" * 5000, "nested too deeply"),
@@ -62,11 +62,11 @@ def test_json_that_is_read(tmp_path: Path) -> None:
         (b"a: [", "no valid YAML"),
     ],
 )
-def test_yaml_that_is_refused(tmp_path: Path, content: bytes, told: str) -> None:
+def test_yaml_that_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "a.yaml"
     path.write_bytes(content)
     for reader in (lambda: read_yaml(path), lambda: parse(["--config", str(path)])):
-        with pytest.raises(ValueError, match=rf"a\.yaml.*{told}"):
+        with pytest.raises(ValueError, match=rf"a\.yaml.*{message}"):
             reader()
 
 

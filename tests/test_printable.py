@@ -74,9 +74,9 @@ def test_names_in_data_reach_no_terminal_raw(
         main(["data", "preview", data, "-o", str(tmp_path / "sheet.png")])
     else:
         main(["convert", kind, data, str(tmp_path / "out")])
-    told = capsys.readouterr()
-    assert r"\x1b]0;owned" in told.err
-    assert "\x1b]" not in told.out + told.err and "\x07" not in told.out + told.err
+    message = capsys.readouterr()
+    assert r"\x1b]0;owned" in message.err
+    assert "\x1b]" not in message.out + message.err and "\x07" not in message.out + message.err
 
 
 def test_an_error_is_printable(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,5 +84,5 @@ def test_an_error_is_printable(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["data", "preview", str(tmp_path / f"{TITLE}.csv")]) == 1
     assert "\x1b" not in capsys.readouterr().err
     assert main(["data", "preview", "nosuch://user:secret@host/a.tar"]) == 1
-    told = capsys.readouterr().err
-    assert "secret" not in told and "***@host" in told
+    message = capsys.readouterr().err
+    assert "secret" not in message and "***@host" in message

@@ -47,6 +47,12 @@ class Augmentation:
 
     Raises:
         ValueError: a range is empty or outside what it can mean.
+
+    Examples:
+        >>> from fastclip.data.augment import Augmentation
+        >>> strong = Augmentation.strong(224)
+        >>> strong.scale, strong.jitter, strong.blur
+        ((0.08, 1.0), 0.8, 0.5)
     """
 
     size: int
@@ -87,12 +93,20 @@ class Augmentation:
 
     @classmethod
     def weak(cls, size: int) -> "Augmentation":
-        """The weak view of CLIP-Rocket (Fini et al. 2023): a crop of half the image or more."""
+        """The weak view of CLIP-Rocket (Fini et al. 2023): a crop of half the image or more.
+
+        Args:
+            size: side of the square output, in pixels.
+        """
         return cls(size, scale=(0.5, 1.0))
 
     @classmethod
     def strong(cls, size: int) -> "Augmentation":
-        """The strong view of CLIP-Rocket, as in MoCo v2 (Chen et al. 2020)."""
+        """The strong view of CLIP-Rocket, as in MoCo v2 (Chen et al. 2020).
+
+        Args:
+            size: side of the square output, in pixels.
+        """
         return cls(size, scale=(0.08, 1.0), flip=0.5, jitter=0.8, gray=0.2, blur=0.5)
 
 
@@ -110,6 +124,13 @@ class AugmentationParams:
         gray: color taken out.
         sigma: of the blur, in pixels of the view; 0 for none.
         solarize: the least level that is inverted; 256 for none.
+
+    Examples:
+        >>> from fastclip.data.augment import PARAMS, AugmentationParams
+        >>> params = AugmentationParams(top=0, left=16, height=64, width=32, flip=True)
+        >>> vector = params.encode(width=64, height=64)
+        >>> vector.shape == (PARAMS,), AugmentationParams.decode(vector, 64, 64) == params
+        (True, True)
     """
 
     top: int
@@ -129,16 +150,23 @@ class AugmentationParams:
 
     @classmethod
     def identity(cls, width: int, height: int) -> "AugmentationParams":
-        """No augmentation of an image of `width` x `height` pixels, but for the resize."""
+        """No augmentation of an image, but for the resize.
+
+        Args:
+            width, height: of the image, in pixels.
+        """
         return cls(0, 0, height, width)
 
     def encode(self, width: int, height: int) -> Tensor:
-        """The vector of a view of an image of `width` x `height` pixels: (PARAMS,) float32.
+        """The vector of a view: (PARAMS,) float32.
 
         `PARAM_NAMES` names its entries: the crop's center and size as shares of the image; flip;
         jitter, the factors less 1, hue in turns; each color step's place in the order, from 0 to
         1; gray; blur and half its sigma; and 1 - solarize / 256. So no augmentation is 0.5, 0.5,
         1, 1, then 0 but for the order 0, 1/3, 2/3, 1. Nothing is lost: see `decode`.
+
+        Args:
+            width, height: of the original image, in pixels.
         """
         values = [
             *((self.top + self.height / 2) / height, (self.left + self.width / 2) / width),
@@ -154,6 +182,10 @@ class AugmentationParams:
         cls, vector: Tensor | Sequence[float], width: int, height: int
     ) -> "AugmentationParams":
         """The parameters that `encode` put into a vector, for the same size of image.
+
+        Args:
+            vector: (PARAMS,), or as many numbers.
+            width, height: of the original image, in pixels.
 
         Raises:
             ValueError: it has not `PARAMS` entries, or they cannot be of such an image.
@@ -183,10 +215,25 @@ class AugmentationParams:
 def draw_view(
     augmentation: Augmentation, width: int, height: int, rng: random.Random
 ) -> AugmentationParams:
-    """Draw the parameters for an image of `width` x `height` pixels.
+    """Draw the parameters of a view.
 
     The crop is Inception's (Szegedy et al. 2015, section 6): area and aspect ratio drawn until
     the box fits, ten times at most, then the largest central box within the ratio's bounds.
+
+    Args:
+        augmentation: what the view may be.
+        width, height: of the image, in pixels.
+        rng: what is drawn from.
+
+    Returns:
+        The parameters, from which `fastclip.data.views.render_view` makes the pixels.
+
+    Examples:
+        >>> import random
+        >>> from fastclip.data.augment import Augmentation, draw_view
+        >>> params = draw_view(Augmentation.strong(224), 640, 480, random.Random(0))
+        >>> 0 < params.width <= 640, 0 < params.height <= 480
+        (True, True)
     """
     least, greatest = augmentation.ratio
     box = None

@@ -14,9 +14,27 @@ CACHE_BYTES = 50 << 30
 class DataOptions:
     """How data is read; the fields are the flags of the same names.
 
+    Args:
+        dataset_type: what the data are: "auto" decides by their name; "webdataset", "csv", "coco",
+            "imagefolder", "synthetic" or "scenes".
+        csv_img_key: column of a table that holds the paths of images.
+        csv_caption_key: column of a table that holds captions.
+        csv_separator: one character between the columns of a table.
+        image_root: folder of a table's images; None: beside the table.
+        templates: file of prompt templates, one a line, for the captions of an image folder.
+        captions: captions of shards and scenes by name, with weights, as "txt=1,recaption=3".
+        cache_dir: folder that remote shards are fetched to; None: in the user's cache.
+        cache_bytes: most bytes kept there.
+        allow_commands: whether data named pipe:COMMAND may run the command in a shell.
+
     Raises:
         ValueError: the separator is no single character, the sources of captions cannot be read, or
             the cache has no room at all.
+
+    Examples:
+        >>> from fastclip.data.options import DataOptions
+        >>> DataOptions(csv_separator=",", captions="txt=1,recaption=3").caption_weights
+        {'txt': 1.0, 'recaption': 3.0}
     """
 
     dataset_type: DatasetType = flag("auto", "data", defines_run=True)
@@ -66,7 +84,11 @@ class DataOptions:
 
     @classmethod
     def of(cls, flags: Any) -> "DataOptions":
-        """The options among a configuration's fields; those it lacks keep their defaults."""
+        """The options among a configuration's fields.
+
+        Args:
+            flags: any object; fields that it lacks keep their defaults.
+        """
         names = [field.name for field in fields(cls) if hasattr(flags, field.name)]
         return cls(**{name: getattr(flags, name) for name in names})
 

@@ -27,8 +27,8 @@ from fastclip.evaluate.imagenet import CLASSES, SHIFTS, ShiftSet, prompts, read_
 from fastclip.evaluate.registry import BENCHMARKS, require
 from fastclip.evaluate.results import read_result
 from fastclip.evaluate.zeroshot import class_embeddings
+from fastclip.models.classifier import Classifier
 from fastclip.models.clip import Model
-from fastclip.models.controls import Classifier
 
 TASK = "robustness"
 # ImageNet-A is not among them: it was chosen by a model's mistakes, and follows no line well

@@ -13,8 +13,8 @@ from fastclip.data.sources import guess_type
 from fastclip.data.templates import DEFAULT_TEMPLATES, fill_template, read_lines
 from fastclip.evaluate.features import ImageFeatures, embed_texts
 from fastclip.evaluate.retrieval import scores_of
+from fastclip.models.classifier import Classifier
 from fastclip.models.clip import Model
-from fastclip.models.controls import Classifier
 
 # Looked for beside the data, in this order: CLIP_benchmark's names, then fastclip's own.
 CLASS_FILES = ("classnames.txt", "classes.txt")

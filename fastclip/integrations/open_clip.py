@@ -36,7 +36,8 @@ def patch_open_clip(
             `patch_transformers`.
         loss: whether to exchange the loss classes.
         attention: whether to replace the attention of `model`.
-        backend: implementation of `fastclip.functional.attention`.
+        backend: "auto", "triton", "sdpa" (torch's), "flash" (the flash-attn package) or
+            "reference", of the attention.
 
     Returns:
         A handle with `undo()` that is also a context manager. Patching twice is harmless: the
@@ -44,6 +45,17 @@ def patch_open_clip(
 
     Raises:
         ModuleNotFoundError: open_clip is not installed.
+
+    Examples:
+        >>> import fastclip, open_clip, torch
+        >>> vision = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 1}
+        >>> model = open_clip.CLIP(64, vision, {"width": 64, "heads": 2, "layers": 1})
+        >>> handle = fastclip.patch_open_clip(model)
+        >>> model.encode_image(torch.zeros(2, 3, 32, 32)).shape  # by fastclip's attention
+        torch.Size([2, 64])
+        >>> open_clip.ClipLoss()(torch.eye(3), torch.eye(3), torch.tensor(2.0))  # by its loss
+        tensor(0.2395)
+        >>> handle.undo()
     """
     import open_clip.loss
 

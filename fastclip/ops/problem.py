@@ -179,7 +179,7 @@ class Problem:
             return None
         layout = self.columns.layout
         # numbers of the pairs, over all ranks, that the first row and the first column are of
-        row_pair = layout.start(0, layout.rank) + row - self.row_blocks[block].start
+        row_pair: int = layout.start(0, layout.rank) + row - self.row_blocks[block].start
         return row_pair - (segment.column - layout.start(segment.block, 0))
 
     def of_all_columns(self, own: LogSumExps) -> LogSumExps:

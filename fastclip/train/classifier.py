@@ -7,8 +7,8 @@ import torch
 from fastclip.data.templates import DEFAULT_TEMPLATES, read_lines
 from fastclip.evaluate.zeroshot import class_embeddings, classes_of
 from fastclip.models.build import load
+from fastclip.models.classifier import Classifier
 from fastclip.models.clip import Model
-from fastclip.models.controls import Classifier
 from fastclip.models.system import System
 from fastclip.train.config import TrainConfig
 

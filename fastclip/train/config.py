@@ -12,11 +12,13 @@ from typing import Any, Literal
 
 from fastclip.bounded import read_yaml
 from fastclip.data.options import DataOptions
-from fastclip.flags import flag, ordered, parse_grouped
+from fastclip.flags import flag, ordered, parse_grouped, refuse_renamed
 from fastclip.models.options import SystemOptions
 from fastclip.ops.backend import IMPLEMENTATIONS
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+# the names of before of a field's values: read from files, refused on the command line
+OLD_VALUES = {"data_backend": {"torchvision": "cpu"}}
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,9 @@ class TrainConfig(SystemOptions, DataOptions):
     layer_norm: Literal["torch", "apex"] = flag("torch", "model", defines_run=True)
     """The towers' layer norms: torch's, or apex's fused one where NVIDIA's apex is installed."""
 
-    data_backend: Literal["auto", "dali", "torchvision"] = flag("auto", "data", defines_run=True)
-    """What decodes and augments: DALI, on the GPU if there is one; or, named after the transforms
-    it stands in for, the host's loader processes. auto takes DALI where it is installed and there
-    is a GPU; on a CPU it is the slower one."""
+    data_backend: Literal["auto", "dali", "cpu"] = flag("auto", "data", defines_run=True)
+    """What decodes and augments images. dali: DALI, on the GPU if there is one. cpu: the loader
+    processes. auto uses DALI if it is installed and there is a GPU; on a CPU DALI is slower."""
     augment: Literal["crop", "weak", "strong"] | None = flag(None, "data", defines_run=True)
     """crop: a random crop, of 0.9 of the image or more. weak, strong: CLIP-Rocket's views, crops of
     0.5 and of 0.08 or more; the strong one has flip, color jitter, grayscale and blur. By default
@@ -249,12 +250,16 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     """The configuration of a command line, which may hold `--config FILE` or `--config RECIPE`.
 
     Raises:
-        ValueError: the file has an unknown key; the message names the nearest known one.
+        ValueError: the file has an unknown key; the message names the nearest known one. Or a
+            flag's value has been renamed; the message names the new one.
         FileNotFoundError: there is no such file or recipe.
         ValueError: a value is of the right type and impossible, e.g. no epochs.
         SystemExit: a flag is unknown or a value of the wrong type (said on standard error).
     """
     arguments, files = _take_config(list(arguments))
+    for name, values in OLD_VALUES.items():
+        flag = "--" + name.replace("_", "-")
+        refuse_renamed(arguments, {f"{flag} {old}": f"{flag} {new}" for old, new in values.items()})
     given = [each for file in files for each in _flags_of(file)]
     return TrainConfig(**parse_grouped(TrainConfig, given + arguments, "fastclip train"))
 
@@ -270,8 +275,16 @@ def to_yaml(config: TrainConfig) -> str:
 
 def from_dict(values: dict[str, Any]) -> TrainConfig:
     """The configuration that `dataclasses.asdict` gave."""
-    plain: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    plain: Any = {
+        name: tuple(value) if isinstance(value, list) else _renamed(name, value)
+        for name, value in values.items()
+    }
     return TrainConfig(**plain)
+
+
+def _renamed(name: str, value: Any) -> Any:
+    """A field's value by the name that it has now."""
+    return OLD_VALUES[name].get(str(value), value) if name in OLD_VALUES else value
 
 
 def _take_config(arguments: list[str]) -> tuple[list[str], list[Path]]:
@@ -316,5 +329,6 @@ def _flags_of(file: Path) -> list[str]:
             flags.append(flag if value else "--no-" + flag[2:])
         else:
             flags.append(flag)
+            value = _renamed(name, value)
             flags += [str(item) for item in (value if isinstance(value, list) else [value])]
     return flags

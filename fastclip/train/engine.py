@@ -50,8 +50,8 @@ class Engine:
             self.model.set_grad_checkpointing(True)  # type: ignore[operator]
         self._loss_options: dict[str, Any] = {"backend": config.loss_backend}
         if world.size > 1:
-            way = "ring" if config.loss_dist_impl in ("ring", "bidir", "shift") else "gather"
-            self._loss_options["dist"] = way
+            exchange = "ring" if config.loss_dist_impl in ("ring", "bidir", "shift") else "gather"
+            self._loss_options["dist"] = exchange
         self._autocast: AbstractContextManager[Any] = autocast(world.device, config.precision)
         self._mean, self._std = (
             torch.tensor(model.preprocess_config[name], device=world.device).view(3, 1, 1) * 255

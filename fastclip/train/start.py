@@ -51,7 +51,7 @@ def start(
     classes = class_names(config)
     model = _build_model(config, classes, world)
     loader = build_loader(config, model, classes, world)
-    around.enter_context(loader.naming_the_dead())
+    around.enter_context(loader.reporting_worker_failure())
     evaluation = _build_evaluation(config, model, classes, world)
     engine = build_engine(model, config, world)
     if evaluation is not None:

@@ -80,7 +80,7 @@ def build_loader(
 
 
 def choose_backend(wanted: str, device: torch.device) -> str:
-    """ "dali" or "torchvision": what is asked for, or else DALI where there is a GPU for it.
+    """ "dali" or "cpu": what is asked for, or else DALI where there is a GPU for it.
 
     Raises:
         ModuleNotFoundError: DALI is asked for and not installed.
@@ -94,7 +94,7 @@ def choose_backend(wanted: str, device: torch.device) -> str:
         with suppress(ImportError):
             import_module("nvidia.dali")
             return "dali"
-    return "torchvision"
+    return "cpu"
 
 
 def _views(config: TrainConfig, size: int) -> tuple[Augmentation, ...]:

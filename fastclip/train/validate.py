@@ -12,8 +12,8 @@ from fastclip.evaluate.features import embed_images, embed_texts
 from fastclip.evaluate.retrieval import evaluate_retrieval
 from fastclip.evaluate.zeroshot import classes_of, evaluate_zeroshot
 from fastclip.functional import clip_loss, siglip_loss
+from fastclip.models.classifier import Classifier
 from fastclip.models.clip import Model
-from fastclip.models.controls import Classifier
 from fastclip.train.average import WeightAverage
 from fastclip.train.config import TrainConfig
 from fastclip.train.engine import Engine

@@ -95,8 +95,8 @@ def test_foreign_files_are_refused(
     file = tmp_path / "x.json"
     file.write_text(WRONG[case].text)
     assert main(["bench", "report", str(file), "-o", str(tmp_path / "out")]) == 1
-    told = capsys.readouterr().err
-    assert str(file) in told and WRONG[case].says in told
+    message = capsys.readouterr().err
+    assert str(file) in message and WRONG[case].says in message
     assert not (tmp_path / "out").exists()
 
 
@@ -120,5 +120,5 @@ def test_a_place_that_cannot_be_written_is_reported_before_anything_is_measured(
 ) -> None:
     flags = ["--device", "cpu", "--output", str(tmp_path)]
     assert main(["bench", part, *flags]) == 1
-    told = capsys.readouterr()
-    assert "is a folder" in told.err and not told.out
+    message = capsys.readouterr()
+    assert "is a folder" in message.err and not message.out

@@ -53,7 +53,7 @@ def test_wrong_usage_is_status_2(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "told"),
+    ("command", "message"),
     [
         ("eval zeroshot --model x --csv-separator ab", "--csv-separator is 'ab'"),
         ("embed images scenes --model x -o a.npy --cache-bytes 0", "--cache-bytes is 0"),
@@ -63,11 +63,11 @@ def test_wrong_usage_is_status_2(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_a_bad_value_of_a_known_flag_is_a_sentence(
-    command: str, told: str, capsys: pytest.CaptureFixture[str]
+    command: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(command.split()) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert told in line
+    assert message in line
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:
@@ -167,9 +167,9 @@ def test_bench_prints_ratios_and_writes_json(
     assert all(0 < row["p20"] <= row["p50"] <= row["p80"] for row in measured)
     for loss in ("clip", "info_nce", "siglip", "nt_xent", "mp_nce", "sup_con"):
         for n in (64, 128):
-            ours, roof = rows[loss, n, "fastclip"], rows[loss, n, "bare products"]
+            ours, bare = rows[loss, n, "fastclip"], rows[loss, n, "bare products"]
             assert ours["ratio"] == 1 and ours["repeatable"] and ours["error"] < 1e-5
-            assert roof["roof_share"] == 1
+            assert bare["matmul_share"] == 1
     # every baseline agrees with the truth, those that normalize inside along the sphere
     baselines = {row["baseline"] for row in measured} - {"fastclip", "bare products"}
     assert {"open_clip", "lightly", "pytorch_metric_learning", "dense"} <= baselines
@@ -222,7 +222,7 @@ def test_a_baseline_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None
         Baseline("small", broken, 8),
     )
     clip = losses.OPERATORS["clip"]
-    operator = Operator("clip", clip.make, clip.ours, baselines, clip.roof)
+    operator = Operator("clip", clip.make, clip.ours, baselines, clip.products)
     rows = measure(operator, 16, 4, Settings(rounds=1))
     status = {row.baseline: row.status for row in rows}
     assert status["fastclip"] == status["bare products"] == "ok"
@@ -248,7 +248,7 @@ def test_a_baseline_that_fails_later_leaves_the_others(monkeypatch: pytest.Monke
 
         return loss
 
-    operator = Operator("clip", clip.make, clip.ours, (Baseline("tiring", tiring),), clip.roof)
+    operator = Operator("clip", clip.make, clip.ours, (Baseline("tiring", tiring),), clip.products)
     rows = measure(operator, 16, 4, Settings(rounds=3))
     assert [row.status for row in rows] == ["ok", "out of memory", "ok"]
     assert rows[0].p50 is not None and rows[1].p50 is None

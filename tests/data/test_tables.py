@@ -99,7 +99,7 @@ def test_columns_and_separators(images: Path, capsys: pytest.CaptureFixture[str]
     assert DataOptions(csv_separator="\\t") == DataOptions()
     with pytest.raises(ValueError, match=r"no column 'text'.*\['filepath', 'id', 'title'\]"):
         open_csv(path, DataOptions(csv_separator=",", csv_caption_key="text"))
-    # told of the separator that the file has
+    # the message has the columns as --csv-separator splits them
     with pytest.raises(ValueError, match=r"no column 'text'.*separator ',' it has \['filepath', "):
         open_csv(path, DataOptions(csv_caption_key="text"))
     with pytest.raises(ValueError, match="csv-separator is ', '; give one character"):
@@ -129,8 +129,8 @@ def test_a_closed_field_over_several_lines_is_one_row_and_noted(
     path = table(images / "t.csv", "0.jpg\ta", '1.jpg\t"b', '2.jpg\tc"', '3.jpg\t"two\nlines"')
     source = open_csv(path, DataOptions())
     assert [s.texts for s in read_all(source)] == [("a",), ("b\n2.jpg\tc",), ("two\nlines",)]
-    assert "1 rows have a field over several lines" in (told := capsys.readouterr().err)
-    assert "line 3" in told
+    assert "1 rows have a field over several lines" in (printed := capsys.readouterr().err)
+    assert "line 3" in printed
 
 
 def test_a_comma_outside_quotation_marks_cuts_no_caption(images: Path) -> None:

@@ -52,9 +52,15 @@ def test_the_page_is_what_the_docstrings_say() -> None:
     assert API.PAGE.read_text() == API.page(), "run python docs/make_api.py"
 
 
+def test_examples_are_blocks_of_code() -> None:
+    """Markdown takes an indented line after text for its continuation."""
+    blocks = re.findall(r"(?ms)^```pycon\n(.*?)^```$", API.page())
+    assert sum(block.count(">>>") for block in blocks) == API.page().count(">>>") > 0
+
+
 def test_every_public_name_is_in_it() -> None:
-    told = {entry.name for entry in ENTRIES}
-    assert told >= {f"fastclip.{name}" for name in fastclip.__all__} - {
+    listed = {entry.name for entry in ENTRIES}
+    assert listed >= {f"fastclip.{name}" for name in fastclip.__all__} - {
         "fastclip.functional",
         "fastclip.__version__",
     }
@@ -68,10 +74,10 @@ def test_every_public_name_is_in_it() -> None:
 
 
 def test_every_loss_function_is_in_it() -> None:
-    told = {entry.name for entry in ENTRIES}
+    listed = {entry.name for entry in ENTRIES}
     for node in API.tree("fastclip.functional").body:
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
-            assert f"fastclip.functional.{node.name}" in told
+            assert f"fastclip.functional.{node.name}" in listed
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from fastclip.models.clip import CONFIG_FILE, Model, create
+from fastclip.models.language_model import with_language_model
 from fastclip.models.options import SystemOptions
-from fastclip.models.semantic import with_language_model
 from tests.models.language import make_language_model
 from tests.train.conftest import TINY_MODEL
 

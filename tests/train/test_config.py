@@ -1,7 +1,7 @@
 """Configuration: recipes, files, flags, and what is said of mistakes."""
 
 import re
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,7 @@ from fastclip.cli import main
 from fastclip.data.options import DataOptions
 from fastclip.flags import GROUPS, help_texts, ordered
 from fastclip.models.options import SystemOptions
-from fastclip.train.config import RECIPES, TrainConfig, parse, to_yaml
+from fastclip.train.config import RECIPES, TrainConfig, from_dict, parse, to_yaml
 
 
 def test_flags_are_open_clips() -> None:
@@ -70,6 +70,30 @@ def test_unknown_keys_are_reported_with_the_nearest_name(tmp_path: Path) -> None
         parse(["--config", str(path)])
     with pytest.raises(FileNotFoundError, match=r"neither a file nor a recipe .*cifar10"):
         parse(["--config", "cifar11"])
+
+
+@pytest.mark.parametrize(
+    ("command", "old", "new"),
+    [
+        ("train", "--data-backend torchvision", "--data-backend cpu"),
+        ("train", "--data_backend=torchvision", "--data-backend cpu"),
+        ("bench attention", "--lines 50", "--lengths"),
+        ("bench attention", "--lines=50", "--lengths"),
+    ],
+)
+def test_a_renamed_flag_is_refused_with_its_new_name(
+    command: str, old: str, new: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command.split(), *old.split()]) == 1
+    assert f"has been renamed; write {new}\n" in capsys.readouterr().err
+
+
+def test_files_with_old_names_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("data_backend: torchvision\n")
+    assert parse(["--config", str(path)]).data_backend == "cpu"
+    # as a checkpoint holds it
+    assert from_dict(asdict(TrainConfig()) | {"data_backend": "torchvision"}).data_backend == "cpu"
 
 
 def test_unknown_flags_and_wrong_types_end_in_usage_errors(

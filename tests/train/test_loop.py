@@ -382,10 +382,10 @@ def test_texts_that_are_cut_are_reported_once(
     train_flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(parse([*train_flags, "--name", "a", "--captions", "dense"]))
-    told = capsys.readouterr().err
-    assert told.count("a text is longer than the context of 12 tokens, and is cut") == 1
+    message = capsys.readouterr().err
+    assert message.count("a text is longer than the context of 12 tokens, and is cut") == 1
     # every dense caption is longer: two epochs of 64
-    assert "note: 128 texts were cut to the context" in told
+    assert "note: 128 texts were cut to the context" in message
     train(parse([*train_flags, "--name", "b", "--train-data", "synthetic"]))
     assert "were cut" not in capsys.readouterr().err
 

@@ -161,15 +161,21 @@ def test_products_of_the_loss(loss: str) -> None:
 
 
 def test_bytes_of_the_loss() -> None:
-    unit, lines = 3 * 10 * 8 * 2, 8 * 3 * 10
+    unit, statistics = 3 * 10 * 8 * 2, 8 * 3 * 10
     sizes = (10, 4, 8, 2)
-    assert costs.bytes_per_rank("clip", "gather", *sizes) == (unit, 0, unit, lines, lines)
-    assert costs.bytes_per_rank("clip", "ring", *sizes) == (unit, unit, unit, lines, lines)
+    assert costs.bytes_per_rank("clip", "gather", *sizes) == (unit, 0, unit, statistics, statistics)
+    assert costs.bytes_per_rank("clip", "ring", *sizes) == (
+        unit,
+        unit,
+        unit,
+        statistics,
+        statistics,
+    )
     assert costs.bytes_per_rank("siglip", "gather", *sizes).total == 2 * unit
     assert costs.bytes_per_rank("siglip", "ring", *sizes).total == 2 * unit
     assert costs.bytes_per_rank("open_clip", "gather", *sizes).total == 4 * unit
     symmetric = costs.bytes_per_rank("symmetric", "gather", *sizes, blocks=3)
-    assert symmetric.total == 3 * (unit + lines)
+    assert symmetric.total == 3 * (unit + statistics)
     assert costs.bytes_per_rank("clip", "gather", 10, 1, 8, 2).total == 0
 
 

@@ -298,9 +298,9 @@ def test_another_architecture_is_reported_by_names(
     train(parse([*train_flags, "--name", "clip", "--epochs", "1"]))
     flags = [*flags_of("uniclip", train_flags), "--name", "clip", "--resume", "latest"]
     assert main(["train", *flags]) == 1
-    told = capsys.readouterr().err
-    assert "missing: criterion.augmentation_encoder.layers.0.bias" in told
-    assert "38 unexpected: ln_final.bias, ln_final.weight, logit_scale, ..." in told
+    message = capsys.readouterr().err
+    assert "missing: criterion.augmentation_encoder.layers.0.bias" in message
+    assert "38 unexpected: ln_final.bias, ln_final.weight, logit_scale, ..." in message
     with pytest.raises(ValueError, match="holds no averaged weights: its run had no --ema"):
         fastclip.load(Path(parse(train_flags).logs) / "clip", average=True)
 

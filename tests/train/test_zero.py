@@ -292,7 +292,7 @@ def test_a_file_in_the_style_of_others_is_understood(config_file: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ({"zero_optimization": {"stage": 0}}, "stage is 0; give 1, 2 or 3"),
         ({"train_micro_batch_size_per_gpu": 7}, "is 7 but --batch-size gives 128"),
@@ -308,8 +308,10 @@ def test_a_file_in_the_style_of_others_is_understood(config_file: Any) -> None:
         ({"torch_autocast": {"enabled": True}}, "torch_autocast.enabled is true"),
     ],
 )
-def test_contradictions_are_refused(config_file: Any, content: dict[str, Any], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_contradictions_are_refused(
+    config_file: Any, content: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
         resolve(config_file(**content), TrainConfig())
 
 

@@ -1,4 +1,4 @@
-"""`fastclip bench PART ...`: measuring beside baselines, and telling what was measured.
+"""`fastclip bench PART ...`: measuring beside baselines, and reporting what was measured.
 
 One class a part. A part that measures prints a table and writes a JSON file; `report` and `compare`
 read these files.
@@ -19,6 +19,7 @@ from fastclip.cli.bench.operators import (
 )
 from fastclip.cli.bench.training import DataConfig, TrainStepConfig
 from fastclip.cli.bench.written import CompareConfig, ImportConfig, ReportConfig
+from fastclip.flags import refuse_renamed
 
 Config = (
     Annotated[LossConfig, subcommand("losses")]
@@ -43,5 +44,6 @@ def main(arguments: Sequence[str]) -> int:
     arguments = list(arguments)
     if arguments[:1] not in [[name] for name in (*_NAMES, "--help", "-h")]:
         arguments.insert(0, "losses")
+    refuse_renamed(arguments, {"--lines": "--lengths"})
     kind: type = Config  # type: ignore[assignment]
     return tyro.cli(kind, args=arguments, prog="fastclip bench").run()

@@ -73,12 +73,12 @@ class LossConfig:
 class AttentionConfig:
     """Measure attention of short sequences beside torch's, every backend of it, and flash-attn.
 
-    A line is a sequence length and an implementation: milliseconds forward, and forward and
-    backward (median, 20th and 80th percentile); this median over fastclip's; MiB above the
-    inputs; the relative error of dQ against float64. bf16, twelve heads 64 wide.
+    A row is a sequence length and an implementation: milliseconds forward, and forward and
+    backward (median, 20th and 80th percentile); this median over fastclip's; peak
+    extra MiB; the relative error of dQ against float64. bf16, twelve heads 64 wide.
     """
 
-    lines: tuple[int, ...] = (50, 77, 197, 257, 577)
+    lengths: tuple[int, ...] = (50, 77, 197, 257, 577)
     """Lengths of the sequences; 77 is causal."""
     tokens: int | None = None
     """Tokens of a batch; by default 262,144 on a GPU, 8,192 on a CPU."""
@@ -87,7 +87,7 @@ class AttentionConfig:
     flex: bool = True
     """Include FlexAttention, which compiles first."""
     quick: bool = False
-    """Short sequences and few, in place of what --lines, --tokens, --rounds and --flex say."""
+    """Short sequences and few, in place of what --lengths, --tokens, --rounds and --flex say."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:1."""
     output: Path | None = None
@@ -100,11 +100,11 @@ class AttentionConfig:
         from fastclip.bench.runner import Settings
 
         if self.quick:
-            small = {"lines": (50, 77), "tokens": 400, "rounds": 3, "flex": False}
+            small = {"lengths": (50, 77), "tokens": 400, "rounds": 3, "flex": False}
             return replace(self, **small, quick=False).run()  # type: ignore[arg-type]
         known = {shape[0]: shape for shape in SHAPES}
-        if not self.lines or set(self.lines) - set(known):
-            raise ValueError(f"--lines is {self.lines}; choose of {', '.join(map(str, known))}")
+        if not self.lengths or set(self.lengths) - set(known):
+            raise ValueError(f"--lengths is {self.lengths}; choose of {', '.join(map(str, known))}")
         device = place(self.device)
         default = 262_144 if device == "cuda" else 8_192
         tokens = default if self.tokens is None else self.tokens
@@ -112,7 +112,7 @@ class AttentionConfig:
             raise ValueError("--tokens and --rounds must be positive")
         records.prepare(self.output)
         settings = Settings(torch.bfloat16, rounds=self.rounds, warmup=3, device=device)
-        shapes = [known[lines] for lines in self.lines]
+        shapes = [known[length] for length in self.lengths]
         baselines(settings, self.output, tokens, shapes, self.flex)
         return 0
 

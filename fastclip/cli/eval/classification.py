@@ -14,8 +14,8 @@ from fastclip.evaluate.interpolation import (
 from fastclip.evaluate.wds import expand_wds, is_wds, wds_classes
 from fastclip.evaluate.zeroshot import classes_of, evaluate_zeroshot
 from fastclip.models.build import class_names
+from fastclip.models.classifier import Classifier
 from fastclip.models.clip import Model
-from fastclip.models.controls import Classifier
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastclip.cli.eval.flags import Evaluation
-from fastclip.evaluate import ranks
+from fastclip.evaluate import sharing
 from fastclip.evaluate.aro import PARTS, evaluate_aro
 from fastclip.evaluate.sugarcrepe import SETS, evaluate_sugarcrepe
 from fastclip.evaluate.winoground import evaluate_winoground
@@ -68,5 +68,5 @@ class Winoground(Evaluation):
 
 
 def _tell_absent(root: Path, files: list[str]) -> None:
-    if files and ranks.is_first():
+    if files and sharing.is_first():
         print(f"not measured of {root}: {', '.join(files)}", file=sys.stderr)

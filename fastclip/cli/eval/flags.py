@@ -13,14 +13,14 @@ import tyro
 from fastclip.bounded import read_yaml
 from fastclip.data.options import DataOptions
 from fastclip.data.sources import open_source
-from fastclip.evaluate import ranks
+from fastclip.evaluate import sharing
 from fastclip.evaluate.features import Encoding, ImageFeatures, embed_images
 from fastclip.evaluate.interpolation import has_two_heads
 from fastclip.evaluate.results import write_result
 from fastclip.evaluate.wds import expand_wds
 from fastclip.models.checkpoint import run_of
 from fastclip.models.clip import Model
-from fastclip.models.controls import ImageSystem
+from fastclip.models.image_tower import ImageSystem
 from fastclip.models.open import is_run, open_model
 from fastclip.train.distributed import world
 
@@ -80,7 +80,7 @@ class Evaluation(ABC):
 
     def run(self) -> int:
         """Measure the model on all ranks; the first prints the metrics and writes the result."""
-        with world(self.device) as here, ranks.together():
+        with world(self.device) as here, sharing.together():
             options = (self.pretrained, self.average, self.trust_checkpoint)
             model = open_model(self.model, here.device, *options)
             if not self.suits(model):
@@ -164,7 +164,7 @@ class DataEvaluation(Evaluation):
             **vars(self.encoding),
             classify=self.classify,
         )
-        if images.faults.counts and ranks.is_first():
+        if images.faults.counts and sharing.is_first():
             print(f"skipped: {images.faults.report()}", file=sys.stderr)
         return images
 

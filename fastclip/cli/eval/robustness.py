@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastclip.cli.eval.classification import Zeroshot
-from fastclip.evaluate import ranks
+from fastclip.evaluate import sharing
 from fastclip.evaluate.effective_robustness import BASELINES, Line, suited_fit
 from fastclip.evaluate.imagenet import SHIFTS, prompts, wordnet_ids
 from fastclip.evaluate.results import read_result
@@ -20,8 +20,8 @@ from fastclip.evaluate.shifts import (
 )
 from fastclip.evaluate.zeroshot import evaluate_zeroshot, labeled
 from fastclip.models.build import class_names
+from fastclip.models.classifier import Classifier
 from fastclip.models.clip import Model
-from fastclip.models.controls import Classifier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class Robustness(Zeroshot):
             lines = BASELINES[suited_fit(metrics["acc1"])]
         else:
             metrics = self._measure_data(model, shifts, lines)
-        if ranks.is_first():
+        if sharing.is_first():
             self._summarize(metrics)
             if self.plot is not None:
                 models = [(f"{self.model} {self.pretrained or ''}".strip(), metrics), *others]
@@ -103,7 +103,7 @@ class Robustness(Zeroshot):
                 )
         metrics = evaluate_imagenet_shifts(model, root, self.encoding)
         absent = [name for name in SHIFTS if name not in metrics]
-        if absent and ranks.is_first():
+        if absent and sharing.is_first():
             print(f"not in {root}, left out: {', '.join(absent)}", file=sys.stderr)
         return metrics
 

@@ -139,7 +139,8 @@ class TorchTiles:
             out_CD.copy_(total_CD)
 
     def row_dot(self, a_CD: Tensor, b_CD: Tensor) -> Tensor:
-        return torch.linalg.vecdot(a_CD.to(self.dtype), b_CD.to(self.dtype))
+        dots: Tensor = torch.linalg.vecdot(a_CD.to(self.dtype), b_CD.to(self.dtype))
+        return dots
 
     def _buffer(self, name: str, rows: int, columns: int, like: Tensor) -> Tensor:
         """A contiguous (rows, columns) view of a buffer that only grows."""

@@ -1,4 +1,4 @@
-"""Images for decoders that are faster than Pillow, and do as it does.
+"""JPEG files for decoders that are faster than Pillow, with the same pixels.
 
 One bad image ends DALI's run. So only JPEGs whose structure is whole reach it as they are; all else
 (PNG, WebP, CMYK, damaged files, images made by the program) is decoded by Pillow, as torchvision's

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from fastclip.data.augment import AugmentationParams
-from fastclip.data.portable import as_tensor, decode_pixels, is_whole_jpeg, portable, trim
+from fastclip.data.jpeg import as_tensor, decode_pixels, is_whole_jpeg, portable, trim
 from fastclip.data.samples import Sample, UnreadableSample, decode_image, open_image
 from fastclip.data.views import render_view
 from tests.data.pipelines import encode, smooth_image
