@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastclip.models.clip import load_weights
-from fastclip.models.system import Criterion, System
+from fastclip.models.system import Criterion, Features, System
 
 # where a state dictionary has the image tower: open_clip's models, systems of two towers
 _IMAGE_TOWERS = ("visual.", "towers.visual.")
@@ -17,7 +17,7 @@ class ImageSystem(System):
     """A system of the image tower alone, under the names that it has in open_clip's models.
 
     Args:
-        visual: an image tower of open_clip's, (N, 3, S, S) to (N, D).
+        visual: an open_clip image tower, (N, 3, S, S) to (N, D).
         criterion, image_views: see `System`.
     """
 
@@ -25,9 +25,9 @@ class ImageSystem(System):
         super().__init__(criterion, image_views, text_views=0)
         self.visual = visual
 
-    def features(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """image.0, image.1, ..., each (N, D)."""
-        return {f"image.{i}": self.visual(view) for i, view in enumerate(batch["images"])}
+    def features(self, batch: Mapping[str, Any]) -> Features:
+        """The tower's features of every view, each (N, D)."""
+        return Features([self.visual(view) for view in batch["images"]])
 
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
         """The tower's features: (N, 3, S, S) to (N, D)."""
@@ -54,7 +54,7 @@ def load_image_tower(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Load the image tower, and nothing else, of any checkpoint.
 
     Args:
-        model: has a `visual`: a model of open_clip's, or a system.
+        model: has a `visual`: an open_clip model, or a system.
         weights: a state dictionary of either, see `fastclip.models.checkpoint.read_weights`.
 
     Raises:
