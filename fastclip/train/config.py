@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fastclip.bounded import read_yaml
-from fastclip.flags import arrange, flag_name, ordered, parse_sections, refuse_renamed, sections
+from fastclip.command_line import parse_sections, refuse_renamed
+from fastclip.flags import arrange, flag_name, ordered, sections
 from fastclip.train.options import (
     CheckpointOptions,
     DistributedOptions,
