@@ -1,8 +1,8 @@
-"""Losses over several processes beside open_clip's: bytes exchanged, time, memory, error.
+"""Losses over several processes beside the open_clip losses: bytes exchanged, time, memory, error.
 
 Every process holds `n` pairs. Real processes: NCCL where there is a GPU for each, gloo elsewhere;
 gloo's time on one machine says what the exchange costs in copies, not what a network does. Bytes
-are counted at torch.distributed's own functions, on our side and open_clip's alike, as what a
+are counted at torch.distributed's own functions, on our side and on open_clip's alike, as what a
 bandwidth-optimal algorithm brings over the wire to one process.
 """
 

@@ -32,7 +32,7 @@ KEYS: dict[str, tuple[str, ...]] = {
 _TEXTS = {"operator", "baseline", "task", "loader", "model", "status"}
 _FLAGS = {"causal", "repeatable"}
 # What distinguishes files without the name: a field that only one kind of row has.
-_TELLING = {"causal": "attention", "loader": "data", "operator": "losses"}
+_DISTINCTIVE = {"causal": "attention", "loader": "data", "operator": "losses"}
 # What a field of older files was called, and of the first.
 _OLD_NAMES = {
     "rival": "baseline",
@@ -134,7 +134,7 @@ def read(path: Path) -> Record:
     rows = [{_OLD_NAMES.get(field, field): row[field] for field in row} for row in rows]
     if "benchmark" not in content and "name" in rows[0]:
         rows = [_of_the_first_files(row) for row in rows]
-    guessed = next((kind for field, kind in _TELLING.items() if field in rows[0]), None)
+    guessed = next((kind for field, kind in _DISTINCTIVE.items() if field in rows[0]), None)
     benchmark = content.get("benchmark", guessed)
     if not isinstance(benchmark, str) or benchmark not in KEYS:
         raise _foreign(path, f"its rows are of no benchmark known here ({', '.join(KEYS)})")

@@ -1,15 +1,15 @@
-"""A whole training step beside open_clip's: towers, loss, backward, AdamW, as users run them.
+"""A whole training step beside the open_clip trainer: towers, loss, backward and AdamW.
 
     fastclip                    the engine and the objective of `fastclip train`
     open_clip                   open_clip's own `train_one_epoch`, AdamW as its trainer makes it
     open_clip, fused AdamW      the same with torch's fused AdamW, which is what fastclip takes
     open_clip, patch_open_clip  the same as open_clip, with fastclip's loss under it
 
-All begin with the same weights and see the same batch, again and again; loading is not measured.
-A call is some steps, and reports the loss once: open_clip's loop logs its first and last step. Each
-does what it does for its users: fastclip takes pixels as bytes and normalizes them in the step,
-where open_clip's loader has done so before; its towers have channels innermost; it computes the
-gradient's norm in every step, which open_clip does only where the gradient is clipped; and it
+All begin with the same weights and get the same batch in every step; loading is not measured. A
+call is some steps, and reports the loss once: the open_clip loop logs its first and last step.
+Each does what it does for its users: fastclip takes pixels as bytes and normalizes them in the
+step, which the open_clip loader has done before; its towers have channels innermost; it computes
+the gradient's norm in every step, which open_clip does only where the gradient is clipped; and it
 checks loss and norm for NaN.
 """
 
@@ -73,12 +73,12 @@ class StepSettings:
 
 @dataclass
 class StepRow:
-    """One trainer: seconds a step, and what it is beside open_clip's.
+    """One trainer: seconds a step, and how it compares with open_clip.
 
     Attributes:
         steps: of one call.
-        ratio: open_clip's median over this one's: its speed in units of open_clip's.
-        loss_difference: of the losses after the first call, relative to open_clip's.
+        ratio: open_clip's median over this one's: its speedup over open_clip.
+        loss_difference: of the losses after the first call, relative to open_clip.
         peak_bytes: of a call after the first, above what it finds: weights, optimizer and the last
             gradients, which every trainer frees as the call begins.
     """
@@ -114,7 +114,7 @@ def measure(model: str, batch_size: int, settings: StepSettings) -> list[StepRow
             call()
             row.peak_bytes = peak_since(settings.device, before)
         except Exception as error:
-            # open_clip's trainer needs packages of its own
+            # the open_clip trainer needs packages of its own
             if name == OURS:
                 raise
             row.status = status_of(error)
@@ -207,7 +207,7 @@ def _fastclip(name: str, batch: Batch, settings: StepSettings) -> Call:
 
 
 class _Repeated:
-    """A dataloader, as open_clip's trainer wants it, that gives one batch again and again."""
+    """A dataloader, as the open_clip trainer wants it, that gives one batch again and again."""
 
     def __init__(self, batch: Batch, steps: int) -> None:
         self.batch, self.num_batches = batch, steps
@@ -273,7 +273,7 @@ def _open_clip(
 
 
 def _their_optimizer(model: nn.Module, options: OptimOptions, fused: bool) -> torch.optim.Optimizer:
-    """AdamW over the groups that open_clip's trainer makes, with its default options."""
+    """AdamW over the groups that the open_clip trainer makes, with its default options."""
     plain: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():

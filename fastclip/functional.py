@@ -62,8 +62,8 @@ def clip_loss(
         text_features: (M, D), normalized, M >= N; text i belongs to image i, texts beyond the
             N-th are hard negatives (NegCLIP), compared with the images of all processes.
         logit_scale: 0-d or (1,) tensor, or a number: the inverse temperature.
-        logit_bias: accepted for open_clip's sake; a constant cancels in a softmax, so it changes
-            neither the loss nor any gradient (its own is 0).
+        logit_bias: accepted for compatibility with open_clip; a constant cancels in a softmax, so
+            it changes neither the loss nor any gradient (its own is 0).
         label_smoothing: in [0, 1); mass spread evenly over the candidates of each direction, with
             groups over the ones that are left.
         row_group, column_group: (N,) and (M,) integer ids; texts of an image's group other than
@@ -150,7 +150,7 @@ def siglip_loss(
     group: ProcessGroup | None = None,
     sizes: Sequence[int] | None = None,
 ) -> Tensor:
-    """Sigmoid loss over all pairs (Zhai et al. 2023), as open_clip's.
+    """Sigmoid loss over all pairs (Zhai et al. 2023), with the values of the open_clip loss.
 
     Args:
         image_features, text_features: (N, D), normalized, of any floating-point dtype; text i

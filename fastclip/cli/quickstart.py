@@ -25,14 +25,14 @@ QUERIES = 6
 
 @dataclass(frozen=True)
 class QuickstartConfig:
-    """Train a small CLIP on the embedded scenes, evaluate it, draw the loss and some retrievals."""
+    """Train a small CLIP on the embedded scenes, evaluate it, plot the loss and some retrievals."""
 
     logs: str = "logs"
-    """Folder for the run."""
+    """Directory that holds the run directories."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:1."""
     samples: int | None = None
-    """Training samples an epoch; by default the recipe's."""
+    """Training samples per epoch; by default as in the recipe."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
             task=task,
             metrics=metrics,
         )
-    # captions of several objects make the more telling queries
+    # captions of several objects are the better test
     texts, pairs = caption_pairs(images.texts)
     queries = sorted(texts, key=lambda text: (-len(text), text))[:: SCENES // 12]
     draw_retrieval(run / "retrieval.png", model, source, images, queries[:QUERIES])

@@ -198,10 +198,10 @@ class TrainingLoader:
                 raise
             processes = [int(number) for number in re.findall(r"\d+", died["processes"])]
             board, place = self.samples.board, self.samples.source.place
-            told = [text for number in processes if (text := board.describe(place, number))]
+            reading = [text for number in processes if (text := board.describe(place, number))]
             raise LoaderDiedError(
-                f"{'; '.join([str(error).splitlines()[0], *told])}. A process that is killed has "
-                "most often used up the memory: lower --workers"
+                f"{'; '.join([str(error).splitlines()[0], *reading])}. A process that is killed "
+                "has most often used up the memory: lower --workers"
             ) from error
 
     def steps(self, epoch: int, first_step: int = 0) -> Iterator[list[dict[str, Any]]]:

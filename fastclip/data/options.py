@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from fastclip.flags import flag
+from fastclip.messages import note
 
 DatasetType = Literal["auto", "webdataset", "csv", "coco", "imagefolder", "synthetic", "scenes"]
 CACHE_BYTES = 50 << 30
@@ -25,7 +26,6 @@ class DataOptions:
         captions: captions of shards and scenes by name, with weights, as "txt=1,recaption=3".
         cache_dir: folder that remote shards are fetched to; None: in the user's cache.
         cache_bytes: most bytes kept there.
-        allow_commands: whether data named pipe:COMMAND may run the command in a shell.
 
     Raises:
         ValueError: the separator is no single character, the sources of captions cannot be read, or
@@ -38,31 +38,27 @@ class DataOptions:
     """
 
     dataset_type: DatasetType = flag("auto", defines_run=True)
-    """What the data are; auto decides by their name. Of --val-data in training it counts only where
-    the name leaves it open."""
+    """Type of the data; auto decides by its name. For --val-data in training it is used only if the
+    name does not decide."""
     csv_img_key: str = flag("filepath", defines_run=True)
-    """Column of a table that holds the paths of images."""
+    """Column of a table with the paths of images."""
     csv_caption_key: str = flag("title", defines_run=True)
-    """Column of a table that holds captions; rows with one path are captions of one image."""
+    """Column of a table with captions; rows with the same path are captions of one image."""
     csv_separator: str = flag("\t", defines_run=True)
-    """One character between the columns of a table; \\t means a tab."""
+    """Character between the columns of a table; \\t is a tab."""
     image_root: str | None = flag(None, defines_run=True)
-    """Folder of a table's images; by default beside the table."""
+    """Folder that a table's paths are relative to; by default the table's folder."""
     templates: str | None = flag(None, defines_run=True)
-    """File of prompt templates, one a line with {} or {c} for the class name; they make an
-    image folder's captions (by default 'a photo of a {}.'), and the prompts of a zero-shot
-    evaluation."""
+    """File of prompt templates, one per line with {} or {c} for the class name: the captions of a
+    folder of classes (by default 'a photo of a {}.') and the prompts of zero-shot evaluation."""
     captions: str | None = flag(None, defines_run=True)
-    """Which captions to use of shards and scenes, with the weights they are drawn by, e.g.
-    'txt=1,recaption=3': txt is KEY.txt, other names are keys of KEY.json with a text or a list of
-    texts; the scenes have alt, short and dense."""
+    """Captions of shards and scenes to sample from, with weights, e.g. 'txt=1,recaption=3': txt is
+    KEY.txt, other names are keys of KEY.json with a text or a list of texts; the scenes have alt,
+    short and dense."""
     cache_dir: str | None = flag(None, defines_run=False)
-    """Folder that remote shards are fetched to; by default fastclip in the user's cache."""
+    """Cache folder of remote shards; by default fastclip in the user's cache."""
     cache_bytes: int = flag(CACHE_BYTES, defines_run=False)
-    """Most bytes kept there; the least recently used shards are deleted."""
-    allow_commands: bool = flag(False, defines_run=False)
-    """Run data named pipe:COMMAND with the shell and take the output for a shard; for names that
-    you trust only."""
+    """Maximum size of --cache-dir in bytes; the least recently used shards are deleted."""
 
     def __post_init__(self) -> None:
         # reported now, not when the first sample is read
@@ -113,3 +109,20 @@ def parse_weights(text: str) -> dict[str, float]:
             )
         weights[name] = weight
     return weights
+
+
+def without_commands(values: dict[str, Any], origin: str) -> dict[str, Any]:
+    """A configuration of before, when data could be commands, without its `allow_commands`.
+
+    Raises:
+        ValueError: it allows them.
+    """
+    kept = {key: v for key, v in values.items() if str(key).replace("-", "_") != "allow_commands"}
+    if any(value for key, value in values.items() if key not in kept):
+        raise ValueError(
+            f"{origin}: allow_commands is true, and fastclip runs no commands; name data by paths "
+            "or by URLs that fsspec reads, and delete the key"
+        )
+    if len(kept) < len(values):
+        note(f"{origin}: allow_commands is not used any more; delete the key")
+    return kept

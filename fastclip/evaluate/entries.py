@@ -23,7 +23,7 @@ def find_parts(
         FileNotFoundError: a wanted part is missing, or all are; the message says where to get them.
     """
     if unknown := [part for part in wanted if part not in files]:
-        raise ValueError(f"{name} has no part {unknown[0]!r}; choose of {', '.join(files)}")
+        raise ValueError(f"{name} has no part {unknown[0]!r}; choose from {', '.join(files)}")
     paths = {part: root / file for part, file in files.items() if part in (wanted or files)}
     missing = [files[part] for part, path in paths.items() if not path.is_file()]
     if missing and (wanted or len(missing) == len(files)):

@@ -26,9 +26,9 @@ def patch_open_clip(
 
     Losses follow wherever they were imported to: the `forward` of ClipLoss, SigLipLoss and
     DistillClipLoss is exchanged, so instances that exist already, names imported before,
-    subclasses (CoCaLoss) and open_clip's trainer all follow. Values and gradients are open_clip's;
-    what fastclip does not compute (distillation with local_loss without gather_with_grad, Horovod,
-    a teacher that is trained) keeps open_clip's code, with a warning.
+    subclasses (CoCaLoss) and the open_clip trainer all follow. Values and gradients are those of
+    open_clip; what fastclip does not compute (distillation with local_loss without
+    gather_with_grad, Horovod, a teacher that is trained) keeps open_clip's code, with a warning.
 
     Args:
         model: an open_clip model whose attention is to be exchanged, in towers of its own and of

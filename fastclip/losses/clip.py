@@ -1,4 +1,4 @@
-"""CLIP's loss and two that build on it, in place of open_clip's classes of the same names."""
+"""CLIP's loss and two that build on it, which replace the open_clip classes of the same names."""
 
 import functools
 import warnings
@@ -32,7 +32,7 @@ class ClipLoss(nn.Module):
     Args:
         local_loss: whether the value is that of the rank's own pairs, or of all.
         gather_with_grad: whether gradients flow to the features of other ranks.
-        cache_labels: accepted for open_clip's sake; nothing is cached.
+        cache_labels: accepted as in open_clip; nothing is cached.
         rank, world_size: this process's number in `group`, and how many there are.
         use_horovod: must be False.
         label_smoothing: in [0, 1); mass spread evenly over each direction's candidates.
@@ -224,7 +224,7 @@ class CoCaLoss(ClipLoss):
         pad_id: the token that captions are padded with; not predicted.
         local_loss: whether the contrastive value is that of the rank's own pairs, or of all.
         gather_with_grad: whether gradients flow to the features of other ranks.
-        cache_labels: accepted for open_clip's sake; nothing is cached.
+        cache_labels: accepted as in open_clip; nothing is cached.
         rank, world_size: this process's number in the default group, and how many there are.
         use_horovod: must be False.
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
@@ -304,13 +304,13 @@ class CoCaLoss(ClipLoss):
 class DistillClipLoss(ClipLoss):
     """Drop-in for `open_clip.DistillClipLoss`: the contrastive loss and a teacher's.
 
-    The teacher gets no gradient: compute its features under `torch.no_grad()`, as open_clip's
-    trainer does. Over several processes the distillation loss is computed whole on each of them.
+    The teacher gets no gradient: compute its features under `torch.no_grad()`, as the
+    open_clip trainer does. Over several processes each computes the whole distillation loss.
 
     Args:
         local_loss: whether the value is that of the rank's own pairs, or of all.
         gather_with_grad: whether gradients flow to the features of other ranks.
-        cache_labels: accepted for open_clip's sake; nothing is cached.
+        cache_labels: accepted as in open_clip; nothing is cached.
         rank, world_size: this process's number in `group`, and how many there are.
         use_horovod: must be False.
         label_smoothing: in [0, 1), of the contrastive loss.

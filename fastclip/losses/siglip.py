@@ -17,7 +17,7 @@ class SigLipLoss(nn.Module):
     """Drop-in for `open_clip.SigLipLoss`: same arguments, call and value, memory linear in N.
 
     Args:
-        cache_labels: accepted for open_clip's sake; nothing is cached.
+        cache_labels: accepted as in open_clip; nothing is cached.
         rank, world_size: this process's number in `group`, and how many there are; each compares
             its images with all texts.
         dist_impl: open_clip's four exchanges of texts, of one value and one gradient: with
@@ -28,7 +28,7 @@ class SigLipLoss(nn.Module):
         chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
 
     Raises:
-        ValueError: dist_impl is none of open_clip's.
+        ValueError: dist_impl is unknown to open_clip.
 
     Examples:
         >>> import torch
@@ -117,7 +117,7 @@ class SigLipLoss(nn.Module):
         else:
             n = image_features.shape[0]
             ranks = ranks_of(_EXCHANGES[self.dist_impl], self.group, None, n)
-            # the value is the own rows', as open_clip's; its gradient reaches all texts
+            # the value is the own rows', as in open_clip; its gradient reaches all texts
             total = sigmoid_loss(
                 image_features, text_features, logit_scale, logit_bias, ranks=ranks, **options
             )

@@ -73,7 +73,7 @@ def build(
 
 
 def lock_image(model: nn.Module, options: SystemOptions) -> None:
-    """Freeze the image tower of a model of open_clip's but for its last groups of layers."""
+    """Freeze the image tower of an open_clip model but for its last groups of layers."""
     # open_clip's own freezing of statistics takes timm's normalizations for plain ones, and drops
     # the activations that they hold
     model.lock_image_tower(unlocked_groups=options.lock_image_unlocked_groups)  # type: ignore[operator]

@@ -162,7 +162,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def read_weights(path: Path, *, average: bool = False, trust: bool = False) -> dict[str, Tensor]:
-    """The state dictionary in a checkpoint of fastclip's or open_clip's, or a bare one.
+    """The state dictionary in a checkpoint of fastclip or open_clip, or a bare one.
 
     Names lose the "module." that data-parallel training puts in front.
 

@@ -17,7 +17,7 @@ class ImageSystem(System):
     """A system of the image tower alone, under the names that it has in open_clip's models.
 
     Args:
-        visual: an image tower of open_clip's, (N, 3, S, S) to (N, D).
+        visual: an open_clip image tower, (N, 3, S, S) to (N, D).
         criterion, image_views: see `System`.
     """
 
@@ -54,7 +54,7 @@ def load_image_tower(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Load the image tower, and nothing else, of any checkpoint.
 
     Args:
-        model: has a `visual`: a model of open_clip's, or a system.
+        model: has a `visual`: an open_clip model, or a system.
         weights: a state dictionary of either, see `fastclip.models.checkpoint.read_weights`.
 
     Raises:

@@ -32,12 +32,12 @@ def open_model(
     """A trained model, its evaluation transform and its tokenizer, in evaluation mode.
 
     Args:
-        name: a run directory of `fastclip train` or one of its checkpoints; with `pretrained` a
-            model of open_clip's (`open_clip.list_models()`), one of fastclip's own configs or the
+        name: a run directory of `fastclip train` or one of its checkpoints; with `pretrained` an
+            open_clip model (`open_clip.list_models()`), one of fastclip's own configs or the
             path of a config file in open_clip's JSON format; or "hf-hub:ORG/NAME" or
             "local-dir:FOLDER", which hold open_clip_config.json and weights.
         device: where the parameters are put.
-        pretrained: a name of open_clip's weights for the model, or a checkpoint's file.
+        pretrained: the name of open_clip weights for the model, or a checkpoint's file.
         average: take the averaged weights of a run with --ema.
         trust_checkpoint: whether DeepSpeed's files may be read, which can run any code.
 

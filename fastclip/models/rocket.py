@@ -237,7 +237,7 @@ def _check(term: str | None, strong_views: int, label_smoothing: float) -> None:
 
 
 class Rocket(TwoTowers):
-    """Towers of open_clip's under `RocketCriterion`: 1 + R image and text views; slip has one text.
+    """open_clip towers under `RocketCriterion`: 1 + R image and text views; slip has one text.
 
     Encodings are [sqrt(w) * weak; sqrt(1 - w) * strong] of the heads' normalized outputs, so that
     inner products are w * cos_weak + (1 - w) * cos_strong (the paper's interpolation of scores).

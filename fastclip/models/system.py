@@ -260,7 +260,7 @@ class System(nn.Module):
 
 
 class TwoTowers(System):
-    """A system on a model of open_clip's: a vision and a text tower of one width.
+    """A system on an open_clip model: a vision and a text tower of one width.
 
     The towers' own features, before their last normalization, are what heads project. The model's
     own logit scale is out of use.

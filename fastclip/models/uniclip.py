@@ -71,7 +71,7 @@ class UniClipCriterion(Criterion):
             _check_weight(pair_weight, pair_loss)
         output = width if output is None else output
         self.pair_loss, self.pair_weight = pair_loss, pair_weight
-        self.tells_augmentation = augmentation_encoder
+        self.uses_augmentation = augmentation_encoder
         self.augmentation_encoder = AugmentationEncoder(PARAMS)
         self.image_head = ResidualHead(
             width, self.augmentation_encoder.width, output, blocks=blocks
@@ -111,7 +111,7 @@ class UniClipCriterion(Criterion):
 
     def project_image(self, features: Tensor, params: Tensor | None = None) -> Tensor:
         """(N, width), with (N, PARAMS) or None for no augmentation, to (N, output)."""
-        if params is None or not self.tells_augmentation:
+        if params is None or not self.uses_augmentation:
             params = self.no_augmentation
         encoded = self.augmentation_encoder(params.to(features.dtype))
         return self.image_head(features, encoded.expand(len(features), -1))

@@ -11,6 +11,7 @@ from typing import Any
 
 from fastclip.bounded import read_yaml
 from fastclip.command_line import parse_sections, refuse_renamed
+from fastclip.data.options import without_commands
 from fastclip.flags import arrange, flag_name, ordered, sections
 from fastclip.train.options import (
     CheckpointOptions,
@@ -89,7 +90,9 @@ class TrainConfig:
             values: by section, or flat, as runs of before have them; lists stand for tuples.
             origin: what they are of, for messages.
         """
-        kinds, given = sections(cls), _arrange(values, origin)
+        # of before, when data could be commands: what is read now is not said here
+        plain = {key: value for key, value in values.items() if key != "allow_commands"}
+        kinds, given = sections(cls), _arrange(plain, origin)
         parts: dict[str, Any] = {
             name: kinds[name](
                 **{k: tuple(v) if isinstance(v, list) else v for k, v in part.items()}
@@ -166,6 +169,7 @@ def _flags_of(file: Path) -> list[str]:
     values = read_yaml(file) or {}
     if not isinstance(values, dict):
         raise ValueError(f"{file} must be a list of `key: value` lines")
+    values = without_commands(values, str(file))
     flags: list[str] = []
     for section in _arrange(values, str(file)).values():
         for name, value in section.items():

@@ -1,7 +1,6 @@
-"""What a run says of itself at its start: in its directory, and on standard error."""
+"""What a run says of itself at its start: in its directory, and in its messages."""
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,10 +10,10 @@ from torch import nn
 from fastclip.atomic import write_folder, write_text
 from fastclip.data.loader import TrainingLoader
 from fastclip.device import AUTOCAST_DTYPES
+from fastclip.messages import logger
 from fastclip.models.build import describe
 from fastclip.models.clip import CONFIG_FILE, Model
 from fastclip.ops.backend import explain
-from fastclip.printable import printable
 from fastclip.train.config import TrainConfig, to_yaml
 from fastclip.train.distributed import World
 
@@ -34,7 +33,7 @@ def write_description(
 def announce(
     config: TrainConfig, world: World, model: nn.Module, loader: TrainingLoader, step: int
 ) -> None:
-    """Print the resolved configuration and what it amounts to, on standard error."""
+    """Log the resolved configuration and what it amounts to."""
     dtype = AUTOCAST_DTYPES[config.model.precision] or torch.float32
     # sharded parameters are empty here, and know how large they are
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
@@ -51,4 +50,4 @@ def announce(
         "sigmoid" if config.loss.siglip else "similarity", world.device, dtype
     ):
         lines.append(f"loss: {name}: {status} ({description})")
-    print(printable("\n".join(lines)), file=sys.stderr)
+    logger.info("\n".join(lines))

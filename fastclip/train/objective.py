@@ -1,4 +1,4 @@
-"""How the engine runs what is trained: a model of open_clip's, or a system of ours."""
+"""How the engine runs what is trained: an open_clip model, or a system of ours."""
 
 import math
 from collections.abc import Callable, Collection, Mapping
@@ -58,7 +58,7 @@ class Objective(Protocol):
 
 
 class ClipObjective:
-    """A model of open_clip's with CLIP's or SigLIP's loss; false captions are further columns.
+    """An open_clip model with CLIP's or SigLIP's loss; false captions are further columns.
 
     It stands beside the model, whose parameters keep open_clip's names.
     """

@@ -38,11 +38,11 @@ class TrainingDataOptions(DataOptions):
     0.5 and of 0.08 or more; the strong one has flip, color jitter, grayscale and blur. By default
     crop, or weak where --objective has strong views besides."""
     aug_scale: tuple[float, float] | None = flag(None, defines_run=True)
-    """Least and greatest share of the image that a random crop keeps, in place of --augment's."""
+    """Least and greatest share of the image that a random crop keeps; overrides --augment."""
     strong_scale: tuple[float, float] | None = flag(None, defines_run=True)
     """As --aug-scale, for the strong views of --objective."""
     aug_flip: float | None = flag(None, defines_run=True)
-    """Probability of a horizontal flip, in place of --augment's."""
+    """Probability of a horizontal flip; overrides --augment."""
     sentence_sampling: bool = flag(False, defines_run=True)
     """Train on a random part of a caption's sentences, in their order."""
     text_augment: Literal["none", "weak", "strong"] = flag("none", defines_run=True)
@@ -62,9 +62,9 @@ class ModelOptions(SystemOptions):
     """What is trained: towers, objective, and how they are computed."""
 
     model: str = flag("RN10t-64", defines_run=True)
-    """A model of open_clip's, a config shipped with fastclip, or a path to a JSON config."""
+    """An open_clip model, a config shipped with fastclip, or a path to a JSON config."""
     pretrained: str | None = flag(None, defines_run=False)
-    """Weights to begin with: a name of open_clip's, e.g. 'laion2b_s34b_b79k', or a checkpoint."""
+    """Weights to start from: the name of open_clip weights, e.g. 'laion2b_s34b_b79k', or a path."""
     precision: Literal["fp32", "amp", "amp_bf16"] = flag("amp_bf16", defines_run=True)
     """Precision of the towers: float32, float16 with a loss scale, or bfloat16. Parameters stay
     float32."""

@@ -5,8 +5,8 @@ from typing import Any
 
 from fastclip.data.loader import TrainingLoader
 from fastclip.flags import defining, flag_name, flatten
+from fastclip.messages import note
 from fastclip.models import checkpoint
-from fastclip.printable import note
 from fastclip.train.config import TrainConfig
 from fastclip.train.distributed import World
 

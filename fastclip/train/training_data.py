@@ -1,6 +1,5 @@
 """The training data as the configuration names it: views, captions, labels, the loader."""
 
-import sys
 from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
@@ -16,6 +15,7 @@ from fastclip.data.order import Order
 from fastclip.data.sources import open_source, shard_weights
 from fastclip.data.text_augment import TextAugmentation
 from fastclip.data.training_samples import TrainingSamples
+from fastclip.messages import note
 from fastclip.models.clip import Model
 from fastclip.models.options import SystemOptions
 from fastclip.train.config import TrainConfig
@@ -48,10 +48,9 @@ def build_loader(
     weights = shard_weights(source, data.train_data_upsampling_factors)
     order = Order(source.counts, config.optim.seed, data.shuffle_window, weights)
     if world.is_first and (data.train_num_samples or 0) > len(order):
-        print(
-            f"note: --train-num-samples is {data.train_num_samples} and the data have "
-            f"{len(order)} samples: an epoch is these",
-            file=sys.stderr,
+        note(
+            f"--train-num-samples is {data.train_num_samples} and the data have "
+            f"{len(order)} samples: an epoch is these"
         )
     dali = choose_backend(data.data_backend, world.device) == "dali"
     samples = TrainingSamples(

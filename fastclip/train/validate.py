@@ -1,6 +1,5 @@
 """Evaluation during training."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -11,6 +10,7 @@ from fastclip.evaluate.features import embed_images, embed_texts
 from fastclip.evaluate.retrieval import evaluate_retrieval
 from fastclip.evaluate.zeroshot import classes_of, evaluate_zeroshot
 from fastclip.functional import clip_loss, siglip_loss
+from fastclip.messages import logger
 from fastclip.models.classifier import Classifier
 from fastclip.models.clip import Model
 from fastclip.train.average import WeightAverage
@@ -83,7 +83,7 @@ class Validator:
             self.model, self.source, workers=self.config.data.workers, precision=precision
         )
         for place in () if self._reported else images.faults.places():
-            print(f"skipped in validation: {place}", file=sys.stderr)
+            logger.warning(f"skipped in validation: {place}")
         self._reported = True
         if isinstance(self.model.model, Classifier):
             metrics = evaluate_zeroshot(self.model, images, [], [])

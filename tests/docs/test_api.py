@@ -45,7 +45,7 @@ def functions() -> Iterator[tuple[str, str, ast.FunctionDef]]:
 
 FUNCTIONS = list(functions())
 # in the data room a random state or a size speaks for itself
-TOLD = [one for one in FUNCTIONS if not one[0].startswith("fastclip.data.")]
+CHECKED = [one for one in FUNCTIONS if not one[0].startswith("fastclip.data.")]
 
 
 def test_the_page_is_what_the_docstrings_say() -> None:
@@ -87,7 +87,9 @@ def test_it_has_a_first_line(entry: object) -> None:
     assert re.search(r"[.:]$", first.strip()), first
 
 
-@pytest.mark.parametrize(("name", "docstring", "node"), TOLD, ids=[name for name, _, _ in TOLD])
+@pytest.mark.parametrize(
+    ("name", "docstring", "node"), CHECKED, ids=[name for name, _, _ in CHECKED]
+)
 def test_its_arguments_are_reported(name: str, docstring: str, node: ast.FunctionDef) -> None:
     arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
     for argument in arguments:

@@ -140,7 +140,7 @@ def test_parts_that_are_there(tmp_path: Path) -> None:
         find_parts("aro", tmp_path, FILES, ["one", "two"])
     one = write_json(tmp_path / "one.json", [])
     assert list(find_parts("aro", tmp_path, FILES, ["two", "one"]).values()) == [one, two]
-    with pytest.raises(ValueError, match="no part 'three'; choose of one, two"):
+    with pytest.raises(ValueError, match="no part 'three'; choose from one, two"):
         find_parts("aro", tmp_path, FILES, ["three"])
 
 

@@ -71,7 +71,7 @@ def test_a_folder_like_a_repository_of_the_hub(made: Model, folder: Path) -> Non
     assert torch.equal(opened.preprocess(image), made.preprocess(image))
 
 
-def test_a_result_tells_which_model_it_is_of(
+def test_a_result_names_its_model(
     folder: Path,
     tiny_model: str,
     tmp_path: Path,

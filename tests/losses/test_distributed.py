@@ -1,4 +1,4 @@
-"""The losses over several gloo ranks against open_clip's and against one process."""
+"""The losses over several gloo ranks against open_clip and against one process."""
 
 import functools
 from collections.abc import Callable

@@ -212,7 +212,7 @@ def test_opcheck(dtype: torch.dtype, compute_dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_derivatives_that_are_not_there_are_told(name: str) -> None:
+def test_derivatives_that_are_not_there_are_reported(name: str) -> None:
     case = LOSSES[name].make(6, 3, 4.0, 0.3, seed=1)
     leaves = leaves_of(case)
     (dx,) = torch.autograd.grad(LOSSES[name].run(leaves, case.static), leaves[0], create_graph=True)

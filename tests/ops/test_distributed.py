@@ -364,7 +364,7 @@ def test_accuracies_are_the_whole_batchs(ranks: Callable[[int], Any], world: int
 @pytest.mark.dist
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_bytes_exchanged(ranks: Callable[[int], Any], world: int) -> None:
-    """At most 0.55 and 0.8 of open_clip's; what is sent is what the formulas say."""
+    """At most 0.55 and 0.8 of open_clip's bytes; what is sent is what the formulas say."""
     rows, width = 32, 64
     for results in ranks(world):
         for dtype in (torch.float32, torch.bfloat16):

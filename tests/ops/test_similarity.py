@@ -395,7 +395,7 @@ X, Y = torch.ones(4, 3), torch.ones(4, 3)
         ),
     ],
 )
-def test_bad_input_is_told(arguments: tuple, options: dict, message: str) -> None:
+def test_bad_input_is_reported(arguments: tuple, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         clip_loss(*arguments, **options)
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -219,3 +220,16 @@ def test_help_is_grouped_and_begins_with_data_and_model(
             place = re.search(rf"^  --{field.name.replace('_', '-')}[ ,]", text, flags=re.M)
             heading = re.findall(r"^ (\w+) options", text[: place.start()], flags=re.M)[-1]
             assert heading == name, field.name
+
+
+def test_a_file_of_when_data_could_be_commands(tmp_path: Path, logged: Callable[[], str]) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("lr: 0.5\nallow_commands: false\n")
+    assert parse(["--config", str(path)]).optim.lr == 0.5
+    assert logged() == f"note: {path}: allow_commands is not used any more; delete the key\n"
+    path.write_text("allow-commands: true\n")
+    with pytest.raises(ValueError, match=r"c\.yaml: allow_commands is true, .* URLs that fsspec"):
+        parse(["--config", str(path)])
+    # in a checkpoint; what is read now is named anew
+    config = parse(["--lr", "0.5"])
+    assert TrainConfig.from_dict({**flatten(config), "allow_commands": True}) == config

@@ -62,7 +62,7 @@ def test_a_system_is_no_model_of_open_clips(
     rocket: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["convert", "to-open-clip", str(rocket), str(tmp_path / "out.pt")]) == 1
-    assert "open_clip's, which has no place for its heads" in capsys.readouterr().err
+    assert "an open_clip model, which has no place for its heads" in capsys.readouterr().err
     assert not (tmp_path / "out.pt").exists()
 
 

@@ -379,15 +379,15 @@ def test_non_finite_gradients_are_named(
 
 
 def test_texts_that_are_cut_are_reported_once(
-    train_flags: list[str], capsys: pytest.CaptureFixture[str]
+    train_flags: list[str], logged: Callable[[], str]
 ) -> None:
     train(parse([*train_flags, "--name", "a", "--captions", "dense"]))
-    message = capsys.readouterr().err
+    message = logged()
     assert message.count("a text is longer than the context of 12 tokens, and is cut") == 1
     # every dense caption is longer: two epochs of 64
     assert "note: 128 texts were cut to the context" in message
     train(parse([*train_flags, "--name", "b", "--train-data", "synthetic"]))
-    assert "were cut" not in capsys.readouterr().err
+    assert "were cut" not in logged()
 
 
 def test_faults_are_values() -> None:
@@ -423,7 +423,7 @@ def test_a_slow_evaluation_leaves_the_speed(
 
 
 def test_more_samples_asked_for_than_there_are(
-    train_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    train_flags: list[str], tmp_path: Path, logged: Callable[[], str]
 ) -> None:
     for key in range(16):
         (tmp_path / f"{key}.jpg").write_bytes(jpeg())
@@ -432,6 +432,6 @@ def test_more_samples_asked_for_than_there_are(
     data = ["--train-data", str(tmp_path / "t.tsv"), "--epochs", "1"]
     note = "note: --train-num-samples is 64 and the data have 16 samples: an epoch is these"
     train(parse([*train_flags, *data, "--name", "a"]))
-    assert note in capsys.readouterr().err
+    assert note in logged()
     train(parse([*train_flags, *data, "--name", "b", "--train-num-samples", "16"]))
-    assert "note: --train-num-samples" not in capsys.readouterr().err
+    assert "note: --train-num-samples" not in logged()

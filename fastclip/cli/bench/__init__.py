@@ -17,7 +17,7 @@ from fastclip.cli.bench.operators import (
     MemoryConfig,
 )
 from fastclip.cli.bench.training import DataConfig, TrainStepConfig
-from fastclip.cli.bench.written import CompareConfig, ImportConfig, ReportConfig
+from fastclip.cli.bench.written import CompareConfig, ReportConfig
 from fastclip.command_line import parse_flags, refuse_renamed
 
 Config = (
@@ -30,7 +30,6 @@ Config = (
     | Annotated[AllConfig, subcommand("all")]
     | Annotated[ReportConfig, subcommand("report")]
     | Annotated[CompareConfig, subcommand("compare")]
-    | Annotated[ImportConfig, subcommand("import")]
 )
 _NAMES = [get_args(part)[1].name for part in get_args(Config)]
 

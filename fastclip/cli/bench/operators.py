@@ -22,23 +22,23 @@ class LossConfig:
     """
 
     loss: tuple[LossName, ...] = ("clip", "info_nce", "siglip", "nt_xent", "mp_nce", "sup_con")
-    """Which ones."""
+    """Losses to measure."""
     n: tuple[int, ...] = (1024, 4096)
-    """Rows (of all views together); a multiple of 4."""
+    """Batch sizes (rows of all views together), multiples of 4."""
     width: tuple[int, ...] = (512,)
     """Feature widths."""
     scale: float = 14.3
     """Logit scale of the inputs."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the features."""
+    """Dtype of the features."""
     autocast: bool = False
-    """Under bf16 autocast."""
+    """Run under bf16 autocast."""
     compiled: bool = True
     """Include baselines under torch.compile."""
     rounds: int = 15
     """Rounds in which each baseline runs once."""
     quick: bool = False
-    """Small sizes and few rounds, in place of what --n, --width, --rounds and --compiled say."""
+    """Small sizes and few rounds; overrides --n, --width, --rounds and --compiled."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:1."""
     output: Path | None = None
@@ -85,9 +85,9 @@ class AttentionConfig:
     rounds: int = 15
     """Rounds in which each baseline runs once."""
     flex: bool = True
-    """Include FlexAttention, which compiles first."""
+    """Include FlexAttention, which has to compile first."""
     quick: bool = False
-    """Short sequences and few, in place of what --lengths, --tokens, --rounds and --flex say."""
+    """Few and short sequences; overrides --lengths, --tokens, --rounds and --flex."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:1."""
     output: Path | None = None
@@ -104,7 +104,9 @@ class AttentionConfig:
             return replace(self, **small, quick=False).run()  # type: ignore[arg-type]
         known = {shape[0]: shape for shape in SHAPES}
         if not self.lengths or set(self.lengths) - set(known):
-            raise ValueError(f"--lengths is {self.lengths}; choose of {', '.join(map(str, known))}")
+            raise ValueError(
+                f"--lengths is {self.lengths}; choose from {', '.join(map(str, known))}"
+            )
         device = place(self.device)
         default = 262_144 if device == "cuda" else 8_192
         tokens = default if self.tokens is None else self.tokens
@@ -126,19 +128,19 @@ class MemoryConfig:
     """
 
     loss: tuple[LossName, ...] = ("clip", "info_nce", "siglip", "nt_xent", "mp_nce", "sup_con")
-    """Which ones."""
+    """Losses to measure."""
     n: tuple[int, ...] = (1024, 2048, 4096, 8192)
-    """Rows (of all views together); a multiple of 4."""
+    """Batch sizes (rows of all views together), multiples of 4."""
     width: tuple[int, ...] = (512,)
     """Feature widths."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the features."""
+    """Dtype of the features."""
     autocast: bool = False
-    """Under bf16 autocast."""
+    """Run under bf16 autocast."""
     compiled: bool = True
     """Include baselines under torch.compile."""
     quick: bool = False
-    """Small sizes, in place of what --n, --width and --compiled say."""
+    """Small sizes; overrides --n, --width and --compiled."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:1."""
     output: Path | None = None
@@ -170,7 +172,7 @@ class MemoryConfig:
 
 @dataclass(frozen=True)
 class CollectivesConfig:
-    """Measure losses over several processes beside open_clip's: bytes, time, memory, error.
+    """Measure losses over several processes beside open_clip: bytes, time, memory, error.
 
     Columns: KiB that a process receives, forward and backward; milliseconds of the slowest process
     (20th, 50th and 80th percentile); this median over that of fastclip's gather; MiB kept for the
@@ -179,19 +181,19 @@ class CollectivesConfig:
     """
 
     loss: tuple[Literal["clip", "siglip"], ...] = ("clip", "siglip")
-    """Which ones."""
+    """Losses to measure."""
     ranks: tuple[int, ...] = (2, 4)
     """Numbers of processes."""
     n: tuple[int, ...] = (1024,)
-    """Pairs of every process."""
+    """Pairs per process."""
     width: int = 512
     """Feature width."""
     rounds: int = 15
     """Rounds in which each baseline runs once."""
     quick: bool = False
-    """Small batches and few rounds, in place of what --n, --width and --rounds say."""
+    """Small batches and few rounds; overrides --n, --width and --rounds."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes GPUs where there is one for each process."""
+    """auto uses GPUs if there is one for each process."""
     output: Path | None = None
     """JSON file for the result."""
 
