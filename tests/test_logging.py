@@ -68,9 +68,9 @@ def test_the_command_line_shows_messages_as_they_are(
 
     monkeypatch.setattr("fastclip.cli.info.main", command)
     assert main(["info"]) == 1
-    told = capsys.readouterr()
-    assert told.out == "result\n"
-    assert told.err.splitlines() == [
+    captured = capsys.readouterr()
+    assert captured.out == "result\n"
+    assert captured.err.splitlines() == [
         "50 % done",
         r"note: a\x1b[2J, https://***@host/a.tar",
         "fastclip info: error: bad input",
