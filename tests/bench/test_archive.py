@@ -102,4 +102,4 @@ def test_other_archives_are_refused(
         assert "never packs" in capsys.readouterr().err
     archive.write_text("no archive")
     assert main(["bench", "import", str(archive), "--root", str(checkout)]) == 1
-    assert "is no archive of" in capsys.readouterr().err
+    assert "is not an archive of" in capsys.readouterr().err
