@@ -27,6 +27,7 @@ from fastclip.bench import attention, attention_check, attention_sweep, records,
 from fastclip.bench.ceilings import ceilings
 from fastclip.bench.losses import OPERATORS, run
 from fastclip.bench.runner import MATMUL, Row, Settings
+from fastclip.messages import logger
 
 CHECKERS = 12
 BUDGET = 420.0
@@ -356,7 +357,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--profiled", action="store_true", help="what a profiler is to watch")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        print("no CUDA device: nothing measured", file=sys.stderr)
+        logger.error("no CUDA device: nothing measured")
         return 1
     if options.profiled:
         profiled()

@@ -38,6 +38,7 @@ from fastclip.models.clip import Model, create
 from fastclip.train.config import TrainConfig
 from fastclip.train.distributed import World
 from fastclip.train.optim import learning_rate
+from fastclip.train.options import OptimOptions
 from fastclip.train.select_engine import build_engine
 
 OURS, THEIRS = "fastclip", "open_clip"
@@ -174,10 +175,10 @@ def _fresh(name: str, device: str) -> Model:
 
 def _fastclip(name: str, batch: Batch, settings: StepSettings) -> Call:
     """What `fastclip.train.loop` does with a batch, from where the loader hands it over."""
-    config = TrainConfig(
+    config = TrainConfig.from_flat(
         model=name,
         batch_size=len(batch.texts),
-        precision=settings.precision,  # type: ignore[arg-type]
+        precision=settings.precision,
         grad_clip_norm=settings.grad_clip_norm,
         warmup=_WARMUP,
         device=settings.device,
@@ -196,7 +197,7 @@ def _fastclip(name: str, batch: Batch, settings: StepSettings) -> Call:
         model.model.train()
         for number in range(steps):
             loss = engine.backward(batches)
-            engine.update(learning_rate(config, done, _TOTAL_STEPS))
+            engine.update(learning_rate(config.optim, done, _TOTAL_STEPS))
             done += 1
             if number in (0, steps - 1):
                 reported = loss.item(), engine.norm.item(), engine.logit_scale
@@ -235,7 +236,7 @@ def _open_clip(
     from open_clip_train.scheduler import cosine_lr
     from open_clip_train.train import train_one_epoch
 
-    defaults = TrainConfig(model=name)
+    defaults = OptimOptions()
     model = _fresh(name, settings.device).model
     optimizer = _their_optimizer(model, defaults, fused)
     amp, steps = settings.precision == "amp", settings.steps or 1
@@ -271,7 +272,7 @@ def _open_clip(
     return call
 
 
-def _their_optimizer(model: nn.Module, config: TrainConfig, fused: bool) -> torch.optim.Optimizer:
+def _their_optimizer(model: nn.Module, options: OptimOptions, fused: bool) -> torch.optim.Optimizer:
     """AdamW over the groups that the open_clip trainer makes, with its default options."""
     plain: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
@@ -280,11 +281,11 @@ def _their_optimizer(model: nn.Module, config: TrainConfig, fused: bool) -> torc
         (plain if kept or "logit_scale" in name else decayed).append(parameter)
     groups = [
         {"params": plain, "weight_decay": 0.0},
-        {"params": decayed, "weight_decay": config.wd},
+        {"params": decayed, "weight_decay": options.wd},
     ]
-    options: dict[str, Any] = {"fused": True} if fused else {}
-    betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, **options)
+    kind: dict[str, Any] = {"fused": True} if fused else {}
+    betas = (options.beta1, options.beta2)
+    return torch.optim.AdamW(groups, lr=options.lr, betas=betas, eps=options.eps, **kind)
 
 
 def _fused(name: str, batch: Batch, settings: StepSettings) -> Call:

@@ -36,7 +36,7 @@ WRITE_THEMSELVES = {
 
 
 def log_metrics(folder: Path) -> None:
-    log = RunLog(folder, 0, TrainConfig(report_to="none", log_sample_ids=True))
+    log = RunLog(folder, 0, TrainConfig.from_flat(report_to="none", log_sample_ids=True))
     for step in (1, 2):
         log.metrics(step, {"loss": 1.0})
         log.samples(step, ["a"])

@@ -7,7 +7,8 @@ import pytest
 
 from fastclip.cli import main
 from fastclip.data.index import Fault
-from fastclip.printable import note, printable
+from fastclip.messages import note
+from fastclip.printable import printable
 from tests.conftest import jpeg
 
 TITLE = "\x1b]0;owned\x07\x1b[2J"
@@ -32,12 +33,12 @@ def test_printable(text: str, shown: str) -> None:
     assert printable(text) == shown
 
 
-def test_faults_and_notes_are_printable(capsys: pytest.CaptureFixture[str]) -> None:
+def test_faults_and_notes_are_printable(caplog: pytest.LogCaptureFixture) -> None:
     assert str(Fault(TITLE, TITLE, TITLE)).isprintable()
     # a file's name begins no line of its own
     assert str(Fault("corrupt image", "a\nepoch 3: done")) == r"corrupt image: a\nepoch 3: done"
     note(TITLE)
-    assert capsys.readouterr().err.rstrip("\n").isprintable()
+    assert caplog.messages == [r"note: \x1b]0;owned\x07\x1b[2J"]
 
 
 def hostile(kind: str, folder: Path) -> str:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from fastclip._version import __version__
-from fastclip.printable import printable
+from fastclip.messages import logger, shown
 
 COMMANDS = {
     "train": "train a model from a configuration and flags",
@@ -52,9 +52,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
     parser.add_argument("options", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     parsed = parser.parse_args(arguments)
+    with shown():
+        return _run(parsed.command, parsed.options)
+
+
+def _run(command: str, options: Sequence[str]) -> int:
     try:
-        module = parsed.command.replace("-", "_")
-        status = importlib.import_module(f"fastclip.cli.{module}").main(parsed.options)
+        module = command.replace("-", "_")
+        status = importlib.import_module(f"fastclip.cli.{module}").main(options)
         # a reader that has left is noticed here, not at the interpreter's end
         sys.stdout.flush()
         return status
@@ -62,18 +67,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if (error.name or "").startswith("fastclip"):
             raise
         extra = EXTRAS.get((error.name or "").partition(".")[0], "train")
-        print(
-            f"fastclip {parsed.command} needs the package {error.name!r}: pip install "
-            f"'fastclip-kernels[{extra}]', or {error.name} itself where that does not bring it",
-            file=sys.stderr,
+        logger.error(
+            f"fastclip {command} needs the package {error.name!r}: pip install "
+            f"'fastclip-kernels[{extra}]', or {error.name} itself where that does not bring it"
         )
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError) and _reader_left():
             return 0
         # bad input is reported in a sentence; a traceback is for our own bugs
-        print(printable(f"fastclip {parsed.command}: error: {error}"), file=sys.stderr)
+        logger.error(f"fastclip {command}: error: {error}")
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        logger.error("interrupted")
     return 1
 
 

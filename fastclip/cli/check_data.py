@@ -41,14 +41,12 @@ class CheckDataConfig:
     """Cache folder of remote shards; by default fastclip in the user's cache."""
     cache_bytes: int = CACHE_BYTES
     """Maximum size of --cache-dir in bytes."""
-    allow_commands: bool = False
-    """Run shards named pipe:COMMAND with the shell; for names that you trust only."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Check; prints the report. The status is 1 where nothing can be read, and see --strict."""
     config = tyro.cli(CheckDataConfig, args=list(arguments), prog="fastclip check-data")
-    names = [name for part in config.shards for name in expand_shards(part, config.allow_commands)]
+    names = [name for part in config.shards for name in expand_shards(part)]
     folders = {os.path.dirname(name) or "." for name in names if not is_remote(name)}
     if config.write and (closed := [f for f in sorted(folders) if not os.access(f, os.W_OK)]):
         raise ValueError(f"{closed[0]} cannot be written to; give --no-write")

@@ -1,6 +1,5 @@
 """`fastclip convert FORMAT SRC OUT`: shards from other formats, checkpoints in and out."""
 
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from fastclip.data.imagenet_captions import CAPTION_PARTS, convert_imagenet_capt
 from fastclip.data.options import DataOptions
 from fastclip.data.recaption import CaptionOptions, recaption_shards
 from fastclip.data.tables import open_coco, open_csv
+from fastclip.messages import logger
 
 Source = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
 Target = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
@@ -140,10 +140,9 @@ class Recaption(Conversion):
 
     def run(self) -> None:
         done = recaption_shards(self.source, self.target, self.options, device=self.device)
-        print(
+        logger.info(
             f"{done.captions} captions for {done.samples} samples in {done.shards} shards; "
-            f"{done.finished} were there, {done.busy} are being written by other processes",
-            file=sys.stderr,
+            f"{done.finished} were there, {done.busy} are being written by other processes"
         )
         _report_faults("without a new caption", done.faults)
 
@@ -262,9 +261,9 @@ def _convert_table(table: ImageFiles, prefix: str, flags: Coco | Csv) -> None:
 
 
 def _report(split: str, counts: list[int]) -> None:
-    print(f"{split}: {sum(counts)} samples in {len(counts)} shards", file=sys.stderr)
+    logger.info(f"{split}: {sum(counts)} samples in {len(counts)} shards")
 
 
 def _report_faults(what: str, faults: FaultLog) -> None:
     if faults.counts:
-        print(f"{what}: {faults.report()}", file=sys.stderr)
+        logger.warning(f"{what}: {faults.report()}")

@@ -1,6 +1,5 @@
 """`fastclip convert aro-order`: the cases of COCO-Order and Flickr30k-Order from captions."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +7,7 @@ from typing import Annotated
 import tyro
 
 from fastclip.data.order_perturbations import SPACY_MODEL, spacy_tagger, write_order_cases
+from fastclip.messages import logger
 
 
 @dataclass(frozen=True)
@@ -34,4 +34,4 @@ class AroOrder:
     def run(self) -> None:
         """Write the cases; prints their number."""
         count = write_order_cases(self.source, self.target, spacy_tagger(self.tagger), self.seed)
-        print(f"{self.target.name}: {count} cases", file=sys.stderr)
+        logger.info(f"{self.target.name}: {count} cases")

@@ -1,6 +1,5 @@
 """`fastclip data preview [DATA] -o sheet.png`: see what a model will see."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from fastclip.data.preview import contact_sheet
 from fastclip.data.samples import Source, UnreadableSample
 from fastclip.data.sources import open_source
 from fastclip.data.training_samples import TrainingSamples
+from fastclip.messages import logger
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str]) -> int:
     shown = _originals if config.augment == "none" else _views
     images, captions = shown(config, source, order, faults)
     for place in faults.places():
-        print(f"skipped {place}", file=sys.stderr)
+        logger.warning(f"skipped {place}")
     sheet = contact_sheet(images, captions, config.columns, config.size)
     with writing(config.output, named=True) as file:
         sheet.save(file, kind)

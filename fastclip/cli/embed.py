@@ -1,6 +1,5 @@
 """`fastclip embed images|texts DATA --model RUN -o out.npy`."""
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +16,7 @@ from fastclip.data.sources import open_source
 from fastclip.device import choose_device
 from fastclip.evaluate.embed import Embedding, fingerprint, image_batches
 from fastclip.evaluate.features import text_batches
+from fastclip.messages import logger
 from fastclip.models.build import load
 
 
@@ -95,6 +95,6 @@ def main(arguments: Sequence[str]) -> int:
     }
     Embedding(config.output, count, identity).run(batches, progress=True)
     if faults.counts:
-        print(f"rows of NaN: {faults.report()}", file=sys.stderr)
+        logger.warning(f"rows of NaN: {faults.report()}")
     print(config.output)
     return 0

@@ -1,10 +1,10 @@
 """`fastclip plan`: one setting for a global batch on so many GPUs, and what it costs."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
+from fastclip.messages import logger
 from fastclip.train.plan import (
     Plan,
     Request,
@@ -159,4 +159,4 @@ def _mega(count: int) -> str:
 
 
 def _say(sentence: str) -> None:
-    print(f"fastclip plan: {sentence}", file=sys.stderr)
+    logger.error(f"fastclip plan: {sentence}")

@@ -60,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
         write_result(
             run / "eval" / f"{task}_scenes.json",
             dataset="scenes",
-            model=settings.model,
+            model=settings.model.model,
             pretrained=str(run),
             task=task,
             metrics=metrics,

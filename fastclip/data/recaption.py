@@ -21,7 +21,7 @@ from fastclip.data.faults import FaultLog
 from fastclip.data.index import Fault
 from fastclip.data.order import hash64
 from fastclip.data.regular import open_regular
-from fastclip.data.remote import ShardCache, is_command, is_remote
+from fastclip.data.remote import ShardCache, is_remote
 from fastclip.data.samples import UnreadableSample
 from fastclip.data.shards import expand_shards
 from fastclip.device import choose_device
@@ -218,8 +218,6 @@ def recaption_shards(
         FileExistsError: the target holds such shards that were not written here.
         OSError, ModuleNotFoundError: a shard or the model cannot be read, or transformers is not.
     """
-    if any(map(is_command, pattern.split("::"))):
-        raise ValueError(f"{pattern} names shards by commands; fetch them first to rewrite them")
     names = expand_shards(pattern)
     paths = [target / name.rpartition("/")[2] for name in names]
     if len(set(paths)) < len(paths):

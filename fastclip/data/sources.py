@@ -11,9 +11,9 @@ from fastclip.data.folders import FolderSource, holds_image_folders
 from fastclip.data.generated import SceneSource, SyntheticSource, open_scenes
 from fastclip.data.index import Fault
 from fastclip.data.options import DataOptions, DatasetType
-from fastclip.data.remote import ShardCache, is_command, is_remote
+from fastclip.data.remote import ShardCache, is_remote
 from fastclip.data.samples import Sample, Source
-from fastclip.data.shards import ShardSource
+from fastclip.data.shards import ShardSource, refuse_commands
 from fastclip.data.tables import open_coco, open_csv
 from fastclip.data.templates import read_lines
 
@@ -137,6 +137,7 @@ def open_source(
         ((100,), (64, 64))
     """
     options = options or DataOptions()
+    refuse_commands(data)
     kind = guess_type(data) if options.dataset_type == "auto" else options.dataset_type
     if kind is None or (kind == "webdataset" and os.path.isdir(data)):
         raise ValueError(_unrecognized(data))
@@ -148,7 +149,7 @@ def open_source(
     if kind == "webdataset":
         cache = ShardCache(options.cache_dir, options.cache_bytes)
         captions = tuple(options.caption_weights)
-        return ShardSource(data, required, cache, captions, options.allow_commands)
+        return ShardSource(data, required, cache, captions)
     sources: list[Source] = []
     for part in data.split("::"):
         if kind == "scenes":
@@ -213,7 +214,7 @@ def _guess_part(part: str) -> DatasetType | None:
     if os.path.isdir(path):
         return "imagefolder" if holds_image_folders(path) else None
     ending = path.suffix.lower()
-    if ending in ENDINGS and not is_command(part):
+    if ending in ENDINGS:
         return ENDINGS[ending]
     shards = is_remote(part) or "{" in part or ".tar" in path.name.lower()
     return "webdataset" if shards else None

@@ -17,7 +17,7 @@ from fastclip.data.files import ImageFiles
 from fastclip.data.options import DataOptions
 from fastclip.data.samples import MAX_TEXT_BYTES
 from fastclip.data.strings import Strings
-from fastclip.printable import note
+from fastclip.messages import note
 
 COCO_FOLDERS = ("train2017", "val2017", "test2017", "train2014", "val2014")
 

@@ -6,6 +6,7 @@ Pre-training".
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from fastclip.data.labels import NO_LABEL
 from fastclip.functional import Exchange
 from fastclip.models.image_tower import ImageSystem
 from fastclip.models.options import SystemOptions
-from fastclip.models.system import Criterion
+from fastclip.models.system import Criterion, Features, View
 from fastclip.ops.collectives import global_sum, ranks_of
 from fastclip.ops.gemm import accumulator_dtype
 
@@ -77,9 +78,9 @@ class LabelCriterion(Criterion):
 
     def forward(
         self,
-        features: Mapping[str, Tensor],
+        features: Features,
         *,
-        targets: Mapping[str, Tensor] | None = None,
+        targets: Mapping[View, Tensor] | None = None,
         dist: Exchange | None = None,
         group: ProcessGroup | None = None,
         sizes: Sequence[int] | None = None,
@@ -88,12 +89,13 @@ class LabelCriterion(Criterion):
         """The mean over all ranks' labeled rows, 0-d; 0 where there is none.
 
         Args:
-            features: image.0, (N, D), and label, (N,) int64, -1 for none.
+            features: one image view, (N, D), and label, (N,) int64, -1 for none.
             dist, group, sizes: see `fastclip.functional`; both exchanges are one sum here.
         """
-        label = features["label"]
+        label = features.label
+        assert label is not None
         ranks = ranks_of(dist, group, sizes, len(label))
-        logits = self.logits(features["image.0"])
+        logits = self.logits(features.images[0])
         loss = F.cross_entropy(
             logits,
             label,
@@ -138,9 +140,9 @@ class Classifier(ImageSystem):
             weight=weight,
         )
 
-    def features(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """image.0, (N, D), and label, (N,)."""
-        return {**super().features(batch), "label": batch["label"]}
+    def features(self, batch: Mapping[str, Any]) -> Features:
+        """See `ImageSystem.features`; beside them label, (N,)."""
+        return replace(super().features(batch), label=batch["label"])
 
     def classify(self, image: Tensor) -> Tensor:
         """(N, 3, S, S) to logits, (N, C)."""

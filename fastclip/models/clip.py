@@ -242,7 +242,8 @@ def _build(
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
     # open_clip warns that the weights are random, which is what is wanted here
-    logging.disable(logging.WARNING)
+    disabled = logging.root.manager.disable
+    logging.disable(max(disabled, logging.WARNING))
     # the size is the tower's
     forced = {key: value for key, value in (preprocess_config or {}).items() if key != "size"}
     try:
@@ -259,6 +260,6 @@ def _build(
             )
             tokenizer = open_clip.get_tokenizer(name)
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(disabled)
     preprocess = PreprocessCfg(**open_clip.get_model_preprocess_cfg(model))
     return Model(model, image_transform_v2(preprocess, is_train=False), tokenizer)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastclip.models.clip import load_weights
-from fastclip.models.system import Criterion, System
+from fastclip.models.system import Criterion, Features, System
 
 # where a state dictionary has the image tower: open_clip's models, systems of two towers
 _IMAGE_TOWERS = ("visual.", "towers.visual.")
@@ -25,9 +25,9 @@ class ImageSystem(System):
         super().__init__(criterion, image_views, text_views=0)
         self.visual = visual
 
-    def features(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """image.0, image.1, ..., each (N, D)."""
-        return {f"image.{i}": self.visual(view) for i, view in enumerate(batch["images"])}
+    def features(self, batch: Mapping[str, Any]) -> Features:
+        """The tower's features of every view, each (N, D)."""
+        return Features([self.visual(view) for view in batch["images"]])
 
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
         """The tower's features: (N, 3, S, S) to (N, D)."""

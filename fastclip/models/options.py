@@ -47,80 +47,78 @@ class SystemOptions:
         ValueError: values out of range, or that exclude each other.
     """
 
-    objective: Objective = flag("clip", "model", defines_run=True)
+    objective: Objective = flag("clip", defines_run=True)
     """clip (the sigmoid loss with --siglip); slip, siamlip, byolip, barlip, swalip: CLIP with an
     image-image or non-contrastive term; rocket: CLIP-Rocket; uniclip: UniCLIP; without texts:
     classify (supervised by labels) and simclr."""
-    strong_views: int | None = flag(None, "data", defines_run=True)
+    strong_views: int | None = flag(None, defines_run=True)
     """Number of strongly augmented views of each image, besides the weak one; the objectives from
     siamlip to rocket have as many of each text. By default 2 if the objective has any."""
-    head_width: int | None = flag(None, "model", defines_run=True)
+    head_width: int | None = flag(None, defines_run=True)
     """Width of the heads' output; by default that of the towers' features."""
-    head_hidden: int = flag(4096, "model", defines_run=True)
+    head_hidden: int = flag(4096, defines_run=True)
     """Width of the hidden layers of MLP heads."""
-    separate_heads: bool = flag(True, "model", defines_run=True)
+    separate_heads: bool = flag(True, defines_run=True)
     """Separate heads for strong views; without, one linear head per modality for all views."""
-    projector_hidden: int | None = flag(None, "model", defines_run=True)
+    projector_hidden: int | None = flag(None, defines_run=True)
     """Width of the hidden layers of the projectors of slip, simclr and the added terms; by default
     as in the paper."""
-    projector_width: int | None = flag(None, "model", defines_run=True)
+    projector_width: int | None = flag(None, defines_run=True)
     """Width of the projectors' output; by default as in the paper."""
-    separate_projectors: bool = flag(False, "model", defines_run=True)
+    separate_projectors: bool = flag(False, defines_run=True)
     """Separate projectors for strong views."""
-    extra_weight: float | None = flag(None, "loss", defines_run=True)
+    extra_weight: float | None = flag(None, defines_run=True)
     """Weight of the term that is added to the CLIP loss; by default as in the paper: 0.2 for
     swalip, 1 for the others."""
-    label_smoothing: float = flag(0.0, "loss", defines_run=True)
+    label_smoothing: float = flag(0.0, defines_run=True)
     """Mass of the target that is spread over all candidates; for siamlip to rocket, in the loss of
     the strong views."""
 
-    pair_loss: Literal["mp-nce", "info-nce", "sup-con"] = flag("mp-nce", "loss", defines_run=True)
+    pair_loss: Literal["mp-nce", "info-nce", "sup-con"] = flag("mp-nce", defines_run=True)
     """uniclip: loss over views and texts. info-nce compares each pair of blocks separately; sup-con
     has positives in each other's denominators, and a single scale."""
-    pair_weight: tuple[float, float, float] | None = flag(None, "loss", defines_run=True)
+    pair_weight: tuple[float, float, float] | None = flag(None, defines_run=True)
     """uniclip: weights of the image-image, image-text and text-text positives; by default each kind
     contributes equally."""
-    augmentation_encoder: bool = flag(True, "model", defines_run=True)
+    augmentation_encoder: bool = flag(True, defines_run=True)
     """uniclip: the image head receives the augmentation parameters of each view."""
-    shared_similarity: bool = flag(False, "loss", defines_run=True)
+    shared_similarity: bool = flag(False, defines_run=True)
     """uniclip: a single temperature and offset for all pairs instead of one for each kind."""
 
-    hard_negatives: int = flag(0, "data", defines_run=True)
+    hard_negatives: int = flag(0, defines_run=True)
     """False captions per image: further negatives of all images (NegCLIP); for clip."""
 
-    text_lm: str | None = flag(None, "model", defines_run=True)
+    text_lm: str | None = flag(None, defines_run=True)
     """Language model of Hugging Face, by name or folder, which replaces the text tower of --model.
     All but its last layers are frozen; those attend in both directions."""
-    text_lm_unfrozen: int = flag(4, "model", defines_run=True)
+    text_lm_unfrozen: int = flag(4, defines_run=True)
     """Number of last layers of --text-lm that are trained."""
-    text_lm_pooling: Literal["mean", "last"] = flag("mean", "model", defines_run=True)
+    text_lm_pooling: Literal["mean", "last"] = flag("mean", defines_run=True)
     """Text feature from --text-lm's states: the mean of all tokens, or the last token."""
-    text_lm_cache_bytes: int = flag(0, "model", defines_run=True)
+    text_lm_cache_bytes: int = flag(0, defines_run=True)
     """Maximum bytes of host memory for a cache of the frozen layers' states, by text."""
-    context_length: int | None = flag(None, "model", defines_run=True)
+    context_length: int | None = flag(None, defines_run=True)
     """Tokens that texts for --text-lm are cut to; by default 128, or the model's maximum if it is
     lower. Other text towers have theirs in --model's config."""
-    lock_image: bool = flag(False, "model", defines_run=True)
+    lock_image: bool = flag(False, defines_run=True)
     """Freeze the image tower."""
-    lock_image_unlocked_groups: int = flag(0, "model", defines_run=True)
+    lock_image_unlocked_groups: int = flag(0, defines_run=True)
     """With --lock-image: number of last groups of layers that are still trained."""
-    lock_image_freeze_bn_stats: bool = flag(False, "model", defines_run=True)
+    lock_image_freeze_bn_stats: bool = flag(False, defines_run=True)
     """With --lock-image: freeze the running statistics of batch normalization too."""
 
-    classes: str | None = flag(None, "data", defines_run=True)
+    classes: str | None = flag(None, defines_run=True)
     """classify: file of class names, one per line in the order of the labels."""
-    label_source: Literal["cls", "text"] = flag("cls", "data", defines_run=True)
+    label_source: Literal["cls", "text"] = flag("cls", defines_run=True)
     """classify: labels from the data (KEY.cls, folders), or from class names found in captions;
     samples without a label are left out of the loss."""
-    label_case_sensitive: bool = flag(False, "data", defines_run=True)
+    label_case_sensitive: bool = flag(False, defines_run=True)
     """classify: match class names in captions case-sensitively."""
-    classifier: Literal["linear", "prototype", "zeroshot"] = flag(
-        "linear", "model", defines_run=True
-    )
+    classifier: Literal["linear", "prototype", "zeroshot"] = flag("linear", defines_run=True)
     """classify: linear, with a bias; prototype: cosine of the features and a vector per class,
     times a learned scale; zeroshot: prototype, initialized with the class names' text features of
     --finetune's model."""
-    finetune: str | None = flag(None, "model", defines_run=True)
+    finetune: str | None = flag(None, defines_run=True)
     """Run or checkpoint, of any objective, to initialize the image tower from."""
 
     def __post_init__(self) -> None:

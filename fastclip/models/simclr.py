@@ -15,7 +15,7 @@ from fastclip.functional import nt_xent_loss
 from fastclip.models.image_tower import ImageSystem
 from fastclip.models.options import SystemOptions
 from fastclip.models.rocket import SIMCLR_TEMPERATURE, TERMS
-from fastclip.models.system import Criterion
+from fastclip.models.system import Criterion, Features, View
 from fastclip.nn.heads import MLPHead
 
 
@@ -36,15 +36,13 @@ class ViewCriterion(Criterion):
 
     def forward(
         self,
-        features: Mapping[str, Tensor],
+        features: Features,
         *,
-        targets: Mapping[str, Tensor] | None = None,
+        targets: Mapping[View, Tensor] | None = None,
         **exchange: Any,
     ) -> Tensor:
-        """See `Criterion.forward`; features: image.0 and image.1, (N, width)."""
-        first, second = (
-            F.normalize(self.projector(features[name]), dim=1) for name in ("image.0", "image.1")
-        )
+        """See `Criterion.forward`; of the features two image views, (N, width)."""
+        first, second = (F.normalize(self.projector(rows), dim=1) for rows in features.images)
         return nt_xent_loss(first, second, self.temperature, **exchange)
 
 

@@ -9,10 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import fastclip
 from fastclip import native
 from fastclip.cli import COMMANDS, main
+from fastclip.flags import flatten
+from fastclip.models import checkpoint
+from fastclip.train.config import parse
 from tests.train.conftest import TINY_MODEL
 
 
@@ -128,6 +132,28 @@ def test_eval_on_shards(
     assert main([*arguments, "--output", str(output), "--recall-k", "1", "3"]) == 0
     metrics = json.loads(output.read_text())["metrics"]
     assert metrics["images"] == 9 and "image_retrieval_recall@3" in metrics
+
+
+def test_a_run_directory_of_before_is_evaluated_and_resumed(
+    run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its config.yaml is flat; the configuration in a checkpoint always is."""
+    file = Path(run) / "config.yaml"
+    config = parse(["--config", str(file)])
+    state = checkpoint.read(Path(run) / "checkpoints" / "epoch_1.pt")
+    assert state["config"] == flatten(config)
+    file.write_text(yaml.safe_dump(flatten(config)))
+
+    result = tmp_path / "r.json"
+    flags = ["--num-samples", "40", "--workers", "0", "--output", str(result)]
+    assert main(["eval", "zeroshot", "--model", run, *flags]) == 0
+    assert json.loads(result.read_text())["model"] == config.model.model
+    capsys.readouterr()
+    flags = ["--config", str(file), "--resume", "latest", "--epochs", "2"]
+    assert main(["train", *flags]) == 0
+    noted = [line for line in capsys.readouterr().err.splitlines() if "is now" in line]
+    assert len(noted) == 1 and "--epochs was 1 and is now 2" in noted[0]
+    assert parse(["--config", str(file)]).optim.epochs == 2
 
 
 def test_eval_on_scenes_and_what_it_says_of_mistakes(

@@ -4,6 +4,7 @@ import json
 import random
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,7 +138,7 @@ def rows_of(source: TableSource) -> Rows:
 @pytest.mark.parametrize(
     ("form", "name"), [("csv", n) for n in TABLES] + [("json", n) for n in ANNOTATIONS]
 )
-def test_tables(form: str, name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables(form: str, name: str, folder: Path, logged: Callable[[], str]) -> None:
     case = (TABLES if form == "csv" else ANNOTATIONS)[name]
     path = folder / f"c.{form}"
     path.write_bytes(case.content)
@@ -148,7 +149,7 @@ def test_tables(form: str, name: str, folder: Path, capsys: pytest.CaptureFixtur
             read(path, DataOptions())
     else:
         assert rows_of(read(path, DataOptions())) == case.rows
-        noted = capsys.readouterr().err
+        noted = logged()
         assert case.message in noted and bool(case.message) == bool(noted)
     assert time.monotonic() - start < SECONDS
 
@@ -184,7 +185,7 @@ def damaged(content: bytes, rng: random.Random) -> tuple[bytes, int]:
 
 @pytest.mark.parametrize("cases", [200, pytest.param(2000, marks=pytest.mark.slow)])
 def test_damage_to_a_row_is_reported_or_stays_in_it(
-    cases: int, folder: Path, capsys: pytest.CaptureFixture[str]
+    cases: int, folder: Path, logged: Callable[[], str]
 ) -> None:
     """What no error or note reports is a change within the row whose bytes were changed.
 
@@ -198,7 +199,7 @@ def test_damage_to_a_row_is_reported_or_stays_in_it(
         content, rows = whole_table(rng)
         content, touched = damaged(content, rng)
         path.write_bytes(content)
-        capsys.readouterr()
+        logged()
         try:
             source = open_source(str(path), DataOptions(), split="train")
         except (ValueError, FileNotFoundError) as error:
@@ -206,7 +207,7 @@ def test_damage_to_a_row_is_reported_or_stays_in_it(
             seen["error"] += 1
             continue
         assert isinstance(source, TableSource)
-        noted = capsys.readouterr().err.replace(f"note: {path} is separated by ',', not '\\t'", "")
+        noted = logged().replace(f"note: {path} is separated by ',', not '\\t'", "")
         loaded, original = Counter(rows_of(source)), Counter(rows)
         lost, foreign = (original - loaded).total(), (loaded - original).total()
         seen[

@@ -70,7 +70,7 @@ def test_systems() -> None:
         listed |= set(objectives)
         for recipe in recipes:
             flags = ["--classes", "names.txt"] if recipe == "classify_text" else []
-            assert parse(["--config", recipe, *flags]).objective in objectives, recipe
+            assert parse(["--config", recipe, *flags]).model.objective in objectives, recipe
     assert listed == set(get_args(Objective))
 
 

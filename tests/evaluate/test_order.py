@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +205,7 @@ class _Token:
 
 
 def test_spacy_is_asked_for_tags(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: Callable[[], str]
 ) -> None:
     """With a stand-in for the package; a model that is not there is reported."""
 
@@ -223,4 +224,4 @@ def test_spacy_is_asked_for_tags(
     AroOrder(source, tmp_path / "coco_order.json").run()
     write_order_cases(source, tmp_path / "same.json", tag)
     assert (tmp_path / "coco_order.json").read_text() == (tmp_path / "same.json").read_text()
-    assert "coco_order.json: 1 cases" in capsys.readouterr().err
+    assert "coco_order.json: 1 cases" in logged()

@@ -83,7 +83,7 @@ def test_what_cannot_be_is_reported(
     assert "no class names: give --classes FILE" in error_of(
         "--objective", "classify", "--train-data", "synthetic"
     )
-    other = json.loads((Path(parse(flags).model)).read_text())
+    other = json.loads((Path(parse(flags).model.model)).read_text())
     other["vision_cfg"]["width"] = 24
     path = clip.parent / "other.json"
     path.write_text(json.dumps(other))

@@ -268,8 +268,9 @@ def test_the_command(plain_model: str, capsys: pytest.CaptureFixture[str]) -> No
     assert main(["plan", *asked, plain_model]) == 0
     (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("  flags")]
     config = parse(line.split()[1:])
-    assert config.step_samples(8) == 8192 and config.siglip and config.loss_dist_impl == "ring"
-    assert config.deepspeed_config == "ds_zero2"
+    assert config.optim.step_samples(8) == 8192
+    assert config.loss.siglip and config.loss.loss_dist_impl == "ring"
+    assert config.distributed.deepspeed_config == "ds_zero2"
 
     tight = ["--batch", str(2**30), "--model", plain_model, "--memory", "4"]
     assert main(["plan", "--gpus", "2", *tight]) == 1

@@ -105,7 +105,9 @@ def make(stage: int, folder: Path, here: World, **flags: Any) -> Any:
         "wd": 0.1,
         **flags,
     }
-    config = TrainConfig(model=name, deepspeed_config=f"ds_zero{stage}" if stage else None, **flags)
+    config = TrainConfig.from_flat(
+        model=name, deepspeed_config=f"ds_zero{stage}" if stage else None, **flags
+    )
     model = create(name, here.device)
     model.model.to(memory_format=torch.channels_last)
     return (DeepSpeedEngine if stage else TorchEngine)(model, config, here)
@@ -251,7 +253,7 @@ def config_file(tmp_path: Path) -> Any:
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_shipped_files_take_the_flags(stage: int) -> None:
-    config = TrainConfig(batch_size=8, precision="amp_bf16", grad_clip_norm=1.5)
+    config = TrainConfig.from_flat(batch_size=8, precision="amp_bf16", grad_clip_norm=1.5)
     settings = resolve(f"ds_zero{stage}", config, micro_batches=4, world_size=2)
     assert settings["zero_optimization"]["stage"] == stage
     assert settings["bf16"]["enabled"] and not settings["fp16"]["enabled"]

@@ -18,7 +18,7 @@ from fastclip.cli.bench.operators import (
     MemoryConfig,
 )
 from fastclip.cli.bench.training import DataConfig, TrainStepConfig
-from fastclip.cli.bench.written import CompareConfig, ImportConfig, ReportConfig
+from fastclip.cli.bench.written import CompareConfig, ReportConfig
 from fastclip.flags import refuse_renamed
 
 Config = (
@@ -31,7 +31,6 @@ Config = (
     | Annotated[AllConfig, subcommand("all")]
     | Annotated[ReportConfig, subcommand("report")]
     | Annotated[CompareConfig, subcommand("compare")]
-    | Annotated[ImportConfig, subcommand("import")]
 )
 _NAMES = [get_args(part)[1].name for part in get_args(Config)]
 

@@ -1,11 +1,12 @@
-"""`fastclip bench report|compare|import`: what the files of the other parts say."""
+"""`fastclip bench report|compare`: what the files of the other parts say."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
+
+from fastclip.messages import logger
 
 
 @dataclass(frozen=True)
@@ -73,33 +74,10 @@ class CompareConfig:
 
         before, after = (records.read(file) for file in (self.before, self.after))
         for warning in compare.differences(before, after, self.across_devices):
-            print(f"warning: {warning}", file=sys.stderr)
+            logger.warning(f"warning: {warning}")
         pairs = compare.compare(before, after)
         for warning in compare.failures(before, after):
-            print(f"warning: {warning}", file=sys.stderr)
+            logger.warning(f"warning: {warning}")
         print(f"B / A: {compare.measured(after)}, {after.name} over {before.name}")
         print("\n".join(compare.lines(pairs)))
-        return 0
-
-
-@dataclass(frozen=True)
-class ImportConfig:
-    """Import the archive that benchmarks/gpu_lab.sh made into a checkout.
-
-    Results go to benchmarks/results, tables of tilings and plans to kernels, and a note with the
-    figures to benchmarks/notes. Nothing is written where a file of the archive is damaged or a
-    result of that name exists.
-    """
-
-    archive: Annotated[Path, tyro.conf.Positional]
-    """The archive, lab.tar.gz."""
-    root: Path = Path(".")
-    """Root of the checkout."""
-
-    def run(self) -> int:
-        """Print each file written."""
-        from fastclip.bench.archive import import_archive
-
-        for path in import_archive(self.archive, self.root):
-            print(path)
         return 0

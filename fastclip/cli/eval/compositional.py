@@ -1,6 +1,5 @@
 """`fastclip eval aro`, `sugarcrepe` and `winoground`: does word order matter to the model?"""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +9,7 @@ from fastclip.evaluate import sharing
 from fastclip.evaluate.aro import PARTS, evaluate_aro
 from fastclip.evaluate.sugarcrepe import SETS, evaluate_sugarcrepe
 from fastclip.evaluate.winoground import evaluate_winoground
+from fastclip.messages import logger
 from fastclip.models.clip import Model
 
 
@@ -69,4 +69,4 @@ class Winoground(Evaluation):
 
 def _report_absent(root: Path, files: list[str]) -> None:
     if files and sharing.is_first():
-        print(f"not measured of {root}: {', '.join(files)}", file=sys.stderr)
+        logger.warning(f"not measured of {root}: {', '.join(files)}")

@@ -18,6 +18,7 @@ from fastclip.evaluate.features import Encoding, ImageFeatures, embed_images
 from fastclip.evaluate.interpolation import has_two_heads
 from fastclip.evaluate.results import write_result
 from fastclip.evaluate.wds import expand_wds
+from fastclip.messages import logger
 from fastclip.models.checkpoint import run_of
 from fastclip.models.clip import Model
 from fastclip.models.image_tower import ImageSystem
@@ -117,7 +118,7 @@ class Evaluation(ABC):
             metrics=metrics,
             named=self.output is not None,
         )
-        print(f"written to {output}", file=sys.stderr)
+        logger.info(f"written to {output}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +166,7 @@ class DataEvaluation(Evaluation):
             classify=self.classify,
         )
         if images.faults.counts and sharing.is_first():
-            print(f"skipped: {images.faults.report()}", file=sys.stderr)
+            logger.warning(f"skipped: {images.faults.report()}")
         return images
 
 
@@ -183,4 +184,6 @@ def set_head_weight(model: Model, weight: float) -> None:
 
 
 def _architecture(run: Path) -> str:
-    return str(read_yaml(run / "config.yaml")["model"])
+    model = read_yaml(run / "config.yaml")["model"]
+    # by section, or flat, as runs of before have it
+    return str(model["model"] if isinstance(model, dict) else model)

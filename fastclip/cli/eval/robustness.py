@@ -1,6 +1,5 @@
 """`fastclip eval robustness`: accuracies under distribution shifts, and effective robustness."""
 
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from fastclip.evaluate.shifts import (
     read_metrics,
 )
 from fastclip.evaluate.zeroshot import evaluate_zeroshot, labeled
+from fastclip.messages import logger
 from fastclip.models.build import class_names
 from fastclip.models.classifier import Classifier
 from fastclip.models.clip import Model
@@ -69,7 +69,7 @@ class Robustness(Zeroshot):
                 models = [(f"{self.model} {self.pretrained or ''}".strip(), metrics), *others]
                 baselines = [read_metrics(path) for path in self.baseline]
                 for path in plot_shifts(self.plot, models, lines, baselines):
-                    print(f"drawn in {path}", file=sys.stderr)
+                    logger.info(f"drawn in {path}")
         return metrics
 
     def _shifts(self) -> dict[str, str]:
@@ -104,7 +104,7 @@ class Robustness(Zeroshot):
         metrics = evaluate_imagenet_shifts(model, root, self.encoding)
         absent = [name for name in SHIFTS if name not in metrics]
         if absent and sharing.is_first():
-            print(f"not in {root}, left out: {', '.join(absent)}", file=sys.stderr)
+            logger.warning(f"not in {root}, left out: {', '.join(absent)}")
         return metrics
 
     def _measure_data(
@@ -137,11 +137,11 @@ class Robustness(Zeroshot):
     def _summarize(self, metrics: dict[str, Any]) -> None:
         """Print accuracies in percent and effective robustness in points."""
         fit = f", {suited_fit(metrics['acc1'])} baseline" if self.root is not None else ""
-        print(f"{self.dataset}: {100 * metrics['acc1']:.1f} %{fit}", file=sys.stderr)
+        logger.info(f"{self.dataset}: {100 * metrics['acc1']:.1f} %{fit}")
         for name, found in metrics.items():
             if isinstance(found, dict):
                 rho = f", ρ {100 * found['rho']:+.1f} points" if "rho" in found else ""
-                print(f"{name}: {100 * found['acc1']:.1f} %{rho}", file=sys.stderr)
+                logger.info(f"{name}: {100 * found['acc1']:.1f} %{rho}")
 
 
 def _label(path: Path) -> str:
