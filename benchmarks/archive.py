@@ -35,7 +35,7 @@ def read_archive(archive: Path) -> dict[str, str]:
     """The texts of an archive's files, by name; only plain files of its top folder.
 
     Raises:
-        ValueError: it is no archive of `benchmarks/gpu_lab.sh`; the message says why.
+        ValueError: it is not an archive of `benchmarks/gpu_lab.sh`; the message says why.
     """
     texts = {}
     try:
@@ -52,7 +52,9 @@ def read_archive(archive: Path) -> dict[str, str]:
     except (tarfile.TarError, EOFError, OSError) as error:
         if isinstance(error, FileNotFoundError):
             raise
-        raise ValueError(f"{archive} is no archive of benchmarks/gpu_lab.sh: {error}") from error
+        raise ValueError(
+            f"{archive} is not an archive of benchmarks/gpu_lab.sh: {error}"
+        ) from error
     if "environment.json" not in texts:
         raise ValueError(f"{archive} has no environment.json; give a lab.tar.gz of gpu_lab.sh")
     return texts
@@ -73,7 +75,7 @@ def import_archive(archive: Path, root: Path) -> list[Path]:
 
     Raises:
         ValueError: the archive or a file in it is damaged, or a result of that name exists.
-        FileNotFoundError: there is no such archive, or `root` is no checkout.
+        FileNotFoundError: there is no such archive, or `root` is not a checkout.
     """
     texts = read_archive(archive)
     for folder in ("benchmarks/results", "benchmarks/notes", "kernels"):
@@ -107,7 +109,7 @@ def _object(texts: dict[str, str], name: str) -> dict[str, Any]:
     try:
         content = json.loads(texts[name])
     except ValueError as error:
-        raise ValueError(f"{name} of the archive is no valid JSON: {error}") from error
+        raise ValueError(f"{name} of the archive is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{name} of the archive holds a {type(content).__name__}, not an object")
     return content

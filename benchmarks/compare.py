@@ -55,7 +55,7 @@ def differences(before: Record, after: Record, across_devices: bool = False) -> 
         yield devices_differ
     for what in ("environment", "settings"):
         one, other = (getattr(record, what) for record in (before, after))
-        # a setting that only one version knows is no difference of the two measurements
+        # a setting that only one version knows is not a difference of the two measurements
         for name in (name for name in one if name in other and name not in ("device", "date")):
             if one[name] != other[name]:
                 yield f"{name} is {one[name]} in {before.name}, {other[name]} in {after.name}"

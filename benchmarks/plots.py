@@ -146,7 +146,7 @@ def _lines(
 ) -> dict[str, Points]:
     found: dict[str, Points] = {}
     for row in rows:
-        # nothing is no point on a logarithmic axis
+        # nothing is not a point on a logarithmic axis
         if row.get(measured):
             found.setdefault(row["baseline"], []).append((row[field], row[measured] * factor))
     return {name: points for name, points in found.items() if len(points) > 1}

@@ -120,9 +120,9 @@ def read(path: Path) -> Record:
     try:
         content = json.loads(path.read_text())
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text; give a JSON file of `fastclip bench`") from error
+        raise ValueError(f"{path} is not a text; give a JSON file of `fastclip bench`") from error
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no valid JSON: {error}") from error
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise _foreign(path, f"it holds a {type(content).__name__}, not an object")
     for name, kind in (("environment", dict), ("results", list)):
@@ -174,7 +174,7 @@ def _of_the_first_files(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _foreign(path: Path, why: str) -> ValueError:
-    return ValueError(f"{path} is no result of `fastclip bench`: {why}")
+    return ValueError(f"{path} is not a result of `fastclip bench`: {why}")
 
 
 def _plain(value: Any) -> Any:

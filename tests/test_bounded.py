@@ -31,7 +31,7 @@ from fastclip.train.log import METRICS_FILE, read_metrics
         (b'{"a": 9223372036854775808}', "beyond 64 bits"),
         (b'{"a": ' + b"9" * 100_000 + b"}", "beyond 64 bits"),
         (b'{"a": "\xff"}', "not UTF-8"),
-        (b"{", "no valid JSON"),
+        (b"{", "not valid JSON"),
         (b" " * 101 * 1000, "larger than"),
     ],
 )
@@ -59,7 +59,7 @@ def test_json_that_is_read(tmp_path: Path) -> None:
         (b"seed: " + b"[" * 5000 + b"]" * 5000, "nested too deeply"),
         (b"seed: 9223372036854775808\n", "beyond 64 bits"),
         (b"name: \xff\n", "not UTF-8"),
-        (b"a: [", "no valid YAML"),
+        (b"a: [", "not valid YAML"),
     ],
 )
 def test_yaml_that_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
@@ -116,7 +116,7 @@ def test_no_reader_waits_for_a_pipe(name: str, tmp_path: Path) -> None:
 def test_a_pipe_in_the_place_of_an_image_is_a_fault(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.jpg")
     (fault,) = _Files([ImageFile(tmp_path / "a.jpg")], None)[0]["faults"]
-    assert fault.kind == "image path is no file"
+    assert fault.kind == "image path is not a file"
     assert _size_of(tmp_path / "a.jpg") is None
 
 

@@ -64,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
         lower = request.batch // request.gpus * request.gpus
         nearest = [b for b in (lower, lower + request.gpus) if b]
         _say(
-            f"--batch {request.batch:,} is no multiple of --gpus {request.gpus:,}; use "
+            f"--batch {request.batch:,} is not a multiple of --gpus {request.gpus:,}; use "
             + " or ".join(f"{batch:,}" for batch in nearest)
         )
         request = replace(request, batch=min(nearest, key=lambda b: abs(b - config.batch)))

@@ -70,9 +70,9 @@ class Augmentation:
         if self.size < 1:
             raise ValueError(f"size is {self.size}; give at least one pixel")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"crop scale is {self.scale}; give 0 < least <= greatest <= 1")
+            raise ValueError(f"crop scale is {self.scale}; give 0 < min <= max <= 1")
         if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"crop ratio is {self.ratio}; give 0 < least <= greatest")
+            raise ValueError(f"crop ratio is {self.ratio}; give 0 < min <= max")
         for name in ("flip", "jitter", "gray", "blur", "solarize"):
             if not 0 <= getattr(self, name) <= 1:
                 value = getattr(self, name)
@@ -80,11 +80,11 @@ class Augmentation:
         *factors, hue = self.jitter_strength
         if not (all(0 <= factor for factor in factors) and 0 <= hue <= 0.5):
             raise ValueError(
-                f"jitter strengths are {self.jitter_strength}; give three numbers from 0 on for "
+                f"jitter strengths are {self.jitter_strength}; give three numbers of 0 or more for "
                 "brightness, contrast and saturation, and one in [0, 0.5] for hue"
             )
         if not 1 / _GRID <= self.sigma[0] <= self.sigma[1] <= 4:
-            raise ValueError(f"blur sigma is {self.sigma}; give 0 < least <= greatest <= 4")
+            raise ValueError(f"blur sigma is {self.sigma}; give 0 < min <= max <= 4")
         if self.blur and blur_radius(self.sigma[1]) >= self.size:
             raise ValueError(
                 f"a blur of sigma {self.sigma[1]} reaches {blur_radius(self.sigma[1])} pixels, as "
@@ -199,7 +199,7 @@ class AugmentationParams:
         fits = 0 <= top < top + crop_height <= height and 0 <= left < left + crop_width <= width
         places = [round(3 * place) for place in values[10:14]]
         if not fits or sorted(places) != [0, 1, 2, 3]:
-            raise ValueError(f"{values} is no view of an image of {width} x {height} pixels")
+            raise ValueError(f"{values} is not a view of an image of {width} x {height} pixels")
         brightness, contrast, saturation, hue = color
         gray, _, sigma, solarize = values[14:]
         return cls(

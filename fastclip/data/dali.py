@@ -163,7 +163,7 @@ class _Work:
         reported = [*batch["faults"], Fault("batch that DALI cannot decode", place)]
         decoded["faults"] += [fault for fault in reported if fault not in decoded["faults"]]
         self.waiting[0] = decoded
-        # what fails now is no image's fault
+        # what fails now is not an image's fault
         self.pipeline = self.loader._built()
         self.pipeline.feed(decoded)
         return self.pipeline.images()

@@ -365,7 +365,7 @@ def _number(digits: bytes) -> int:
         return int.from_bytes(digits[1:], "big")
     octal = digits.partition(b"\0")[0].strip(b" ")
     if not _OCTAL.fullmatch(octal):
-        raise ValueError(f"{digits!r} is no number")
+        raise ValueError(f"{digits!r} is not a number")
     return int(octal or b"0", 8)
 
 

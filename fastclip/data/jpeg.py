@@ -30,7 +30,7 @@ def portable(sample: Sample) -> bytes | Image.Image:
         sample: its image opened but not decoded, or without a file.
 
     Raises:
-        UnreadableSample: the file is no whole image.
+        UnreadableSample: the file is not a whole image.
     """
     return _plain_jpeg(sample) or _decoded(sample)
 
@@ -45,7 +45,7 @@ def decode_pixels(sample: Sample) -> Tensor:
         sample: its image opened but not decoded, or without a file.
 
     Raises:
-        UnreadableSample: the file is no whole image.
+        UnreadableSample: the file is not a whole image.
     """
     encoded = _plain_jpeg(sample)
     if encoded is not None:

@@ -28,8 +28,8 @@ class DataOptions:
         cache_bytes: most bytes kept there.
 
     Raises:
-        ValueError: the separator is no single character, the sources of captions cannot be read, or
-            the cache has no room at all.
+        ValueError: the separator is not a single character, the sources of captions cannot be
+            read, or the cache has no room at all.
 
     Examples:
         >>> from fastclip.data.options import DataOptions
@@ -93,7 +93,7 @@ def parse_weights(text: str) -> dict[str, float]:
     """Names with positive weights from e.g. 'txt=1,recaption=3'; without '=', the weight is 1.
 
     Raises:
-        ValueError: a name is empty or comes twice, or a weight is no positive number.
+        ValueError: a name is empty or comes twice, or a weight is not a positive number.
     """
     weights: dict[str, float] = {}
     for item in text.split(","):

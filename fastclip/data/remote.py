@@ -199,7 +199,7 @@ def _require_tar(file: BinaryIO, url: str) -> None:
     """Keep a server's page of an error, or nothing, from being kept for the shard.
 
     Raises:
-        OSError: it is no tar at all. A damaged or packed one is reported by its reader.
+        OSError: it is not a tar at all. A damaged or packed one is reported by its reader.
     """
     for fault in index_file(file, url).faults:
         if fault.kind in ("not a tar", "empty file"):
@@ -289,7 +289,7 @@ def parsed(where: str, text: str | bytes) -> dict[str, Any]:
     """A file of counts, sizes.json or _stats.json.
 
     Raises:
-        ValueError: it is no dictionary in JSON.
+        ValueError: it is not a dictionary in JSON.
     """
     try:
         content = parse_json(text, where)
@@ -308,7 +308,7 @@ def whole(where: str, count: Any) -> int:
     """One of its counts.
 
     Raises:
-        ValueError: it is no number, negative, or more than any shard holds.
+        ValueError: it is not a number, negative, or more than any shard holds.
     """
     try:
         number = int(count)

@@ -175,8 +175,8 @@ def shard_weights(source: Source, factors: str | None) -> tuple[float, ...] | No
         A number for each shard, for `fastclip.data.order.Order`; None without factors.
 
     Raises:
-        ValueError: their number differs from the patterns', one is no positive number, or a factor
-            of a table is no whole number.
+        ValueError: their number differs from the patterns', one is not a positive number, or a
+            factor of a table is not a whole number.
 
     Examples:
         >>> from fastclip.data.sources import open_source, shard_weights

@@ -134,7 +134,7 @@ def _require_all(count: int, bad: list[str], what: str) -> None:
         more = ", ..." if bad[_SHOWN:] else ""
         raise ValueError(
             f"{len(bad)} of {count} image files are {what}: {', '.join(bad[:_SHOWN])}{more}; "
-            "a score of the others would not compare with published ones, so bring them back"
+            "a score without them would not compare with published ones; restore them"
         )
     if not count:
         raise ValueError("there are no image files to encode")

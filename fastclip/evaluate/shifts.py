@@ -86,7 +86,7 @@ def baseline_from_results(paths: Sequence[Path]) -> dict[str, Line]:
 
     Raises:
         ValueError: a shift has fewer than three models with different accuracies in-distribution,
-            a file is no result of this task, or an accuracy is 0 or 1.
+            a file is not a result of this task, or an accuracy is 0 or 1.
         FileNotFoundError: a file does not exist.
     """
     results = {str(path): read_metrics(path) for path in paths}

@@ -75,7 +75,7 @@ def patch_transformers(
     known = [m for m in models if m.config.model_type.startswith(("clip", "siglip"))]
     if not known:
         raise ValueError(
-            f"{type(model).__name__} is no CLIP or SigLIP of transformers; give a CLIPModel, "
+            f"{type(model).__name__} is not a CLIP or SigLIP of transformers; give a CLIPModel, "
             "a SiglipModel or one of their towers"
         )
     for part in known if loss else ():

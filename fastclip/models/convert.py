@@ -85,7 +85,7 @@ def export_universal(source: Path, target: Path, *, trust_checkpoint: bool = Fal
 
     Raises:
         FileNotFoundError: there is no checkpoint. FileExistsError: the target is there already.
-        ValueError: the checkpoint is no folder of DeepSpeed's, or is not trusted.
+        ValueError: the checkpoint is not a folder of DeepSpeed's, or is not trusted.
     """
     path = checkpoint.resolve(source)
     if not sharded.is_sharded(path):

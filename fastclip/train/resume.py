@@ -98,7 +98,7 @@ def _check_position(path: Path, resumed: dict[str, Any], config: TrainConfig, wo
     position, batch = resumed["data"]["position"], config.optim.step_samples(world.size)
     if position % batch:
         raise ValueError(
-            f"{path} stands at sample {position} of an epoch, which is no "
+            f"{path} stands at sample {position} of an epoch, which is not a "
             f"multiple of {batch}, the samples of a step; keep --batch-size times --accum-freq "
             "times the number of processes, or resume from an epoch's end"
         )

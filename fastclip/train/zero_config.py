@@ -49,7 +49,7 @@ def resolve(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no JSON object, contradicts a flag, or holds what cannot be used.
+        ValueError: the file is not a JSON object, contradicts a flag, or holds what cannot be used.
     """
     path = _find(name or DEFAULT)
     given = read_object(path)
@@ -140,7 +140,7 @@ def _drop_optimizer(given: dict[str, Any], config: TrainConfig, path: Path) -> N
     for key, value in section.get("params", {}).items():
         if key not in flags:
             raise ValueError(
-                f"{path}: optimizer.params.{key} is no option of fastclip's AdamW; remove it"
+                f"{path}: optimizer.params.{key} is not an option of fastclip's AdamW; remove it"
             )
         wanted, flag = flags[key]
         if value not in ("auto", wanted):

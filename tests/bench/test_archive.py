@@ -101,4 +101,4 @@ def test_other_archives_are_refused(
         assert "never packs" in logged()
     archive.write_text("no archive")
     assert main([str(archive), "--root", str(checkout)]) == 1
-    assert "is no archive of" in logged()
+    assert "is not an archive of" in logged()

@@ -63,7 +63,7 @@ def one_row(**change: object) -> str:
 
 
 WRONG = {
-    "cut": Wrong('{"environment": {', "no valid JSON"),
+    "cut": Wrong('{"environment": {', "not valid JSON"),
     "a list": Wrong("[1]", "holds a list"),
     "without environment": Wrong('{"results": []}', "no 'environment'"),
     "without rows": Wrong('{"environment": {}, "results": []}', "not rows"),
@@ -104,7 +104,7 @@ def test_bytes_and_nothing_are_refused(tmp_path: Path, capsys: pytest.CaptureFix
     file = tmp_path / "x.json"
     file.write_bytes(b"\xff\xfe\x00")
     assert main(["bench", "report", str(file)]) == 1
-    assert "is no text" in capsys.readouterr().err
+    assert "is not a text" in capsys.readouterr().err
     assert main(["bench", "report", str(tmp_path / "none.json")]) == 1
     assert "none.json" in capsys.readouterr().err
     assert main(["bench", "report"]) == 1

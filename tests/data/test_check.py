@@ -24,7 +24,7 @@ MakeShard = Callable[..., Path]
 
 # what training passes over without a word, or does not come to
 ALSO = {
-    "JSON that is no dictionary": {"JSON is no dictionary": 1},
+    "JSON that is not a dictionary": {"JSON is not a dictionary": 1},
     "deep JSON": {"damaged JSON": 1},
     "JSON with a number of 100,000 digits": {"damaged JSON": 1},
     "100,000 tiny members": {"empty caption": 50_000},
@@ -114,8 +114,8 @@ def test_texts_and_labels_are_checked_each(make_shard: MakeShard) -> None:
     assert report.counts == {
         "caption is not UTF-8": 2,
         "corrupt image": 1,
-        "class index is no integer": 1,
-        "captions are no list of texts": 1,
+        "class index is not an integer": 1,
+        "captions are not a list of texts": 1,
         "JSON too long": 1,
     }
     assert (report.samples, report.good) == (4, 3)

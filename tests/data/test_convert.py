@@ -95,7 +95,7 @@ def test_command_line(
     assert main(["convert", "cifar10", str(small_cifar10), target]) == 1
     assert "exists" in capsys.readouterr().err
     assert main(["convert", "cifar10", str(tmp_path / "nowhere"), str(tmp_path / "x")]) == 1
-    assert "holds no whole CIFAR-10" in capsys.readouterr().err
+    assert "does not hold all of CIFAR-10" in capsys.readouterr().err
 
 
 def bytes_of_members(path: Path) -> dict[str, bytes]:

@@ -117,7 +117,7 @@ def test_files_that_are_not_the_data_set(
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert main([*words, "--image-root", f"{tmp_path}/none"]) == 1
-    assert "none does not exist or is no folder" in capsys.readouterr().err
+    assert "none does not exist or is not a folder" in capsys.readouterr().err
 
 
 def test_texts_on_one_line() -> None:

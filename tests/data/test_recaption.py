@@ -335,7 +335,7 @@ def test_nothing_is_overwritten(
     shard = make_shard("s.tar", samples(2))
     content = shard.read_bytes()
     assert run(shard, tmp_path, "--model", blip) == 1
-    assert f"{shard} exists and stays as it is" in capsys.readouterr().err
+    assert f"{shard} exists and is not overwritten" in capsys.readouterr().err
     assert shard.read_bytes() == content
     (tmp_path / "b").mkdir()
     make_shard("b/s.tar", samples(3))

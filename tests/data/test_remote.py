@@ -241,7 +241,7 @@ def test_faults_name_the_url(bucket: str, tmp_path: Path) -> None:
     put(bucket + "x.tar", b"<html>" * 200)
     with pytest.raises(FetchError, match=r"memory://bucket/x.tar could .*: .* not a tar .*<html>"):
         ShardSource(bucket + "x.tar", cache=ShardCache(tmp_path / "cache"))
-    # what is no tar is not kept: the next run asks anew
+    # what is not a tar is not kept: the next run asks anew
     assert left_in(tmp_path / "cache") == []
     put(bucket + "x.tar", b"\x1f\x8b" + bytes(600))
     with pytest.raises(ValueError, match=r"compressed shard: memory://bucket/x.tar"):

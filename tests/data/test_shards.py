@@ -280,7 +280,7 @@ def test_a_pipe_in_the_place_of_a_shard_is_not_waited_for(
     os.mkfifo(tmp_path / "pipe.tar")
     with pytest.raises(FileNotFoundError, match=r"pipe\.tar"):
         ShardSource(f"{tmp_path}/pipe.tar")
-    with pytest.raises(OSError, match=r"pipe\.tar is no regular file"):
+    with pytest.raises(OSError, match=r"pipe\.tar is not a regular file"):
         index_shard(tmp_path / "pipe.tar")
     # where a shard has become one since
     path = make_shard("a.tar", samples=2)

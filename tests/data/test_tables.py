@@ -201,8 +201,8 @@ def test_unreadable_images_are_faults_and_replaced(images: Path) -> None:
     bad = {
         "gone.jpg": "missing image file",
         "broken.jpg": "corrupt image",
-        "folder.jpg": "image path is no file",
-        "pipe.jpg": "image path is no file",
+        "folder.jpg": "image path is not a file",
+        "pipe.jpg": "image path is not a file",
         "a\0b.jpg": "missing image file",
         "x" * 5000: "missing image file",
     }
@@ -220,7 +220,7 @@ def test_unreadable_images_are_faults_and_replaced(images: Path) -> None:
     assert [len(batch["key"]) for batch in batches] == [11]
     assert set(batches[0]["key"]) <= set(good)
     kinds = Counter(fault.kind for fault in set(batches[0]["faults"]))
-    assert kinds == {"missing image file": 3, "corrupt image": 1, "image path is no file": 2}
+    assert kinds == {"missing image file": 3, "corrupt image": 1, "image path is not a file": 2}
 
 
 def test_a_table_longer_than_a_window_is_shuffled_all_over(images: Path) -> None:
@@ -408,7 +408,7 @@ def test_real_captions_three_ways(real_data: Path, tmp_path: Path) -> None:
 def test_a_file_that_is_no_table_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_text("x" * (17 << 20))
-    with pytest.raises(ValueError, match="is no table in UTF-8"):
+    with pytest.raises(ValueError, match="is not a table in UTF-8"):
         open_csv(path, DataOptions())
 
 
@@ -425,8 +425,12 @@ def test_special_files_are_no_images(images: Path) -> None:
         with pytest.raises(UnreadableSample) as error:
             source.read(0, number)
         kinds.append(error.value.fault.kind)
-    assert kinds[:3] == ["image path is no file", "missing image file", "image path is no file"]
-    assert kinds[4:6] == ["corrupt image", "image path is no file"]
+    assert kinds[:3] == [
+        "image path is not a file",
+        "missing image file",
+        "image path is not a file",
+    ]
+    assert kinds[4:6] == ["corrupt image", "image path is not a file"]
 
 
 def test_templates_that_are_no_text_are_named(tmp_path: Path) -> None:

@@ -170,7 +170,7 @@ def test_a_line_ends_where_json_says(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('[{"a": "x"}', "is no valid JSON"),
+        ('[{"a": "x"}', "is not valid JSON"),
         ("[]", "no list of entries"),
         ("{}", "no list of entries"),
         ('"a"', "no list of entries"),

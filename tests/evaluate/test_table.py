@@ -59,8 +59,8 @@ def test_two_values_of_the_same_are_refused(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is no result of an evaluation"),
-        ("\x80", "is no result of an evaluation"),
+        ("{", "is not an evaluation result"),
+        ("\x80", "is not an evaluation result"),
         ("[1]", "lacks dataset, model, pretrained, task, metrics"),
         (json.dumps({"dataset": "d", "model": "m", "task": "t", "metrics": {}}), "pretrained"),
         (

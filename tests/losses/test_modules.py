@@ -337,7 +337,7 @@ def test_accuracy_counts_anchors_above_every_negative() -> None:
             T = (z @ z.T).fill_diagonal_(-2)
             partner = (torch.arange(100) + 50) % 100
             assert metrics["accuracy"] == (T.argmax(1) == partner).double().mean()
-    # a tie is no hit
+    # a tie is not a hit
     same = x[:1].expand(4, 6)
     fastclip.functional.clip_loss(same, same, 9.0, metrics=metrics)
     assert metrics["image_to_text_accuracy"] == 0

@@ -121,7 +121,7 @@ def test_unknown_keys_are_reported_with_the_nearest_name(tmp_path: Path) -> None
     with pytest.raises(ValueError, match="key: value"):
         parse(["--config", str(path)])
     path.write_text("a: [")
-    with pytest.raises(ValueError, match="no valid YAML"):
+    with pytest.raises(ValueError, match="not valid YAML"):
         parse(["--config", str(path)])
     with pytest.raises(FileNotFoundError, match=r"neither a file nor a recipe .*cifar10"):
         parse(["--config", "cifar11"])

@@ -321,7 +321,7 @@ def test_a_missing_or_broken_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="ds_zero1, ds_zero2, ds_zero3"):
         resolve("ds_zero4", TrainConfig())
     (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(ValueError, match="no valid JSON"):
+    with pytest.raises(ValueError, match="not valid JSON"):
         resolve(str(tmp_path / "bad.json"), TrainConfig())
 
 
