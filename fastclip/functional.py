@@ -10,7 +10,8 @@ Every loss takes, beside its own arguments,
         (the same for NVIDIA GPUs), "torch" (chunked, everywhere) or "reference" (dense, twice
         differentiable).
     chunk_bytes: size of a chunk of the similarity matrix, of which up to three are alive at a
-        time; None takes a fixed default.
+        time; None takes a fixed default and, on a CPU with the native library and backend "auto",
+        holds a float32 matrix of at most 2048 x 2048 entries whole, which is faster.
     precision: "auto" follows autocast, "input" computes in the features' dtype.
     dist: None, or how processes share the loss: "gather" brings all columns at once, "ring" one
         process's after the other, in memory linear in a process's own rows.
@@ -36,7 +37,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from fastclip.ops import checks, similarity
+from fastclip.ops import checks, dense, similarity
 from fastclip.ops.attention import attention as attention
 from fastclip.ops.attention import packed_attention as packed_attention
 from fastclip.ops.candidates import mean_left
@@ -100,6 +101,20 @@ def clip_loss(
     _check_reduction(reduction)
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing is {label_smoothing}; give a number in [0, 1)")
+    request = dense.Request(reduction, backend, chunk_bytes, precision, dist, group, sizes)
+    small = dense.pairs_loss(
+        image_features,
+        text_features,
+        logit_scale,
+        request,
+        both=True,
+        smoothing=label_smoothing,
+        groups=(row_group, column_group),
+        accuracies=("image_to_text_accuracy", "text_to_image_accuracy"),
+        metrics=metrics,
+    )
+    if small is not None:
+        return _with_bias(small, logit_bias)
     ranks = _ranks(dist, group, sizes, image_features)
     grouped = row_group is not None and column_group is not None
     statistics = similarity.similarity_statistics(
@@ -128,11 +143,7 @@ def clip_loss(
         else:
             mean = (statistics.row_mean + statistics.column_mean) / 2
         loss = loss + label_smoothing * (positive - mean)
-    if logit_bias is not None:
-        # a non-finite bias still shows
-        loss = loss + 0 * (
-            logit_bias.to(loss.dtype) if isinstance(logit_bias, Tensor) else logit_bias
-        )
+    loss = _with_bias(loss, logit_bias)
     if metrics is not None:
         metrics["image_to_text_accuracy"] = _above(positive, statistics.row_max, ranks)
         metrics["text_to_image_accuracy"] = _above(positive, statistics.column_max, ranks)
@@ -175,6 +186,10 @@ def siglip_loss(
             f"{image_features.shape[0]} images and {text_features.shape[0]} texts; the sigmoid "
             "loss needs one text an image"
         )
+    request = dense.Request(reduction, backend, chunk_bytes, precision, dist, group, sizes)
+    small = dense.sigmoid_loss(image_features, text_features, logit_scale, logit_bias, request)
+    if small is not None:
+        return small
     ranks = _ranks(dist, group, sizes, image_features)
     loss = sigmoid_loss(
         image_features,
@@ -232,6 +247,21 @@ def info_nce_loss(
     _check_reduction(reduction)
     if bank is None and not in_batch:
         raise ValueError("in_batch=False leaves no negatives; give a bank")
+    request = dense.Request(reduction, backend, chunk_bytes, precision, dist, group, sizes)
+    small = dense.pairs_loss(
+        query,
+        keys,
+        logit_scale,
+        request,
+        both=False,
+        positive_index=positive_index,
+        bank=bank,
+        in_batch=in_batch,
+        accuracies=("accuracy",),
+        metrics=metrics,
+    )
+    if small is not None:
+        return small
     ranks = _ranks(dist, group, sizes, query)
     if bank is not None and ranks is not None:
         raise ValueError("a bank is a process's own; leave out dist, or the bank")
@@ -316,6 +346,12 @@ def mp_nce_loss(
     """
     _check_reduction(reduction)
     features, domains = list(features), [int(d) for d in domains]
+    request = dense.Request(reduction, backend, chunk_bytes, precision, dist, group, sizes)
+    small = dense.blocks_loss(
+        features, domains, logit_scale, logit_offset, pair_weight, request, metrics
+    )
+    if small is not None:
+        return small
     _check_blocks(features, domains)
     like, count = features[0], max(domains) + 1
     scale = checks.as_table("logit_scale", logit_scale, count, like)
@@ -438,11 +474,16 @@ def sup_con_loss(
             that is not positive.
     """
     _check_reduction(reduction)
+    scale = _inverse(temperature, features)
+    request = dense.Request(reduction, backend, chunk_bytes, precision, dist, group, sizes)
+    small = dense.labels_loss(features, labels, scale, request)
+    if small is not None:
+        return small
     ranks = _ranks(dist, group, sizes, features)
     statistics = label_statistics(
         features,
         labels,
-        _inverse(temperature, features),
+        scale,
         ranks=ranks,
         backend=backend,
         chunk_bytes=chunk_bytes,
@@ -559,6 +600,13 @@ def _check_blocks(features: list[Tensor], domains: list[int]) -> None:
         if not autocast or any(block.dtype == torch.float64 for block in features):
             kinds = sorted({str(block.dtype) for block in features})
             raise ValueError(f"the blocks are {' and '.join(kinds)}; cast them to one dtype")
+
+
+def _with_bias(loss: Tensor, logit_bias: Tensor | float | None) -> Tensor:
+    """A constant cancels in a softmax; one that is not finite still shows."""
+    if logit_bias is None:
+        return loss
+    return loss + 0 * (logit_bias.to(loss.dtype) if isinstance(logit_bias, Tensor) else logit_bias)
 
 
 def _concatenate(blocks: list[Tensor]) -> Tensor:
