@@ -13,6 +13,7 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 def check_reduction(reduction: str) -> None:
+    """Refuse an unknown one."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}; use one of {', '.join(REDUCTIONS)}")
 
@@ -25,6 +26,7 @@ def with_bias(loss: Tensor, logit_bias: Tensor | float | None) -> Tensor:
 
 
 def concatenate(blocks: list[Tensor]) -> Tensor:
+    """Blocks of rows one after the other, in their own dtype under autocast too."""
     # the operator rounds for autocast, whose own rule here knows no float16 beside bfloat16
     with checks.without_autocast(blocks[0].device):
         return torch.cat(blocks)
@@ -33,6 +35,7 @@ def concatenate(blocks: list[Tensor]) -> Tensor:
 def ranks_sharing(
     dist: str | None, group: ProcessGroup | None, sizes: Sequence[int] | None, features: Tensor
 ) -> Ranks | None:
+    """The processes that share a loss of these rows; None for a process alone."""
     checks.check_features("features", features)
     return ranks_of(dist, group, sizes, features.shape[0])
 
@@ -59,5 +62,6 @@ def reduce_sum(
 
 
 def share_above(positive: Tensor, top: Tensor, ranks: Ranks | None) -> Tensor:
+    """The share of anchors, of all processes, whose positive lies above every negative."""
     hits = (positive.detach() > top).to(positive.dtype)
     return hits.mean() if ranks is None else global_sum(hits.sum(), ranks) / ranks.rows

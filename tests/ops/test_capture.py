@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastclip.ops import checks
+from fastclip.ops import checks, kept
 from tests.ops.cases import LOSSES
 
 READS = (
@@ -44,6 +44,8 @@ def unreadable(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Tensor, name, refuse)
     # a number on the CPU may be read, and is, to be checked
     monkeypatch.setattr(checks, "is_readable", lambda tensor: False)
+    # nothing is kept by `torch` on a GPU: on a CPU the sums of what is kept are read
+    monkeypatch.setitem(kept.KEEP_BYTES, "cpu", 0)
 
 
 @pytest.mark.usefixtures("unreadable")
