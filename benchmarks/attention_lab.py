@@ -27,11 +27,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tokens", type=int, default=262_144)
-    parser.add_argument("--lines", type=int, nargs="*", help="only these lengths")
+    parser.add_argument("--lengths", type=int, nargs="*", help="only these lengths")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--flex", action=argparse.BooleanOptionalAction, default=True)
     given = parser.parse_args()
-    shapes = [shape for shape in SHAPES if not given.lines or shape[0] in given.lines]
+    shapes = [shape for shape in SHAPES if not given.lengths or shape[0] in given.lengths]
     right = True
     if given.check:
         right = check(given.device, given.seconds, given.output)

@@ -1,16 +1,13 @@
-"""Flags of the command line as fields of dataclasses, which are a configuration's sections.
+"""Flags as fields of dataclasses, which are a configuration's sections.
 
-A field's type, default and the string under it make the flag, its value and its help. `flag` adds
-what the three do not say: what a change means for a run that resumes.
+A field's type, default and the string under it make the flag, its value and its help
+(`command_line`). `flag` adds what the three do not say: what a change means for a run that resumes.
 """
 
-import ast
 import difflib
-import inspect
-import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import Field, field, fields, is_dataclass, make_dataclass
-from typing import Annotated, Any, get_type_hints
+from collections.abc import Mapping
+from dataclasses import Field, field, fields
+from typing import Any, get_type_hints
 
 
 def flag(default: Any, *, defines_run: bool) -> Any:
@@ -119,73 +116,3 @@ def check_positive(section: Any, *names: str) -> None:
 def flag_name(name: str) -> str:
     """The flag of a field, as it is typed."""
     return "--" + name.replace("_", "-")
-
-
-def help_texts(kind: type) -> dict[str, str]:
-    """The string under each field, inherited ones included, as one line."""
-    texts: dict[str, str] = {}
-    for base in reversed([base for base in kind.__mro__ if is_dataclass(base)]):
-        try:
-            (definition,) = ast.parse(inspect.getsource(base)).body
-        except OSError:
-            # installed without sources: flags work, and have no help
-            continue
-        assert isinstance(definition, ast.ClassDef)
-        for statement, following in itertools.pairwise(definition.body):
-            if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
-                text = ast.literal_eval(following.value)
-                texts[ast.unparse(statement.target)] = " ".join(text.split())
-    return texts
-
-
-def refuse_renamed(arguments: Sequence[str], renamed: Mapping[str, str]) -> None:
-    """Refuse flags that have another name now.
-
-    Args:
-        arguments: of a command line.
-        renamed: from an old flag, or an old flag and its value, to what is written now.
-
-    Raises:
-        ValueError: an old one is given; the message has the new one.
-    """
-    words: list[str] = []
-    for argument in arguments:
-        flag, *value = argument.split("=", 1) if argument.startswith("--") else [argument]
-        words += [flag.replace("_", "-") if argument.startswith("--") else flag, *value]
-    for old, new in renamed.items():
-        size = len(old.split())
-        if any(words[i : i + size] == old.split() for i in range(len(words))):
-            raise ValueError(f"{old} has been renamed; write {new}")
-
-
-def parse_sections(config: type, arguments: Sequence[str], prog: str) -> dict[str, dict[str, Any]]:
-    """The values of all flags of a configuration, by section and field.
-
-    Flags have the fields' names alone; their help is by section. Values are of the fields' types
-    and not checked any further.
-
-    Raises:
-        SystemExit: a flag is unknown or a value of the wrong type (said on standard error), or
-            `--help` is asked for.
-    """
-    import tyro
-
-    # flags of a section are named without the section
-    bare: Any = tyro.conf.OmitArgPrefixes
-    groups: list[Any] = []
-    for name, section in sections(config).items():
-        hints, texts = get_type_hints(section), help_texts(section)
-        members = [
-            (
-                each.name,
-                # as one line: the terminal's width alone decides where it is broken
-                Annotated[hints[each.name], tyro.conf.arg(help=texts.get(each.name))],
-                field(default=each.default),
-            )
-            for each in ordered(section)
-        ]
-        made: Any = make_dataclass(name, members, namespace={"__doc__": section.__doc__})
-        groups.append((name, bare[made], field(default_factory=made)))
-    whole: Any = make_dataclass(config.__name__, groups, namespace={"__doc__": config.__doc__})
-    read: Any = tyro.cli(whole, args=list(arguments), prog=prog)
-    return {name: vars(getattr(read, name)) for name in sections(config)}

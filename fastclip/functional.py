@@ -25,6 +25,7 @@ from fastclip.ops.attention import packed_attention as packed_attention
 from fastclip.ops.candidates import mean_left
 from fastclip.ops.collectives import Ranks, global_sum, ranks_of
 from fastclip.ops.info_nce import info_nce_sum
+from fastclip.ops.kept import keep_argument
 from fastclip.ops.labels import label_statistics
 from fastclip.ops.numerics import softplus
 from fastclip.ops.problem import couples
@@ -50,6 +51,7 @@ def clip_loss(
     reduction: str = "mean",
     backend: str = "auto",
     chunk_bytes: int | None = None,
+    keep_bytes: int | None = None,
     precision: str = "auto",
     dist: Exchange | None = None,
     group: ProcessGroup | None = None,
@@ -73,6 +75,7 @@ def clip_loss(
             "none": each pair's, (N,).
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
         chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
+        keep_bytes: memory for exponentials that the backward reuses; None: 64 MiB on CPUs.
         precision: "auto" follows autocast, "input" computes in the features' dtype.
         dist: None, or "gather" or "ring" where processes share the loss: features are this
             process's rows, the loss is that of all, averaged gradients (DDP) are the full batch's.
@@ -105,10 +108,12 @@ def clip_loss(
         logit_scale,
         row_group=row_group,
         column_group=column_group,
+        maxima=metrics is not None,
         means=label_smoothing > 0 and not grouped,
         ranks=ranks,
         backend=backend,
         chunk_bytes=chunk_bytes,
+        keep_bytes=keep_bytes,
         precision=precision,
     )
     positive = statistics.positive
@@ -145,6 +150,7 @@ def siglip_loss(
     reduction: str = "mean",
     backend: str = "auto",
     chunk_bytes: int | None = None,
+    keep_bytes: int | None = None,
     precision: str = "auto",
     dist: Exchange | None = None,
     group: ProcessGroup | None = None,
@@ -161,6 +167,7 @@ def siglip_loss(
             (N,).
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
         chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
+        keep_bytes: as other losses have it; this one keeps nothing.
         precision: "auto" follows autocast, "input" computes in the features' dtype.
         dist: None, or "gather" or "ring" where processes share the loss: features are this
             process's rows, the loss is that of all, averaged gradients (DDP) are the full batch's.
@@ -182,6 +189,7 @@ def siglip_loss(
         0.6932
     """
     _check_reduction(reduction)
+    keep_argument(keep_bytes, "", image_features)
     if image_features.shape[:1] != text_features.shape[:1]:
         raise ValueError(
             f"{image_features.shape[0]} images and {text_features.shape[0]} texts; the sigmoid "
@@ -214,6 +222,7 @@ def info_nce_loss(
     reduction: str = "mean",
     backend: str = "auto",
     chunk_bytes: int | None = None,
+    keep_bytes: int | None = None,
     precision: str = "auto",
     dist: Exchange | None = None,
     group: ProcessGroup | None = None,
@@ -234,6 +243,7 @@ def info_nce_loss(
         reduction: "mean" or "sum" over the N queries; "none": each query's, (N,).
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
         chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
+        keep_bytes: memory for exponentials that the backward reuses; None: 64 MiB on CPUs.
         precision: "auto" follows autocast, "input" computes in the features' dtype.
         dist: None, or "gather" or "ring" where processes share the loss: features are this
             process's rows, the loss is that of all, averaged gradients (DDP) are the full batch's.
@@ -258,6 +268,7 @@ def info_nce_loss(
     _check_reduction(reduction)
     if bank is None and not in_batch:
         raise ValueError("in_batch=False leaves no negatives; give a bank")
+    keep_argument(keep_bytes, "", query)
     ranks = _ranks(dist, group, sizes, query)
     if bank is not None and ranks is not None:
         raise ValueError("a bank is a process's own; leave out dist, or the bank")
@@ -286,10 +297,18 @@ def info_nce_loss(
     }
     if reduction == "none":
         statistics = similarity.similarity_statistics(
-            query, keys, logit_scale, column_statistics=False, **positives, **options
+            query,
+            keys,
+            logit_scale,
+            column_statistics=False,
+            maxima=metrics is not None,
+            keep_bytes=keep_bytes,
+            **positives,
+            **options,
         )
         loss = softplus(statistics.row_lse - statistics.positive)
-        margin = statistics.positive.detach() - statistics.row_max
+        if metrics is not None:
+            margin = statistics.positive.detach() - statistics.row_max
     else:
         loss, margin = info_nce_sum(query, keys, logit_scale, **positives, **options)
     if metrics is not None:
@@ -308,6 +327,7 @@ def mp_nce_loss(
     reduction: str = "mean",
     backend: str = "auto",
     chunk_bytes: int | None = None,
+    keep_bytes: int | None = None,
     precision: str = "auto",
     dist: Exchange | None = None,
     group: ProcessGroup | None = None,
@@ -335,6 +355,7 @@ def mp_nce_loss(
         reduction: "mean" or "sum" over the B * N anchors; "none": (B * N,) in block order.
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
         chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
+        keep_bytes: memory for exponentials that the backward reuses; None: 64 MiB on CPUs.
         precision: "auto" follows autocast, "input" computes in the features' dtype.
         dist: None, or "gather" or "ring" where processes share the loss: features are this
             process's rows, the loss is that of all, averaged gradients (DDP) are the full batch's.
@@ -356,7 +377,7 @@ def mp_nce_loss(
     """
     _check_reduction(reduction)
     features, domains = list(features), [int(d) for d in domains]
-    _check_blocks(features, domains)
+    checks.check_blocks(features, domains)
     like, count = features[0], max(domains) + 1
     scale = checks.as_table("logit_scale", logit_scale, count, like)
     offset = None
@@ -376,13 +397,15 @@ def mp_nce_loss(
         domains,
         scale,
         offset,
+        maxima=metrics is not None,
         ranks=ranks,
         backend=backend,
         chunk_bytes=chunk_bytes,
+        keep_bytes=keep_bytes,
         precision=precision,
     )
     blocks = len(domains)
-    lse_of, top_of = lse.reshape(blocks, -1), top.reshape(blocks, -1)
+    lse_of = lse.reshape(blocks, -1)
     losses: list[list[Tensor]] = [[] for _ in domains]
     hits = []
     for index, couple in enumerate(couples(len(domains))):
@@ -393,7 +416,7 @@ def mp_nce_loss(
                 pair = pair * weight[low][high]
             losses[block].append(pair)
             if metrics is not None:
-                hits.append(_above(positive[index], top_of[block], ranks))
+                hits.append(_above(positive[index], top.reshape(blocks, -1)[block], ranks))
     if metrics is not None:
         metrics["accuracy"] = torch.stack(hits).mean()
     loss = torch.cat([torch.stack(terms).mean(dim=0) for terms in losses])
@@ -409,6 +432,7 @@ def nt_xent_loss(
     reduction: str = "mean",
     backend: str = "auto",
     chunk_bytes: int | None = None,
+    keep_bytes: int | None = None,
     precision: str = "auto",
     dist: Exchange | None = None,
     group: ProcessGroup | None = None,
@@ -423,6 +447,7 @@ def nt_xent_loss(
         reduction: "mean" or "sum" over the 2N anchors; "none": (2N,), view1's before view2's.
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
         chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
+        keep_bytes: memory for exponentials that the backward reuses; None: 64 MiB on CPUs.
         precision: "auto" follows autocast, "input" computes in the features' dtype.
         dist: None, or "gather" or "ring" where processes share the loss: features are this
             process's rows, the loss is that of all, averaged gradients (DDP) are the full batch's.
@@ -445,11 +470,12 @@ def nt_xent_loss(
     return mp_nce_loss(
         [view1, view2],
         [0, 0],
-        _inverse(temperature, view1),
+        checks.inverse(temperature, view1),
         metrics=metrics,
         reduction=reduction,
         backend=backend,
         chunk_bytes=chunk_bytes,
+        keep_bytes=keep_bytes,
         precision=precision,
         dist=dist,
         group=group,
@@ -465,6 +491,7 @@ def sup_con_loss(
     reduction: str = "mean",
     backend: str = "auto",
     chunk_bytes: int | None = None,
+    keep_bytes: int | None = None,
     precision: str = "auto",
     dist: Exchange | None = None,
     group: ProcessGroup | None = None,
@@ -482,6 +509,7 @@ def sup_con_loss(
             (M,), 0 where there is no positive.
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
         chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
+        keep_bytes: memory for exponentials that the backward reuses; None: 64 MiB on CPUs.
         precision: "auto" follows autocast, "input" computes in the features' dtype.
         dist: None, or "gather" or "ring" where processes share the loss: features are this
             process's rows, the loss is that of all, averaged gradients (DDP) are the full batch's.
@@ -506,10 +534,11 @@ def sup_con_loss(
     statistics = label_statistics(
         features,
         labels,
-        _inverse(temperature, features),
+        checks.inverse(temperature, features),
         ranks=ranks,
         backend=backend,
         chunk_bytes=chunk_bytes,
+        keep_bytes=keep_bytes,
         precision=precision,
     )
     has_positive = statistics.positives > 0
@@ -532,9 +561,11 @@ def similarity_statistics(
     column_group: Tensor | None = None,
     first_negative: int = 0,
     columns_with_gradient: int | None = None,
+    maxima: bool = False,
     means: bool = False,
     backend: str = "auto",
     chunk_bytes: int | None = None,
+    keep_bytes: int | None = None,
     precision: str = "auto",
     dist: Exchange | None = None,
     group: ProcessGroup | None = None,
@@ -542,8 +573,8 @@ def similarity_statistics(
 ) -> Statistics:
     """What softmax losses are made of, differentiable, for a loss of your own.
 
-    Of S = logit_scale * rows @ columns.T, which is never stored: the log-sum-exp and the maximum
-    of each row's and each column's negatives, the positive's logit, and means on request. Row i's
+    Of S = logit_scale * rows @ columns.T, which is never stored: the log-sum-exp of each row's
+    and each column's negatives, the positive's logit, maxima and means on request. Row i's
     negatives are all columns but its positive and those left out by a group.
 
     Args:
@@ -557,9 +588,11 @@ def similarity_statistics(
             group other than its positive are left out.
         first_negative: columns before it are positives only; without column_statistics and dist.
         columns_with_gradient: columns from it on get no gradient; None: all do; without dist.
+        maxima: whether row_max and column_max are wanted; nothing is kept then.
         means: whether row_mean and column_mean are wanted, over all columns and rows; needs M >= N.
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
         chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
+        keep_bytes: memory for exponentials that the backward reuses; None: 64 MiB on CPUs.
         precision: "auto" follows autocast, "input" computes in the features' dtype.
         dist: None, or "gather" or "ring": rows and columns are this process's, compared with all.
             A mean over own rows has, averaged over processes (DDP), the full batch's gradient.
@@ -597,10 +630,12 @@ def similarity_statistics(
         column_group=column_group,
         first_negative=first_negative,
         columns_with_gradient=columns_with_gradient,
+        maxima=maxima,
         means=means,
         ranks=ranks,
         backend=backend,
         chunk_bytes=chunk_bytes,
+        keep_bytes=keep_bytes,
         precision=precision,
     )
 
@@ -610,50 +645,10 @@ def _check_reduction(reduction: str) -> None:
         raise ValueError(f"reduction is {reduction!r}; use one of {', '.join(REDUCTIONS)}")
 
 
-def _check_blocks(features: list[Tensor], domains: list[int]) -> None:
-    if len(features) != len(domains):
-        raise ValueError(f"{len(features)} blocks but {len(domains)} domains; give one a block")
-    if len(features) < 2:
-        raise ValueError(f"{len(features)} block; an anchor's positives are in other blocks")
-    if min(domains) < 0:
-        raise ValueError(f"domains are {domains}; number them from 0")
-    for index, block in enumerate(features):
-        checks.check_features(f"features of block {index}", block)
-        if block.shape != features[0].shape or block.device != features[0].device:
-            raise ValueError(
-                f"block {index} is {tuple(block.shape)} on {block.device}, block 0 "
-                f"{tuple(features[0].shape)} on {features[0].device}; all blocks need one shape "
-                "and device"
-            )
-    if len({block.dtype for block in features}) > 1:
-        autocast = checks.autocast_enabled(features[0].device)
-        if not autocast or any(block.dtype == torch.float64 for block in features):
-            kinds = sorted({str(block.dtype) for block in features})
-            raise ValueError(f"the blocks are {' and '.join(kinds)}; cast them to one dtype")
-
-
 def _concatenate(blocks: list[Tensor]) -> Tensor:
     # the operator rounds for autocast, whose own rule here knows no float16 beside bfloat16
     with checks.without_autocast(blocks[0].device):
         return torch.cat(blocks)
-
-
-def _inverse(temperature: Tensor | float, features: Tensor) -> Tensor | float:
-    if not isinstance(temperature, Tensor):
-        checks.check_positive("temperature", temperature)
-        return 1 / temperature
-    if temperature.numel() != 1:
-        raise ValueError(
-            f"temperature has shape {tuple(temperature.shape)}; give a 0-d or (1,) tensor"
-        )
-    # 16 bits would round the inverse, and its gradient, -1/T^2, would overflow in them
-    wide = checks.widened(temperature, features)
-    if checks.is_readable(temperature):
-        if temperature.item() <= 0:
-            raise ValueError(f"temperature is {temperature.item()}; give a positive number")
-        return 1 / wide
-    # a device is not waited for: the loss is NaN
-    return 1 / torch.where(wide > 0, wide, torch.nan)
 
 
 def _ranks(

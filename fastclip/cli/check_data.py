@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import tyro
 
 from fastclip.atomic import write_text
+from fastclip.command_line import parse_flags
 from fastclip.data.check import Report, check_shards
 from fastclip.data.options import CACHE_BYTES, parse_weights
 from fastclip.data.remote import ShardCache, is_remote
@@ -45,7 +46,7 @@ class CheckDataConfig:
 
 def main(arguments: Sequence[str]) -> int:
     """Check; prints the report. The status is 1 where nothing can be read, and see --strict."""
-    config = tyro.cli(CheckDataConfig, args=list(arguments), prog="fastclip check-data")
+    config = parse_flags(CheckDataConfig, arguments, "fastclip check-data")
     names = [name for part in config.shards for name in expand_shards(part)]
     folders = {os.path.dirname(name) or "." for name in names if not is_remote(name)}
     if config.write and (closed := [f for f in sorted(folders) if not os.access(f, os.W_OK)]):

@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from fastclip.cli.convert_order import AroOrder
+from fastclip.command_line import parse_flags
 from fastclip.data.convert import convert_cifar10, convert_table
 from fastclip.data.corrupt import EXTRA_KINDS, KINDS, corrupt_shards
 from fastclip.data.faults import FaultLog
@@ -242,10 +243,10 @@ ConvertConfig = (
 
 def main(arguments: Sequence[str]) -> int:
     """Convert; the last line printed is what was written."""
-    config = tyro.cli(
+    config = parse_flags(
         ConvertConfig,
-        args=list(arguments),
-        prog="fastclip convert",
+        arguments,
+        "fastclip convert",
         description="Make webdataset shards from a data set, or convert a checkpoint. "
         "`fastclip convert FORMAT --help` lists a format's options.",
     )

@@ -10,6 +10,7 @@ import tyro
 from PIL import Image
 
 from fastclip.atomic import writing
+from fastclip.command_line import parse_flags
 from fastclip.data.augment import Augmentation
 from fastclip.data.captions import CaptionSampling
 from fastclip.data.faults import FaultLog
@@ -51,7 +52,7 @@ class DataConfig:
 
 def main(arguments: Sequence[str]) -> int:
     """Write the sheet; unreadable samples are skipped and reported."""
-    config = tyro.cli(DataConfig, args=list(arguments), prog="fastclip data")
+    config = parse_flags(DataConfig, arguments, "fastclip data")
     if config.count < 1:
         raise ValueError(f"--count is {config.count}; give at least 1")
     kind = Image.registered_extensions().get(config.output.suffix.lower())

@@ -10,6 +10,7 @@ import tyro
 from torch import Tensor
 
 from fastclip.bounded import ANNOTATIONS, read_text
+from fastclip.command_line import parse_flags
 from fastclip.data.faults import FaultLog
 from fastclip.data.options import DataOptions
 from fastclip.data.sources import open_source
@@ -50,7 +51,7 @@ class EmbedConfig:
 
 def main(arguments: Sequence[str]) -> int:
     """Embed; a row of an unreadable image is NaN, and said so."""
-    config = tyro.cli(EmbedConfig, args=list(arguments), prog="fastclip embed")
+    config = parse_flags(EmbedConfig, arguments, "fastclip embed")
     if config.output.suffix != ".npy":
         raise ValueError(f"--output {config.output} must end in .npy")
     model = load(

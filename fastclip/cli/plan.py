@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
+from fastclip.command_line import parse_flags
 from fastclip.messages import logger
 from fastclip.train.plan import (
     Plan,
@@ -51,11 +52,9 @@ class PlanConfig:
 
 def main(arguments: Sequence[str]) -> int:
     """Print a plan; status 1 if the request cannot be met, and the nearest that can is printed."""
-    import tyro
-
     from fastclip.train.footprint import footprint
 
-    config = tyro.cli(PlanConfig, args=list(arguments), prog="fastclip plan")
+    config = parse_flags(PlanConfig, arguments, "fastclip plan")
     if config.gpus < 1 or config.batch < 1 or config.memory <= 0:
         raise ValueError("--gpus, --batch and --memory must be positive")
     request = Request(**{field.name: getattr(config, field.name) for field in fields(Request)})

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-import tyro
-
+from fastclip.command_line import parse_flags
 from fastclip.data.scenes import CLASSES, TEMPLATES
 from fastclip.data.sources import SceneSource
 from fastclip.device import choose_device
@@ -38,7 +37,7 @@ class QuickstartConfig:
 
 def main(arguments: Sequence[str]) -> int:
     """Run it; prints a table of scores beside what guessing would give."""
-    config = tyro.cli(QuickstartConfig, args=list(arguments), prog="fastclip quickstart")
+    config = parse_flags(QuickstartConfig, arguments, "fastclip quickstart")
     started = time.monotonic()
     name = f"quickstart-{datetime.now():%Y%m%d-%H%M%S}"
     flags = ["--config", RECIPE, "--logs", config.logs, "--name", name]

@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar
 
 import tyro
 
+from fastclip.command_line import parse_flags
 from fastclip.study import captions, cifar10, recipe, robustness, systems, uniclip
 
 QUESTIONS: dict[str, ModuleType] = {
@@ -140,6 +141,5 @@ Study = (
 
 def main(arguments: Sequence[str]) -> int:
     """Run a study; prints its report."""
-    kind: type = Study  # type: ignore[assignment]
-    tyro.cli(kind, args=list(arguments), prog="fastclip study").run()
+    parse_flags(Study, arguments, "fastclip study").run()
     return 0

@@ -52,10 +52,12 @@ def patch_transformers(
 
     Examples:
         >>> import fastclip, torch, transformers
-        >>> model = transformers.CLIPModel(transformers.CLIPConfig(
-        ...     text_config={"num_hidden_layers": 1, "vocab_size": 100, "eos_token_id": 99},
-        ...     vision_config={"num_hidden_layers": 1, "image_size": 32, "patch_size": 16},
-        ... ))
+        >>> model = transformers.CLIPModel(
+        ...     transformers.CLIPConfig(
+        ...         text_config={"num_hidden_layers": 1, "vocab_size": 100, "eos_token_id": 99},
+        ...         vision_config={"num_hidden_layers": 1, "image_size": 32, "patch_size": 16},
+        ...     )
+        ... )
         >>> images, texts = torch.zeros(2, 3, 32, 32), torch.tensor([[0, 7, 99], [0, 8, 99]])
         >>> with fastclip.patch_transformers(model):
         ...     found = model(pixel_values=images, input_ids=texts, return_loss=True)

@@ -40,6 +40,7 @@ class ClipLoss(nn.Module):
         group: the process group; None: the default one.
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
         chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
+        keep_bytes: memory for exponentials that the backward reuses; None: 64 MiB on CPUs.
 
     Raises:
         ValueError: `dist` is unknown, Horovod is asked for, or label smoothing where neither
@@ -72,6 +73,7 @@ class ClipLoss(nn.Module):
         group: ProcessGroup | None = None,
         backend: str = "auto",
         chunk_bytes: int | None = None,
+        keep_bytes: int | None = None,
     ) -> None:
         super().__init__()
         check_exchange(dist)
@@ -96,6 +98,7 @@ class ClipLoss(nn.Module):
         self.group = group
         self.backend = backend
         self.chunk_bytes = chunk_bytes
+        self.keep_bytes = keep_bytes
 
     def get_ground_truth(self, device: torch.device, num_logits: int) -> Tensor:
         """The index of each row's positive, (num_logits,) int64; open_clip's subclasses call it.
@@ -153,7 +156,11 @@ class ClipLoss(nn.Module):
             output_dict: whether to return a dictionary.
         """
         features = image_features, text_features
-        options: dict[str, Any] = {"backend": self.backend, "chunk_bytes": self.chunk_bytes}
+        options: dict[str, Any] = {
+            "backend": self.backend,
+            "chunk_bytes": self.chunk_bytes,
+            "keep_bytes": self.keep_bytes,
+        }
         if self.world_size > 1 and self.local_loss and not self.gather_with_grad:
             loss = self._rows_alone(*features, logit_scale, options)
             if logit_bias is not None:
@@ -229,6 +236,7 @@ class CoCaLoss(ClipLoss):
         use_horovod: must be False.
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
         chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
+        keep_bytes: memory for exponentials that the backward reuses; None: 64 MiB on CPUs.
 
     Examples:
         >>> import torch
@@ -255,6 +263,7 @@ class CoCaLoss(ClipLoss):
         *,
         backend: str = "auto",
         chunk_bytes: int | None = None,
+        keep_bytes: int | None = None,
     ) -> None:
         super().__init__(
             local_loss,
@@ -265,6 +274,7 @@ class CoCaLoss(ClipLoss):
             use_horovod,
             backend=backend,
             chunk_bytes=chunk_bytes,
+            keep_bytes=keep_bytes,
         )
         self.clip_loss_weight = clip_loss_weight
         self.caption_loss_weight = caption_loss_weight
@@ -318,6 +328,7 @@ class DistillClipLoss(ClipLoss):
         group: the process group; None: the default one.
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
         chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
+        keep_bytes: memory for exponentials that the backward reuses; None: 64 MiB on CPUs.
 
     Raises:
         ValueError: `dist` is unknown, Horovod is asked for, or local_loss without gather_with_grad

@@ -25,6 +25,7 @@ class InfoNCELoss(nn.Module):
         group: the process group; None: the default one.
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
         chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
+        keep_bytes: memory for exponentials that the backward reuses; None: 64 MiB on CPUs.
 
     Raises:
         ValueError: an unknown `dist`, a temperature that is not positive, a bank without width,
@@ -50,6 +51,7 @@ class InfoNCELoss(nn.Module):
         group: ProcessGroup | None = None,
         backend: str = "auto",
         chunk_bytes: int | None = None,
+        keep_bytes: int | None = None,
     ) -> None:
         super().__init__()
         check_exchange(dist)
@@ -64,6 +66,7 @@ class InfoNCELoss(nn.Module):
             "group": group,
             "backend": backend,
             "chunk_bytes": chunk_bytes,
+            "keep_bytes": keep_bytes,
         }
 
     def forward(self, query: Tensor, keys: Tensor, positive_index: Tensor | None = None) -> Tensor:

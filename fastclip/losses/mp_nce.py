@@ -31,6 +31,7 @@ class MPNCELoss(nn.Module):
         group: the process group; None: the default one.
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
         chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
+        keep_bytes: memory for exponentials that the backward reuses; None: 64 MiB on CPUs.
 
     Raises:
         ValueError: an unknown `dist`, or numbers out of range.
@@ -60,6 +61,7 @@ class MPNCELoss(nn.Module):
         group: ProcessGroup | None = None,
         backend: str = "auto",
         chunk_bytes: int | None = None,
+        keep_bytes: int | None = None,
     ) -> None:
         super().__init__()
         if num_domains < 1:
@@ -85,6 +87,7 @@ class MPNCELoss(nn.Module):
             "group": group,
             "backend": backend,
             "chunk_bytes": chunk_bytes,
+            "keep_bytes": keep_bytes,
         }
 
     def forward(self, features: Sequence[Tensor], domains: Sequence[int]) -> Tensor:

@@ -30,6 +30,7 @@ class NTXentLoss(nn.Module):
         group: the process group; None: the default one.
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
         chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
+        keep_bytes: memory for exponentials that the backward reuses; None: 64 MiB on CPUs.
 
     Raises:
         ValueError: an unknown `dist`, a temperature that is not positive, or a bank without width.
@@ -53,13 +54,18 @@ class NTXentLoss(nn.Module):
         group: ProcessGroup | None = None,
         backend: str = "auto",
         chunk_bytes: int | None = None,
+        keep_bytes: int | None = None,
     ) -> None:
         super().__init__()
         check_exchange(dist)
         check_positive("temperature", temperature)
         self.temperature = temperature
         self.memory_bank = memory_bank(memory_bank_size)
-        self.options: dict[str, Any] = {"backend": backend, "chunk_bytes": chunk_bytes}
+        self.options: dict[str, Any] = {
+            "backend": backend,
+            "chunk_bytes": chunk_bytes,
+            "keep_bytes": keep_bytes,
+        }
         self.gather_distributed = gather_distributed
         self.dist: Exchange = dist
         self.group = group

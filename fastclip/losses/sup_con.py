@@ -25,6 +25,7 @@ class SupConLoss(nn.Module):
         group: the process group; None: the default one.
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
         chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
+        keep_bytes: memory for exponentials that the backward reuses; None: 64 MiB on CPUs.
 
     Raises:
         ValueError: an unknown `dist`, a temperature that is not positive.
@@ -48,6 +49,7 @@ class SupConLoss(nn.Module):
         group: ProcessGroup | None = None,
         backend: str = "auto",
         chunk_bytes: int | None = None,
+        keep_bytes: int | None = None,
     ) -> None:
         super().__init__()
         check_exchange(dist)
@@ -58,6 +60,7 @@ class SupConLoss(nn.Module):
             "group": group,
             "backend": backend,
             "chunk_bytes": chunk_bytes,
+            "keep_bytes": keep_bytes,
         }
 
     def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from fastclip.bounded import read_yaml
+from fastclip.command_line import parse_sections, refuse_renamed
 from fastclip.data.options import without_commands
-from fastclip.flags import arrange, flag_name, ordered, parse_sections, refuse_renamed, sections
+from fastclip.flags import arrange, flag_name, ordered, sections
 from fastclip.train.options import (
     CheckpointOptions,
     DistributedOptions,

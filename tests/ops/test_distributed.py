@@ -1,5 +1,6 @@
 """Every loss over several gloo ranks with unequal shares against one process, in float64."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
@@ -91,8 +92,11 @@ def run_share(
     leaves = [leaf.clone().requires_grad_() for leaf in own.leaves]
     base = LOSSES[name.removesuffix("_hard")]
     metrics: dict[str, Tensor] = {}
-    if name in ("clip", "info_nce", "mp_nce", "nt_xent") and reduction == "mean":
-        options["metrics"] = metrics
+    if reduction == "mean":
+        # losses of single anchors keep the exponentials
+        options["keep_bytes"] = 0
+        if name in ("clip", "info_nce", "mp_nce", "nt_xent"):
+            options["metrics"] = metrics
     sizes = SIZES[world]
     loss = base.run(leaves, own.static, reduction=reduction, sizes=sizes, **options)
     if reduction == "none":
@@ -132,6 +136,7 @@ def work(rank: int, world: int, folder: str) -> None:
             )
     results["few keys"] = few_keys(world, rank)
     results["means"] = means_of_more_columns(world, rank)
+    results["flagged"] = [flagged_on_one_rank(world, rank, exchange) for exchange in EXCHANGES]
     results["counts"] = {exchange: counts(world, rank, exchange) for exchange in EXCHANGES}
     results["low precision"] = {
         exchange: low_precision(world, rank, exchange) for exchange in EXCHANGES
@@ -186,22 +191,46 @@ def means_of_more_columns(world: int, rank: int) -> list[bool]:
     return equal
 
 
+def flagged_on_one_rank(world: int, rank: int, exchange: str) -> bool:
+    """Whether one rank may form S again, its sums out of range, while others keep theirs."""
+    n, scale = 6, 100.0
+    x, y = unit(n * world, WIDTH, 1), unit(n * world, WIDTH, 2)
+    # on the last rank no text is near an image: all exponentials about the anchor vanish
+    x[-n:] = -y.mean(dim=0, keepdim=True) * 40 + 0.01 * x[-n:]
+    leaves = [leaf.float().requires_grad_() for leaf in (x, y)]
+    inputs = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    loss = oracles.clip(*inputs, torch.tensor(scale, dtype=torch.float64), {}).mean()
+    wanted = torch.autograd.grad(loss, inputs)
+    own = [t.detach().chunk(world)[rank].clone().requires_grad_() for t in leaves]
+    with count_products() as count:
+        ours = functional.clip_loss(*own, scale, dist=exchange)
+        got = torch.autograd.grad(ours, own)
+    formed_twice = count.products_of(n, n * world, WIDTH) > 3
+    equal = [torch.isclose(ours.double(), loss, rtol=1e-5)]
+    for gradient, want in zip(got, wanted, strict=True):
+        want = world * want.chunk(world)[rank]
+        equal.append((gradient - want).norm() <= 1e-4 * wanted[0].norm() * world)
+    return all(map(bool, equal)) and formed_twice == (rank == world - 1)
+
+
 def counts(world: int, rank: int, exchange: str) -> dict[str, Any]:
     """Bytes received and products computed for each loss, by our counters and from outside."""
     rows, width = 32, 64
     found = {}
     labels = torch.arange(rows) % 7
     f, share = functional, {"dist": exchange}
-    cases: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-        "clip": lambda x, y, scale: f.clip_loss(x, y, scale, **share),
-        "siglip": lambda x, y, scale: f.siglip_loss(x, y, scale, **share),
-        "info_nce": lambda x, y, scale: f.info_nce_loss(x, y, scale, **share),
-        "nt_xent": lambda x, y, scale: f.nt_xent_loss(x, y, 0.1, **share),
-        "sup_con": lambda x, y, scale: f.sup_con_loss(x, labels, 0.1, **share),
+    cases: dict[str, Callable[..., Tensor]] = {
+        "clip": lambda x, y, scale, **o: f.clip_loss(x, y, scale, **share, **o),
+        "siglip": lambda x, y, scale, **o: f.siglip_loss(x, y, scale, **share, **o),
+        "info_nce": lambda x, y, scale, **o: f.info_nce_loss(x, y, scale, **share, **o),
+        "nt_xent": lambda x, y, scale, **o: f.nt_xent_loss(x, y, 0.1, **share, **o),
+        "sup_con": lambda x, y, scale, **o: f.sup_con_loss(x, labels, 0.1, **share, **o),
     }
     if exchange == "gather" and world > 1:
         theirs = open_clip.ClipLoss(True, True, rank=rank, world_size=world)
         cases["open_clip"] = lambda x, y, scale: theirs(x, y, scale.to(x.dtype))
+    for name in ("clip", "siglip", "info_nce", "nt_xent", "sup_con"):
+        cases[f"{name} twice"] = functools.partial(cases[name], keep_bytes=0)
     for name, dtype in product(cases, (torch.float32, torch.bfloat16)):
         x, y = (unit(rows, width, i).to(dtype).requires_grad_() for i in (rank, 9 + rank))
         scale = torch.tensor(9.0, requires_grad=True)
@@ -389,13 +418,15 @@ def test_bytes_exchanged(ranks: Callable[[int], Any], world: int) -> None:
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_products_of_a_rank(ranks: Callable[[int], Any], world: int) -> None:
     """In units of n x N x D: open_clip needs 6. Symmetric losses: of a strip of its own blocks."""
-    wanted = {"clip": 4, "siglip": 3, "info_nce": 3, "nt_xent": 3 * 4, "sup_con": 3}
-    for results in ranks(world):
-        for exchange in EXCHANGES:
-            for name, products in wanted.items():
-                if (exchange, name) == ("ring", "info_nce"):
-                    products = 4
-                assert results["counts"][exchange][name, torch.float32]["products"] == products
+    twice = {"clip": 4, "siglip": 3, "info_nce": 3, "nt_xent": 3 * 4, "sup_con": 3}
+    once = {"clip": 3, "siglip": 3, "info_nce": 3, "nt_xent": 2 * 4, "sup_con": 2}
+    for results, exchange, (keep, wanted) in product(
+        ranks(world), EXCHANGES, (("", once), (" twice", twice))
+    ):
+        for name, products in wanted.items():
+            if (exchange, name) == ("ring", "info_nce"):
+                products = 4
+            assert results["counts"][exchange][name + keep, torch.float32]["products"] == products
 
 
 @pytest.mark.dist
@@ -431,6 +462,13 @@ def test_low_precision_keeps_the_error_rule(
 def test_fewer_keys_than_queries(ranks: Callable[[int], Any], world: int) -> None:
     for results in ranks(world):
         assert results["few keys"] == [True] * 12
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world", SIZES)
+def test_one_rank_alone_forms_its_share_again(ranks: Callable[[int], Any], world: int) -> None:
+    for results in ranks(world):
+        assert results["flagged"] == [True] * 2
 
 
 @pytest.mark.dist

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from fastclip.cli import main
-from fastclip.flags import defining, flatten, help_texts, ordered, sections
+from fastclip.command_line import help_texts
+from fastclip.flags import defining, flatten, ordered, sections
 from fastclip.train.config import RECIPES, TrainConfig, parse, to_yaml
 
 
@@ -189,7 +190,7 @@ def test_flags_need_no_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(_: object) -> str:
         raise OSError("could not get source code")
 
-    monkeypatch.setattr("fastclip.flags.inspect.getsource", missing)
+    monkeypatch.setattr("fastclip.command_line.inspect.getsource", missing)
     assert parse(["--batch-size", "3"]).optim.batch_size == 3
 
 
@@ -219,20 +220,6 @@ def test_help_is_grouped_and_begins_with_data_and_model(
             place = re.search(rf"^  --{field.name.replace('_', '-')}[ ,]", text, flags=re.M)
             heading = re.findall(r"^ (\w+) options", text[: place.start()], flags=re.M)[-1]
             assert heading == name, field.name
-
-
-@pytest.mark.parametrize("width", [50, 80, 100])
-def test_help_is_wrapped_once(
-    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A line is broken only where the next word would not fit."""
-    lines = shown(width, monkeypatch, capsys).splitlines()
-    texts = [line.startswith("      ") and not line.isspace() for line in lines]
-    for number in range(1, len(lines)):
-        if texts[number - 1] and texts[number]:
-            word = lines[number].split()[0]
-            assert len(lines[number - 1].rstrip()) + 1 + len(word) > width - 2, lines[number - 1]
-    assert max(map(len, lines[5:])) <= width
 
 
 def test_a_file_of_when_data_could_be_commands(tmp_path: Path, logged: Callable[[], str]) -> None:

@@ -7,7 +7,6 @@ read these files.
 from collections.abc import Sequence
 from typing import Annotated, get_args
 
-import tyro
 from tyro.conf import subcommand
 
 from fastclip.cli.bench.everything import AllConfig
@@ -19,7 +18,7 @@ from fastclip.cli.bench.operators import (
 )
 from fastclip.cli.bench.training import DataConfig, TrainStepConfig
 from fastclip.cli.bench.written import CompareConfig, ReportConfig
-from fastclip.flags import refuse_renamed
+from fastclip.command_line import parse_flags, refuse_renamed
 
 Config = (
     Annotated[LossConfig, subcommand("losses")]
@@ -44,5 +43,4 @@ def main(arguments: Sequence[str]) -> int:
     if arguments[:1] not in [[name] for name in (*_NAMES, "--help", "-h")]:
         arguments.insert(0, "losses")
     refuse_renamed(arguments, {"--lines": "--lengths"})
-    kind: type = Config  # type: ignore[assignment]
-    return tyro.cli(kind, args=arguments, prog="fastclip bench").run()
+    return parse_flags(Config, arguments, "fastclip bench").run()
