@@ -96,6 +96,10 @@ class Row:
 
 MATMUL = "bare products"
 
+# A step below so many seconds is measured in so many times the rounds: chance weighs more in it.
+SHORT_STEP = 2e-3
+MORE_ROUNDS = 14
+
 
 def clustered(count: int, rows: int, width: int, correlation: float = 0.3) -> Inputs:
     """Blocks of unit rows; each block's have about the given cosine with the first's."""
@@ -136,7 +140,7 @@ def measure(operator: Operator, n: int, width: int, settings: Settings) -> list[
         _named(rows, name).forward = statistics.median(seconds)
     full = {name: lambda run=run: run(True) for name, run in alive.items() if name not in failed}
     host: dict[str, list[float]] = {}
-    found, more = interleave(full, settings.rounds, settings, host)
+    found, more = interleave(full, _rounds(full, settings), settings, host)
     for name, seconds in found.items():
         row = _named(rows, name)
         row.p20, row.p50, row.p80 = (quantile(seconds, q) for q in (0.2, 0.5, 0.8))
@@ -150,6 +154,18 @@ def measure(operator: Operator, n: int, width: int, settings: Settings) -> list[
         if row.p50 is not None and ours is not None and bare is not None:
             row.ratio, row.matmul_share = row.p50 / ours, bare / row.p50
     return rows
+
+
+def _rounds(runs: Mapping[str, Callable[[], Any]], settings: Settings) -> int:
+    """Rounds for steps of this length, by fastclip's."""
+    if "fastclip" not in runs:
+        return settings.rounds
+    try:
+        least = min(_timed(runs["fastclip"], settings.device)[0] for _ in range(3))
+    except Exception:
+        # the rounds say so, too
+        return settings.rounds
+    return settings.rounds * (MORE_ROUNDS if least < SHORT_STEP else 1)
 
 
 def candidates(operator: Operator) -> list[Baseline]:

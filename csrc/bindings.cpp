@@ -2,10 +2,15 @@
 // that one build serves every version of torch; 0 stands for what is not wanted. Float32
 // throughout; sums are two float64, of G * cos and of G.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <memory>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 #include "cpu/pool.h"
+#include "fastclip/dense.h"
 #include "fastclip/epilogues.h"
 #include "fastclip/product.h"
 #ifdef FASTCLIP_CUDA
@@ -79,6 +84,59 @@ void multiply(Address a, int64_t a_row, int64_t a_column, bool wide, Address b, 
               int64_t out_stride, bool add, int threads) {
     bf16_product({at<void>(a), a_row, a_column}, wide, {at<void>(b), b_row, b_column}, rows,
                  inner, columns, at(out), out_stride, add, threads);
+}
+
+// A number, or where one is.
+using Number = std::pair<double, Address>;
+float value_of(const Number& number) {
+    return number.second ? *at(number.second) : static_cast<float>(number.first);
+}
+
+std::unique_ptr<Dense> pairs(int64_t rows, int64_t columns, double value, Address scale, bool both,
+                             int64_t first_negative, double smoothing, Address positive,
+                             Address row_id, Address column_id, int id_bytes) {
+    return dense_pairs({rows, columns, value_of({value, scale}), both, first_negative, smoothing,
+                        at<int64_t>(positive), {at<void>(row_id), id_bytes},
+                        {at<void>(column_id), id_bytes}});
+}
+
+std::unique_ptr<Dense> sigmoids(int64_t rows, double value, Address scale, double offset_value,
+                                Address offset) {
+    return dense_sigmoid(rows, value_of({value, scale}), value_of({offset_value, offset}));
+}
+
+// `width` 0: a number.
+Table table(double value, Address entries, int64_t width) {
+    if (!width) return {{value_of({value, entries})}, 0};
+    return {{at(entries), at(entries) + width * width}, width};
+}
+
+std::unique_ptr<Dense> blocks(int64_t pairs, std::vector<int> domains, double scale_value,
+                              Address scale, int64_t scale_width, double offset_value,
+                              Address offset, int64_t offset_width, double weight_value,
+                              Address weight, int64_t weight_width) {
+    return dense_blocks({pairs, std::move(domains), table(scale_value, scale, scale_width),
+                         table(offset_value, offset, offset_width),
+                         table(weight_value, weight, weight_width)});
+}
+
+std::unique_ptr<Dense> labels(int64_t rows, double value, Address scale, Address label,
+                              int bytes) {
+    return dense_labels(rows, value_of({value, scale}), {at<void>(label), bytes});
+}
+
+void dense_forward(const Dense& dense, Address room, Address x, Address y, int64_t width, bool bf16,
+                   Address loss, Address accuracy, int reduction, int threads) {
+    dense.forward(at(room), {at<void>(x), at<void>(y), width, bf16}, at(loss), at(accuracy),
+                  static_cast<Reduction>(reduction), threads);
+}
+
+void dense_backward(const Dense& dense, Address room, Address x, Address y, int64_t width,
+                    bool bf16, Address upstream, int reduction, Address d_x, Address d_y,
+                    int64_t y_rows, Address d_scale, Address d_offset, int threads) {
+    dense.backward(at(room), {at<void>(x), at<void>(y), width, bf16},
+                   {at(upstream), static_cast<Reduction>(reduction)},
+                   {at(d_x), at(d_y), y_rows, at(d_scale), at(d_offset)}, threads);
 }
 
 py::list usable() {
@@ -195,7 +253,19 @@ PYBIND11_MODULE(_native, module) {
     module.def("begin_rows", &keep_rows, unlocked);
     module.def("end_rows", &finish_rows, unlocked);
     module.def("sigmoid", &add_sigmoid, unlocked);
+    py::class_<Dense>(module, "Dense", py::module_local())
+        .def_property_readonly("room", &Dense::room)
+        .def_property_readonly("anchors", &Dense::anchors)
+        .def("forward", &dense_forward, unlocked)
+        .def("backward", &dense_backward, unlocked);
+    module.def("dense_pairs", &pairs, py::arg(), py::arg(), py::arg(), py::arg(), py::arg(),
+               py::arg(), py::arg(), py::arg("positive_index") = 0, py::arg("row_id") = 0,
+               py::arg("column_id") = 0, py::arg("id_bytes") = 0);
+    module.def("dense_sigmoid", &sigmoids);
+    module.def("dense_blocks", &blocks);
+    module.def("dense_labels", &labels);
     module.def("bf16_product", &multiply, unlocked);
+    module.def("use_blas", [](Address sgemm) { return use_blas(at<void>(sgemm)); });
     module.def("has_bf16_product", &has_bf16_product);
     module.def("instructions", &instructions);
     module.def("usable_instructions", &usable);

@@ -19,21 +19,28 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from fastclip.ops import checks, similarity
+from fastclip.ops import checks, dense, similarity
 from fastclip.ops.attention import attention as attention
 from fastclip.ops.attention import packed_attention as packed_attention
 from fastclip.ops.candidates import mean_left
-from fastclip.ops.collectives import Ranks, global_sum, ranks_of
+from fastclip.ops.collectives import global_sum
 from fastclip.ops.info_nce import info_nce_sum
 from fastclip.ops.kept import keep_argument
 from fastclip.ops.labels import label_statistics
 from fastclip.ops.numerics import softplus
 from fastclip.ops.problem import couples
+from fastclip.ops.reductions import (
+    check_reduction,
+    concatenate,
+    ranks_sharing,
+    reduce,
+    reduce_sum,
+    share_above,
+    with_bias,
+)
 from fastclip.ops.sigmoid import sigmoid_loss
 from fastclip.ops.similarity import Statistics
 from fastclip.ops.symmetric import block_statistics
-
-REDUCTIONS = ("mean", "sum", "none")
 
 Exchange = Literal["gather", "ring"]
 
@@ -97,10 +104,26 @@ def clip_loss(
         >>> round(loss.item(), 4), images.grad.shape
         (0.2395, torch.Size([3, 3]))
     """
-    _check_reduction(reduction)
+    check_reduction(reduction)
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing is {label_smoothing}; give a number in [0, 1)")
-    ranks = _ranks(dist, group, sizes, image_features)
+    request = dense.Request(
+        reduction, backend, chunk_bytes, keep_bytes, precision, dist, group, sizes
+    )
+    small = dense.pairs_loss(
+        image_features,
+        text_features,
+        logit_scale,
+        request,
+        both=True,
+        smoothing=label_smoothing,
+        groups=(row_group, column_group),
+        accuracies=("image_to_text_accuracy", "text_to_image_accuracy"),
+        metrics=metrics,
+    )
+    if small is not None:
+        return with_bias(small, logit_bias)
+    ranks = ranks_sharing(dist, group, sizes, image_features)
     grouped = row_group is not None and column_group is not None
     statistics = similarity.similarity_statistics(
         image_features,
@@ -130,15 +153,11 @@ def clip_loss(
         else:
             mean = (statistics.row_mean + statistics.column_mean) / 2
         loss = loss + label_smoothing * (positive - mean)
-    if logit_bias is not None:
-        # a non-finite bias still shows
-        loss = loss + 0 * (
-            logit_bias.to(loss.dtype) if isinstance(logit_bias, Tensor) else logit_bias
-        )
+    loss = with_bias(loss, logit_bias)
     if metrics is not None:
-        metrics["image_to_text_accuracy"] = _above(positive, statistics.row_max, ranks)
-        metrics["text_to_image_accuracy"] = _above(positive, statistics.column_max, ranks)
-    return _reduce(loss, reduction, ranks)
+        metrics["image_to_text_accuracy"] = share_above(positive, statistics.row_max, ranks)
+        metrics["text_to_image_accuracy"] = share_above(positive, statistics.column_max, ranks)
+    return reduce(loss, reduction, ranks)
 
 
 def siglip_loss(
@@ -188,14 +207,20 @@ def siglip_loss(
         >>> round(loss.item(), 4)
         0.6932
     """
-    _check_reduction(reduction)
+    check_reduction(reduction)
     keep_argument(keep_bytes, "", image_features)
     if image_features.shape[:1] != text_features.shape[:1]:
         raise ValueError(
             f"{image_features.shape[0]} images and {text_features.shape[0]} texts; the sigmoid "
             "loss needs one text an image"
         )
-    ranks = _ranks(dist, group, sizes, image_features)
+    request = dense.Request(
+        reduction, backend, chunk_bytes, keep_bytes, precision, dist, group, sizes
+    )
+    small = dense.sigmoid_loss(image_features, text_features, logit_scale, logit_bias, request)
+    if small is not None:
+        return small
+    ranks = ranks_sharing(dist, group, sizes, image_features)
     loss = sigmoid_loss(
         image_features,
         text_features,
@@ -207,7 +232,7 @@ def siglip_loss(
         chunk_bytes=chunk_bytes,
         precision=precision,
     )
-    return _reduce_sum(loss, reduction, ranks, image_features.shape[0])
+    return reduce_sum(loss, reduction, ranks, image_features.shape[0])
 
 
 def info_nce_loss(
@@ -265,11 +290,28 @@ def info_nce_loss(
         >>> found["accuracy"]  # the second query is nearer to key 1 than to its positive, key 3
         tensor(0.5000)
     """
-    _check_reduction(reduction)
+    check_reduction(reduction)
     if bank is None and not in_batch:
         raise ValueError("in_batch=False leaves no negatives; give a bank")
     keep_argument(keep_bytes, "", query)
-    ranks = _ranks(dist, group, sizes, query)
+    request = dense.Request(
+        reduction, backend, chunk_bytes, keep_bytes, precision, dist, group, sizes
+    )
+    small = dense.pairs_loss(
+        query,
+        keys,
+        logit_scale,
+        request,
+        both=False,
+        positive_index=positive_index,
+        bank=bank,
+        in_batch=in_batch,
+        accuracies=("accuracy",),
+        metrics=metrics,
+    )
+    if small is not None:
+        return small
+    ranks = ranks_sharing(dist, group, sizes, query)
     if bank is not None and ranks is not None:
         raise ValueError("a bank is a process's own; leave out dist, or the bank")
     own = keys.shape[0]
@@ -281,7 +323,7 @@ def info_nce_loss(
                 f"the bank is {tuple(bank.shape)} on {bank.device}, the keys "
                 f"{tuple(keys.shape)} on {keys.device}; both need one width and device"
             )
-        keys = _concatenate([keys, bank.detach().to(keys.dtype)])
+        keys = concatenate([keys, bank.detach().to(keys.dtype)])
     if positive_index is None and query.shape[0] > own:
         raise ValueError(f"{query.shape[0]} queries but only {own} keys; give positive_index")
     positives: dict[str, Any] = {
@@ -312,8 +354,8 @@ def info_nce_loss(
     else:
         loss, margin = info_nce_sum(query, keys, logit_scale, **positives, **options)
     if metrics is not None:
-        metrics["accuracy"] = _above(margin, torch.zeros_like(margin), ranks)
-    return _reduce_sum(loss, reduction, ranks, query.shape[0])
+        metrics["accuracy"] = share_above(margin, torch.zeros_like(margin), ranks)
+    return reduce_sum(loss, reduction, ranks, query.shape[0])
 
 
 def mp_nce_loss(
@@ -375,8 +417,16 @@ def mp_nce_loss(
         >>> mp_nce_loss([view1, view2, texts], [0, 0, 1], 2.0, reduction="none").shape
         torch.Size([9])
     """
-    _check_reduction(reduction)
+    check_reduction(reduction)
     features, domains = list(features), [int(d) for d in domains]
+    request = dense.Request(
+        reduction, backend, chunk_bytes, keep_bytes, precision, dist, group, sizes
+    )
+    small = dense.blocks_loss(
+        features, domains, logit_scale, logit_offset, pair_weight, request, metrics
+    )
+    if small is not None:
+        return small
     checks.check_blocks(features, domains)
     like, count = features[0], max(domains) + 1
     scale = checks.as_table("logit_scale", logit_scale, count, like)
@@ -391,9 +441,9 @@ def mp_nce_loss(
         weight = checks.as_table("pair_weight", weight, count, like)
     elif weight is not None and min(len(weight), *map(len, weight)) < count:
         raise ValueError(f"pair_weight is {weight}; give (P, P) for P = {count} domains")
-    ranks = _ranks(dist, group, sizes, like)
+    ranks = ranks_sharing(dist, group, sizes, like)
     lse, top, positive = block_statistics(
-        _concatenate(features),
+        concatenate(features),
         domains,
         scale,
         offset,
@@ -416,11 +466,11 @@ def mp_nce_loss(
                 pair = pair * weight[low][high]
             losses[block].append(pair)
             if metrics is not None:
-                hits.append(_above(positive[index], top.reshape(blocks, -1)[block], ranks))
+                hits.append(share_above(positive[index], top.reshape(blocks, -1)[block], ranks))
     if metrics is not None:
         metrics["accuracy"] = torch.stack(hits).mean()
     loss = torch.cat([torch.stack(terms).mean(dim=0) for terms in losses])
-    return _reduce(loss, reduction, ranks, blocks)
+    return reduce(loss, reduction, ranks, blocks)
 
 
 def nt_xent_loss(
@@ -529,12 +579,19 @@ def sup_con_loss(
         >>> sup_con_loss(features, labels, temperature=0.5, reduction="none")
         tensor([0.6931, 0.6931, 0.0000])
     """
-    _check_reduction(reduction)
-    ranks = _ranks(dist, group, sizes, features)
+    check_reduction(reduction)
+    scale = checks.inverse(temperature, features)
+    request = dense.Request(
+        reduction, backend, chunk_bytes, keep_bytes, precision, dist, group, sizes
+    )
+    small = dense.labels_loss(features, labels, scale, request)
+    if small is not None:
+        return small
+    ranks = ranks_sharing(dist, group, sizes, features)
     statistics = label_statistics(
         features,
         labels,
-        checks.inverse(temperature, features),
+        scale,
         ranks=ranks,
         backend=backend,
         chunk_bytes=chunk_bytes,
@@ -615,7 +672,7 @@ def similarity_statistics(
         >>> (found.row_lse - found.positive).mean()  # the positive left out of the denominator
         tensor(-1.3069)
     """
-    ranks = _ranks(dist, group, sizes, rows)
+    ranks = ranks_sharing(dist, group, sizes, rows)
     if ranks is not None and (first_negative or columns_with_gradient is not None):
         raise ValueError(
             "first_negative and columns_with_gradient are a process's own; leave out dist"
@@ -638,47 +695,3 @@ def similarity_statistics(
         keep_bytes=keep_bytes,
         precision=precision,
     )
-
-
-def _check_reduction(reduction: str) -> None:
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction is {reduction!r}; use one of {', '.join(REDUCTIONS)}")
-
-
-def _concatenate(blocks: list[Tensor]) -> Tensor:
-    # the operator rounds for autocast, whose own rule here knows no float16 beside bfloat16
-    with checks.without_autocast(blocks[0].device):
-        return torch.cat(blocks)
-
-
-def _ranks(
-    dist: str | None, group: ProcessGroup | None, sizes: Sequence[int] | None, features: Tensor
-) -> Ranks | None:
-    checks.check_features("features", features)
-    return ranks_of(dist, group, sizes, features.shape[0])
-
-
-def _reduce(loss: Tensor, reduction: str, ranks: Ranks | None, blocks: int = 1) -> Tensor:
-    """`loss` of each anchor, of which a row has one in each of so many blocks."""
-    if reduction == "none":
-        return loss
-    if ranks is None and reduction == "mean":
-        return loss.mean()
-    return _reduce_sum(loss.sum(), reduction, ranks, loss.shape[0], blocks)
-
-
-def _reduce_sum(
-    loss: Tensor, reduction: str, ranks: Ranks | None, anchors: int, blocks: int = 1
-) -> Tensor:
-    """`loss` summed over this process's anchors already, but for "none"."""
-    if reduction == "none":
-        return loss
-    total = global_sum(loss, ranks)
-    if reduction == "sum":
-        return total
-    return total / (anchors if ranks is None else ranks.rows * blocks)
-
-
-def _above(positive: Tensor, top: Tensor, ranks: Ranks | None) -> Tensor:
-    hits = (positive.detach() > top).to(positive.dtype)
-    return hits.mean() if ranks is None else global_sum(hits.sum(), ranks) / ranks.rows

@@ -15,7 +15,7 @@ import torch
 
 from fastclip._version import __version__
 
-ABI = 2
+ABI = 3
 """csrc/include/fastclip/epilogues.h has the same number."""
 HOW_TO_BUILD_CUDA = "install nvcc 12.8 or newer, or set CUDACXX"
 HOW_TO_BUILD = "pip install again with a C++ compiler (gcc 11 or clang 14, or newer)"
@@ -69,11 +69,22 @@ def team() -> int:
 
     Its threads spin for milliseconds after each product. On their processors ours would wait.
     """
+    return _in_torch("GOMP_parallel")
+
+
+@functools.cache
+def has_float_product() -> bool:
+    """Whether the library is there and multiplies float32, by the BLAS in torch's own library."""
+    return obstacle() is None and library().use_blas(_in_torch("sgemm_"))
+
+
+def _in_torch(function: str) -> int:
+    """The address of a function in torch's library or what it links to; 0 where it is not."""
     path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
         # what is loaded already, and what it links to
         runtime = ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD)
-        return ctypes.cast(runtime.GOMP_parallel, ctypes.c_void_p).value or 0
+        return ctypes.cast(getattr(runtime, function), ctypes.c_void_p).value or 0
     except (OSError, AttributeError):
         return 0
 

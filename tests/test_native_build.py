@@ -121,7 +121,11 @@ def test_a_reason_in_any_encoding_is_reported_not_fatal(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "found, files, message",
     [
-        (SimpleNamespace(VERSION="0.0.1", ABI=native.ABI), {}, "of fastclip 0.0.1, interface 1"),
+        (
+            SimpleNamespace(VERSION="0.0.1", ABI=native.ABI),
+            {},
+            f"of fastclip 0.0.1, interface {native.ABI}",
+        ),
         (SimpleNamespace(VERSION=__version__, ABI=99), {}, "interface 99; this is"),
         (ImportError("no"), {}, "it is not built: pip install again"),
         (ImportError("no"), {"_native_missing.txt": "no cmake\n"}, "it is not built: no cmake"),

@@ -238,7 +238,8 @@ void gradient_row(const Tile& tile, float* row, float scale, float anchor, float
         if constexpr (SUMS) {
             g = lanes.inside(g, 0.0f);
             total += g;
-            dot += g * logit;
+            // what a table has left out is at -inf, and 0 * -inf would be NaN
+            dot += g * larger(logit, all(LEFT_OUT));
         }
     });
 }
@@ -412,7 +413,7 @@ void sigmoid_rows(const Tile& tile, int64_t begin, int64_t end, const float* wei
                 lanes.store(row + j, g);
                 g = lanes.inside(g, 0.0f);
                 total += g;
-                dot += g * logit;
+                dot += g * larger(logit, all(LEFT_OUT));
             }
         });
         row_sum[i] += sum_of(softplus);

@@ -2,6 +2,7 @@
 #include "fastclip/product.h"
 
 #include <algorithm>
+#include <atomic>
 #include <vector>
 
 #include "bf16.h"
@@ -65,5 +66,36 @@ bool has_bf16_product() { return false; }
 void bf16_product(Matrix, bool, Matrix, int64_t, int64_t, int64_t, float*, int64_t, bool, int) {}
 
 #endif
+
+namespace {
+
+// Sizes of 32 or of 64 bits: small ones in 64 are both, on machines whose lowest byte comes first.
+using Size = const int64_t*;
+using Sgemm = void (*)(const char*, const char*, Size, Size, Size, const float*, const float*, Size,
+                       const float*, Size, const float*, float*, Size);
+std::atomic<Sgemm> sgemm{nullptr};
+
+}  // namespace
+
+bool use_blas(void* found) {
+    sgemm = reinterpret_cast<Sgemm>(found);
+    if (!found) return false;
+    const float a[] = {1, 2, 3, 4, 5, 6}, b[] = {1, 0, 2, 1, 1, 3};
+    float out[4] = {};
+    float_product({a, 3, false}, {b, 3, true}, 2, 3, 2, out);
+    const float wanted[] = {7, 12, 16, 27};
+    if (std::equal(out, out + 4, wanted)) return true;
+    sgemm = nullptr;
+    return false;
+}
+
+void float_product(Operand a, Operand b, int64_t rows, int64_t inner, int64_t columns, float* out) {
+    const float one = 1, zero = 0;
+    // its matrices stand column by column: all are transposed, so B comes first
+    sgemm.load(std::memory_order_relaxed)(
+        b.transposed ? "T" : "N", a.transposed ? "T" : "N", &columns, &rows, &inner, &one,
+        static_cast<const float*>(b.data), &b.stride, static_cast<const float*>(a.data), &a.stride,
+        &zero, out, &columns);
+}
 
 }  // namespace fastclip

@@ -215,7 +215,7 @@ def _multiply_in_backward(operator: CustomOpDef, count: int) -> None:
             return nothing
         gradients, inputs = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
         # a second copy of all gradients would be the operator's peak
-        multiply = _overwrite if _is_last_use(gradients) else apply_upstream
+        multiply = _overwrite if is_last_use(gradients) else apply_upstream
         found = [
             multiply(gradient, upstream, like) if need and like is not None else None
             for gradient, like, need in zip(gradients, inputs, ctx.needs_input_grad, strict=False)
@@ -230,7 +230,7 @@ def _overwrite(gradient: Tensor, upstream: Tensor, like: Tensor) -> Tensor:
     return gradient.mul_(upstream).to(like.dtype).reshape(like.shape)
 
 
-def _is_last_use(saved: Sequence[Tensor]) -> bool:
+def is_last_use(saved: Sequence[Tensor]) -> bool:
     """Whether this backward frees its graph, makes no graph of the gradients and is not traced."""
     traced = torch.compiler.is_compiling() or any(type(t) is not Tensor for t in saved)
     if traced or torch.is_grad_enabled():

@@ -163,10 +163,10 @@ OPS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("keeps is not None and not keeps()", "keeps is not None and keeps()"),
         ("enabled and t is not None and", "t is not None and"),
         ("torch.mul(gradient, upstream)", "torch.mul(gradient, upstream.abs())"),
-        ("_overwrite if _is_last_use(gradients) else", "_overwrite if True else"),
+        ("_overwrite if is_last_use(gradients) else", "_overwrite if True else"),
     ],
     ("fastclip/ops/registration.py", "tests/ops/test_contracts.py -k told or second_copy"): [
-        ("_overwrite if _is_last_use(gradients) else apply", "apply"),
+        ("_overwrite if is_last_use(gradients) else apply", "apply"),
         ("    gradient.register_autograd(no_double_backward)", "    pass"),
         ("apply_upstream.register_autograd(no_double_backward)", "pass"),
     ],

@@ -2,8 +2,8 @@
 // tile of products while it is in cache. Raw pointers, sizes and strides; nothing of torch.
 //
 // A tile holds cosines (products of features) in float32, its rows `stride` entries apart. Entries
-// that are left out are no negatives: they count nowhere and their gradient is zero. -inf stands
-// for the maximum and the log-sum-exp of a line without negatives. NaN stays NaN.
+// that are left out, or whose logit is -inf, are no negatives: they count nowhere and their
+// gradient is zero. -inf stands for the maximum and the log-sum-exp of a line without negatives. NaN stays NaN.
 //
 // The work is cut by sizes and the number of threads alone, and partial results are merged in one
 // order: bitwise reproducible.
@@ -15,7 +15,7 @@ namespace fastclip {
 
 // Raised with every change of a signature or of a meaning in these headers: a library that was
 // built before is then refused.
-constexpr int ABI = 2;
+constexpr int ABI = 3;
 
 constexpr int64_t NO_DIAGONAL = INT64_MIN;
 

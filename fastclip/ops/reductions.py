@@ -1,0 +1,63 @@
+"""What the losses have in common around their operators: arguments, reductions, metrics."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from fastclip.ops import checks
+from fastclip.ops.collectives import Ranks, global_sum, ranks_of
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def check_reduction(reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction is {reduction!r}; use one of {', '.join(REDUCTIONS)}")
+
+
+def with_bias(loss: Tensor, logit_bias: Tensor | float | None) -> Tensor:
+    """A constant cancels in a softmax; one that is not finite still shows."""
+    if logit_bias is None:
+        return loss
+    return loss + 0 * (logit_bias.to(loss.dtype) if isinstance(logit_bias, Tensor) else logit_bias)
+
+
+def concatenate(blocks: list[Tensor]) -> Tensor:
+    # the operator rounds for autocast, whose own rule here knows no float16 beside bfloat16
+    with checks.without_autocast(blocks[0].device):
+        return torch.cat(blocks)
+
+
+def ranks_sharing(
+    dist: str | None, group: ProcessGroup | None, sizes: Sequence[int] | None, features: Tensor
+) -> Ranks | None:
+    checks.check_features("features", features)
+    return ranks_of(dist, group, sizes, features.shape[0])
+
+
+def reduce(loss: Tensor, reduction: str, ranks: Ranks | None, blocks: int = 1) -> Tensor:
+    """`loss` of each anchor, of which a row has one in each of so many blocks."""
+    if reduction == "none":
+        return loss
+    if ranks is None and reduction == "mean":
+        return loss.mean()
+    return reduce_sum(loss.sum(), reduction, ranks, loss.shape[0], blocks)
+
+
+def reduce_sum(
+    loss: Tensor, reduction: str, ranks: Ranks | None, anchors: int, blocks: int = 1
+) -> Tensor:
+    """`loss` summed over this process's anchors already, but for "none"."""
+    if reduction == "none":
+        return loss
+    total = global_sum(loss, ranks)
+    if reduction == "sum":
+        return total
+    return total / (anchors if ranks is None else ranks.rows * blocks)
+
+
+def share_above(positive: Tensor, top: Tensor, ranks: Ranks | None) -> Tensor:
+    hits = (positive.detach() > top).to(positive.dtype)
+    return hits.mean() if ranks is None else global_sum(hits.sum(), ranks) / ranks.rows

@@ -1,0 +1,68 @@
+"""What a CUDA graph needs: no loss reads a tensor on the host, and its operators repeat.
+
+Without a GPU this is held by tensors that refuse to be read, custom operators included.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastclip.ops import checks
+from tests.ops.cases import LOSSES
+
+READS = (
+    "item",
+    "tolist",
+    "numpy",
+    "cpu",
+    "nonzero",
+    "is_nonzero",
+    "unique",
+    "masked_select",
+    "__bool__",
+    "__int__",
+    "__float__",
+    "__index__",
+    "__array__",
+)
+
+
+class _Read(Exception):
+    pass
+
+
+@pytest.fixture
+def unreadable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors as on a device that nobody waits for."""
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise _Read
+
+    for name in READS:
+        monkeypatch.setattr(Tensor, name, refuse)
+    # a number on the CPU may be read, and is, to be checked
+    monkeypatch.setattr(checks, "is_readable", lambda tensor: False)
+
+
+@pytest.mark.usefixtures("unreadable")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_nothing_is_read_on_the_host(name: str, backend: str, reduction: str) -> None:
+    case = LOSSES[name].make(24, 8, 9.0, 0.3, seed=1).cast(torch.float32)
+    leaves = [leaf.clone().requires_grad_() for leaf in case.leaves]
+    metrics: dict[str, Tensor] = {}
+    options: dict[str, Any] = {"backend": backend, "reduction": reduction}
+    if name not in ("siglip", "sup_con"):
+        options["metrics"] = metrics
+    loss = LOSSES[name].run(leaves, case.static, **options)
+    gradients = torch.autograd.grad(loss.sum(), leaves)
+    assert len(gradients) == len(leaves)
+
+
+def test_a_read_is_seen(unreadable: None) -> None:
+    for read in (lambda t: t.item(), bool, float, lambda t: [0, 1][t.long()], Tensor.cpu):
+        with pytest.raises(_Read):
+            read(torch.tensor(1.0))
