@@ -18,18 +18,18 @@ def choose_device(name: str) -> torch.device:
         ValueError: the GPU asked for, or one that is plainly there, cannot be used. A GPU whose
             driver is too old for the installed torch is an error, not a silent run on the CPU.
     """
-    obstacle = cuda_obstacle()
+    reason = cuda_unavailable_reason()
     if name == "auto":
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
-        if obstacle and driver_is_installed() and not hidden:
-            raise ValueError(f"{obstacle}; to run on the CPU nevertheless: --device cpu")
-        name = "cpu" if obstacle else "cuda"
+        if reason and driver_is_installed() and not hidden:
+            raise ValueError(f"{reason}; to run on the CPU nevertheless: --device cpu")
+        name = "cpu" if reason else "cuda"
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"device {name!r} is unknown; use auto, cpu, cuda or cuda:1") from error
-    if device.type == "cuda" and obstacle:
-        raise ValueError(f"--device {name}: {obstacle}")
+    if device.type == "cuda" and reason:
+        raise ValueError(f"--device {name}: {reason}")
     if device.type == "cuda" and device.index is None:
         # set_device and comparisons want the number
         device = torch.device("cuda", torch.cuda.current_device())
@@ -44,7 +44,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
-def cuda_obstacle() -> str | None:
+def cuda_unavailable_reason() -> str | None:
     """Why torch cannot use a GPU here, in torch's own words where it has some; None if it can."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -51,7 +51,7 @@ class DataConfig:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Write the sheet; unreadable samples are passed over and reported."""
+    """Write the sheet; unreadable samples are skipped and reported."""
     config = parse_flags(DataConfig, arguments, "fastclip data")
     if config.count < 1:
         raise ValueError(f"--count is {config.count}; give at least 1")

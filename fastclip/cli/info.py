@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from fastclip import __version__, native
-from fastclip.device import cuda_obstacle
+from fastclip.device import cuda_unavailable_reason
 from fastclip.integrations import apex
 from fastclip.ops.backend import ENVIRONMENT_VARIABLE, IMPLEMENTATIONS, explain
 
@@ -30,14 +30,14 @@ def main(arguments: Sequence[str]) -> int:
     vectors = torch.backends.cpu.get_cpu_capability()
     print(f"  cpu       {torch.get_num_threads()} threads, {vectors}")
     devices = [torch.device("cpu")]
-    obstacle = cuda_obstacle()
-    for index in range(0 if obstacle else torch.cuda.device_count()):
+    reason = cuda_unavailable_reason()
+    for index in range(0 if reason else torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         memory = f"{gpu.total_memory / 2**30:.0f} GiB"
         print(f"  cuda:{index}    {gpu.name}, {memory}, sm_{gpu.major}{gpu.minor}")
         devices.append(torch.device("cuda", index))
-    if obstacle:
-        print(f"  cuda      not used: {obstacle}")
+    if reason:
+        print(f"  cuda      not used: {reason}")
     print("\nnative library (FASTCLIP_NATIVE=off leaves it unused)")
     print(f"  cpu       {native.obstacle() or _instructions()}")
     print(f"  cuda      {native.cuda_obstacle() or 'built'}")
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
             for name, status, description in explain(operator, device, torch.float32):
                 print(f"  {operator} on {device.type:5} {name:10} {status} ({description})")
     print("\nfused layer norm and optimizers (--layer-norm, --optimizer)")
-    print(f"  apex      {apex.obstacle() or 'available'}")
+    print(f"  apex      {apex.unavailable_reason() or 'available'}")
     print("\ndata (--data-backend chooses another)")
     for device in {device.type: device for device in devices}.values():
         print(f"  decoding and augmenting for {device.type:5} {_data_backend(device)}")

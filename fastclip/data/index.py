@@ -86,7 +86,7 @@ def index_shard(path: Path, required: tuple[str, ...] = ()) -> ShardIndex:
     """Read the headers of a tar and group its members into samples.
 
     A sample is the members with one name up to the first dot of the basename; names that begin
-    with two underscores are meta-data and passed over. Names are labels, never paths that anything
+    with two underscores are metadata and skipped. Names are labels, never paths that anything
     is read from or written to; in them, bytes that are not UTF-8 and characters that cannot be
     printed are spelled as in Python's texts. Links, devices and other special members are never
     followed, and nothing is unpacked.

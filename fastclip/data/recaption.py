@@ -296,7 +296,7 @@ def _tasks(shard: ShardEditor, captioner: Captioner, faults: FaultLog) -> list[_
 
 
 def _batches(tasks: list[_Task], captioner: Captioner) -> list[list[_Task]]:
-    """Batches in order; of one length where the model may take no notice of padding."""
+    """Batches in order; of one length where the model may ignore padding."""
     size = captioner.options.batch_size
     groups = groupby(tasks, lambda task: 0 if captioner.chat else task.length)
     listed = [[*group] for _, group in groups]

@@ -14,7 +14,7 @@ from fastclip.integrations.patch import PatchHandle, exchange_forward
 _HOW = "build it from https://github.com/NVIDIA/apex with --cpp_ext --cuda_ext on the GPU machine"
 
 
-def obstacle() -> str | None:
+def unavailable_reason() -> str | None:
     """Why apex cannot be used here, in one phrase; None where it can."""
     try:
         from apex.normalization import FusedLayerNorm  # noqa: F401
@@ -67,6 +67,6 @@ def exchange_layer_norms(model: nn.Module, handle: PatchHandle) -> int:
 
 
 def _demand(what: str) -> None:
-    reason = obstacle()
+    reason = unavailable_reason()
     if reason:
         raise ValueError(f"{what}: {reason}")

@@ -25,13 +25,13 @@ def patch_open_clip(
     """Make open_clip compute its losses, and a model its attention, with fastclip.
 
     Losses follow wherever they were imported to: the `forward` of ClipLoss, SigLipLoss and
-    DistillClipLoss is exchanged, so instances that exist already, names imported before,
+    DistillClipLoss is replaced, so instances that exist already, names imported before,
     subclasses (CoCaLoss) and the open_clip trainer all follow. Values and gradients are those of
     open_clip; what fastclip does not compute (distillation with local_loss without
     gather_with_grad, Horovod, a teacher that is trained) keeps open_clip's code, with a warning.
 
     Args:
-        model: an open_clip model whose attention is to be exchanged, in towers of its own and of
+        model: an open_clip model whose attention is to be replaced, in towers of its own and of
             timm's; weights stay as they are. For text towers from Hugging Face see
             `patch_transformers`.
         loss: whether to exchange the loss classes.

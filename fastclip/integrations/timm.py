@@ -21,7 +21,7 @@ def patch_timm(model: nn.Module, *, backend: str = "auto") -> PatchHandle:
 
     Raises:
         ModuleNotFoundError: timm is not installed.
-        ValueError: the model has no layer that could be exchanged.
+        ValueError: the model has no layer that could be replaced.
 
     Examples:
         >>> import fastclip, timm, torch

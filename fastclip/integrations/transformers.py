@@ -82,7 +82,7 @@ def patch_transformers(
         # a tower alone has none
         if hasattr(part, "logit_scale") and not isinstance(part, tuple(losses)):
             raise ValueError(
-                f"the loss of {type(part).__name__} cannot be exchanged, only CLIPModel's and "
+                f"the loss of {type(part).__name__} cannot be replaced, only CLIPModel's and "
                 "SiglipModel's; loss=False replaces its attention alone"
             )
     handle = PatchHandle()

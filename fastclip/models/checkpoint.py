@@ -65,18 +65,20 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 
 def find_latest(folder: Path) -> Path | None:
-    """The whole checkpoint with the highest step, or None; torn ones are passed over, warned of."""
+    """The whole checkpoint with the highest step, or None; torn ones are skipped with a warning."""
     found = []
     for path in named(folder, ""):
         try:
             manifest = read_object(path.with_suffix(".json"))
             found.append((int(manifest["step"]), path.name, path))
         except (OSError, ValueError, KeyError, TypeError):
-            warnings.warn(f"{path} has no valid manifest: its writing was cut short", stacklevel=2)
+            warnings.warn(
+                f"{path} has no valid manifest: it was not written completely", stacklevel=2
+            )
     for _, _, path in sorted(found, reverse=True):
         if _is_whole(path):
             return path
-        warnings.warn(f"{path} does not match its manifest: passed over", stacklevel=2)
+        warnings.warn(f"{path} does not match its manifest; it is skipped", stacklevel=2)
     return None
 
 
@@ -197,9 +199,8 @@ def require_trust(path: Path, trust: bool) -> None:
     """
     if sharded.is_sharded(path) and not trust:
         raise ValueError(
-            f"{path} is DeepSpeed's: its files are pickles, which can run any code when they are "
-            "loaded; if you trust where it comes from, add --trust-checkpoint (trust_checkpoint="
-            "True)"
+            f"{path} is DeepSpeed's: its files are pickles, which can run arbitrary code when they "
+            "are loaded; if you trust its origin, add --trust-checkpoint (trust_checkpoint=True)"
         )
 
 

@@ -104,7 +104,9 @@ def create(
         return _build(name, device, pretrained, options)
     # what open_clip raises where a download fails
     except RuntimeError as error:
-        raise ValueError(f"{name} with the weights {pretrained} cannot be had: {error}") from error
+        raise ValueError(
+            f"{name} with the weights {pretrained} cannot be loaded: {error}"
+        ) from error
 
 
 def describe(name: str, model: Model) -> dict[str, Any]:

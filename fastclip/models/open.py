@@ -46,7 +46,7 @@ def open_model(
 
     Raises:
         ValueError: a name is unknown, in which case near ones are suggested; the weights would be
-            random, or of two origins; they do not fit, cannot be had, or have no average.
+            random, or of two origins; they do not fit, cannot be loaded, or have no average.
         FileNotFoundError: there is no such run, checkpoint or folder.
 
     Examples:

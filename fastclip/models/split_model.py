@@ -106,7 +106,7 @@ def _both_ways(mask: Tensor | None, real: Tensor, dtype: torch.dtype) -> Tensor:
 class SplitModel(nn.Module):
     """A language model without head, frozen but for its last layers and what comes after them.
 
-    The trained layers attend in both directions. That they do, and take no notice of padding, is
+    The trained layers attend in both directions. That they do, and ignore padding, is
     tried out on two tokens; so is which of the other parameters act after the frozen layers alone
     (the final norm), to be trained as well.
 
@@ -220,7 +220,7 @@ class SplitModel(nn.Module):
             _, later, padding = gradient[0].abs().sum(-1).tolist()
             if later == 0 or padding > 0:
                 raise ValueError(
-                    f"a layer of {type(self.model).__name__} takes no notice of its mask, and "
+                    f"a layer of {type(self.model).__name__} ignores its attention mask and "
                     "cannot be made to attend in both directions; give another language model"
                 )
         before = torch.autograd.grad(states[0, 0, 0], outside, allow_unused=True)

@@ -214,6 +214,6 @@ def _check_weight(weight: tuple[float, float, float], pair_loss: str) -> None:
         raise ValueError(f"pair_weight is {weight}, and has no part in sup-con; leave it out")
     if not (min(weight) >= 0 and weight[1] > 0 and math.isfinite(sum(weight))):
         raise ValueError(
-            f"pair_weight is {weight}; give three numbers from 0 on, the second, of image-text "
-            "pairs, above 0"
+            f"pair_weight is {weight}; give three numbers of 0 or more; the second, of "
+            "image-text pairs, must be above 0"
         )

@@ -122,7 +122,7 @@ def test_weights_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("name or service not known")
 
     monkeypatch.setattr(open_clip.factory, "download_pretrained", unreachable)
-    with pytest.raises(ValueError, match=r"RN50 with .* openai cannot be had: .*not known"):
+    with pytest.raises(ValueError, match=r"RN50 with .* openai cannot be loaded: .*not known"):
         open_model("RN50", pretrained="openai")
 
 

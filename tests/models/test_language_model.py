@@ -213,7 +213,7 @@ def small(kind: type, **sizes: int) -> nn.Module:
         (lambda: small(transformers.GPT2Config, n_embd=8, n_head=2, n_layer=2), "give 1 to 2"),
         (
             lambda: small(transformers.GPTNeoConfig, hidden_size=16, num_layers=24),
-            "takes no notice of its mask",
+            "ignores its attention mask",
         ),
         (
             lambda: small(transformers.XLNetConfig, d_model=8, n_head=2, n_layer=3, d_inner=8),

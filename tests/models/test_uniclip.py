@@ -275,7 +275,7 @@ def test_mistakes_are_reported(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"\(6, 2, 18\) for 3 views of 6 images"):
         build(tmp_path)({**batch, "params": batch["params"][:, :2]})
     for weight in ((1.0, 0.0, 0.0), (-1.0, 1.0, 1.0), (1.0, math.inf, 1.0)):
-        with pytest.raises(ValueError, match=r"pair_weight is .*give three numbers from 0 on"):
+        with pytest.raises(ValueError, match=r"pair_weight is .*give three numbers of 0 or more"):
             UniClipCriterion(4, pair_weight=weight)
     with pytest.raises(ValueError, match="no part in sup-con; leave it out"):
         UniClipCriterion(4, pair_weight=(1.0, 1.0, 1.0), pair_loss="sup-con")

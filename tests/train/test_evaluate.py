@@ -36,7 +36,7 @@ def test_heads_are_weighed_on_other_data(rocket: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--held-out", "scenes"], "shows more than the model can"),
+        (["--held-out", "scenes"], "choose the weight on other data than the test data"),
         (["--head-weight", "1.5"], "give one in [0, 1]"),
         (["--head-weight", "0.5", "--held-out", "x.tar"], "or --held-out to choose it on"),
     ],

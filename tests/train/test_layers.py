@@ -37,7 +37,7 @@ def test_a_model_without_attention_is_refused() -> None:
         exchange_layers(nn.Linear(3, 3), ModelOptions(attention="sdpa"))
 
 
-@pytest.mark.skipif(apex.obstacle() is None, reason="NVIDIA's apex is installed")
+@pytest.mark.skipif(apex.unavailable_reason() is None, reason="NVIDIA's apex is installed")
 @pytest.mark.parametrize("flags", [["--layer-norm", "apex"], ["--optimizer", "apex-lamb"]])
 def test_without_apex_the_flags_say_how_to_get_it(
     flags: list[str], train_flags: list[str], capsys: pytest.CaptureFixture[str]
@@ -57,7 +57,7 @@ def test_another_package_of_that_name_is_not_apex(monkeypatch: pytest.MonkeyPatc
     other = types.ModuleType("apex")
     other.__spec__ = types.SimpleNamespace(name="apex")  # type: ignore[assignment]
     monkeypatch.setitem(sys.modules, "apex", other)
-    assert "not NVIDIA's" in (apex.obstacle() or "")
+    assert "not NVIDIA's" in (apex.unavailable_reason() or "")
 
 
 @pytest.fixture

@@ -246,7 +246,7 @@ def test_pretrained_weights_begin_a_run(
     monkeypatch.setattr(open_clip.factory, "download_pretrained", unreachable)
     flags = [*train_flags, "--name", "fourth", "--model", "RN50", "--pretrained", "openai"]
     assert main(["train", *flags]) == 1
-    assert "RN50 with the weights openai cannot be had" in capsys.readouterr().err
+    assert "RN50 with the weights openai cannot be loaded" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--grad-checkpointing", "--deterministic"])

@@ -64,8 +64,8 @@ class Zeroshot(DataEvaluation):
             raise ValueError("--held-out: the model has no weak and strong heads; leave it out")
         if self.held_out == self.data:
             raise ValueError(
-                f"--held-out is --data, {self.data}: a weight chosen on the test data shows more "
-                "than the model can"
+                f"--held-out is --data, {self.data}: choose the weight on other data than "
+                "the test data"
             )
         images = self.embed(model, self.held_out)
         precision = self.precision
@@ -133,8 +133,7 @@ class LinearProbe(DataEvaluation):
         """The accuracies that `linear_probe` gives."""
         if expand_wds(self.train_data, self.train_split) == expand_wds(self.data, self.split):
             raise ValueError(
-                f"--train-data is --data, {self.data}: accuracy on the images trained on shows "
-                "more than the model can"
+                f"--train-data is --data, {self.data}: train on other images than those of the test"
             )
         from fastclip.evaluate.linear_probe import linear_probe
 
