@@ -5,8 +5,9 @@ plain autograd function (`dense_step.py`) with one call into the native library 
 backward. S stays in float32 from the one to the other.
 
 A call that is out of the ordinary in any way is left to the other modules: functions here then
-return None. That is one that is traced or transformed, is of several processes, asks for a backend
-or a chunk, or has arguments that may deserve an error. So the checks here are fast and silent.
+return None. That is one that is traced or transformed, is of several processes, asks for a backend,
+a chunk or that nothing is kept, or has arguments that may deserve an error. So the checks here are
+fast and silent.
 """
 
 import os
@@ -187,7 +188,7 @@ def _is_ordinary(request: Request) -> bool:
         not torch.compiler.is_compiling()
         and request.backend == "auto"
         and request.chunk_bytes is None
-        and (request.keep_bytes is None or request.keep_bytes >= 0)
+        and (request.keep_bytes is None or request.keep_bytes > 0)
         and request.dist is None
         and request.group is None
         and request.sizes is None
