@@ -210,3 +210,15 @@ def test_nothing_is_kept_for_no_gradient(monkeypatch: pytest.MonkeyPatch) -> Non
     assert asked and not any(asked)
     functional.clip_loss(*leaves, 9.0, backend="torch")
     assert asked[-1] == kept.KEEP_BYTES["cpu"]
+
+
+@pytest.mark.parametrize("backend", IMPLEMENTATIONS)
+def test_metrics_have_their_maxima(backend: str) -> None:
+    """An anchor is no maximum."""
+    images, texts = (one.float().requires_grad_() for one in PAIRS)
+    found: dict[str, Tensor] = {}
+    functional.clip_loss(images, texts, 9.0, metrics=found, backend=backend)
+    S = images @ texts.T
+    for dim, name in ((1, "image_to_text_accuracy"), (0, "text_to_image_accuracy")):
+        right = (S.argmax(dim=dim) == torch.arange(90)).float().mean()
+        assert 0 < right < 1 and found[name] == right
