@@ -2,7 +2,8 @@
 
 `kernels/` and `benchmarks/` live beside the package and are imported as `fastclip.kernels` and
 `fastclip.bench` (path shims there find them in a checkout); in a wheel they are copied into the
-package. `csrc/` is compiled to `fastclip/_native`, in a checkout in place.
+package, without what only a checkout needs. `csrc/` is compiled to `fastclip/_native`, in a
+checkout in place.
 """
 
 import shutil
@@ -18,6 +19,12 @@ sys.path.insert(0, str(ROOT / "build_tools"))
 import native  # noqa: E402
 
 TOP_LEVEL_ROOMS = {"benchmarks": "fastclip/bench", "kernels": "fastclip/kernels"}
+# Of benchmarks/, what no command of `fastclip bench` imports stays in the checkout: it tunes and
+# checks kernels there. A test holds the list.
+LAB = set(
+    "archive attention_check attention_lab attention_sweep ceilings check compile_report gpu_lab "
+    "retrieval tile_sweep trials".split()
+)
 
 
 class BuildWithRooms(build_py):
@@ -32,7 +39,8 @@ class BuildWithRooms(build_py):
             target.mkdir(parents=True, exist_ok=True)
             for suffix in ("*.py", "*.json"):
                 for file in sorted(Path(folder).glob(suffix)):
-                    shutil.copy2(file, target / file.name)
+                    if folder != "benchmarks" or file.stem not in LAB:
+                        shutil.copy2(file, target / file.name)
 
 
 class WheelOfThisMachine(bdist_wheel):

@@ -1,9 +1,18 @@
-"""What a session on a GPU brought back, put where it belongs: `fastclip bench import ARCHIVE`."""
+"""What a session on a GPU brought back, put where it belongs.
 
+`python -m fastclip.bench.archive DIR/lab.tar.gz [--root CHECKOUT]`: results go to
+benchmarks/results, tables of tilings and plans to kernels, a note with the figures to
+benchmarks/notes. Nothing is written where a file of the archive is damaged or a result of that name
+exists.
+"""
+
+import argparse
 import json
 import re
+import sys
 import tarfile
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +22,7 @@ from fastclip.bench.gpu_lab import summary
 from fastclip.bench.runner import Row
 from fastclip.kernels.attention_plans import GradientPlan, Plan
 from fastclip.kernels.launch import Tiling
+from fastclip.messages import logger
 
 # files that `fastclip bench` reads, and tables that launchers read
 RESULTS = ("losses", "attention", "train-step", "data")
@@ -25,7 +35,7 @@ def read_archive(archive: Path) -> dict[str, str]:
     """The texts of an archive's files, by name; only plain files of its top folder.
 
     Raises:
-        ValueError: it is no archive of `benchmarks/gpu_lab.sh`; the message says why.
+        ValueError: it is not an archive of `benchmarks/gpu_lab.sh`; the message says why.
     """
     texts = {}
     try:
@@ -42,7 +52,9 @@ def read_archive(archive: Path) -> dict[str, str]:
     except (tarfile.TarError, EOFError, OSError) as error:
         if isinstance(error, FileNotFoundError):
             raise
-        raise ValueError(f"{archive} is no archive of benchmarks/gpu_lab.sh: {error}") from error
+        raise ValueError(
+            f"{archive} is not an archive of benchmarks/gpu_lab.sh: {error}"
+        ) from error
     if "environment.json" not in texts:
         raise ValueError(f"{archive} has no environment.json; give a lab.tar.gz of gpu_lab.sh")
     return texts
@@ -63,7 +75,7 @@ def import_archive(archive: Path, root: Path) -> list[Path]:
 
     Raises:
         ValueError: the archive or a file in it is damaged, or a result of that name exists.
-        FileNotFoundError: there is no such archive, or `root` is no checkout.
+        FileNotFoundError: there is no such archive, or `root` is not a checkout.
     """
     texts = read_archive(archive)
     for folder in ("benchmarks/results", "benchmarks/notes", "kernels"):
@@ -97,7 +109,7 @@ def _object(texts: dict[str, str], name: str) -> dict[str, Any]:
     try:
         content = json.loads(texts[name])
     except ValueError as error:
-        raise ValueError(f"{name} of the archive is no valid JSON: {error}") from error
+        raise ValueError(f"{name} of the archive is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{name} of the archive holds a {type(content).__name__}, not an object")
     return content
@@ -152,3 +164,22 @@ def _note(
 def _slug(name: str) -> str:
     words = re.findall(r"[a-z0-9]+", name.lower())
     return "-".join(word for word in words if word != "nvidia")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print each file written; the status is 1 where the archive is refused."""
+    parser = argparse.ArgumentParser(prog="fastclip.bench.archive", description=__doc__)
+    parser.add_argument("archive", type=Path, help="the lab.tar.gz")
+    parser.add_argument("--root", type=Path, default=Path("."), help="the checkout")
+    given = parser.parse_args(arguments)
+    try:
+        written = import_archive(given.archive, given.root)
+    except (ValueError, OSError) as error:
+        logger.error(f"fastclip.bench.archive: error: {error}")
+        return 1
+    print(*written, sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

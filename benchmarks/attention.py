@@ -1,12 +1,5 @@
-"""Attention at the lengths of image and text towers beside its baselines.
+"""Attention at the lengths of image and text towers beside its baselines."""
 
-`python -m fastclip.bench.attention --check --sweep --baselines [--seconds N] [--output DIR]` runs
-what it is asked for, in this order: the operator against float64, the plans of every length against
-each other (with the best to be put in kernels/attention_plans.json), and the operator beside its
-baselines.
-"""
-
-import argparse
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,9 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from fastclip.bench import records
-from fastclip.bench.attention_check import check
 from fastclip.bench.attention_parts import HEADS, SDPA, SHAPES, WIDTH, inputs_of, say, split
-from fastclip.bench.attention_sweep import sweep
 from fastclip.bench.runner import (
     Row,
     Settings,
@@ -38,7 +29,7 @@ QUANTILES = (0.2, 0.5, 0.8)
 
 @dataclass
 class AttentionRow(Row):
-    """A baseline at one length: `n` lines, heads `width` wide."""
+    """A baseline at one length: `n` tokens, heads `width` wide."""
 
     causal: bool = False
     forward_p20: float | None = None
@@ -54,15 +45,15 @@ def baselines(
     heads: int = HEADS,
     width: int = WIDTH,
 ) -> list[AttentionRow]:
-    """All ways to the same output, forward and forward with backward, in interleaved rounds.
+    """Every implementation forward, and forward and backward, in interleaved rounds.
 
     `output`, a JSON file, has after every length what was measured until then.
     """
     rows: list[AttentionRow] = []
-    for lines, causal in shapes:
-        say("lines", lines)
-        batch = max(tokens // lines, 1)
-        qkv = inputs_of(batch, lines, heads, width, settings.dtype, settings.device)
+    for length, causal in shapes:
+        say("length", length)
+        batch = max(tokens // length, 1)
+        qkv = inputs_of(batch, length, heads, width, settings.dtype, settings.device)
         rows += _measure(qkv, causal, settings, flex)
         if output is not None:
             records.write(output, "attention", settings, rows, settings.device, tokens=tokens)
@@ -71,7 +62,7 @@ def baselines(
 
 
 def _measure(qkv: Tensor, causal: bool, settings: Settings, flex: bool) -> list[AttentionRow]:
-    lines, width = qkv.shape[1], qkv.shape[4]
+    length, width = qkv.shape[1], qkv.shape[4]
     packed = qkv.requires_grad_()
     parts = [t.detach().requires_grad_() for t in split(qkv.detach())]
     upstream = torch.randn_like(parts[0])
@@ -80,11 +71,11 @@ def _measure(qkv: Tensor, causal: bool, settings: Settings, flex: bool) -> list[
     (truth,) = torch.autograd.grad(exact, some[0], upstream[:2].double())
     rows, runs = [], {}
     for name, function in _ways(causal, flex, settings.device).items():
-        row = AttentionRow("attention", name, lines, width, causal=causal)
+        row = AttentionRow("attention", name, length, width, causal=causal)
         rows.append(row)
         of_packed = name.endswith("packed")
         leaves = [packed] if of_packed else parts
-        # a packed result has its lines before its heads
+        # a packed result has its tokens before its heads
         given = upstream.transpose(1, 2).contiguous() if of_packed else upstream
 
         def run(backward: bool, function=function, leaves=leaves, given=given) -> Any:
@@ -128,7 +119,7 @@ def _measure(qkv: Tensor, causal: bool, settings: Settings, flex: bool) -> list[
 def _ways(causal: bool, flex: bool, device: str) -> dict[str, Callable[..., Tensor]]:
     # by name; those that end in "packed" take (B, S, 3, H, D) and return (B, S, H, D)
     ours = "triton" if device == "cuda" else "auto"
-    ways: dict[str, Callable[..., Tensor]] = {
+    implementations: dict[str, Callable[..., Tensor]] = {
         "fastclip": lambda q, k, v: attention(q, k, v, causal=causal, backend=ours),
         "fastclip packed": lambda qkv: packed_attention(qkv, causal=causal, backend=ours),
     }
@@ -141,21 +132,23 @@ def _ways(causal: bool, flex: bool, device: str) -> dict[str, Callable[..., Tens
         return run
 
     for name, backend in SDPA.items():
-        ways[name] = of_sdpa(backend)
+        implementations[name] = of_sdpa(backend)
     for name in ("sdpa flash", "sdpa cudnn"):
-        ways[f"{name} packed"] = lambda qkv, run=ways[name]: run(
+        implementations[f"{name} packed"] = lambda qkv, run=implementations[name]: run(
             *qkv.permute(2, 0, 3, 1, 4).unbind(0)
         ).transpose(1, 2)
     if flex and device == "cuda":
-        ways["flex compiled"] = _flex(causal)
+        implementations["flex compiled"] = _flex(causal)
     with contextlib.suppress(ImportError):
         from flash_attn import flash_attn_func, flash_attn_qkvpacked_func
 
-        ways["flash-attn"] = lambda q, k, v: flash_attn_func(
+        implementations["flash-attn"] = lambda q, k, v: flash_attn_func(
             *(t.transpose(1, 2) for t in (q, k, v)), causal=causal
         ).transpose(1, 2)
-        ways["flash-attn packed"] = lambda qkv: flash_attn_qkvpacked_func(qkv, causal=causal)
-    return ways
+        implementations["flash-attn packed"] = lambda qkv: flash_attn_qkvpacked_func(
+            qkv, causal=causal
+        )
+    return implementations
 
 
 def _flex(causal: bool) -> Callable[..., Tensor]:
@@ -189,35 +182,3 @@ def line_of(row: AttentionRow) -> str:
         f"both {row.p50 * 1e3:7.3f} ms {spread}  {row.ratio:.2f}x  "
         f"{(row.peak_bytes or 0) >> 20} MiB  error {row.error:.1e}"
     )
-
-
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    for name in ("check", "sweep", "baselines"):
-        parser.add_argument(f"--{name}", action="store_true")
-    parser.add_argument("--seconds", type=float, default=120, help="for each of check and sweep")
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--tokens", type=int, default=262_144)
-    parser.add_argument("--lines", type=int, nargs="*", help="only these lengths")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--flex", action=argparse.BooleanOptionalAction, default=True)
-    given = parser.parse_args()
-    shapes = [shape for shape in SHAPES if not given.lines or shape[0] in given.lines]
-    right = True
-    if given.check:
-        right = check(given.device, given.seconds, given.output)
-    if given.sweep:
-        sweep(given.seconds, given.output, given.tokens, shapes)
-    if given.baselines or not (given.check or given.sweep):
-        settings = Settings(torch.bfloat16, rounds=given.rounds, warmup=3, device=given.device)
-        file = given.output / "attention.json" if given.output else None
-        rows = baselines(settings, file, given.tokens, shapes, given.flex)
-        print(*map(line_of, rows), sep="\n", flush=True)
-    if not right:
-        raise SystemExit("the check failed")
-
-
-if __name__ == "__main__":
-    main()

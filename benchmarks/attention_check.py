@@ -23,7 +23,7 @@ LENGTHS = (1, 5, 16, 49, 50, 64, 77, 196, 197, 256, 257, 576, 577)
 class Case:
     """One case of the check."""
 
-    lines: int
+    length: int
     heads: int
     width: int
     dtype: str
@@ -86,13 +86,13 @@ def check(device: str, seconds: float, output: Path | None, seed: int = 0) -> bo
 def run_case(case: Case, device: str, batch: int) -> tuple[list[Tensor], list[Tensor]]:
     """Results and gradients of ours, and what they are made of."""
     dtype = getattr(torch, case.dtype)
-    qkv = inputs_of(batch, case.lines, case.heads, case.width, dtype, device, case.lines)
+    qkv = inputs_of(batch, case.length, case.heads, case.width, dtype, device, case.length)
     lengths = None
     if case.padded:
         # one has no key at all
-        lengths = torch.arange(batch, device=device) * case.lines // max(batch - 1, 1)
+        lengths = torch.arange(batch, device=device) * case.length // max(batch - 1, 1)
     upstream = torch.randn(
-        (batch, case.lines, case.heads, case.width),
+        (batch, case.length, case.heads, case.width),
         generator=torch.Generator(device).manual_seed(1), device=device,
     ).to(dtype)  # fmt: skip
     options: dict[str, Any] = {"causal": case.causal, "key_lengths": lengths}
@@ -129,8 +129,8 @@ def _share_of_bound(case: Case, device: str) -> float:
 
 
 def _repeated(device: str) -> list[Case]:
-    lines = (21,) if device == "cpu" else (50, 197, 257, 577)
-    return [Case(n, 2, 64, "bfloat16", False, True, True) for n in lines]
+    lengths = (21,) if device == "cpu" else (50, 197, 257, 577)
+    return [Case(n, 2, 64, "bfloat16", False, True, True) for n in lengths]
 
 
 def _same_bits(device: str) -> bool:

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend
 from fastclip.bench import records
 
 HEADS, WIDTH = 12, 64
-# lines and whether causal: ViT-B/32, CLIP's text tower, ViT-B/16 at 224, ViT-L/14, ViT-L/14 at 336
+# lengths, causal or not: ViT-B/32, the text tower, ViT-B/16 at 224, ViT-L/14, ViT-L/14 at 336
 SHAPES = ((50, False), (77, True), (197, False), (257, False), (577, False))
 SDPA = {
     "sdpa flash": SDPBackend.FLASH_ATTENTION,
@@ -32,11 +32,11 @@ def say(*words: Any) -> None:
 
 
 def inputs_of(
-    batch: int, lines: int, heads: int, width: int, dtype: torch.dtype, device: str, seed: int = 0
+    batch: int, length: int, heads: int, width: int, dtype: torch.dtype, device: str, seed: int = 0
 ) -> Tensor:
     """A packed projection (B, S, 3, H, D), normal numbers."""
     generator = torch.Generator(device).manual_seed(seed)
-    shape = (batch, lines, 3, heads, width)
+    shape = (batch, length, 3, heads, width)
     return torch.randn(shape, dtype=torch.float32, device=device, generator=generator).to(dtype)
 
 

@@ -5,6 +5,7 @@ only one that runs and is right is timed.
 """
 
 import contextlib
+import functools
 import json
 import statistics
 import sys
@@ -34,7 +35,7 @@ from fastclip.bench.trials import run_trials
 from fastclip.ops.attention import attention
 
 # held, whole | whole, held; each with warps, stages and, where given, registers
-ON_CHIP = [
+ON_CHIP: list[tuple[Any, ...]] = [
     (64, 64, True, True, 4, 1),
     (64, 128, True, True, 4, 1),
     (64, 256, True, True, 4, 1),
@@ -44,7 +45,7 @@ ON_CHIP = [
     (128, 64, False, False, 8, 2),
     (64, 64, False, True, 4, 2),
 ]
-FORWARD = {
+FORWARD: dict[int, list[tuple[Any, ...]]] = {
     50: [(64, 64, True, True, 4, 1), (64, 64, True, True, 8, 1)],
     77: [(64, 64, True, True, 4, 1), (64, 64, True, True, 8, 1), (64, 64, False, False, 4, 2)],
     197: ON_CHIP,
@@ -59,7 +60,7 @@ FORWARD = {
         (128, 64, False, True, 8, 2),
     ],
 }
-GRADIENT = {
+GRADIENT: dict[int, list[tuple[Any, ...]]] = {
     50: [(64, 64, True, False, 4, 1), (64, 64, True, False, 8, 1)],
     77: [
         (64, 64, True, False, 4, 1),
@@ -90,7 +91,10 @@ GRADIENT = {
         (128, 64, False, False, 8, 2),
     ],
 }
-TABLES = {"forward": FORWARD, "gradient": GRADIENT}
+TABLES = {
+    "forward": FORWARD,
+    "gradient": GRADIENT,
+}
 
 
 def sweep(
@@ -107,43 +111,43 @@ def sweep(
 
     stop = time.monotonic() + seconds
     jobs = [
-        Job(kind, lines, causal, tokens, heads, width, plan)
-        for lines, causal in shapes
+        Job(kind, length, causal, tokens, heads, width, plan)
+        for length, causal in shapes
         for kind, table in TABLES.items()
-        for plan in table[lines]
+        for plan in table[length]
     ]
     tried = try_all(jobs, 0.6 * seconds)
     found = measured()["plans"].setdefault(true_architecture(torch.device("cuda")), {})
     rows: list[dict[str, Any]] = []
-    for lines, causal in shapes:
-        qkv = inputs_of(max(tokens // lines, 1), lines, heads, width, torch.bfloat16, "cuda")
+    for length, causal in shapes:
+        qkv = inputs_of(max(tokens // length, 1), length, heads, width, torch.bfloat16, "cuda")
         work = _Work(split(qkv), causal)
         for kind in TABLES:
             if time.monotonic() > stop:
-                say("out of time before", lines, kind)
+                say("out of time before", length, kind)
                 break
             about = {
                 str(job.plan): found
                 for job, found in tried.items()
-                if (job.kind, job.lines) == (kind, lines)
+                if (job.kind, job.length) == (kind, length)
             }
             for name, trial in about.items():
                 if trial["status"] != "ok":
-                    rows.append({"lines": lines, "kind": kind, "plan": name, **trial})
-                    say(lines, kind, name, trial["status"])
+                    rows.append({"length": length, "kind": kind, "plan": name, **trial})
+                    say(length, kind, name, trial["status"])
             runs = work.runs(kind, [f["fields"] for f in about.values() if f["status"] == "ok"])
             times, broken = interleave(runs, 9, Settings(device="cuda", warmup=3))
             for name, status in broken.items():
-                say(lines, kind, name, status)
+                say(length, kind, name, status)
             best = None
             for name, values in sorted(times.items(), key=lambda item: statistics.median(item[1])):
                 p50 = statistics.median(values)
-                rows.append({"lines": lines, "kind": kind, "plan": name, "p50": p50, "ms": values,
+                rows.append({"length": length, "kind": kind, "plan": name, "p50": p50, "ms": values,
                              **about.get(name, {})})  # fmt: skip
-                say(f"{lines:4} {kind:8} {p50 * 1e3:7.3f} ms  {name} {about.get(name, '')}")
+                say(f"{length:4} {kind:8} {p50 * 1e3:7.3f} ms  {name} {about.get(name, '')}")
                 if best is None and name in about:
                     best = about[name]["fields"]
-            key = shape_key(lines, lines, width, torch.bfloat16, causal)
+            key = shape_key(length, length, width, torch.bfloat16, causal)
             if best is not None:
                 found.setdefault(kind, {})[key] = best
             # after every table, so that a run cut short leaves what it found
@@ -161,7 +165,7 @@ class Job(NamedTuple):
     """A plan to try, and on what."""
 
     kind: str
-    lines: int
+    length: int
     causal: bool
     tokens: int
     heads: int
@@ -201,16 +205,18 @@ class _Work:
         from fastclip.kernels.attention import forward
         from fastclip.kernels.attention_plans import Plan
 
-        self.lse = forward(
-            *self.parts, self.out, None, self.scale, self.causal, Plan(*plan)
-        )  # fmt: skip
+        q, k, v = self.parts
+        self.lse = forward(q, k, v, self.out, None, self.scale, self.causal, Plan(*plan))
 
     def gradient(self, plan: tuple[Any, ...]) -> None:
         from fastclip.kernels.attention_gradient import gradient
         from fastclip.kernels.attention_plans import GradientPlan
 
-        gradient(*self.parts, self.out, self.lse, self.upstream, *self.gradients, None, self.scale,
-                 self.causal, GradientPlan(*plan))  # fmt: skip
+        assert self.lse is not None, "forward comes first"
+        (q, k, v), (dq, dk, dv) = self.parts, self.gradients
+        results = self.out, self.lse, self.upstream
+        made = GradientPlan(*plan)
+        gradient(q, k, v, *results, dq, dk, dv, None, self.scale, self.causal, made)
 
     def trial(self, kind: str, plan: tuple[Any, ...]) -> dict[str, Any]:
         """Whether a plan is right, with its fields and resources."""
@@ -240,18 +246,18 @@ class _Work:
         if kind == "gradient":
             self.forward(FORWARD[self.parts[0].shape[2]][0])
         for plan in map(tuple, plans):
-            runs[str(plan)] = lambda plan=plan: getattr(self, kind)(plan)
+            runs[str(plan)] = functools.partial(getattr(self, kind), plan)
         for name, backend in list(SDPA.items())[:2]:
             with contextlib.suppress(Exception):
                 runs[name] = self._sdpa(kind, backend)
         return runs
 
     def _sdpa(self, kind: str, backend: SDPBackend) -> Callable[[], Any]:
-        leaves = [t.detach().requires_grad_() for t in self.parts]
+        q, k, v = leaves = [t.detach().requires_grad_() for t in self.parts]
 
         def forward() -> Tensor:
             with sdpa_kernel(backend), torch.set_grad_enabled(kind == "gradient"):
-                return scaled_dot_product_attention(*leaves, is_causal=self.causal)
+                return scaled_dot_product_attention(q, k, v, is_causal=self.causal)
 
         out = forward()
         if kind == "forward":
@@ -291,8 +297,8 @@ def _kernels_made() -> Iterator[dict[str, Any]]:
 
 def try_job(job: Job, device: str = "cuda") -> dict[str, Any]:
     """Try one plan in this process."""
-    batch = max(job.tokens // job.lines, 2)
-    qkv = inputs_of(batch, job.lines, job.heads, job.width, torch.bfloat16, device)
+    batch = max(job.tokens // job.length, 2)
+    qkv = inputs_of(batch, job.length, job.heads, job.width, torch.bfloat16, device)
     return _Work(split(qkv), job.causal).trial(job.kind, tuple(job.plan))
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from fastclip.bench.runner import Settings, interleave
+from fastclip.messages import logger
 from fastclip.ops.gemm import add_product, product
 
 WIDTHS = (512, 768, 1024)
@@ -71,7 +72,7 @@ def _seconds(runs: dict[str, Callable[[], Any]], device: str) -> dict[str, float
 def main() -> int:
     """On the current GPU."""
     if not torch.cuda.is_available():
-        print("no CUDA device: ceilings are a GPU's", file=sys.stderr)
+        logger.error("no CUDA device: ceilings are a GPU's")
         return 1
     found = ceilings()
     if len(sys.argv) > 1:

@@ -154,10 +154,10 @@ def findings(
             for name in OPERATORS
         ]
         chosen = large + chosen
-    for name, *case in chosen[part[0] :: part[1]]:
+    for name, n, width, scale, dtype, chunk in chosen[part[0] :: part[1]]:
         if deadline is not None and time.monotonic() > deadline:
             return
-        yield compare(CHECKED[name], *case, device, backend)
+        yield compare(CHECKED[name], n, width, scale, dtype, chunk, device, backend)
 
 
 def compare(

@@ -1,8 +1,8 @@
-"""Losses over several processes beside open_clip's: bytes exchanged, time, memory, error.
+"""Losses over several processes beside the open_clip losses: bytes exchanged, time, memory, error.
 
 Every process holds `n` pairs. Real processes: NCCL where there is a GPU for each, gloo elsewhere;
 gloo's time on one machine says what the exchange costs in copies, not what a network does. Bytes
-are counted at torch.distributed's own functions, on our side and open_clip's alike, as what a
+are counted at torch.distributed's own functions, on our side and on open_clip's alike, as what a
 bandwidth-optimal algorithm brings over the wire to one process.
 """
 
@@ -66,8 +66,8 @@ class CollectiveRow:
     error: float | None = None
 
 
-def ways(operator: str, rank: int, world: int) -> dict[str, Callable[[], Loss]]:
-    """All ways to the loss over processes, fastclip's first; each imports what it needs."""
+def implementations(operator: str, rank: int, world: int) -> dict[str, Callable[[], Loss]]:
+    """All implementations of a loss over processes, fastclip first; each imports what it needs."""
 
     def clip(local: bool) -> Callable[[], Loss]:
         def build() -> Loss:
@@ -77,23 +77,25 @@ def ways(operator: str, rank: int, world: int) -> dict[str, Callable[[], Loss]]:
 
         return build
 
-    def siglip(way: str) -> Callable[[], Loss]:
+    def siglip(exchange: str) -> Callable[[], Loss]:
         def build() -> Loss:
             from open_clip.loss import SigLipLoss
 
-            return SigLipLoss(rank=rank, world_size=world, dist_impl=way)
+            return SigLipLoss(rank=rank, world_size=world, dist_impl=exchange)
 
         return build
 
     ours = OPERATORS[operator]
     found: dict[str, Callable[[], Loss]] = {
-        f"fastclip {way}": lambda way=way: lambda *inputs: ours(*inputs, dist=way)  # type: ignore
-        for way in ("gather", "ring")
+        f"fastclip {exchange}": lambda exchange=exchange: (
+            lambda *inputs: ours(*inputs, dist=exchange)
+        )  # type: ignore
+        for exchange in ("gather", "ring")
     }
     if operator == "clip":
         return {**found, "open_clip local": clip(True), "open_clip global": clip(False)}
-    exchanges = ("bidir", "shift", "reduce", "gather")
-    return {**found, **{f"open_clip {way}": siglip(way) for way in exchanges}}
+    exchange_names = ("bidir", "shift", "reduce", "gather")
+    return {**found, **{f"open_clip {exchange}": siglip(exchange) for exchange in exchange_names}}
 
 
 HEADER = (
@@ -234,7 +236,7 @@ def _measure(
         (t[rank * n :][:n] if t.ndim else t).to(device).detach().requires_grad_() for t in whole
     ]
     rows, runs = [], {}
-    for baseline, build in ways(name, rank, world).items():
+    for baseline, build in implementations(name, rank, world).items():
         row = CollectiveRow(name, baseline, world, n, width)
         rows.append(row)
         try:

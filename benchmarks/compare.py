@@ -46,15 +46,16 @@ def differences(before: Record, after: Record, across_devices: bool = False) -> 
         )
     devices = [record.environment.get("device") for record in (before, after)]
     if devices[0] != devices[1]:
-        told = f"{before.name} is of {devices[0]}, {after.name} of {devices[1]}"
+        devices_differ = f"{before.name} is of {devices[0]}, {after.name} of {devices[1]}"
         if not across_devices:
             raise ValueError(
-                f"{told}: a ratio says nothing of the code; --across-devices compares all the same"
+                f"{devices_differ}: a ratio says nothing of the code; --across-devices compares "
+                "all the same"
             )
-        yield told
+        yield devices_differ
     for what in ("environment", "settings"):
         one, other = (getattr(record, what) for record in (before, after))
-        # a setting that only one version knows is no difference of the two measurements
+        # a setting that only one version knows is not a difference of the two measurements
         for name in (name for name in one if name in other and name not in ("device", "date")):
             if one[name] != other[name]:
                 yield f"{name} is {one[name]} in {before.name}, {other[name]} in {after.name}"

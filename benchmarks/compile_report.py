@@ -137,7 +137,7 @@ def reports(architectures: tuple[int, ...] = (80, 90, 100)) -> Iterator[Report]:
                     if precision != "16bit" and name not in FLOAT32_VARIANTS:
                         continue
                     dtype, product = OPERANDS[precision]
-                    constants = {**flags_, "TMA": tiling.tma, "PRECISION": product}
+                    constants: dict[str, Any] = {**flags_, "TMA": tiling.tma, "PRECISION": product}
                     constants |= _sides(tiling) | {"SLOTS": _slots(table, precision)}
                     yield _compile(
                         kernel, f"{name}/{precision}", architecture, tiling, constants, dtype, limit
@@ -146,7 +146,7 @@ def reports(architectures: tuple[int, ...] = (80, 90, 100)) -> Iterator[Report]:
             yield from _ones()
         yield from _attention(architecture)
         small = Tiling(finish.ROWS, 0, finish.WIDTH, 4, 3)
-        for kernel, constants in (
+        rest: list[tuple[Any, dict[str, Any]]] = [
             (finish.finish_kernel, {"HAS_TERM": True, "BLOCK_R": 16, "BLOCK_D": 128}),
             (finish.row_dot_kernel, {"BLOCK_R": 16, "BLOCK_D": 128}),
             (merge.merge_kernel, {"HAS_OFFSET": True, "HAS_DOT": True, **MERGED}),
@@ -154,8 +154,9 @@ def reports(architectures: tuple[int, ...] = (80, 90, 100)) -> Iterator[Report]:
             (flags.totals_kernel, {**ANCHORED, "MAXIMA": True, **MERGED}),
             (flags.factors_kernel, {**ANCHORED, "BLOCK_R": 128, "BLOCK_S": 256}),
             (flagged.merge_flagged_kernel, {"HAS_OFFSET": True, **MERGED}),
-        ):
-            limit = SHARED_LIMIT[architecture]
+        ]
+        limit = SHARED_LIMIT[architecture]
+        for kernel, constants in rest:
             yield _compile(kernel, "16bit", architecture, small, constants, "bfloat16", limit)
 
 
@@ -170,7 +171,13 @@ def _attention(architecture: int) -> Iterator[Report]:
         key = f"{lines}x{lines}x64 16bit"
         forward = attention_plans.forward_rule(key, family)
         gradient = attention_plans.gradient_rule(key, family)
-        shape = {"LENGTH_Q": lines, "LENGTH_K": lines, "WIDTH": 64, "BLOCK_D": 64, "UNIT": 8}
+        shape: dict[str, Any] = {
+            "LENGTH_Q": lines,
+            "LENGTH_K": lines,
+            "WIDTH": 64,
+            "BLOCK_D": 64,
+            "UNIT": 8,
+        }
         shape |= {"LENGTHS": False, "CAUSAL": causal, "PRECISION": "ieee"}
         whole, two_pass = attention_gradient.whole_kernel, attention_gradient.two_pass_kernel
         for kernel, plan, constants in (

@@ -17,7 +17,7 @@ CHUNK = 1024
 
 def baselines(suffix: str = "") -> tuple[Baseline, ...]:
     """All of them for one direction, or for both where their names end in `suffix`."""
-    ways = {
+    implementations = {
         "checkpointed chunks": _checkpointed,
         "linear_cross_entropy": _linear_cross_entropy,
         "cce": _cce,
@@ -25,8 +25,8 @@ def baselines(suffix: str = "") -> tuple[Baseline, ...]:
         "liger": _liger,
     }
     if not suffix:
-        return tuple(Baseline(name, build) for name, build in ways.items())
-    return tuple(Baseline(name + suffix, _twice(build)) for name, build in ways.items())
+        return tuple(Baseline(name, build) for name, build in implementations.items())
+    return tuple(Baseline(name + suffix, _twice(build)) for name, build in implementations.items())
 
 
 def _twice(build):
@@ -61,7 +61,7 @@ def _linear_cross_entropy(inputs: Inputs) -> LossFunction:
 
     def loss(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
         scaled = (scale * x).to(y.dtype)
-        return F.linear_cross_entropy(scaled, y, target, options=options)  # type: ignore
+        return F.linear_cross_entropy(scaled, y, target, options=options)
 
     return loss
 

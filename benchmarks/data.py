@@ -309,7 +309,7 @@ def _composed(settings: DataSettings, source: ShardSource) -> Epoch:
 
 
 def _open_clip(settings: DataSettings, source: ShardSource) -> Epoch:
-    """open_clip's webdataset loader with its own preprocessing."""
+    """The open_clip webdataset loader with its own preprocessing."""
     from open_clip.transform import image_transform
     from open_clip_train.data import get_wds_dataset
 

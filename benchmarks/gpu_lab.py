@@ -26,7 +26,8 @@ import torch
 from fastclip.bench import attention, attention_check, attention_sweep, records, tile_sweep
 from fastclip.bench.ceilings import ceilings
 from fastclip.bench.losses import OPERATORS, run
-from fastclip.bench.runner import ROOF, Row, Settings
+from fastclip.bench.runner import MATMUL, Row, Settings
+from fastclip.messages import logger
 
 CHECKERS = 12
 BUDGET = 420.0
@@ -88,12 +89,12 @@ def summary(rows: list[Row]) -> list[str]:
             r
             for r in rows
             if (r.operator, r.n, r.width) == (ours.operator, ours.n, ours.width)
-            and r.baseline not in ("fastclip", ROOF)
+            and r.baseline not in ("fastclip", MATMUL)
         ]
         ratios = [f"{r.baseline} {r.ratio:.2f}{_queued(r)}" for r in beside if r.ratio is not None]
         memory = [f"{r.baseline} {r.status}" for r in beside if r.status == "out of memory"]
         assert ours.p50 is not None
-        share = "" if ours.roof_share is None else f"{ours.roof_share:.0%}"
+        share = "" if ours.matmul_share is None else f"{ours.matmul_share:.0%}"
         host = "" if ours.host is None else f"{1e3 * ours.host:.2f}"
         runs = "" if ours.launches is None else str(ours.launches)
         lines.append(
@@ -356,7 +357,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--profiled", action="store_true", help="what a profiler is to watch")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        print("no CUDA device: nothing measured", file=sys.stderr)
+        logger.error("no CUDA device: nothing measured")
         return 1
     if options.profiled:
         profiled()

@@ -173,7 +173,7 @@ KINDS = {
         (
             ("forward", milliseconds("forward")),
             *_TIMES,
-            ("matmul", plain("roof_share", ".0%")),
+            ("matmul", plain("matmul_share", ".0%")),
             *_COSTS,
         ),
         ignored=("bare products",),
@@ -222,9 +222,9 @@ KINDS = {
         "peak_bytes",
         (
             ("saved", mebibytes("saved_bytes")),
-            ("its exponent", plain("saved_order", ".2f")),
+            ("its exponent", plain("saved_exponent", ".2f")),
             ("peak", mebibytes("peak_bytes")),
-            ("its exponent", plain("peak_order", ".2f")),
+            ("its exponent", plain("peak_exponent", ".2f")),
         ),
     ),
     "collectives": Kind(

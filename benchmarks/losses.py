@@ -1,6 +1,5 @@
 """All losses beside their baselines: the loop and the table behind `fastclip bench losses`."""
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -10,6 +9,7 @@ import fastclip.bench.sigmoid as sigmoid
 import fastclip.bench.similarity as similarity
 import fastclip.bench.symmetric as symmetric
 from fastclip.bench.runner import Operator, Row, Settings, measure, quick_check
+from fastclip.messages import logger
 
 OPERATORS: dict[str, Operator] = {
     operator.name: operator
@@ -53,11 +53,11 @@ def run(
         try:
             found = quick_check(OPERATORS[name], settings)
         except RuntimeError as error:
-            print(f"{name} fails its quick check: {error}", file=sys.stderr)
+            logger.error(f"{name} fails its quick check: {error}")
             wrong.append(name)
             continue
         if not found < limit:
-            print(f"{name} fails its quick check: dX is off by {found:.1e}", file=sys.stderr)
+            logger.error(f"{name} fails its quick check: dX is off by {found:.1e}")
             wrong.append(name)
     for n in sizes:
         for width in widths:
@@ -73,7 +73,7 @@ def run(
                     print(format_row(row), flush=True)
                 ours = measured[0]
                 if ours.status != "ok" or not (ours.error or 0.0) < limit:
-                    print(f"{name} at n = {n} is wrong: {ours}", file=sys.stderr)
+                    logger.error(f"{name} at n = {n} is wrong: {ours}")
                     wrong.append(name)
                 if settings.device == "cuda":
                     torch.cuda.empty_cache()
@@ -92,7 +92,7 @@ def _cells(row: Row) -> Iterator[str]:
     for seconds in (row.forward, row.p20, row.p50, row.p80):
         yield " " * 9 if seconds is None else f"{1e3 * seconds:9.2f}"
     yield " " * 7 if row.ratio is None else f"{row.ratio:7.2f}"
-    yield " " * 6 if row.roof_share is None else f"{row.roof_share:6.0%}"
+    yield " " * 6 if row.matmul_share is None else f"{row.matmul_share:6.0%}"
     yield " " * 8 if row.peak_bytes is None else f"{row.peak_bytes / 2**20:8.0f}"
     yield " " * 8 if row.error is None else f"{row.error:8.1e}"
     yield {None: "", True: "same", False: "vary"}[row.repeatable]

@@ -4,8 +4,8 @@
             out; each storage counts once
     peak    bytes above the inputs, forward and backward, as `runner.py` measures them
 
-The order of each size is the power of n by which bytes grew since the size before: 1 is linear, 2
-the similarity matrix.
+A size's scaling exponent is the power of n by which bytes grew since the size before: 1 is linear,
+2 the similarity matrix.
 """
 
 import math
@@ -34,7 +34,7 @@ from fastclip.bench.runner import (
 
 @dataclass
 class MemoryRow:
-    """One baseline at one size; orders are relative to the size before, see above."""
+    """One baseline at one size, with its scaling exponents, see above."""
 
     operator: str
     baseline: str
@@ -43,13 +43,13 @@ class MemoryRow:
     status: str = "ok"
     saved_bytes: int | None = None
     peak_bytes: int | None = None
-    saved_order: float | None = None
-    peak_order: float | None = None
+    saved_exponent: float | None = None
+    peak_exponent: float | None = None
 
 
 HEADER = (
-    f"{'loss':9} {'n':>7} {'D':>5}  {'':27}{'saved MiB':>10} {'order':>6} {'peak MiB':>9}"
-    f" {'order':>6}"
+    f"{'loss':9} {'n':>7} {'D':>5}  {'':27}{'saved MiB':>10} {'exponent':>9} {'peak MiB':>9}"
+    f" {'exponent':>9}"
 )
 
 
@@ -124,7 +124,7 @@ def _compare(row: MemoryRow, before: MemoryRow | None) -> None:
     for name in ("saved", "peak"):
         now, then = getattr(row, f"{name}_bytes"), getattr(before, f"{name}_bytes")
         if now and then and ratio:
-            setattr(row, f"{name}_order", math.log(now / then) / ratio)
+            setattr(row, f"{name}_exponent", math.log(now / then) / ratio)
 
 
 def _line(row: MemoryRow) -> str:
@@ -132,7 +132,8 @@ def _line(row: MemoryRow) -> str:
     if row.status != "ok":
         return start + row.status
     cells = []
-    for size, order in ((row.saved_bytes, row.saved_order), (row.peak_bytes, row.peak_order)):
+    saved, peak = (row.saved_bytes, row.saved_exponent), (row.peak_bytes, row.peak_exponent)
+    for size, exponent in (saved, peak):
         cells.append("" if size is None else f"{size / 2**20:.2f}")
-        cells.append("" if order is None else f"{order:.2f}")
-    return start + f"{cells[0]:>10} {cells[1]:>6} {cells[2]:>9} {cells[3]:>6}"
+        cells.append("" if exponent is None else f"{exponent:.2f}")
+    return start + f"{cells[0]:>10} {cells[1]:>9} {cells[2]:>9} {cells[3]:>9}"

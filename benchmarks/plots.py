@@ -51,7 +51,7 @@ def figure(panels: Sequence[Panel], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    style = {
+    style: dict[Any, Any] = {
         "svg.fonttype": "none",
         # the same file every time
         "svg.hashsalt": "fastclip",
@@ -146,7 +146,7 @@ def _lines(
 ) -> dict[str, Points]:
     found: dict[str, Points] = {}
     for row in rows:
-        # nothing is no point on a logarithmic axis
+        # nothing is not a point on a logarithmic axis
         if row.get(measured):
             found.setdefault(row["baseline"], []).append((row[field], row[measured] * factor))
     return {name: points for name, points in found.items() if len(points) > 1}

@@ -168,11 +168,11 @@ def _lines(group: Group) -> list[list[str]]:
     """fastclip's cells in the first line alone."""
     ours = group.ours
     assert ours is not None
-    roof = ours.get("roof_share")
+    share = ours.get("matmul_share")
     own = [
         f"`{group.key[0]}_loss`",
         number(1e3 * ours["p50"]),
-        "" if roof is None else f"{roof:.0%}",
+        "" if share is None else f"{share:.0%}",
         _peak(ours.get("peak_bytes")),
     ]
     lines = []
@@ -197,8 +197,8 @@ def _up_to(groups: Sequence[Group]) -> str:
     if not largest:
         return f"No baseline that ran is as fast at any of these sizes.{failures(groups)}"
     places = ", ".join(f"{n:,} rows (`{name}_loss`)" for name, n in largest.items())
-    told = f"A baseline is as fast, within fastclip's spread, or faster at up to {places}."
-    return told + failures(groups)
+    message = f"A baseline is as fast, within fastclip's spread, or faster at up to {places}."
+    return message + failures(groups)
 
 
 def _left_out(groups: Sequence[Group]) -> str:
@@ -216,10 +216,10 @@ def _left_out(groups: Sequence[Group]) -> str:
                 sizes.setdefault(place, set()).add(n)
     reasons: dict[str, list[str]] = {}
     for (reason, baseline), names in losses.items():
-        told = f"{baseline} for {', '.join(names)}" if baseline in somewhere else baseline
+        message = f"{baseline} for {', '.join(names)}" if baseline in somewhere else baseline
         if rows := sorted(sizes.get((reason, baseline), ())):
-            told += f" of {', '.join(f'{n:,}' for n in rows)} rows"
-        reasons.setdefault(reason, []).append(told)
+            message += f" of {', '.join(f'{n:,}' for n in rows)} rows"
+        reasons.setdefault(reason, []).append(message)
     return "; ".join(f"{', '.join(those)} ({reason})" for reason, those in reasons.items())
 
 

@@ -32,11 +32,16 @@ KEYS: dict[str, tuple[str, ...]] = {
 _TEXTS = {"operator", "baseline", "task", "loader", "model", "status"}
 _FLAGS = {"causal", "repeatable"}
 # What distinguishes files without the name: a field that only one kind of row has.
-_TELLING = {"causal": "attention", "loader": "data", "operator": "losses"}
+_DISTINCTIVE = {"causal": "attention", "loader": "data", "operator": "losses"}
 # What a field of older files was called, and of the first.
-_OLD_NAMES = {"rival": "baseline"}
+_OLD_NAMES = {
+    "rival": "baseline",
+    "roof_share": "matmul_share",
+    "saved_order": "saved_exponent",
+    "peak_order": "peak_exponent",
+}
 _FIRST_NAMES = {"name": "baseline"}
-_FIRST_ROOF = {"four bare products": "bare products"}
+_FIRST_MATMUL = {"four bare products": "bare products"}
 
 
 @dataclass(frozen=True)
@@ -115,9 +120,9 @@ def read(path: Path) -> Record:
     try:
         content = json.loads(path.read_text())
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text; give a JSON file of `fastclip bench`") from error
+        raise ValueError(f"{path} is not a text; give a JSON file of `fastclip bench`") from error
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no valid JSON: {error}") from error
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise _foreign(path, f"it holds a {type(content).__name__}, not an object")
     for name, kind in (("environment", dict), ("results", list)):
@@ -129,7 +134,7 @@ def read(path: Path) -> Record:
     rows = [{_OLD_NAMES.get(field, field): row[field] for field in row} for row in rows]
     if "benchmark" not in content and "name" in rows[0]:
         rows = [_of_the_first_files(row) for row in rows]
-    guessed = next((kind for field, kind in _TELLING.items() if field in rows[0]), None)
+    guessed = next((kind for field, kind in _DISTINCTIVE.items() if field in rows[0]), None)
     benchmark = content.get("benchmark", guessed)
     if not isinstance(benchmark, str) or benchmark not in KEYS:
         raise _foreign(path, f"its rows are of no benchmark known here ({', '.join(KEYS)})")
@@ -165,11 +170,11 @@ def _of_the_first_files(row: dict[str, Any]) -> dict[str, Any]:
     baseline = str(named.get("baseline"))
     # their ratio was to open_clip, and is computed anew where it is needed
     named.pop("ratio", None)
-    return {**named, "operator": "clip", "baseline": _FIRST_ROOF.get(baseline, baseline)}
+    return {**named, "operator": "clip", "baseline": _FIRST_MATMUL.get(baseline, baseline)}
 
 
 def _foreign(path: Path, why: str) -> ValueError:
-    return ValueError(f"{path} is no result of `fastclip bench`: {why}")
+    return ValueError(f"{path} is not a result of `fastclip bench`: {why}")
 
 
 def _plain(value: Any) -> Any:

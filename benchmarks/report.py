@@ -39,11 +39,11 @@ def stamp(record: Record) -> str:
     versions = [
         f"{name} {there[name]}" for name in ("fastclip", "torch", "triton") if there.get(name)
     ]
-    told = [f"{name} {record.settings[name]}" for name in _SETTINGS if _said(record, name)]
+    settings = [f"{name} {record.settings[name]}" for name in _SETTINGS if _said(record, name)]
     threads = there.get("threads", "an unknown number of")
     where = f"{there.get('device', 'unknown device')}, {threads} thread{'s' * (threads != 1)}"
     when = str(there.get("date", "no date"))[:10]
-    return f"`{record.name}`: {when}, {where}; {', '.join([*versions, *told])}."
+    return f"`{record.name}`: {when}, {where}; {', '.join([*versions, *settings])}."
 
 
 def _said(record: Record, name: str) -> bool:
@@ -83,12 +83,12 @@ def as_good(groups: Sequence[Group]) -> str:
     if not any(group.ours and group.baselines for group in groups):
         return failed.strip() or "No baseline ran."
     if not places:
-        told = "needs as little" if memory else "is as fast"
-        return f"No baseline that ran {told} at any of these sizes.{failed}"
-    told = (
+        result = "needs as little" if memory else "is as fast"
+        return f"No baseline that ran {result} at any of these sizes.{failed}"
+    result = (
         "needs as little, or less" if memory else "is as fast, within fastclip's spread, or faster"
     )
-    return f"A baseline {told} (fastclip / it) at: {'; '.join(places)}.{failed}"
+    return f"A baseline {result} (fastclip / it) at: {'; '.join(places)}.{failed}"
 
 
 def failures(groups: Sequence[Group]) -> str:

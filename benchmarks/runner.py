@@ -10,7 +10,7 @@ import gc
 import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,15 +42,15 @@ class Baseline:
 class Operator:
     """A loss to measure: inputs, fastclip's function, baselines, and the products it needs.
 
-    `make(n, width, scale)` returns float32 leaves, features first. `roof` holds the products of
-    rows x rows x width that dense exact computation needs: (S, dX, dY).
+    `make(n, width, scale)` returns float32 leaves, features first. `products` counts the matrix
+    products of rows x rows x width that dense exact computation needs: (S, dX, dY).
     """
 
     name: str
     make: Callable[[int, int, float], Inputs]
     ours: LossFunction
     baselines: tuple[Baseline, ...]
-    roof: tuple[int, int, int]
+    products: tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,9 @@ class Settings:
 class Row:
     """One baseline at one size: seconds forward and backward, bytes, and how exact it is.
 
-    `ratio` is this median over fastclip's, `roof_share` the bare products' over this one. On a GPU
-    the times are the device's; `host` is the median time in which the host queued the work, and
-    `launches` the number of kernels, copies and fills.
+    `ratio` is this median over fastclip's, `matmul_share` the bare products' over this one. On a
+    GPU the times are the device's; `host` is the median time in which the host queued the work,
+    and `launches` the number of kernels, copies and fills.
     """
 
     operator: str
@@ -88,13 +88,13 @@ class Row:
     host: float | None = None
     launches: int | None = None
     ratio: float | None = None
-    roof_share: float | None = None
+    matmul_share: float | None = None
     peak_bytes: int | None = None
     error: float | None = None
     repeatable: bool | None = None
 
 
-ROOF = "bare products"
+MATMUL = "bare products"
 
 
 def clustered(count: int, rows: int, width: int, correlation: float = 0.3) -> Inputs:
@@ -122,15 +122,15 @@ def measure(operator: Operator, n: int, width: int, settings: Settings) -> list[
         row.status = why_not(baseline, n, settings) or "ok"
         if row.status == "ok":
             runs[baseline.name] = _try_out(baseline, row, inputs, exact, settings)
-    rows.append(Row(operator.name, ROOF, n, width))
+    rows.append(Row(operator.name, MATMUL, n, width))
     try:
-        runs[ROOF] = _bare(operator, inputs, settings)
+        runs[MATMUL] = _bare(operator, inputs, settings)
     except Exception as error:
         # without the bare products the losses' own times still count
         rows[-1].status = status_of(error)
     alive = {row.baseline: runs[row.baseline] for row in rows if row.status == "ok"}
     # forward alone says what evaluation costs
-    forward = {name: lambda run=run: run(False) for name, run in alive.items() if name != ROOF}
+    forward = {name: lambda run=run: run(False) for name, run in alive.items() if name != MATMUL}
     found, failed = interleave(forward, max(settings.rounds // 3, 3), settings)
     for name, seconds in found.items():
         _named(rows, name).forward = statistics.median(seconds)
@@ -145,10 +145,10 @@ def measure(operator: Operator, n: int, width: int, settings: Settings) -> list[
             row.launches = launches(full[name])
     for name, status in {**failed, **more}.items():
         _named(rows, name).status = status
-    ours, roof = rows[0].p50, rows[-1].p50
+    ours, bare = rows[0].p50, rows[-1].p50
     for row in rows:
-        if row.p50 is not None and ours is not None and roof is not None:
-            row.ratio, row.roof_share = row.p50 / ours, roof / row.p50
+        if row.p50 is not None and ours is not None and bare is not None:
+            row.ratio, row.matmul_share = row.p50 / ours, bare / row.p50
     return rows
 
 
@@ -167,7 +167,7 @@ def why_not(baseline: Baseline, n: int, settings: Settings) -> str | None:
 
 
 def interleave(
-    runs: dict[str, Callable[[], Any]],
+    runs: Mapping[str, Callable[[], Any]],
     rounds: int,
     settings: Settings,
     host: dict[str, list[float]] | None = None,
@@ -325,7 +325,7 @@ def _bare(operator: Operator, inputs: Inputs, settings: Settings) -> Callable[[b
     They are of the losses' precision on a GPU, and of float32 on a CPU.
     """
     features = [t.detach() for t in inputs if t.ndim == 2 and t.shape == inputs[0].shape]
-    symmetric = operator.roof[2] == 0
+    symmetric = operator.products[2] == 0
     x = torch.cat(features) if symmetric else features[0]
     y = x if symmetric else features[1]
     # products of fp16 with float32 output are not torch's; those of bf16 cost the same
@@ -337,7 +337,7 @@ def _bare(operator: Operator, inputs: Inputs, settings: Settings) -> Callable[[b
     S = x.new_empty((size, len(y)))
     dx = torch.empty_like(x, dtype=torch.float32)
     dy = torch.zeros_like(y, dtype=torch.float32)
-    logits, row_gradients, column_gradients = operator.roof
+    logits, row_gradients, column_gradients = operator.products
 
     def run(backward: bool) -> None:
         for start, stop in chunks(0, len(x), size):

@@ -1,5 +1,7 @@
 """NT-Xent, MP-NCE and SupCon beside their baselines. n is the number of rows of all blocks."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -35,7 +37,7 @@ def _views(n: int, width: int, scale: float) -> Inputs:
     return [*blocks, torch.full((2, 2), scale), torch.zeros(2, 2)]
 
 
-def _mp_nce(*inputs: Tensor, **options: str) -> Tensor:
+def _mp_nce(*inputs: Tensor, **options: Any) -> Tensor:
     *blocks, scale, offset = inputs
     return mp_nce_loss(blocks, VIEWS_AND_TEXT, scale, offset, **options)
 
@@ -68,7 +70,7 @@ def _labeled(n: int, width: int, scale: float) -> Inputs:
     return [torch.stack(blocks, dim=1).flatten(0, 1), torch.tensor(1 / scale)]
 
 
-def _sup_con(z: Tensor, temperature: Tensor, **options: str) -> Tensor:
+def _sup_con(z: Tensor, temperature: Tensor, **options: Any) -> Tensor:
     labels = torch.arange(len(z), device=z.device) // PER_CLASS
     return sup_con_loss(z, labels, temperature, **options)
 

@@ -30,6 +30,7 @@ from fastclip.bench.runner import Settings, interleave, relative, status_of
 from fastclip.bench.trials import run_trials
 from fastclip.kernels import launch
 from fastclip.kernels.launch import Tiling
+from fastclip.messages import logger
 from fastclip.ops.tiles.base import LogSumExps, SoftmaxStats, Tile, Tiles
 from fastclip.ops.tiles.torch import TorchTiles
 from fastclip.ops.tiles.triton import TritonTiles
@@ -243,7 +244,7 @@ def timed(
         return [*late, *others]
     runs = {name: lambda c=c: run(c) for name, c in right.items()}
     found, failed = interleave(runs, ROUNDS, Settings(device=device, warmup=2))
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"tiling": _numbers(right[name]), "status": "ok", "seconds": statistics.median(seconds)}
         for name, seconds in found.items()
     ]
@@ -295,7 +296,7 @@ def main() -> int:
     )
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        print("no CUDA device: tilings are measured on a GPU", file=sys.stderr)
+        logger.error("no CUDA device: tilings are measured on a GPU")
         return 1
     if options.trial:
         precision, numbers = options.trial

@@ -1,15 +1,15 @@
-"""A whole training step beside open_clip's: towers, loss, backward, AdamW, as users run them.
+"""A whole training step beside the open_clip trainer: towers, loss, backward and AdamW.
 
     fastclip                    the engine and the objective of `fastclip train`
     open_clip                   open_clip's own `train_one_epoch`, AdamW as its trainer makes it
     open_clip, fused AdamW      the same with torch's fused AdamW, which is what fastclip takes
     open_clip, patch_open_clip  the same as open_clip, with fastclip's loss under it
 
-All begin with the same weights and see the same batch, again and again; loading is not measured.
-A call is some steps, and reports the loss once: open_clip's loop logs its first and last step. Each
-does what it does for its users: fastclip takes pixels as bytes and normalizes them in the step,
-where open_clip's loader has done so before; its towers have channels innermost; it computes the
-gradient's norm in every step, which open_clip does only where the gradient is clipped; and it
+All begin with the same weights and get the same batch in every step; loading is not measured. A
+call is some steps, and reports the loss once: the open_clip loop logs its first and last step.
+Each does what it does for its users: fastclip takes pixels as bytes and normalizes them in the
+step, which the open_clip loader has done before; its towers have channels innermost; it computes
+the gradient's norm in every step, which open_clip does only where the gradient is clipped; and it
 checks loss and norm for NaN.
 """
 
@@ -38,6 +38,7 @@ from fastclip.models.clip import Model, create
 from fastclip.train.config import TrainConfig
 from fastclip.train.distributed import World
 from fastclip.train.optim import learning_rate
+from fastclip.train.options import OptimOptions
 from fastclip.train.select_engine import build_engine
 
 OURS, THEIRS = "fastclip", "open_clip"
@@ -72,12 +73,12 @@ class StepSettings:
 
 @dataclass
 class StepRow:
-    """One trainer: seconds a step, and what it is beside open_clip's.
+    """One trainer: seconds a step, and how it compares with open_clip.
 
     Attributes:
         steps: of one call.
-        ratio: open_clip's median over this one's: its speed in units of open_clip's.
-        loss_difference: of the losses after the first call, relative to open_clip's.
+        ratio: open_clip's median over this one's: its speedup over open_clip.
+        loss_difference: of the losses after the first call, relative to open_clip.
         peak_bytes: of a call after the first, above what it finds: weights, optimizer and the last
             gradients, which every trainer frees as the call begins.
     """
@@ -113,7 +114,7 @@ def measure(model: str, batch_size: int, settings: StepSettings) -> list[StepRow
             call()
             row.peak_bytes = peak_since(settings.device, before)
         except Exception as error:
-            # open_clip's trainer needs packages of its own
+            # the open_clip trainer needs packages of its own
             if name == OURS:
                 raise
             row.status = status_of(error)
@@ -174,16 +175,16 @@ def _fresh(name: str, device: str) -> Model:
 
 def _fastclip(name: str, batch: Batch, settings: StepSettings) -> Call:
     """What `fastclip.train.loop` does with a batch, from where the loader hands it over."""
-    config = TrainConfig(
+    config = TrainConfig.from_flat(
         model=name,
         batch_size=len(batch.texts),
-        precision=settings.precision,  # type: ignore[arg-type]
+        precision=settings.precision,
         grad_clip_norm=settings.grad_clip_norm,
         warmup=_WARMUP,
         device=settings.device,
     )
     model = _fresh(name, settings.device)
-    model.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.model.to(memory_format=torch.channels_last)
     engine = build_engine(model, config, World(0, 1, torch.device(settings.device)))
     keys = [str(i) for i in range(len(batch.texts))]
     batches = [{"images": [batch.pixels], "texts": [batch.texts], "key": keys}]
@@ -196,17 +197,17 @@ def _fastclip(name: str, batch: Batch, settings: StepSettings) -> Call:
         model.model.train()
         for number in range(steps):
             loss = engine.backward(batches)
-            engine.update(learning_rate(config, done, _TOTAL_STEPS))
+            engine.update(learning_rate(config.optim, done, _TOTAL_STEPS))
             done += 1
             if number in (0, steps - 1):
-                told = loss.item(), engine.norm.item(), engine.logit_scale
-        return told[0]
+                reported = loss.item(), engine.norm.item(), engine.logit_scale
+        return reported[0]
 
     return call
 
 
 class _Repeated:
-    """A dataloader, as open_clip's trainer wants it, that gives one batch again and again."""
+    """A dataloader, as the open_clip trainer wants it, that gives one batch again and again."""
 
     def __init__(self, batch: Batch, steps: int) -> None:
         self.batch, self.num_batches = batch, steps
@@ -235,7 +236,7 @@ def _open_clip(
     from open_clip_train.scheduler import cosine_lr
     from open_clip_train.train import train_one_epoch
 
-    defaults = TrainConfig(model=name)
+    defaults = OptimOptions()
     model = _fresh(name, settings.device).model
     optimizer = _their_optimizer(model, defaults, fused)
     amp, steps = settings.precision == "amp", settings.steps or 1
@@ -255,7 +256,7 @@ def _open_clip(
     )
     scaler = torch.amp.GradScaler(settings.device) if amp else None
     scheduler = cosine_lr(optimizer, defaults.lr, _WARMUP, _TOTAL_STEPS)
-    data = {"train": DataInfo(_Repeated(batch, steps))}  # type: ignore[arg-type]
+    data = {"train": DataInfo(_Repeated(batch, steps))}
     loss, writer = ClipLoss(), _Losses()
     epoch = 0
 
@@ -271,19 +272,20 @@ def _open_clip(
     return call
 
 
-def _their_optimizer(model: nn.Module, config: TrainConfig, fused: bool) -> torch.optim.Optimizer:
-    """AdamW over the groups that open_clip's trainer makes, with its default options."""
-    plain, decayed = [], []
+def _their_optimizer(model: nn.Module, options: OptimOptions, fused: bool) -> torch.optim.Optimizer:
+    """AdamW over the groups that the open_clip trainer makes, with its default options."""
+    plain: list[nn.Parameter] = []
+    decayed: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         kept = parameter.ndim < 2 or any(part in name for part in ("bn", "ln", "bias"))
         (plain if kept or "logit_scale" in name else decayed).append(parameter)
     groups = [
         {"params": plain, "weight_decay": 0.0},
-        {"params": decayed, "weight_decay": config.wd},
+        {"params": decayed, "weight_decay": options.wd},
     ]
-    options: dict[str, Any] = {"fused": True} if fused else {}
-    betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, **options)
+    kind: dict[str, Any] = {"fused": True} if fused else {}
+    betas = (options.beta1, options.beta2)
+    return torch.optim.AdamW(groups, lr=options.lr, betas=betas, eps=options.eps, **kind)
 
 
 def _fused(name: str, batch: Batch, settings: StepSettings) -> Call:

@@ -61,7 +61,7 @@ def install(package: Path, version: str) -> None:
         if choice == "off":
             _leave(made / WHY_NOT, f"{VARIABLE} was off: unset it")
         else:
-            _build_or_tell(made, version, choice)
+            _build_or_report(made, version, choice)
         for old in package.glob("_native*"):
             old.unlink()
         for new in made.iterdir():
@@ -74,14 +74,14 @@ def library(package: Path) -> Path | None:
     return path if path.is_file() else None
 
 
-def _build_or_tell(package: Path, version: str, choice: str) -> None:
+def _build_or_report(package: Path, version: str, choice: str) -> None:
     """What can be built or, unless it is asked for, the reason why that is nothing."""
     try:
         _build_most(package, version, choice)
     except (CannotBuild, OSError) as error:
         if choice != "auto":
             raise SystemExit(f"fastclip's native library: {error} ({VARIABLE}={choice})") from error
-        _tell(f"not built, fastclip works without: {error}")
+        _report(f"not built, fastclip works without: {error}")
         _leave(package / WHY_NOT, error)
 
 
@@ -94,7 +94,7 @@ def _build_most(package: Path, version: str, choice: str) -> None:
     except (CannotBuild, OSError) as error:
         if choice == "cuda":
             raise
-        _tell(f"without its CUDA part: {error}")
+        _report(f"without its CUDA part: {error}")
         _build(package, version, None)
         _leave(package / WHY_NO_CUDA, error)
 
@@ -105,14 +105,14 @@ def _nvcc() -> str:
     at_home = [f"{home}/bin/nvcc"] if home else []
     candidates = [asked] if asked else [*at_home, "nvcc", "/usr/local/cuda/bin/nvcc"]
     least = f"{'.'.join(map(str, LEAST_CUDA))} or newer: install CUDA's toolkit, or set CUDACXX"
-    told = f"{asked or 'nvcc'} was not found; it takes {least}"
+    reason = f"{asked or 'nvcc'} was not found; it takes {least}"
     for path in filter(None, map(shutil.which, candidates)):
         done = _listen(path, "--version")
         release = re.search(r"release (\d+\.\d+)", done.stdout)
         if release and tuple(map(int, release[1].split("."))) >= LEAST_CUDA:
             return path
-        told = f"{path} is of CUDA {release[1] if release else '?'}; it takes {least}"
-    raise CannotBuild(told)
+        reason = f"{path} is of CUDA {release[1] if release else '?'}; it takes {least}"
+    raise CannotBuild(reason)
 
 
 def _build(package: Path, version: str, nvcc: str | None) -> None:
@@ -154,10 +154,10 @@ def _run(step: str, *command: str) -> None:
     environment = {"CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count() or 1), **os.environ}
     done = _listen(*command, env=environment)
     if done.returncode:
-        _tell(done.stdout)
+        _report(done.stdout)
         # the compiler's or CMake's first word on it; the rest follows from that
-        told = re.split(r"error: |CMake Error[^\n]*\n", done.stdout, maxsplit=1)[-1]
-        raise CannotBuild(f"{step} failed: {' '.join(told.split())[:160]}")
+        reason = re.split(r"error: |CMake Error[^\n]*\n", done.stdout, maxsplit=1)[-1]
+        raise CannotBuild(f"{step} failed: {' '.join(reason.split())[:160]}")
 
 
 def _listen(*command: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -177,5 +177,5 @@ def _leave(path: Path, reason: object) -> None:
     path.write_text(f"{reason}\n", encoding="utf-8", errors="replace")
 
 
-def _tell(message: str) -> None:
+def _report(message: str) -> None:
     print(f"fastclip's native library: {message}", file=sys.stderr, flush=True)

@@ -48,6 +48,18 @@ void form_gradient(const Tile& tile, Address row_lse, Address row_weight, Addres
              threads);
 }
 
+void form_exponentials(const Tile& tile, Address anchor, Address row_sum, Address column_sum,
+                       int threads) {
+    exponentials(tile, *at(anchor), at(row_sum), at(column_sum), threads);
+}
+
+double weigh_exponentials(int64_t rows, int64_t columns, Address E, int64_t E_stride,
+                          Address scale, Address u, Address v, Address out, int64_t out_stride,
+                          int threads) {
+    return weigh(rows, columns, at(E), E_stride, *at(scale), at(u), at(v), at(out), out_stride,
+                 threads);
+}
+
 void keep_rows(const Tile& tile, Address row_max, Address running_max, Address running_sum,
                Address dot, int threads) {
     begin_rows(tile, at(row_max), {at(running_max), at(running_sum)}, at(dot), threads);
@@ -178,6 +190,8 @@ PYBIND11_MODULE(_native, module) {
     py::class_<Tile>(module, "Tile", py::module_local()).def(py::init(&make_tile));
     module.def("statistics", &add_statistics, unlocked);
     module.def("gradient", &form_gradient, unlocked);
+    module.def("exponentials", &form_exponentials, unlocked);
+    module.def("weigh", &weigh_exponentials, unlocked);
     module.def("begin_rows", &keep_rows, unlocked);
     module.def("end_rows", &finish_rows, unlocked);
     module.def("sigmoid", &add_sigmoid, unlocked);

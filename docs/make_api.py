@@ -9,6 +9,7 @@ Reads source files only, so it needs neither torch nor what a module imports.
 import ast
 import re
 import sys
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -230,12 +231,13 @@ def _signature(name: str, texts: list[str], returns: ast.expr | None = None) -> 
             lines.append("    ")
         lines[-1] += part
     lines[-1] += f"){arrow}"
-    told = "\n".join(line.rstrip() for line in lines).replace("'", '"')
-    return f"```text\n{told}\n```"
+    signature = "\n".join(line.rstrip() for line in lines).replace("'", '"')
+    return f"```text\n{signature}\n```"
 
 
 def markdown(docstring: str) -> str:
-    """A docstring with its sections as lists."""
+    """A docstring with its sections as lists, and its examples, which come last, as code."""
+    docstring, _, examples = docstring.partition("\nExamples:\n")
     lines: list[str] = []
     inside = False
     for line in docstring.splitlines():
@@ -256,11 +258,14 @@ def markdown(docstring: str) -> str:
         else:
             inside = False
             lines.append(line)
-    told = (line for line in lines if line is not None)
+    kept = (line for line in lines if line is not None)
     # outside of indented formulas, what could be taken for a tag
-    return "\n".join(
-        x if x.startswith("    ") else re.sub(r"<(?=\w)", "&lt;", x) for x in told
+    text = "\n".join(
+        x if x.startswith("    ") else re.sub(r"<(?=\w)", "&lt;", x) for x in kept
     ).strip()
+    if not examples:
+        return text
+    return f"{text}\n\n*Examples:*\n\n```pycon\n{textwrap.dedent(examples).strip()}\n```"
 
 
 def _section_of(entry: Entry) -> Iterator[str]:

@@ -20,7 +20,7 @@ BATCH, STEPS = 64, 20
 
 
 def make_model() -> open_clip.CLIP:
-    """A CLIP of open_clip's, small enough for a laptop."""
+    """An open_clip model, small enough for a laptop."""
     return open_clip.CLIP(
         embed_dim=64,
         vision_cfg={"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8},

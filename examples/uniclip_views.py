@@ -2,8 +2,8 @@
 
     python examples/uniclip_views.py [SHARDS]
 
-Loads three views an image and a caption from SHARDS (default: the embedded scenes), tells an image
-head how each view was augmented, and trains UniCLIP's loss over all views and texts together.
+Loads three views an image and a caption from SHARDS (default: the embedded scenes), gives an image
+head the augmentation of each view, and trains UniCLIP's loss over all views and texts together.
 """
 
 import sys

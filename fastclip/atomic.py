@@ -51,7 +51,7 @@ def append(path: Path) -> IO[bytes]:
         ValueError: it is a link, or no regular file.
     """
     if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise ValueError(f"{path} is no regular file, so nothing is added to it; delete it")
+        raise ValueError(f"{path} is not a regular file, so nothing is added to it; delete it")
     # between the two somebody may have made it a link
     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
     return os.fdopen(os.open(path, flags, 0o666), "a+b")
@@ -145,5 +145,5 @@ def require_sums(path: Path) -> None:
         raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
     if damaged is not None:
         raise ValueError(
-            f"{path} is damaged: its part {damaged} differs from its checksum; get the file anew"
+            f"{path} is damaged: its part {damaged} differs from its checksum; copy the file again"
         )

@@ -26,7 +26,7 @@ def read_text(path: Path, limit: int = LIMIT) -> str:
 
 def _read(path: Path, limit: int) -> bytes:
     if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is no regular file")
+        raise ValueError(f"{path} is not a regular file")
     with path.open("rb") as file:
         content = file.read(limit + 1)
     if len(content) > limit:
@@ -45,7 +45,7 @@ def read_json(path: Path, limit: int = LIMIT) -> Any:
     """What a JSON file holds.
 
     Raises:
-        ValueError: it is no JSON, too large or too deep, or has an integer beyond 64 bits.
+        ValueError: it is not JSON, too large or too deep, or has an integer beyond 64 bits.
         FileNotFoundError: there is no such file.
     """
     content = _read(path, limit)
@@ -67,17 +67,17 @@ def parse_json(text: str | bytes, where: str) -> Any:
     except RecursionError as error:
         raise ValueError(f"{where} is nested too deeply") from error
     except ValueError as error:
-        raise ValueError(f"{where} is no valid JSON: {error}") from error
+        raise ValueError(f"{where} is not valid JSON: {error}") from error
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects in a file of JSON lines, up to the first line that is cut short or damaged.
 
     Raises:
-        ValueError: it is no regular file. FileNotFoundError: there is no such file.
+        ValueError: it is not a regular file. FileNotFoundError: there is no such file.
     """
     if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is no regular file")
+        raise ValueError(f"{path} is not a regular file")
     with path.open("rb") as file:
         while line := file.readline(LINE):
             try:
@@ -106,7 +106,7 @@ def read_yaml(path: Path, limit: int = LIMIT) -> Any:
     """What a YAML file without aliases holds.
 
     Raises:
-        ValueError: it is no YAML, too large or too deep, or has aliases or an integer beyond
+        ValueError: it is not YAML, too large or too deep, or has aliases or an integer beyond
             64 bits.
         FileNotFoundError: there is no such file.
     """
@@ -119,7 +119,7 @@ def read_yaml(path: Path, limit: int = LIMIT) -> Any:
             raise ValueError(f"{path} has YAML aliases (*name); write the values out")
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no valid YAML: {error}") from error
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
     except RecursionError as error:
         raise ValueError(f"{path} is nested too deeply") from error
     _check_integers(content, path)

@@ -1,105 +1,118 @@
-"""Flags of the command line as fields of a dataclass.
+"""Flags as fields of dataclasses, which are a configuration's sections.
 
-A field's type, default and the string under it make the flag, its value and its help. `flag` adds
-what the three do not say: where `--help` lists it, and what a change means for a run that resumes.
+A field's type, default and the string under it make the flag, its value and its help
+(`command_line`). `flag` adds what the three do not say: what a change means for a run that resumes.
 """
 
-import ast
-import inspect
-import itertools
-from collections.abc import Sequence
-from dataclasses import Field, field, fields, is_dataclass, make_dataclass
-from typing import Annotated, Any, Literal, get_type_hints
-
-Group = Literal["data", "model", "optim", "loss", "distributed", "checkpoint", "log"]
-# in the order of --help
-GROUPS: dict[Group, str] = {
-    "data": "What to train on, and how it is read and augmented.",
-    "model": "What is trained, and how it is computed.",
-    "optim": "Batches, steps and updates.",
-    "loss": "Loss, and how processes share it.",
-    "distributed": "Devices and processes.",
-    "checkpoint": "Saving and resuming.",
-    "log": "The run directory, metrics and evaluation.",
-}
+import difflib
+from collections.abc import Mapping
+from dataclasses import Field, field, fields
+from typing import Any, get_type_hints
 
 
-def flag(default: Any, group: Group, *, defines_run: bool) -> Any:
+def flag(default: Any, *, defines_run: bool) -> Any:
     """A field of a dataclass of flags.
 
     Args:
         default: its value where the flag is not given.
-        group: heading under which `--help` lists it.
         defines_run: whether a resumed run must have the value of its beginning to continue as it
             would have. A change is noted then.
     """
-    return field(default=default, metadata={"group": group, "defines_run": defines_run})
+    return field(default=default, metadata={"defines_run": defines_run})
 
 
-def defining(kind: type) -> list[str]:
-    """Names of the fields that a resumed run must share with its beginning."""
-    return [each.name for each in fields(kind) if each.metadata["defines_run"]]
+def sections(config: type) -> dict[str, type]:
+    """The sections of a configuration by name: each of its fields is a dataclass of flags."""
+    hints = get_type_hints(config)
+    return {each.name: hints[each.name] for each in fields(config)}
 
 
-def ordered(kind: type) -> list[Field[Any]]:
-    """The fields by group, in each the class's own before those that it inherits."""
-    groups = list(GROUPS)
-
-    def place(each: Field[Any]) -> tuple[int, bool]:
-        return groups.index(each.metadata["group"]), each.name not in kind.__annotations__
-
-    return sorted(fields(kind), key=place)
+def ordered(section: type) -> list[Field[Any]]:
+    """The fields as `--help` lists them: the class's own before those that it inherits."""
+    return sorted(fields(section), key=lambda each: each.name not in section.__annotations__)
 
 
-def help_texts(kind: type) -> dict[str, str]:
-    """The string under each field, inherited ones included, as one line."""
-    texts: dict[str, str] = {}
-    for base in reversed([base for base in kind.__mro__ if is_dataclass(base)]):
-        try:
-            (definition,) = ast.parse(inspect.getsource(base)).body
-        except OSError:
-            # installed without sources: flags work, and have no help
-            continue
-        assert isinstance(definition, ast.ClassDef)
-        for statement, following in itertools.pairwise(definition.body):
-            if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
-                text = ast.literal_eval(following.value)
-                texts[ast.unparse(statement.target)] = " ".join(text.split())
-    return texts
+def defining(config: type) -> list[str]:
+    """Names of the flags that a resumed run must share with its beginning."""
+    return [
+        each.name
+        for section in sections(config).values()
+        for each in fields(section)
+        if each.metadata["defines_run"]
+    ]
 
 
-def parse_grouped(kind: type, arguments: Sequence[str], prog: str) -> dict[str, Any]:
-    """The values of all fields of a dataclass whose every field is a `flag`.
+def flatten(config: Any) -> dict[str, Any]:
+    """Every flag's value by the flag's name, without sections."""
+    parts = [getattr(config, name) for name in sections(type(config))]
+    return {each.name: getattr(part, each.name) for part in parts for each in fields(part)}
 
-    Flags have the fields' names alone; their help is in groups. Values are of the fields' types and
-    not checked any further.
+
+def arrange(config: type, values: Mapping[str, Any], origin: str = "") -> dict[str, dict[str, Any]]:
+    """Values by section and field.
+
+    Args:
+        config: a class of sections.
+        values: by the flags' names, with dashes or underscores; or by sections, which hold such; or
+            both. A name is in one section alone, so that nothing has to say which.
+        origin: what the values are of, for the message.
 
     Raises:
-        SystemExit: a flag is unknown or a value of the wrong type (said on standard error), or
-            `--help` is asked for.
+        ValueError: a name is unknown (the message has the nearest), comes twice, or is not one of
+            the section that it is given in.
     """
-    import tyro
+    known = {each.name: name for name, part in sections(config).items() for each in fields(part)}
+    arranged: dict[str, dict[str, Any]] = {name: {} for name in sections(config)}
+    said = f"{origin}: " if origin else ""
 
-    hints, texts = get_type_hints(kind), help_texts(kind)
-    # flags of a group are named without the group
-    bare: Any = tyro.conf.OmitArgPrefixes
-    groups: list[Any] = []
-    for group, about in GROUPS.items():
-        members = [
-            (
-                each.name,
-                # as one line: the terminal's width alone decides where it is broken
-                Annotated[hints[each.name], tyro.conf.arg(help=texts.get(each.name))],
-                field(default=each.default),
-            )
-            for each in ordered(kind)
-            if each.metadata["group"] == group
-        ]
-        made: Any = make_dataclass(group, members, namespace={"__doc__": about})
-        groups.append((group, bare[made], field(default_factory=made)))
-    whole: Any = make_dataclass(kind.__name__, groups, namespace={"__doc__": kind.__doc__})
-    read: Any = tyro.cli(whole, args=list(arguments), prog=prog)
-    return {
-        each.name: getattr(getattr(read, each.metadata["group"]), each.name)
-        for each in fields(kind)
-    }
+    def put(key: Any, value: Any, section: str | None = None) -> None:
+        name = str(key).replace("-", "_")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{said}unknown key {key!r}{hint}")
+        if section not in (None, known[name]):
+            raise ValueError(f"{said}{key!r} is not in section {section!r} but in {known[name]!r}")
+        if name in arranged[known[name]]:
+            raise ValueError(f"{said}key {key!r} is given twice; leave one out")
+        arranged[known[name]][name] = value
+
+    for key, value in values.items():
+        if key in arranged and isinstance(value, Mapping):
+            for inner, content in value.items():
+                put(inner, content, key)
+        elif key in known or key not in arranged:
+            put(key, value)
+        # a section all of whose lines are commented out is empty
+        elif value is not None:
+            raise ValueError(f"{said}{key!r} is a section: give its `key: value` lines below it")
+    return arranged
+
+
+def check_least(section: Any, **least: float) -> None:
+    """Check that fields are not below these values; None, where a field may be it, passes.
+
+    Raises:
+        ValueError: one is.
+    """
+    for name, minimum in least.items():
+        value = getattr(section, name)
+        if value is not None and value < minimum:
+            raise ValueError(f"{flag_name(name)} is {value}; give at least {minimum}")
+
+
+def check_positive(section: Any, *names: str) -> None:
+    """Check that fields are above 0; None passes.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"{flag_name(name)} is {value}; give a positive number")
+
+
+def flag_name(name: str) -> str:
+    """The flag of a field, as it is typed."""
+    return "--" + name.replace("_", "-")

@@ -3,30 +3,13 @@
 Features are normalized by the caller and scales already exponentiated, as in open_clip. Results
 are float32 (float64 for float64 features); gradients come in each input's dtype.
 
-Every loss takes, beside its own arguments,
-
-    reduction: "mean" as each loss defines it, "sum" ("mean" times its divisor), or "none".
-    backend: "auto", "triton" (fused, NVIDIA GPUs), "cpp" (fused, CPUs, where it was built), "cuda"
-        (the same for NVIDIA GPUs), "torch" (chunked, everywhere) or "reference" (dense, twice
-        differentiable).
-    chunk_bytes: size of a chunk of the similarity matrix, of which up to three are alive at a
-        time; None takes a fixed default.
-    precision: "auto" follows autocast, "input" computes in the features' dtype.
-    dist: None, or how processes share the loss: "gather" brings all columns at once, "ring" one
-        process's after the other, in memory linear in a process's own rows.
-    group: the process group; None is the default one.
-    sizes: rows of every process, as numbers; None where all have as many.
-
-and raises ValueError on shapes, dtypes, devices or options that do not fit together. A dictionary
-given as `metrics` receives the top-1 accuracy, a by-product without gradient: an anchor counts
-where its positive lies above every negative.
-
 Over several processes the features are one process's rows, the anchors those of all: every process
-returns the loss of the global batch ("none": of its own anchors). The gradient of a feature is the
-number of processes times the global loss's, and those of scalars average to it, so that the
-averaging of data-parallel training gives exactly the full batch's gradient. With "none" they are
-those of the sum of upstream times loss over all processes, and scalars' add up. All processes call
-alike; the upstream gradient of a mean or sum is the same on all.
+returns the loss of the global batch ("none": of its own anchors). "gather" brings all columns at
+once, "ring" one process's after the other, in memory linear in a process's own rows. A feature's
+gradient is the number of processes times the global loss's, and those of scalars average to it, so
+that the averaging of data-parallel training gives exactly the full batch's gradient. With "none"
+they are those of the sum of upstream times loss over all processes, and scalars' add up. All
+processes call alike; the upstream gradient of a mean or sum is the same on all.
 """
 
 from collections.abc import Sequence
@@ -42,6 +25,7 @@ from fastclip.ops.attention import packed_attention as packed_attention
 from fastclip.ops.candidates import mean_left
 from fastclip.ops.collectives import Ranks, global_sum, ranks_of
 from fastclip.ops.info_nce import info_nce_sum
+from fastclip.ops.kept import keep_argument
 from fastclip.ops.labels import label_statistics
 from fastclip.ops.numerics import softplus
 from fastclip.ops.problem import couples
@@ -67,6 +51,7 @@ def clip_loss(
     reduction: str = "mean",
     backend: str = "auto",
     chunk_bytes: int | None = None,
+    keep_bytes: int | None = None,
     precision: str = "auto",
     dist: Exchange | None = None,
     group: ProcessGroup | None = None,
@@ -75,27 +60,42 @@ def clip_loss(
     """Symmetric image-text cross-entropy (Radford et al. 2021, figure 3).
 
     Args:
-        image_features: (N, D), normalized.
+        image_features: (N, D), normalized, of any floating-point dtype.
         text_features: (M, D), normalized, M >= N; text i belongs to image i, texts beyond the
-            N-th are hard negatives that only images are compared with (NegCLIP), images of all
-            processes.
+            N-th are hard negatives (NegCLIP), compared with the images of all processes.
         logit_scale: 0-d or (1,) tensor, or a number: the inverse temperature.
-        logit_bias: accepted for open_clip's sake; a constant cancels in a softmax, so it changes
-            neither the loss nor any gradient (its own is 0).
+        logit_bias: accepted for compatibility with open_clip; a constant cancels in a softmax, so
+            it changes neither the loss nor any gradient (its own is 0).
         label_smoothing: in [0, 1); mass spread evenly over the candidates of each direction, with
             groups over the ones that are left.
         row_group, column_group: (N,) and (M,) integer ids; texts of an image's group other than
             its own are left out, so that duplicate captions are not negatives.
-        metrics: receives "image_to_text_accuracy" and "text_to_image_accuracy", 0-d.
-        reduction: "mean" over the N pairs of the mean of both directions; "none": (N,).
-        backend, chunk_bytes, precision, dist, group, sizes: see the module.
+        metrics: a dictionary for the top-1 "image_to_text_accuracy" and "text_to_image_accuracy".
+        reduction: "mean" over the N pairs of the mean of both directions; "sum": N times that;
+            "none": each pair's, (N,).
+        backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
+        chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
+        keep_bytes: memory for exponentials that the backward reuses; None: 64 MiB on CPUs.
+        precision: "auto" follows autocast, "input" computes in the features' dtype.
+        dist: None, or "gather" or "ring" where processes share the loss: features are this
+            process's rows, the loss is that of all, averaged gradients (DDP) are the full batch's.
+        group: the process group; None: the default one.
+        sizes: rows of every process; None: equally many.
 
     Returns:
-        The loss, 0-d or (N,).
+        The loss, 0-d or (N,), float32 (float64 for float64 features).
 
     Raises:
-        ValueError: shapes, dtypes, devices or options that do not fit together, such as fewer texts
-            than images, or a smoothing outside [0, 1).
+        ValueError: shapes, dtypes, devices or options do not fit, e.g. fewer texts than images.
+
+    Examples:
+        >>> import torch
+        >>> from fastclip.functional import clip_loss
+        >>> images = torch.eye(3, requires_grad=True)
+        >>> loss = clip_loss(images, torch.eye(3), logit_scale=2.0)
+        >>> loss.backward()
+        >>> round(loss.item(), 4), images.grad.shape
+        (0.2395, torch.Size([3, 3]))
     """
     _check_reduction(reduction)
     if not 0.0 <= label_smoothing < 1.0:
@@ -108,10 +108,12 @@ def clip_loss(
         logit_scale,
         row_group=row_group,
         column_group=column_group,
+        maxima=metrics is not None,
         means=label_smoothing > 0 and not grouped,
         ranks=ranks,
         backend=backend,
         chunk_bytes=chunk_bytes,
+        keep_bytes=keep_bytes,
         precision=precision,
     )
     positive = statistics.positive
@@ -148,28 +150,46 @@ def siglip_loss(
     reduction: str = "mean",
     backend: str = "auto",
     chunk_bytes: int | None = None,
+    keep_bytes: int | None = None,
     precision: str = "auto",
     dist: Exchange | None = None,
     group: ProcessGroup | None = None,
     sizes: Sequence[int] | None = None,
 ) -> Tensor:
-    """Sigmoid loss over all pairs (Zhai et al. 2023), as open_clip's.
+    """Sigmoid loss over all pairs (Zhai et al. 2023), with the values of the open_clip loss.
 
     Args:
-        image_features, text_features: (N, D), normalized; text i belongs to image i.
+        image_features, text_features: (N, D), normalized, of any floating-point dtype; text i
+            belongs to image i.
         logit_scale: 0-d or (1,) tensor, or a number: the inverse temperature.
         logit_bias: 0-d or (1,) tensor, a number or None, added to every logit.
-        reduction: "mean": the sum over all N * N pairs divided by N; "none": the rows' sums, (N,).
-        backend, chunk_bytes, precision, dist, group, sizes: see the module.
+        reduction: "sum" over all N * N pairs; "mean": that divided by N; "none": each row's sum,
+            (N,).
+        backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
+        chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
+        keep_bytes: as other losses have it; this one keeps nothing.
+        precision: "auto" follows autocast, "input" computes in the features' dtype.
+        dist: None, or "gather" or "ring" where processes share the loss: features are this
+            process's rows, the loss is that of all, averaged gradients (DDP) are the full batch's.
+        group: the process group; None: the default one.
+        sizes: rows of every process; None: equally many.
 
     Returns:
-        The loss, 0-d or (N,).
+        The loss, 0-d or (N,), float32 (float64 for float64 features).
 
     Raises:
-        ValueError: shapes, dtypes, devices or options that do not fit together, such as other than
-            one text an image.
+        ValueError: shapes, dtypes, devices or options do not fit, e.g. fewer texts than images.
+
+    Examples:
+        >>> import torch
+        >>> from fastclip.functional import siglip_loss
+        >>> images = texts = torch.eye(3)
+        >>> loss = siglip_loss(images, texts, logit_scale=10.0, logit_bias=-10.0)
+        >>> round(loss.item(), 4)
+        0.6932
     """
     _check_reduction(reduction)
+    keep_argument(keep_bytes, "", image_features)
     if image_features.shape[:1] != text_features.shape[:1]:
         raise ValueError(
             f"{image_features.shape[0]} images and {text_features.shape[0]} texts; the sigmoid "
@@ -202,6 +222,7 @@ def info_nce_loss(
     reduction: str = "mean",
     backend: str = "auto",
     chunk_bytes: int | None = None,
+    keep_bytes: int | None = None,
     precision: str = "auto",
     dist: Exchange | None = None,
     group: ProcessGroup | None = None,
@@ -210,7 +231,7 @@ def info_nce_loss(
     """One-direction softmax cross-entropy (van den Oord et al. 2018): each query among the keys.
 
     Args:
-        query: (N, D), normalized.
+        query: (N, D), normalized, of any floating-point dtype.
         keys: (M, D), normalized; further keys are extra negatives.
         logit_scale: 0-d or (1,) tensor, or a number: the inverse temperature.
         positive_index: (N,) integers in [0, M), the queries' positives; may repeat. None: query
@@ -218,20 +239,36 @@ def info_nce_loss(
             several processes they count this process's keys.
         bank: (K, D), further negatives without gradient (a memory bank).
         in_batch: whether other queries' keys are negatives; False only with a bank.
-        metrics: receives "accuracy", 0-d.
-        reduction: "mean" over the N queries; "none": (N,).
-        backend, chunk_bytes, precision, dist, group, sizes: see the module.
+        metrics: a dictionary for the top-1 "accuracy", 0-d, without gradient.
+        reduction: "mean" or "sum" over the N queries; "none": each query's, (N,).
+        backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
+        chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
+        keep_bytes: memory for exponentials that the backward reuses; None: 64 MiB on CPUs.
+        precision: "auto" follows autocast, "input" computes in the features' dtype.
+        dist: None, or "gather" or "ring" where processes share the loss: features are this
+            process's rows, the loss is that of all, averaged gradients (DDP) are the full batch's.
+        group: the process group; None: the default one.
+        sizes: rows of every process; None: equally many.
 
     Returns:
-        The loss, 0-d or (N,).
+        The loss, 0-d or (N,), float32 (float64 for float64 features).
 
     Raises:
-        ValueError: shapes, dtypes, devices or options that do not fit together, such as more
-            queries than keys without `positive_index`, or a bank with `dist`.
+        ValueError: shapes, dtypes, devices or options do not fit, e.g. a bank with `dist`.
+
+    Examples:
+        >>> import torch
+        >>> from fastclip.functional import info_nce_loss
+        >>> queries, keys, found = torch.eye(4)[:2], torch.eye(4), {}
+        >>> info_nce_loss(queries, keys, 2.0, torch.tensor([0, 3]), metrics=found).shape
+        torch.Size([])
+        >>> found["accuracy"]  # the second query is nearer to key 1 than to its positive, key 3
+        tensor(0.5000)
     """
     _check_reduction(reduction)
     if bank is None and not in_batch:
         raise ValueError("in_batch=False leaves no negatives; give a bank")
+    keep_argument(keep_bytes, "", query)
     ranks = _ranks(dist, group, sizes, query)
     if bank is not None and ranks is not None:
         raise ValueError("a bank is a process's own; leave out dist, or the bank")
@@ -260,10 +297,18 @@ def info_nce_loss(
     }
     if reduction == "none":
         statistics = similarity.similarity_statistics(
-            query, keys, logit_scale, column_statistics=False, **positives, **options
+            query,
+            keys,
+            logit_scale,
+            column_statistics=False,
+            maxima=metrics is not None,
+            keep_bytes=keep_bytes,
+            **positives,
+            **options,
         )
         loss = softplus(statistics.row_lse - statistics.positive)
-        margin = statistics.positive.detach() - statistics.row_max
+        if metrics is not None:
+            margin = statistics.positive.detach() - statistics.row_max
     else:
         loss, margin = info_nce_sum(query, keys, logit_scale, **positives, **options)
     if metrics is not None:
@@ -282,6 +327,7 @@ def mp_nce_loss(
     reduction: str = "mean",
     backend: str = "auto",
     chunk_bytes: int | None = None,
+    keep_bytes: int | None = None,
     precision: str = "auto",
     dist: Exchange | None = None,
     group: ProcessGroup | None = None,
@@ -297,26 +343,41 @@ def mp_nce_loss(
     positives stay out of each other's denominators.
 
     Args:
-        features: B >= 2 blocks, each (N, D), normalized, in the same pair order.
+        features: B >= 2 blocks, each (N, D), normalized, of any one floating-point dtype, in the
+            same pair order.
         domains: the domain of each block, e.g. [0, 0, 0, 1] for three views and a text.
         logit_scale, logit_offset: (P, P) tensors for P domains, the entry (a, b) read with
             a <= b; a number, and None for offset 0, stand for a full table.
         pair_weight: the positives' weights by domain pair, read likewise: (P, P) as a tensor or
             as lists of numbers, or None for ones.
-        metrics: receives "accuracy", over anchors and positives, 0-d.
-        reduction: "mean" over the B * N anchors; "none": (B * N,) in block order.
-        backend, chunk_bytes, precision, dist, group, sizes: see the module.
+        metrics: a dictionary for the "accuracy", 0-d, without gradient: the share of anchors and
+            positives where the positive lies above every negative.
+        reduction: "mean" or "sum" over the B * N anchors; "none": (B * N,) in block order.
+        backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
+        chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
+        keep_bytes: memory for exponentials that the backward reuses; None: 64 MiB on CPUs.
+        precision: "auto" follows autocast, "input" computes in the features' dtype.
+        dist: None, or "gather" or "ring" where processes share the loss: features are this
+            process's rows, the loss is that of all, averaged gradients (DDP) are the full batch's.
+        group: the process group; None: the default one.
+        sizes: rows of every process; None: equally many.
 
     Returns:
-        The loss, 0-d or (B * N,).
+        The loss, 0-d or (B * N,), float32 (float64 for float64 features).
 
     Raises:
-        ValueError: shapes, dtypes, devices or options that do not fit together, such as blocks of
-            different shapes, or a table with fewer domains than `domains` names.
+        ValueError: shapes, dtypes, devices or options do not fit, e.g. blocks of different shapes.
+
+    Examples:
+        >>> import torch
+        >>> from fastclip.functional import mp_nce_loss
+        >>> view1 = view2 = texts = torch.eye(3)
+        >>> mp_nce_loss([view1, view2, texts], [0, 0, 1], 2.0, reduction="none").shape
+        torch.Size([9])
     """
     _check_reduction(reduction)
     features, domains = list(features), [int(d) for d in domains]
-    _check_blocks(features, domains)
+    checks.check_blocks(features, domains)
     like, count = features[0], max(domains) + 1
     scale = checks.as_table("logit_scale", logit_scale, count, like)
     offset = None
@@ -336,13 +397,15 @@ def mp_nce_loss(
         domains,
         scale,
         offset,
+        maxima=metrics is not None,
         ranks=ranks,
         backend=backend,
         chunk_bytes=chunk_bytes,
+        keep_bytes=keep_bytes,
         precision=precision,
     )
     blocks = len(domains)
-    lse_of, top_of = lse.reshape(blocks, -1), top.reshape(blocks, -1)
+    lse_of = lse.reshape(blocks, -1)
     losses: list[list[Tensor]] = [[] for _ in domains]
     hits = []
     for index, couple in enumerate(couples(len(domains))):
@@ -353,7 +416,7 @@ def mp_nce_loss(
                 pair = pair * weight[low][high]
             losses[block].append(pair)
             if metrics is not None:
-                hits.append(_above(positive[index], top_of[block], ranks))
+                hits.append(_above(positive[index], top.reshape(blocks, -1)[block], ranks))
     if metrics is not None:
         metrics["accuracy"] = torch.stack(hits).mean()
     loss = torch.cat([torch.stack(terms).mean(dim=0) for terms in losses])
@@ -369,6 +432,7 @@ def nt_xent_loss(
     reduction: str = "mean",
     backend: str = "auto",
     chunk_bytes: int | None = None,
+    keep_bytes: int | None = None,
     precision: str = "auto",
     dist: Exchange | None = None,
     group: ProcessGroup | None = None,
@@ -377,27 +441,41 @@ def nt_xent_loss(
     """Normalized-temperature cross-entropy among 2N views (SimCLR, Chen et al. 2020, eq. 1).
 
     Args:
-        view1, view2: (N, D), normalized, two views of the same samples.
+        view1, view2: (N, D), normalized, of any floating-point dtype: two views of the samples.
         temperature: 0-d or (1,) tensor, or a number, > 0.
-        metrics: receives "accuracy", 0-d.
-        reduction: "mean" over the 2N anchors; "none": (2N,), view1's before view2's.
-        backend, chunk_bytes, precision, dist, group, sizes: see the module.
+        metrics: a dictionary for the top-1 "accuracy", 0-d, without gradient.
+        reduction: "mean" or "sum" over the 2N anchors; "none": (2N,), view1's before view2's.
+        backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
+        chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
+        keep_bytes: memory for exponentials that the backward reuses; None: 64 MiB on CPUs.
+        precision: "auto" follows autocast, "input" computes in the features' dtype.
+        dist: None, or "gather" or "ring" where processes share the loss: features are this
+            process's rows, the loss is that of all, averaged gradients (DDP) are the full batch's.
+        group: the process group; None: the default one.
+        sizes: rows of every process; None: equally many.
 
     Returns:
-        The loss, 0-d or (2N,).
+        The loss, 0-d or (2N,), float32 (float64 for float64 features).
 
     Raises:
-        ValueError: shapes, dtypes, devices or options that do not fit together, or a temperature
-            that is not positive.
+        ValueError: shapes, dtypes, devices or options do not fit, e.g. a temperature of 0.
+
+    Examples:
+        >>> import torch
+        >>> from fastclip.functional import nt_xent_loss
+        >>> view1 = view2 = torch.eye(3)
+        >>> round(nt_xent_loss(view1, view2, temperature=0.5).item(), 4)
+        0.4327
     """
     return mp_nce_loss(
         [view1, view2],
         [0, 0],
-        _inverse(temperature, view1),
+        checks.inverse(temperature, view1),
         metrics=metrics,
         reduction=reduction,
         backend=backend,
         chunk_bytes=chunk_bytes,
+        keep_bytes=keep_bytes,
         precision=precision,
         dist=dist,
         group=group,
@@ -413,6 +491,7 @@ def sup_con_loss(
     reduction: str = "mean",
     backend: str = "auto",
     chunk_bytes: int | None = None,
+    keep_bytes: int | None = None,
     precision: str = "auto",
     dist: Exchange | None = None,
     group: ProcessGroup | None = None,
@@ -423,36 +502,51 @@ def sup_con_loss(
     loss_i = logsumexp_{j != i} s_ij - mean over the others p of i's label of s_ip.
 
     Args:
-        features: (M, D), normalized.
+        features: (M, D), normalized, of any floating-point dtype.
         labels: (M,) integers of any values.
         temperature: 0-d or (1,) tensor, or a number, > 0.
-        reduction: "mean" over the anchors that have a positive, 0 if none has; "none": (M,), 0
-            where there is no positive.
-        backend, chunk_bytes, precision, dist, group, sizes: see the module.
+        reduction: "mean" or "sum" over the anchors that have a positive, 0 if none has; "none":
+            (M,), 0 where there is no positive.
+        backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
+        chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
+        keep_bytes: memory for exponentials that the backward reuses; None: 64 MiB on CPUs.
+        precision: "auto" follows autocast, "input" computes in the features' dtype.
+        dist: None, or "gather" or "ring" where processes share the loss: features are this
+            process's rows, the loss is that of all, averaged gradients (DDP) are the full batch's.
+        group: the process group; None: the default one.
+        sizes: rows of every process; None: equally many.
 
     Returns:
-        The loss, 0-d or (M,).
+        The loss, 0-d or (M,), float32 (float64 for float64 features).
 
     Raises:
-        ValueError: shapes, dtypes, devices or options that do not fit together, or a temperature
-            that is not positive.
+        ValueError: shapes, dtypes, devices or options do not fit, e.g. a temperature of 0.
+
+    Examples:
+        >>> import torch
+        >>> from fastclip.functional import sup_con_loss
+        >>> features, labels = torch.eye(3), torch.tensor([7, 7, 2])
+        >>> sup_con_loss(features, labels, temperature=0.5, reduction="none")
+        tensor([0.6931, 0.6931, 0.0000])
     """
     _check_reduction(reduction)
     ranks = _ranks(dist, group, sizes, features)
     statistics = label_statistics(
         features,
         labels,
-        _inverse(temperature, features),
+        checks.inverse(temperature, features),
         ranks=ranks,
         backend=backend,
         chunk_bytes=chunk_bytes,
+        keep_bytes=keep_bytes,
         precision=precision,
     )
     has_positive = statistics.positives > 0
     loss = torch.where(has_positive, statistics.lse - statistics.positive_mean, 0.0)
     if reduction == "none":
         return loss
-    total, anchors = global_sum(torch.stack((loss.sum(), has_positive.sum().to(loss))), ranks)
+    sums = global_sum(torch.stack((loss.sum(), has_positive.sum().to(loss))), ranks)
+    total, anchors = sums.unbind()
     return total / anchors.detach().clamp(min=1) if reduction == "mean" else total
 
 
@@ -467,9 +561,11 @@ def similarity_statistics(
     column_group: Tensor | None = None,
     first_negative: int = 0,
     columns_with_gradient: int | None = None,
+    maxima: bool = False,
     means: bool = False,
     backend: str = "auto",
     chunk_bytes: int | None = None,
+    keep_bytes: int | None = None,
     precision: str = "auto",
     dist: Exchange | None = None,
     group: ProcessGroup | None = None,
@@ -477,12 +573,12 @@ def similarity_statistics(
 ) -> Statistics:
     """What softmax losses are made of, differentiable, for a loss of your own.
 
-    Of S = logit_scale * rows @ columns.T, which is never stored: the log-sum-exp and the maximum
-    of each row's and each column's negatives, the positive's logit, and means on request. Row i's
+    Of S = logit_scale * rows @ columns.T, which is never stored: the log-sum-exp of each row's
+    and each column's negatives, the positive's logit, maxima and means on request. Row i's
     negatives are all columns but its positive and those left out by a group.
 
     Args:
-        rows: (N, D), normalized.
+        rows: (N, D), normalized, of any floating-point dtype.
         columns: (M, D), normalized; column i belongs to row i, further ones are negatives.
         logit_scale: 0-d or (1,) tensor, or a number: the inverse temperature.
         column_statistics: whether columns have statistics too; needs M >= N.
@@ -492,8 +588,16 @@ def similarity_statistics(
             group other than its positive are left out.
         first_negative: columns before it are positives only; without column_statistics and dist.
         columns_with_gradient: columns from it on get no gradient; None: all do; without dist.
+        maxima: whether row_max and column_max are wanted; nothing is kept then.
         means: whether row_mean and column_mean are wanted, over all columns and rows; needs M >= N.
-        backend, chunk_bytes, precision, dist, group, sizes: see the module.
+        backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
+        chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
+        keep_bytes: memory for exponentials that the backward reuses; None: 64 MiB on CPUs.
+        precision: "auto" follows autocast, "input" computes in the features' dtype.
+        dist: None, or "gather" or "ring": rows and columns are this process's, compared with all.
+            A mean over own rows has, averaged over processes (DDP), the full batch's gradient.
+        group: the process group; None: the default one.
+        sizes: rows of every process; None: equally many.
 
     Returns:
         A NamedTuple of row_lse, row_max, column_lse, column_max, positive, row_mean, column_mean,
@@ -501,9 +605,9 @@ def similarity_statistics(
         log-sum-exp of a row without negatives is -inf. Maxima have no gradient.
 
     Raises:
-        ValueError: shapes, dtypes, devices or options that do not fit together.
+        ValueError: shapes, dtypes, devices or options do not fit together.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from fastclip.functional import similarity_statistics
         >>> images = texts = torch.eye(3)
@@ -526,10 +630,12 @@ def similarity_statistics(
         column_group=column_group,
         first_negative=first_negative,
         columns_with_gradient=columns_with_gradient,
+        maxima=maxima,
         means=means,
         ranks=ranks,
         backend=backend,
         chunk_bytes=chunk_bytes,
+        keep_bytes=keep_bytes,
         precision=precision,
     )
 
@@ -539,50 +645,10 @@ def _check_reduction(reduction: str) -> None:
         raise ValueError(f"reduction is {reduction!r}; use one of {', '.join(REDUCTIONS)}")
 
 
-def _check_blocks(features: list[Tensor], domains: list[int]) -> None:
-    if len(features) != len(domains):
-        raise ValueError(f"{len(features)} blocks but {len(domains)} domains; give one a block")
-    if len(features) < 2:
-        raise ValueError(f"{len(features)} block; an anchor's positives are in other blocks")
-    if min(domains) < 0:
-        raise ValueError(f"domains are {domains}; number them from 0")
-    for index, block in enumerate(features):
-        checks.check_features(f"features of block {index}", block)
-        if block.shape != features[0].shape or block.device != features[0].device:
-            raise ValueError(
-                f"block {index} is {tuple(block.shape)} on {block.device}, block 0 "
-                f"{tuple(features[0].shape)} on {features[0].device}; all blocks need one shape "
-                "and device"
-            )
-    if len({block.dtype for block in features}) > 1:
-        autocast = checks.autocast_enabled(features[0].device)
-        if not autocast or any(block.dtype == torch.float64 for block in features):
-            kinds = sorted({str(block.dtype) for block in features})
-            raise ValueError(f"the blocks are {' and '.join(kinds)}; cast them to one dtype")
-
-
 def _concatenate(blocks: list[Tensor]) -> Tensor:
     # the operator rounds for autocast, whose own rule here knows no float16 beside bfloat16
     with checks.without_autocast(blocks[0].device):
         return torch.cat(blocks)
-
-
-def _inverse(temperature: Tensor | float, features: Tensor) -> Tensor | float:
-    if not isinstance(temperature, Tensor):
-        checks.check_positive("temperature", temperature)
-        return 1 / temperature
-    if temperature.numel() != 1:
-        raise ValueError(
-            f"temperature has shape {tuple(temperature.shape)}; give a 0-d or (1,) tensor"
-        )
-    # 16 bits would round the inverse, and its gradient, -1/T^2, would overflow in them
-    wide = checks.widened(temperature, features)
-    if checks.is_readable(temperature):
-        if temperature.item() <= 0:
-            raise ValueError(f"temperature is {temperature.item()}; give a positive number")
-        return 1 / wide
-    # a device is not waited for: the loss is NaN
-    return 1 / torch.where(wide > 0, wide, torch.nan)
 
 
 def _ranks(

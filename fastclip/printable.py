@@ -1,7 +1,6 @@
 """Texts of unknown origin, made fit for a terminal."""
 
 import re
-import sys
 
 # Control characters, C1's too, may move the cursor, set a title or clear the screen; marks of
 # writing direction reorder what is read; halves of surrogate pairs cannot be written at all.
@@ -19,8 +18,3 @@ def printable(text: str) -> str:
     """
     text = _SECRET.sub("***@", text)
     return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
-
-
-def note(text: str) -> None:
-    """Report something on standard error."""
-    print(f"note: {printable(text)}", file=sys.stderr)

@@ -1,7 +1,7 @@
 """How attention's kernels walk a sequence: tiles of lines, and plans by device and shape.
 
 A plan that `attention_plans.json` has measured comes first, then the rule of thumb below, which
-compile reports chose. `fastclip.bench.attention --sweep` measures and rewrites the file.
+compile reports chose. `fastclip.bench.attention_lab --sweep` measures and rewrites the file.
 """
 
 import functools

@@ -138,7 +138,8 @@ def architecture(device: torch.device) -> str:
     if name in tilings():
         return name
     # consumer parts have a third less shared memory; sm_80's entries that fit are "small"
-    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's stub lacks the field
+    shared: int = properties.shared_memory_per_block_optin
     return "sm_80" if shared >= 160 << 10 else "small"
 
 

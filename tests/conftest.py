@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import logging
 import os
 import shutil
 import tarfile
@@ -63,6 +64,19 @@ def poisoned_empty_memory() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
+    """The package's messages since the last call, a line each."""
+    caplog.set_level(logging.INFO, "fastclip")
+
+    def read() -> str:
+        lines = [record.message for record in caplog.records if record.name == "fastclip"]
+        caplog.clear()
+        return "".join(f"{line}\n" for line in lines)
+
+    return read
 
 
 @pytest.fixture

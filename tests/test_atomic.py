@@ -36,7 +36,7 @@ WRITE_THEMSELVES = {
 
 
 def log_metrics(folder: Path) -> None:
-    log = RunLog(folder, 0, TrainConfig(report_to="none", log_sample_ids=True))
+    log = RunLog(folder, 0, TrainConfig.from_flat(report_to="none", log_sample_ids=True))
     for step in (1, 2):
         log.metrics(step, {"loss": 1.0})
         log.samples(step, ["a"])
@@ -149,7 +149,7 @@ def test_a_folder_may_be_a_link(tmp_path: Path) -> None:
 def test_what_is_no_regular_file_is_not_added_to(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     for path in (tmp_path / "link", Path("/dev/null")):
-        with pytest.raises(ValueError, match=f"{path} is no regular file"):
+        with pytest.raises(ValueError, match=f"{path} is not a regular file"):
             append(path)
     assert not (tmp_path / "elsewhere").exists()
 

@@ -25,21 +25,21 @@ from fastclip.train.log import METRICS_FILE, read_metrics
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (b"[" * 200_000, "nested too deeply"),
         (b'{"a": 9223372036854775808}', "beyond 64 bits"),
         (b'{"a": ' + b"9" * 100_000 + b"}", "beyond 64 bits"),
         (b'{"a": "\xff"}', "not UTF-8"),
-        (b"{", "no valid JSON"),
+        (b"{", "not valid JSON"),
         (b" " * 101 * 1000, "larger than"),
     ],
 )
-def test_json_that_is_refused(tmp_path: Path, content: bytes, told: str) -> None:
+def test_json_that_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(content)
-    limit = 100_000 if told == "larger than" else 1 << 20
-    with pytest.raises(ValueError, match=rf"a\.json.*{told}"):
+    limit = 100_000 if message == "larger than" else 1 << 20
+    with pytest.raises(ValueError, match=rf"a\.json.*{message}"):
         read_json(path, limit)
 
 
@@ -53,20 +53,20 @@ def test_json_that_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (b"a: &a [x]\nb: *a\n", "aliases"),
         (b"seed: " + b"[" * 5000 + b"]" * 5000, "nested too deeply"),
         (b"seed: 9223372036854775808\n", "beyond 64 bits"),
         (b"name: \xff\n", "not UTF-8"),
-        (b"a: [", "no valid YAML"),
+        (b"a: [", "not valid YAML"),
     ],
 )
-def test_yaml_that_is_refused(tmp_path: Path, content: bytes, told: str) -> None:
+def test_yaml_that_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "a.yaml"
     path.write_bytes(content)
     for reader in (lambda: read_yaml(path), lambda: parse(["--config", str(path)])):
-        with pytest.raises(ValueError, match=rf"a\.yaml.*{told}"):
+        with pytest.raises(ValueError, match=rf"a\.yaml.*{message}"):
             reader()
 
 
@@ -116,7 +116,7 @@ def test_no_reader_waits_for_a_pipe(name: str, tmp_path: Path) -> None:
 def test_a_pipe_in_the_place_of_an_image_is_a_fault(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.jpg")
     (fault,) = _Files([ImageFile(tmp_path / "a.jpg")], None)[0]["faults"]
-    assert fault.kind == "image path is no file"
+    assert fault.kind == "image path is not a file"
     assert _size_of(tmp_path / "a.jpg") is None
 
 

@@ -84,23 +84,25 @@ def test_a_failing_cuda_part_leaves_the_rest_and_its_reason(
             raise no_cuda.CannotBuild("compiling failed: no kernel image")
 
     monkeypatch.setattr(no_cuda, "_build", build)
-    told = tmp_path / "_native_cuda_missing.txt"
+    message = tmp_path / "_native_cuda_missing.txt"
     no_cuda.install(tmp_path, "1")
-    assert built == [None] and "nvcc was not found" in told.read_text()
+    assert built == [None] and "nvcc was not found" in message.read_text()
     nvcc = str(put_nvcc(tmp_path / "path", "13.0"))
     monkeypatch.setenv("CUDACXX", nvcc)
     no_cuda.install(tmp_path, "1")
-    assert built[1:] == [nvcc, None] and told.read_text() == "compiling failed: no kernel image\n"
+    assert (
+        built[1:] == [nvcc, None] and message.read_text() == "compiling failed: no kernel image\n"
+    )
     assert not (tmp_path / "_native_missing.txt").exists()
     monkeypatch.setenv("FASTCLIP_NATIVE", "cpu")
     no_cuda.install(tmp_path, "1")
-    assert built[3:] == [None] and told.read_text() == "FASTCLIP_NATIVE was cpu: unset it\n"
+    assert built[3:] == [None] and message.read_text() == "FASTCLIP_NATIVE was cpu: unset it\n"
     monkeypatch.setenv("FASTCLIP_NATIVE", "cuda")
     with pytest.raises(SystemExit, match=r"no kernel image \(FASTCLIP_NATIVE=cuda\)"):
         no_cuda.install(tmp_path, "1")
     assert built[4:] == [nvcc]
     # what was there stays
-    assert told.read_text() == "FASTCLIP_NATIVE was cpu: unset it\n"
+    assert message.read_text() == "FASTCLIP_NATIVE was cpu: unset it\n"
 
 
 @needs_compiler
@@ -115,8 +117,8 @@ def test_an_nvcc_that_breaks_is_reported_not_fatal(
     package.mkdir()
     tools.install(package, "1")
     assert tools.library(package)
-    told = (package / "_native_cuda_missing.txt").read_text()
-    assert told.startswith("configuring failed: ")
+    message = (package / "_native_cuda_missing.txt").read_text()
+    assert message.startswith("configuring failed: ")
 
 
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
@@ -155,8 +157,12 @@ def test_what_ptxas_made(tmp_path: Path) -> None:
         command = [NVCC, *flags, str(source), "-o", str(tmp_path / "out.o")]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        told = re.split(r"Compiling entry function '(\w+)' for '(\w+)'", done.stdout + done.stderr)
-        for name, architecture, text in zip(told[1::3], told[2::3], told[3::3], strict=True):
+        message = re.split(
+            r"Compiling entry function '(\w+)' for '(\w+)'", done.stdout + done.stderr
+        )
+        for name, architecture, text in zip(
+            message[1::3], message[2::3], message[3::3], strict=True
+        ):
             context = f"{name} for {architecture}: {text}"
             registers = re.search(r"Used (\d+) registers", text)
             shared = re.search(r"(\d+) bytes smem", text)
@@ -214,7 +220,7 @@ def test_the_module_loads_without_cuda(built: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "library, files, told",
+    "library, files, message",
     [
         ({}, {}, "has no CUDA part: install nvcc 12.8 or newer"),
         (
@@ -229,7 +235,7 @@ def test_the_module_loads_without_cuda(built: Path) -> None:
 def test_what_is_missing_is_reported(
     library: dict,
     files: dict[str, str],
-    told: str | None,
+    message: str | None,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
@@ -245,14 +251,14 @@ def test_what_is_missing_is_reported(
     monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
     monkeypatch.setattr(native, "_load", lambda: found)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert (native.cuda_obstacle() is None) == (told is None)
+    assert (native.cuda_obstacle() is None) == (message is None)
     assert main(["info"]) == 0
     assert f"  cuda      {native.cuda_obstacle() or 'built'}\n" in capsys.readouterr().out
     gpu = torch.device("cuda")
-    if told is None:
+    if message is None:
         assert backend.choose("similarity", "cuda", gpu, torch.bfloat16) == "cuda"
     else:
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             backend.choose("similarity", "cuda", gpu, torch.bfloat16)
 
 

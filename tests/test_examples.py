@@ -115,16 +115,16 @@ def test_the_drop_in_has_open_clips_losses() -> None:
 
 @pytest.mark.parametrize("micro_batches", ["1", "8"])
 def test_the_large_batch_has_the_plain_gradient(micro_batches: str) -> None:
-    told = run_example("examples/large_batch_plain_pytorch.py", micro_batches)
-    differences = numbers(r"differs by (\S+)", told)
+    message = run_example("examples/large_batch_plain_pytorch.py", micro_batches)
+    differences = numbers(r"differs by (\S+)", message)
     assert len(differences) == 5 and max(differences) < 1e-5
-    losses = numbers(r"loss (\d+\.\d+)", told)
+    losses = numbers(r"loss (\d+\.\d+)", message)
     assert losses[-1] < losses[0] - 1
 
 
 def test_simclr_and_sup_con_learn() -> None:
-    told = run_example("examples/simclr_lightly.py")
-    lines = re.findall(r"loss (\S+) -> (\S+)", told)
+    message = run_example("examples/simclr_lightly.py")
+    lines = re.findall(r"loss (\S+) -> (\S+)", message)
     assert len(lines) == 2 and all(float(after) < float(before) for before, after in lines)
 
 
@@ -137,19 +137,19 @@ def test_uniclip_learns_from_views(data: str, make_shard: Callable[..., Path]) -
 
 def test_transformers_fine_tunes_without_logits() -> None:
     pytest.importorskip("transformers", minversion="5.0")
-    told = run_example("examples/finetune_transformers.py")
-    before, after = numbers(r"(\d+\.\d+) (?:before|after)", told)
-    assert before == pytest.approx(after, abs=2e-5) and "logits_per_image is None" in told
-    losses = numbers(r"step \d+: loss (\d+\.\d+)", told)
+    message = run_example("examples/finetune_transformers.py")
+    before, after = numbers(r"(\d+\.\d+) (?:before|after)", message)
+    assert before == pytest.approx(after, abs=2e-5) and "logits_per_image is None" in message
+    losses = numbers(r"step \d+: loss (\d+\.\d+)", message)
     assert losses[-1] < losses[0]
 
 
 @pytest.mark.dist
 def test_several_processes_have_the_whole_batchs_gradient() -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    told = run_example(*launcher, "examples/distributed.py")
+    message = run_example(*launcher, "examples/distributed.py")
     # the two may print on one line: unbuffered, a line and its end are written apart
-    assert len(numbers(r"differs by ([\d.]+e[-+]\d+)", told)) == 2
+    assert len(numbers(r"differs by ([\d.]+e[-+]\d+)", message)) == 2
 
 
 def test_the_hostfile_is_deepspeeds_format() -> None:

@@ -64,15 +64,15 @@ def test_auto_never_fails_and_says_why(
     tools: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     stale = tmp_path / "_native.cpython-39-x86_64-linux-gnu.so"
-    for missing, told in (
+    for missing, message in (
         (EVERY_TOOL, "no C++ compiler was found: install g++ or clang++, or set CXX"),
         ({"cmake"}, "CMake was not found: pip install cmake"),
     ):
         stale.touch()
         monkeypatch.setattr(shutil, "which", only(EVERY_TOOL - missing))
         tools.install(tmp_path, "1")
-        assert reason_of(tmp_path) == told
-        assert told in capfd.readouterr().err
+        assert reason_of(tmp_path) == message
+        assert message in capfd.readouterr().err
         assert not stale.exists()
         monkeypatch.setenv("FASTCLIP_NATIVE", "cpu")
         with pytest.raises(SystemExit, match="FASTCLIP_NATIVE=cpu"):
@@ -114,12 +114,12 @@ def test_a_reason_in_any_encoding_is_reported_not_fatal(tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    told = (tmp_path / "_native_missing.txt").read_text(encoding="utf-8")
-    assert told.startswith("compiling failed: ")
+    message = (tmp_path / "_native_missing.txt").read_text(encoding="utf-8")
+    assert message.startswith("compiling failed: ")
 
 
 @pytest.mark.parametrize(
-    "found, files, told",
+    "found, files, message",
     [
         (SimpleNamespace(VERSION="0.0.1", ABI=native.ABI), {}, "of fastclip 0.0.1, interface 1"),
         (SimpleNamespace(VERSION=__version__, ABI=99), {}, "interface 99; this is"),
@@ -132,7 +132,7 @@ def test_a_reason_in_any_encoding_is_reported_not_fatal(tmp_path: Path) -> None:
 def test_what_does_not_fit_is_refused_with_its_reason(
     found: object,
     files: dict[str, str],
-    told: str,
+    message: str,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
@@ -147,7 +147,7 @@ def test_what_does_not_fit_is_refused_with_its_reason(
     monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
     monkeypatch.setattr(native.importlib, "import_module", load)
     monkeypatch.setattr(native, "_load", native._load.__wrapped__)
-    with pytest.raises(native.Unusable, match=told):
+    with pytest.raises(native.Unusable, match=message):
         native.library()
     assert native.obstacle()
 
@@ -189,7 +189,7 @@ def test_a_wheel_with_the_library_is_of_this_machine(checkout: Path, tmp_path: P
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     code = "from fastclip import native; print(native.obstacle(), native.__file__)"
-    for choice, told in (("auto", "None"), ("off", "FASTCLIP_NATIVE is off")):
+    for choice, message in (("auto", "None"), ("off", "FASTCLIP_NATIVE is off")):
         done = subprocess.run(
             [sys.executable, "-c", code],
             cwd=tmp_path,
@@ -198,7 +198,7 @@ def test_a_wheel_with_the_library_is_of_this_machine(checkout: Path, tmp_path: P
             text=True,
             check=True,
         )
-        assert done.stdout.startswith(f"{told} {tmp_path / 'site'}")
+        assert done.stdout.startswith(f"{message} {tmp_path / 'site'}")
 
 
 @needs_compiler

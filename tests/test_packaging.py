@@ -1,5 +1,6 @@
 """Wheel, sdist, checkout: each imports every module from its own files."""
 
+import functools
 import os
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_repo_shape import ROOT, tracked
+from tests.test_repo_shape import ROOT, SOURCES, imports_of, module_of, tracked
 
 IMPORT_ALL = """
 import importlib, pathlib, sys
@@ -39,9 +40,22 @@ def module_names() -> list[str]:
     return names
 
 
-def import_all(root: Path, cwd: Path) -> None:
+@functools.cache
+def lab() -> set[str]:
+    """The benchmark modules that no command imports, directly or through others."""
+    paths = {module_of(path): path for path in SOURCES}
+    needed: set[str] = set()
+    todo = [name for name in paths if not name.startswith("fastclip.bench.")]
+    while todo:
+        new = imports_of(paths[todo.pop()], set(paths)) - needed
+        needed |= new
+        todo += new
+    return {name for name in paths if name.startswith("fastclip.bench.")} - needed
+
+
+def import_all(root: Path, cwd: Path, names: list[str]) -> None:
     result = subprocess.run(
-        [sys.executable, "-c", IMPORT_ALL, str(root), *module_names()],
+        [sys.executable, "-c", IMPORT_ALL, str(root), *names],
         cwd=cwd,
         env={"PYTHONPATH": str(root), "PATH": "/usr/bin:/bin"},
         capture_output=True,
@@ -76,7 +90,7 @@ def built(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_checkout_imports_without_installation(checkout: Path, tmp_path: Path) -> None:
-    import_all(checkout, tmp_path)
+    import_all(checkout, tmp_path, module_names())
 
 
 def test_wheel_imports_and_holds_the_data_files(built: Path, tmp_path: Path) -> None:
@@ -84,8 +98,8 @@ def test_wheel_imports_and_holds_the_data_files(built: Path, tmp_path: Path) -> 
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
         names = set(archive.namelist())
-    import_all(tmp_path / "site", tmp_path)
-    for path in [*tracked("fastclip/*"), *tracked("benchmarks/*.py"), *tracked("kernels/*")]:
+    import_all(tmp_path / "site", tmp_path, [name for name in module_names() if name not in lab()])
+    for path in [*tracked("fastclip/*"), *tracked("kernels/*")]:
         name = str(path.relative_to(ROOT))
         for folder, package in ROOMS.items():
             name = name.replace(folder, f"fastclip/{package}") if name.startswith(folder) else name
@@ -93,6 +107,19 @@ def test_wheel_imports_and_holds_the_data_files(built: Path, tmp_path: Path) -> 
     assert any(name.endswith("licenses/LICENSE") for name in names)
     top = {name.split("/")[0] for name in names}
     assert {name for name in top if not name.endswith(".dist-info")} == {"fastclip"}
+
+
+def test_wheel_holds_the_benchmarks_that_commands_import(built: Path) -> None:
+    (wheel,) = built.glob("fastclip_kernels-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        found = {
+            name.removesuffix(".py").replace("/", ".")
+            for name in archive.namelist()
+            if name.startswith("fastclip/bench/") and name != "fastclip/bench/__init__.py"
+        }
+    every = {module_of(path) for path in tracked("benchmarks/*.py")}
+    assert "fastclip.bench.gpu_lab" in lab() and "fastclip.bench.losses" not in lab()
+    assert found == every - lab()
 
 
 def test_sdist_holds_what_the_native_part_is_built_from(built: Path) -> None:

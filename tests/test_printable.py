@@ -7,7 +7,8 @@ import pytest
 
 from fastclip.cli import main
 from fastclip.data.index import Fault
-from fastclip.printable import note, printable
+from fastclip.messages import note
+from fastclip.printable import printable
 from tests.conftest import jpeg
 
 TITLE = "\x1b]0;owned\x07\x1b[2J"
@@ -32,12 +33,12 @@ def test_printable(text: str, shown: str) -> None:
     assert printable(text) == shown
 
 
-def test_faults_and_notes_are_printable(capsys: pytest.CaptureFixture[str]) -> None:
+def test_faults_and_notes_are_printable(caplog: pytest.LogCaptureFixture) -> None:
     assert str(Fault(TITLE, TITLE, TITLE)).isprintable()
     # a file's name begins no line of its own
     assert str(Fault("corrupt image", "a\nepoch 3: done")) == r"corrupt image: a\nepoch 3: done"
     note(TITLE)
-    assert capsys.readouterr().err.rstrip("\n").isprintable()
+    assert caplog.messages == [r"note: \x1b]0;owned\x07\x1b[2J"]
 
 
 def hostile(kind: str, folder: Path) -> str:
@@ -74,9 +75,9 @@ def test_names_in_data_reach_no_terminal_raw(
         main(["data", "preview", data, "-o", str(tmp_path / "sheet.png")])
     else:
         main(["convert", kind, data, str(tmp_path / "out")])
-    told = capsys.readouterr()
-    assert r"\x1b]0;owned" in told.err
-    assert "\x1b]" not in told.out + told.err and "\x07" not in told.out + told.err
+    message = capsys.readouterr()
+    assert r"\x1b]0;owned" in message.err
+    assert "\x1b]" not in message.out + message.err and "\x07" not in message.out + message.err
 
 
 def test_an_error_is_printable(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,5 +85,5 @@ def test_an_error_is_printable(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["data", "preview", str(tmp_path / f"{TITLE}.csv")]) == 1
     assert "\x1b" not in capsys.readouterr().err
     assert main(["data", "preview", "nosuch://user:secret@host/a.tar"]) == 1
-    told = capsys.readouterr().err
-    assert "secret" not in told and "***@host" in told
+    message = capsys.readouterr().err
+    assert "secret" not in message and "***@host" in message

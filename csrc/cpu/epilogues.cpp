@@ -85,6 +85,37 @@ void gradient(const Tile& tile, Lines rows, const Lines* columns, Sums* sums, in
     add(of_parts, sums);
 }
 
+void exponentials(const Tile& tile, float anchor, float* row_sum, float* column_sum,
+                  int threads) {
+    const Parts parts(tile, threads);
+    const size_t m = static_cast<size_t>(tile.columns);
+    // the columns of each part, and its scratch
+    float* const room = scratch(column_sum ? parts.count * 2 * m : 0);
+    std::fill_n(room, column_sum ? parts.count * 2 * m : 0, 0.0f);
+    run(parts.count, [&](int part) {
+        float* const of_part = room + part * 2 * m;
+        kernels().exponentials(tile, parts.begin(part), parts.end(part), anchor, row_sum,
+                               column_sum ? of_part : nullptr, of_part + m);
+    });
+    for (int part = 0; column_sum && part < parts.count; ++part)
+        for (size_t j = 0; j < m; ++j) column_sum[j] += room[part * 2 * m + j];
+}
+
+double weigh(int64_t rows, int64_t columns, const float* E, int64_t E_stride, float scale,
+             const float* u, const float* v, float* out, int64_t out_stride, int threads) {
+    const Parts parts({nullptr, rows, columns, 0, 0, 0}, threads);
+    std::vector<double> totals(parts.count);
+    run(parts.count, [&](int part) {
+        const int64_t first = parts.begin(part);
+        totals[part] = kernels().weigh(parts.end(part) - first, columns, E + first * E_stride,
+                                       E_stride, scale, u + first, v, out + first * out_stride,
+                                       out_stride);
+    });
+    double total = 0;
+    for (double one : totals) total += one;
+    return total;
+}
+
 void begin_rows(const Tile& tile, float* row_max, Running running, float* dot, int threads) {
     const Parts parts(tile, threads);
     run(parts.count, [&](int part) {

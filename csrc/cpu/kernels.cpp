@@ -293,6 +293,66 @@ void gradient(const Tile& tile, int64_t begin, int64_t end, Lines rows, const Li
     sweep(tile, begin, end, of_rows, span.low, of_columns, sums);
 }
 
+template <int R, bool COLUMNS>
+void exponential_rows(const Strip& strip, int64_t first, float anchor, float* row_sum,
+                      float* column_sum) {
+    Floats sum[R];
+    for (int r = 0; r < R; ++r) sum[r] = Floats{};
+    along(strip.tile.columns, [&](int64_t j, auto lanes) {
+        Floats column{};
+        for (int r = 0; r < R; ++r) {
+            float* const entry = strip.tile.data + (strip.begin + first + r) * strip.tile.stride + j;
+            const Floats e = exp_or_infinite(lanes.load(entry) * strip.scale[first + r] - anchor);
+            lanes.store(entry, e);
+            sum[r] += lanes.inside(e, 0.0f);
+            if (COLUMNS) column += e;
+        }
+        if (COLUMNS) lanes.store(column_sum + j, column + lanes.load(column_sum + j));
+    });
+    for (int r = 0; r < R; ++r) row_sum[first + r] += sum_of(sum[r]);
+}
+
+void exponentials(const Tile& tile, int64_t begin, int64_t end, float anchor, float* row_sum,
+                  float* column_sum, float* scratch) {
+    const float about = anchor - tile.offset;
+    for (; begin < end; begin += STRIP) {
+        Strip strip{tile, begin, least(STRIP, end - begin), {}};
+        for (int64_t i = 0; i < strip.rows; ++i)
+            strip.scale[i] = leave_out(tile, begin + i, -INFINITE);
+        // sums of a strip's columns first: a long sum of small terms would lose them
+        if (column_sum) fill(scratch, tile.columns, 0.0f);
+        in_groups(strip.rows, [&](int64_t i, auto count) {
+            constexpr int R = decltype(count)::value;
+            if (column_sum)
+                exponential_rows<R, true>(strip, i, about, row_sum + begin, scratch);
+            else
+                exponential_rows<R, false>(strip, i, about, row_sum + begin, nullptr);
+        });
+        if (!column_sum) continue;
+        along(tile.columns, [&](int64_t j, auto lanes) {
+            lanes.store(column_sum + j, lanes.load(column_sum + j) + lanes.load(scratch + j));
+        });
+    }
+}
+
+double weigh(int64_t rows, int64_t columns, const float* E, int64_t E_stride, float scale,
+             const float* u, const float* v, float* out, int64_t out_stride) {
+    double total = 0;
+    for (int64_t i = 0; i < rows; ++i) {
+        const float* const from = E + i * E_stride;
+        float* const to = out + i * out_stride;
+        Floats sum{};
+        along(columns, [&](int64_t j, auto lanes) {
+            const Floats factor = v ? lanes.load(v + j) + u[i] : all(u[i]);
+            const Floats g = lanes.load(from + j) * (factor * scale);
+            lanes.store(to + j, g);
+            sum += lanes.inside(g, 0.0f);
+        });
+        total += sum_of(sum);
+    }
+    return total / scale;
+}
+
 void begin_rows(const Tile& tile, int64_t begin, int64_t end, float* row_max, Running running,
                 float* dot) {
     for (int64_t i = begin; i < end; ++i) {
@@ -375,7 +435,8 @@ void sigmoid(const Tile& tile, int64_t begin, int64_t end, const float* weight, 
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels{FASTCLIP_NAME, statistics, merge, gradient, begin_rows, end_rows, sigmoid};
+const Kernels kernels{FASTCLIP_NAME, statistics, merge,    gradient, exponentials,
+                      weigh,         begin_rows, end_rows, sigmoid};
 
 }  // namespace FASTCLIP_ISA
 }  // namespace fastclip

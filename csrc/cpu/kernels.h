@@ -20,6 +20,12 @@ struct Kernels {
     // `scratch`: 2 * (columns + end - begin) floats
     void (*gradient)(const Tile&, int64_t begin, int64_t end, Lines rows, const Lines* columns,
                      float* scratch, Sums* sums);
+    // adds to `column_sum` unless that is null; `scratch`: columns floats
+    void (*exponentials)(const Tile&, int64_t begin, int64_t end, float anchor, float* row_sum,
+                         float* column_sum, float* scratch);
+    // E, u and out begin at the first of so many rows
+    double (*weigh)(int64_t rows, int64_t columns, const float* E, int64_t E_stride, float scale,
+                    const float* u, const float* v, float* out, int64_t out_stride);
     void (*begin_rows)(const Tile&, int64_t begin, int64_t end, float* row_max, Running running,
                        float* dot);
     void (*end_rows)(const Tile&, int64_t begin, int64_t end, const float* row_max,

@@ -101,6 +101,12 @@ inline Floats exp(Floats x) {
     return x < -87.336544f ? Floats{} : p * power;
 }
 
+// The same of any x: infinite from 88 on, NaN of NaN.
+inline Floats exp_or_infinite(Floats x) {
+    const Floats e = exp(x);
+    return x > 88.0f ? all(INFINITE) : e;
+}
+
 // log(1 + e) for e in [0, 1], degree 8 at Chebyshev nodes: forming 1 + e would lose most bits of
 // a small e.
 inline Floats log1p(Floats e) {

@@ -146,6 +146,47 @@ void check_gradient(const Problem& p, bool both, int threads) {
     near(sums.total, total, 3e-6 * size, "sum of G");
 }
 
+void check_kept(const Problem& p, int threads) {
+    const float anchor = std::fabs(p.scale) / 2;
+    Line room, row_sum(p.rows, 1.0f), column_sum(p.columns, 2.0f), alone(p.rows, 1.0f), other;
+    exponentials(p.tile(room), anchor, row_sum.data(), column_sum.data(), threads);
+    exponentials(p.tile(other), anchor, alone.data(), nullptr, threads);
+    expect(room == other && row_sum == alone, "sums of columns change nothing else");
+    std::vector<double> rows(p.rows, 1.0), columns(p.columns, 2.0);
+    for (int64_t i = 0; i < p.rows; ++i) {
+        for (int64_t j = 0; j < p.columns; ++j) {
+            const double e = p.left_out(i, j) ? 0 : std::exp(p.logit(i, j) - anchor);
+            near(room[i * p.stride + j], e, 1e-6 * e * (std::fabs(p.scale) + 1) + 1e-37, "kept E");
+            rows[i] += e;
+            columns[j] += e;
+        }
+    }
+    const double rounding = 2e-6 * (std::fabs(p.scale) + 1);
+    for (int64_t i = 0; i < p.rows; ++i)
+        near(row_sum[i], rows[i], rounding * rows[i], "row sum of E");
+    for (int64_t j = 0; j < p.columns; ++j)
+        near(column_sum[j], columns[j], rounding * columns[j], "column sum of E");
+    Line u(p.rows, 0.5f), v(p.columns), G(p.rows * p.columns);
+    for (int64_t j = 0; j < p.columns; ++j) v[j] = 0.01f * static_cast<float>(j);
+    for (const float* const of_columns : {static_cast<const float*>(v.data()),
+                                          static_cast<const float*>(nullptr)}) {
+        const double total = weigh(p.rows, p.columns, room.data(), p.stride, p.scale, u.data(),
+                                   of_columns, G.data(), p.columns, threads);
+        double want = 0, size = 0;
+        for (int64_t i = 0; i < p.rows; ++i) {
+            for (int64_t j = 0; j < p.columns; ++j) {
+                const double g = static_cast<double>(room[i * p.stride + j]) *
+                                 (u[i] + (of_columns ? v[j] : 0.0));
+                near(G[i * p.columns + j], p.scale * g, 1e-6 * std::fabs(p.scale * g) + 1e-37,
+                     "G of kept E");
+                want += g;
+                size += std::fabs(g);
+            }
+        }
+        near(total, want, 3e-6 * size, "sum of G of kept E");
+    }
+}
+
 void check_rows(const Problem& p, int threads) {
     Line row_max(p.rows), max(p.rows, -INF), sum(p.rows), dot(p.rows), room, factor(p.rows, 2.0f);
     const Tile tile = p.tile(room);
@@ -290,6 +331,8 @@ int main() {
                         check_statistics(each, threads);
                         check_gradient(each, true, threads);
                         check_gradient(each, false, threads);
+                        // exponentials of larger logits are infinite about any anchor
+                        if (scale < 200) check_kept(each, threads);
                     }
                     if (scale < 200) check_rows(grouped, threads);
                     Problem shifted = diagonal;
@@ -305,6 +348,7 @@ int main() {
         check_statistics(large, 3);
         check_gradient(large, true, 3);
         check_sigmoid(large, 3);
+        check_kept(large, 3);
         check_exp();
         check_nan();
         check_threads();

@@ -11,20 +11,20 @@ import sys
 from collections.abc import Sequence
 
 from fastclip._version import __version__
-from fastclip.printable import printable
+from fastclip.messages import logger, shown
 
 COMMANDS = {
     "train": "train a model from a configuration and flags",
     "eval": "score any model on a benchmark: zero-shot, retrieval, compositional, robustness",
     "embed": "write the features of images or texts to a .npy file",
-    "data": "look at data: a contact sheet of images with captions",
-    "check-data": "read shards whole: report all that is wrong, count the samples",
+    "data": "preview data: a contact sheet of images with captions",
+    "check-data": "read and decode all of the shards: count the samples, report every fault",
     "quickstart": "train and evaluate a small model on the embedded data",
-    "convert": "make shards from other formats, caption them anew; checkpoints in and out",
-    "plan": "count memory, bytes and FLOP of a global batch on many GPUs; choose a setting",
-    "bench": "measure losses, training steps and loading beside baselines; report and compare",
-    "study": "ask a question of several training runs, in miniature; a table and a plot",
-    "info": "versions, devices, and which implementation each operator uses",
+    "convert": "make shards from other formats, recaption shards, import and export checkpoints",
+    "plan": "compute memory, traffic and FLOP of a global batch on many GPUs; choose settings",
+    "bench": "measure losses, training steps and data loading against baselines; report, compare",
+    "study": "small experiments of several training runs: a table and a plot",
+    "info": "print versions, devices, and which implementation each operator uses",
 }
 
 # The extra that brings a package, where it is not `train`.
@@ -52,9 +52,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
     parser.add_argument("options", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     parsed = parser.parse_args(arguments)
+    with shown():
+        return _run(parsed.command, parsed.options)
+
+
+def _run(command: str, options: Sequence[str]) -> int:
     try:
-        module = parsed.command.replace("-", "_")
-        status = importlib.import_module(f"fastclip.cli.{module}").main(parsed.options)
+        module = command.replace("-", "_")
+        status = importlib.import_module(f"fastclip.cli.{module}").main(options)
         # a reader that has left is noticed here, not at the interpreter's end
         sys.stdout.flush()
         return status
@@ -62,18 +67,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if (error.name or "").startswith("fastclip"):
             raise
         extra = EXTRAS.get((error.name or "").partition(".")[0], "train")
-        print(
-            f"fastclip {parsed.command} needs the package {error.name!r}: pip install "
-            f"'fastclip-kernels[{extra}]', or {error.name} itself where that does not bring it",
-            file=sys.stderr,
+        logger.error(
+            f"fastclip {command} needs the package {error.name!r}: pip install "
+            f"'fastclip-kernels[{extra}]', or {error.name} itself where that does not bring it"
         )
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError) and _reader_left():
             return 0
-        # bad input is reported in a sentence; a traceback is for mistakes of ours
-        print(printable(f"fastclip {parsed.command}: error: {error}"), file=sys.stderr)
+        # bad input is reported in a sentence; a traceback is for our own bugs
+        logger.error(f"fastclip {command}: error: {error}")
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        logger.error("interrupted")
     return 1
 
 

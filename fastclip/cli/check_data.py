@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import tyro
 
 from fastclip.atomic import write_text
+from fastclip.command_line import parse_flags
 from fastclip.data.check import Report, check_shards
 from fastclip.data.options import CACHE_BYTES, parse_weights
 from fastclip.data.remote import ShardCache, is_remote
@@ -20,35 +21,33 @@ from fastclip.device import available_cores
 
 @dataclass(frozen=True)
 class CheckDataConfig:
-    """Read shards whole, decode every image, and report all that is wrong with them."""
+    """Read all of the shards, decode every image, and report every fault."""
 
     shards: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """As --train-data of `fastclip train`, e.g. '/data/{00000..00041}.tar'; several if need be."""
+    """As --train-data of `fastclip train`, e.g. '/data/{00000..00041}.tar'; one or more."""
     required: tuple[str, ...] = ("txt",)
-    """What a sample must have besides an image: txt for training, cls for a zero-shot evaluation.
-    Training counts the samples that have it."""
+    """What a sample must have besides an image: txt for training, cls for zero-shot evaluation.
+    Only samples that have it are counted."""
     captions: str | None = None
-    """As --captions of the training."""
+    """As --captions of `fastclip train`."""
     workers: int | None = None
-    """Processes; by default one for each core."""
+    """Number of processes; by default one per core."""
     write: bool = True
-    """Write sizes.json, which spares training the counting, and NAME.idx for DALI's reader."""
+    """Write sizes.json, so that training need not count, and NAME.idx for DALI's reader."""
     strict: bool = False
-    """Exit with status 1 where anything at all is wrong."""
+    """Exit with status 1 if there is any fault."""
     json: Path | None = None
     """File to write the report to."""
     cache_dir: str | None = None
-    """Folder that remote shards are fetched to; by default fastclip in the user's cache."""
+    """Cache folder of remote shards; by default fastclip in the user's cache."""
     cache_bytes: int = CACHE_BYTES
-    """Most bytes kept there."""
-    allow_commands: bool = False
-    """Run shards named pipe:COMMAND with the shell; for names that you trust only."""
+    """Maximum size of --cache-dir in bytes."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Check; prints the report. The status is 1 where nothing can be read, and see --strict."""
-    config = tyro.cli(CheckDataConfig, args=list(arguments), prog="fastclip check-data")
-    names = [name for part in config.shards for name in expand_shards(part, config.allow_commands)]
+    config = parse_flags(CheckDataConfig, arguments, "fastclip check-data")
+    names = [name for part in config.shards for name in expand_shards(part)]
     folders = {os.path.dirname(name) or "." for name in names if not is_remote(name)}
     if config.write and (closed := [f for f in sorted(folders) if not os.access(f, os.W_OK)]):
         raise ValueError(f"{closed[0]} cannot be written to; give --no-write")

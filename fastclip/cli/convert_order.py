@@ -1,6 +1,5 @@
 """`fastclip convert aro-order`: the cases of COCO-Order and Flickr30k-Order from captions."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -8,11 +7,12 @@ from typing import Annotated
 import tyro
 
 from fastclip.data.order_perturbations import SPACY_MODEL, spacy_tagger, write_order_cases
+from fastclip.messages import logger
 
 
 @dataclass(frozen=True)
 class AroOrder:
-    """Captions with their words shuffled in four ways, for `fastclip eval aro`.
+    """Shuffle the words of captions in four ways, for `fastclip eval aro`.
 
     Needs the package spacy, and its model: python -m spacy download en_core_web_sm. For example:
 
@@ -22,16 +22,16 @@ class AroOrder:
     """
 
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
-    """dataset_coco.json or dataset_flickr30k.json with Karpathy's splits; the test split is taken.
+    """dataset_coco.json or dataset_flickr30k.json with Karpathy's splits; the test split is used.
     """
     target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-    """coco_order.json or flickr30k_order.json in the folder that is evaluated."""
+    """coco_order.json or flickr30k_order.json in the folder to evaluate."""
     tagger: str = SPACY_MODEL
-    """The model of spaCy's that finds nouns and adjectives."""
+    """spaCy model that finds nouns and adjectives."""
     seed: int = 0
-    """Of the shuffles."""
+    """Seed of the shuffles."""
 
     def run(self) -> None:
         """Write the cases; prints their number."""
         count = write_order_cases(self.source, self.target, spacy_tagger(self.tagger), self.seed)
-        print(f"{self.target.name}: {count} cases", file=sys.stderr)
+        logger.info(f"{self.target.name}: {count} cases")

@@ -1,6 +1,5 @@
 """`fastclip data preview [DATA] -o sheet.png`: see what a model will see."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ import tyro
 from PIL import Image
 
 from fastclip.atomic import writing
+from fastclip.command_line import parse_flags
 from fastclip.data.augment import Augmentation
 from fastclip.data.captions import CaptionSampling
 from fastclip.data.faults import FaultLog
@@ -20,6 +20,7 @@ from fastclip.data.preview import contact_sheet
 from fastclip.data.samples import Source, UnreadableSample
 from fastclip.data.sources import open_source
 from fastclip.data.training_samples import TrainingSamples
+from fastclip.messages import logger
 
 
 @dataclass(frozen=True)
@@ -31,27 +32,27 @@ class DataConfig:
     data: Annotated[str, tyro.conf.Positional] = "scenes"
     """As --train-data of `fastclip train`, e.g. 'scenes:caption=dense,shift=style'."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("preview.png")
-    """The PNG to write."""
+    """PNG file to write."""
     count: int = 24
-    """Images to show, in the order of an epoch with this seed."""
+    """Number of images, in the order of an epoch with --seed."""
     columns: int = 6
-    """Images in a row."""
+    """Images per row."""
     size: int = 160
     """Side of an image, in pixels."""
     augment: Literal["none", "weak", "strong"] = "none"
-    """Show what training sees: views as with --augment of `fastclip train`, captions as drawn."""
+    """Show what training sees: views as with its --augment, and sampled captions."""
     hard_negatives: int = 0
-    """With --augment, so many false captions of each sample: the list hard_negatives of KEY.json
-    where there is one, else made from the caption."""
+    """With --augment, the number of false captions per sample: from the list hard_negatives of
+    KEY.json, or else made from the caption."""
     seed: int = 0
-    """Of the order."""
+    """Seed of the order."""
     options: Annotated[DataOptions, tyro.conf.arg(name="")] = field(default_factory=DataOptions)
     """How the data are read."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Write the sheet; unreadable samples are passed over and reported."""
-    config = tyro.cli(DataConfig, args=list(arguments), prog="fastclip data")
+    config = parse_flags(DataConfig, arguments, "fastclip data")
     if config.count < 1:
         raise ValueError(f"--count is {config.count}; give at least 1")
     kind = Image.registered_extensions().get(config.output.suffix.lower())
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str]) -> int:
     shown = _originals if config.augment == "none" else _views
     images, captions = shown(config, source, order, faults)
     for place in faults.places():
-        print(f"skipped {place}", file=sys.stderr)
+        logger.warning(f"skipped {place}")
     sheet = contact_sheet(images, captions, config.columns, config.size)
     with writing(config.output, named=True) as file:
         sheet.save(file, kind)

@@ -1,6 +1,5 @@
 """`fastclip embed images|texts DATA --model RUN -o out.npy`."""
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,31 +10,33 @@ import tyro
 from torch import Tensor
 
 from fastclip.bounded import ANNOTATIONS, read_text
+from fastclip.command_line import parse_flags
 from fastclip.data.faults import FaultLog
 from fastclip.data.options import DataOptions
 from fastclip.data.sources import open_source
 from fastclip.device import choose_device
 from fastclip.evaluate.embed import Embedding, fingerprint, image_batches
 from fastclip.evaluate.features import text_batches
+from fastclip.messages import logger
 from fastclip.models.build import load
 
 
 @dataclass(frozen=True)
 class EmbedConfig:
-    """Write normalized features, one row an image or text, in the data's order."""
+    """Write normalized features, one row per image or text, in the order of the data."""
 
     kind: Annotated[Literal["images", "texts"], tyro.conf.Positional]
-    """What DATA holds."""
+    """Type of the data."""
     data: Annotated[str, tyro.conf.Positional]
-    """Images: as --train-data of `fastclip train`. Texts: a UTF-8 file, one text a line."""
+    """Images: as --train-data of `fastclip train`. Texts: a UTF-8 file, one text per line."""
     model: str
-    """A run directory (its latest checkpoint is taken) or one of its checkpoints."""
+    """A run directory (its latest checkpoint is used) or one of its checkpoints."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """The .npy file, (rows, width) float32. If the command is stopped, the same command resumes."""
+    """The .npy file, (rows, width) float32. After an interruption the same command resumes."""
     trust_checkpoint: bool = False
-    """Read a checkpoint of DeepSpeed's: pickles, which can run any code when they are loaded."""
+    """Read a DeepSpeed checkpoint: pickles, which can run arbitrary code when they are loaded."""
     batch_size: int = 256
-    """Rows computed at a time."""
+    """Images or texts per batch."""
     workers: int = 2
     """Processes that load images."""
     precision: Literal["fp32", "amp", "amp_bf16"] = "fp32"
@@ -50,7 +51,7 @@ class EmbedConfig:
 
 def main(arguments: Sequence[str]) -> int:
     """Embed; a row of an unreadable image is NaN, and said so."""
-    config = tyro.cli(EmbedConfig, args=list(arguments), prog="fastclip embed")
+    config = parse_flags(EmbedConfig, arguments, "fastclip embed")
     if config.output.suffix != ".npy":
         raise ValueError(f"--output {config.output} must end in .npy")
     model = load(
@@ -95,6 +96,6 @@ def main(arguments: Sequence[str]) -> int:
     }
     Embedding(config.output, count, identity).run(batches, progress=True)
     if faults.counts:
-        print(f"rows of NaN: {faults.report()}", file=sys.stderr)
+        logger.warning(f"rows of NaN: {faults.report()}")
     print(config.output)
     return 0

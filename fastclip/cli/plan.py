@@ -1,10 +1,11 @@
 """`fastclip plan`: one setting for a global batch on so many GPUs, and what it costs."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
+from fastclip.command_line import parse_flags
+from fastclip.messages import logger
 from fastclip.train.plan import (
     Plan,
     Request,
@@ -26,36 +27,34 @@ ENGINE_WORDS = {
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """Choose a setting for training at a global batch, and count what it costs.
+    """Choose settings for training at a global batch, and compute their cost.
 
-    Counts of bytes and FLOP, computed and not measured; needs neither a GPU nor data.
+    Bytes and FLOP are computed, not measured: neither a GPU nor data is needed.
     """
 
     gpus: int
-    """GPUs, one process each."""
+    """Number of GPUs, with one process each."""
     batch: int
-    """Global batch: samples of all GPUs that one step compares with each other."""
+    """Global batch: samples of all GPUs that a step compares with each other."""
     model: str = "ViT-B-16"
-    """A model of open_clip's, a config shipped with fastclip, or a path to a JSON config."""
+    """An open_clip model, a config shipped with fastclip, or a path to a JSON config."""
     memory: float = 80.0
-    """GiB of a GPU; 92 % of it are filled."""
+    """Memory of a GPU in GiB, of which 92 % is used."""
     precision: Literal["amp_bf16", "fp32", "amp"] = "amp_bf16"
     """Precision of the towers and dtype of the features in the loss."""
     engine: Literal["auto", "torch", "zero1", "zero2", "zero3"] = "auto"
-    """torch, or a ZeRO stage of DeepSpeed's."""
+    """torch, or a ZeRO stage of DeepSpeed."""
     loss: Literal["clip", "siglip"] = "clip"
-    """Which loss."""
+    """Loss."""
     dist: Literal["auto", "gather", "ring"] = "auto"
-    """How texts come to a rank: all at once, or block by block."""
+    """How ranks exchange features: all at once (gather), or block by block (ring)."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Print a plan; status 1 if the request cannot be met, and the nearest that can is printed."""
-    import tyro
-
     from fastclip.train.footprint import footprint
 
-    config = tyro.cli(PlanConfig, args=list(arguments), prog="fastclip plan")
+    config = parse_flags(PlanConfig, arguments, "fastclip plan")
     if config.gpus < 1 or config.batch < 1 or config.memory <= 0:
         raise ValueError("--gpus, --batch and --memory must be positive")
     request = Request(**{field.name: getattr(config, field.name) for field in fields(Request)})
@@ -65,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
         lower = request.batch // request.gpus * request.gpus
         nearest = [b for b in (lower, lower + request.gpus) if b]
         _say(
-            f"--batch {request.batch:,} is no multiple of --gpus {request.gpus:,}; use "
+            f"--batch {request.batch:,} is not a multiple of --gpus {request.gpus:,}; use "
             + " or ".join(f"{batch:,}" for batch in nearest)
         )
         request = replace(request, batch=min(nearest, key=lambda b: abs(b - config.batch)))
@@ -159,4 +158,4 @@ def _mega(count: int) -> str:
 
 
 def _say(sentence: str) -> None:
-    print(f"fastclip plan: {sentence}", file=sys.stderr)
+    logger.error(f"fastclip plan: {sentence}")

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-import tyro
-
+from fastclip.command_line import parse_flags
 from fastclip.data.scenes import CLASSES, TEMPLATES
 from fastclip.data.sources import SceneSource
 from fastclip.device import choose_device
@@ -26,19 +25,19 @@ QUERIES = 6
 
 @dataclass(frozen=True)
 class QuickstartConfig:
-    """Train a small CLIP on the embedded scenes, evaluate it, draw the loss and some retrievals."""
+    """Train a small CLIP on the embedded scenes, evaluate it, plot the loss and some retrievals."""
 
     logs: str = "logs"
-    """Folder for the run."""
+    """Directory that holds the run directories."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:1."""
     samples: int | None = None
-    """Training samples an epoch; by default the recipe's."""
+    """Training samples per epoch; by default as in the recipe."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run it; prints a table of scores beside what guessing would give."""
-    config = tyro.cli(QuickstartConfig, args=list(arguments), prog="fastclip quickstart")
+    config = parse_flags(QuickstartConfig, arguments, "fastclip quickstart")
     started = time.monotonic()
     name = f"quickstart-{datetime.now():%Y%m%d-%H%M%S}"
     flags = ["--config", RECIPE, "--logs", config.logs, "--name", name]
@@ -60,12 +59,12 @@ def main(arguments: Sequence[str]) -> int:
         write_result(
             run / "eval" / f"{task}_scenes.json",
             dataset="scenes",
-            model=settings.model,
+            model=settings.model.model,
             pretrained=str(run),
             task=task,
             metrics=metrics,
         )
-    # captions of several objects make the more telling queries
+    # captions of several objects are the better test
     texts, pairs = caption_pairs(images.texts)
     queries = sorted(texts, key=lambda text: (-len(text), text))[:: SCENES // 12]
     draw_retrieval(run / "retrieval.png", model, source, images, queries[:QUERIES])

@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar
 
 import tyro
 
+from fastclip.command_line import parse_flags
 from fastclip.study import captions, cifar10, recipe, robustness, systems, uniclip
 
 QUESTIONS: dict[str, ModuleType] = {
@@ -23,14 +24,13 @@ class Question:
     """Flags of a paper's question, asked in miniature on the embedded scenes."""
 
     quick: bool = False
-    """One seed and shorter runs: minutes, no spread, and no verdict that means anything."""
+    """One seed and shorter runs: takes minutes, but has no spread and no meaningful verdict."""
     seeds: int = 3
-    """Runs of each variant."""
+    """Runs per variant."""
     jobs: int = 1
-    """Runs side by side; two small ones on two cores are a quarter faster than one by one."""
+    """Parallel runs; on two cores, two small ones are a quarter faster than one by one."""
     output: Path | None = None
-    """Folder for runs and report, by default study/QUESTION; runs that are there already are not
-    made again."""
+    """Folder for runs and report, by default study/QUESTION; finished runs in it are reused."""
     flags: tuple[str, ...] = ()
     """Flags of `fastclip train` for all runs."""
 
@@ -57,47 +57,47 @@ class Question:
 
 @dataclass(frozen=True)
 class Recipe(Question):
-    """CLIP and what adds a non-contrastive term to it, by a basic and by a strong recipe."""
+    """CLIP without and with a non-contrastive term, by a basic and by a strong recipe."""
 
     names = ("recipe",)
 
 
 @dataclass(frozen=True)
 class Captions(Question):
-    """Alt-text, short and dense captions, hard negatives; text towers from scratch, pretrained."""
+    """Alt-text, short or dense captions, hard negatives; pretrained text towers or from scratch."""
 
     names = ("captions",)
 
 
 @dataclass(frozen=True)
 class Uniclip(Question):
-    """UniCLIP beside CLIP and SLIP, and with each of its parts switched off."""
+    """UniCLIP against CLIP and SLIP, and with each of its parts switched off."""
 
     names = ("uniclip",)
 
 
 @dataclass(frozen=True)
 class Robustness(Question):
-    """Five causes that may make CLIP robust to distribution shift."""
+    """Five possible causes of CLIP's robustness to distribution shift."""
 
     names = ("robustness",)
 
 
 @dataclass(frozen=True)
 class All(Question):
-    """These four, one after another."""
+    """These four studies, one after another."""
 
     names = tuple(QUESTIONS)
 
 
 @dataclass(frozen=True)
 class Systems:
-    """Train every system from its recipe for the embedded scenes, minutes each; one table."""
+    """Train each system with its recipe for the embedded scenes, in minutes each; one table."""
 
     only: tuple[str, ...] = systems.SYSTEMS
     """Systems to train; by default all."""
     output: Path = Path("study/systems")
-    """Folder for runs and report; runs that are there already are not made again."""
+    """Folder for runs and report; finished runs in it are reused."""
     flags: tuple[str, ...] = ()
     """Flags of `fastclip train` for all runs, e.g. --train-num-samples=2560."""
 
@@ -109,16 +109,16 @@ class Systems:
 
 @dataclass(frozen=True)
 class Cifar10:
-    """CLIP, CLIP-Rocket and UniCLIP on CIFAR-10 in equal training time."""
+    """CLIP, CLIP-Rocket and UniCLIP on CIFAR-10 with equal training time."""
 
     data: Annotated[Path, tyro.conf.Positional]
     """Folder that `fastclip convert cifar10` wrote."""
     minutes: float = 5
-    """Of training, for each run."""
+    """Training time of each run in minutes."""
     seeds: int = 2
-    """Runs of each."""
+    """Runs per system."""
     output: Path = Path("study/cifar10")
-    """Folder for runs and report; runs that are there already are not made again."""
+    """Folder for runs and report; finished runs in it are reused."""
     flags: tuple[str, ...] = ()
     """Flags of `fastclip train` for all runs."""
 
@@ -141,6 +141,5 @@ Study = (
 
 def main(arguments: Sequence[str]) -> int:
     """Run a study; prints its report."""
-    kind: type = Study  # type: ignore[assignment]
-    tyro.cli(kind, args=list(arguments), prog="fastclip study").run()
+    parse_flags(Study, arguments, "fastclip study").run()
     return 0

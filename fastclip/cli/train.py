@@ -1,10 +1,9 @@
 """`fastclip train [--config FILE|RECIPE] [--FLAG VALUE ...]`."""
 
 import os
-import sys
 from collections.abc import Sequence
 
-from fastclip.printable import printable
+from fastclip.messages import logger
 from fastclip.train import stop, watch
 from fastclip.train.config import parse
 from fastclip.train.distributed import DeadRankError
@@ -22,14 +21,14 @@ def main(arguments: Sequence[str]) -> int:
     try:
         run = train(parse(arguments))
     except NonFiniteError as error:
-        print(printable(f"fastclip train: stopped: {error}"), file=sys.stderr)
+        logger.error(f"fastclip train: stopped: {error}")
         return 3
     except DeadRankError as error:
-        print(f"fastclip train: stopped: {error}", file=sys.stderr, flush=True)
+        logger.error(f"fastclip train: stopped: {error}")
         # process groups with a dead member do not close
         os._exit(watch.EXIT_STATUS)
     except StoppedError as error:
-        print(f"fastclip train: saved and stopped: {error} --resume latest", file=sys.stderr)
+        logger.error(f"fastclip train: saved and stopped: {error} --resume latest")
         return stop.EXIT_STATUS
     print(run)
     return 0

@@ -7,8 +7,8 @@
 | `regular` | opening files that somebody else named |
 | `files`, `tables`, `folders`, `strings`, `templates` | images named by CSV, COCO and folders |
 | `generated`, `scenes` | samples that are made: the embedded world, noise |
-| `order`, `training_samples`, `loader`, `progress`, `faults` | which sample when, and batches |
-| `augment`, `views`, `portable`, `dali` | parameters of views, and the two pipelines |
+| `order`, `training_samples`, `loader`, `watchdog`, `faults` | which sample when, and batches |
+| `augment`, `views`, `jpeg`, `dali` | parameters of views, and the two pipelines |
 | `captions`, `text_augment`, `hard_negatives`, `tokens`, `labels` | texts, labels |
 | `check`, `preview` | looking at data |
 | `convert`, `imagenet_captions`, `recaption`, `corrupt`, `writing`, `editing` | making shards |

@@ -47,6 +47,12 @@ class Augmentation:
 
     Raises:
         ValueError: a range is empty or outside what it can mean.
+
+    Examples:
+        >>> from fastclip.data.augment import Augmentation
+        >>> strong = Augmentation.strong(224)
+        >>> strong.scale, strong.jitter, strong.blur
+        ((0.08, 1.0), 0.8, 0.5)
     """
 
     size: int
@@ -64,9 +70,9 @@ class Augmentation:
         if self.size < 1:
             raise ValueError(f"size is {self.size}; give at least one pixel")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"crop scale is {self.scale}; give 0 < least <= greatest <= 1")
+            raise ValueError(f"crop scale is {self.scale}; give 0 < min <= max <= 1")
         if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"crop ratio is {self.ratio}; give 0 < least <= greatest")
+            raise ValueError(f"crop ratio is {self.ratio}; give 0 < min <= max")
         for name in ("flip", "jitter", "gray", "blur", "solarize"):
             if not 0 <= getattr(self, name) <= 1:
                 value = getattr(self, name)
@@ -74,11 +80,11 @@ class Augmentation:
         *factors, hue = self.jitter_strength
         if not (all(0 <= factor for factor in factors) and 0 <= hue <= 0.5):
             raise ValueError(
-                f"jitter strengths are {self.jitter_strength}; give three numbers from 0 on for "
+                f"jitter strengths are {self.jitter_strength}; give three numbers of 0 or more for "
                 "brightness, contrast and saturation, and one in [0, 0.5] for hue"
             )
         if not 1 / _GRID <= self.sigma[0] <= self.sigma[1] <= 4:
-            raise ValueError(f"blur sigma is {self.sigma}; give 0 < least <= greatest <= 4")
+            raise ValueError(f"blur sigma is {self.sigma}; give 0 < min <= max <= 4")
         if self.blur and blur_radius(self.sigma[1]) >= self.size:
             raise ValueError(
                 f"a blur of sigma {self.sigma[1]} reaches {blur_radius(self.sigma[1])} pixels, as "
@@ -87,12 +93,20 @@ class Augmentation:
 
     @classmethod
     def weak(cls, size: int) -> "Augmentation":
-        """The weak view of CLIP-Rocket (Fini et al. 2023): a crop of half the image or more."""
+        """The weak view of CLIP-Rocket (Fini et al. 2023): a crop of half the image or more.
+
+        Args:
+            size: side of the square output, in pixels.
+        """
         return cls(size, scale=(0.5, 1.0))
 
     @classmethod
     def strong(cls, size: int) -> "Augmentation":
-        """The strong view of CLIP-Rocket, as in MoCo v2 (Chen et al. 2020)."""
+        """The strong view of CLIP-Rocket, as in MoCo v2 (Chen et al. 2020).
+
+        Args:
+            size: side of the square output, in pixels.
+        """
         return cls(size, scale=(0.08, 1.0), flip=0.5, jitter=0.8, gray=0.2, blur=0.5)
 
 
@@ -110,6 +124,13 @@ class AugmentationParams:
         gray: color taken out.
         sigma: of the blur, in pixels of the view; 0 for none.
         solarize: the least level that is inverted; 256 for none.
+
+    Examples:
+        >>> from fastclip.data.augment import PARAMS, AugmentationParams
+        >>> params = AugmentationParams(top=0, left=16, height=64, width=32, flip=True)
+        >>> vector = params.encode(width=64, height=64)
+        >>> vector.shape == (PARAMS,), AugmentationParams.decode(vector, 64, 64) == params
+        (True, True)
     """
 
     top: int
@@ -129,16 +150,23 @@ class AugmentationParams:
 
     @classmethod
     def identity(cls, width: int, height: int) -> "AugmentationParams":
-        """No augmentation of an image of `width` x `height` pixels, but for the resize."""
+        """No augmentation of an image, but for the resize.
+
+        Args:
+            width, height: of the image, in pixels.
+        """
         return cls(0, 0, height, width)
 
     def encode(self, width: int, height: int) -> Tensor:
-        """The vector of a view of an image of `width` x `height` pixels: (PARAMS,) float32.
+        """The vector of a view: (PARAMS,) float32.
 
         `PARAM_NAMES` names its entries: the crop's center and size as shares of the image; flip;
         jitter, the factors less 1, hue in turns; each color step's place in the order, from 0 to
         1; gray; blur and half its sigma; and 1 - solarize / 256. So no augmentation is 0.5, 0.5,
         1, 1, then 0 but for the order 0, 1/3, 2/3, 1. Nothing is lost: see `decode`.
+
+        Args:
+            width, height: of the original image, in pixels.
         """
         values = [
             *((self.top + self.height / 2) / height, (self.left + self.width / 2) / width),
@@ -155,6 +183,10 @@ class AugmentationParams:
     ) -> "AugmentationParams":
         """The parameters that `encode` put into a vector, for the same size of image.
 
+        Args:
+            vector: (PARAMS,), or as many numbers.
+            width, height: of the original image, in pixels.
+
         Raises:
             ValueError: it has not `PARAMS` entries, or they cannot be of such an image.
         """
@@ -167,7 +199,7 @@ class AugmentationParams:
         fits = 0 <= top < top + crop_height <= height and 0 <= left < left + crop_width <= width
         places = [round(3 * place) for place in values[10:14]]
         if not fits or sorted(places) != [0, 1, 2, 3]:
-            raise ValueError(f"{values} is no view of an image of {width} x {height} pixels")
+            raise ValueError(f"{values} is not a view of an image of {width} x {height} pixels")
         brightness, contrast, saturation, hue = color
         gray, _, sigma, solarize = values[14:]
         return cls(
@@ -183,10 +215,25 @@ class AugmentationParams:
 def draw_view(
     augmentation: Augmentation, width: int, height: int, rng: random.Random
 ) -> AugmentationParams:
-    """Draw the parameters for an image of `width` x `height` pixels.
+    """Draw the parameters of a view.
 
     The crop is Inception's (Szegedy et al. 2015, section 6): area and aspect ratio drawn until
     the box fits, ten times at most, then the largest central box within the ratio's bounds.
+
+    Args:
+        augmentation: what the view may be.
+        width, height: of the image, in pixels.
+        rng: what is drawn from.
+
+    Returns:
+        The parameters, from which `fastclip.data.views.render_view` makes the pixels.
+
+    Examples:
+        >>> import random
+        >>> from fastclip.data.augment import Augmentation, draw_view
+        >>> params = draw_view(Augmentation.strong(224), 640, 480, random.Random(0))
+        >>> 0 < params.width <= 640, 0 < params.height <= 480
+        (True, True)
     """
     least, greatest = augmentation.ratio
     box = None

@@ -56,6 +56,17 @@ class CaptionSampling:
     Raises:
         ValueError: a weight is not positive and finite, there is no view, or the number of
             negatives is negative.
+
+    Examples:
+        >>> import random
+        >>> from fastclip.data.captions import CaptionSampling
+        >>> from fastclip.data.sources import SceneSource
+        >>> sample = SceneSource("train", 100, objects=2).read(0, 7)
+        >>> sample.texts
+        ('there is a red cross below a cyan diamond',)
+        >>> drawn = CaptionSampling(negatives=2).draw(sample, random.Random(0))
+        >>> drawn.texts == sample.texts, len(drawn.negatives)
+        (True, 2)
     """
 
     weights: Mapping[str, float] | tuple[tuple[str, float], ...] = ()
@@ -83,6 +94,10 @@ class CaptionSampling:
         are too few. None is one of the sample's captions or of the texts drawn, but for case and
         white space. Too few are repeated. Where no rule makes one, it is the caption with its words
         shuffled; and where that is no other text, as for a single word, "no " and the caption.
+
+        Args:
+            sample: with its captions.
+            rng: what is drawn from.
 
         Raises:
             UnreadableSample: the sample has no caption with anything in it.

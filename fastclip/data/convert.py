@@ -47,8 +47,8 @@ def cifar10_samples(source: Path, split: str, *, seed: int = 0) -> Iterator[Samp
         data = CIFAR10(str(source), train=True, download=False)
     except RuntimeError as error:
         raise FileNotFoundError(
-            f"{source} holds no whole CIFAR-10; torchvision.datasets.CIFAR10({str(source)!r}, "
-            "download=True) fetches it"
+            f"{source} does not hold all of CIFAR-10; fetch it with "
+            f"torchvision.datasets.CIFAR10({str(source)!r}, download=True)"
         ) from error
     order = permutation(len(data), hash64(seed))
     held_out = min(CIFAR10_VALIDATION, len(data) // 10)

@@ -37,14 +37,32 @@ class DaliLoader(TrainingLoader):
 
     Args:
         samples: with `pixels=False`; their hue is YIQ.
-        batch_size, micro_batches, epoch_samples, workers, rank, world_size: see `TrainingLoader`.
+        batch_size: samples of a micro-batch on this rank.
+        micro_batches: how many of them make a step.
+        epoch_samples: samples an epoch; None for all.
+        workers: loader processes; 0 loads in this one.
+        rank, world_size: which part of each step's samples is loaded here.
         device: where views are made and arrive; on a GPU those of a step of several micro-batches
             arrive on the host, since all of a step are held.
         threads: of the CPU that DALI decodes with; by default this process's share of the cores.
 
     Raises:
         ModuleNotFoundError: DALI is not installed.
-        ValueError: the samples are of torchvision's pipeline, or see `TrainingLoader`.
+        ValueError: the samples are of torchvision's pipeline, or an epoch does not fill a batch.
+
+    Examples:
+        >>> # needs NVIDIA DALI: pip install fastclip-kernels[dali]
+        >>> from fastclip.data.augment import Augmentation
+        >>> from fastclip.data.dali import DaliLoader
+        >>> from fastclip.data.order import Order
+        >>> from fastclip.data.sources import open_source
+        >>> from fastclip.data.training_samples import TrainingSamples
+        >>> source = open_source("scenes", split="train", count=1000)
+        >>> order, view = Order(source.counts, seed=0), Augmentation(224)
+        >>> samples = TrainingSamples(source, order, view, None, pixels=False)
+        >>> loader = DaliLoader(samples, batch_size=256, device="cuda")  # doctest: +SKIP
+        >>> next(loader.batches(epoch=0))["images"][0].shape  # doctest: +SKIP
+        torch.Size([256, 3, 224, 224])
     """
 
     def __init__(
@@ -80,7 +98,12 @@ class DaliLoader(TrainingLoader):
         self._idle: ViewPipeline | None = self._built()
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[dict[str, Any]]:
-        """The micro-batches of `epoch` from `first_step` on, those of a step in a row."""
+        """The micro-batches of an epoch, those of a step in a row.
+
+        Args:
+            epoch: from 0 on.
+            first_step: the step of the epoch to begin with.
+        """
         # each iterator has a pipeline of its own; one that is left early takes it along
         pipeline, self._idle = self._idle or self._built(), None
         work = _Work(self, epoch, pipeline)
@@ -140,7 +163,7 @@ class _Work:
         reported = [*batch["faults"], Fault("batch that DALI cannot decode", place)]
         decoded["faults"] += [fault for fault in reported if fault not in decoded["faults"]]
         self.waiting[0] = decoded
-        # what fails now is no image's fault
+        # what fails now is not an image's fault
         self.pipeline = self.loader._built()
         self.pipeline.feed(decoded)
         return self.pipeline.images()

@@ -95,7 +95,9 @@ def claim_folder(folder: Path, name: str, identity: dict[str, Any], files: list[
     with locked(folder):
         if not path.exists():
             if there := [file for file in files if file.exists()]:
-                raise FileExistsError(f"{there[0]} exists and stays as it is; choose a new folder")
+                raise FileExistsError(
+                    f"{there[0]} exists and is not overwritten; choose a new folder"
+                )
             write_text(path, json.dumps(identity, indent=1, ensure_ascii=False) + "\n")
         try:
             found = read_object(path)
@@ -111,7 +113,7 @@ def _require_same(path: Path, found: dict[str, Any], wanted: dict[str, Any], rem
         if found.get(name) != wanted.get(name)
     ]
     if changed:
-        raise ValueError(f"{path} was begun otherwise: {'; '.join(changed)}; {remedy}")
+        raise ValueError(f"{path} was started with other settings: {'; '.join(changed)}; {remedy}")
 
 
 class ShardEditor:
@@ -160,7 +162,7 @@ class ShardEditor:
         if place is None:
             # the index spells what cannot be printed with backslashes
             if where in self._places or "\\" in key:
-                raise UnreadableSample(Fault("damaged JSON", where, "it is no ordinary member"))
+                raise UnreadableSample(Fault("damaged JSON", where, "it is not an ordinary member"))
             return "{}", {}
         offset, size = place
         if size > MAX_TEXT_BYTES:
@@ -181,7 +183,7 @@ class ShardEditor:
         """A sample's image, RGB.
 
         Raises:
-            UnreadableSample: it is no whole image, or too small to show anything.
+            UnreadableSample: it is not a whole image, or too small to show anything.
         """
         where = f"{self.name}:{key}"
         files = self.samples[key]
@@ -248,7 +250,7 @@ class ShardEditor:
         with partial_of(path).open("rb") as written:
             found = dict(index_file(written, self.name).samples)
         if {key: _sizes(files) for key, files in found.items()} != wanted:
-            raise ValueError(f"{self.name} is no tar that can be edited; write it anew with tar")
+            raise ValueError(f"{self.name} is not a tar that can be edited; rewrite it with tar")
         add_sizes(path.parent, {path.name: len(self.samples)})
         publish(path)
 

@@ -113,7 +113,7 @@ class ImageFiles(ABC):
         places = ", then ".join(str(root.absolute()) for root in self.roots)
         raise FileNotFoundError(
             f"{self.name}: none of {len(chosen)} images looked for exists, the first {first!r}; "
-            f"relative paths were tried in {places}; give --image-root or mend the paths"
+            f"relative paths were tried in {places}; give --image-root or fix the paths"
         )
 
     def _find(self, path: str) -> Path | None:
@@ -128,11 +128,11 @@ def read_image_file(path: Path, where: str) -> bytes:
     """An image file, as it is.
 
     Raises:
-        UnreadableSample: it is no regular file, or over 64 MiB. OSError: it cannot be read.
+        UnreadableSample: it is not a regular file, or over 64 MiB. OSError: it cannot be read.
     """
     if path.exists() and not path.is_file():
         # opening a named pipe would wait for ever
-        raise UnreadableSample(Fault("image path is no file", where))
+        raise UnreadableSample(Fault("image path is not a file", where))
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > MAX_MEMBER_BYTES:

@@ -68,7 +68,7 @@ def class_names(folder: Path) -> list[str]:
         FileNotFoundError: there is no such folder.
     """
     if not os.path.isdir(folder):
-        raise FileNotFoundError(f"{folder} does not exist or is no folder")
+        raise FileNotFoundError(f"{folder} does not exist or is not a folder")
     entries = os.scandir(folder)
     return sorted(entry.name for entry in entries if entry.is_dir() and entry.name[0] != ".")
 

@@ -34,7 +34,7 @@ class SceneSource:
     """The embedded procedural world: scene i of a split, drawn when it is asked for.
 
     Args:
-        split: "train", "val", or another of `fastclip.data.scenes`.
+        split: "train", "val", "test" or "compositional".
         count: number of scenes.
         objects: draw exactly this many objects a scene; None for one to three.
         shift: one of `fastclip.data.scenes.SHIFTS`, or None; of several joined by '+' each scene
@@ -45,6 +45,13 @@ class SceneSource:
 
     Raises:
         ValueError: a source is no quality.
+
+    Examples:
+        >>> from fastclip.data.sources import SceneSource
+        >>> source = SceneSource("val", count=100, objects=1)
+        >>> sample = source.read(0, 7)
+        >>> sample.image.size, sample.texts, sample.label
+        ((64, 64), ('a large red diamond',), 7)
     """
 
     def __init__(
@@ -74,7 +81,13 @@ class SceneSource:
         self.parts: tuple[int, ...] = (1,)
 
     def read(self, shard: int, index: int, *, pixels: bool = True) -> Sample:
-        """The image, captions, hard negatives and class (of single objects) of scene `index`."""
+        """The image, captions, hard negatives and class (of single objects) of a scene.
+
+        Args:
+            shard: 0, the only one.
+            index: of the scene, in [0, count).
+            pixels: of no meaning here: scenes are always drawn.
+        """
         seed = hash64(index)
         shift = self.shifts[hash64(index, 1) % len(self.shifts)]
         scene = sample_scene(index, split=self.split, shift=shift, objects=self.objects)
@@ -91,7 +104,11 @@ class SceneSource:
         return sample
 
     def place(self, shard: int) -> str:
-        """What it is called in `--train-data`."""
+        """What it is called in `--train-data`.
+
+        Args:
+            shard: 0, the only one.
+        """
         return "scenes"
 
     def drain_faults(self) -> list[Fault]:

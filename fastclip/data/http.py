@@ -86,10 +86,10 @@ def _answer(url: str) -> Iterator[tuple[HTTPResponse, int | None]]:
         with _OPENER.open(request, timeout=SILENCE_SECONDS) as response:
             packing = response.headers.get("Content-Encoding", "identity")
             if packing.lower() != "identity":
-                raise OSError(f"the server sends it packed (Content-Encoding: {packing[:40]})")
+                raise OSError(f"the server sends it compressed (Content-Encoding: {packing[:40]})")
             if response.status != 200:
                 raise OSError(f"the server answered {response.status} {response.reason}")
-            # http.client takes what is no number for no length
+            # http.client takes what is not a number for no length
             yield response, response.length
     except HTTPError as error:
         error.close()
@@ -98,6 +98,6 @@ def _answer(url: str) -> Iterator[tuple[HTTPResponse, int | None]]:
             raise FileNotFoundError(said) from error
         raise (PermissionError if error.code in _REFUSED else OSError)(said) from error
     except TimeoutError as error:
-        raise OSError(f"nothing came for {SILENCE_SECONDS:g} seconds") from error
+        raise OSError(f"no data for {SILENCE_SECONDS:g} seconds") from error
     except (HTTPException, ValueError) as error:
         raise OSError(f"{type(error).__name__}: {error}") from error

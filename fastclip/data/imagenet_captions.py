@@ -111,7 +111,7 @@ def convert_imagenet_captions(
 
 
 def clean_text(text: object) -> str:
-    """A text of a web page on one line, without entities and mark-up; empty if it is no text."""
+    """A text of a web page on one line, without entities and mark-up; empty if it is not a text."""
     if not isinstance(text, str):
         return ""
     # JSON may spell half a surrogate pair, which cannot be written as UTF-8

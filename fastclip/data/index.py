@@ -267,7 +267,7 @@ class _Members:
         except ValueError as error:
             problem = str(error)
         if offset == 0:
-            self._tell_no_tar(block, problem)
+            self._report_no_tar(block, problem)
         elif not block:
             self._fault("no end-of-archive mark", "the shard may have been cut")
         elif len(block) < _BLOCK:
@@ -277,7 +277,7 @@ class _Members:
             self._fault("damaged header", detail)
         return None
 
-    def _tell_no_tar(self, start: bytes, problem: str) -> None:
+    def _report_no_tar(self, start: bytes, problem: str) -> None:
         form = next((_COMPRESSED[magic] for magic in _COMPRESSED if start.startswith(magic)), None)
         if form:
             self._fault("compressed shard", f"{form}; unpack it, images are compressed already")
@@ -365,7 +365,7 @@ def _number(digits: bytes) -> int:
         return int.from_bytes(digits[1:], "big")
     octal = digits.partition(b"\0")[0].strip(b" ")
     if not _OCTAL.fullmatch(octal):
-        raise ValueError(f"{digits!r} is no number")
+        raise ValueError(f"{digits!r} is not a number")
     return int(octal or b"0", 8)
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fastclip.data.order import Order, hash64
-from fastclip.data.progress import LoaderDiedError, ReadingBoard
 from fastclip.data.samples import Source, UnreadableSample
 from fastclip.data.training_samples import TrainingSamples
+from fastclip.data.watchdog import LoaderDiedError, ReadingBoard
 
 # What torch says of a process that has gone; of one that raised it says "Caught ...".
 _DIED = re.compile(
@@ -111,6 +111,19 @@ class TrainingLoader:
 
     Raises:
         ValueError: an epoch does not fill a single batch.
+
+    Examples:
+        >>> from fastclip.data.augment import Augmentation
+        >>> from fastclip.data.loader import TrainingLoader
+        >>> from fastclip.data.order import Order
+        >>> from fastclip.data.sources import open_source
+        >>> from fastclip.data.training_samples import TrainingSamples
+        >>> source = open_source("scenes", split="train", count=100)
+        >>> samples = TrainingSamples(source, Order(source.counts, seed=0), Augmentation(32), None)
+        >>> loader = TrainingLoader(samples, batch_size=8)
+        >>> batch = next(loader.batches(epoch=0))
+        >>> loader.steps_per_epoch, batch["images"][0].shape
+        (12, torch.Size([8, 3, 32, 32]))
     """
 
     def __init__(
@@ -156,7 +169,12 @@ class TrainingLoader:
         )
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[dict[str, Any]]:
-        """The micro-batches of `epoch` from `first_step` on, those of a step in a row."""
+        """The micro-batches of an epoch, those of a step in a row.
+
+        Args:
+            epoch: from 0 on.
+            first_step: the step of the epoch to begin with.
+        """
         self._positions.epoch = epoch
         self._positions.first_step = first_step
         return iter(self._loader)
@@ -166,7 +184,7 @@ class TrainingLoader:
         return self.samples.board.describe(self.samples.source.place)
 
     @contextmanager
-    def naming_the_dead(self) -> Iterator[None]:
+    def reporting_worker_failure(self) -> Iterator[None]:
         """Around everything that the loader may interrupt when one of its processes has died.
 
         Raises:
@@ -180,14 +198,19 @@ class TrainingLoader:
                 raise
             processes = [int(number) for number in re.findall(r"\d+", died["processes"])]
             board, place = self.samples.board, self.samples.source.place
-            told = [text for number in processes if (text := board.describe(place, number))]
+            reading = [text for number in processes if (text := board.describe(place, number))]
             raise LoaderDiedError(
-                f"{'; '.join([str(error).splitlines()[0], *told])}. A process that is killed has "
-                "most often used up the memory: lower --workers"
+                f"{'; '.join([str(error).splitlines()[0], *reading])}. A process that is killed "
+                "has most often used up the memory: lower --workers"
             ) from error
 
     def steps(self, epoch: int, first_step: int = 0) -> Iterator[list[dict[str, Any]]]:
-        """The micro-batches of each step of `epoch` from `first_step` on."""
+        """The micro-batches of each step of an epoch.
+
+        Args:
+            epoch: from 0 on.
+            first_step: the step of the epoch to begin with.
+        """
         batches = self.batches(epoch, first_step)
         while step := list(itertools.islice(batches, self.micro_batches)):
             yield step

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from fastclip.flags import flag
+from fastclip.messages import note
 
 DatasetType = Literal["auto", "webdataset", "csv", "coco", "imagefolder", "synthetic", "scenes"]
 CACHE_BYTES = 50 << 30
@@ -14,37 +15,50 @@ CACHE_BYTES = 50 << 30
 class DataOptions:
     """How data is read; the fields are the flags of the same names.
 
+    Args:
+        dataset_type: what the data are: "auto" decides by their name; "webdataset", "csv", "coco",
+            "imagefolder", "synthetic" or "scenes".
+        csv_img_key: column of a table that holds the paths of images.
+        csv_caption_key: column of a table that holds captions.
+        csv_separator: one character between the columns of a table.
+        image_root: folder of a table's images; None: beside the table.
+        templates: file of prompt templates, one a line, for the captions of an image folder.
+        captions: captions of shards and scenes by name, with weights, as "txt=1,recaption=3".
+        cache_dir: folder that remote shards are fetched to; None: in the user's cache.
+        cache_bytes: most bytes kept there.
+
     Raises:
-        ValueError: the separator is no single character, the sources of captions cannot be read, or
-            the cache has no room at all.
+        ValueError: the separator is not a single character, the sources of captions cannot be
+            read, or the cache has no room at all.
+
+    Examples:
+        >>> from fastclip.data.options import DataOptions
+        >>> DataOptions(csv_separator=",", captions="txt=1,recaption=3").caption_weights
+        {'txt': 1.0, 'recaption': 3.0}
     """
 
-    dataset_type: DatasetType = flag("auto", "data", defines_run=True)
-    """What the data are; auto decides by their name. Of --val-data in training it counts only where
-    the name leaves it open."""
-    csv_img_key: str = flag("filepath", "data", defines_run=True)
-    """Column of a table that holds the paths of images."""
-    csv_caption_key: str = flag("title", "data", defines_run=True)
-    """Column of a table that holds captions; rows with one path are captions of one image."""
-    csv_separator: str = flag("\t", "data", defines_run=True)
-    """One character between the columns of a table; \\t means a tab."""
-    image_root: str | None = flag(None, "data", defines_run=True)
-    """Folder of a table's images; by default beside the table."""
-    templates: str | None = flag(None, "data", defines_run=True)
-    """File of prompt templates, one a line with {} or {c} for the class name; they make an
-    image folder's captions (by default 'a photo of a {}.'), and the prompts of a zero-shot
-    evaluation."""
-    captions: str | None = flag(None, "data", defines_run=True)
-    """Which captions to use of shards and scenes, with the weights they are drawn by, e.g.
-    'txt=1,recaption=3': txt is KEY.txt, other names are keys of KEY.json with a text or a list of
-    texts; the scenes have alt, short and dense."""
-    cache_dir: str | None = flag(None, "data", defines_run=False)
-    """Folder that remote shards are fetched to; by default fastclip in the user's cache."""
-    cache_bytes: int = flag(CACHE_BYTES, "data", defines_run=False)
-    """Most bytes kept there; the least recently used shards are deleted."""
-    allow_commands: bool = flag(False, "data", defines_run=False)
-    """Run data named pipe:COMMAND with the shell and take the output for a shard; for names that
-    you trust only."""
+    dataset_type: DatasetType = flag("auto", defines_run=True)
+    """Type of the data; auto decides by its name. For --val-data in training it is used only if the
+    name does not decide."""
+    csv_img_key: str = flag("filepath", defines_run=True)
+    """Column of a table with the paths of images."""
+    csv_caption_key: str = flag("title", defines_run=True)
+    """Column of a table with captions; rows with the same path are captions of one image."""
+    csv_separator: str = flag("\t", defines_run=True)
+    """Character between the columns of a table; \\t is a tab."""
+    image_root: str | None = flag(None, defines_run=True)
+    """Folder that a table's paths are relative to; by default the table's folder."""
+    templates: str | None = flag(None, defines_run=True)
+    """File of prompt templates, one per line with {} or {c} for the class name: the captions of a
+    folder of classes (by default 'a photo of a {}.') and the prompts of zero-shot evaluation."""
+    captions: str | None = flag(None, defines_run=True)
+    """Captions of shards and scenes to sample from, with weights, e.g. 'txt=1,recaption=3': txt is
+    KEY.txt, other names are keys of KEY.json with a text or a list of texts; the scenes have alt,
+    short and dense."""
+    cache_dir: str | None = flag(None, defines_run=False)
+    """Cache folder of remote shards; by default fastclip in the user's cache."""
+    cache_bytes: int = flag(CACHE_BYTES, defines_run=False)
+    """Maximum size of --cache-dir in bytes; the least recently used shards are deleted."""
 
     def __post_init__(self) -> None:
         # reported now, not when the first sample is read
@@ -66,7 +80,11 @@ class DataOptions:
 
     @classmethod
     def of(cls, flags: Any) -> "DataOptions":
-        """The options among a configuration's fields; those it lacks keep their defaults."""
+        """The options among a configuration's fields.
+
+        Args:
+            flags: any object; fields that it lacks keep their defaults.
+        """
         names = [field.name for field in fields(cls) if hasattr(flags, field.name)]
         return cls(**{name: getattr(flags, name) for name in names})
 
@@ -75,7 +93,7 @@ def parse_weights(text: str) -> dict[str, float]:
     """Names with positive weights from e.g. 'txt=1,recaption=3'; without '=', the weight is 1.
 
     Raises:
-        ValueError: a name is empty or comes twice, or a weight is no positive number.
+        ValueError: a name is empty or comes twice, or a weight is not a positive number.
     """
     weights: dict[str, float] = {}
     for item in text.split(","):
@@ -91,3 +109,20 @@ def parse_weights(text: str) -> dict[str, float]:
             )
         weights[name] = weight
     return weights
+
+
+def without_commands(values: dict[str, Any], origin: str) -> dict[str, Any]:
+    """A configuration of before, when data could be commands, without its `allow_commands`.
+
+    Raises:
+        ValueError: it allows them.
+    """
+    kept = {key: v for key, v in values.items() if str(key).replace("-", "_") != "allow_commands"}
+    if any(value for key, value in values.items() if key not in kept):
+        raise ValueError(
+            f"{origin}: allow_commands is true, and fastclip runs no commands; name data by paths "
+            "or by URLs that fsspec reads, and delete the key"
+        )
+    if len(kept) < len(values):
+        note(f"{origin}: allow_commands is not used any more; delete the key")
+    return kept

@@ -58,6 +58,14 @@ class Order:
     Raises:
         ValueError: there are no samples, a count or the window is negative, or the weights are
             not one positive number a shard.
+
+    Examples:
+        >>> from fastclip.data.order import Order
+        >>> order = Order(counts=(3, 2), seed=0)
+        >>> sorted(order.locate(epoch=0, position=i) for i in range(len(order)))
+        [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+        >>> len(Order(counts=(3, 2), seed=0, weights=(1, 2.5)))  # 3 + 2 * 2 + 1
+        8
     """
 
     counts: tuple[int, ...]
@@ -89,7 +97,15 @@ class Order:
         return self._length
 
     def locate(self, epoch: int, position: int) -> tuple[int, int]:
-        """(shard, index within it) of the sample at `position` of `epoch`, both from 0."""
+        """(shard, index within it) of a sample, both from 0.
+
+        Args:
+            epoch: from 0 on.
+            position: in the epoch, in [0, len).
+
+        Raises:
+            IndexError: there is no such position.
+        """
         length = len(self)
         if not 0 <= position < length:
             raise IndexError(f"position {position} is outside an epoch of {length} samples")

@@ -21,7 +21,7 @@ from fastclip.data.faults import FaultLog
 from fastclip.data.index import Fault
 from fastclip.data.order import hash64
 from fastclip.data.regular import open_regular
-from fastclip.data.remote import ShardCache, is_command, is_remote
+from fastclip.data.remote import ShardCache, is_remote
 from fastclip.data.samples import UnreadableSample
 from fastclip.data.shards import expand_shards
 from fastclip.device import choose_device
@@ -128,7 +128,9 @@ class Captioner:
         self.processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=False)
         self.tokenizer: Any = getattr(self.processor, "tokenizer", None)
         if self.tokenizer is None or not hasattr(self.processor, "image_processor"):
-            raise ValueError(f"{options.model} takes no images with texts; give another --model")
+            raise ValueError(
+                f"{options.model} does not take images with texts; give another --model"
+            )
         # what is generated begins where the prompt ends
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token is None:
@@ -175,7 +177,7 @@ class Captioner:
                 output = self.model.generate(**inputs, **how)
             except torch.OutOfMemoryError as error:
                 wanted = f"--batch-size {self.options.batch_size}: the GPU's memory is too small"
-                raise ValueError(f"{wanted}; lower it, what is done is kept") from error
+                raise ValueError(f"{wanted}; lower it; finished batches are kept") from error
         # decoded alike, the prompt is found where the model repeats it
         given, made = (
             self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
@@ -216,12 +218,10 @@ def recaption_shards(
         FileExistsError: the target holds such shards that were not written here.
         OSError, ModuleNotFoundError: a shard or the model cannot be read, or transformers is not.
     """
-    if any(map(is_command, pattern.split("::"))):
-        raise ValueError(f"{pattern} names shards by commands; fetch them first to rewrite them")
     names = expand_shards(pattern)
     paths = [target / name.rpartition("/")[2] for name in names]
     if len(set(paths)) < len(paths):
-        raise ValueError(f"two shards of {pattern} have one name; give them in two commands")
+        raise ValueError(f"two shards of {pattern} have the same name; give them in two commands")
     captioner = Captioner(options, choose_device(device))
     claim_folder(target, "recaption.json", captioner.settings, paths)
     cache, done = ShardCache(), Recaptioned()

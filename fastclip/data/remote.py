@@ -5,9 +5,6 @@ import hashlib
 import math
 import os
 import re
-import selectors
-import signal
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -21,7 +18,7 @@ from fastclip.data import http
 from fastclip.data.index import index_file
 from fastclip.data.options import CACHE_BYTES
 from fastclip.data.regular import open_regular
-from fastclip.printable import note
+from fastclip.messages import note
 
 ATTEMPTS = 3
 PAUSE_SECONDS = 1.0
@@ -31,9 +28,6 @@ GIVE_UP_SECONDS = 60.0
 SMALL_BYTES = 16 << 20
 SMALL_AT_ONCE = 16
 THRASHING_SECONDS = 60.0
-# A command that takes longer is ended with all that it started.
-COMMAND = "pipe:"
-COMMAND_SECONDS = 1800.0
 
 _LOCKS = 64
 _STALE_SECONDS = 24 * 3600
@@ -126,11 +120,7 @@ class ShardCache:
             try:
                 handle, partial = tempfile.mkstemp(".part", f".{path.name}.", self.folder)
                 os.close(handle)
-                if is_command(url):
-                    self._make_room(0)
-                    run_command(url, partial, self.limit)
-                else:
-                    self._copy(url, partial)
+                self._copy(url, partial)
                 # opened first: under its name, another process may delete it at once
                 file = self._opened(Path(partial))
                 assert file is not None
@@ -145,9 +135,6 @@ class ShardCache:
                 return file
             except FetchError:
                 raise
-            except subprocess.TimeoutExpired as error:
-                took = f"ran for over {COMMAND_SECONDS:,g} seconds and was ended"
-                raise FetchError(f"{url} {took}") from error
             except FileNotFoundError as error:
                 raise FetchError(f"{url} does not exist") from error
             except http.TooLargeError as error:
@@ -212,21 +199,16 @@ def _require_tar(file: BinaryIO, url: str) -> None:
     """Keep a server's page of an error, or nothing, from being kept for the shard.
 
     Raises:
-        OSError: it is no tar at all. A damaged or packed one is reported by its reader.
+        OSError: it is not a tar at all. A damaged or packed one is reported by its reader.
     """
     for fault in index_file(file, url).faults:
         if fault.kind in ("not a tar", "empty file"):
             raise OSError(f"what arrived is {fault.kind} ({fault.detail or 'no bytes'})")
 
 
-def is_command(name: str) -> bool:
-    """Whether a shard's name is a command that writes the shard to its standard output."""
-    return name.startswith(COMMAND)
-
-
 def is_remote(name: str) -> bool:
-    """Whether a shard's name is a URL or a command: what is fetched before it is read."""
-    return is_command(name) or "://" in name
+    """Whether a shard's name is a URL: what is fetched before it is read."""
+    return "://" in name
 
 
 def read_small(urls: Iterable[str]) -> dict[str, bytes]:
@@ -283,15 +265,14 @@ def remote_counts(names: list[str]) -> dict[str, int]:
         ValueError: one of these files is damaged. FetchError: it could not be read.
     """
     counts: dict[str, int] = {}
-    # what lies beside a command's output, nobody knows
-    urls = [name for name in names if not is_command(name)]
-    sizes = {name: name.rpartition("/")[0] + "/sizes.json" for name in urls}
+    sizes = {name: name.rpartition("/")[0] + "/sizes.json" for name in names}
     declared = {url: parsed(url, text) for url, text in read_small(set(sizes.values())).items()}
     for name, url in sizes.items():
         count = declared.get(url, {}).get(name.rpartition("/")[2])
         if count is not None:
             counts[name] = whole(url, count)
-    stats = {f"{name.removesuffix('.tar')}_stats.json": name for name in urls if name not in counts}
+    uncounted = [name for name in names if name not in counts]
+    stats = {f"{name.removesuffix('.tar')}_stats.json": name for name in uncounted}
     for url, text in read_small(stats).items():
         count = parsed(url, text).get("successes")
         if count is not None:
@@ -308,7 +289,7 @@ def parsed(where: str, text: str | bytes) -> dict[str, Any]:
     """A file of counts, sizes.json or _stats.json.
 
     Raises:
-        ValueError: it is no dictionary in JSON.
+        ValueError: it is not a dictionary in JSON.
     """
     try:
         content = parse_json(text, where)
@@ -327,7 +308,7 @@ def whole(where: str, count: Any) -> int:
     """One of its counts.
 
     Raises:
-        ValueError: it is no number, negative, or more than any shard holds.
+        ValueError: it is not a number, negative, or more than any shard holds.
     """
     try:
         number = int(count)
@@ -347,79 +328,6 @@ def _filesystem(url: str) -> tuple[Any, str]:
     # a library is missing, or what an implementation makes of a URL that it cannot take
     except Exception as error:
         raise ValueError(f"{url} cannot be read: {error}") from error
-
-
-def run_command(name: str, target: str, limit: int) -> None:
-    """Write to `target` what the shell's command behind `pipe:` writes to its standard output.
-
-    Whatever is raised, the command and what it started are ended.
-
-    Raises:
-        FetchError: it wrote more than `limit` bytes, or nothing at all.
-        subprocess.TimeoutExpired: it took longer than half an hour. OSError: it failed otherwise.
-    """
-    deadline = time.monotonic() + COMMAND_SECONDS
-    # a group of its own, so that all of a pipeline can be ended
-    with (
-        open(target, "wb") as output,
-        subprocess.Popen(
-            name.removeprefix(COMMAND),
-            shell=True,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        ) as process,
-    ):
-        try:
-            told = _stream(process, output, limit, deadline)
-            status = process.wait(max(0.0, deadline - time.monotonic()))
-        except BaseException:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            raise
-        written = output.tell()
-    if status:
-        lines = told.decode("utf-8", "backslashreplace").split("\n")
-        said = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
-        how = f"exit status {status}" if status > 0 else f"ended by signal {-status}"
-        raise OSError(f"{how}: {said[-200:]}")
-    if not written:
-        raise FetchError(f"{name} wrote nothing")
-
-
-def _stream(
-    process: "subprocess.Popen[bytes]", output: BinaryIO, limit: int, deadline: float
-) -> bytes:
-    """Copy standard output as it comes; returns the end of standard error.
-
-    Raises:
-        FetchError: there are more than `limit` bytes. subprocess.TimeoutExpired: it took too long.
-    """
-    written, told = 0, b""
-    with selectors.DefaultSelector() as selector:
-        for stream in (process.stdout, process.stderr):
-            assert stream is not None
-            selector.register(stream, selectors.EVENT_READ)
-        while selector.get_map():
-            ready = selector.select(max(0.0, deadline - time.monotonic()))
-            if time.monotonic() >= deadline:
-                raise subprocess.TimeoutExpired(process.args, COMMAND_SECONDS)
-            for key, _ in ready:
-                chunk = os.read(key.fd, 1 << 20)
-                if not chunk:
-                    selector.unregister(key.fileobj)
-                elif key.fileobj is process.stderr:
-                    told = (told + chunk)[-4096:]
-                else:
-                    written += len(chunk)
-                    if written > limit:
-                        raise FetchError(
-                            f"{COMMAND}{process.args!s} wrote over {limit:,} bytes and was ended; "
-                            "raise --cache-bytes if a shard is so large"
-                        )
-                    output.write(chunk)
-    return told
 
 
 def _user_cache() -> Path:

@@ -132,7 +132,7 @@ def decode(image: Image.Image, where: str) -> Image.Image:
     An orientation in EXIF is left aside, as open_clip does.
 
     Raises:
-        UnreadableSample: the file is no whole image.
+        UnreadableSample: the file is not a whole image.
     """
     try:
         if image.mode.startswith("I"):
@@ -267,7 +267,7 @@ class SampleReader:
         try:
             label = int(encoded) if len(encoded) <= MAX_LABEL_BYTES else -1
         except ValueError as error:
-            raise UnreadableSample(Fault("class index is no integer", where)) from error
+            raise UnreadableSample(Fault("class index is not an integer", where)) from error
         if not 0 <= label < 1 << 31:
             raise UnreadableSample(Fault("class index out of range", where))
         return label
@@ -315,10 +315,10 @@ def _json_fault(encoded: bytes, size: int, where: str) -> Fault | None:
     except (ValueError, RecursionError) as error:
         return Fault("damaged JSON", where, str(error)[:80])
     if not isinstance(content, dict):
-        return Fault("JSON is no dictionary", where)
+        return Fault("JSON is not a dictionary", where)
     listed = content.get("captions", [])
     if not isinstance(listed, list) or not all(isinstance(text, str) for text in listed):
-        return Fault("captions are no list of texts", where)
+        return Fault("captions are not a list of texts", where)
     return None
 
 

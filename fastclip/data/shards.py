@@ -13,10 +13,8 @@ from fastclip.data.index import MAX_PLACES, Fault, ShardIndex, index_file
 from fastclip.data.order import DEFAULT_WINDOW
 from fastclip.data.regular import open_regular
 from fastclip.data.remote import (
-    COMMAND,
     FetchError,
     ShardCache,
-    is_command,
     is_remote,
     parsed,
     remote_counts,
@@ -27,32 +25,28 @@ from fastclip.data.samples import Sample, SampleReader, UnreadableSample
 # some windows' worth, whatever the size of the shards; about 0.6 kB each
 INDEX_CACHE_SAMPLES = 4 * DEFAULT_WINDOW
 
-# Other programs' notations for commands, ours with a slip in it, and fsspec's "reference", whose
+# Other programs' notations for commands, also with a slip in them, and fsspec's "reference", whose
 # files hold templates that are evaluated.
 _RUNS_SOMETHING = re.compile(
     r"\s*(\||(pipe|exec|shell|sh|bash|cmd|popen|system|reference)\s*:)", re.IGNORECASE
 )
 
 
-def expand_shards(pattern: str, allow_commands: bool = False) -> list[str]:
+def expand_shards(pattern: str) -> list[str]:
     """Paths and URLs of `a-{00000..00041}.tar::s3://b/{0..9}.tar`, in the order written.
 
-    Args:
-        allow_commands: take `pipe:COMMAND`, a command of the shell that writes a shard to its
-            standard output; one without '::', which joins patterns.
-
     Raises:
-        ValueError: the pattern is a command that is not allowed, or a part of it names no shard.
+        ValueError: a part of the pattern names no shard, or is a command.
         FileNotFoundError: a local shard does not exist.
     """
-    return [name for part in _expand_parts(pattern, allow_commands) for name in part]
+    return [name for part in _expand_parts(pattern) for name in part]
 
 
-def _expand_parts(pattern: str, allow_commands: bool) -> list[list[str]]:
+def _expand_parts(pattern: str) -> list[list[str]]:
     """The shards of each of the patterns joined by '::'."""
+    refuse_commands(pattern)
     parts: list[list[str]] = []
     for part in pattern.split("::"):
-        _check_command(part, allow_commands)
         names = [name for name in braceexpand(part) if name]
         if not names:
             raise ValueError(f"{part!r} names no shard; give e.g. '/data/{{00000..00041}}.tar'")
@@ -68,20 +62,15 @@ def _expand_parts(pattern: str, allow_commands: bool) -> list[list[str]]:
     return parts
 
 
-def _check_command(part: str, allow_commands: bool) -> None:
-    """Raise a ValueError for a command, or what elsewhere is one, that is not to be run."""
-    if is_command(part):
-        if not allow_commands:
+def refuse_commands(data: str) -> None:
+    """Raise a ValueError for data of which a part is a command elsewhere: nothing is run here."""
+    for part in data.split("::"):
+        if _RUNS_SOMETHING.match(part):
             raise ValueError(
-                f"{part!r} is a command, which would run with your rights; if you trust it, give "
-                "--allow-commands"
+                f"{part!r} would run a command, and fastclip runs none; name shards by URLs that "
+                "fsspec reads, such as s3://bucket/{00000..00041}.tar, or mount the storage and "
+                "name files"
             )
-        if not part.removeprefix(COMMAND).strip() or any(mark in part for mark in "\n\r\0"):
-            raise ValueError(f"{part!r}: give one command on one line, without zero bytes")
-    elif _RUNS_SOMETHING.match(part):
-        raise ValueError(
-            f"{part!r} would run something; fastclip runs only pipe:COMMAND, with --allow-commands"
-        )
 
 
 class ShardSource:
@@ -96,7 +85,6 @@ class ShardSource:
         captions: sources of captions to keep apart: "txt", and keys of KEY.json that hold a text
             or a list of texts. A sample then needs a caption of one of these only.
         cache: where remote shards are kept; by default fastclip's folder of the user's cache.
-        allow_commands: see `expand_shards`; a command is run as often as a URL would be fetched.
 
     Attributes:
         counts: samples in each shard as declared by `sizes.json` or `_stats.json` beside it, or
@@ -114,9 +102,8 @@ class ShardSource:
         required: tuple[str, ...] = ("txt",),
         cache: ShardCache | None = None,
         captions: tuple[str, ...] = (),
-        allow_commands: bool = False,
     ) -> None:
-        parts = _expand_parts(pattern, allow_commands)
+        parts = _expand_parts(pattern)
         self.names = [name for part in parts for name in part]
         self.parts = tuple(len(part) for part in parts)
         self._reader = SampleReader(required, captions)

@@ -11,9 +11,9 @@ from fastclip.data.folders import FolderSource, holds_image_folders
 from fastclip.data.generated import SceneSource, SyntheticSource, open_scenes
 from fastclip.data.index import Fault
 from fastclip.data.options import DataOptions, DatasetType
-from fastclip.data.remote import ShardCache, is_command, is_remote
+from fastclip.data.remote import ShardCache, is_remote
 from fastclip.data.samples import Sample, Source
-from fastclip.data.shards import ShardSource
+from fastclip.data.shards import ShardSource, refuse_commands
 from fastclip.data.tables import open_coco, open_csv
 from fastclip.data.templates import read_lines
 
@@ -29,7 +29,19 @@ ENDINGS: dict[str, DatasetType] = {
 
 
 class Mixture:
-    """Several sources one after another."""
+    """Several sources one after another.
+
+    Args:
+        sources: they; their shards are numbered on.
+
+    Examples:
+        >>> from fastclip.data.sources import Mixture, SceneSource
+        >>> mixture = Mixture([SceneSource("train", 100), SceneSource("val", 20)])
+        >>> mixture.counts
+        (100, 20)
+        >>> mixture.read(1, 7).key  # of the second
+        'val00000007'
+    """
 
     def __init__(self, sources: Sequence[Source]) -> None:
         self.sources = sources
@@ -38,12 +50,22 @@ class Mixture:
         self._starts = np.cumsum((0, *self.parts))
 
     def read(self, shard: int, index: int, *, pixels: bool = True) -> Sample:
-        """The sample at `index` of `shard`, as the source it belongs to reads it."""
+        """A sample, as the source it belongs to reads it.
+
+        Args:
+            shard: number of the shard, counted through all sources.
+            index: of the sample in the shard.
+            pixels: whether its image is decoded.
+        """
         source, shard = self._find(shard)
         return source.read(shard, index, pixels=pixels)
 
     def place(self, shard: int) -> str:
-        """The name of the table or folder that the shard is part of."""
+        """The name of the table or folder that a shard is part of.
+
+        Args:
+            shard: its number, counted through all sources.
+        """
         source, shard = self._find(shard)
         return source.place(shard)
 
@@ -59,8 +81,19 @@ class Mixture:
 def guess_type(data: str) -> DatasetType | None:
     """What the text of `data`, or the folder it names, says it is; None where neither does.
 
+    Args:
+        data: shards, a table, a folder, "scenes", ..., in the form of `--train-data`.
+
+    Returns:
+        "webdataset", "csv", "coco", "imagefolder", "synthetic", "scenes" or None.
+
     Raises:
         ValueError: patterns joined by '::' are of different types.
+
+    Examples:
+        >>> from fastclip.data.sources import guess_type
+        >>> guess_type("shards/{00000..00041}.tar"), guess_type("captions.tsv")
+        ('webdataset', 'csv')
     """
     kinds = {part: _guess_part(part) for part in data.split("::")}
     if len(set(kinds.values())) > 1:
@@ -81,18 +114,30 @@ def open_source(
     """The samples that `data` names.
 
     Args:
-        data: shards (see `fastclip.data.shards.expand_shards`), a CSV or COCO file, an ImageFolder,
-            "synthetic", "scenes" or "scenes:KEY=VALUE,..."; several of one type joined by '::'.
-        options: how to read it.
+        data: shards ("FOLDER/{00000..00041}.tar", a list of them, URLs), a CSV or COCO file, an
+            ImageFolder, "synthetic", "scenes" or "scenes:KEY=VALUE,..."; several of one type
+            joined by '::'.
+        options: how to read it; None for the defaults.
         split: which scenes or noise, where `data` does not say.
         count: how many scenes or noise images; of no meaning for the others.
         required: extensions a shard's sample must have besides an image.
         negatives: have the scenes' own hard negatives made, which takes time.
 
+    Returns:
+        A source: `counts` has the number of samples of each shard, `read(shard, index)` gives one,
+        with its `image`, `texts` and `label`.
+
     Raises:
         ValueError, FileNotFoundError: the data cannot be recognized or read; the message says why.
+
+    Examples:
+        >>> from fastclip.data.sources import open_source
+        >>> source = open_source("scenes:objects=1", split="val", count=100)
+        >>> source.counts, source.read(0, 7).image.size
+        ((100,), (64, 64))
     """
     options = options or DataOptions()
+    refuse_commands(data)
     kind = guess_type(data) if options.dataset_type == "auto" else options.dataset_type
     if kind is None or (kind == "webdataset" and os.path.isdir(data)):
         raise ValueError(_unrecognized(data))
@@ -104,7 +149,7 @@ def open_source(
     if kind == "webdataset":
         cache = ShardCache(options.cache_dir, options.cache_bytes)
         captions = tuple(options.caption_weights)
-        return ShardSource(data, required, cache, captions, options.allow_commands)
+        return ShardSource(data, required, cache, captions)
     sources: list[Source] = []
     for part in data.split("::"):
         if kind == "scenes":
@@ -123,11 +168,21 @@ def shard_weights(source: Source, factors: str | None) -> tuple[float, ...] | No
     """The order's weight of each shard from open_clip's `--train-data-upsampling-factors`.
 
     Args:
+        source: the data, of as many patterns as there are factors.
         factors: one number for each pattern of the data, joined by '::'; None for no weights.
 
+    Returns:
+        A number for each shard, for `fastclip.data.order.Order`; None without factors.
+
     Raises:
-        ValueError: their number differs from the patterns', one is no positive number, or a factor
-            of a table is no whole number.
+        ValueError: their number differs from the patterns', one is not a positive number, or a
+            factor of a table is not a whole number.
+
+    Examples:
+        >>> from fastclip.data.sources import open_source, shard_weights
+        >>> source = open_source("scenes::scenes:caption=dense", split="train", count=100)
+        >>> shard_weights(source, "1::3")
+        (1.0, 3.0)
     """
     if factors is None:
         return None
@@ -159,7 +214,7 @@ def _guess_part(part: str) -> DatasetType | None:
     if os.path.isdir(path):
         return "imagefolder" if holds_image_folders(path) else None
     ending = path.suffix.lower()
-    if ending in ENDINGS and not is_command(part):
+    if ending in ENDINGS:
         return ENDINGS[ending]
     shards = is_remote(part) or "{" in part or ".tar" in path.name.lower()
     return "webdataset" if shards else None

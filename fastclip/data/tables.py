@@ -17,12 +17,12 @@ from fastclip.data.files import ImageFiles
 from fastclip.data.options import DataOptions
 from fastclip.data.samples import MAX_TEXT_BYTES
 from fastclip.data.strings import Strings
-from fastclip.printable import note
+from fastclip.messages import note
 
 COCO_FOLDERS = ("train2017", "val2017", "test2017", "train2014", "val2014")
 
 # Longest field and line that are looked at, in characters: a caption over MAX_TEXT_BYTES is left
-# out, while what is longer than this comes of an open quotation mark, or is no table.
+# out, while what is longer than this comes of an open quotation mark, or is not a table.
 MAX_FIELD = 16 * MAX_TEXT_BYTES
 
 
@@ -111,7 +111,7 @@ def _require_file(path: Path) -> None:
         # Path makes one slash of two
         if ":/" in str(path):
             raise ValueError(f"{path} is a URL; tables are read from local files: copy it")
-        raise FileNotFoundError(f"{path} does not exist or is no file")
+        raise FileNotFoundError(f"{path} does not exist or is not a file")
 
 
 def _header(path: Path, separator: str) -> list[str]:
@@ -122,7 +122,7 @@ def _header(path: Path, separator: str) -> list[str]:
         try:
             return next(csv.reader(_lines(file), delimiter=separator), [])
         except csv.Error as error:
-            raise ValueError(f"{path} is no table in UTF-8: {error}") from error
+            raise ValueError(f"{path} is not a table in UTF-8: {error}") from error
 
 
 def _lines(file: TextIO) -> Iterator[str]:
@@ -224,7 +224,7 @@ def _csv_rows(path: Path, separator: str, options: DataOptions) -> Iterator[tupl
 
 
 def _row_fault(row: list[str], width: int, image: int, text: int) -> str:
-    """Why a row is left out; a blank line is no row."""
+    """Why a row is left out; a blank line is not a row."""
     if not row:
         return ""
     if len(row) <= max(image, text) or not (row[image] and row[text].strip()):
@@ -269,7 +269,7 @@ def _coco_rows(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _usable(caption: object) -> str | None:
-    """A caption stripped; None if it is no text, or blank, or cannot be written as UTF-8."""
+    """A caption stripped; None if it is not a text, or blank, or cannot be written as UTF-8."""
     if not isinstance(caption, str):
         return None
     # JSON may spell half a surrogate pair, which no tokenizer takes

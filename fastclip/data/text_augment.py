@@ -85,11 +85,21 @@ class TextAugmentation:
             synonyms, the places of two words exchanged, words dropped, nothing. All zero: nothing.
         synonym_words, swap_pairs: how many words are replaced, or pairs exchanged in turn.
         deletion_rate: probability that a word is dropped; one at least stays.
-        clean: whether `clean` comes first.
-        synonyms: None for the package's own.
+        clean: whether HTML's entities are resolved and white space is collapsed first.
+        synonyms: the words that may stand for a word, by that word in lower case; None for the
+            package's own.
 
     Raises:
         ValueError: a number is outside what it can mean.
+
+    Examples:
+        >>> import random
+        >>> from fastclip.data.text_augment import TextAugmentation
+        >>> TextAugmentation(stop_words=1.0).augment("a photo of the red car", random.Random(0))
+        'photo red car'
+        >>> swapped = TextAugmentation(swap=1.0).augment("a red car", random.Random(0))
+        >>> swapped != "a red car", sorted(swapped.split())
+        (True, ['a', 'car', 'red'])
     """
 
     stop_words: float = 0.0
@@ -121,7 +131,12 @@ class TextAugmentation:
         return cls(stop_words=0.8, synonym=0.4, swap=0.4, deletion=0.2)
 
     def augment(self, text: str, rng: random.Random) -> str:
-        """The text, augmented; empty only where it was. White space stays where nothing changes."""
+        """The text, augmented; empty only where it was. White space stays where nothing changes.
+
+        Args:
+            text: a caption.
+            rng: what is drawn from.
+        """
         if self.clean:
             text = clean(text) or text
         weights = [getattr(self, name) for name in _OPERATIONS]

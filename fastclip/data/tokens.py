@@ -48,8 +48,8 @@ def bounded(tokenizer: Tokenizer) -> Tokenizer:
 def tokenize(tokenizer: Tokenizer, texts: list[str]) -> tuple[Tensor, int]:
     """The texts' tokens, and how many of the texts lost some to the tokenizer's context length.
 
-    Known of tokenizers that count for themselves (a running number `truncated`) and of open_clip's
-    `SimpleTokenizer`; of others 0.
+    Known of tokenizers that count for themselves (a running number `truncated`) and of
+    open_clip's `SimpleTokenizer`; of others 0.
 
     Args:
         tokenizer: makes (n, L) int64 of n texts.

@@ -16,13 +16,13 @@ from torch.utils.data import Dataset
 from fastclip.data.augment import Augmentation, draw_view
 from fastclip.data.captions import CaptionSampling
 from fastclip.data.index import Fault
+from fastclip.data.jpeg import decode_pixels, portable, trim
 from fastclip.data.labels import LabelSource
 from fastclip.data.order import Order, hash64
-from fastclip.data.portable import decode_pixels, portable, trim
-from fastclip.data.progress import ReadingBoard
 from fastclip.data.samples import Sample, Source, UnreadableSample, decode
 from fastclip.data.tokens import Tokenizer, tokenize
 from fastclip.data.views import Hue, render_view
+from fastclip.data.watchdog import ReadingBoard
 
 REPLACEMENT_ATTEMPTS = 32
 
@@ -40,7 +40,17 @@ class TrainingSamples(Dataset[dict[str, Any]]):
         labels: where labels come from; None for batches without.
         pixels: make the views here. Otherwise a batch carries the images' bytes and the drawn
             parameters, for `fastclip.data.dali`.
-        hue: see `fastclip.data.views.render_view`.
+        hue: "yiq" turns colors about the gray axis, as DALI does; "hsv" is torchvision's.
+
+    Examples:
+        >>> from fastclip.data.augment import Augmentation
+        >>> from fastclip.data.order import Order
+        >>> from fastclip.data.sources import open_source
+        >>> from fastclip.data.training_samples import TrainingSamples
+        >>> source = open_source("scenes", split="train", count=100)
+        >>> samples = TrainingSamples(source, Order(source.counts, seed=0), Augmentation(32), None)
+        >>> samples[0, 7]["images"][0].shape  # epoch 0, position 7
+        torch.Size([3, 32, 32])
     """
 
     def __init__(
@@ -69,7 +79,12 @@ class TrainingSamples(Dataset[dict[str, Any]]):
         return self._read(*where, decode_pixels if self.pixels else portable)
 
     def decoded(self, epoch: int, position: int) -> dict[str, Any]:
-        """As without pixels, but with an image that Pillow has decoded to its end."""
+        """A sample as without pixels, but with an image that Pillow has decoded to its end.
+
+        Args:
+            epoch: from 0 on.
+            position: in the epoch.
+        """
         return self._read(epoch, position, lambda sample: decode(sample.image, sample.where))
 
     def _read(

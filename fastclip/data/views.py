@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastclip.data.augment import COLOR_STEPS, AugmentationParams, blur_radius
-from fastclip.data.portable import as_tensor
+from fastclip.data.jpeg import as_tensor
 
 # ITU-R BT.601, as Pillow, torchvision and DALI use it
 GRAY = np.array([0.299, 0.587, 0.114], dtype=np.float32)
@@ -39,6 +39,15 @@ def render_view(image: Tensor, params: AugmentationParams, size: int, hue: Hue =
 
     Returns:
         (3, size, size) uint8.
+
+    Examples:
+        >>> import torch
+        >>> from fastclip.data.augment import AugmentationParams
+        >>> from fastclip.data.views import render_view
+        >>> image = torch.randint(256, (3, 48, 64), dtype=torch.uint8)
+        >>> params = AugmentationParams(top=0, left=16, height=48, width=48, flip=True)
+        >>> render_view(image, params, size=32).shape
+        torch.Size([3, 32, 32])
     """
     p = params
     crop = image[None, :, p.top : p.top + p.height, p.left : p.left + p.width]
@@ -74,13 +83,23 @@ def replay(
         image: RGB, or (3, H, W) uint8.
         params: of the view, or its vector of a batch's `params`.
         size: side of the view, in pixels.
-        hue: as it was made with, see `render_view`.
+        hue: "yiq" or "hsv", as it was made with.
 
     Returns:
         (3, size, size) uint8: the delivered view, to the bit where torchvision's pipeline made it.
 
     Raises:
         ValueError: the vector cannot be of this image.
+
+    Examples:
+        >>> import random
+        >>> from fastclip.data.augment import Augmentation, draw_view
+        >>> from fastclip.data.scenes import render, sample_scene
+        >>> from fastclip.data.views import replay
+        >>> image = render(sample_scene(7))
+        >>> params = draw_view(Augmentation.strong(32), *image.size, random.Random(0))
+        >>> replay(image, params, 32).equal(replay(image, params.encode(*image.size), 32))
+        True
     """
     pixels = image if isinstance(image, Tensor) else as_tensor(image.convert("RGB"))
     if isinstance(params, Tensor):

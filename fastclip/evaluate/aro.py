@@ -96,7 +96,7 @@ def visual_genome_cases(path: Path, group: str) -> list[Choice]:
             raise ValueError(
                 f"{path}, entry {number}: the box {[entry[key] for key in _BOX]} (x, y, width, "
                 f"height) has no area in {image}, which is {size} pixels (width, height); "
-                "see that image and file are of one release"
+                "check that image and file are of the same release"
             )
         texts = (entry["true_caption"], entry["false_caption"])
         named = entry[group]

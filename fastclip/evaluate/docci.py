@@ -40,7 +40,7 @@ def evaluate_docci(
     path = root / "docci_descriptions.jsonlines"
     entries = [entry for entry in read_entries(path, _FIELDS) if entry["split"] == SPLIT]
     if not entries:
-        raise ValueError(f"{path} has no entry of the split {SPLIT!r}; get the file anew")
+        raise ValueError(f"{path} has no entry of the split {SPLIT!r}; download the file again")
     texts, pairs = caption_pairs([(entry["description"],) for entry in entries])
     files = [ImageFile(root / "images" / entry["image_file"]) for entry in entries]
     image_features = embed_files(model, files, encoding)

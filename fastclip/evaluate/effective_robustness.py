@@ -48,7 +48,9 @@ class Line:
             ValueError: an accuracy is outside [0, 1].
         """
         if not np.all((np.asarray(accuracy) >= 0) & (np.asarray(accuracy) <= 1)):
-            raise ValueError(f"accuracy {accuracy} is outside [0, 1]; give a share, not per cent")
+            raise ValueError(
+                f"accuracy {accuracy} is outside [0, 1]; give a fraction, not a percentage"
+            )
         forward, backward = TRANSFORMS[self.transform]
         # a level line has its intercept at the infinite ends too
         rise = self.slope * forward(accuracy) if self.slope else 0 * np.asarray(accuracy)

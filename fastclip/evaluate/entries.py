@@ -23,7 +23,7 @@ def find_parts(
         FileNotFoundError: a wanted part is missing, or all are; the message says where to get them.
     """
     if unknown := [part for part in wanted if part not in files]:
-        raise ValueError(f"{name} has no part {unknown[0]!r}; choose of {', '.join(files)}")
+        raise ValueError(f"{name} has no part {unknown[0]!r}; choose from {', '.join(files)}")
     paths = {part: root / file for part, file in files.items() if part in (wanted or files)}
     missing = [files[part] for part, path in paths.items() if not path.is_file()]
     if missing and (wanted or len(missing) == len(files)):
@@ -51,10 +51,10 @@ def read_entries(path: Path, fields: Mapping[str, Any]) -> list[dict[str, Any]]:
             lines = enumerate(read_text(path, ANNOTATIONS).removeprefix("\ufeff").split("\n"), 1)
             content = [parse_json(line, f"{path}:{n}") for n, line in lines if line.strip()]
     except ValueError as error:
-        raise ValueError(f"{error}; get the file anew") from error
+        raise ValueError(f"{error}; download the file again") from error
     entries = list(content.values()) if isinstance(content, dict) else content
     if not isinstance(entries, list) or not entries:
-        raise ValueError(f"{path} holds no list of entries; get the file anew")
+        raise ValueError(f"{path} holds no list of entries; download the file again")
     for number, entry in enumerate(entries):
         for field, kind in fields.items():
             if not isinstance(entry, dict) or not isinstance(entry.get(field), kind):

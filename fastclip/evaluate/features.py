@@ -18,9 +18,9 @@ from fastclip.data.loader import EvaluationSamples, collate
 from fastclip.data.samples import Source, UnreadableSample, decode_image
 from fastclip.data.tokens import bounded
 from fastclip.device import autocast
-from fastclip.evaluate import ranks
+from fastclip.evaluate import sharing
+from fastclip.models.classifier import Classifier
 from fastclip.models.clip import Model
-from fastclip.models.controls import Classifier
 
 # files in a message
 _SHOWN = 3
@@ -134,7 +134,7 @@ def _require_all(count: int, bad: list[str], what: str) -> None:
         more = ", ..." if bad[_SHOWN:] else ""
         raise ValueError(
             f"{len(bad)} of {count} image files are {what}: {', '.join(bad[:_SHOWN])}{more}; "
-            "a score of the others would not compare with published ones, so bring them back"
+            "a score without them would not compare with published ones; restore them"
         )
     if not count:
         raise ValueError("there are no image files to encode")
@@ -179,13 +179,13 @@ def _encode_images(
     size = encoding.batch_size
     loader: DataLoader[dict[str, Any]] = DataLoader(
         samples,
-        batch_sampler=ranks.deal([rows[i : i + size] for i in range(0, len(rows), size)]),
+        batch_sampler=sharing.deal([rows[i : i + size] for i in range(0, len(rows), size)]),
         num_workers=encoding.workers,
         collate_fn=collate,
         generator=torch.Generator(),
     )
     towers: Any = model.model
-    silent = not (encoding.progress and ranks.is_first())
+    silent = not (encoding.progress and sharing.is_first())
     encoded: list[dict[str, Any]] = []
     with evaluating(model.model), autocast(device, encoding.precision):
         for batch in tqdm(loader, desc="images", unit="batch", disable=silent, leave=False):
@@ -197,7 +197,7 @@ def _encode_images(
                     else normalized(towers.encode_image(images))
                 )
             encoded.append(batch)
-    return ranks.collect(encoded)
+    return sharing.collect(encoded)
 
 
 def embed_texts(
@@ -208,10 +208,10 @@ def embed_texts(
     options: dict[str, Any] = {"batch_size": batch_size, "precision": precision}
     share = [
         features
-        for batch in ranks.deal(batches)
+        for batch in sharing.deal(batches)
         for _, features in text_batches(model, batch, 0, **options)
     ]
-    return torch.cat(ranks.collect(share))
+    return torch.cat(sharing.collect(share))
 
 
 @torch.no_grad()

@@ -74,7 +74,7 @@ def read_v2(root: Path) -> ShiftSet | None:
     """`imagenetv2-matched-frequency-format-val/INDEX/*`, None where it is not there.
 
     Raises:
-        ValueError: a folder's name is no class index.
+        ValueError: a folder's name is not a class index.
     """
     folder = root / "imagenetv2-matched-frequency-format-val"
     indices = {str(index): index for index in range(CLASSES)}
@@ -160,13 +160,13 @@ def _read_folders(name: str, folder: Path, indices: dict[str, int]) -> ShiftSet:
     """The images of `folder/CLASS/*`, in the order of class indices.
 
     Raises:
-        ValueError: a folder is no class.
+        ValueError: a folder is not a class.
     """
     names = [path.name for path in folder.iterdir() if path.is_dir()]
     unknown = sorted(set(names) - set(indices))
     if unknown:
         raise ValueError(
-            f"{folder / unknown[0]} is no class of ImageNet's: folders are named as "
+            f"{folder / unknown[0]} is not a class of ImageNet: folders are named as "
             f"{next(iter(indices))}; move it elsewhere"
         )
     images: list[ImageFile] = []
@@ -215,7 +215,7 @@ def _objectnet_answers(mappings: Path) -> dict[str, frozenset[int]]:
         if unknown:
             raise ValueError(
                 f"{mappings}: {label!r} stands for ImageNet's {unknown[0]!r}, which "
-                "imagenet_to_label_2012_v2 does not have; unpack the mappings anew"
+                "imagenet_to_label_2012_v2 does not have; unpack the mappings again"
             )
         answers[folder] = frozenset(index for index in indices.values() if index is not None)
     return answers
@@ -225,4 +225,4 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return read_object(path)
     except ValueError as error:
-        raise ValueError(f"{error}; unpack it anew") from error
+        raise ValueError(f"{error}; unpack it again") from error

@@ -38,8 +38,7 @@ def accuracy_by_head_weight(
     """
     if not has_two_heads(model):
         raise ValueError(
-            f"{type(model.model).__name__} has no weak and strong heads to weigh; leave the head "
-            "weight out"
+            f"{type(model.model).__name__} has no weak and strong heads; leave the head weight out"
         )
     features, labels = labeled(images)
     prompts = class_embeddings(model, classes, templates, precision=precision)

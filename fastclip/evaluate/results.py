@@ -47,17 +47,17 @@ def read_result(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no result.
+        ValueError: it is not a result.
     """
     try:
         result = read_json(path)
     except ValueError as error:
-        raise ValueError(f"{path} is no result of an evaluation: {error}") from error
+        raise ValueError(f"{path} is not an evaluation result: {error}") from error
     wrong = [key for key in _TEXTS if not _of(result, key, str)]
     wrong += ["metrics"] if not _of(result, "metrics", dict) else []
     if wrong:
         raise ValueError(
-            f"{path} is no result of an evaluation: it lacks {', '.join(wrong)}; give files as "
+            f"{path} is not an evaluation result: it lacks {', '.join(wrong)}; give files as "
             "`fastclip eval` and CLIP_benchmark write them"
         )
     return result

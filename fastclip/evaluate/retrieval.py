@@ -36,7 +36,7 @@ def retrieval_metrics(
         ValueError: a rank is below 1.
     """
     if min(k, default=1) < 1:
-        raise ValueError(f"recall at {min(k)}: the best has rank 1; give ranks from 1 on")
+        raise ValueError(f"recall at {min(k)}: the best has rank 1; give ranks of 1 or more")
     images, texts = text_of_image[:, 0], text_of_image[:, 1]
     best_text = _best_rank(image_features, text_features, images, texts)
     best_image = _best_rank(text_features, image_features, texts, images)
@@ -48,7 +48,7 @@ def retrieval_metrics(
 
 
 def _best_rank(queries: Tensor, keys: Tensor, query_of: Tensor, key_of: Tensor) -> Tensor:
-    """Rank (from 0) of each query's best true match among the keys that are no match of it.
+    """Rank (from 0) of each query's best true match among the keys that are not a match of it.
 
     Other true matches never push a match down: only wrong keys scored as high or higher count.
     """

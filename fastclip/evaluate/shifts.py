@@ -27,8 +27,8 @@ from fastclip.evaluate.imagenet import CLASSES, SHIFTS, ShiftSet, prompts, read_
 from fastclip.evaluate.registry import BENCHMARKS, require
 from fastclip.evaluate.results import read_result
 from fastclip.evaluate.zeroshot import class_embeddings
+from fastclip.models.classifier import Classifier
 from fastclip.models.clip import Model
-from fastclip.models.controls import Classifier
 
 TASK = "robustness"
 # ImageNet-A is not among them: it was chosen by a model's mistakes, and follows no line well
@@ -86,7 +86,7 @@ def baseline_from_results(paths: Sequence[Path]) -> dict[str, Line]:
 
     Raises:
         ValueError: a shift has fewer than three models with different accuracies in-distribution,
-            a file is no result of this task, or an accuracy is 0 or 1.
+            a file is not a result of this task, or an accuracy is 0 or 1.
         FileNotFoundError: a file does not exist.
     """
     results = {str(path): read_metrics(path) for path in paths}

@@ -27,7 +27,7 @@ def expand_wds(data: str, split: str = "test") -> str:
     """The pattern of a split's shards where `data` is a folder in this layout; else `data` itself.
 
     Raises:
-        ValueError: there is no such split, or its number of shards is no positive number.
+        ValueError: there is no such split, or its number of shards is not a positive number.
     """
     if not is_wds(data):
         return data

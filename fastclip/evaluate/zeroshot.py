@@ -13,8 +13,8 @@ from fastclip.data.sources import guess_type
 from fastclip.data.templates import DEFAULT_TEMPLATES, fill_template, read_lines
 from fastclip.evaluate.features import ImageFeatures, embed_texts
 from fastclip.evaluate.retrieval import scores_of
+from fastclip.models.classifier import Classifier
 from fastclip.models.clip import Model
-from fastclip.models.controls import Classifier
 
 # Looked for beside the data, in this order: CLIP_benchmark's names, then fastclip's own.
 CLASS_FILES = ("classnames.txt", "classes.txt")
@@ -134,9 +134,7 @@ def classes_of(data: str, dataset_type: str = "auto") -> tuple[list[str], list[s
         return list(CLASSES), list(TEMPLATES)
     if kind == "imagefolder":
         return class_names(Path(data.split("::")[0]).expanduser()), list(DEFAULT_TEMPLATES)
-    # only names are given here: nothing is run
-    shards = kind == "webdataset"
-    first = expand_shards(data, allow_commands=True)[0] if shards else data.split("::")[0]
+    first = expand_shards(data)[0] if kind == "webdataset" else data.split("::")[0]
     place = Path(first).expanduser()
     classes, templates = _find_beside(place, CLASS_FILES), _find_beside(place, TEMPLATE_FILES)
     if classes is None:

@@ -26,9 +26,9 @@ def patch_open_clip(
 
     Losses follow wherever they were imported to: the `forward` of ClipLoss, SigLipLoss and
     DistillClipLoss is exchanged, so instances that exist already, names imported before,
-    subclasses (CoCaLoss) and open_clip's trainer all follow. Values and gradients are open_clip's;
-    what fastclip does not compute (distillation with local_loss without gather_with_grad, Horovod,
-    a teacher that is trained) keeps open_clip's code, with a warning.
+    subclasses (CoCaLoss) and the open_clip trainer all follow. Values and gradients are those of
+    open_clip; what fastclip does not compute (distillation with local_loss without
+    gather_with_grad, Horovod, a teacher that is trained) keeps open_clip's code, with a warning.
 
     Args:
         model: an open_clip model whose attention is to be exchanged, in towers of its own and of
@@ -36,7 +36,8 @@ def patch_open_clip(
             `patch_transformers`.
         loss: whether to exchange the loss classes.
         attention: whether to replace the attention of `model`.
-        backend: implementation of `fastclip.functional.attention`.
+        backend: "auto", "triton", "sdpa" (torch's), "flash" (the flash-attn package) or
+            "reference", of the attention.
 
     Returns:
         A handle with `undo()` that is also a context manager. Patching twice is harmless: the
@@ -44,6 +45,17 @@ def patch_open_clip(
 
     Raises:
         ModuleNotFoundError: open_clip is not installed.
+
+    Examples:
+        >>> import fastclip, open_clip, torch
+        >>> vision = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 1}
+        >>> model = open_clip.CLIP(64, vision, {"width": 64, "heads": 2, "layers": 1})
+        >>> handle = fastclip.patch_open_clip(model)
+        >>> model.encode_image(torch.zeros(2, 3, 32, 32)).shape  # by fastclip's attention
+        torch.Size([2, 64])
+        >>> open_clip.ClipLoss()(torch.eye(3), torch.eye(3), torch.tensor(2.0))  # by its loss
+        tensor(0.2395)
+        >>> handle.undo()
     """
     import open_clip.loss
 

@@ -16,13 +16,29 @@ class PatchHandle:
 
     Pickled or copied together with its model, as `(model, handle)`, it undoes the copy's patch; not
     where the patch changed classes of a library (the open_clip losses).
+
+    Examples:
+        >>> from fastclip.integrations.patch import PatchHandle
+        >>> class Layer:
+        ...     scale = 1
+        >>> Layer.scale, handle = 2, PatchHandle()
+        >>> handle.on_undo(lambda: setattr(Layer, "scale", 1))
+        >>> with handle:
+        ...     print(Layer.scale)
+        2
+        >>> Layer.scale
+        1
     """
 
     def __init__(self) -> None:
         self._restore: list[Callable[[], None]] = []
 
     def on_undo(self, restore: Callable[[], None]) -> None:
-        """Remember `restore`, which takes one change back; the last is taken back first."""
+        """Remember how to take one change back; the last is taken back first.
+
+        Args:
+            restore: called without arguments by `undo`.
+        """
         self._restore.append(restore)
 
     def undo(self) -> None:

@@ -13,7 +13,8 @@ def patch_timm(model: nn.Module, *, backend: str = "auto") -> PatchHandle:
 
     Args:
         model: from `timm.create_model`, or any module that contains timm's layers.
-        backend: implementation of `fastclip.functional.attention`.
+        backend: "auto", "triton", "sdpa" (torch's), "flash" (the flash-attn package) or
+            "reference", of the attention.
 
     Returns:
         A handle with `undo()` that is also a context manager.
@@ -21,6 +22,16 @@ def patch_timm(model: nn.Module, *, backend: str = "auto") -> PatchHandle:
     Raises:
         ModuleNotFoundError: timm is not installed.
         ValueError: the model has no layer that could be exchanged.
+
+    Examples:
+        >>> import fastclip, timm, torch
+        >>> model = timm.create_model("test_vit", pretrained=False).eval()
+        >>> images = torch.zeros(1, 3, 160, 160)
+        >>> before = model(images)
+        >>> handle = fastclip.patch_timm(model)
+        >>> model(images).allclose(before, atol=1e-5)
+        True
+        >>> handle.undo()
     """
     import timm  # noqa: F401
 

@@ -38,7 +38,8 @@ def patch_transformers(
         loss: whether to exchange the loss; a tower alone (CLIPVisionModel) has none.
         attention: whether to replace the attention of both towers.
         logits: whether to form the logits beside the loss, (N, N) each.
-        backend: implementation of fastclip's attention and loss.
+        backend: "auto", "triton" or "reference" for attention and loss; "sdpa" or "flash" for the
+            attention, the loss's then chosen as by "auto".
 
     Returns:
         A handle with `undo()` that is also a context manager.
@@ -48,6 +49,20 @@ def patch_transformers(
         ImportError: it is older than 5.0, whose towers return their outputs in another form.
         ValueError: the model is not one of Hugging Face's CLIP or SigLIP, or one whose loss is
             another's (SigLIP 2, CLIPSeg) without `loss=False`.
+
+    Examples:
+        >>> import fastclip, torch, transformers
+        >>> model = transformers.CLIPModel(
+        ...     transformers.CLIPConfig(
+        ...         text_config={"num_hidden_layers": 1, "vocab_size": 100, "eos_token_id": 99},
+        ...         vision_config={"num_hidden_layers": 1, "image_size": 32, "patch_size": 16},
+        ...     )
+        ... )
+        >>> images, texts = torch.zeros(2, 3, 32, 32), torch.tensor([[0, 7, 99], [0, 8, 99]])
+        >>> with fastclip.patch_transformers(model):
+        ...     found = model(pixel_values=images, input_ids=texts, return_loss=True)
+        >>> found.loss.shape, found.logits_per_image is None
+        (torch.Size([]), True)
     """
     import transformers
 
@@ -60,7 +75,7 @@ def patch_transformers(
     known = [m for m in models if m.config.model_type.startswith(("clip", "siglip"))]
     if not known:
         raise ValueError(
-            f"{type(model).__name__} is no CLIP or SigLIP of transformers; give a CLIPModel, "
+            f"{type(model).__name__} is not a CLIP or SigLIP of transformers; give a CLIPModel, "
             "a SiglipModel or one of their towers"
         )
     for part in known if loss else ():

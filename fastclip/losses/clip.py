@@ -1,4 +1,4 @@
-"""CLIP's loss and two that build on it, in place of open_clip's classes of the same names."""
+"""CLIP's loss and two that build on it, which replace the open_clip classes of the same names."""
 
 import functools
 import warnings
@@ -32,16 +32,29 @@ class ClipLoss(nn.Module):
     Args:
         local_loss: whether the value is that of the rank's own pairs, or of all.
         gather_with_grad: whether gradients flow to the features of other ranks.
-        cache_labels, rank, world_size, use_horovod: open_clip's. world_size is the number of ranks
-            in `group`.
-        label_smoothing: see `fastclip.functional.clip_loss`.
-        dist: "gather" or "ring", see `fastclip.functional`.
-        group: the process group; None is the default one.
-        backend, chunk_bytes: see `fastclip.functional.clip_loss`.
+        cache_labels: accepted as in open_clip; nothing is cached.
+        rank, world_size: this process's number in `group`, and how many there are.
+        use_horovod: must be False.
+        label_smoothing: in [0, 1); mass spread evenly over each direction's candidates.
+        dist: "gather" brings all ranks' texts at once, "ring" one rank's after the other.
+        group: the process group; None: the default one.
+        backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
+        chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
+        keep_bytes: memory for exponentials that the backward reuses; None: 64 MiB on CPUs.
 
     Raises:
         ValueError: `dist` is unknown, Horovod is asked for, or label smoothing where neither
             gradients are gathered nor the loss is global.
+
+    Examples:
+        >>> import torch
+        >>> from fastclip import ClipLoss
+        >>> loss = ClipLoss()  # in place of open_clip.ClipLoss()
+        >>> images, texts, scale = torch.eye(3), torch.eye(3), torch.tensor(2.0)
+        >>> round(loss(images, texts, scale).item(), 4)
+        0.2395
+        >>> list(loss(images, texts, scale, output_dict=True))
+        ['contrastive_loss']
     """
 
     _can_be_local_without_gradient = True
@@ -60,6 +73,7 @@ class ClipLoss(nn.Module):
         group: ProcessGroup | None = None,
         backend: str = "auto",
         chunk_bytes: int | None = None,
+        keep_bytes: int | None = None,
     ) -> None:
         super().__init__()
         check_exchange(dist)
@@ -84,6 +98,7 @@ class ClipLoss(nn.Module):
         self.group = group
         self.backend = backend
         self.chunk_bytes = chunk_bytes
+        self.keep_bytes = keep_bytes
 
     def get_ground_truth(self, device: torch.device, num_logits: int) -> Tensor:
         """The index of each row's positive, (num_logits,) int64; open_clip's subclasses call it.
@@ -110,7 +125,10 @@ class ClipLoss(nn.Module):
         this rank's and all.
 
         Args:
-            image_features, text_features, logit_scale, logit_bias: as `forward`'s.
+            image_features: (N, D), normalized.
+            text_features: (M, D), normalized.
+            logit_scale: 0-d or (1,), exponentiated.
+            logit_bias: 0-d, (1,) or None, added to every logit.
         """
         images, texts = self._gather(image_features), self._gather(text_features)
         own = self.world_size > 1 and self.local_loss
@@ -138,7 +156,11 @@ class ClipLoss(nn.Module):
             output_dict: whether to return a dictionary.
         """
         features = image_features, text_features
-        options: dict[str, Any] = {"backend": self.backend, "chunk_bytes": self.chunk_bytes}
+        options: dict[str, Any] = {
+            "backend": self.backend,
+            "chunk_bytes": self.chunk_bytes,
+            "keep_bytes": self.keep_bytes,
+        }
         if self.world_size > 1 and self.local_loss and not self.gather_with_grad:
             loss = self._rows_alone(*features, logit_scale, options)
             if logit_bias is not None:
@@ -207,7 +229,24 @@ class CoCaLoss(ClipLoss):
     Args:
         caption_loss_weight, clip_loss_weight: factors of the two; 0 leaves the contrastive one out.
         pad_id: the token that captions are padded with; not predicted.
-        further arguments: see `ClipLoss`.
+        local_loss: whether the contrastive value is that of the rank's own pairs, or of all.
+        gather_with_grad: whether gradients flow to the features of other ranks.
+        cache_labels: accepted as in open_clip; nothing is cached.
+        rank, world_size: this process's number in the default group, and how many there are.
+        use_horovod: must be False.
+        backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
+        chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
+        keep_bytes: memory for exponentials that the backward reuses; None: 64 MiB on CPUs.
+
+    Examples:
+        >>> import torch
+        >>> from fastclip import CoCaLoss
+        >>> loss = CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=1.0)
+        >>> tokens = torch.tensor([[4, 2], [3, 0]])  # captions of two words and of one
+        >>> scores = torch.zeros(2, 2, 8)
+        >>> clip, caption = loss(torch.eye(2), torch.eye(2), scores, tokens, torch.tensor(2.0))
+        >>> round(clip.item(), 4), round(caption.item(), 4)
+        (0.1269, 4.1589)
     """
 
     def __init__(
@@ -224,6 +263,7 @@ class CoCaLoss(ClipLoss):
         *,
         backend: str = "auto",
         chunk_bytes: int | None = None,
+        keep_bytes: int | None = None,
     ) -> None:
         super().__init__(
             local_loss,
@@ -234,6 +274,7 @@ class CoCaLoss(ClipLoss):
             use_horovod,
             backend=backend,
             chunk_bytes=chunk_bytes,
+            keep_bytes=keep_bytes,
         )
         self.clip_loss_weight = clip_loss_weight
         self.caption_loss_weight = caption_loss_weight
@@ -251,7 +292,9 @@ class CoCaLoss(ClipLoss):
         """The weighted contrastive and captioning losses, 0-d each.
 
         Args:
-            image_features, text_features, logit_scale: see `ClipLoss`.
+            image_features: (N, D), normalized.
+            text_features: (M, D), normalized, M >= N; those beyond the N-th are hard negatives.
+            logit_scale: 0-d or (1,), exponentiated.
             logits: (N, L, V), the decoder's scores of each next token.
             labels: (N, L) int64, the tokens.
             output_dict: whether to return {"contrastive_loss": ..., "caption_loss": ...}.
@@ -271,12 +314,34 @@ class CoCaLoss(ClipLoss):
 class DistillClipLoss(ClipLoss):
     """Drop-in for `open_clip.DistillClipLoss`: the contrastive loss and a teacher's.
 
-    Arguments are those of `ClipLoss`. The teacher gets no gradient: compute its features under
-    `torch.no_grad()`, as open_clip's trainer does. Over several processes the distillation loss
-    is computed whole on each of them.
+    The teacher gets no gradient: compute its features under `torch.no_grad()`, as the
+    open_clip trainer does. Over several processes each computes the whole distillation loss.
+
+    Args:
+        local_loss: whether the value is that of the rank's own pairs, or of all.
+        gather_with_grad: whether gradients flow to the features of other ranks.
+        cache_labels: accepted as in open_clip; nothing is cached.
+        rank, world_size: this process's number in `group`, and how many there are.
+        use_horovod: must be False.
+        label_smoothing: in [0, 1), of the contrastive loss.
+        dist: "gather" brings all ranks' texts at once, "ring" one rank's after the other.
+        group: the process group; None: the default one.
+        backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
+        chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
+        keep_bytes: memory for exponentials that the backward reuses; None: 64 MiB on CPUs.
 
     Raises:
-        ValueError: local_loss without gather_with_grad over several processes.
+        ValueError: `dist` is unknown, Horovod is asked for, or local_loss without gather_with_grad
+            over several processes.
+
+    Examples:
+        >>> import torch
+        >>> from fastclip import DistillClipLoss
+        >>> student = torch.eye(3), torch.eye(3), torch.tensor(2.0)
+        >>> teacher = torch.eye(3), torch.eye(3), torch.tensor(5.0)
+        >>> contrastive, distill = DistillClipLoss()(*student, *teacher)
+        >>> round(contrastive.item(), 4), round(distill.item(), 4)
+        (0.2395, 0.2661)
     """
 
     _can_be_local_without_gradient = False
@@ -294,7 +359,8 @@ class DistillClipLoss(ClipLoss):
         """The contrastive loss and the cross-entropy under the teacher's softmax, 0-d each.
 
         Args:
-            image_features, text_features, logit_scale: see `ClipLoss`; as many texts as images.
+            image_features, text_features: (N, D), normalized; as many texts as images.
+            logit_scale: 0-d or (1,), exponentiated.
             dist_image_features, dist_text_features: (N, E), the teacher's, normalized.
             dist_logit_scale: 0-d or (1,), the teacher's, exponentiated.
             output_dict: whether to return {"contrastive_loss": ..., "distill_loss": ...}.

@@ -15,16 +15,30 @@ class InfoNCELoss(nn.Module):
     """Each query's cross-entropy among keys: retrieval training, MoCo, CPC.
 
     Args:
-        temperature: > 0.
+        temperature: > 0; similarities are divided by it.
         memory_bank_size: 0, or (rows, width) of a bank whose rows are further negatives without
             gradient. In training mode the keys go into it after each call.
         in_batch: whether other queries' keys are negatives; False only with a bank.
-        dist, group: how processes share the loss, without a bank; see `fastclip.functional`, as
-            for backend, chunk_bytes.
+        dist: None, or, without a bank, "gather" or "ring": processes share the loss. Features are
+            then one process's rows, the loss is that of all, and gradients averaged over the
+            processes (DDP) are the full batch's.
+        group: the process group; None: the default one.
+        backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
+        chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
+        keep_bytes: memory for exponentials that the backward reuses; None: 64 MiB on CPUs.
 
     Raises:
         ValueError: an unknown `dist`, a temperature that is not positive, a bank without width,
             or no negatives.
+
+    Examples:
+        >>> import torch
+        >>> from fastclip import InfoNCELoss
+        >>> loss = InfoNCELoss(temperature=0.5, memory_bank_size=(8, 3))
+        >>> loss(torch.eye(3), torch.eye(3)).shape  # 3 keys and the bank's 8 rows
+        torch.Size([])
+        >>> loss.memory_bank.bank[:3].equal(torch.eye(3))  # the keys are in it now
+        True
     """
 
     def __init__(
@@ -37,6 +51,7 @@ class InfoNCELoss(nn.Module):
         group: ProcessGroup | None = None,
         backend: str = "auto",
         chunk_bytes: int | None = None,
+        keep_bytes: int | None = None,
     ) -> None:
         super().__init__()
         check_exchange(dist)
@@ -51,6 +66,7 @@ class InfoNCELoss(nn.Module):
             "group": group,
             "backend": backend,
             "chunk_bytes": chunk_bytes,
+            "keep_bytes": keep_bytes,
         }
 
     def forward(self, query: Tensor, keys: Tensor, positive_index: Tensor | None = None) -> Tensor:

@@ -14,6 +14,14 @@ class MemoryBank(nn.Module):
 
     Raises:
         ValueError: a side that is not positive.
+
+    Examples:
+        >>> import torch
+        >>> from fastclip.losses.memory_bank import MemoryBank
+        >>> queue = MemoryBank(size=4, width=2)
+        >>> queue.enqueue(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+        >>> queue.bank[:2].tolist(), queue.position.item()
+        ([[1.0, 0.0], [0.0, 1.0]], 2)
     """
 
     bank: Tensor
@@ -28,7 +36,11 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, features: Tensor) -> None:
-        """Replace the oldest rows by `features` (N, width); of more than `size` the last stay."""
+        """Replace the oldest rows.
+
+        Args:
+            features: (N, width), normalized; of more than `size` the last stay.
+        """
         size = self.bank.shape[0]
         newest = features.detach()[-size:].to(self.bank.dtype)
         rows = (self.position + torch.arange(len(newest), device=self.bank.device)) % size
@@ -37,7 +49,12 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def enqueue_of_all(self, keys: Tensor, group: ProcessGroup | None) -> None:
-        """Enqueue the `keys` (N, width) of all processes, in their order; N is the same in all."""
+        """Enqueue the features of all processes, in their order.
+
+        Args:
+            keys: (N, width), this process's; N is the same in all.
+            group: the process group; None: the default one.
+        """
         keys = keys.detach().contiguous()
         parts = [torch.empty_like(keys) for _ in range(get_world_size(group))]
         all_gather(parts, keys, group=group)
@@ -45,10 +62,23 @@ class MemoryBank(nn.Module):
 
 
 def memory_bank(size: int | tuple[int, int]) -> MemoryBank | None:
-    """The bank of a loss: 0 for none, or (rows, width).
+    """The bank of a loss that takes `memory_bank_size`.
+
+    Args:
+        size: 0 for none, or (rows, width).
+
+    Returns:
+        The bank, or None.
 
     Raises:
         ValueError: a size without width, or numbers that make no sense.
+
+    Examples:
+        >>> from fastclip.losses.memory_bank import memory_bank
+        >>> memory_bank((4096, 128)).bank.shape
+        torch.Size([4096, 128])
+        >>> memory_bank(0) is None
+        True
     """
     if size == 0:
         return None

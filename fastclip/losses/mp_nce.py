@@ -25,11 +25,25 @@ class MPNCELoss(nn.Module):
         pair_weight: weights of the positives by domain pair: None for ones, "balanced" for
             weights under which every domain pair contributes alike, or a (P, P) tensor.
         max_scale: the limit that `clamp_scale_` holds 1 / temperature to.
-        dist, group: how processes share the loss; see `fastclip.functional`, as for
-            backend, chunk_bytes.
+        dist: None, or "gather" or "ring": processes share the loss. Features are then one
+            process's rows, the loss is that of all, and gradients averaged over the processes
+            (DDP) are the full batch's.
+        group: the process group; None: the default one.
+        backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
+        chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
+        keep_bytes: memory for exponentials that the backward reuses; None: 64 MiB on CPUs.
 
     Raises:
         ValueError: an unknown `dist`, or numbers out of range.
+
+    Examples:
+        >>> import torch
+        >>> from fastclip import MPNCELoss
+        >>> loss = MPNCELoss(num_domains=2)
+        >>> view1 = view2 = texts = torch.eye(3)
+        >>> loss([view1, view2, texts], domains=[0, 0, 1]).backward()
+        >>> loss.log_temperature.grad.shape, loss.offset.grad.shape  # of (0, 0), (0, 1), (1, 1)
+        (torch.Size([3]), torch.Size([3]))
     """
 
     index: Tensor
@@ -47,6 +61,7 @@ class MPNCELoss(nn.Module):
         group: ProcessGroup | None = None,
         backend: str = "auto",
         chunk_bytes: int | None = None,
+        keep_bytes: int | None = None,
     ) -> None:
         super().__init__()
         if num_domains < 1:
@@ -72,6 +87,7 @@ class MPNCELoss(nn.Module):
             "group": group,
             "backend": backend,
             "chunk_bytes": chunk_bytes,
+            "keep_bytes": keep_bytes,
         }
 
     def forward(self, features: Sequence[Tensor], domains: Sequence[int]) -> Tensor:
@@ -109,6 +125,13 @@ def balanced_pair_weight(domains: Sequence[int], num_domains: int) -> list[list[
 
     Returns:
         (P, P) as lists; the entry (a, b) with a <= b, 0 where the pair does not occur.
+
+    Examples:
+        >>> from fastclip.losses.mp_nce import balanced_pair_weight
+        >>> balanced_pair_weight([0, 0, 0, 1], num_domains=2)  # image-image, image-text
+        [[1.0, 1.0], [0.0, 0.0]]
+        >>> balanced_pair_weight([0, 0, 1], num_domains=2)  # one image-image pair, two image-text
+        [[1.5, 0.75], [0.0, 0.0]]
     """
     counts = [[0.0] * num_domains for _ in range(num_domains)]
     for index, p in enumerate(domains):

@@ -49,13 +49,24 @@ def prediction_loss(
 
     Args:
         prediction, target: (N, D), not normalized.
-        dist, group, sizes: see `fastclip.functional`; both ways are one sum here.
+        dist: None, or "gather" or "ring" (here alike): processes share the batch. Rows are then one
+            process's, the loss is that of all, and gradients averaged over the processes (DDP)
+            are the full batch's.
+        group: the process group; None: the default one.
+        sizes: rows of every process; None: equally many.
 
     Returns:
         0-d, float32 (float64 for float64).
 
     Raises:
         ValueError: the shapes differ.
+
+    Examples:
+        >>> import torch
+        >>> from fastclip.losses.non_contrastive import prediction_loss
+        >>> target = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> prediction_loss(2 * target, target).item(), prediction_loss(-target, target).item()
+        (0.0, 4.0)
     """
     _check_alike(prediction, target, ("prediction", "target"))
     ranks = ranks_of(dist, group, sizes, len(prediction))
@@ -84,20 +95,35 @@ def cross_correlation_loss(
         first, second: (N, D), each column standardized over the batch (a head's last
             `GlobalBatchNorm`).
         off_diagonal: weight of redundancy.
-        dist, group, sizes: see `fastclip.functional`; both ways sum C over the ranks.
+        scale: factor of the whole loss.
+        dist: None, or "gather" or "ring" (here alike): processes share the batch. Rows are then one
+            process's, the loss is that of all, and gradients averaged over the processes (DDP)
+            are the full batch's.
+        group: the process group; None: the default one.
+        sizes: rows of every process; None: equally many.
 
     Returns:
         0-d, float32 (float64 for float64).
 
     Raises:
         ValueError: the shapes differ, or a weight is not positive.
+
+    Examples:
+        >>> import torch
+        >>> from fastclip.losses.non_contrastive import cross_correlation_loss
+        >>> columns = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
+        >>> cross_correlation_loss(columns, columns).item()  # both uncorrelated
+        0.0
+        >>> round(cross_correlation_loss(columns, -columns).item(), 4)
+        0.2
     """
     _check_alike(first, second, ("first", "second"))
     check_positive("off_diagonal", off_diagonal)
     check_positive("scale", scale)
     ranks = ranks_of(dist, group, sizes, len(first))
     with without_autocast(first.device):
-        return _CrossCorrelation.apply(first, second, off_diagonal, scale, ranks)
+        loss: Tensor = _CrossCorrelation.apply(first, second, off_diagonal, scale, ranks)
+        return loss
 
 
 class _CrossCorrelation(torch.autograd.Function):
@@ -177,13 +203,24 @@ def swapped_assignment_loss(
         logit_scale: exponentiated, 0-d, (1,) or a float.
         epsilon: temperature of the assignments.
         iterations: of Sinkhorn-Knopp.
-        dist, group, sizes: see `fastclip.functional`; both ways gather the views.
+        dist: None, or "gather" or "ring" (here alike): processes share the batch. Rows are then one
+            process's, the loss is that of all, and gradients averaged over the processes (DDP)
+            are the full batch's.
+        group: the process group; None: the default one.
+        sizes: rows of every process; None: equally many.
 
     Returns:
         0-d, float32 (float64 for float64). Matrices are this rank's rows by all columns.
 
     Raises:
         ValueError: another number of views than two, shapes that differ, numbers out of range.
+
+    Examples:
+        >>> import torch
+        >>> from fastclip.losses.non_contrastive import swapped_assignment_loss
+        >>> images = texts = [torch.eye(3), torch.eye(3)]  # two views of each
+        >>> round(swapped_assignment_loss(images, texts, logit_scale=2.0).item(), 4)
+        0.2395
     """
     if len(images) != 2 or len(texts) != 2:
         raise ValueError(f"got {len(images)} image and {len(texts)} text views; give two of each")
@@ -222,9 +259,18 @@ def assignments(logits: Tensor, iterations: int = 3, ranks: Ranks | None = None)
     Args:
         logits: (n, m), this rank's rows; m are all ranks' columns.
         iterations: 1 or more.
-        ranks: who holds the other rows; None where there are none.
-    """
+        ranks: who holds the other rows (`fastclip.ops.collectives.Ranks`); None: nobody.
 
+    Returns:
+        (n, m), in the logits' dtype, without gradient.
+
+    Examples:
+        >>> import torch
+        >>> from fastclip.losses.non_contrastive import assignments
+        >>> shares = assignments(torch.tensor([[4.0, 0.0], [4.0, 3.0]]))
+        >>> shares.sum(1).allclose(torch.ones(2)), shares.argmax(1).tolist()  # one each
+        (True, [0, 1])
+    """
     shares = logits - _columns(logits, ranks)
     for _ in range(iterations - 1):
         shares = shares - shares.logsumexp(1, keepdim=True)

@@ -18,7 +18,7 @@ class NTXentLoss(nn.Module):
     As there, features are normalized inside.
 
     Args:
-        temperature: > 0.
+        temperature: > 0; similarities are divided by it.
         memory_bank_size: 0, or (rows, width) of a bank. With a bank its rows are the negatives of
             `out0`, and `out1` holds the positives and goes into the bank afterwards (where
             `out0` requires a gradient, so not in evaluation). It wraps around at its end.
@@ -26,11 +26,22 @@ class NTXentLoss(nn.Module):
             the keys of all processes, which must have as many each. As in lightly the value is
             that of the process's own anchors, and data-parallel averaging gives the gradient of
             the full batch.
-        dist, group: how features are exchanged then; see `fastclip.functional`, as for
-            backend, chunk_bytes.
+        dist: "gather" brings all processes' features at once, "ring" one's after the other.
+        group: the process group; None: the default one.
+        backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
+        chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
+        keep_bytes: memory for exponentials that the backward reuses; None: 64 MiB on CPUs.
 
     Raises:
         ValueError: an unknown `dist`, a temperature that is not positive, or a bank without width.
+
+    Examples:
+        >>> import torch
+        >>> from fastclip import NTXentLoss
+        >>> loss = NTXentLoss(temperature=0.5)  # in place of lightly.loss.NTXentLoss
+        >>> view1, view2 = 2 * torch.eye(3), torch.eye(3)  # normalized inside
+        >>> round(loss(view1, view2).item(), 4)
+        0.4327
     """
 
     def __init__(
@@ -43,19 +54,28 @@ class NTXentLoss(nn.Module):
         group: ProcessGroup | None = None,
         backend: str = "auto",
         chunk_bytes: int | None = None,
+        keep_bytes: int | None = None,
     ) -> None:
         super().__init__()
         check_exchange(dist)
         check_positive("temperature", temperature)
         self.temperature = temperature
         self.memory_bank = memory_bank(memory_bank_size)
-        self.options: dict[str, Any] = {"backend": backend, "chunk_bytes": chunk_bytes}
+        self.options: dict[str, Any] = {
+            "backend": backend,
+            "chunk_bytes": chunk_bytes,
+            "keep_bytes": keep_bytes,
+        }
         self.gather_distributed = gather_distributed
         self.dist: Exchange = dist
         self.group = group
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
-        """The loss, 0-d, of two views (N, D) of the same samples."""
+        """The loss, 0-d.
+
+        Args:
+            out0, out1: (N, D), two views of the same samples.
+        """
         out0, out1 = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
         if self.memory_bank is None:
             shared: dict[str, Any] = {}

@@ -10,23 +10,33 @@ from fastclip.functional import siglip_loss
 from fastclip.ops.collectives import ranks_of
 from fastclip.ops.sigmoid import sigmoid_loss
 
-_WAYS = {"bidir": "ring", "shift": "ring", "reduce": "gather", "gather": "gather"}
+_EXCHANGES = {"bidir": "ring", "shift": "ring", "reduce": "gather", "gather": "gather"}
 
 
 class SigLipLoss(nn.Module):
     """Drop-in for `open_clip.SigLipLoss`: same arguments, call and value, memory linear in N.
 
     Args:
-        cache_labels, rank, world_size: open_clip's. Over several processes each compares its
-            images with all texts; world_size is the number of ranks in `group`.
-        dist_impl: open_clip's four ways to exchange texts, of one value and one gradient: with
+        cache_labels: accepted as in open_clip; nothing is cached.
+        rank, world_size: this process's number in `group`, and how many there are; each compares
+            its images with all texts.
+        dist_impl: open_clip's four exchanges of texts, of one value and one gradient: with
             "gather" and "reduce" all texts come at once, with "bidir" and "shift" one rank's
             after the other.
-        group: the process group; None is the default one.
-        backend, chunk_bytes: see `fastclip.functional`.
+        group: the process group; None: the default one.
+        backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
+        chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
 
     Raises:
-        ValueError: dist_impl is none of open_clip's.
+        ValueError: dist_impl is unknown to open_clip.
+
+    Examples:
+        >>> import torch
+        >>> from fastclip import SigLipLoss
+        >>> loss = SigLipLoss()  # in place of open_clip.SigLipLoss()
+        >>> scale, bias = torch.tensor(10.0), torch.tensor(-10.0)
+        >>> round(loss(torch.eye(3), torch.eye(3), scale, bias).item(), 4)
+        0.6932
     """
 
     def __init__(
@@ -41,8 +51,8 @@ class SigLipLoss(nn.Module):
         chunk_bytes: int | None = None,
     ) -> None:
         super().__init__()
-        if dist_impl is not None and dist_impl not in _WAYS:
-            raise ValueError(f"dist_impl is {dist_impl!r}; use one of {', '.join(_WAYS)}")
+        if dist_impl is not None and dist_impl not in _EXCHANGES:
+            raise ValueError(f"dist_impl is {dist_impl!r}; use one of {', '.join(_EXCHANGES)}")
         self.cache_labels = cache_labels
         self.rank = rank
         self.world_size = world_size
@@ -78,7 +88,9 @@ class SigLipLoss(nn.Module):
         """Logits (N, N) of this rank's features, in full: for inspection, not for training.
 
         Args:
-            image_features, text_features, logit_scale, logit_bias: as `forward`'s.
+            image_features, text_features: (N, D), normalized.
+            logit_scale: 0-d or (1,), exponentiated.
+            logit_bias: 0-d, (1,) or None, added to every logit.
         """
         logits = logit_scale * image_features @ text_features.T
         return logits if logit_bias is None else logits + logit_bias
@@ -104,8 +116,8 @@ class SigLipLoss(nn.Module):
             loss = siglip_loss(image_features, text_features, logit_scale, logit_bias, **options)
         else:
             n = image_features.shape[0]
-            ranks = ranks_of(_WAYS[self.dist_impl], self.group, None, n)
-            # the value is the own rows', as open_clip's; its gradient reaches all texts
+            ranks = ranks_of(_EXCHANGES[self.dist_impl], self.group, None, n)
+            # the value is the own rows', as in open_clip; its gradient reaches all texts
             total = sigmoid_loss(
                 image_features, text_features, logit_scale, logit_bias, ranks=ranks, **options
             )

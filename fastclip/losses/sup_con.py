@@ -18,12 +18,27 @@ class SupConLoss(nn.Module):
     integers, and the value has no factor temperature / base_temperature as SupContrast's.
 
     Args:
-        temperature: > 0.
-        dist, group: how processes share the loss; see `fastclip.functional`, as for
-            backend, chunk_bytes.
+        temperature: > 0; similarities are divided by it.
+        dist: None, or "gather" or "ring": processes share the loss. Features are then one
+            process's rows, the loss is that of all, and gradients averaged over the processes
+            (DDP) are the full batch's.
+        group: the process group; None: the default one.
+        backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
+        chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
+        keep_bytes: memory for exponentials that the backward reuses; None: 64 MiB on CPUs.
 
     Raises:
         ValueError: an unknown `dist`, a temperature that is not positive.
+
+    Examples:
+        >>> import torch
+        >>> from fastclip import SupConLoss
+        >>> loss = SupConLoss(temperature=0.5)
+        >>> round(loss(torch.eye(3), torch.tensor([7, 7, 2])).item(), 4)
+        0.6931
+        >>> views = torch.eye(3)[:, None].expand(3, 2, 3)  # two views of each of three samples
+        >>> round(loss(views).item(), 4)
+        0.4327
     """
 
     def __init__(
@@ -34,6 +49,7 @@ class SupConLoss(nn.Module):
         group: ProcessGroup | None = None,
         backend: str = "auto",
         chunk_bytes: int | None = None,
+        keep_bytes: int | None = None,
     ) -> None:
         super().__init__()
         check_exchange(dist)
@@ -44,6 +60,7 @@ class SupConLoss(nn.Module):
             "group": group,
             "backend": backend,
             "chunk_bytes": chunk_bytes,
+            "keep_bytes": keep_bytes,
         }
 
     def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastclip.models import checkpoint
+from fastclip.models.classifier import Classifier
 from fastclip.models.clip import (
     CONFIG_FILE,
     SYSTEM,
@@ -20,10 +21,11 @@ from fastclip.models.clip import (
     system_of,
 )
 from fastclip.models.clip import describe as describe_towers
-from fastclip.models.controls import Classifier, SimCLR, load_image_tower
+from fastclip.models.image_tower import load_image_tower
+from fastclip.models.language_model import LanguageModelTower, with_language_model
 from fastclip.models.options import SystemOptions
 from fastclip.models.rocket import Rocket
-from fastclip.models.semantic import LanguageModelTower, with_language_model
+from fastclip.models.simclr import SimCLR
 from fastclip.models.system import PREFIX, System
 from fastclip.models.uniclip import UniClip
 
@@ -71,7 +73,7 @@ def build(
 
 
 def lock_image(model: nn.Module, options: SystemOptions) -> None:
-    """Freeze the image tower of a model of open_clip's but for its last groups of layers."""
+    """Freeze the image tower of an open_clip model but for its last groups of layers."""
     # open_clip's own freezing of statistics takes timm's normalizations for plain ones, and drops
     # the activations that they hold
     model.lock_image_tower(unlocked_groups=options.lock_image_unlocked_groups)  # type: ignore[operator]
@@ -146,6 +148,21 @@ def load(
     Raises:
         FileNotFoundError: there is no run, no checkpoint or no model description there.
         ValueError: the checkpoint is not of the described model, is not trusted, or has no average.
+
+    Examples:
+        >>> import fastclip, json, pathlib, tempfile
+        >>> from fastclip.models import checkpoint, clip
+        >>> new = clip.create("ViT-mini-16px")
+        >>> with tempfile.TemporaryDirectory() as folder:  # with what `fastclip train` writes
+        ...     run = pathlib.Path(folder)
+        ...     described = json.dumps(clip.describe("ViT-mini-16px", new))
+        ...     _ = (run / "open_clip_config.json").write_text(described)
+        ...     (run / "checkpoints").mkdir()
+        ...     content = {"state_dict": new.model.state_dict(), "step": 1}
+        ...     checkpoint.write(run / "checkpoints" / "step_1.pt", content)
+        ...     model, preprocess, tokenizer = fastclip.load(run)
+        >>> model.encode_text(tokenizer(["a red circle"])).shape
+        torch.Size([1, 64])
     """
     path = Path(path)
     run = checkpoint.run_of(path)

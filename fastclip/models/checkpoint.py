@@ -153,7 +153,7 @@ def read(path: Path) -> dict[str, Any]:
         return sharded.read_training(path)
     content = _load(path)
     if not isinstance(content, dict) or "state_dict" not in content:
-        raise ValueError(f"{path} is no checkpoint: it has no 'state_dict'")
+        raise ValueError(f"{path} is not a checkpoint: it has no 'state_dict'")
     if "zero" in content:
         raise ValueError(
             f"{path} is a file with the state of a DeepSpeed folder; give the folder itself"
@@ -162,7 +162,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def read_weights(path: Path, *, average: bool = False, trust: bool = False) -> dict[str, Tensor]:
-    """The state dictionary in a checkpoint of fastclip's or open_clip's, or a bare one.
+    """The state dictionary in a checkpoint of fastclip or open_clip, or a bare one.
 
     Names lose the "module." that data-parallel training puts in front.
 

@@ -1,4 +1,4 @@
-"""Two-tower models by name, from open_clip's registry and the configs shipped here."""
+"""Two-tower models by name, from the open_clip registry and the configs shipped here."""
 
 import copy
 import difflib
@@ -56,11 +56,11 @@ def create(
     """A new model with random or pretrained weights.
 
     Args:
-        name: a model of open_clip's (`open_clip.list_models()`), one of fastclip's own configs,
+        name: an open_clip model (`open_clip.list_models()`), one of fastclip's own configs,
             or the path of a config file in open_clip's JSON format.
         device: where the parameters live.
-        pretrained: a name of open_clip's weights for this model, or the path of a checkpoint of
-            open_clip's or fastclip's; None for random weights.
+        pretrained: the name of open_clip weights for this model, or the path of a checkpoint of
+            open_clip or fastclip; None for random weights.
         siglip: whether the model has a logit bias, and begins with SigLIP's scale and bias.
 
     Returns:
@@ -102,7 +102,7 @@ def create(
         )
     try:
         return _build(name, device, pretrained, options)
-    # open_clip's word for a download that fails
+    # what open_clip raises where a download fails
     except RuntimeError as error:
         raise ValueError(f"{name} with the weights {pretrained} cannot be had: {error}") from error
 
@@ -122,7 +122,7 @@ def describe(name: str, model: Model) -> dict[str, Any]:
 
 
 def system_of(run: Path) -> dict[str, Any]:
-    """What a run's description says beside open_clip's; nothing for a model of open_clip's."""
+    """What a run's description says beside open_clip's keys; nothing for an open_clip model."""
     return read_description(run).get(SYSTEM, {})
 
 
@@ -166,7 +166,7 @@ def build_checked(
         origin: the file, for messages.
         device: where the parameters are put.
         folder: where tokenizers of Hugging Face's kind are; None for the one that is named.
-        weights: a file of open_clip's; None for random weights.
+        weights: a checkpoint file of open_clip; None for random weights.
 
     Raises:
         ValueError: the description is damaged, or has a key that is not allowed.
@@ -185,7 +185,7 @@ def build_checked(
 
 @contextmanager
 def _registered(config: dict[str, Any]) -> Iterator[str]:
-    """A name of open_clip's for a configuration."""
+    """The name under which open_clip has a configuration."""
     from open_clip import factory
 
     factory._MODEL_CONFIGS[_NAME] = config
@@ -242,7 +242,8 @@ def _build(
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
     # open_clip warns that the weights are random, which is what is wanted here
-    logging.disable(logging.WARNING)
+    disabled = logging.root.manager.disable
+    logging.disable(max(disabled, logging.WARNING))
     # the size is the tower's
     forced = {key: value for key, value in (preprocess_config or {}).items() if key != "size"}
     try:
@@ -259,6 +260,6 @@ def _build(
             )
             tokenizer = open_clip.get_tokenizer(name)
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(disabled)
     preprocess = PreprocessCfg(**open_clip.get_model_preprocess_cfg(model))
     return Model(model, image_transform_v2(preprocess, is_train=False), tokenizer)

@@ -24,7 +24,7 @@ def export_open_clip(source: Path, target: Path, *, trust_checkpoint: bool = Fal
 
     Raises:
         FileNotFoundError: there is no checkpoint. FileExistsError: one of the files is there.
-        ValueError: the checkpoint is not trusted, or is no model of open_clip's.
+        ValueError: the checkpoint is not trusted, or is not an open_clip model.
     """
     described = target.with_suffix(".json")
     if there := [path for path in (target, described) if path.exists()]:
@@ -35,7 +35,7 @@ def export_open_clip(source: Path, target: Path, *, trust_checkpoint: bool = Fal
     run = checkpoint.run_of(path)
     if (run / CONFIG_FILE).is_file() and system_of(run):
         raise ValueError(
-            f"{source} is more than a model of open_clip's, which has no place for its heads or "
+            f"{source} is more than an open_clip model, which has no place for its heads or "
             "its language model; fastclip.load reads it"
         )
     content = checkpoint.read(path)
@@ -53,7 +53,7 @@ def import_open_clip(source: Path, model: str, run: Path) -> Path:
     """Make a run directory of an open_clip checkpoint, for `fastclip.load`, eval and embed.
 
     Args:
-        source: a checkpoint of open_clip's trainer, or a bare state dictionary.
+        source: a checkpoint of the open_clip trainer, or a bare state dictionary.
         model: the name of its architecture.
         run: the folder to make.
 
@@ -85,7 +85,7 @@ def export_universal(source: Path, target: Path, *, trust_checkpoint: bool = Fal
 
     Raises:
         FileNotFoundError: there is no checkpoint. FileExistsError: the target is there already.
-        ValueError: the checkpoint is no folder of DeepSpeed's, or is not trusted.
+        ValueError: the checkpoint is not a folder of DeepSpeed's, or is not trusted.
     """
     path = checkpoint.resolve(source)
     if not sharded.is_sharded(path):

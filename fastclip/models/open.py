@@ -32,18 +32,33 @@ def open_model(
     """A trained model, its evaluation transform and its tokenizer, in evaluation mode.
 
     Args:
-        name: a run directory or one of its checkpoints, see `fastclip.models.build.load`; with
-            `pretrained` a model that `fastclip.models.clip.create` knows; or "hf-hub:ORG/NAME" or
+        name: a run directory of `fastclip train` or one of its checkpoints; with `pretrained` an
+            open_clip model (`open_clip.list_models()`), one of fastclip's own configs or the
+            path of a config file in open_clip's JSON format; or "hf-hub:ORG/NAME" or
             "local-dir:FOLDER", which hold open_clip_config.json and weights.
         device: where the parameters are put.
-        pretrained: a name of open_clip's weights for the model, or a checkpoint's file.
+        pretrained: the name of open_clip weights for the model, or a checkpoint's file.
         average: take the averaged weights of a run with --ema.
         trust_checkpoint: whether DeepSpeed's files may be read, which can run any code.
+
+    Returns:
+        (model, preprocess, tokenizer), the model in evaluation mode.
 
     Raises:
         ValueError: a name is unknown, in which case near ones are suggested; the weights would be
             random, or of two origins; they do not fit, cannot be had, or have no average.
         FileNotFoundError: there is no such run, checkpoint or folder.
+
+    Examples:
+        >>> import tempfile, torch
+        >>> from fastclip.models.clip import create
+        >>> from fastclip.models.open import open_model
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     weights = f"{folder}/weights.pt"
+        ...     torch.save(create("ViT-mini-16px").model.state_dict(), weights)
+        ...     model, preprocess, tokenizer = open_model("ViT-mini-16px", pretrained=weights)
+        >>> model.encode_text(tokenizer(["a red circle"])).shape
+        torch.Size([1, 64])
     """
     if is_run(name, pretrained):
         return load(name, device, average=average, trust_checkpoint=trust_checkpoint)

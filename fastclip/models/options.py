@@ -47,81 +47,79 @@ class SystemOptions:
         ValueError: values out of range, or that exclude each other.
     """
 
-    objective: Objective = flag("clip", "model", defines_run=True)
-    """clip (with --siglip, its loss); slip, siamlip, byolip, barlip, swalip: CLIP with a
-    non-contrastive or image-image term; rocket: CLIP-Rocket; uniclip; without language: classify
-    (by label) and simclr."""
-    strong_views: int | None = flag(None, "data", defines_run=True)
-    """Strongly augmented views of each image, and for the objectives from siamlip to rocket of each
-    text, besides the weak one; by default 2 where the objective has any."""
-    head_width: int | None = flag(None, "model", defines_run=True)
-    """Width of the common space behind heads; by default that of the towers' features."""
-    head_hidden: int = flag(4096, "model", defines_run=True)
+    objective: Objective = flag("clip", defines_run=True)
+    """clip (the sigmoid loss with --siglip); slip, siamlip, byolip, barlip, swalip: CLIP with an
+    image-image or non-contrastive term; rocket: CLIP-Rocket; uniclip: UniCLIP; without texts:
+    classify (supervised by labels) and simclr."""
+    strong_views: int | None = flag(None, defines_run=True)
+    """Number of strongly augmented views of each image, besides the weak one; the objectives from
+    siamlip to rocket have as many of each text. By default 2 if the objective has any."""
+    head_width: int | None = flag(None, defines_run=True)
+    """Width of the heads' output; by default that of the towers' features."""
+    head_hidden: int = flag(4096, defines_run=True)
     """Width of the hidden layers of MLP heads."""
-    separate_heads: bool = flag(True, "model", defines_run=True)
-    """Heads of their own for strong views; without, one linear head a modality serves all."""
-    projector_hidden: int | None = flag(None, "model", defines_run=True)
+    separate_heads: bool = flag(True, defines_run=True)
+    """Separate heads for strong views; without, one linear head per modality for all views."""
+    projector_hidden: int | None = flag(None, defines_run=True)
     """Width of the hidden layers of the projectors of slip, simclr and the added terms; by default
-    the paper's."""
-    projector_width: int | None = flag(None, "model", defines_run=True)
-    """Width of what they project to; by default the paper's."""
-    separate_projectors: bool = flag(False, "model", defines_run=True)
-    """Projectors of their own for strong views."""
-    extra_weight: float | None = flag(None, "loss", defines_run=True)
-    """Weight of the term that is added to CLIP's loss; by default the paper's: 0.2 of swalip, 1 of
-    the others."""
-    label_smoothing: float = flag(0.0, "loss", defines_run=True)
-    """Mass of the loss's target spread over all candidates; for rocket and its kin, of the strong
-    views' loss."""
+    as in the paper."""
+    projector_width: int | None = flag(None, defines_run=True)
+    """Width of the projectors' output; by default as in the paper."""
+    separate_projectors: bool = flag(False, defines_run=True)
+    """Separate projectors for strong views."""
+    extra_weight: float | None = flag(None, defines_run=True)
+    """Weight of the term that is added to the CLIP loss; by default as in the paper: 0.2 for
+    swalip, 1 for the others."""
+    label_smoothing: float = flag(0.0, defines_run=True)
+    """Mass of the target that is spread over all candidates; for siamlip to rocket, in the loss of
+    the strong views."""
 
-    pair_loss: Literal["mp-nce", "info-nce", "sup-con"] = flag("mp-nce", "loss", defines_run=True)
-    """uniclip: the loss over views and texts. info-nce takes each two blocks by themselves; sup-con
-    has positives in each other's denominators, and one scale."""
-    pair_weight: tuple[float, float, float] | None = flag(None, "loss", defines_run=True)
-    """uniclip: weights of the positives of image-image, image-text and text-text pairs; by default
-    each kind present contributes alike."""
-    augmentation_encoder: bool = flag(True, "model", defines_run=True)
-    """uniclip: give the image head the augmentation of each view."""
-    shared_similarity: bool = flag(False, "loss", defines_run=True)
-    """uniclip: one temperature and offset for all pairs, not one for each kind."""
+    pair_loss: Literal["mp-nce", "info-nce", "sup-con"] = flag("mp-nce", defines_run=True)
+    """uniclip: loss over views and texts. info-nce compares each pair of blocks separately; sup-con
+    has positives in each other's denominators, and a single scale."""
+    pair_weight: tuple[float, float, float] | None = flag(None, defines_run=True)
+    """uniclip: weights of the image-image, image-text and text-text positives; by default each kind
+    contributes equally."""
+    augmentation_encoder: bool = flag(True, defines_run=True)
+    """uniclip: the image head receives the augmentation parameters of each view."""
+    shared_similarity: bool = flag(False, defines_run=True)
+    """uniclip: a single temperature and offset for all pairs instead of one for each kind."""
 
-    hard_negatives: int = flag(0, "data", defines_run=True)
-    """False captions of each image, as further columns of its row; for clip."""
+    hard_negatives: int = flag(0, defines_run=True)
+    """False captions per image: further negatives of all images (NegCLIP); for clip."""
 
-    text_lm: str | None = flag(None, "model", defines_run=True)
-    """A language model of Hugging Face's, by name or folder, as text tower in place of --model's.
-    It is frozen but for its last layers, which attend in both directions."""
-    text_lm_unfrozen: int = flag(4, "model", defines_run=True)
-    """How many layers those are."""
-    text_lm_pooling: Literal["mean", "last"] = flag("mean", "model", defines_run=True)
-    """Which of its states are the text's feature: all tokens' mean, or the last token's."""
-    text_lm_cache_bytes: int = flag(0, "model", defines_run=True)
-    """Most bytes of the frozen part's states kept in memory, by text."""
-    context_length: int | None = flag(None, "model", defines_run=True)
-    """Tokens that --text-lm's texts are cut to; by default 128, or as many as it takes. Other text
-    towers have theirs in --model's config."""
-    lock_image: bool = flag(False, "model", defines_run=True)
-    """Train nothing of the image tower."""
-    lock_image_unlocked_groups: int = flag(0, "model", defines_run=True)
-    """But for its last so many groups of layers."""
-    lock_image_freeze_bn_stats: bool = flag(False, "model", defines_run=True)
-    """Also keep the locked batch normalizations' running statistics."""
+    text_lm: str | None = flag(None, defines_run=True)
+    """Language model of Hugging Face, by name or folder, which replaces the text tower of --model.
+    All but its last layers are frozen; those attend in both directions."""
+    text_lm_unfrozen: int = flag(4, defines_run=True)
+    """Number of last layers of --text-lm that are trained."""
+    text_lm_pooling: Literal["mean", "last"] = flag("mean", defines_run=True)
+    """Text feature from --text-lm's states: the mean of all tokens, or the last token."""
+    text_lm_cache_bytes: int = flag(0, defines_run=True)
+    """Maximum bytes of host memory for a cache of the frozen layers' states, by text."""
+    context_length: int | None = flag(None, defines_run=True)
+    """Tokens that texts for --text-lm are cut to; by default 128, or the model's maximum if it is
+    lower. Other text towers have theirs in --model's config."""
+    lock_image: bool = flag(False, defines_run=True)
+    """Freeze the image tower."""
+    lock_image_unlocked_groups: int = flag(0, defines_run=True)
+    """With --lock-image: number of last groups of layers that are still trained."""
+    lock_image_freeze_bn_stats: bool = flag(False, defines_run=True)
+    """With --lock-image: freeze the running statistics of batch normalization too."""
 
-    classes: str | None = flag(None, "data", defines_run=True)
-    """classify: file of class names, one a line in the order of the labels."""
-    label_source: Literal["cls", "text"] = flag("cls", "data", defines_run=True)
+    classes: str | None = flag(None, defines_run=True)
+    """classify: file of class names, one per line in the order of the labels."""
+    label_source: Literal["cls", "text"] = flag("cls", defines_run=True)
     """classify: labels from the data (KEY.cls, folders), or from class names found in captions;
-    samples without one take no part in the loss."""
-    label_case_sensitive: bool = flag(False, "data", defines_run=True)
-    """classify: whether capitals matter in that."""
-    classifier: Literal["linear", "prototype", "zeroshot"] = flag(
-        "linear", "model", defines_run=True
-    )
-    """classify: linear, with a bias; prototype: by the cosine of features and one vector a class,
-    times a learned scale; zeroshot: prototypes that begin as the class names' text features of
-    --finetune's model, where it has not been trained yet."""
-    finetune: str | None = flag(None, "model", defines_run=True)
-    """Run or checkpoint, of any objective, whose image tower is begun with."""
+    samples without a label are left out of the loss."""
+    label_case_sensitive: bool = flag(False, defines_run=True)
+    """classify: match class names in captions case-sensitively."""
+    classifier: Literal["linear", "prototype", "zeroshot"] = flag("linear", defines_run=True)
+    """classify: linear, with a bias; prototype: cosine of the features and a vector per class,
+    times a learned scale; zeroshot: prototype, initialized with the class names' text features of
+    --finetune's model."""
+    finetune: str | None = flag(None, defines_run=True)
+    """Run or checkpoint, of any objective, to initialize the image tower from."""
 
     def __post_init__(self) -> None:
         objective = self.objective

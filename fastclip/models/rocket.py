@@ -7,14 +7,14 @@
     swalip    + soft assignments to the other modality, predicted from the other views
     slip      CLIP on the weak pair alone + SimCLR between two strong views of the image
 
-View 0 is the weak one of its modality ("image.0", "text.0"), those from 1 are the R strong ones.
+View 0 of images and of texts is the weak one, those from 1 are the R strong ones.
 """
 
 import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +27,11 @@ from fastclip.losses.non_contrastive import (
     swapped_assignment_loss,
 )
 from fastclip.models.options import SystemOptions
-from fastclip.models.system import PREFIX, Criterion, TwoTowers
+from fastclip.models.system import PREFIX, Criterion, Features, Modality, TwoTowers, View
 from fastclip.nn.heads import MLPHead, linear_head
 from fastclip.ops.checks import check_positive
 
-MODALITIES = ("image", "text")
+MODALITIES: tuple[Modality, ...] = get_args(Modality)
 SIMCLR_TEMPERATURE = 0.1
 LOGIT_SCALE_BOUND = (0.0, math.log(100))
 
@@ -64,14 +64,13 @@ class ViewHeads(nn.ModuleDict):
         if strong is not None:
             self.update({f"strong_{modality}": strong() for modality in MODALITIES})
 
-    def head(self, view: str) -> nn.Module:
+    def head(self, view: View) -> nn.Module:
         """The head of a view."""
-        modality, _, number = view.partition(".")
-        strong = f"strong_{modality}"
-        return self[strong] if number != "0" and strong in self else self[modality]
+        strong = f"strong_{view.modality}"
+        return self[strong] if view.number > 0 and strong in self else self[view.modality]
 
-    def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Every view through its head, by name."""
+    def forward(self, features: Mapping[View, Tensor]) -> dict[View, Tensor]:
+        """Every view through its head."""
         return {view: self.head(view)(rows) for view, rows in features.items()}
 
 
@@ -119,8 +118,8 @@ class RocketCriterion(Criterion):
         self.term, self.strong_views, self.label_smoothing = term, strong_views, label_smoothing
         strong = range(1, 1 if term == "slip" else 1 + strong_views)
         # of an image and a text view, the weak pair first
-        self.pairs = [("image.0", "text.0")]
-        self.pairs += [(f"image.{a}", f"text.{b}") for a in strong for b in strong]
+        self.pairs = [(View("image", 0), View("text", 0))]
+        self.pairs += [(View("image", a), View("text", b)) for a in strong for b in strong]
         self.two_spaces = separate_heads and len(self.pairs) > 1
 
         output = width if head_width is None else head_width
@@ -157,44 +156,45 @@ class RocketCriterion(Criterion):
             predictor = functools.partial(MLPHead, [output, hidden, output], last_bias=True)
             self.predictors = ViewHeads(predictor, predictor if separate else None)
 
-    def embed(self, view: str, rows: Tensor) -> Tensor:
+    def embed(self, view: View, rows: Tensor) -> Tensor:
         """A view's features, (N, width), in its common space, (N, head_width), normalized."""
         return F.normalize(self.heads.head(view)(rows), dim=-1)
 
     def forward(
         self,
-        features: Mapping[str, Tensor],
+        features: Features,
         *,
-        targets: Mapping[str, Tensor] | None = None,
+        targets: Mapping[View, Tensor] | None = None,
         backend: str = "auto",
         **exchange: Any,
     ) -> Tensor:
         """See `Criterion.forward`."""
-        views = dict.fromkeys(itertools.chain(*self.pairs))
-        embedded = {view: self.embed(view, features[view]) for view in views}
+        views = features.views()
+        compared = dict.fromkeys(itertools.chain(*self.pairs))
+        embedded = {view: self.embed(view, views[view]) for view in compared}
         loss = self._clip_loss(embedded, backend=backend, **exchange)
         if self.term is None:
             return loss
         if self.term == "slip":
-            strong = (self.projector(features[view]) for view in ("image.1", "image.2"))
+            strong = (self.projector(rows) for rows in features.images[1:])
             first, second = (F.normalize(rows, dim=-1) for rows in strong)
             term = nt_xent_loss(first, second, SIMCLR_TEMPERATURE, backend=backend, **exchange)
         elif self.term == "swalip":
-            images, texts = ([embedded[f"{m}.{v}"] for v in (1, 2)] for m in MODALITIES)
+            images, texts = ([embedded[View(m, v)] for v in (1, 2)] for m in MODALITIES)
             term = swapped_assignment_loss(images, texts, self._strong_scale, **exchange)
         else:
-            term = self._cross_modal_loss(features, targets, **exchange)
+            term = self._cross_modal_loss(views, targets, **exchange)
         return loss + self.term_weight * term
 
-    def targets(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The projections of every view, by name."""
-        return self.projectors(features)
+    def targets(self, features: Features) -> dict[View, Tensor]:
+        """The projections of every view."""
+        return self.projectors(features.views())
 
     @property
     def _strong_scale(self) -> Tensor:
         return (self.strong_logit_scale if self.two_spaces else self.weak_logit_scale).exp()
 
-    def _clip_loss(self, embedded: Mapping[str, Tensor], **exchange: Any) -> Tensor:
+    def _clip_loss(self, embedded: Mapping[View, Tensor], **exchange: Any) -> Tensor:
         (image, text), *pairs = self.pairs
         weak = clip_loss(embedded[image], embedded[text], self.weak_logit_scale.exp(), **exchange)
         if not pairs:
@@ -204,9 +204,9 @@ class RocketCriterion(Criterion):
         return (weak + self.strong_views * torch.stack(strong).mean()) / (1 + self.strong_views)
 
     def _cross_modal_loss(
-        self, features: Mapping[str, Tensor], targets: Mapping[str, Tensor] | None, **exchange: Any
+        self, views: Mapping[View, Tensor], targets: Mapping[View, Tensor] | None, **exchange: Any
     ) -> Tensor:
-        projected = self.projectors(features)
+        projected = self.projectors(views)
         if self.term == "barlip":
             pairs = [(projected[image], projected[text]) for image, text in self.pairs]
             terms = [cross_correlation_loss(*pair, **exchange) for pair in pairs]
@@ -237,7 +237,7 @@ def _check(term: str | None, strong_views: int, label_smoothing: float) -> None:
 
 
 class Rocket(TwoTowers):
-    """Towers of open_clip's under `RocketCriterion`: 1 + R image and text views; slip has one text.
+    """open_clip towers under `RocketCriterion`: 1 + R image and text views; slip has one text.
 
     Encodings are [sqrt(w) * weak; sqrt(1 - w) * strong] of the heads' normalized outputs, so that
     inner products are w * cos_weak + (1 - w) * cos_strong (the paper's interpolation of scores).
@@ -287,11 +287,11 @@ class Rocket(TwoTowers):
         """(N, L) tokens to (N, D), normalized with either `normalize`, as images are."""
         return self._encode("text", self.towers.encode_text(text))
 
-    def _encode(self, modality: str, rows: Tensor) -> Tensor:
-        weak = self.criterion.embed(f"{modality}.0", rows)
+    def _encode(self, modality: Modality, rows: Tensor) -> Tensor:
+        weak = self.criterion.embed(View(modality, 0), rows)
         if not self.criterion.two_spaces:
             return weak
-        return self.weigh(weak, self.criterion.embed(f"{modality}.1", rows))
+        return self.weigh(weak, self.criterion.embed(View(modality, 1), rows))
 
     def weigh(self, weak: Tensor, strong: Tensor) -> Tensor:
         """The encoding, (N, 2 D), of its normalized parts, (N, D) each, by `head_weight`."""
@@ -317,7 +317,6 @@ class Rocket(TwoTowers):
             return super().renormalize(features)
         return self.weigh(*self.weak_and_strong(features))
 
-    @property
-    def logit_scale_of(self) -> tuple[str, Callable[[Tensor], Tensor]]:
-        """See `System.logit_scale_of`: the weak pair's."""
-        return PREFIX + "weak_logit_scale", torch.exp
+    def logit_scale(self, parameter: Callable[[str], Tensor]) -> float:
+        """See `System.logit_scale`: the weak pair's."""
+        return parameter(PREFIX + "weak_logit_scale").exp().item()

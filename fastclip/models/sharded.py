@@ -33,12 +33,12 @@ def read_training(path: Path) -> dict[str, Any]:
         What was given to `write`.
 
     Raises:
-        FileNotFoundError, ValueError: the folder is no checkpoint of DeepSpeed's, or damaged.
+        FileNotFoundError, ValueError: the folder is not a checkpoint of DeepSpeed's, or damaged.
     """
     file = path / TRAINING
     if not file.is_file():
         raise FileNotFoundError(
-            f"{file} does not exist: {path} is no checkpoint of a DeepSpeed run"
+            f"{file} does not exist: {path} is not a checkpoint of a DeepSpeed run"
         )
     _require_described(path, file)
     try:

@@ -10,9 +10,10 @@ averaging or ZeRO: `forward` hands them out beside the features, and `loss` comp
 """
 
 import copy
+import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,56 @@ from torch.func import functional_call
 # before the names of the criterion's parameters in the system's state
 PREFIX = "criterion."
 _TEACHER = "teacher."
+
+Modality = Literal["image", "text"]
+
+
+class View(NamedTuple):
+    """One view of the samples' images or texts; number 0 is the weak one where there are others."""
+
+    modality: Modality
+    number: int
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the towers make of a batch, one row a sample, and what the criterion needs beside.
+
+    Attributes:
+        images, texts: of each view, (N, width).
+        params: (N, V, PARAMS), how each view of an image was augmented, where asked for.
+        label: (N,) int64, where asked for.
+    """
+
+    images: Sequence[Tensor] = ()
+    texts: Sequence[Tensor] = ()
+    params: Tensor | None = None
+    label: Tensor | None = None
+
+    def views(self) -> dict[View, Tensor]:
+        """The rows of every view of images, then of texts."""
+        images = {View("image", number): rows for number, rows in enumerate(self.images)}
+        return images | {View("text", number): rows for number, rows in enumerate(self.texts)}
+
+    def flat(self) -> dict[str, Tensor]:
+        """One dictionary, without what is None; see `Outputs`."""
+        named = {_name(view): rows for view, rows in self.views().items()}
+        beside = {"params": self.params, "label": self.label}
+        return named | {name: rows for name, rows in beside.items() if rows is not None}
+
+    @classmethod
+    def of(cls, flat: Mapping[str, Tensor]) -> "Features":
+        """What `flat` was made of."""
+
+        def views(modality: Modality) -> tuple[Tensor, ...]:
+            names = (_name(View(modality, number)) for number in itertools.count())
+            return tuple(flat[name] for name in itertools.takewhile(flat.__contains__, names))
+
+        return cls(views("image"), views("text"), flat.get("params"), flat.get("label"))
+
+
+def _name(view: View) -> str:
+    return f"{view.modality}.{view.number}"
 
 
 @dataclass(frozen=True)
@@ -37,16 +88,16 @@ class Outputs:
         taught: a teacher's features.
     """
 
-    features: Mapping[str, Tensor] = field(default_factory=dict)
-    parameters: Mapping[str, Tensor] = field(default_factory=dict)
-    taught: Mapping[str, Tensor] = field(default_factory=dict)
+    features: Features
+    parameters: Mapping[str, Tensor]
+    taught: Features
 
     def flat(self) -> dict[str, Tensor]:
         """One dictionary; parameters have their names in the system's state."""
         return {
-            **self.features,
+            **self.features.flat(),
             **{PREFIX + name: value for name, value in self.parameters.items()},
-            **{_TEACHER + name: value for name, value in self.taught.items()},
+            **{_TEACHER + name: value for name, value in self.taught.flat().items()},
         }
 
     @classmethod
@@ -56,7 +107,8 @@ class Outputs:
         for name, value in flat.items():
             prefix = next(prefix for prefix in made if name.startswith(prefix))
             made[prefix][name.removeprefix(prefix)] = value
-        return cls(features=made[""], parameters=made[PREFIX], taught=made[_TEACHER])
+        features, taught = Features.of(made[""]), Features.of(made[_TEACHER])
+        return cls(features=features, parameters=made[PREFIX], taught=taught)
 
 
 class Criterion(nn.Module):
@@ -71,9 +123,9 @@ class Criterion(nn.Module):
 
     def forward(
         self,
-        features: Mapping[str, Tensor],
+        features: Features,
         *,
-        targets: Mapping[str, Tensor] | None = None,
+        targets: Mapping[View, Tensor] | None = None,
         **exchange: Any,
     ) -> Tensor:
         """The loss of a whole batch, 0-d.
@@ -86,13 +138,15 @@ class Criterion(nn.Module):
         """
         raise NotImplementedError
 
-    def targets(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def targets(self, features: Features) -> dict[View, Tensor]:
         """What a teacher's criterion makes of the teacher's features; asked without gradient."""
         raise NotImplementedError
 
 
 class System(nn.Module):
     """Base of all systems; a subclass makes `criterion`, and gives `features` and the encoders.
+
+    It is a `fastclip.train.objective.Objective`, which has the description of what trains it.
 
     Args:
         criterion: its parameters should all have a part in the loss, or be frozen: data-parallel
@@ -114,8 +168,8 @@ class System(nn.Module):
         # computes with what `forward` handed out; in a list, so that it is no part of the state
         self._shell = [copy.deepcopy(criterion).to("meta")]
 
-    def features(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """What the criterion takes, by name: one row a sample, floating-point or integer.
+    def features(self, batch: Mapping[str, Any]) -> Features:
+        """What the criterion takes.
 
         Args:
             batch: images: views (N, 3, S, S), normalized as the towers want them. texts: views
@@ -154,10 +208,14 @@ class System(nn.Module):
             name: self.criterion.get_parameter(name).clone()
             for name, _ in self.criterion.named_parameters()
         }
-        return Outputs(self.features(batch), handed).flat()
+        return Outputs(self.features(batch), handed, Features()).flat()
+
+    def outputs(self, towers: Callable[..., Any], batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What `forward` gives, of `towers`, which wrap the system."""
+        return dict(towers(batch))
 
     def loss(
-        self, output: Mapping[str, Tensor], teacher: "System | None" = None, **exchange: Any
+        self, output: Mapping[str, Tensor], teacher: nn.Module | None = None, **exchange: Any
     ) -> Tensor:
         """The loss of a whole batch, 0-d.
 
@@ -171,24 +229,38 @@ class System(nn.Module):
         state = {**outputs.parameters, **dict(self.criterion.named_buffers())}
         shell = self._shell[0].train(self.criterion.training)
         if self.needs_teacher:
-            assert teacher is not None
+            assert isinstance(teacher, System)
             with torch.no_grad():
                 exchange["targets"] = teacher.criterion.targets(outputs.taught)
         return functional_call(shell, state, (outputs.features,), exchange, strict=True)
+
+    def exact(self, output: dict[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+        """Put the values of float32 parameters in place of rounded ones, whose gradient stays."""
+        for name, value in parameters.items():
+            rounded = output[name].float()
+            output[name] = value + rounded - rounded.detach()
+
+    @property
+    def shared(self) -> set[str]:
+        """Names of the outputs that belong to no sample: the criterion's parameters."""
+        return {PREFIX + name for name, _ in self.criterion.named_parameters()}
 
     @property
     def bounds(self) -> dict[str, tuple[float, float]]:
         """The criterion's, under the system's names."""
         return {PREFIX + name: bound for name, bound in self.criterion.bounds.items()}
 
-    @property
-    def logit_scale_of(self) -> tuple[str, Callable[[Tensor], Tensor]] | None:
-        """Name of the parameter that holds the image-text scale, and how: for the log; or None."""
+    def logit_scale(self, parameter: Callable[[str], Tensor]) -> float | None:
+        """The scale of image-text logits for the log, of parameters by name; None without one."""
+        return None
+
+    def chance(self, samples: int) -> float | None:
+        """The loss of a system that distinguishes nothing, where it is known."""
         return None
 
 
 class TwoTowers(System):
-    """A system on a model of open_clip's: a vision and a text tower of one width.
+    """A system on an open_clip model: a vision and a text tower of one width.
 
     The towers' own features, before their last normalization, are what heads project. The model's
     own logit scale is out of use.
@@ -209,17 +281,10 @@ class TwoTowers(System):
             if scale is not None:
                 scale.requires_grad_(False)
 
-    def features(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """image.0, image.1, ... and text.0, ..., each (N, width)."""
-        return {**self.image_features(batch["images"]), **self.text_features(batch["texts"])}
-
-    def image_features(self, views: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The vision tower's features of every view, by name."""
-        return {f"image.{i}": self.towers.encode_image(v) for i, v in enumerate(views)}
-
-    def text_features(self, views: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The text tower's features of every view, by name."""
-        return {f"text.{i}": self.towers.encode_text(v) for i, v in enumerate(views)}
+    def features(self, batch: Mapping[str, Any]) -> Features:
+        """The towers' features of every view, each (N, width)."""
+        images = [self.towers.encode_image(view) for view in batch["images"]]
+        return Features(images, [self.towers.encode_text(view) for view in batch["texts"]])
 
     @property
     def visual(self) -> nn.Module:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -13,7 +14,7 @@ from fastclip.data.augment import PARAMS, AugmentationParams
 from fastclip.functional import clip_loss, mp_nce_loss, sup_con_loss
 from fastclip.losses.mp_nce import balanced_pair_weight
 from fastclip.models.options import SystemOptions
-from fastclip.models.system import PREFIX, Criterion, TwoTowers
+from fastclip.models.system import PREFIX, Criterion, Features, TwoTowers, View
 from fastclip.nn.augmentation_encoder import AugmentationEncoder, ResidualHead
 from fastclip.nn.heads import linear_head
 from fastclip.ops.collectives import ranks_of
@@ -70,7 +71,7 @@ class UniClipCriterion(Criterion):
             _check_weight(pair_weight, pair_loss)
         output = width if output is None else output
         self.pair_loss, self.pair_weight = pair_loss, pair_weight
-        self.tells_augmentation = augmentation_encoder
+        self.uses_augmentation = augmentation_encoder
         self.augmentation_encoder = AugmentationEncoder(PARAMS)
         self.image_head = ResidualHead(
             width, self.augmentation_encoder.width, output, blocks=blocks
@@ -93,28 +94,24 @@ class UniClipCriterion(Criterion):
 
     def forward(
         self,
-        features: Mapping[str, Tensor],
+        features: Features,
         *,
-        targets: Mapping[str, Tensor] | None = None,
+        targets: Mapping[View, Tensor] | None = None,
         **exchange: Any,
     ) -> Tensor:
-        """See `Criterion.forward`; features: image.0, ..., text.0, ..., params (N, V, PARAMS)."""
-        blocks, domains = [], []
-        for name, rows in features.items():
-            kind, _, view = name.partition(".")
-            if kind == "image":
-                blocks.append(self.project_image(rows, features["params"][:, int(view)]))
-                domains.append(IMAGE)
-            elif kind == "text":
-                blocks.append(self.text_head(rows))
-                domains.append(TEXT)
+        """See `Criterion.forward`; of the features params too."""
+        assert features.params is not None
+        views = zip(features.images, features.params.unbind(1), strict=True)
+        blocks = [self.project_image(rows, params) for rows, params in views]
+        blocks += [self.text_head(rows) for rows in features.texts]
+        domains = [IMAGE] * len(features.images) + [TEXT] * len(features.texts)
         losses = {"mp-nce": self._mp_nce, "info-nce": self._info_nce, "sup-con": self._sup_con}
         normalized = [F.normalize(block, dim=-1) for block in blocks]
         return losses[self.pair_loss](normalized, domains, exchange)
 
     def project_image(self, features: Tensor, params: Tensor | None = None) -> Tensor:
         """(N, width), with (N, PARAMS) or None for no augmentation, to (N, output)."""
-        if params is None or not self.tells_augmentation:
+        if params is None or not self.uses_augmentation:
             params = self.no_augmentation
         encoded = self.augmentation_encoder(params.to(features.dtype))
         return self.image_head(features, encoded.expand(len(features), -1))
@@ -180,7 +177,7 @@ class UniClip(TwoTowers):
         )
         return cls(towers, criterion, *options.views)
 
-    def features(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    def features(self, batch: Mapping[str, Any]) -> Features:
         """See `TwoTowers.features`; beside them params, (N, V, PARAMS).
 
         Raises:
@@ -192,7 +189,7 @@ class UniClip(TwoTowers):
                 f"params are {tuple(params.shape)} for {len(images)} views of {len(images[0])} "
                 f"images; give (N, V, {PARAMS})"
             )
-        return {**super().features(batch), "params": params}
+        return replace(super().features(batch), params=params)
 
     def encode_image(
         self, image: Tensor, normalize: bool = False, params: Tensor | None = None
@@ -206,11 +203,10 @@ class UniClip(TwoTowers):
         projected = self.criterion.text_head(self.towers.encode_text(text))
         return F.normalize(projected, dim=-1) if normalize else projected
 
-    @property
-    def logit_scale_of(self) -> tuple[str, Callable[[Tensor], Tensor]]:
-        """See `System.logit_scale_of`."""
-        entry = self.criterion.pair[IMAGE, TEXT].item()
-        return PREFIX + "log_temperature", lambda value: torch.exp(-value[entry])
+    def logit_scale(self, parameter: Callable[[str], Tensor]) -> float:
+        """See `System.logit_scale`."""
+        entry = int(self.criterion.pair[IMAGE, TEXT])
+        return parameter(PREFIX + "log_temperature")[entry].neg().exp().item()
 
 
 def _check_weight(weight: tuple[float, float, float], pair_loss: str) -> None:

@@ -15,10 +15,20 @@ def self_attention(
         layer: with one projection for queries, keys and values.
         tokens: (B, S, D), or (S, B, D) where the layer is not `batch_first`.
         causal: whether a token sees only itself and those before it.
-        backend: as `fastclip.functional.attention`.
+        backend: "auto", "triton", "sdpa" (torch's), "flash" (the flash-attn package) or
+            "reference" (dense, twice differentiable).
 
     Returns:
         The attended tokens, in the layout of `tokens`.
+
+    Examples:
+        >>> import torch
+        >>> from fastclip.nn.attention import self_attention
+        >>> _ = torch.manual_seed(0)
+        >>> layer = torch.nn.MultiheadAttention(64, 4, batch_first=True)
+        >>> tokens = torch.randn(2, 50, 64)
+        >>> self_attention(layer, tokens).allclose(layer(tokens, tokens, tokens)[0], atol=1e-6)
+        True
     """
     packed = F.linear(tokens, layer.in_proj_weight, layer.in_proj_bias)
     qkv = packed.unflatten(-1, (3, layer.num_heads, layer.head_dim))
@@ -39,10 +49,21 @@ def cross_attention(
         layer: `batch_first`.
         query: (B, Q, D).
         tokens: (B, S, D'), of the width that the layer's keys and values have.
-        backend: as `fastclip.functional.attention`.
+        backend: "auto", "triton", "sdpa" (torch's), "flash" (the flash-attn package) or
+            "reference" (dense, twice differentiable).
 
     Returns:
         (B, Q, D).
+
+    Examples:
+        >>> import torch
+        >>> from fastclip.nn.attention import cross_attention
+        >>> _ = torch.manual_seed(0)
+        >>> layer = torch.nn.MultiheadAttention(64, 4, kdim=32, vdim=32, batch_first=True)
+        >>> query, tokens = torch.randn(2, 1, 64), torch.randn(2, 50, 32)
+        >>> expected = layer(query, tokens, tokens)[0]
+        >>> cross_attention(layer, query, tokens).allclose(expected, atol=1e-6)
+        True
     """
     if layer.in_proj_weight is None:
         weights = [layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight]

@@ -19,7 +19,7 @@ class AugmentationEncoder(nn.Module):
     """An MLP over the vector of a view's augmentation parameters.
 
     Args:
-        params: entries of the vector; `fastclip.data.augment.PARAMS` of a batch's `params`.
+        params: entries of the vector; `fastclip.data.augment.PARAMS` for a batch's `params`.
         widths: of the layers; the last is the embedding's.
 
     Attributes:
@@ -27,6 +27,15 @@ class AugmentationEncoder(nn.Module):
 
     Raises:
         ValueError: a width below 1, or none.
+
+    Examples:
+        >>> import torch
+        >>> from fastclip.data.augment import PARAMS, AugmentationParams
+        >>> from fastclip.nn.augmentation_encoder import AugmentationEncoder
+        >>> encoder = AugmentationEncoder(PARAMS)
+        >>> view = AugmentationParams.identity(224, 224).encode(224, 224)
+        >>> encoder(view[None]).shape
+        torch.Size([1, 128])
     """
 
     def __init__(self, params: int, widths: Sequence[int] = (128, 128, 128)) -> None:
@@ -38,7 +47,11 @@ class AugmentationEncoder(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(sizes))
 
     def forward(self, params: Tensor) -> Tensor:
-        """(N, params) to (N, last width)."""
+        """The embeddings, (N, last width).
+
+        Args:
+            params: (N, params), the views' vectors.
+        """
         for layer in self.layers[:-1]:
             params = F.relu(layer(params))
         return self.layers[-1](params)
@@ -51,11 +64,22 @@ class ResidualHead(nn.Module):
     plain projection and learns what the condition changes.
 
     Args:
-        width: of the feature. condition: of the condition. output: of the projection.
-        blocks: residual blocks. hidden: their inner width; by default `width`.
+        width: of the feature.
+        condition: width of the condition.
+        output: width of the projection.
+        blocks: number of residual blocks.
+        hidden: inner width of a block; None: `width`.
 
     Raises:
         ValueError: a width below 1, or a negative number of blocks.
+
+    Examples:
+        >>> import torch
+        >>> from fastclip.nn.augmentation_encoder import ResidualHead
+        >>> head = ResidualHead(width=512, condition=128, output=256)
+        >>> features, condition = torch.randn(4, 512), torch.randn(4, 128)
+        >>> head(features, condition).equal(head.project(features))  # before training
+        True
     """
 
     def __init__(
@@ -77,7 +101,12 @@ class ResidualHead(nn.Module):
         self.project = linear_head(width, output)
 
     def forward(self, features: Tensor, condition: Tensor) -> Tensor:
-        """Features (N, width), each with its condition (N, condition), to (N, output)."""
+        """The projections, (N, output).
+
+        Args:
+            features: (N, width).
+            condition: (N, condition), of each feature.
+        """
         for enter, leave in zip(self.enter, self.leave, strict=True):
             features = features + leave(F.relu(enter(torch.cat([features, condition], dim=1))))
         return self.project(features)

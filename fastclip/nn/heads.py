@@ -34,6 +34,14 @@ class GlobalBatchNorm(nn.Module):
 
     Raises:
         ValueError: input that is not (N, D), or, of one process in training, a single row.
+
+    Examples:
+        >>> import torch
+        >>> from fastclip.nn.heads import GlobalBatchNorm
+        >>> norm = GlobalBatchNorm(3)
+        >>> rows = norm(torch.arange(12.0).view(4, 3))
+        >>> rows.mean(0).abs().max().item() < 1e-6, round(rows.var(0, correction=0)[0].item(), 4)
+        (True, 1.0)
     """
 
     running_mean: Tensor
@@ -58,7 +66,14 @@ class GlobalBatchNorm(nn.Module):
         self.register_buffer("num_batches_tracked", torch.tensor(0))
 
     def forward(self, rows: Tensor) -> Tensor:
-        """(N, D) rows normalized, in their dtype."""
+        """The normalized rows, (N, D), in their dtype.
+
+        Args:
+            rows: (N, D), this process's.
+
+        Raises:
+            ValueError: they are not (N, D), or in training one row in all.
+        """
         if rows.ndim != 2 or rows.shape[1] != self.width:
             raise ValueError(f"rows are {tuple(rows.shape)}; give (N, {self.width})")
         if not self.training:
@@ -111,6 +126,13 @@ class MLPHead(nn.Sequential):
 
     Raises:
         ValueError: fewer than two widths, one below 1, or another `last_norm`.
+
+    Examples:
+        >>> import torch
+        >>> from fastclip.nn.heads import MLPHead
+        >>> head = MLPHead((512, 4096, 256), last_norm="plain")
+        >>> head(torch.randn(8, 512)).shape
+        torch.Size([8, 256])
     """
 
     def __init__(
@@ -136,7 +158,21 @@ class MLPHead(nn.Sequential):
 
 
 def linear_head(width: int, output: int) -> nn.Linear:
-    """CLIP's projection: (N, width) to (N, output), no bias, standard deviation width^-1/2."""
+    """CLIP's projection: no bias, weights drawn with standard deviation width^-1/2.
+
+    Args:
+        width: of the features, (N, width).
+        output: of their projections, (N, output).
+
+    Returns:
+        A layer whose `weight` is (output, width).
+
+    Examples:
+        >>> import torch
+        >>> from fastclip.nn.heads import linear_head
+        >>> linear_head(768, 512)(torch.zeros(8, 768)).shape
+        torch.Size([8, 512])
+    """
     head = nn.Linear(width, output, bias=False)
     nn.init.normal_(head.weight, std=width**-0.5)
     return head

@@ -53,6 +53,13 @@ def attention(
 
     Raises:
         ValueError: on shapes, dtypes, devices or options that do not fit together.
+
+    Examples:
+        >>> import torch
+        >>> from fastclip.functional import attention
+        >>> query, key, value = torch.zeros(3, 2, 4, 50, 64)  # 2 images, 4 heads, 50 tokens
+        >>> attention(query, key, value).shape
+        torch.Size([2, 4, 50, 64])
     """
     compute_dtype = checks.compute_dtype_of(query, precision)
     _check(query, key, value, compute_dtype)
@@ -68,7 +75,8 @@ def attention(
         if chosen == "flash":
             return _flash(q, k, v, causal, scale)
         checks.refuse_transforms(q, k, v)
-        return _attention(q, k, v, key_lengths, causal=causal, scale=scale, needs=())[0]
+        out: Tensor = _attention(q, k, v, key_lengths, causal=causal, scale=scale, needs=())[0]
+        return out
 
 
 def packed_attention(
@@ -84,13 +92,25 @@ def packed_attention(
 
     Args:
         qkv: (B, S, 3, H, D): query, key and value of every line and head.
-        causal, key_lengths, scale, backend, precision: as `attention`.
+        causal: whether a line sees only itself and those before it.
+        key_lengths: (B,) integers; lines from there on are padding.
+        scale: a positive number; None is 1 / sqrt(D).
+        backend: "auto", "triton", "sdpa" (torch's), "flash" (the flash-attn package) or
+            "reference" (dense, twice differentiable).
+        precision: "auto" follows autocast, "input" computes in the input's dtype.
 
     Returns:
-        (B, S, H, D), contiguous with `triton`.
+        (B, S, H, D) in the dtype of the computation, contiguous with `triton`.
 
     Raises:
         ValueError: on shapes, dtypes, devices or options that do not fit together.
+
+    Examples:
+        >>> import torch
+        >>> from fastclip.functional import packed_attention
+        >>> qkv = torch.nn.Linear(256, 3 * 256)(torch.zeros(2, 50, 256)).unflatten(-1, (3, 4, 64))
+        >>> packed_attention(qkv).flatten(2).shape  # heads side by side again
+        torch.Size([2, 50, 256])
     """
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise ValueError(f"qkv has shape {tuple(qkv.shape)}; give (batch, lines, 3, heads, width)")
@@ -103,7 +123,8 @@ def packed_attention(
         qkv = qkv.to(compute_dtype)
         if chosen == "triton":
             checks.refuse_transforms(qkv)
-            return _packed(qkv, key_lengths, causal=causal, scale=scale, needs=())[0]
+            out: Tensor = _packed(qkv, key_lengths, causal=causal, scale=scale, needs=())[0]
+            return out
     options: dict[str, Any] = {"causal": causal, "key_lengths": key_lengths, "scale": scale}
     out = attention(*_unpacked(qkv), **options, backend=chosen, precision="input")
     return out.transpose(1, 2)
@@ -123,7 +144,7 @@ def _choose(
     key_lengths: Tensor | None,
 ) -> str:
     shape = (int(q.shape[2]), int(k.shape[2]), int(q.shape[3]))
-    chosen = _choice(*shape, causal, dtype, backend, q.device)
+    chosen: str = _choice(*shape, causal, dtype, backend, q.device)
     if chosen == "triton":
         if shape[2] > WIDEST:
             raise ValueError(
@@ -144,7 +165,7 @@ def _choice(
     backend: str,
     device: torch.device,
 ) -> str:
-    chosen = backends.choose("attention", backend, device, dtype)
+    chosen: str = backends.choose("attention", backend, device, dtype)
     asked = backend != "auto" or os.environ.get(backends.ENVIRONMENT_VARIABLE) == chosen
     if asked or device.type != "cuda":
         return chosen
@@ -235,8 +256,9 @@ def _write_gradient(
     (q, k, _), (out, lse, upstream) = inputs, results
     plan = gradient_plan(_key(q, k, options.causal), q.device)
     q, k, v, upstream = _readable(*inputs, upstream)
+    dq, dk, dv = gradients
     where = _as_int(lengths), options.scale, options.causal, plan
-    gradient(q, k, v, out, lse, upstream, *gradients, *where)
+    gradient(q, k, v, out, lse, upstream, dq, dk, dv, *where)
     _count(q, k, 5 if plan.whole else 7)
 
 
@@ -273,7 +295,8 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tenso
     from flash_attn import flash_attn_func
 
     lines = (t.transpose(1, 2) for t in (q, k, v))
-    return flash_attn_func(*lines, softmax_scale=scale, causal=causal).transpose(1, 2)
+    out: Tensor = flash_attn_func(*lines, softmax_scale=scale, causal=causal)
+    return out.transpose(1, 2)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, compute_dtype: torch.dtype) -> None:
@@ -317,17 +340,18 @@ def _check_options(
     if key_lengths is not None:
         checks.check_ids("key_lengths", key_lengths, query.shape[0], query.device)
     if scale is None:
-        return query.shape[3] ** -0.5
+        default: float = query.shape[3] ** -0.5
+        return default
     checks.check_positive("scale", scale)
     return float(scale)
 
 
-def _flop(shapes: Sequence[Any], products: int) -> int:
+def _flop(shapes: Sequence[Sequence[int]], products: int) -> int:
     b, h, s, d = shapes[0]
     return products * 2 * b * h * s * shapes[1][2] * d
 
 
-def _packed_flop(shapes: Sequence[Any], products: int) -> int:
+def _packed_flop(shapes: Sequence[Sequence[int]], products: int) -> int:
     b, s, _, h, d = shapes[0]
     return products * 2 * b * h * s * s * d
 

@@ -205,3 +205,45 @@ def check_positives(
     check_ids("column_group", column_group, m, x.device)
     dtype = torch.promote_types(row_group.dtype, column_group.dtype)
     return positive_index, row_group.to(dtype).contiguous(), column_group.to(dtype).contiguous()
+
+
+def check_blocks(features: list[Tensor], domains: list[int]) -> None:
+    """Refuse blocks of different shapes, devices or dtypes, or without a domain each."""
+    if len(features) != len(domains):
+        raise ValueError(f"{len(features)} blocks but {len(domains)} domains; give one a block")
+    if len(features) < 2:
+        raise ValueError(f"{len(features)} block; an anchor's positives are in other blocks")
+    if min(domains) < 0:
+        raise ValueError(f"domains are {domains}; number them from 0")
+    for index, block in enumerate(features):
+        check_features(f"features of block {index}", block)
+        if block.shape != features[0].shape or block.device != features[0].device:
+            raise ValueError(
+                f"block {index} is {tuple(block.shape)} on {block.device}, block 0 "
+                f"{tuple(features[0].shape)} on {features[0].device}; all blocks need one shape "
+                "and device"
+            )
+    if len({block.dtype for block in features}) > 1:
+        autocast = autocast_enabled(features[0].device)
+        if not autocast or any(block.dtype == torch.float64 for block in features):
+            kinds = sorted({str(block.dtype) for block in features})
+            raise ValueError(f"the blocks are {' and '.join(kinds)}; cast them to one dtype")
+
+
+def inverse(temperature: Tensor | float, features: Tensor) -> Tensor | float:
+    """1 / temperature, as wide as the features; of one that is not positive an error, or NaN."""
+    if not isinstance(temperature, Tensor):
+        check_positive("temperature", temperature)
+        return 1 / temperature
+    if temperature.numel() != 1:
+        raise ValueError(
+            f"temperature has shape {tuple(temperature.shape)}; give a 0-d or (1,) tensor"
+        )
+    # 16 bits would round the inverse, and its gradient, -1/T^2, would overflow in them
+    wide = widened(temperature, features)
+    if is_readable(temperature):
+        if temperature.item() <= 0:
+            raise ValueError(f"temperature is {temperature.item()}; give a positive number")
+        return 1 / wide
+    # a device is not waited for: the loss is NaN
+    return 1 / torch.where(wide > 0, wide, torch.nan)

@@ -301,7 +301,7 @@ def _global_sum(local: Tensor, group: str) -> Tensor:
 
 
 @_global_sum.register_fake
-def _(local, group):
+def _(local: Tensor, group: str) -> Tensor:
     return torch.empty_like(local)
 
 
@@ -347,7 +347,8 @@ def gather_rows(
     sizes = [features.shape[0]] * world if sizes is None else list(sizes)
     compare_sizes("rows", features.shape[0], sizes, name)
     if with_grad:
-        return _gather_rows(features, name, sizes, rank)
+        gathered: Tensor = _gather_rows(features, name, sizes, rank)
+        return gathered
     parts = list(_gather_rows(features.detach(), name, sizes, rank).split(sizes))
     parts[rank] = features
     return torch.cat(parts)
@@ -359,7 +360,7 @@ def _gather_rows(features: Tensor, group: str, sizes: Sequence[int], rank: int) 
 
 
 @_gather_rows.register_fake
-def _(features, group, sizes, rank):
+def _(features: Tensor, group: str, sizes: list[int], rank: int) -> Tensor:
     return features.new_empty((sum(sizes), *features.shape[1:]))
 
 
@@ -373,7 +374,7 @@ def _gather_rows_gradient(upstream: Tensor, group: str, sizes: Sequence[int], ra
 
 
 @_gather_rows_gradient.register_fake
-def _(upstream, group, sizes, rank):
+def _(upstream: Tensor, group: str, sizes: list[int], rank: int) -> Tensor:
     return upstream.new_empty((sizes[rank], *upstream.shape[1:]))
 
 
@@ -390,7 +391,7 @@ def _average_gradient(tensor: Tensor, group: str) -> Tensor:
 
 
 @_average_gradient.register_fake
-def _(tensor, group):
+def _(tensor: Tensor, group: str) -> Tensor:
     return torch.empty_like(tensor)
 
 
@@ -404,12 +405,14 @@ _average_gradient.register_autograd(_average, setup_context=_keep_arguments)
 
 def rows_of_all(own: Tensor, ranks: Ranks, sizes: Sequence[int]) -> Tensor:
     """The rows of all ranks with gradient, where rank q has sizes[q] of them."""
-    return _gather_rows(own, ranks.group, list(sizes), ranks.rank)
+    gathered: Tensor = _gather_rows(own, ranks.group, list(sizes), ranks.rank)
+    return gathered
 
 
 def average_gradient(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The tensor itself, whose gradient is averaged over the ranks."""
-    return _average_gradient(tensor, group_name(group))
+    same: Tensor = _average_gradient(tensor, group_name(group))
+    return same
 
 
 def sum_with_gradient(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -419,7 +422,8 @@ def sum_with_gradient(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """
     name = group_name(group)
     # backward the average of the upstreams first, then the world's size times it
-    return _average_gradient(_global_sum(local, name), name)
+    total: Tensor = _average_gradient(_global_sum(local, name), name)
+    return total
 
 
 def scale_gradient(tensor: Tensor, factor: float) -> Tensor:

@@ -178,13 +178,13 @@ def _gradient(
     return tuple(g if need else None for g, need in zip(found, options.needs, strict=True))
 
 
-def _flop(shapes: Sequence[Any], options: _Options) -> int:
+def _flop(shapes: Sequence[Sequence[int]], options: _Options) -> int:
     """S and T, once."""
     (n, d), (_, e) = shapes[0], shapes[3]
     return 2 * n * n * (d + e)
 
 
-def _gradient_flop(shapes: Sequence[Any], options: _Options) -> int:
+def _gradient_flop(shapes: Sequence[Sequence[int]], options: _Options) -> int:
     (n, d), (_, e) = shapes[0], shapes[3]
     return 2 * n * n * (3 * d + e)
 

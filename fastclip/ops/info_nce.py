@@ -53,6 +53,7 @@ def info_nce_sum(
             positive_index=positive_index,
             first_negative=first_negative,
             columns_with_gradient=columns_with_gradient,
+            maxima=True,
             ranks=ranks,
             backend=chosen,
             chunk_bytes=chunk_bytes,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastclip.ops import backend as backends
-from fastclip.ops import checks, passes, problem, reference
+from fastclip.ops import checks, kept, passes, problem, reference
 from fastclip.ops.classes import Classes, slices
 from fastclip.ops.collectives import Ranks
 from fastclip.ops.columns import Part
@@ -44,6 +44,7 @@ def label_statistics(
     ranks: Ranks | None = None,
     backend: str = "auto",
     chunk_bytes: int | None = None,
+    keep_bytes: int | None = None,
     precision: str = "auto",
 ) -> LabelStatistics:
     """Differentiable statistics of labeled rows; see the module's docstring.
@@ -53,7 +54,8 @@ def label_statistics(
         labels: (M,) integers.
         scale: 0-d or (1,) tensor, or a number.
         ranks: the processes whose rows these are part of.
-        backend, chunk_bytes, precision: as `fastclip.ops.similarity.similarity_statistics`.
+        backend, chunk_bytes, keep_bytes, precision: as
+            `fastclip.ops.similarity.similarity_statistics`.
 
     Raises:
         ValueError: on shapes, dtypes, devices or options that do not fit together.
@@ -69,7 +71,8 @@ def label_statistics(
             found = reference.label_statistics(z, labels, scale, ranks, compute_dtype)
         return LabelStatistics(*found)
     checks.refuse_transforms(z, scale)
-    options = problem.options(compute_dtype, chosen, chunk, ranks, domains=(0,))
+    keep = kept.keep_argument(keep_bytes, chosen, z, scale)
+    options = problem.options(compute_dtype, chosen, chunk, ranks, domains=(0,), keep_bytes=keep)
     return LabelStatistics(*_labels(z, scale, labels, **options)[:3])
 
 
@@ -86,27 +89,28 @@ def _forward(z: Tensor, scale: Tensor, labels: Tensor, **options: Any) -> tuple[
                 rows = part.features[:, width].to(tiles.dtype)
                 dot.add_(tiles.row_dot(z[:, width], classes.sum(rows, part.segments[0].column)))
 
-        rows, _ = passes.statistics(asked, collected, add_class_sums)
+        rows, _, E = passes.statistics(asked, collected, add_class_sums)
         itself = torch.zeros_like(dot)
         for width in slices(z):
             # added up as above, so that a row alone in its class has 0
             itself.add_(tiles.row_dot(z[:, width], z[:, width]))
         others = classes.others.to(tiles.dtype)
         positive_mean = dot.sub_(itself).mul_(asked.scale_PP[0, 0]).div_(others.clamp(min=1))
-    return rows.lse(), positive_mean, others, collected
+    return rows.lse(), positive_mean, others, collected, *E
 
 
 def _fake(inputs: Tensors, options: Options) -> list[Tensor]:
     z, dtype = inputs[0], accumulator_dtype(options.dtype)
     collected = z.new_empty(problem.collected_shape(z, options), dtype=options.dtype)
-    return [*(z.new_empty(z.shape[0], dtype=dtype) for _ in range(3)), collected]
+    statistics = (z.new_empty(z.shape[0], dtype=dtype) for _ in range(3))
+    return [*statistics, collected, *kept.fake_kept(z, z, options)]
 
 
 def _gradient(
     inputs: Tensors, saved: Tensors, upstream: Tensors, options: Options
 ) -> tuple[Tensor | None, ...]:
     z, scale, labels = inputs
-    collected, lse, positive_mean = saved
+    collected, lse, positive_mean, *E = saved
     d_lse, d_positive_mean = (torch.zeros_like(lse) if one is None else one for one in upstream)
     with checks.without_autocast(z.device):
         asked = problem.symmetric(options, z, scale.reshape(1, 1), None)
@@ -127,7 +131,7 @@ def _gradient(
         of_rows = LogSumExps(lse, d_lse)
         needs = (True, True, options.needs[1])
         if asked.is_triangle:
-            found = passes.gradient(asked, collected, of_rows, of_rows, needs)
+            found = passes.gradient(asked, collected, kept.Kept(*E), of_rows, of_rows, needs)
             assert found.x is not None
             add_class_sums(found.x, z_MD, 0)
         else:
@@ -136,6 +140,7 @@ def _gradient(
             found = passes.gradient(
                 asked,
                 collected,
+                kept.Kept(*E),
                 of_rows,
                 of_columns,
                 needs,
@@ -156,9 +161,11 @@ _labels = register(
     "label_statistics",
     _forward,
     inputs="z scale labels",
-    outputs=4,
+    outputs=6,
     record=Options,
     fake=_fake,
     flop=forward_flop,
-    backward=Backward(_gradient, inputs=2, saved=(3, 0, 1), constant=(2, 3), flop=backward_flop),
+    backward=Backward(
+        _gradient, inputs=2, saved=(3, 0, 1, 4, 5), constant=(2, 3, 4, 5), flop=backward_flop
+    ),
 )

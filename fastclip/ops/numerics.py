@@ -10,7 +10,8 @@ def softplus(x: Tensor, *, out: Tensor | None = None) -> Tensor:
         return torch.logaddexp(x, x.new_zeros(()), out=out)
     if out is None:
         return torch.nn.functional.softplus(x)
-    return torch.ops.aten.softplus.out(x, out=out)
+    found: Tensor = torch.ops.aten.softplus.out(x, out=out)
+    return found
 
 
 def finite(anchor: Tensor) -> Tensor:

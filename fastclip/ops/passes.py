@@ -1,7 +1,8 @@
 """The loops over S that the operators are made of; memory is O((N + M) D + chunk M).
 
     statistics   of rows and columns, from one product; on a triangle half a product
-    gradient     dX and dY from the log-sum-exps: S again and a product for each
+    gradient     dX and dY from the log-sum-exps: a product for each, and S again unless the
+                 statistics kept its exponentials (`kept.py`)
     info_nce     both at once where a chunk holds its rows whole: three products in all
     sigmoid      the sigmoid loss and its gradients: three products in all
 
@@ -13,17 +14,18 @@ chunk.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from fastclip.ops.columns import Part, exchange_dtype
 from fastclip.ops.gemm import add_product, product
+from fastclip.ops.kept import Kept, Rooms, anchor_of, factors, room_to_keep, sums_in_range
 from fastclip.ops.numerics import finite, softplus
 from fastclip.ops.problem import Problem
 from fastclip.ops.schedule import Chunk, Visit, visit
-from fastclip.ops.tiles.base import LogSumExps, SoftmaxStats, finished_room
+from fastclip.ops.tiles.base import KeepingTiles, LogSumExps, SoftmaxStats, finished_room
 
 OnPart = Callable[[Part], None]
 
@@ -58,33 +60,78 @@ class Gradients(NamedTuple):
 
 def statistics(
     problem: Problem, collected: Tensor, on_part: OnPart = lambda part: None
-) -> tuple[SoftmaxStats, SoftmaxStats]:
-    """Those of rows, and of the columns that have their own; `on_part` is called with each part."""
+) -> tuple[SoftmaxStats, SoftmaxStats, Kept]:
+    """Those of rows, and of the columns that have their own, and the exponentials that are kept.
+
+    `on_part` is called with each part.
+    """
     tiles, x_ND = problem.tiles, problem.x_ND
+    kept = room_to_keep(problem)
+    anchor = anchor_of(problem) if kept.entries.numel() else None
+    rooms = kept.rooms()
     x_op_ND = tiles.operand(x_ND)
     rows = SoftmaxStats.empty(len(x_ND), x_ND, tiles.dtype)
     columns = rows
     if not problem.is_symmetric:
         columns = SoftmaxStats.empty(problem.paired, x_ND, tiles.dtype)
-    for part in problem.columns.parts(problem.y_MD, collected):
+    for index, part in enumerate(problem.columns.parts(problem.y_MD, collected)):
         on_part(part)
         y_op_PD = x_op_ND if part.features is x_ND else tiles.operand(part.features)
-        for chunk in visit(problem, part, x_op_ND, y_op_PD):
+        operands = x_op_ND, y_op_PD
+        if anchor is not None and _exponentials(
+            problem, part, operands, anchor, rooms, rows, columns
+        ):
+            kept.anchors[index] = anchor
+            continue
+        for chunk in visit(problem, part, *operands):
             for tile, seen, _, _, twice in chunk.visits:
                 of_columns = None if seen is None or twice else columns.part(seen)
                 tiles.statistics(tile, rows.part(chunk.rows), of_columns)
-    return rows, columns
+    return rows, columns, kept
+
+
+def _exponentials(
+    problem: Problem,
+    part: Part,
+    operands: tuple[Tensor, Tensor],
+    anchor: Tensor,
+    rooms: Rooms,
+    rows: SoftmaxStats,
+    columns: SoftmaxStats,
+) -> bool:
+    """Keep a part's exponentials and merge its sums; False, and nothing merged, out of range."""
+    tiles = cast(KeepingTiles, problem.tiles)
+    row_sum = torch.zeros_like(rows.sum)
+    column_sum = row_sum if columns is rows else torch.zeros_like(columns.sum)
+    covered = set()
+    for chunk in visit(problem, part, *operands):
+        E_CQ = rooms.next(chunk, len(operands[1]))
+        for tile, seen, in_G, _, twice in chunk.visits:
+            of_columns = None
+            if seen is not None and not twice:
+                of_columns = column_sum[seen]
+                covered.add((seen.start, seen.stop))
+            tiles.exponentials(tile, anchor, row_sum[chunk.rows], of_columns, E_CQ[:, in_G])
+    found = [(rows, row_sum)]
+    if columns is not rows:
+        found += [(columns.part(slice(*c)), column_sum[slice(*c)]) for c in sorted(covered)]
+    if not all(sums_in_range(total) for _, total in found):
+        return False
+    for running, total in found:
+        running.merge_(anchor, total)
+    return True
 
 
 def gradient(
     problem: Problem,
     collected: Tensor,
+    kept: Kept,
     rows: LogSumExps,
     columns: LogSumExps | None,
     needs: tuple[bool, bool, bool],
     on_part: OnPart = lambda part: None,
 ) -> Gradients:
-    """The gradients of X, Y and the scalars; at most three products.
+    """The gradients of X, Y and the scalars; three products, two where S was kept.
 
     With upstream gradients a (of row log-sum-exps) and b (of columns'), the gradient of a
     negative's logit is G_ij = a_i exp(S_ij - row_lse_i) + b_j exp(S_ij - column_lse_j).
@@ -92,6 +139,7 @@ def gradient(
     Args:
         problem: S.
         collected: what the forward kept of other ranks' columns.
+        kept: what it kept of S.
         rows: of own rows.
         columns: of all ranks' columns.
         needs: which gradients; of a symmetric S the first two are one.
@@ -100,13 +148,25 @@ def gradient(
     tiles, x_ND = problem.tiles, problem.x_ND
     x_op_ND = tiles.operand(x_ND)
     products = _Products(problem, x_op_ND, needs[0], needs[1])
-    scalars = []
-    for part in problem.columns.parts(problem.y_MD, collected):
+    scalars: list[tuple[Visit, Tensor, Tensor]] = []
+    rooms, given = kept.rooms(), factors(problem, kept, rows, columns)
+    usable = kept.anchors.isfinite().tolist() if given is not None else []
+    for index, part in enumerate(problem.columns.parts(problem.y_MD, collected)):
         on_part(part)
         y_op_PD = x_op_ND if part.features is x_ND else tiles.operand(part.features)
         products.begin(part, y_op_PD)
         for chunk in visit(problem, part, x_op_ND, y_op_PD):
             G_CQ = products.room(chunk)
+            E_CQ = rooms.next(chunk, len(y_op_PD)) if given is not None else None
+            if given is not None and E_CQ is not None and usable[index]:
+                totals = _weigh(problem, chunk, E_CQ, *given, G_CQ)
+                if needs[2]:
+                    scalars += zip(
+                        chunk.visits, products.add_with_dots(G_CQ, chunk), totals, strict=True
+                    )
+                else:
+                    products.add(G_CQ, chunk)
+                continue
             for seen in chunk.visits:
                 dot, total = tiles.gradient(
                     seen.tile,
@@ -120,6 +180,24 @@ def gradient(
             products.add(G_CQ, chunk)
         products.end(part, exchange_dtype(problem.options.dtype, scaled=True))
     return Gradients(*products.totals(), scalars)
+
+
+def _weigh(
+    problem: Problem, chunk: Chunk, E_CQ: Tensor, u_N: Tensor, v_M: Tensor | None, G_CQ: Tensor
+) -> list[Tensor]:
+    """G of a chunk from what was kept of it; of each visit the sum of G, if offsets want it."""
+    tiles = cast(KeepingTiles, problem.tiles)
+    return [
+        tiles.weigh(
+            E_CQ[:, seen.in_G],
+            seen.tile.scale,
+            u_N[chunk.rows],
+            None if v_M is None or seen.columns is None else v_M[seen.columns],
+            G_CQ[:, seen.in_G],
+            problem.offset_PP is not None,
+        )
+        for seen in chunk.visits
+    ]
 
 
 def info_nce(
@@ -296,12 +374,30 @@ class _Products:
 
     def add(self, G_CQ: Tensor, chunk: Chunk) -> None:
         """Add the products with a chunk's G."""
-        rows, first, right, stop = chunk.rows, chunk.first, chunk.right, self._with_gradient
+        rows, first = chunk.rows, chunk.first
         if self.dx_ND is not None and chunk.visits:
             if self._first:
                 product(G_CQ, self._y_grad_PD[first:], out=self.dx_ND[rows])
             else:
                 add_product(self.dx_ND[rows], G_CQ, self._y_grad_PD[first:])
+        self._add_to_columns(G_CQ, chunk)
+
+    def add_with_dots(self, G_CQ: Tensor, chunk: Chunk) -> list[Tensor]:
+        """The same, and of each visit the sum of G * cos, which is that of x_i * (G Y)_i."""
+        rows, dots = chunk.rows, []
+        y_grad_QD, tiles = self._y_grad_PD[chunk.first :], self.problem.tiles
+        width = y_grad_QD.shape[1]
+        for seen in chunk.visits:
+            dx_CD = G_CQ.new_empty((len(G_CQ), width), dtype=tiles.dtype)
+            product(G_CQ[:, seen.in_G], y_grad_QD[seen.in_G], out=dx_CD)
+            dots.append(tiles.row_dot(self.problem.x_ND[rows], dx_CD).sum() / seen.tile.scale)
+            if self.dx_ND is not None:
+                self.dx_ND[rows] += dx_CD
+        self._add_to_columns(G_CQ, chunk)
+        return dots
+
+    def _add_to_columns(self, G_CQ: Tensor, chunk: Chunk) -> None:
+        rows, first, right, stop = chunk.rows, chunk.first, chunk.right, self._with_gradient
         if self._dy_PD is not None and right < stop:
             assert self._x_grad_ND is not None
             G_QC = G_CQ[:, right - first : stop - first].T

@@ -34,9 +34,10 @@ class Options(NamedTuple):
     dtype: that of the computation. backend: the implementation. chunk_bytes: 0 is the default.
     exchange, group, sizes: see `Ranks`; empty for a process alone. needs: which inputs want a
     gradient. column_statistics: whether columns have statistics too, those of the first block.
-    means: whether means of rows and columns are wanted. first_negative: columns before it are
-    positives only. columns_with_gradient: their number; -1 means all. domains: of a symmetric S,
-    the domain of each block.
+    maxima, means: whether those of rows and columns are wanted. first_negative: columns before it
+    are positives only. columns_with_gradient: their number; -1 means all. domains: of a symmetric
+    S, the domain of each block. keep_bytes: for exponentials that wait for the backward
+    (`kept.py`).
     """
 
     dtype: torch.dtype
@@ -47,10 +48,12 @@ class Options(NamedTuple):
     sizes: tuple[int, ...]
     needs: tuple[bool, ...]
     column_statistics: bool
+    maxima: bool
     means: bool
     first_negative: int
     columns_with_gradient: int
     domains: tuple[int, ...]
+    keep_bytes: int
 
     @property
     def ranks(self) -> Ranks | None:
@@ -58,6 +61,11 @@ class Options(NamedTuple):
         if not self.exchange:
             return None
         return Ranks(self.exchange, self.group, tuple(self.sizes), rank_in(self.group))
+
+    @property
+    def parts(self) -> int:
+        """How many parts the columns come in."""
+        return len(self.sizes) if self.exchange == "ring" else 1
 
 
 def options(
@@ -73,10 +81,12 @@ def options(
         "sizes": () if ranks is None else ranks.sizes,
         "needs": (),
         "column_statistics": False,
+        "maxima": False,
         "means": False,
         "first_negative": 0,
         "columns_with_gradient": -1,
         "domains": (),
+        "keep_bytes": 0,
     }
     return found | others
 
@@ -169,7 +179,7 @@ class Problem:
             return None
         layout = self.columns.layout
         # numbers of the pairs, over all ranks, that the first row and the first column are of
-        row_pair = layout.start(0, layout.rank) + row - self.row_blocks[block].start
+        row_pair: int = layout.start(0, layout.rank) + row - self.row_blocks[block].start
         return row_pair - (segment.column - layout.start(segment.block, 0))
 
     def of_all_columns(self, own: LogSumExps) -> LogSumExps:
@@ -236,9 +246,13 @@ def couples(blocks: int) -> list[tuple[int, int]]:
 
 def one_product(x_shape: Sequence[int], y_shape: Sequence[int], options: Options) -> int:
     """The FLOP of one product of this rank's rows with the columns of all."""
+    return 2 * x_shape[0] * columns_of_all(y_shape[0], options) * x_shape[1]
+
+
+def columns_of_all(own: int, options: Options) -> int:
+    """The number of columns of all ranks, from that of this one."""
     ranks = options.ranks
-    columns = y_shape[0] if ranks is None else sum(ranks.columns(y_shape[0]))
-    return 2 * x_shape[0] * columns * x_shape[1]
+    return own if ranks is None else sum(ranks.columns(own))
 
 
 def collected_shape(own: Tensor, options: Options) -> tuple[int, ...]:

@@ -56,14 +56,14 @@ def similarity_statistics(
     paired_NN = negatives_NM[:, : n if both else 0]
     found: tuple[Tensor, ...] = (
         _logsumexp(negatives_NM, dim=1),
-        _maximum(negatives_NM, dim=1),
+        _maximum(negatives_NM, dim=1) if options.maxima else S_NM.new_empty(0),
         _logsumexp(paired_NN, dim=0),
-        _maximum(paired_NN, dim=0),
+        _maximum(paired_NN, dim=0) if options.maxima else S_NM.new_empty(0),
         S_NM[rows, positives],
         S_NM.mean(dim=1),
     )
     if ranks is not None:
-        found = tuple(one[_own(ranks, own)] for one in found)
+        found = tuple(one[_own(ranks, own)] if len(one) else one for one in found)
     return *found, S_NM[:, mine].mean(dim=0)
 
 
@@ -110,11 +110,11 @@ def block_statistics(
     negatives_MM = S_MM.masked_fill(pair_M[:, None] == pair_M, -torch.inf)
     positive_QN = torch.stack([S_MM[block[b], block[c]].diagonal() for b, c in couples(count)])
     lse, top = _logsumexp(negatives_MM, dim=1), _maximum(negatives_MM, dim=1)
-    if ranks is None:
-        return lse, top, positive_QN
-    mine = _own(ranks, own)
-    lse, top = (one.reshape(count, -1)[:, mine].reshape(-1) for one in (lse, top))
-    return lse, top, positive_QN[:, mine]
+    if ranks is not None:
+        mine = _own(ranks, own)
+        lse, top = (one.reshape(count, -1)[:, mine].reshape(-1) for one in (lse, top))
+        positive_QN = positive_QN[:, mine]
+    return lse, top if options.maxima else lse.new_empty(0), positive_QN
 
 
 def label_statistics(

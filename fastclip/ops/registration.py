@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef
 from torch.utils.flop_counter import register_flop_formula
 
 from fastclip.ops.gemm import accumulator_dtype
@@ -101,7 +102,7 @@ def register(
 
 def _custom_operator(
     name: str, function: Callable[..., Any], inputs: str, outputs: int, record: Any
-) -> Any:
+) -> CustomOpDef:
     tensors = [f"Tensor{'?' * n.endswith('?')} {n.rstrip('?')}" for n in inputs.split()]
     options = [f"{_TYPES[kind]} {field}" for field, kind in get_type_hints(record).items()]
     result = "Tensor" if outputs == 1 else f"({', '.join(['Tensor'] * outputs)})"
@@ -117,7 +118,7 @@ def _register_flop(name: str, record: Any, flop: Callable[[Sequence[Any], Any], 
 
 
 def _register_backward(
-    name: str, operator: Any, inputs: str, record: Any, backward: Backward, outputs: int
+    name: str, operator: CustomOpDef, inputs: str, record: Any, backward: Backward, outputs: int
 ) -> None:
     count, names = backward.inputs, inputs.split()
     used = [index for index in range(outputs) if index not in backward.constant]
@@ -192,14 +193,14 @@ def apply_upstream(gradient: Tensor, upstream: Tensor, like: Tensor) -> Tensor:
 
 
 @apply_upstream.register_fake
-def _(gradient, upstream, like):
+def _(gradient: Tensor, upstream: Tensor, like: Tensor) -> Tensor:
     return like.new_empty(like.shape)
 
 
 apply_upstream.register_autograd(no_double_backward)
 
 
-def _multiply_in_backward(operator: Any, count: int) -> None:
+def _multiply_in_backward(operator: CustomOpDef, count: int) -> None:
     """The operator's last outputs are the gradients of its first inputs; its first is the value."""
 
     def keep(ctx: Any, inputs: Tensors, keyword_only_inputs: dict[str, Any], output: Any) -> None:
@@ -210,7 +211,8 @@ def _multiply_in_backward(operator: Any, count: int) -> None:
 
     def formula(ctx: Any, upstream: Tensor | None, *rest: Any) -> tuple[Tensor | None, ...]:
         if upstream is None:
-            return (None,) * ctx.inputs
+            nothing: tuple[None, ...] = (None,) * ctx.inputs
+            return nothing
         gradients, inputs = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
         # a second copy of all gradients would be the operator's peak
         multiply = _overwrite if _is_last_use(gradients) else apply_upstream

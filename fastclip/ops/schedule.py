@@ -69,14 +69,19 @@ def visit(problem: Problem, part: Part, x_op_ND: Tensor, y_op_PD: Tensor) -> Ite
             yield Chunk(chunk, first, first, visits)
 
 
+def strip_rows(block: int, rows: int, itemsize: int, chunk_bytes: int, device: str) -> int:
+    """Rows of a strip of a triangle, whose blocks have `block` of all `rows`."""
+    size = chunk_rows(block, rows, itemsize, chunk_bytes, device)
+    # a strip's own square is visited twice, so strips are narrow: but not too narrow for a product
+    narrow = max(rows // STRIPS, LEAST_STRIP.get(device, 256))
+    return min(size, whole_tiles(narrow, size) if device == "cuda" else narrow)
+
+
 def _triangle(problem: Problem, z_op_ND: Tensor) -> Iterator[Chunk]:
     blocks = problem.row_blocks
     device, budget = z_op_ND.device.type, problem.options.chunk_bytes
     height, rows = blocks[0].stop, len(z_op_ND)
-    size = chunk_rows(height, rows, problem.tiles.itemsize, budget, device)
-    # a strip's own square is visited twice, so strips are narrow: but not too narrow for a product
-    narrow = max(rows // STRIPS, LEAST_STRIP.get(device, 256))
-    size = min(size, whole_tiles(narrow, size) if device == "cuda" else narrow)
+    size = strip_rows(height, rows, problem.tiles.itemsize, budget, device)
     for block, own in enumerate(blocks):
         for start, stop in chunks(own.start, own.stop, size):
             segments = [Segment(start, stop, start, block)]

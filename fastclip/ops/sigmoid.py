@@ -66,8 +66,10 @@ def sigmoid_loss(
     checks.refuse_transforms(*(t for t in inputs if t is not None))
     options = problem.options(compute_dtype, chosen, chunk, ranks)
     if per_row:
-        return _rows(*inputs, **options)
-    return _sum(*inputs, **options | {"needs": wants_gradient(*inputs)})[0]
+        of_rows: Tensor = _rows(*inputs, **options)
+        return of_rows
+    total: Tensor = _sum(*inputs, **options | {"needs": wants_gradient(*inputs)})[0]
+    return total
 
 
 def _sigmoid(

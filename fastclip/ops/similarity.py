@@ -3,8 +3,9 @@
 Row i has one positive; its negatives N(i) are the other columns, less those of its own group.
 The operator returns, per row,
 
-    row_lse_i     = logsumexp of S_ij over j in N(i), and row_max_i, their maximum
-    column_lse_j  = logsumexp of S_ij over i with j in N(i), and column_max_j   (j < N, on request)
+    row_lse_i     = logsumexp of S_ij over j in N(i)
+    column_lse_j  = logsumexp of S_ij over i with j in N(i)                     (j < N, on request)
+    row_max_i, column_max_j, the maxima of the same                            (on request)
     positive_i    = S_ip of row i's positive p
     row_mean_i    = mean of S_ij over all columns                               (on request)
     column_mean_j = mean of S_ij over all rows                                  (on request)
@@ -13,9 +14,10 @@ and every softmax loss is a short formula of them, e.g. CLIP's row term is
 softplus(row_lse - positive). Keeping positives out of the sums is what makes the gradient exact
 where a softmax saturates: p - 1 never has to be formed.
 
-A forward costs one N x M x D product, a backward three (S again, dX, dY). For a sum over rows of
-one direction, `info_nce.py` makes do with three in all; where both sides are the same,
-`symmetric.py` with two.
+A forward costs one N x M x D product, a backward two (dX, dY), or three where S is formed again
+because its exponentials do not fit `keep_bytes` (`kept.py`). For a sum over rows of one direction,
+`info_nce.py` makes do with three in any case; where both sides are the same, `symmetric.py` halves
+that of S.
 
 Over several processes a rank has rows and the columns that belong to them, gets the statistics of
 these among the rows and columns of all, and the gradient of what all ranks made of theirs.
@@ -30,7 +32,7 @@ import torch
 from torch import Tensor
 
 from fastclip.ops import backend as backends
-from fastclip.ops import checks, passes, problem, reference
+from fastclip.ops import checks, kept, passes, problem, reference
 from fastclip.ops.collectives import Ranks, check_columns
 from fastclip.ops.gemm import accumulator_dtype
 from fastclip.ops.problem import Options, Problem
@@ -61,10 +63,12 @@ def similarity_statistics(
     column_group: Tensor | None = None,
     first_negative: int = 0,
     columns_with_gradient: int | None = None,
+    maxima: bool = False,
     means: bool = False,
     ranks: Ranks | None = None,
     backend: str = "auto",
     chunk_bytes: int | None = None,
+    keep_bytes: int | None = None,
     precision: str = "auto",
 ) -> Statistics:
     """Differentiable statistics of `scale * x @ y.T`; see the module's docstring.
@@ -81,6 +85,7 @@ def similarity_statistics(
         backend: "auto", "cpp", "cuda", "torch", "triton" or "reference".
         chunk_bytes: size of a chunk of S, of which up to three are alive; None takes a fixed
             default.
+        keep_bytes: as there.
         precision: "auto" computes in autocast's dtype where autocast is on; "input" in x's dtype.
 
     Raises:
@@ -105,9 +110,11 @@ def similarity_statistics(
         chunk,
         ranks,
         column_statistics=column_statistics,
+        maxima=maxima,
         means=means,
         first_negative=first_negative,
         columns_with_gradient=-1 if columns_with_gradient is None else columns_with_gradient,
+        keep_bytes=kept.keep_argument(keep_bytes, chosen, x, y, scale),
     )
     if chosen == "reference":
         with checks.without_autocast(x.device):
@@ -130,7 +137,7 @@ def _forward(
         ids = positive_index, row_group, column_group
         asked = problem.rectangle(Options(**options), x, y, scale, None, *ids)
         collected = asked.columns.collect(asked.y_MD)
-        rows, columns = passes.statistics(asked, collected)
+        rows, columns, E = passes.statistics(asked, collected)
         factor, dtype = asked.scale_PP[0, 0], asked.tiles.dtype
         positive = asked.tiles.row_dot(asked.x_ND, asked.positives()).mul_(factor)
         if asked.paired:
@@ -141,24 +148,30 @@ def _forward(
             x_mean, y_mean = _means(asked)
             row_mean = torch.mv(asked.x_ND.to(dtype), y_mean).mul_(scale)
             column_mean = torch.mv(asked.y_MD[: len(x)].to(dtype), x_mean).mul_(scale)
-    lses = rows.lse(), rows.max, columns.lse(), columns.max
-    return *lses, positive, row_mean, column_mean, collected
+        none = positive.new_empty(0)
+        row_max, column_max = (
+            (rows.max, columns.max) if asked.options.maxima else (none, none.clone())
+        )
+    lses = rows.lse(), row_max, columns.lse(), column_max
+    return *lses, positive, row_mean, column_mean, collected, *E
 
 
 def _fake(inputs: Tensors, options: Options) -> list[Tensor]:
     x, y, *_ = inputs
     n, dtype = x.shape[0], accumulator_dtype(options.dtype)
     columns, means = n if options.column_statistics else 0, n if options.means else 0
-    sizes = (n, n, columns, columns, n, means, means)
+    maxima = (n, columns) if options.maxima else (0, 0)
+    sizes = (n, maxima[0], columns, maxima[1], n, means, means)
     collected = y.new_empty(problem.collected_shape(y, options), dtype=options.dtype)
-    return [*(x.new_empty(size, dtype=dtype) for size in sizes), collected]
+    statistics = (x.new_empty(size, dtype=dtype) for size in sizes)
+    return [*statistics, collected, *kept.fake_kept(x, y, options)]
 
 
 def _gradient(
     inputs: Tensors, saved: Tensors, upstream: Tensors, options: Options
 ) -> tuple[Tensor | None, ...]:
     x, y, scale, *ids = inputs
-    collected, row_lse, column_lse = saved
+    collected, row_lse, column_lse, *E = saved
     d_row_lse, d_column_lse, d_positive, d_row_mean, d_column_mean = (
         torch.zeros_like(row_lse) if one is None else one for one in upstream
     )
@@ -172,7 +185,7 @@ def _gradient(
             columns = asked.of_all_columns(LogSumExps(column_lse, d_column_lse))
         needs = options.needs[0], options.needs[1], options.needs[2]
         rows = LogSumExps(row_lse, d_row_lse)
-        found = passes.gradient(asked, collected, rows, columns, needs)
+        found = passes.gradient(asked, collected, kept.Kept(*E), rows, columns, needs)
         if means is not None:
             means.add_to(found)
         coefficient = d_positive * asked.scale_PP[0, 0]
@@ -233,18 +246,22 @@ def _flop(shapes: Sequence[Any], options: Options) -> int:
 
 
 def _gradient_flop(shapes: Sequence[Any], options: Options) -> int:
-    return _flop(shapes, options) * (1 + sum(options.needs[:2]))
+    again = (
+        not kept.kept_entries(shapes[0][0], shapes[1][0], options)
+        or options.needs[2] > options.needs[0]
+    )
+    return _flop(shapes, options) * (again + sum(options.needs[:2]))
 
 
 _statistics = register(
     "similarity_statistics",
     _forward,
     inputs="x y scale positive_index? row_group? column_group?",
-    outputs=8,
+    outputs=10,
     record=Options,
     fake=_fake,
     flop=_flop,
     backward=Backward(
-        _gradient, inputs=3, saved=(7, 0, 2), constant=(1, 3, 7), flop=_gradient_flop
+        _gradient, inputs=3, saved=(7, 0, 2, 8, 9), constant=(1, 3, 7, 8, 9), flop=_gradient_flop
     ),
 )

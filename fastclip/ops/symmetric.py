@@ -4,17 +4,18 @@ Z is made of B blocks of N rows in the same pair order. Row i's negatives are al
 pairs, of every domain; its positives are the rows of its own pair in the other blocks (UniCLIP's
 MP-NCE, Lee et al. 2022; NT-Xent has two blocks of one domain). The operator returns
 
-    lse_i       = logsumexp of S_ij over the negatives of i, and max_i, their maximum
+    lse_i       = logsumexp of S_ij over the negatives of i, and max_i, their maximum, on request
     positive_qk = S between the two rows of pair k in the q-th couple of blocks (b < c)
 
 with S_ij = scale[p, q] * <z_i, z_j> + offset[p, q] for domains p, q of i and j.
 
 Every pair of rows is visited once (`schedule.py`): half a product of M x M x D forward, one and a
-half backward, since with u_i = a_i exp(-lse_i) the gradient of a pair is symmetric,
-exp(S_ij) (u_i + u_j), and serves both of its sides. Over several processes a rank has all blocks
-of its own pairs and visits its strip of S: one product of it forward, two backward. G is
-symmetric there too: with the log-sum-exps and upstream gradients of all rows at hand (8 bytes a
-row) the strip gives this rank's dZ whole, so no gradient is sent.
+half backward, or one where the exponentials are kept (`kept.py`), since with u_i = a_i exp(-lse_i)
+the gradient of a pair is symmetric, exp(S_ij) (u_i + u_j), and serves both of its sides. Over
+several processes a rank has all blocks of its own pairs and visits its strip of S: one product of
+it forward, two or one backward. G is symmetric there too: with the log-sum-exps and upstream
+gradients of all rows at hand (8 bytes a row) the strip gives this rank's dZ whole, so no gradient
+is sent.
 
 `labels.py` is the other operator on a symmetric S.
 
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor
 
 from fastclip.ops import backend as backends
-from fastclip.ops import checks, passes, problem, reference
+from fastclip.ops import checks, kept, passes, problem, reference
 from fastclip.ops.collectives import Ranks
 from fastclip.ops.gemm import accumulator_dtype
 from fastclip.ops.problem import Options, Problem, couples
@@ -37,7 +38,7 @@ from fastclip.ops.tiles.base import LogSumExps, finished_room
 
 
 class BlockStatistics(NamedTuple):
-    """(M,), (M,) and (B (B - 1) / 2, N), float32 (float64 for float64 features)."""
+    """(M,), (M,) or empty, and (B (B - 1) / 2, N), float32 (float64 for float64 features)."""
 
     lse: Tensor
     max: Tensor
@@ -50,9 +51,11 @@ def block_statistics(
     scale: Tensor,
     offset: Tensor | None = None,
     *,
+    maxima: bool = False,
     ranks: Ranks | None = None,
     backend: str = "auto",
     chunk_bytes: int | None = None,
+    keep_bytes: int | None = None,
     precision: str = "auto",
 ) -> BlockStatistics:
     """Differentiable statistics of the blocks of z; see the module's docstring.
@@ -62,7 +65,8 @@ def block_statistics(
         domains: the domain of each block, in [0, P).
         scale, offset: (P, P), symmetric, on z's device; offset None is 0.
         ranks: the processes whose pairs these are part of.
-        backend, chunk_bytes, precision: as `fastclip.ops.similarity.similarity_statistics`.
+        backend, chunk_bytes, keep_bytes, precision: as
+            `fastclip.ops.similarity.similarity_statistics`.
 
     Raises:
         ValueError: on shapes, dtypes, devices or options that do not fit together.
@@ -71,7 +75,16 @@ def block_statistics(
     chunk = checks.chunk_argument(chunk_bytes)
     checks.check_features("features", z)
     chosen = backends.choose("symmetric", backend, z.device, compute_dtype)
-    options = problem.options(compute_dtype, chosen, chunk, ranks, domains=tuple(domains))
+    keep = kept.keep_argument(keep_bytes, chosen, z, scale, offset)
+    options = problem.options(
+        compute_dtype,
+        chosen,
+        chunk,
+        ranks,
+        maxima=maxima,
+        domains=tuple(domains),
+        keep_bytes=keep,
+    )
     if chosen == "reference":
         with checks.without_autocast(z.device):
             found = reference.block_statistics(z, scale, offset, Options(**options))
@@ -80,32 +93,33 @@ def block_statistics(
     return BlockStatistics(*_blocks(z, scale, offset, **options)[:3])
 
 
-def _forward(
-    z: Tensor, scale: Tensor, offset: Tensor | None, **options: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _forward(z: Tensor, scale: Tensor, offset: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
     with checks.without_autocast(z.device):
         asked = problem.symmetric(Options(**options), z, scale, offset)
         collected = asked.columns.collect(asked.x_ND)
-        rows, _ = passes.statistics(asked, collected)
+        rows, _, E = passes.statistics(asked, collected)
         positive = _positive_cosines(asked)
         positive.mul_(_entries(asked.scale_PP, asked))
         if asked.offset_PP is not None:
             positive.add_(_entries(asked.offset_PP, asked))
-    return rows.lse(), rows.max, positive, collected
+    row_max = rows.max if asked.options.maxima else positive.new_empty(0)
+    return rows.lse(), row_max, positive, collected, *E
 
 
 def _fake(inputs: Tensors, options: Options) -> list[Tensor]:
     z, blocks, dtype = inputs[0], len(options.domains), accumulator_dtype(options.dtype)
     rows, positives = z.shape[0], (blocks * (blocks - 1) // 2, z.shape[0] // blocks)
     collected = z.new_empty(problem.collected_shape(z, options), dtype=options.dtype)
-    return [*(z.new_empty(size, dtype=dtype) for size in (rows, rows, positives)), collected]
+    sizes = rows, rows if options.maxima else 0, positives
+    statistics = (z.new_empty(size, dtype=dtype) for size in sizes)
+    return [*statistics, collected, *kept.fake_kept(z, z, options)]
 
 
 def _gradient(
     inputs: Tensors, saved: Tensors, upstream: Tensors, options: Options
 ) -> tuple[Tensor | None, ...]:
     z, scale, offset = inputs
-    collected, lse = saved
+    collected, lse, *E = saved
     d_lse, d_positive = upstream
     d_lse = torch.zeros_like(lse) if d_lse is None else d_lse
     need_scalars = options.needs[1] or options.needs[2]
@@ -113,7 +127,8 @@ def _gradient(
         asked = problem.symmetric(options, z, scale, offset)
         rows = LogSumExps(lse, d_lse)
         columns = rows if asked.is_triangle else asked.of_all_columns(rows)
-        found = passes.gradient(asked, collected, rows, columns, (True, True, need_scalars))
+        needs = True, True, need_scalars
+        found = passes.gradient(asked, collected, kept.Kept(*E), rows, columns, needs)
         assert found.x is not None
         if d_positive is None:
             shape = len(couples(len(options.domains))), len(z) // len(options.domains)
@@ -169,17 +184,20 @@ def forward_flop(shapes: Sequence[Any], options: Options) -> int:
 
 
 def backward_flop(shapes: Sequence[Any], options: Options) -> int:
-    """One product and a half, or two of the strip."""
-    return forward_flop(shapes, options) * (2 if options.exchange else 3)
+    """One product and a half, or two of the strip; one of either where S was kept."""
+    again = not kept.kept_entries(shapes[0][0], shapes[0][0], options)
+    return forward_flop(shapes, options) * (again + (1 if options.exchange else 2))
 
 
 _blocks = register(
     "block_statistics",
     _forward,
     inputs="z scale offset?",
-    outputs=4,
+    outputs=6,
     record=Options,
     fake=_fake,
     flop=forward_flop,
-    backward=Backward(_gradient, inputs=3, saved=(3, 0), constant=(1, 3), flop=backward_flop),
+    backward=Backward(
+        _gradient, inputs=3, saved=(3, 0, 4, 5), constant=(1, 3, 4, 5), flop=backward_flop
+    ),
 )

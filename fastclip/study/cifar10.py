@@ -46,7 +46,7 @@ def study(
             ends += ["--epochs", str(samples[1])]
             name, ends = f"{recipe}-{seed}", [*given, *ends]
             outcome = run(name, ends, folder, functools.partial(judge, data=data))
-            seconds = training_seconds(folder / name, parse(given).batch_size)
+            seconds = training_seconds(folder / name, parse(given).optim.batch_size)
             outcomes.append(replace(outcome, seconds=seconds))
             print(f"{outcomes[-1].name}: {outcomes[-1].scores}", flush=True)
         rows.append((label, outcomes))
@@ -60,7 +60,7 @@ def study(
 
 def _samples(recipe: str, flags: Sequence[str], folder: Path, minutes: float) -> tuple[int, int]:
     """Samples an epoch and epochs that fill the time, by the speed of a short trial."""
-    batch = parse(flags).batch_size
+    batch = parse(flags).optim.batch_size
     trial = ["--train-num-samples", str(batch * TRIAL_STEPS), "--epochs", "1"]
     trial += ["--log-every-n-steps", "1"]
     run(f"{recipe}-trial", [*flags, *trial], folder, lambda model: ({}, {}))

@@ -23,7 +23,7 @@ from fastclip.evaluate.features import embed_images
 from fastclip.evaluate.robustness_plot import plot_robustness
 from fastclip.evaluate.zeroshot import evaluate_zeroshot
 from fastclip.models.clip import Model
-from fastclip.models.controls import SimCLR
+from fastclip.models.simclr import SimCLR
 from fastclip.study.report import Row, write
 from fastclip.study.runs import Outcome, Plan, Scores, run_all
 from fastclip.study.variants import (

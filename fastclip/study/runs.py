@@ -26,8 +26,9 @@ from fastclip.evaluate.interpolation import has_two_heads, weigh_heads
 from fastclip.evaluate.retrieval import caption_pairs, chance_of_recall, evaluate_retrieval
 from fastclip.evaluate.zeroshot import evaluate_zeroshot
 from fastclip.models.build import load
+from fastclip.models.classifier import Classifier
 from fastclip.models.clip import Model
-from fastclip.models.controls import Classifier, SimCLR
+from fastclip.models.simclr import SimCLR
 from fastclip.train.log import read_metrics
 
 SCENES = 1000

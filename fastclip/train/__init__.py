@@ -2,7 +2,7 @@
 
 | rooms | what |
 | --- | --- |
-| `config` | the flags |
+| `config`, `options` | the configuration, and its sections of flags |
 | `loop`, `state` | the loop, and the value that it takes from step to step |
 | `start`, `training_data`, `classifier`, `layers` | built before the first step |
 | `run_directory`, `describe` | its name, its holder, what the run says of itself |

@@ -72,6 +72,21 @@ def accumulate(
     Raises:
         ValueError: there is no micro-batch, or outputs are not as described: not a dictionary of
             tensors, other names in another micro-batch, not one row a sample.
+
+    Examples:
+        >>> import torch
+        >>> from torch.nn.functional import normalize
+        >>> from fastclip import ClipLoss
+        >>> from fastclip.train.accumulate import accumulate
+        >>> tower, scale = torch.nn.Linear(8, 4), torch.nn.Parameter(torch.tensor(10.0))
+        >>> def forward(batch):
+        ...     images, texts = (normalize(tower(part), dim=1) for part in batch)
+        ...     return {"image_features": images, "text_features": texts, "logit_scale": scale}
+        >>> micro_batches = [torch.randn(2, 16, 8) for _ in range(4)]  # 4 x 16 pairs
+        >>> accumulate(forward, micro_batches, lambda outputs: ClipLoss()(**outputs)).shape
+        torch.Size([])
+        >>> scale.grad.shape, tower.weight.grad.shape  # of the loss among all 64 pairs
+        (torch.Size([]), torch.Size([4, 8]))
     """
     if not micro_batches:
         raise ValueError("no micro-batches: give at least one")
@@ -148,6 +163,16 @@ def refuse_batch_norm(model: nn.Module, micro_batches: int) -> None:
 
     Raises:
         ValueError: there are several micro-batches and such a module.
+
+    Examples:
+        >>> import torch
+        >>> from fastclip.train.accumulate import refuse_batch_norm
+        >>> tower = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.BatchNorm1d(4))
+        >>> refuse_batch_norm(tower.eval(), micro_batches=4)  # frozen
+        >>> refuse_batch_norm(tower.train(), micro_batches=4)
+        Traceback (most recent call last):
+            ...
+        ValueError: 4 micro-batches and batch normalization (1): its statistics would be ...
     """
     names = [
         name or "the model itself"

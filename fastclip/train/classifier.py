@@ -7,8 +7,8 @@ import torch
 from fastclip.data.templates import DEFAULT_TEMPLATES, read_lines
 from fastclip.evaluate.zeroshot import class_embeddings, classes_of
 from fastclip.models.build import load
+from fastclip.models.classifier import Classifier
 from fastclip.models.clip import Model
-from fastclip.models.controls import Classifier
 from fastclip.models.system import System
 from fastclip.train.config import TrainConfig
 
@@ -19,11 +19,11 @@ def class_names(config: TrainConfig) -> list[str]:
     Raises:
         ValueError: a classifier is wanted, and there are no class names.
     """
-    if config.objective != "classify":
+    if config.model.objective != "classify":
         return []
-    if config.classes is not None:
-        return read_lines(Path(config.classes))
-    found = classes_of(config.train_data, config.dataset_type)
+    if config.model.classes is not None:
+        return read_lines(Path(config.model.classes))
+    found = classes_of(config.data.train_data, config.data.dataset_type)
     if found is None:
         raise ValueError(
             "--objective classify has no class names: give --classes FILE, or put classes.txt "
@@ -39,20 +39,20 @@ def begin_classifier(config: TrainConfig, model: Model, classes: list[str]) -> N
     Raises:
         ValueError: that model's image features are not compared with text as they are.
     """
-    if config.classifier != "zeroshot":
+    if config.model.classifier != "zeroshot":
         return
-    assert config.finetune is not None and isinstance(model.model, Classifier)
-    source = load(config.finetune, trust_checkpoint=config.trust_checkpoint)
+    assert config.model.finetune is not None and isinstance(model.model, Classifier)
+    source = load(config.model.finetune, trust_checkpoint=config.checkpoint.trust_checkpoint)
     if isinstance(source.model, System):
         raise ValueError(
-            f"--classifier zeroshot: {config.finetune} is a {type(source.model).__name__}, which "
-            "compares text with what its heads make of image features; give a run of --objective "
-            "clip"
+            f"--classifier zeroshot: {config.model.finetune} is a {type(source.model).__name__}, "
+            "which compares text with what its heads make of image features; give a run of "
+            "--objective clip"
         )
-    beside = classes_of(config.train_data, config.dataset_type)
+    beside = classes_of(config.data.train_data, config.data.dataset_type)
     templates = beside[1] if beside else list(DEFAULT_TEMPLATES)
-    if config.templates is not None:
-        templates = read_lines(Path(config.templates))
+    if config.data.templates is not None:
+        templates = read_lines(Path(config.data.templates))
     criterion = model.model.criterion
     criterion.weight.copy_(class_embeddings(source, classes, templates))
     assert criterion.logit_scale is not None

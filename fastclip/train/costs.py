@@ -10,7 +10,7 @@ from fastclip.device import AUTOCAST_DTYPES
 from fastclip.ops.chunks import chunk_rows
 
 ENGINES = ("torch", "zero1", "zero2", "zero3")
-WAYS = ("gather", "ring")
+EXCHANGES = ("gather", "ring")
 # Products of n x N x D, forward and backward. Of symmetric losses the rows count in all blocks.
 PRODUCTS = {"clip": 4, "siglip": 3, "symmetric": 3, "open_clip": 6}
 SYMMETRIC_ALONE = 2
@@ -38,21 +38,21 @@ class LossBytes(NamedTuple):
 
 
 def bytes_per_rank(
-    loss: str, way: str, rows: int, ranks: int, width: int, b: int, blocks: int = 1
+    loss: str, exchange: str, rows: int, ranks: int, width: int, b: int, blocks: int = 1
 ) -> LossBytes:
     """Bytes one rank receives for the features, their gradients and the columns' statistics.
 
     Args:
         loss: "clip", "siglip", "symmetric" (NT-Xent, SupCon, MP-NCE), or "open_clip" (its loss with
             local_loss and gather_with_grad).
-        way: "gather" or "ring".
+        exchange: "gather" or "ring".
         rows: n. ranks: W. width: D.
         b: bytes of a feature as it is exchanged.
         blocks: views of a pair, of a symmetric loss.
     """
-    lines = 8 * (ranks - 1) * rows * blocks
+    statistics = 8 * (ranks - 1) * rows * blocks
     unit = (ranks - 1) * rows * blocks * width * b
-    again = unit if way == "ring" else 0
+    again = unit if exchange == "ring" else 0
     if loss == "open_clip":
         # images and texts, forward and backward
         return LossBytes(2 * unit, 0, 2 * unit, 0, 0)
@@ -60,8 +60,8 @@ def bytes_per_rank(
         return LossBytes(unit, 0, unit, 0, 0)
     if loss == "symmetric":
         # a rank owns its gradient whole, and no column is shared
-        return LossBytes(unit, again, 0, 0, lines)
-    return LossBytes(unit, again, unit, lines, lines)
+        return LossBytes(unit, again, 0, 0, statistics)
+    return LossBytes(unit, again, unit, statistics, statistics)
 
 
 def reduction_bytes(
@@ -97,7 +97,7 @@ def tower_flop(forward: int, rows: int, *, accumulating: bool, checkpointing: bo
 
 
 def loss_memory(
-    loss: str, way: str, rows: int, ranks: int, width: int, b: int, chunk_bytes: int = 0
+    loss: str, exchange: str, rows: int, ranks: int, width: int, b: int, chunk_bytes: int = 0
 ) -> dict[str, int]:
     """Bytes of a rank's loss by part, all counted as if they were alive at once.
 
@@ -105,7 +105,7 @@ def loss_memory(
         chunk_bytes: of the chunk of S; 0 is the operators' default on CUDA.
     """
     N, nD = rows * ranks, rows * width
-    ring = way == "ring" and ranks > 1
+    ring = exchange == "ring" and ranks > 1
     columns = rows if ring else N
     alone = ranks == 1
     chunk = chunk_rows(rows, columns, 4, chunk_bytes, "cuda") * columns * 4

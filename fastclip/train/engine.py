@@ -12,7 +12,7 @@ from torch import Tensor
 from fastclip.device import autocast
 from fastclip.models import checkpoint
 from fastclip.models.clip import Model
-from fastclip.models.system import Outputs
+from fastclip.models.system import Features, Outputs
 from fastclip.train.accumulate import refuse_batch_norm
 from fastclip.train.average import TEACHER_DECAY, WeightAverage
 from fastclip.train.config import TrainConfig
@@ -40,19 +40,21 @@ class Engine:
         self.model, self.config, self.world = model.model, config, world
         self.objective = objective_of(self.model, config)
         self.average: WeightAverage | None = None
-        if self.objective.needs_teacher or config.ema is not None:
-            decay = TEACHER_DECAY if config.ema is None else config.ema
+        if self.objective.needs_teacher or config.optim.ema is not None:
+            decay = TEACHER_DECAY if config.optim.ema is None else config.optim.ema
             self.average = WeightAverage(self.model, decay)
         self.norm = torch.zeros(())
         self.skipped = 0
-        refuse_batch_norm(self.model, config.accum_freq)
-        if config.grad_checkpointing:
+        refuse_batch_norm(self.model, config.optim.accum_freq)
+        if config.model.grad_checkpointing:
             self.model.set_grad_checkpointing(True)  # type: ignore[operator]
-        self._loss_options: dict[str, Any] = {"backend": config.loss_backend}
+        self._loss_options: dict[str, Any] = {"backend": config.loss.loss_backend}
         if world.size > 1:
-            way = "ring" if config.loss_dist_impl in ("ring", "bidir", "shift") else "gather"
-            self._loss_options["dist"] = way
-        self._autocast: AbstractContextManager[Any] = autocast(world.device, config.precision)
+            exchange = (
+                "ring" if config.loss.loss_dist_impl in ("ring", "bidir", "shift") else "gather"
+            )
+            self._loss_options["dist"] = exchange
+        self._autocast: AbstractContextManager[Any] = autocast(world.device, config.model.precision)
         self._mean, self._std = (
             torch.tensor(model.preprocess_config[name], device=world.device).view(3, 1, 1) * 255
             for name in ("mean", "std")
@@ -129,11 +131,11 @@ class Engine:
             return {}
         assert self.average is not None
         teacher: Any = self.average.model.train()
-        with autocast(self.world.device, self.config.precision):
+        with autocast(self.world.device, self.config.model.precision):
             features = teacher.features(Engine._inputs(self, batch))
+        taught = Outputs(Features(), {}, features).flat()
         # what DeepSpeed casts to low precision is no part of the teacher
-        wide = {n: v.to(torch.promote_types(v.dtype, torch.float32)) for n, v in features.items()}
-        return Outputs(taught=wide).flat()
+        return {n: v.to(torch.promote_types(v.dtype, torch.float32)) for n, v in taught.items()}
 
     def _whole_loss(self, output: dict[str, Tensor]) -> Tensor:
         """The loss of a whole batch's outputs."""
@@ -157,7 +159,7 @@ class Engine:
         """
         for batch in batches:
             inputs = self._inputs(batch)
-            forward = functools.partial(self.objective.forward, self.model, inputs)
+            forward = functools.partial(self.objective.outputs, self.model, inputs)
             pixels = {f"image {view}": image for view, image in enumerate(inputs["images"])}
             with self._autocast:
                 found = first_non_finite(self.model, pixels, forward)

@@ -76,7 +76,7 @@ class Footprint:
 
 
 def footprint(name: str, precision: str) -> Footprint:
-    """Count a model of open_clip's, of fastclip's, or of a JSON file.
+    """Count a model of open_clip, of fastclip, or of a JSON file.
 
     Args:
         name: as `fastclip.models.clip.create` takes it.

@@ -2,12 +2,12 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
 from fastclip.atomic import append, writing
 from fastclip.bounded import read_json_lines
+from fastclip.flags import flatten
 from fastclip.train.config import TrainConfig
 
 METRICS_FILE = "metrics.jsonl"
@@ -29,11 +29,12 @@ class RunLog:
 
     def __init__(self, folder: Path, step: int, config: TrainConfig) -> None:
         self.folder = folder
-        self._wandb = _start_wandb(folder, config) if "wandb" in config.reporters else None
+        wanted = config.log
+        self._wandb = _start_wandb(folder, config) if "wandb" in wanted.reporters else None
         self._metrics = _open_from(folder / METRICS_FILE, step)
-        self._samples = _open_from(folder / SAMPLES_FILE, step) if config.log_sample_ids else None
+        self._samples = _open_from(folder / SAMPLES_FILE, step) if wanted.log_sample_ids else None
         self._writer: Any = None
-        if "tensorboard" in config.reporters:
+        if "tensorboard" in wanted.reporters:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
@@ -103,10 +104,10 @@ def _start_wandb(folder: Path, config: TrainConfig) -> Any:
         raise ValueError("--report-to wandb needs the package: pip install wandb") from error
     return wandb.init(
         project="fastclip",
-        id=config.name,
-        name=config.name,
+        id=config.log.name,
+        name=config.log.name,
         dir=str(folder),
-        config=asdict(config),
+        config=flatten(config),
         resume="allow",
     )
 

@@ -32,10 +32,11 @@ def train(config: TrainConfig) -> Path:
         OSError: the last checkpoint of the run could not be written, or a loader process died.
         ValueError, FileNotFoundError: the configuration or the data cannot be used.
     """
-    limits = {"dead_after": config.dead_rank_timeout, "data_within": config.data_timeout}
+    options = config.distributed
+    limits = {"dead_after": options.dead_rank_timeout, "data_within": options.data_timeout}
     with (
         StopSignals() as stop,
-        world(config.device) as here,
+        world(options.device) as here,
         Watch(here, **limits) as watch,
         ExitStack() as around,
     ):
@@ -52,13 +53,13 @@ def _train(
     state, evaluation, report = start(config, here, around)
     stopping = False
     with report:
-        while state.epoch < config.epochs and not stopping:
+        while state.epoch < config.optim.epochs and not stopping:
             stopping = train_epoch(state, report, stop, watch)
             if not state.epoch_is_done:
                 break
             end_of_epoch(state, evaluation, report, stopping=stopping)
     # a run that came to its end was not stopped
-    unfinished = stopping and state.epoch < config.epochs
+    unfinished = stopping and state.epoch < config.optim.epochs
     received = here.gather(stop.received.name if stop.received else "") if unfinished else []
     return state.folder, sorted(set(received) - {""})
 
@@ -69,7 +70,7 @@ def train_epoch(state: TrainState, report: Report, stop: StopSignals, watch: Wat
     Returns:
         Whether a signal asked some rank to stop; the epoch may be done all the same.
     """
-    every = state.config.save_every_steps
+    every = state.config.checkpoint.save_every_steps
     state.model.model.train()
     steps = state.loader.steps(state.epoch, state.step_in_epoch)
     waiting = functools.partial(watch.waiting_for_data, state.loader.waiting_for)
@@ -104,7 +105,7 @@ def train_step(state: TrainState, batches: list[dict[str, Any]]) -> StepResult:
         raise NonFiniteError(
             f"step {state.step + 1}: {error} Checkpoints from before are in {state.checkpoints}."
         ) from error
-    rate = learning_rate(state.config, state.steps_done, state.total_steps)
+    rate = learning_rate(state.config.optim, state.steps_done, state.total_steps)
     state.engine.update(rate)
     state.step += 1
     state.position += state.step_samples
@@ -121,19 +122,19 @@ def end_of_epoch(
     """
     config = state.config
     state.epoch, state.position = state.epoch + 1, 0
-    last = state.epoch == config.epochs or stopping
+    last = state.epoch == config.optim.epochs or stopping
     saved = False
     report.meter.pause()
     try:
-        due = not stopping and (state.epoch % config.val_frequency == 0 or last)
+        due = not stopping and (state.epoch % config.log.val_frequency == 0 or last)
         if evaluation is not None and due:
             metrics = evaluation(state.engine)
             if metrics is not None:
                 report.evaluation(state, metrics)
     finally:
         # an evaluation that fails must not cost the epoch
-        if state.epoch % config.save_frequency == 0 or last:
+        if state.epoch % config.checkpoint.save_frequency == 0 or last:
             saved = save(state, f"epoch_{state.epoch}", needed=last, warn=report.warn)
         report.meter.resume()
-    if saved and config.delete_previous_checkpoint and state.world.is_first:
+    if saved and config.checkpoint.delete_previous_checkpoint and state.world.is_first:
         prune_epoch_checkpoints(state.checkpoints, keep=state.epoch)

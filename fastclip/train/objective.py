@@ -1,76 +1,80 @@
-"""How the engine runs what is trained: a model of open_clip's, or a system of ours."""
+"""How the engine runs what is trained: an open_clip model, or a system of ours."""
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fastclip.functional import clip_loss, siglip_loss
-from fastclip.models.system import PREFIX, System
+from fastclip.models.system import System
 from fastclip.train.config import TrainConfig
 from fastclip.train.optim import LOGIT_SCALE_MAX
 
 Bounds = Mapping[str, tuple[float, float]]
 
 
-class Objective:
-    """One kind of training.
+class Objective(Protocol):
+    """What is trained, as an engine runs it. `fastclip.models.system.System` is one itself.
 
     Attributes:
-        shared: outputs that belong to no sample.
+        shared: names of outputs that belong to no sample.
         bounds: parameters held in bounds after every update, by name. Where parameters are in
             low precision, the loss sees these exactly.
         needs_teacher: whether `loss` takes an averaged copy of what is trained.
     """
 
-    shared: Collection[str]
-    bounds: Bounds
-    needs_teacher = False
+    @property
+    def shared(self) -> Collection[str]: ...
 
-    def forward(self, towers: Callable[..., Any], batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    @property
+    def bounds(self) -> Bounds: ...
+
+    @property
+    def needs_teacher(self) -> bool: ...
+
+    def outputs(self, towers: Callable[..., Any], batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """A micro-batch's outputs by name, see `fastclip.train.accumulate`.
 
         Args:
             towers: what is trained, wrapped or compiled.
             batch: see `fastclip.models.system.System.features`.
         """
-        raise NotImplementedError
 
     def loss(
         self, output: Mapping[str, Tensor], teacher: nn.Module | None = None, **exchange: Any
     ) -> Tensor:
         """The loss, 0-d, of a whole batch's outputs; `exchange` as of `fastclip.functional`."""
-        raise NotImplementedError
 
     def exact(self, output: dict[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
         """Put the values of the float32 parameters named in `bounds` in place of rounded ones."""
-        raise NotImplementedError
 
     def logit_scale(self, parameter: Callable[[str], Tensor]) -> float | None:
         """The scale of image-text logits, where there is one, of the parameter by its name."""
-        raise NotImplementedError
 
     def chance(self, samples: int) -> float | None:
         """The loss of a model that distinguishes nothing, where it is known."""
-        return None
 
 
-class ClipObjective(Objective):
-    """A model of open_clip's with CLIP's or SigLIP's loss; false captions are further columns."""
+class ClipObjective:
+    """An open_clip model with CLIP's or SigLIP's loss; false captions are further columns.
+
+    It stands beside the model, whose parameters keep open_clip's names.
+    """
 
     shared = ("logit_scale", "logit_bias")
+    needs_teacher = False
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
-        self.siglip, self.label_smoothing = config.siglip, config.label_smoothing
-        self.hard_negatives = config.hard_negatives
-        self.bounds = {"logit_scale": (0.0, LOGIT_SCALE_MAX)}
+        self.siglip, self.label_smoothing = config.loss.siglip, config.model.label_smoothing
+        self.hard_negatives = config.model.hard_negatives
+        self.bounds: dict[str, tuple[float, float]] = {"logit_scale": (0.0, LOGIT_SCALE_MAX)}
         if getattr(model, "logit_bias", None) is not None:
             self.bounds["logit_bias"] = (-math.inf, math.inf)
 
-    def forward(self, towers: Callable[..., Any], batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """See `Objective.forward`."""
+    def outputs(self, towers: Callable[..., Any], batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """See `Objective.outputs`."""
         images, texts = batch["images"][0], batch["texts"][0]
         if "negatives" not in batch:
             return dict(towers(images, texts))
@@ -104,7 +108,7 @@ class ClipObjective(Objective):
             rounded = output["logit_bias"].float()
             output["logit_bias"] = parameters["logit_bias"] + rounded - rounded.detach()
 
-    def logit_scale(self, parameter: Callable[[str], Tensor]) -> float | None:
+    def logit_scale(self, parameter: Callable[[str], Tensor]) -> float:
         """See `Objective.logit_scale`."""
         return parameter("logit_scale").exp().item()
 
@@ -113,42 +117,6 @@ class ClipObjective(Objective):
         return None if self.siglip or self.hard_negatives else math.log(samples)
 
 
-class SystemObjective(Objective):
-    """A system of `fastclip.models`."""
-
-    def __init__(self, system: System) -> None:
-        self.system = system
-        self.bounds = system.bounds
-        self.shared = {PREFIX + name for name, _ in system.criterion.named_parameters()}
-        self.needs_teacher = system.needs_teacher
-
-    def forward(self, towers: Callable[..., Any], batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """See `Objective.forward`."""
-        return dict(towers(batch))
-
-    def loss(
-        self, output: Mapping[str, Tensor], teacher: nn.Module | None = None, **exchange: Any
-    ) -> Tensor:
-        """See `Objective.loss`."""
-        assert teacher is None or isinstance(teacher, System)
-        return self.system.loss(output, teacher, **exchange)
-
-    def exact(self, output: dict[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
-        """See `Objective.exact`."""
-        for name, value in parameters.items():
-            rounded = output[name].float()
-            output[name] = value + rounded - rounded.detach()
-
-    def logit_scale(self, parameter: Callable[[str], Tensor]) -> float | None:
-        """See `Objective.logit_scale`."""
-        if self.system.logit_scale_of is None:
-            return None
-        name, scale = self.system.logit_scale_of
-        return scale(parameter(name)).item()
-
-
 def objective_of(model: nn.Module, config: TrainConfig) -> Objective:
-    """The objective that trains this model."""
-    if isinstance(model, System):
-        return SystemObjective(model)
-    return ClipObjective(model, config)
+    """How this model is trained: a system says it itself."""
+    return model if isinstance(model, System) else ClipObjective(model, config)

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from fastclip.integrations import apex
-from fastclip.train.config import TrainConfig
+from fastclip.train.options import OptimOptions
 
 LOGIT_SCALE_MAX = math.log(100)
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, options: OptimOptions) -> torch.optim.Optimizer:
     """The optimizer with weight decay on matrices only: none on norms, biases and scales.
 
     Raises:
@@ -25,32 +25,32 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         if parameter.requires_grad:
             (decayed if parameter.ndim >= 2 else plain).append(parameter)
     groups = [
-        {"params": decayed, "weight_decay": config.wd},
+        {"params": decayed, "weight_decay": options.wd},
         {"params": plain, "weight_decay": 0.0},
     ]
-    options: dict[str, Any] = {
-        "lr": config.lr,
-        "betas": (config.beta1, config.beta2),
-        "eps": config.eps,
+    made: dict[str, Any] = {
+        "lr": options.lr,
+        "betas": (options.beta1, options.beta2),
+        "eps": options.eps,
     }
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, **options, fused=True)
-    name = {"apex-adamw": "FusedAdam", "apex-lamb": "FusedLAMB"}[config.optimizer]
-    return apex.optimizer(name, groups, **options)
+    if options.optimizer == "adamw":
+        return torch.optim.AdamW(groups, **made, fused=True)
+    name = {"apex-adamw": "FusedAdam", "apex-lamb": "FusedLAMB"}[options.optimizer]
+    return apex.optimizer(name, groups, **made)
 
 
-def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
+def learning_rate(options: OptimOptions, step: int, total_steps: int) -> float:
     """The rate of `step` (from 0): linear warm-up, then half a cosine to 0 or a constant.
 
     A warm-up longer than the whole run never ends, so it is cut at a tenth of the run.
     """
-    warmup = config.warmup if config.warmup < total_steps else total_steps // 10
+    warmup = options.warmup if options.warmup < total_steps else total_steps // 10
     if step < warmup:
-        return config.lr * (step + 1) / warmup
-    if config.lr_scheduler == "const":
-        return config.lr
+        return options.lr * (step + 1) / warmup
+    if options.lr_scheduler == "const":
+        return options.lr
     progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
-    return 0.5 * (1 + math.cos(math.pi * progress)) * config.lr
+    return 0.5 * (1 + math.cos(math.pi * progress)) * options.lr
 
 
 @torch.no_grad()

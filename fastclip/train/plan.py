@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from fastclip.device import AUTOCAST_DTYPES
 from fastclip.train import costs
-from fastclip.train.costs import ENGINES, WAYS, LossBytes
+from fastclip.train.costs import ENGINES, EXCHANGES, LossBytes
 from fastclip.train.footprint import Footprint
 
 # The rest is left to the CUDA context, the libraries' workspaces and the allocator's gaps.
@@ -162,13 +162,13 @@ def settings(footprint: Footprint, request: Request, sizes: list[int]) -> Iterat
     parts = [] if footprint.has_batch_norm else [m for m in sizes if m < request.rows]
     alone = request.gpus == 1
     engines = ENGINES if request.engine == "auto" else (request.engine,)
-    ways = WAYS if request.dist == "auto" else (request.dist,)
+    exchanges = EXCHANGES if request.dist == "auto" else (request.dist,)
     for options in (((False, whole),), ((True, whole), (False, parts)), ((True, parts),)):
         for engine in engines[:1] if alone else engines:
-            for way in ways[:1] if alone else ways:
+            for exchange in exchanges[:1] if alone else exchanges:
                 for checkpointing, micro_batches in options:
                     for m in micro_batches:
-                        yield Plan(request, footprint, engine, way, m, checkpointing)
+                        yield Plan(request, footprint, engine, exchange, m, checkpointing)
 
 
 def largest_batch(footprint: Footprint, request: Request, *, one_pass: bool = False) -> int:
@@ -270,10 +270,17 @@ def scaling_table(
     for W in gpus:
         for batch in batches:
             n = batch // W
-            memory = [sum(costs.loss_memory("clip", way, n, W, width, 2).values()) for way in WAYS]
+            memory = [
+                sum(costs.loss_memory("clip", exchange, n, W, width, 2).values())
+                for exchange in EXCHANGES
+            ]
             received = [
-                costs.bytes_per_rank(loss, way, n, W, width, 2).total / 1e6
-                for loss, way in (("clip", "gather"), ("clip", "ring"), ("open_clip", "gather"))
+                costs.bytes_per_rank(loss, exchange, n, W, width, 2).total / 1e6
+                for loss, exchange in (
+                    ("clip", "gather"),
+                    ("clip", "ring"),
+                    ("open_clip", "gather"),
+                )
             ]
             cells = [
                 f"{W:,}",

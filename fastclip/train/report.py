@@ -1,6 +1,6 @@
 """What a run shows while it trains: the bar, metrics, hints, and notes on the data."""
 
-import sys
+import logging
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastclip.data.faults import FaultLog
+from fastclip.messages import logger
 from fastclip.train.health import Hints
 from fastclip.train.log import RunLog, plot_loss
 from fastclip.train.meter import Meter
@@ -47,7 +48,7 @@ class Report:
         self._log = RunLog(state.folder, state.step, config) if self._first else None
         self._cut = _CutTexts()
         self._faults = FaultLog()
-        self._hints = Hints(state.engine.objective.chance(self._samples), config.warmup)
+        self._hints = Hints(state.engine.objective.chance(self._samples), config.optim.warmup)
 
     def __enter__(self) -> "Report":
         quiet = None if self._first else True
@@ -69,31 +70,31 @@ class Report:
             plot_loss(self._folder)
         if self._faults.counts:
             # the places were shown when they came up
-            print(f"skipped samples and shards: {self._faults.summary()}", file=sys.stderr)
+            logger.warning(f"skipped samples and shards: {self._faults.summary()}")
         if self._cut.count:
-            print(f"note: {self._cut.count} texts were cut to the context", file=sys.stderr)
+            logger.warning(f"note: {self._cut.count} texts were cut to the context")
         skipped = self._engine.skipped
         if skipped and self._first:
-            print(f"float16 overflowed in {skipped} steps; skipped", file=sys.stderr)
+            logger.warning(f"float16 overflowed in {skipped} steps; skipped")
 
     def warn(self, text: str) -> None:
         """Show a warning of this rank."""
-        self._say(f"warning: {text}")
+        self._say(f"warning: {text}", logging.WARNING)
 
     def batch(self, state: TrainState, batches: list[dict[str, Any]]) -> None:
         """Show what is wrong with the data of a step, before it is made."""
         for fault in self._faults.add([f for batch in batches for f in batch["faults"]]):
-            self._say(f"skipped {fault}")
+            self._say(f"skipped {fault}", logging.WARNING)
         if self._cut.add(batches):
-            self._say(f"note: {self._cut.notice(state.model.tokenizer)}")
+            self._say(f"note: {self._cut.notice(state.model.tokenizer)}", logging.WARNING)
 
     def step(self, state: TrainState, batches: list[dict[str, Any]], result: StepResult) -> None:
         """Count a step that was made, and write its metrics where they are due."""
         self.meter.step()
         self._bar.update()
-        if state.config.log_sample_ids:
+        if state.config.log.log_sample_ids:
             self._write_sample_ids(state, batches)
-        due = state.step % state.config.log_every_n_steps == 0
+        due = state.step % state.config.log.log_every_n_steps == 0
         if due or state.steps_done == state.total_steps:
             self._write_metrics(state, result)
 
@@ -127,7 +128,7 @@ class Report:
         self._log.metrics(state.step, values)
         self._show(state.step, values)
         for hint in self._hints.observe(state.step, values):
-            self._say(f"hint: {hint}")
+            self._say(f"hint: {hint}", logging.WARNING)
 
     def _show(self, step: int, values: dict[str, Any]) -> None:
         text = (
@@ -137,10 +138,12 @@ class Report:
         self._bar.set_postfix_str(text)
         if self._bar.disable:
             # no terminal: lines for a log file instead of a bar
-            print(f"step {step}/{self._bar.total}  {text}", file=sys.stderr)
+            logger.info(f"step {step}/{self._bar.total}  {text}")
 
-    def _say(self, text: str) -> None:
-        self._bar.write(text, file=sys.stderr)
+    def _say(self, text: str, level: int = logging.INFO) -> None:
+        # above the bar
+        with self._bar.external_write_mode():
+            logger.log(level, text)
 
 
 class _CutTexts:

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from fastclip.data.loader import TrainingLoader
-from fastclip.flags import defining
+from fastclip.flags import defining, flag_name, flatten
+from fastclip.messages import note
 from fastclip.models import checkpoint
-from fastclip.printable import note
-from fastclip.train.config import TrainConfig, from_dict
+from fastclip.train.config import TrainConfig
 from fastclip.train.distributed import World
 
 
@@ -26,17 +26,17 @@ def read_resumed(
     folder = run / "checkpoints"
     # one rank looks, and all do as it says: others may see a shared folder late
     existing = world.gather(bool(checkpoint.named(folder, "")))[0]
-    if config.resume is None:
+    if config.checkpoint.resume is None:
         if existing:
             raise FileExistsError(
                 f"{run} exists; choose another --name, or resume it: --resume latest"
             )
         return None, None
-    if config.resume == "latest" and not existing:
+    if config.checkpoint.resume == "latest" and not existing:
         _note(world, f"{folder} holds no checkpoint yet; the run begins")
         return None, None
     latest = _latest(folder, world) if existing else None
-    path = latest if config.resume == "latest" else Path(config.resume)
+    path = latest if config.checkpoint.resume == "latest" else Path(config.checkpoint.resume)
     if path is None:
         raise FileNotFoundError(f"--resume latest: {folder} holds no whole checkpoint")
     resumed = _read(path, latest, config)
@@ -72,7 +72,7 @@ def _latest(folder: Path, world: World) -> Path | None:
 
 def _read(path: Path, latest: Path | None, config: TrainConfig) -> dict[str, Any]:
     """A checkpoint's content, if it is trusted, whole, and has a training state."""
-    checkpoint.require_trust(path, config.trust_checkpoint)
+    checkpoint.require_trust(path, config.checkpoint.trust_checkpoint)
     # the latest was found to be whole
     if path != latest and checkpoint.sharded.is_sharded(path):
         checkpoint.sharded.require_whole(path)
@@ -86,20 +86,19 @@ def _read(path: Path, latest: Path | None, config: TrainConfig) -> dict[str, Any
 
 def _note_changes(resumed: dict[str, Any], config: TrainConfig, world: World) -> None:
     """Note every flag that defines a run and has another value than at its beginning."""
-    earlier = from_dict(resumed["config"])
+    earlier = flatten(TrainConfig.from_dict(resumed["config"], "the checkpoint's configuration"))
+    now = flatten(config)
     for name in defining(TrainConfig):
-        before, value = getattr(earlier, name), getattr(config, name)
-        if before != value:
-            flag = "--" + name.replace("_", "-")
-            changed = f"{flag} was {before} and is now {value}"
+        if earlier[name] != now[name]:
+            changed = f"{flag_name(name)} was {earlier[name]} and is now {now[name]}"
             _note(world, f"{changed}; the resumed run differs from the original")
 
 
 def _check_position(path: Path, resumed: dict[str, Any], config: TrainConfig, world: World) -> None:
-    position, batch = resumed["data"]["position"], config.step_samples(world.size)
+    position, batch = resumed["data"]["position"], config.optim.step_samples(world.size)
     if position % batch:
         raise ValueError(
-            f"{path} stands at sample {position} of an epoch, which is no "
+            f"{path} stands at sample {position} of an epoch, which is not a "
             f"multiple of {batch}, the samples of a step; keep --batch-size times --accum-freq "
             "times the number of processes, or resume from an epoch's end"
         )

@@ -19,14 +19,14 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 def named(config: TrainConfig, world: World) -> TrainConfig:
     """The configuration with a name: the given one, or one made of the time and the model."""
-    if config.name is not None:
+    if config.log.name is not None:
         return config
-    if config.resume == "latest":
+    if config.checkpoint.resume == "latest":
         raise ValueError("--resume latest needs --name, the run to resume")
-    model = Path(config.model).stem
-    name = f"{datetime.now():%Y_%m_%d-%H_%M_%S}-{model}-b{config.batch_size}"
+    model = Path(config.model.model).stem
+    name = f"{datetime.now():%Y_%m_%d-%H_%M_%S}-{model}-b{config.optim.batch_size}"
     # the ranks' clocks may differ: all take the first one's
-    return replace(config, name=world.gather(name)[0])
+    return replace(config, log=replace(config.log, name=world.gather(name)[0]))
 
 
 def hold(run: Path, world: World, around: ExitStack) -> None:

@@ -1,9 +1,9 @@
 """Checkpoints of a run: written, and deleted when newer ones are there."""
 
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from fastclip.messages import logger
 from fastclip.models import checkpoint
 from fastclip.train.state import TrainState
 
@@ -53,4 +53,4 @@ def _delete(paths: Iterable[Path]) -> None:
         try:
             checkpoint.remove(path)
         except OSError as error:
-            print(f"warning: {path} could not be deleted: {error}", file=sys.stderr)
+            logger.warning(f"warning: {path} could not be deleted: {error}")

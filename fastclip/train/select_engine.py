@@ -9,7 +9,7 @@ from fastclip.train.torch_engine import TorchEngine
 
 def build_engine(model: Model, config: TrainConfig, world: World) -> Engine:
     """The engine that the configuration asks for."""
-    if config.deepspeed:
+    if config.distributed.deepspeed:
         # an installation of its own
         from fastclip.train.zero import DeepSpeedEngine
 

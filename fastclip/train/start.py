@@ -39,19 +39,19 @@ def start(
     Returns:
         The state before the next step, the evaluation where --val-data is given, and the report.
     """
-    folder = Path(config.logs) / str(config.name)
+    folder = Path(config.log.logs) / str(config.log.name)
     # before anything is looked for in it: two starts of one name must not both begin
     hold(folder, world, around)
     path, resumed = read_resumed(config, folder, world)
-    if config.deterministic:
+    if config.optim.deterministic:
         # cuBLAS reads this when its first handle is made
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    seed_rng(config.seed)
+    seed_rng(config.optim.seed)
     classes = class_names(config)
     model = _build_model(config, classes, world)
     loader = build_loader(config, model, classes, world)
-    around.enter_context(loader.naming_the_dead())
+    around.enter_context(loader.reporting_worker_failure())
     evaluation = _build_evaluation(config, model, classes, world)
     engine = build_engine(model, config, world)
     if evaluation is not None:
@@ -77,16 +77,16 @@ def start(
 
 def _build_model(config: TrainConfig, classes: list[str], world: World) -> Model:
     model = build(
+        config.model.model,
         config.model,
-        config,
         world.device,
-        pretrained=config.pretrained,
-        trust_checkpoint=config.trust_checkpoint,
-        siglip=config.siglip,
+        pretrained=config.model.pretrained,
+        trust_checkpoint=config.checkpoint.trust_checkpoint,
+        siglip=config.loss.siglip,
         classes=classes,
     )
     begin_classifier(config, model, classes)
-    exchange_layers(model.model, config)
+    exchange_layers(model.model, config.model)
     # convolutions are fastest with channels innermost, and nothing else minds
     model.model.to(memory_format=torch.channels_last)
     return model
@@ -95,14 +95,15 @@ def _build_model(config: TrainConfig, classes: list[str], world: World) -> Model
 def _build_evaluation(
     config: TrainConfig, model: Model, classes: list[str], world: World
 ) -> Evaluation | None:
-    if not config.val_data:
+    if not config.data.val_data:
         return None
     if not world.is_first:
         return Evaluation(config, None)
-    if config.deepspeed:
+    if config.distributed.deepspeed:
         # the engine shards or rounds the model's own parameters
-        lasting = config.lasting()
-        model = build(config.model, lasting, world.device, siglip=config.siglip, classes=classes)
+        lasting = config.model.lasting()
+        siglip = config.loss.siglip
+        model = build(lasting.model, lasting, world.device, siglip=siglip, classes=classes)
     return Evaluation(config, model)
 
 
@@ -111,4 +112,4 @@ def _start_streams(config: TrainConfig, world: World, resumed: dict[str, Any] | 
     if resumed is not None and world.rank < len(resumed["rng"]):
         restore_rng(resumed["rng"][world.rank], world.device)
     elif world.rank > 0:
-        seed_rng(hash64(config.seed, world.rank))
+        seed_rng(hash64(config.optim.seed, world.rank))

@@ -1,10 +1,11 @@
 """A run between two steps, as one value."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastclip.data.loader import TrainingLoader
+from fastclip.flags import flatten
 from fastclip.models.clip import Model
 from fastclip.train.config import TrainConfig
 from fastclip.train.distributed import World
@@ -44,7 +45,7 @@ class TrainState:
     @property
     def step_samples(self) -> int:
         """Samples of a step over all ranks."""
-        return self.config.step_samples(self.world.size)
+        return self.config.optim.step_samples(self.world.size)
 
     @property
     def step_in_epoch(self) -> int:
@@ -64,7 +65,7 @@ class TrainState:
     @property
     def total_steps(self) -> int:
         """Steps of the whole run."""
-        return self.config.epochs * self.loader.steps_per_epoch
+        return self.config.optim.epochs * self.loader.steps_per_epoch
 
     @property
     def checkpoints(self) -> Path:
@@ -84,9 +85,9 @@ class TrainState:
         data = {**self.loader.identity, "epoch": self.epoch, "position": self.position}
         return {
             "epoch": self.epoch,
-            "name": self.config.name,
+            "name": self.config.log.name,
             "step": self.step,
             "data": data,
             "rng": self.streams(),
-            "config": asdict(self.config),
+            "config": flatten(self.config),
         }

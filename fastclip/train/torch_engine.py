@@ -24,10 +24,11 @@ class TorchEngine(Engine):
     def __init__(self, model: Model, config: TrainConfig, world: World) -> None:
         super().__init__(model, config, world)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = build_optimizer(self.model, config)
+        self.optimizer = build_optimizer(self.model, config.optim)
         self._parallel: Any = world.wrap(self.model)
-        self._towers = torch.compile(self._parallel) if config.torchcompile else self._parallel
-        scaled = AUTOCAST_DTYPES[config.precision] == torch.float16
+        compiled = config.model.torchcompile
+        self._towers = torch.compile(self._parallel) if compiled else self._parallel
+        scaled = AUTOCAST_DTYPES[config.model.precision] == torch.float16
         self._scaler = torch.amp.GradScaler(world.device.type, enabled=scaled)
         self._overflowed = False
 
@@ -56,7 +57,7 @@ class TorchEngine(Engine):
 
     def _forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         with self._autocast:
-            return self.objective.forward(self._towers, self._inputs(batch))
+            return self.objective.outputs(self._towers, self._inputs(batch))
 
     def _reduce_once(self, last: bool) -> AbstractContextManager[Any]:
         """Gradients are averaged over the ranks with the last micro-batch's backward."""
@@ -66,8 +67,9 @@ class TorchEngine(Engine):
 
     def update(self, rate: float) -> None:
         """See `Engine.update`."""
-        if self.config.grad_clip_norm is not None:
-            nn.utils.clip_grads_with_norm_(self.parameters, self.config.grad_clip_norm, self.norm)
+        maximum = self.config.optim.grad_clip_norm
+        if maximum is not None:
+            nn.utils.clip_grads_with_norm_(self.parameters, maximum, self.norm)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self._scaler.step(self.optimizer)
@@ -99,7 +101,8 @@ class TorchEngine(Engine):
         """See `Engine.load`."""
         if "state_dict" not in content:
             raise ValueError("the checkpoint is DeepSpeed's; resume with --deepspeed")
-        load_weights(self.model, content["state_dict"], f"the checkpoint ({self.config.model})")
+        origin = f"the checkpoint ({self.config.model.model})"
+        load_weights(self.model, content["state_dict"], origin)
         self._load_average(content)
         options = [
             {key: value for key, value in group.items() if key != "params"}

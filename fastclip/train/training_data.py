@@ -1,6 +1,5 @@
 """The training data as the configuration names it: views, captions, labels, the loader."""
 
-import sys
 from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
@@ -12,14 +11,16 @@ from fastclip.data.augment import Augmentation
 from fastclip.data.captions import CaptionSampling
 from fastclip.data.labels import LabelSource
 from fastclip.data.loader import TrainingLoader
-from fastclip.data.options import DataOptions
 from fastclip.data.order import Order
 from fastclip.data.sources import open_source, shard_weights
 from fastclip.data.text_augment import TextAugmentation
 from fastclip.data.training_samples import TrainingSamples
+from fastclip.messages import note
 from fastclip.models.clip import Model
+from fastclip.models.options import SystemOptions
 from fastclip.train.config import TrainConfig
 from fastclip.train.distributed import World
+from fastclip.train.options import TrainingDataOptions
 
 
 def build_loader(
@@ -30,44 +31,42 @@ def build_loader(
     Raises:
         ValueError, FileNotFoundError: the data cannot be read, or fill no batch.
     """
-    size = _image_size(model)
-    options = DataOptions.of(config)
-    language_free = config.views[1] == 0
+    data, system, size = config.data, config.model, _image_size(model)
+    language_free = system.views[1] == 0
     labels = None
     if classes:
-        case = config.label_case_sensitive
-        labels = LabelSource(classes, config.label_source, case_sensitive=case)
-    needed = "cls" if labels and config.label_source == "cls" else "txt"
+        case = system.label_case_sensitive
+        labels = LabelSource(classes, system.label_source, case_sensitive=case)
+    needed = "cls" if labels and system.label_source == "cls" else "txt"
     source = open_source(
-        config.train_data,
-        options,
+        data.train_data,
+        data,
         split="train",
-        count=config.train_num_samples,
-        required=() if config.objective == "simclr" else (needed,),
+        count=data.train_num_samples,
+        required=() if system.objective == "simclr" else (needed,),
     )
-    weights = shard_weights(source, config.train_data_upsampling_factors)
-    order = Order(source.counts, config.seed, config.shuffle_window, weights)
-    if world.is_first and (config.train_num_samples or 0) > len(order):
-        print(
-            f"note: --train-num-samples is {config.train_num_samples} and the data have "
-            f"{len(order)} samples: an epoch is these",
-            file=sys.stderr,
+    weights = shard_weights(source, data.train_data_upsampling_factors)
+    order = Order(source.counts, config.optim.seed, data.shuffle_window, weights)
+    if world.is_first and (data.train_num_samples or 0) > len(order):
+        note(
+            f"--train-num-samples is {data.train_num_samples} and the data have "
+            f"{len(order)} samples: an epoch is these"
         )
-    dali = choose_backend(config.data_backend, world.device) == "dali"
+    dali = choose_backend(data.data_backend, world.device) == "dali"
     samples = TrainingSamples(
         source,
         order,
-        _views(config, size),
+        _views(data, system, size),
         None if language_free else model.tokenizer,
-        None if language_free else _captions(config),
+        None if language_free else _captions(data, system),
         labels=labels,
         pixels=not dali,
     )
     shared: dict[str, Any] = {
-        "batch_size": config.batch_size,
-        "micro_batches": config.accum_freq,
-        "epoch_samples": config.train_num_samples,
-        "workers": config.workers,
+        "batch_size": config.optim.batch_size,
+        "micro_batches": config.optim.accum_freq,
+        "epoch_samples": data.train_num_samples,
+        "workers": data.workers,
         "rank": world.rank,
         "world_size": world.size,
     }
@@ -80,7 +79,7 @@ def build_loader(
 
 
 def choose_backend(wanted: str, device: torch.device) -> str:
-    """ "dali" or "torchvision": what is asked for, or else DALI where there is a GPU for it.
+    """ "dali" or "cpu": what is asked for, or else DALI where there is a GPU for it.
 
     Raises:
         ModuleNotFoundError: DALI is asked for and not installed.
@@ -94,33 +93,33 @@ def choose_backend(wanted: str, device: torch.device) -> str:
         with suppress(ImportError):
             import_module("nvidia.dali")
             return "dali"
-    return "torchvision"
+    return "cpu"
 
 
-def _views(config: TrainConfig, size: int) -> tuple[Augmentation, ...]:
+def _views(data: TrainingDataOptions, system: SystemOptions, size: int) -> tuple[Augmentation, ...]:
     """What the views of an image are: the one of --augment, then the strong ones."""
     presets = {"crop": Augmentation, "weak": Augmentation.weak, "strong": Augmentation.strong}
-    first = presets[config.augment or ("weak" if config.strong else "crop")](size)
-    flip = first.flip if config.aug_flip is None else config.aug_flip
-    first = replace(first, scale=config.aug_scale or first.scale, flip=flip)
+    first = presets[data.augment or ("weak" if system.strong else "crop")](size)
+    flip = first.flip if data.aug_flip is None else data.aug_flip
+    first = replace(first, scale=data.aug_scale or first.scale, flip=flip)
     strong = Augmentation.strong(size)
-    strong = replace(strong, scale=config.strong_scale or strong.scale)
-    weak = config.views[0] - config.strong
-    return (first,) * weak + (strong,) * config.strong
+    strong = replace(strong, scale=data.strong_scale or strong.scale)
+    weak = system.views[0] - system.strong
+    return (first,) * weak + (strong,) * system.strong
 
 
-def _captions(config: TrainConfig) -> CaptionSampling:
+def _captions(data: TrainingDataOptions, system: SystemOptions) -> CaptionSampling:
     made = {
         "none": TextAugmentation,
         "weak": TextAugmentation.weak,
         "strong": TextAugmentation.strong,
     }
-    further = config.views[1] - 1
+    further = system.views[1] - 1
     return CaptionSampling(
-        weights=tuple(DataOptions.of(config).caption_weights.items()),
-        sentences=config.sentence_sampling,
-        views=(made[config.text_augment](), *(TextAugmentation.strong(),) * further),
-        negatives=config.hard_negatives,
+        weights=tuple(data.caption_weights.items()),
+        sentences=data.sentence_sampling,
+        views=(made[data.text_augment](), *(TextAugmentation.strong(),) * further),
+        negatives=system.hard_negatives,
     )
 
 

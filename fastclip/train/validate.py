@@ -1,19 +1,18 @@
 """Evaluation during training."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
-from fastclip.data.options import DataOptions
 from fastclip.data.sources import guess_type, open_source
 from fastclip.evaluate.features import embed_images, embed_texts
 from fastclip.evaluate.retrieval import evaluate_retrieval
 from fastclip.evaluate.zeroshot import classes_of, evaluate_zeroshot
 from fastclip.functional import clip_loss, siglip_loss
+from fastclip.messages import logger
+from fastclip.models.classifier import Classifier
 from fastclip.models.clip import Model
-from fastclip.models.controls import Classifier
 from fastclip.train.average import WeightAverage
 from fastclip.train.config import TrainConfig
 from fastclip.train.engine import Engine
@@ -61,30 +60,30 @@ class Validator:
     """
 
     def __init__(self, config: TrainConfig, model: Model) -> None:
-        assert config.val_data is not None
+        assert config.data.val_data is not None
         self.config = config
         self.model = model
-        kind = guess_type(config.val_data) or config.dataset_type
+        kind = guess_type(config.data.val_data) or config.data.dataset_type
         # --captions names what to train on; here each sample has its own
         options = replace(
-            DataOptions.of(config),
+            config.data,
             dataset_type=kind,
-            image_root=config.val_image_root,
+            image_root=config.data.val_image_root,
             captions=None,
         )
-        required = ("cls",) if config.objective == "classify" else ("txt",)
-        self.source = open_source(config.val_data, options, split="val", required=required)
-        self.classes = classes_of(config.val_data, kind)
+        required = ("cls",) if config.model.objective == "classify" else ("txt",)
+        self.source = open_source(config.data.val_data, options, split="val", required=required)
+        self.classes = classes_of(config.data.val_data, kind)
         self._reported = False
 
     def __call__(self) -> dict[str, float]:
         """Metrics by name, each beginning with "val/"."""
-        precision = self.config.precision
+        precision = self.config.model.precision
         images = embed_images(
-            self.model, self.source, workers=self.config.workers, precision=precision
+            self.model, self.source, workers=self.config.data.workers, precision=precision
         )
         for place in () if self._reported else images.faults.places():
-            print(f"skipped in validation: {place}", file=sys.stderr)
+            logger.warning(f"skipped in validation: {place}")
         self._reported = True
         if isinstance(self.model.model, Classifier):
             metrics = evaluate_zeroshot(self.model, images, [], [])
@@ -100,15 +99,15 @@ class Validator:
     def _loss(self, images: torch.Tensor, texts: list[tuple[str, ...]]) -> float:
         """CLIP's or SigLIP's loss over batches of the training's size, with first captions."""
         first = [own[0] for own in texts]
-        features = embed_texts(self.model, first, precision=self.config.precision)
+        features = embed_texts(self.model, first, precision=self.config.model.precision)
         model = self.model.model
         objective = objective_of(model, self.config)
         scalars = [torch.tensor(objective.logit_scale(model.get_parameter))]
         function: Callable[..., torch.Tensor] = clip_loss
-        if self.config.siglip:
+        if self.config.loss.siglip:
             function = siglip_loss
             scalars.append(model.get_parameter("logit_bias").cpu())
-        size = min(self.config.batch_size, len(texts))
+        size = min(self.config.optim.batch_size, len(texts))
         starts = range(0, len(texts) - size + 1, size)
         losses = [function(images[i : i + size], features[i : i + size], *scalars) for i in starts]
         return torch.stack(losses).mean().item()

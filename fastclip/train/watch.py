@@ -21,6 +21,7 @@ from types import TracebackType
 
 import torch.distributed as dist
 
+from fastclip.messages import logger
 from fastclip.train.distributed import DeadRankError, World
 
 EXIT_STATUS = 4
@@ -162,7 +163,7 @@ class Watch:
                 f"{reading}"
             )
         else:
-            print(f"note: {waited}; {reading}", file=sys.stderr, flush=True)
+            logger.warning(f"note: {waited}; {reading}")
             wait.report_after *= 2
 
     def _beat(self) -> None:
@@ -235,6 +236,7 @@ class Watch:
     def _end(self, reason: str) -> None:
         if self._closing.wait(GRACE):
             return
+        # not through the logger, whose lock a hanging thread may hold
         print(f"fastclip train: stopped: {reason}", file=sys.stderr, flush=True)
         # the main thread may hang inside a collective or a read: no exception reaches it
         os._exit(EXIT_STATUS)

@@ -45,12 +45,12 @@ class DeepSpeedEngine(Engine):
     """
 
     def __init__(self, model: Model, config: TrainConfig, world: World) -> None:
-        if config.torchcompile:
+        if config.model.torchcompile:
             raise ValueError("--torchcompile does not work with --deepspeed; leave one out")
         settings = resolve(
-            config.deepspeed_config,
+            config.distributed.deepspeed_config,
             config,
-            micro_batches=config.accum_freq,
+            micro_batches=config.optim.accum_freq,
             world_size=world.size,
         )
         deepspeed = _import_deepspeed(world)
@@ -58,12 +58,12 @@ class DeepSpeedEngine(Engine):
         _join_alone(world)
         self._shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
         _make_viewable(self.model)
-        self._dtype = AUTOCAST_DTYPES[config.precision] or torch.float32
+        self._dtype = AUTOCAST_DTYPES[config.model.precision] or torch.float32
         self._autocast = contextlib.nullcontext()
-        optimizer = build_optimizer(self.model, config)
+        optimizer = build_optimizer(self.model, config.optim)
         self._stage = int(settings["zero_optimization"]["stage"])
         if self._stage == 3 and self.average is not None:
-            wanted = f"{config.objective}'s teacher" if config.ema is None else "--ema"
+            wanted = f"{config.model.objective}'s teacher" if config.optim.ema is None else "--ema"
             raise ValueError(
                 f"{wanted} averages whole parameters, which ZeRO-3 shards: use --deepspeed-config "
                 "ds_zero2"
@@ -187,7 +187,8 @@ class DeepSpeedEngine(Engine):
             )
         saved = content["zero"]
         if saved["shapes"] != self._shapes:
-            raise ValueError(f"{path} is not of model {self.config.model}: its parameters differ")
+            model = self.config.model.model
+            raise ValueError(f"{path} is not of model {model}: its parameters differ")
         # stages 1 and 2 keep the same things, 3 cuts every parameter
         if (saved["stage"] == 3) != (self._stage == 3):
             raise ValueError(
@@ -248,7 +249,7 @@ class DeepSpeedEngine(Engine):
         return inputs
 
     def _forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        output = self.objective.forward(self._engine, self._inputs(batch))
+        output = self.objective.outputs(self._engine, self._inputs(batch))
         if self._dtype != torch.float32:
             self.objective.exact(output, self._exact)
         return output

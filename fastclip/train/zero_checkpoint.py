@@ -89,5 +89,5 @@ def _together(action: Callable[[], Any], partial: Path, world: World) -> Any:
     if world.is_first:
         shutil.rmtree(partial, ignore_errors=True)
     world.barrier()
-    told = (f"rank {rank}: {text}" for rank, text in enumerate(failures) if text)
-    raise OSError("; ".join(told))
+    failed = (f"rank {rank}: {text}" for rank, text in enumerate(failures) if text)
+    raise OSError("; ".join(failed))

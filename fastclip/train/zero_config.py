@@ -49,7 +49,7 @@ def resolve(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no JSON object, contradicts a flag, or holds what cannot be used.
+        ValueError: the file is not a JSON object, contradicts a flag, or holds what cannot be used.
     """
     path = _find(name or DEFAULT)
     given = read_object(path)
@@ -69,15 +69,15 @@ def resolve(
     _drop_optimizer(given, config, path)
 
     flags = {
-        ("train_micro_batch_size_per_gpu",): (config.batch_size, "--batch-size"),
+        ("train_micro_batch_size_per_gpu",): (config.optim.batch_size, "--batch-size"),
         ("gradient_accumulation_steps",): (micro_batches, "--accum-freq"),
         ("train_batch_size",): (
-            config.batch_size * micro_batches * world_size,
+            config.optim.batch_size * micro_batches * world_size,
             "--batch-size, --accum-freq and the number of processes",
         ),
-        ("gradient_clipping",): (config.grad_clip_norm or 0.0, "--grad-clip-norm"),
-        ("bf16", "enabled"): (config.precision == "amp_bf16", "--precision"),
-        ("fp16", "enabled"): (config.precision == "amp", "--precision"),
+        ("gradient_clipping",): (config.optim.grad_clip_norm or 0.0, "--grad-clip-norm"),
+        ("bf16", "enabled"): (config.model.precision == "amp_bf16", "--precision"),
+        ("fp16", "enabled"): (config.model.precision == "amp", "--precision"),
     }
     for position, (wanted, flag) in flags.items():
         value = _get(given, position)
@@ -98,9 +98,9 @@ def resolve(
         )
 
     # one reduction a step, whatever the number of micro-batches
-    given["train_micro_batch_size_per_gpu"] = config.batch_size * micro_batches
+    given["train_micro_batch_size_per_gpu"] = config.optim.batch_size * micro_batches
     given["gradient_accumulation_steps"] = 1
-    given["train_batch_size"] = config.batch_size * micro_batches * world_size
+    given["train_batch_size"] = config.optim.batch_size * micro_batches * world_size
     # torch's AdamW also where DeepSpeed would rather have its own, which needs a compiler
     given["zero_force_ds_cpu_optimizer"] = False
     given.setdefault("steps_per_print", 2**31)
@@ -132,15 +132,15 @@ def _drop_optimizer(given: dict[str, Any], config: TrainConfig, path: Path) -> N
             "the optimizer section and give --lr, --beta1, --beta2, --eps and --wd"
         )
     flags = {
-        "lr": (config.lr, "--lr"),
-        "betas": ([config.beta1, config.beta2], "--beta1 and --beta2"),
-        "eps": (config.eps, "--eps"),
-        "weight_decay": (config.wd, "--wd"),
+        "lr": (config.optim.lr, "--lr"),
+        "betas": ([config.optim.beta1, config.optim.beta2], "--beta1 and --beta2"),
+        "eps": (config.optim.eps, "--eps"),
+        "weight_decay": (config.optim.wd, "--wd"),
     }
     for key, value in section.get("params", {}).items():
         if key not in flags:
             raise ValueError(
-                f"{path}: optimizer.params.{key} is no option of fastclip's AdamW; remove it"
+                f"{path}: optimizer.params.{key} is not an option of fastclip's AdamW; remove it"
             )
         wanted, flag = flags[key]
         if value not in ("auto", wanted):

@@ -3,15 +3,16 @@
 import io
 import json
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from fastclip.bench import records
+from fastclip.bench.archive import main
 from fastclip.bench.gpu_lab import pack
 from fastclip.bench.losses import OPERATORS
 from fastclip.bench.runner import Settings, measure
-from fastclip.cli import main
 from fastclip.kernels.attention_plans import PLANS_FILE
 from fastclip.kernels.launch import TILINGS_FILE
 
@@ -46,7 +47,7 @@ def lab(tmp_path: Path) -> Path:
 def test_results_tables_and_a_note(
     lab: Path, checkout: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["bench", "import", str(pack(lab)), "--root", str(checkout)]) == 0
+    assert main([str(pack(lab)), "--root", str(checkout)]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 4
     result = checkout / "benchmarks/results/2026-01-02-h200-losses.json"
     assert records.read(result).benchmark == "losses"
@@ -56,13 +57,11 @@ def test_results_tables_and_a_note(
     assert (checkout / "kernels/attention_plans.json").read_text() == PLANS_FILE.read_text()
 
 
-def test_earlier_results_are_kept(
-    lab: Path, checkout: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_earlier_results_are_kept(lab: Path, checkout: Path, logged: Callable[[], str]) -> None:
     kept = checkout / "benchmarks/results/2026-01-02-h200-losses.json"
     kept.write_text("earlier")
-    assert main(["bench", "import", str(pack(lab)), "--root", str(checkout)]) == 1
-    assert "exists" in capsys.readouterr().err and kept.read_text() == "earlier"
+    assert main([str(pack(lab)), "--root", str(checkout)]) == 1
+    assert "exists" in logged() and kept.read_text() == "earlier"
     assert not list((checkout / "kernels").iterdir())
 
 
@@ -77,11 +76,11 @@ def test_earlier_results_are_kept(
     ],
 )
 def test_a_damaged_file_leaves_nothing_behind(
-    name: str, text: str, lab: Path, checkout: Path, capsys: pytest.CaptureFixture[str]
+    name: str, text: str, lab: Path, checkout: Path, logged: Callable[[], str]
 ) -> None:
     (lab / name).write_text(text)
-    assert main(["bench", "import", str(pack(lab)), "--root", str(checkout)]) == 1
-    assert name.removesuffix(".json") in capsys.readouterr().err
+    assert main([str(pack(lab)), "--root", str(checkout)]) == 1
+    assert name.removesuffix(".json") in logged()
     assert not [path for path in checkout.rglob("*") if path.is_file()]
 
 
@@ -91,15 +90,15 @@ def _add(archive: Path, member: tarfile.TarInfo) -> None:
 
 
 def test_other_archives_are_refused(
-    tmp_path: Path, checkout: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, checkout: Path, logged: Callable[[], str]
 ) -> None:
     archive = tmp_path / "lab.tar.gz"
     for name, kind in (("../evil.json", tarfile.REGTYPE), ("evil.json", tarfile.SYMTYPE)):
         member = tarfile.TarInfo(name)
         member.type, member.linkname = kind, "/etc/passwd" if kind == tarfile.SYMTYPE else ""
         _add(archive, member)
-        assert main(["bench", "import", str(archive), "--root", str(checkout)]) == 1
-        assert "never packs" in capsys.readouterr().err
+        assert main([str(archive), "--root", str(checkout)]) == 1
+        assert "never packs" in logged()
     archive.write_text("no archive")
-    assert main(["bench", "import", str(archive), "--root", str(checkout)]) == 1
-    assert "is no archive of" in capsys.readouterr().err
+    assert main([str(archive), "--root", str(checkout)]) == 1
+    assert "is not an archive of" in logged()

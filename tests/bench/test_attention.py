@@ -13,7 +13,7 @@ from fastclip.cli import main
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there, the lab runs on it")
 def test_rows_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "attention.json"
-    flags = f"--lines 50 77 --tokens 100 --rounds 2 --no-flex --device cpu --output {file}"
+    flags = f"--lengths 50 77 --tokens 100 --rounds 2 --no-flex --device cpu --output {file}"
     assert main(["bench", "attention", *flags.split()]) == 0
     assert "77c fastclip" in capsys.readouterr().out
     rows = json.loads(file.read_text())["results"]
@@ -30,8 +30,8 @@ def test_rows_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_lengths_that_are_not_measured_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "attention", "--lines", "51"]) == 1
-    assert "choose of 50, 77" in capsys.readouterr().err
+    assert main(["bench", "attention", "--lengths", "51"]) == 1
+    assert "choose from 50, 77" in capsys.readouterr().err
 
 
 def test_the_check_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:

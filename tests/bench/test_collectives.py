@@ -30,13 +30,13 @@ def test_bytes_scale_with_ranks(world: int) -> None:
     assert received["clip", "fastclip gather"] <= 2 * texts + sums + 64 * world
     # the ring carries the texts twice, forward and backward, and their gradients once
     assert received["clip", "fastclip ring"] <= 3 * texts + sums + 64 * world
-    for way in ("gather", "ring"):
-        assert received["siglip", f"fastclip {way}"] <= 2 * texts + 64 * world
+    for exchange in ("gather", "ring"):
+        assert received["siglip", f"fastclip {exchange}"] <= 2 * texts + 64 * world
     # open_clip's images travel too; nothing of it is counted twice
     for mode in ("local", "global"):
         assert received["clip", f"open_clip {mode}"] == 4 * texts
-    for way in ("bidir", "shift", "gather"):
-        assert received["siglip", f"open_clip {way}"] == 2 * texts
+    for exchange in ("bidir", "shift", "gather"):
+        assert received["siglip", f"open_clip {exchange}"] == 2 * texts
 
 
 @pytest.mark.dist

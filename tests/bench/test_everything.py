@@ -40,8 +40,8 @@ def test_a_part_that_fails_costs_no_other(
     monkeypatch.setattr(everything, "PARTS", {"losses": Broken, "attention": AttentionConfig})
     flags = ["--quick", "--device", "cpu", "--output", str(tmp_path)]
     assert main(["bench", "all", *flags]) == 1
-    told = capsys.readouterr()
-    assert "losses failed" in told.out and "process 1 terminated" in told.err
+    message = capsys.readouterr()
+    assert "losses failed" in message.out and "process 1 terminated" in message.err
     assert "## Attention" in (tmp_path / "report.md").read_text()
 
 
@@ -54,11 +54,11 @@ def test_parts_run_in_turn_and_are_reported(
     stale.write_text("{}")
     flags = ["--quick", "--device", "cpu", "--output", str(tmp_path)]
     assert main(["bench", "all", *flags]) == 0
-    told = capsys.readouterr().out
-    assert "left out: it needs the package 'absent'" in told
+    message = capsys.readouterr().out
+    assert "left out: it needs the package 'absent'" in message
     # an earlier run's result is neither lost nor reported as this one's
     assert stale.read_text() == "{}"
-    assert told.index("== attention") < told.index("== memory") < told.index("== report")
+    assert message.index("== attention") < message.index("== memory") < message.index("== report")
     text = (tmp_path / "report.md").read_text()
     assert "## Attention" in text and "## Memory" in text and "## A whole" not in text
     # the quick sizes are three, so that there is a curve

@@ -7,7 +7,7 @@ import torch
 
 from fastclip.bench import ceilings, check, gpu_lab, losses, runner
 from fastclip.bench.losses import OPERATORS
-from fastclip.bench.runner import ROOF, Settings, interleave, measure
+from fastclip.bench.runner import MATMUL, Settings, interleave, measure
 
 FEW = Settings(rounds=1, warmup=1, compiled=False)
 
@@ -29,8 +29,8 @@ def test_losses_are_timed_without_an_exact_gradient(monkeypatch: pytest.MonkeyPa
 def test_losses_are_timed_without_bare_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "_bare", _fails)
     rows = measure(OPERATORS["clip"], 64, 16, FEW)
-    assert rows[0].p50 is not None and rows[0].roof_share is None
-    assert rows[-1].baseline == ROOF and rows[-1].status == "out of memory"
+    assert rows[0].p50 is not None and rows[0].matmul_share is None
+    assert rows[-1].baseline == MATMUL and rows[-1].status == "out of memory"
 
 
 def test_rows_are_saved_after_each_loss() -> None:

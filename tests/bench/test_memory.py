@@ -26,7 +26,7 @@ def test_saved_bytes_are_linear(name: str, capsys: pytest.CaptureFixture[str]) -
             assert row.saved_bytes is not None
             # all blocks together have n rows of NT-Xent, MP-NCE, SupCon, and 2 n of the others
             assert row.saved_bytes <= 2 * row.n * WIDTH * 4 + 80 * row.n
-            assert row.saved_order is None or row.saved_order <= 1.05
+            assert row.saved_exponent is None or row.saved_exponent <= 1.05
         elif row.baseline in DENSE and row.saved_bytes is not None:
             assert row.saved_bytes >= 4 * row.n * row.n
     last = {row.baseline: row for row in rows if row.n == sizes[-1]}
@@ -63,7 +63,9 @@ def test_rows_and_json(tmp_path: Path) -> None:
     assert content["benchmark"] == "memory"
     ours = [row for row in content["results"] if row["baseline"] == "fastclip"]
     assert [row["n"] for row in ours] == [64, 128]
-    assert ours[0]["saved_order"] is None and ours[1]["saved_order"] == pytest.approx(1, abs=0.05)
+    assert ours[0]["saved_exponent"] is None and ours[1]["saved_exponent"] == pytest.approx(
+        1, abs=0.05
+    )
     assert main(["bench", "report", str(file), "-o", str(tmp_path / "report")]) == 0
     assert (tmp_path / "report" / "report-0-memory-clip-16.svg").is_file()
     assert main(["bench", "compare", str(file), str(file)]) == 0

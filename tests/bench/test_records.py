@@ -63,7 +63,7 @@ def one_row(**change: object) -> str:
 
 
 WRONG = {
-    "cut": Wrong('{"environment": {', "no valid JSON"),
+    "cut": Wrong('{"environment": {', "not valid JSON"),
     "a list": Wrong("[1]", "holds a list"),
     "without environment": Wrong('{"results": []}', "no 'environment'"),
     "without rows": Wrong('{"environment": {}, "results": []}', "not rows"),
@@ -95,8 +95,8 @@ def test_foreign_files_are_refused(
     file = tmp_path / "x.json"
     file.write_text(WRONG[case].text)
     assert main(["bench", "report", str(file), "-o", str(tmp_path / "out")]) == 1
-    told = capsys.readouterr().err
-    assert str(file) in told and WRONG[case].says in told
+    message = capsys.readouterr().err
+    assert str(file) in message and WRONG[case].says in message
     assert not (tmp_path / "out").exists()
 
 
@@ -104,7 +104,7 @@ def test_bytes_and_nothing_are_refused(tmp_path: Path, capsys: pytest.CaptureFix
     file = tmp_path / "x.json"
     file.write_bytes(b"\xff\xfe\x00")
     assert main(["bench", "report", str(file)]) == 1
-    assert "is no text" in capsys.readouterr().err
+    assert "is not a text" in capsys.readouterr().err
     assert main(["bench", "report", str(tmp_path / "none.json")]) == 1
     assert "none.json" in capsys.readouterr().err
     assert main(["bench", "report"]) == 1
@@ -120,5 +120,5 @@ def test_a_place_that_cannot_be_written_is_reported_before_anything_is_measured(
 ) -> None:
     flags = ["--device", "cpu", "--output", str(tmp_path)]
     assert main(["bench", part, *flags]) == 1
-    told = capsys.readouterr()
-    assert "is a folder" in told.err and not told.out
+    message = capsys.readouterr()
+    assert "is a folder" in message.err and not message.out

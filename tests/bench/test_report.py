@@ -31,6 +31,16 @@ def changed(tmp_path: Path, name: str, **change: Any) -> Path:
     return file
 
 
+def test_fields_of_older_files_are_read() -> None:
+    old = json.loads(LOSSES.read_text())["results"][0]
+    assert old["roof_share"] == records.read(LOSSES).rows[0]["matmul_share"] is not None
+    memory = RESULTS / "2026-11-28-cpu-memory.json"
+    pairs = zip(json.loads(memory.read_text())["results"], records.read(memory).rows, strict=True)
+    for old, row in pairs:
+        for name in ("saved", "peak"):
+            assert old[f"{name}_order"] == row[f"{name}_exponent"]
+
+
 def test_fastclip_stands_beside_the_best_baseline(tmp_path: Path) -> None:
     target = tmp_path / "out" / "report.md"
     report.write([records.read(LOSSES)], target)
@@ -67,10 +77,10 @@ def test_failures_are_reported(tmp_path: Path) -> None:
             row |= {"status": "out of memory", "p50": None}
 
     record = records.read(changed(tmp_path, "x.json", row=fail))
-    told = "fastclip failed where a baseline ran, at: siglip n = 8,192 D = 512."
-    assert told in report.markdown([record])
+    message = "fastclip failed where a baseline ran, at: siglip n = 8,192 D = 512."
+    assert message in report.markdown([record])
     page = " ".join(readme.section(record, ["x.json"]).split())
-    assert told in page and "open_clip for clip of 8,192 rows (out of memory)" in page
+    assert message in page and "open_clip for clip of 8,192 rows (out of memory)" in page
     # at no size, though it ran for another loss
     assert "pytorch_metric_learning for nt_xent (not tried beyond 256)" in page
 
@@ -115,16 +125,16 @@ def test_files_compare_row_by_row(tmp_path: Path, capsys: pytest.CaptureFixture[
 
     other = changed(tmp_path, "later.json", row=slow, environment={"torch": "9.9"})
     assert main(["bench", "compare", str(LOSSES), str(other)]) == 0
-    told = capsys.readouterr()
-    assert "warning: torch is 2.14.1+cu130 in 2026-11-24-cpu-losses.json, 9.9 in" in told.err
-    marked = [line.split() for line in told.out.splitlines() if line.endswith("differs")]
+    message = capsys.readouterr()
+    assert "warning: torch is 2.14.1+cu130 in 2026-11-24-cpu-losses.json, 9.9 in" in message.err
+    marked = [line.split() for line in message.out.splitlines() if line.endswith("differs")]
     assert [words[:4] for words in marked] == [
         ["siglip", "4096", "512", "fastclip"],
         ["siglip", "8192", "512", "fastclip"],
     ]
     assert {words[4] for words in marked} == {"2.000"}
     timed = [row for row in json.loads(LOSSES.read_text())["results"] if row["p50"]]
-    assert f"2 of {len(timed)} differ beyond the spread" in told.out
+    assert f"2 of {len(timed)} differ beyond the spread" in message.out
 
 
 def test_a_row_that_fails_in_one_file_is_warned_of(
@@ -136,10 +146,12 @@ def test_a_row_that_fails_in_one_file_is_warned_of(
 
     other = changed(tmp_path, "later.json", row=fail)
     assert main(["bench", "compare", str(LOSSES), str(other)]) == 0
-    told = capsys.readouterr()
-    assert f"clip 8192 512 fastclip ran in {LOSSES.name} alone; in later.json: out of" in told.err
-    assert told.err.count("ran in") == 1
-    assert f"B / A: median time, later.json over {LOSSES.name}" in told.out
+    message = capsys.readouterr()
+    assert (
+        f"clip 8192 512 fastclip ran in {LOSSES.name} alone; in later.json: out of" in message.err
+    )
+    assert message.err.count("ran in") == 1
+    assert f"B / A: median time, later.json over {LOSSES.name}" in message.out
     loading = str(RESULTS / "2026-11-24-cpu-loading.json")
     assert main(["bench", "compare", loading, loading]) == 0
     assert "B / A: images a second" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""A training step beside open_clip's: the same work, counted; the same losses."""
+"""A training step beside open_clip: the same work, counted; the same losses."""
 
 import json
 from pathlib import Path

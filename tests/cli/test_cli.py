@@ -9,10 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import fastclip
 from fastclip import native
 from fastclip.cli import COMMANDS, main
+from fastclip.flags import flatten
+from fastclip.models import checkpoint
+from fastclip.train.config import parse
 from tests.train.conftest import TINY_MODEL
 
 
@@ -53,7 +57,7 @@ def test_wrong_usage_is_status_2(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "told"),
+    ("command", "message"),
     [
         ("eval zeroshot --model x --csv-separator ab", "--csv-separator is 'ab'"),
         ("embed images scenes --model x -o a.npy --cache-bytes 0", "--cache-bytes is 0"),
@@ -63,11 +67,11 @@ def test_wrong_usage_is_status_2(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_a_bad_value_of_a_known_flag_is_a_sentence(
-    command: str, told: str, capsys: pytest.CaptureFixture[str]
+    command: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(command.split()) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert told in line
+    assert message in line
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:
@@ -130,6 +134,28 @@ def test_eval_on_shards(
     assert metrics["images"] == 9 and "image_retrieval_recall@3" in metrics
 
 
+def test_a_run_directory_of_before_is_evaluated_and_resumed(
+    run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its config.yaml is flat; the configuration in a checkpoint always is."""
+    file = Path(run) / "config.yaml"
+    config = parse(["--config", str(file)])
+    state = checkpoint.read(Path(run) / "checkpoints" / "epoch_1.pt")
+    assert state["config"] == flatten(config)
+    file.write_text(yaml.safe_dump(flatten(config)))
+
+    result = tmp_path / "r.json"
+    flags = ["--num-samples", "40", "--workers", "0", "--output", str(result)]
+    assert main(["eval", "zeroshot", "--model", run, *flags]) == 0
+    assert json.loads(result.read_text())["model"] == config.model.model
+    capsys.readouterr()
+    flags = ["--config", str(file), "--resume", "latest", "--epochs", "2"]
+    assert main(["train", *flags]) == 0
+    noted = [line for line in capsys.readouterr().err.splitlines() if "is now" in line]
+    assert len(noted) == 1 and "--epochs was 1 and is now 2" in noted[0]
+    assert parse(["--config", str(file)]).optim.epochs == 2
+
+
 def test_eval_on_scenes_and_what_it_says_of_mistakes(
     run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -167,9 +193,9 @@ def test_bench_prints_ratios_and_writes_json(
     assert all(0 < row["p20"] <= row["p50"] <= row["p80"] for row in measured)
     for loss in ("clip", "info_nce", "siglip", "nt_xent", "mp_nce", "sup_con"):
         for n in (64, 128):
-            ours, roof = rows[loss, n, "fastclip"], rows[loss, n, "bare products"]
+            ours, bare = rows[loss, n, "fastclip"], rows[loss, n, "bare products"]
             assert ours["ratio"] == 1 and ours["repeatable"] and ours["error"] < 1e-5
-            assert roof["roof_share"] == 1
+            assert bare["matmul_share"] == 1
     # every baseline agrees with the truth, those that normalize inside along the sphere
     baselines = {row["baseline"] for row in measured} - {"fastclip", "bare products"}
     assert {"open_clip", "lightly", "pytorch_metric_learning", "dense"} <= baselines
@@ -222,7 +248,7 @@ def test_a_baseline_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None
         Baseline("small", broken, 8),
     )
     clip = losses.OPERATORS["clip"]
-    operator = Operator("clip", clip.make, clip.ours, baselines, clip.roof)
+    operator = Operator("clip", clip.make, clip.ours, baselines, clip.products)
     rows = measure(operator, 16, 4, Settings(rounds=1))
     status = {row.baseline: row.status for row in rows}
     assert status["fastclip"] == status["bare products"] == "ok"
@@ -248,7 +274,7 @@ def test_a_baseline_that_fails_later_leaves_the_others(monkeypatch: pytest.Monke
 
         return loss
 
-    operator = Operator("clip", clip.make, clip.ours, (Baseline("tiring", tiring),), clip.roof)
+    operator = Operator("clip", clip.make, clip.ours, (Baseline("tiring", tiring),), clip.products)
     rows = measure(operator, 16, 4, Settings(rounds=3))
     assert [row.status for row in rows] == ["ok", "out of memory", "ok"]
     assert rows[0].p50 is not None and rows[1].p50 is None

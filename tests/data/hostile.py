@@ -217,7 +217,7 @@ def tars() -> dict[str, Tar]:
         "one end block": Tar((A, B, bytes(512)), ("a", "b")),
         "half an end block": Tar((A, bytes(100)), ("a",), (("cut inside a header", ""),)),
         "long zeros at the end": Tar((A, 1 << 30), ("a",)),
-        # what is no tar, or more than one
+        # what is not a tar, or more than one
         "HTML page": Tar((b"<!DOCTYPE html>" * 200,), (), (("not a tar", ""),)),
         "HTML behind the end": Tar((A, END, b"<html>"), ("a",), (("data behind the end", ""),)),
         "two tars in one file": Tar((A, END, B, END), ("a",), (("data behind the end", ""),)),
@@ -262,7 +262,7 @@ def tars() -> dict[str, Tar]:
         "negative size": Tar(
             (A, header(b"b.jpg", b"-0000001000\0"), JPEG, END), ("a",), (("damaged header", ""),)
         ),
-        "size that is no number": Tar(
+        "size that is not a number": Tar(
             (A, header(b"b.jpg", b"12 34 zz\0"), JPEG, END), ("a",), (("damaged header", ""),)
         ),
         "size with an underscore": Tar(
@@ -398,7 +398,7 @@ def tars() -> dict[str, Tar]:
             (),
             {"a": "caption holds zero bytes"},
         ),
-        "pax size that is no number": Tar(
+        "pax size that is not a number": Tar(
             (A, pax(("size", b"-5")), B, C, END),
             ("a", "c"),
             (("damaged header", "b.jpg"), ("sample without image", "b")),
@@ -438,7 +438,7 @@ def tars() -> dict[str, Tar]:
             ("a", "b"),
             (("damaged header", "PaxHeader"),),
         ),
-        # members that are no files
+        # members that are not files
         "symbolic link": Tar(
             (A, member("b.jpg", JPEG), header(b"b.txt", 0, b"2", link=b"/etc/passwd"), END),
             ("a",),
@@ -518,13 +518,16 @@ def tars() -> dict[str, Tar]:
             (),
             {"b": "caption holds zero bytes"},
         ),
-        "JSON that is no dictionary": Tar((A, member("a.json", b"[1]"), END), ("a",)),
+        "JSON that is not a dictionary": Tar((A, member("a.json", b"[1]"), END), ("a",)),
         "deep JSON": Tar((A, member("a.json", deep_json(500_000)), END), ("a",)),
         "JSON with a number of 100,000 digits": Tar(
             (A, member("a.json", b'{"x": ' + b"9" * 100_000 + b"}"), END), ("a",)
         ),
         "class index that is none": Tar(
-            (A, B, member("b.cls", b"cat"), END), ("a", "b"), (), {"b": "class index is no integer"}
+            (A, B, member("b.cls", b"cat"), END),
+            ("a", "b"),
+            (),
+            {"b": "class index is not an integer"},
         ),
         "class index of 10 MB": Tar(
             (A, B, member("b.cls", b"9" * 10_000_000), END),

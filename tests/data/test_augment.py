@@ -104,8 +104,8 @@ def test_no_augmentation_is_neutral() -> None:
     [
         ({}, "18 finite numbers"),
         ({"center_y": float("nan")}, "18 finite numbers"),
-        ({"center_x": 0.9}, "is no view of an image of 100 x 50"),
-        ({"hue_position": 0.0}, "is no view of an image of 100 x 50"),
+        ({"center_x": 0.9}, "is not a view of an image of 100 x 50"),
+        ({"hue_position": 0.0}, "is not a view of an image of 100 x 50"),
     ],
     ids=["short", "nan", "outside", "order"],
 )

@@ -24,7 +24,7 @@ MakeShard = Callable[..., Path]
 
 # what training passes over without a word, or does not come to
 ALSO = {
-    "JSON that is no dictionary": {"JSON is no dictionary": 1},
+    "JSON that is not a dictionary": {"JSON is not a dictionary": 1},
     "deep JSON": {"damaged JSON": 1},
     "JSON with a number of 100,000 digits": {"damaged JSON": 1},
     "100,000 tiny members": {"empty caption": 50_000},
@@ -114,8 +114,8 @@ def test_texts_and_labels_are_checked_each(make_shard: MakeShard) -> None:
     assert report.counts == {
         "caption is not UTF-8": 2,
         "corrupt image": 1,
-        "class index is no integer": 1,
-        "captions are no list of texts": 1,
+        "class index is not an integer": 1,
+        "captions are not a list of texts": 1,
         "JSON too long": 1,
     }
     assert (report.samples, report.good) == (4, 3)
@@ -143,9 +143,9 @@ def test_counts_are_merged_and_old_ones_compared(make_shard: MakeShard, tmp_path
         check_shards(names)
 
 
-def test_remote_shards_and_commands(make_shard: MakeShard, tmp_path: Path) -> None:
+def test_remote_shards(make_shard: MakeShard, tmp_path: Path) -> None:
     path = make_shard("0.tar", samples=3)
-    names = [f"file://{path}", f"pipe:cat {path}", f"file://{tmp_path}/1.tar"]
+    names = [f"file://{path}", f"local://{path}", f"file://{tmp_path}/1.tar"]
     cache = ShardCache(tmp_path / "cache")
     report = check_shards(names, cache=cache, workers=2)
     assert report.counts == {"key of an earlier shard": 3, "shard not fetched": 1}
@@ -202,7 +202,7 @@ def test_nothing_readable_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["check-data", f"{tmp_path}/0.tar", "--workers", "0"]) == 1
     assert main(["check-data"]) == 1
     errors = capsys.readouterr().err
-    assert "do not exist" in errors and "--allow-commands" in errors
+    assert "do not exist" in errors and "fastclip runs none" in errors
     assert "1 shards and --workers 0" in errors and "0 shards and --workers" in errors
 
 

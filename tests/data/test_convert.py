@@ -95,7 +95,7 @@ def test_command_line(
     assert main(["convert", "cifar10", str(small_cifar10), target]) == 1
     assert "exists" in capsys.readouterr().err
     assert main(["convert", "cifar10", str(tmp_path / "nowhere"), str(tmp_path / "x")]) == 1
-    assert "holds no whole CIFAR-10" in capsys.readouterr().err
+    assert "does not hold all of CIFAR-10" in capsys.readouterr().err
 
 
 def bytes_of_members(path: Path) -> dict[str, bytes]:
@@ -303,14 +303,14 @@ def test_sizes_that_are_damaged_are_reported(tmp_path: Path) -> None:
 
 
 def test_each_format_has_its_own_options(capsys: pytest.CaptureFixture[str]) -> None:
-    for words, told in (
+    for words, message in (
         (["--help"], "imagenet-captions"),
         (["csv", "--help"], "--csv-img-key"),
         (["cifar10", "--help"], "--seed"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(["convert", *words])
-        assert stop.value.code == 0 and told in capsys.readouterr().out
+        assert stop.value.code == 0 and message in capsys.readouterr().out
     with pytest.raises(SystemExit) as stop:
         main(["convert", "cifar10", "a", "b", "--csv-img-key", "x"])
     assert stop.value.code == 2

@@ -14,8 +14,8 @@ from PIL import Image
 
 from fastclip.data import dali
 from fastclip.data.augment import Augmentation, AugmentationParams
+from fastclip.data.jpeg import as_tensor, is_whole_jpeg
 from fastclip.data.order import Order
-from fastclip.data.portable import as_tensor, is_whole_jpeg
 from fastclip.data.shards import ShardSource
 from fastclip.data.training_samples import TrainingSamples
 from fastclip.data.views import replay
@@ -275,7 +275,7 @@ def test_the_graph_for_a_gpu_can_be_made_without_one() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 def test_views_made_on_a_gpu(tmp_path: Path) -> None:
     pattern = str(smooth_shard(tmp_path / "s.tar", 40))
-    host = list(build_loader("torchvision", pattern, (STRONG,) * 2, 8).batches(0))
+    host = list(build_loader("cpu", pattern, (STRONG,) * 2, 8).batches(0))
     for _ in range(2):
         loader = build_loader("dali", pattern, (STRONG,) * 2, 8, device="cuda")
         for ours, theirs in zip(host, loader.batches(0), strict=True):

@@ -4,6 +4,7 @@ import json
 import random
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ class Case:
 
     content: bytes
     rows: Rows | None = None
-    told: str = ""
+    message: str = ""
 
 
 def tsv(*lines: str, header: str = "filepath\ttitle") -> bytes:
@@ -48,20 +49,22 @@ TABLES = {
     "a third column": Case(tsv("0.jpg\tu\ta", header="filepath\turl\ttitle"), [A]),
     "zero byte": Case(tsv("0.jpg\ta\0b"), [("0.jpg", "a\0b")]),
     "commas": Case(tsv('0.jpg,"a, b"', header="filepath,title"), [("0.jpg", "a, b")], "separated"),
-    "mark at the start": Case(tsv('0.jpg\t"a', "1.jpg\tb"), told=OPEN),
-    "mark at the start, twice": Case(tsv('0.jpg\t"a', '1.jpg\t"b'), told=OPEN),
-    "mark before a path": Case(tsv('"0.jpg\ta', "1.jpg\tb"), told=OPEN),
-    "mark in the header": Case(tsv("0.jpg\ta", header='"filepath\ttitle'), told="UTF-8|no column"),
-    "text behind a mark": Case(tsv('0.jpg\t"a" dog'), told=OPEN),
-    "single mark": Case(tsv('0.jpg\t"'), told=OPEN),
+    "mark at the start": Case(tsv('0.jpg\t"a', "1.jpg\tb"), message=OPEN),
+    "mark at the start, twice": Case(tsv('0.jpg\t"a', '1.jpg\t"b'), message=OPEN),
+    "mark before a path": Case(tsv('"0.jpg\ta', "1.jpg\tb"), message=OPEN),
+    "mark in the header": Case(
+        tsv("0.jpg\ta", header='"filepath\ttitle'), message="UTF-8|no column"
+    ),
+    "text behind a mark": Case(tsv('0.jpg\t"a" dog'), message=OPEN),
+    "single mark": Case(tsv('0.jpg\t"'), message=OPEN),
     "two lines": Case(tsv('0.jpg\t"a\nb"'), [("0.jpg", "a\nb")]),
     "two lines with the separator": Case(
         tsv('0.jpg\t"a\n1.jpg\tb"'), [("0.jpg", "a\n1.jpg\tb")], "1 rows have a field over several"
     ),
-    "comma in a caption": Case(tsv("0.jpg,a, b", header="filepath,title"), told=WIDE),
-    "tab in a caption": Case(tsv("0.jpg\ta\tb"), told=WIDE),
-    "two rows on a line": Case(tsv("0.jpg\ta1.jpg\tb"), told=WIDE),
-    "a million columns": Case(tsv("\t" * 1_000_000), told=WIDE),
+    "comma in a caption": Case(tsv("0.jpg,a, b", header="filepath,title"), message=WIDE),
+    "tab in a caption": Case(tsv("0.jpg\ta\tb"), message=WIDE),
+    "two rows on a line": Case(tsv("0.jpg\ta1.jpg\tb"), message=WIDE),
+    "a million columns": Case(tsv("\t" * 1_000_000), message=WIDE),
     "narrow row": Case(tsv("0.jpg\ta", "1.jpg"), [A], "1 rows without path or caption"),
     "no path": Case(tsv("0.jpg\ta", "\tb"), [A], "1 rows without path or caption"),
     "blank caption": Case(tsv("0.jpg\ta", "1.jpg\t  "), [A], "1 rows without path or caption"),
@@ -71,18 +74,18 @@ TABLES = {
     "2 MiB of caption": Case(
         tsv("0.jpg\ta", "1.jpg\t" + "b" * (2 << 20)), [A], "1 rows with a caption over 1,048,576"
     ),
-    "17 MiB of caption": Case(tsv("0.jpg\t" + "b" * (17 << 20)), told=r"line 2: a line of over"),
+    "17 MiB of caption": Case(tsv("0.jpg\t" + "b" * (17 << 20)), message=r"line 2: a line of over"),
     "17 MiB over many lines": Case(
-        tsv('0.jpg\t"' + "b\n" * (9 << 20)), told=r"line 2: field larger"
+        tsv('0.jpg\t"' + "b\n" * (9 << 20)), message=r"line 2: field larger"
     ),
-    "UTF-16": Case(tsv("0.jpg\ta").decode().encode("utf-16"), told="is UTF-16"),
-    "Latin-1": Case(tsv("0.jpg\ta") + b"1.jpg\tcaf\xe9\n", told="not UTF-8"),
-    "half a surrogate pair": Case(tsv("0.jpg\t\ud800"), told="not UTF-8"),
-    "empty": Case(b"", told="no column 'filepath'"),
-    "header alone": Case(tsv(), told="holds no sample"),
-    "zero bytes": Case(bytes(1000), told="no column"),
-    "a JPEG": Case(jpeg(), told="no column|UTF-8"),
-    "column twice": Case(tsv("0.jpg\ta\tx", header="filepath\ttitle\ttitle"), told="twice"),
+    "UTF-16": Case(tsv("0.jpg\ta").decode().encode("utf-16"), message="is UTF-16"),
+    "Latin-1": Case(tsv("0.jpg\ta") + b"1.jpg\tcaf\xe9\n", message="not UTF-8"),
+    "half a surrogate pair": Case(tsv("0.jpg\t\ud800"), message="not UTF-8"),
+    "empty": Case(b"", message="no column 'filepath'"),
+    "header alone": Case(tsv(), message="holds no sample"),
+    "zero bytes": Case(bytes(1000), message="no column"),
+    "a JPEG": Case(jpeg(), message="no column|UTF-8"),
+    "column twice": Case(tsv("0.jpg\ta\tx", header="filepath\ttitle\ttitle"), message="twice"),
 }
 
 
@@ -109,14 +112,14 @@ ANNOTATIONS = {
     "image without caption": Case(
         coco([IMAGE, {"id": 2, "file_name": "1.jpg"}], [TEXT]), [A], "1 images without captions"
     ),
-    "deep": Case(b"[" * 300_000, told=NONE),
-    "cut": Case(coco([IMAGE], [TEXT])[:-9], told=NONE),
-    "number of 10,000 digits": Case(b'{"images": ' + b"9" * 10_000 + b"}", told=NONE),
-    "images that are numbers": Case(coco([1], []), told=NONE),
-    "annotations that are none": Case(coco([IMAGE], None), told=NONE),
-    "number that is a list": Case(coco([{"id": [], "file_name": "0.jpg"}], []), told=NONE),
-    "name of half a pair": Case(coco([{"id": 1, "file_name": "\ud800"}], [TEXT]), told=NONE),
-    "zero bytes": Case(bytes(100), told=NONE),
+    "deep": Case(b"[" * 300_000, message=NONE),
+    "cut": Case(coco([IMAGE], [TEXT])[:-9], message=NONE),
+    "number of 10,000 digits": Case(b'{"images": ' + b"9" * 10_000 + b"}", message=NONE),
+    "images that are numbers": Case(coco([1], []), message=NONE),
+    "annotations that are none": Case(coco([IMAGE], None), message=NONE),
+    "number that is a list": Case(coco([{"id": [], "file_name": "0.jpg"}], []), message=NONE),
+    "name of half a pair": Case(coco([{"id": 1, "file_name": "\ud800"}], [TEXT]), message=NONE),
+    "zero bytes": Case(bytes(100), message=NONE),
 }
 
 
@@ -135,19 +138,19 @@ def rows_of(source: TableSource) -> Rows:
 @pytest.mark.parametrize(
     ("form", "name"), [("csv", n) for n in TABLES] + [("json", n) for n in ANNOTATIONS]
 )
-def test_tables(form: str, name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables(form: str, name: str, folder: Path, logged: Callable[[], str]) -> None:
     case = (TABLES if form == "csv" else ANNOTATIONS)[name]
     path = folder / f"c.{form}"
     path.write_bytes(case.content)
     start = time.monotonic()
     read = open_csv if form == "csv" else open_coco
     if case.rows is None:
-        with pytest.raises(ValueError, match=case.told):
+        with pytest.raises(ValueError, match=case.message):
             read(path, DataOptions())
     else:
         assert rows_of(read(path, DataOptions())) == case.rows
-        noted = capsys.readouterr().err
-        assert case.told in noted and bool(case.told) == bool(noted)
+        noted = logged()
+        assert case.message in noted and bool(case.message) == bool(noted)
     assert time.monotonic() - start < SECONDS
 
 
@@ -182,7 +185,7 @@ def damaged(content: bytes, rng: random.Random) -> tuple[bytes, int]:
 
 @pytest.mark.parametrize("cases", [200, pytest.param(2000, marks=pytest.mark.slow)])
 def test_damage_to_a_row_is_reported_or_stays_in_it(
-    cases: int, folder: Path, capsys: pytest.CaptureFixture[str]
+    cases: int, folder: Path, logged: Callable[[], str]
 ) -> None:
     """What no error or note reports is a change within the row whose bytes were changed.
 
@@ -196,7 +199,7 @@ def test_damage_to_a_row_is_reported_or_stays_in_it(
         content, rows = whole_table(rng)
         content, touched = damaged(content, rng)
         path.write_bytes(content)
-        capsys.readouterr()
+        logged()
         try:
             source = open_source(str(path), DataOptions(), split="train")
         except (ValueError, FileNotFoundError) as error:
@@ -204,7 +207,7 @@ def test_damage_to_a_row_is_reported_or_stays_in_it(
             seen["error"] += 1
             continue
         assert isinstance(source, TableSource)
-        noted = capsys.readouterr().err.replace(f"note: {path} is separated by ',', not '\\t'", "")
+        noted = logged().replace(f"note: {path} is separated by ',', not '\\t'", "")
         loaded, original = Counter(rows_of(source)), Counter(rows)
         lost, foreign = (original - loaded).total(), (loaded - original).total()
         seen[

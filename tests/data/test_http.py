@@ -156,7 +156,7 @@ def cases() -> dict[str, Case]:
             lambda handler: handler.send(200, TAR + b"x" * 100, Content_Length=str(len(TAR)))
         ),
         "hundred continue": Case(raw(b"HTTP/1.1 100 Continue\r\n\r\n" + OK + b"\r\n" + TAR)),
-        "a length that is no number": Case(raw(OK + b"Content-Length: many\r\n\r\n" + TAR)),
+        "a length that is not a number": Case(raw(OK + b"Content-Length: many\r\n\r\n" + TAR)),
         "a negative length": Case(raw(OK + b"Content-Length: -5\r\n\r\n" + TAR)),
         # after a failure or two
         "503 once": Case(first(1, status(503)), requests=2),
@@ -195,9 +195,9 @@ def cases() -> dict[str, Case]:
         ),
         "cut chunk": Case(chunked(TAR[:-9], size="ffff"), "attempts: IncompleteRead", THREE),
         "chunk of no number": Case(chunked(TAR, size="zz"), "attempts: IncompleteRead", THREE),
-        "silent": Case(silent(), "attempts: nothing came for 0.5 seconds", THREE),
+        "silent": Case(silent(), "attempts: no data for 0.5 seconds", THREE),
         "silent after the headers": Case(
-            silent(OK + b"Content-Length: 99\r\n\r\n"), "attempts: nothing came for", THREE
+            silent(OK + b"Content-Length: 99\r\n\r\n"), "attempts: no data for", THREE
         ),
         "reset": Case(reset(), "attempts: .*[Rr]eset", THREE),
         "endless": Case(endless(), "sent over 262,144 bytes without a declared length; raise"),
@@ -209,7 +209,7 @@ def cases() -> dict[str, Case]:
         "no HTTP": Case(raw(b"220 ftp.example.org ready\r\n"), "attempts: BadStatusLine", THREE),
         "packed, unasked": Case(
             body(gzip.compress(bytes(50 << 20)), Content_Encoding="gzip"),
-            r"attempts: the server sends it packed \(Content-Encoding: gzip\)",
+            r"attempts: the server sends it compressed \(Content-Encoding: gzip\)",
             THREE,
         ),
         "to a file": Case(status(302, Location="file:///etc/passwd"), "attempts: .*302", THREE),
@@ -280,8 +280,8 @@ def test_a_redirect_is_followed_without_the_secret(server: str, tmp_path: Path) 
         (body(b"[" * 100_000), "is damaged"),
         (body(b'{"a.tar": -1}'), "a count is -1"),
         (endless(b" "), "could not be read: over 1,048,576 bytes"),
-        (silent(), "could not be read: nothing came for 0.5 seconds"),
-        (body(gzip.compress(b"{}"), Content_Encoding="gzip"), "could not be read: .*packed"),
+        (silent(), "could not be read: no data for 0.5 seconds"),
+        (body(gzip.compress(b"{}"), Content_Encoding="gzip"), "could not be read: .*compressed"),
     ],
     ids=["counts", "503 once", "403", "503", "HTML", "deep", "-1", "endless", "silent", "packed"],
 )

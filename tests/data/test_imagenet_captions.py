@@ -54,7 +54,7 @@ def test_captions_labels_and_what_is_left_out(
     printed = capsys.readouterr()
     assert printed.out.strip() == str(out)
     assert "imagenet_captions: 3 samples in 2 shards" in printed.err
-    for told in (
+    for message in (
         "1 corrupt image",
         "1 missing image file",
         "1 empty caption",
@@ -62,7 +62,7 @@ def test_captions_labels_and_what_is_left_out(
         "imagenet_captions.json:n02084071/gone.JPEG",
         "imagenet_captions.json, number 6",
     ):
-        assert told in printed.err
+        assert message in printed.err
     # folders and entries together, in the order of their ids
     assert (out / "classes.txt").read_text().split() == [FISH, DOG, CAT]
     assert json.loads((out / "sizes.json").read_text()) == {
@@ -100,7 +100,7 @@ def test_captions_labels_and_what_is_left_out(
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ("{", "give imagenet_captions.json"),
         ("{}", "(no list): give imagenet_captions.json"),
@@ -109,15 +109,15 @@ def test_captions_labels_and_what_is_left_out(
     ],
 )
 def test_files_that_are_not_the_data_set(
-    content: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "c.json").write_text(content)
     words = ["convert", "imagenet-captions", f"{tmp_path}/c.json", f"{tmp_path}/out"]
     assert main([*words, "--image-root", str(tmp_path)]) == 1
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert main([*words, "--image-root", f"{tmp_path}/none"]) == 1
-    assert "none does not exist or is no folder" in capsys.readouterr().err
+    assert "none does not exist or is not a folder" in capsys.readouterr().err
 
 
 def test_texts_on_one_line() -> None:

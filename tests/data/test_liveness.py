@@ -62,8 +62,8 @@ def test_a_hung_loader_ends_the_run_and_its_shard_is_named(
     assert done.returncode == 4, done.stderr[-2000:]
     notes = [line for line in done.stderr.splitlines() if line.startswith("note: rank 0")]
     assert notes and all("for a batch; process" in n and "bad.tar for" in n for n in notes)
-    (verdict,) = (line for line in done.stderr.splitlines() if "stopped: rank 0" in line)
-    assert "(--data-timeout); process" in verdict and "bad.tar for" in verdict
+    (stopped,) = (line for line in done.stderr.splitlines() if "stopped: rank 0" in line)
+    assert "(--data-timeout); process" in stopped and "bad.tar for" in stopped
     # four seconds of waiting, and what the start takes
     assert seconds < 60
 

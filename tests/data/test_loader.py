@@ -112,7 +112,7 @@ def test_an_error_in_a_loader_process_keeps_its_cause(
 
     monkeypatch.setattr(training_samples, "render_view", failing)
     broken = loader(str(make_shard(samples=24)), workers=1)
-    with pytest.raises(RuntimeError, match="the real cause"), broken.naming_the_dead():
+    with pytest.raises(RuntimeError, match="the real cause"), broken.reporting_worker_failure():
         collect(broken.batches(0))
 
 

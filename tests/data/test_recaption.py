@@ -214,7 +214,7 @@ def test_all_members_are_kept_and_every_fault_is_reported(
     printed = capsys.readouterr()
     assert printed.out.strip() == str(out)
     assert "4 captions for 9 samples in 1 shards" in printed.err
-    for told in (
+    for reported in (
         "2 damaged JSON",
         "1 corrupt image",
         "1 image too small",
@@ -222,7 +222,7 @@ def test_all_members_are_kept_and_every_fault_is_reported(
         "1 sample without image",
         f"{source}:2.json",
     ):
-        assert told in printed.err
+        assert reported in printed.err
     assert source.read_bytes() == before
     written = members_of(out / "s.tar")
     captioned = ["a/0000.json", "1.json", "7.json", "long" * 60 + "ü.json"]
@@ -335,7 +335,7 @@ def test_nothing_is_overwritten(
     shard = make_shard("s.tar", samples(2))
     content = shard.read_bytes()
     assert run(shard, tmp_path, "--model", blip) == 1
-    assert f"{shard} exists and stays as it is" in capsys.readouterr().err
+    assert f"{shard} exists and is not overwritten" in capsys.readouterr().err
     assert shard.read_bytes() == content
     (tmp_path / "b").mkdir()
     make_shard("b/s.tar", samples(3))
@@ -382,12 +382,12 @@ def test_prompts_leave_out_what_is_not_there() -> None:
 
 
 def test_options_out_of_range(capsys: pytest.CaptureFixture[str]) -> None:
-    for name, value, told in (
+    for name, value, reported in (
         ("batch_size", 0, "give at least 1"),
         ("temperature", -1.0, "give 0 or more"),
         ("prompt", "{caption}", "--prompt names {caption}"),
     ):
-        with pytest.raises(ValueError, match=re.escape(told)):
+        with pytest.raises(ValueError, match=re.escape(reported)):
             CaptionOptions(**{"model": "m", name: value})
     with pytest.raises(SystemExit):
         main(["convert", "recaption", "--help"])

@@ -1,5 +1,6 @@
 """Remote shards: fetched once, shared, bounded, and what is done when fetching fails."""
 
+import ast
 import json
 import multiprocessing
 import os
@@ -13,11 +14,12 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from fastclip.data import remote
-from fastclip.data.options import DataOptions
+from fastclip.data.options import DataOptions, DatasetType
 from fastclip.data.remote import FetchError, ShardCache
 from fastclip.data.samples import UnreadableSample
-from fastclip.data.shards import ShardSource
+from fastclip.data.shards import ShardSource, expand_shards
 from fastclip.data.sources import open_source
+from tests.test_repo_shape import tracked
 
 MakeShard = Callable[..., Path]
 
@@ -69,7 +71,7 @@ def test_remote_samples_are_the_local_ones(bucket: str, tmp_path: Path) -> None:
 
 
 def test_counts_come_from_either_file_or_one_scan(
-    bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    bucket: str, tmp_path: Path, logged: Callable[[], str]
 ) -> None:
     put(bucket + "sizes.json", b'{"0.tar": 3}')
     put(bucket + "1_stats.json", b'{"successes": 2}')
@@ -77,7 +79,7 @@ def test_counts_come_from_either_file_or_one_scan(
     source = ShardSource(pattern, cache=ShardCache(tmp_path / "cache"))
     assert source.counts == (3, 2, 4, 4)
     assert cached(tmp_path / "cache") == ["2.tar"]
-    assert "1 of 3 remote shards have no count" in capsys.readouterr().err
+    assert "1 of 3 remote shards have no count" in logged()
     for damage in (b"{", b"[]", b'{"0.tar": "x"}', b"\xff"):
         put(bucket + "sizes.json", damage)
         with pytest.raises(ValueError, match=r"memory://bucket/sizes.json is damaged"):
@@ -85,7 +87,7 @@ def test_counts_come_from_either_file_or_one_scan(
 
 
 def test_the_least_recently_used_makes_room(
-    bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    bucket: str, tmp_path: Path, logged: Callable[[], str]
 ) -> None:
     size = (tmp_path / "0.tar").stat().st_size
     folder = tmp_path / "cache"
@@ -106,11 +108,11 @@ def test_the_least_recently_used_makes_room(
     tight = ShardCache(folder, limit=1)
     assert tight.open(bucket + "1.tar").read(1)
     assert cached(folder) == ["1.tar"]
-    assert capsys.readouterr().err == ""
+    assert logged() == ""
     for i in (0, 1, 0):
         tight.open(f"{bucket}{i}.tar").close()
         assert cached(folder) == [f"{i}.tar"]
-    assert capsys.readouterr().err.count("--cache-bytes 1 does not hold the shards in use") == 1
+    assert logged().count("--cache-bytes 1 does not hold the shards in use") == 1
 
 
 def test_other_files_are_never_deleted(bucket: str, tmp_path: Path) -> None:
@@ -239,7 +241,7 @@ def test_faults_name_the_url(bucket: str, tmp_path: Path) -> None:
     put(bucket + "x.tar", b"<html>" * 200)
     with pytest.raises(FetchError, match=r"memory://bucket/x.tar could .*: .* not a tar .*<html>"):
         ShardSource(bucket + "x.tar", cache=ShardCache(tmp_path / "cache"))
-    # what is no tar is not kept: the next run asks anew
+    # what is not a tar is not kept: the next run asks anew
     assert left_in(tmp_path / "cache") == []
     put(bucket + "x.tar", b"\x1f\x8b" + bytes(600))
     with pytest.raises(ValueError, match=r"compressed shard: memory://bucket/x.tar"):
@@ -264,97 +266,45 @@ def test_what_somebody_put_into_the_cache_is_not_read(
         ShardSource(bucket + "0.tar", cache=cache)
 
 
-def alive(pid: int) -> bool:
-    """Whether a process runs; one that ended and was not waited for does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 @pytest.mark.parametrize(
-    "pattern, message",
+    "pattern",
     [
-        ("pipe:touch ran", "--allow-commands"),
-        ("pipe:touch ran; cat {0..2}.tar", "--allow-commands"),
-        ("0.tar::pipe:touch ran", "--allow-commands"),
-        ("PIPE:touch ran", "runs only pipe:COMMAND"),
-        (" pipe:touch ran", "runs only pipe:COMMAND"),
-        ("exec:touch ran", "runs only pipe:COMMAND"),
-        ("sh://touch ran", "runs only pipe:COMMAND"),
-        ("|touch ran", "runs only pipe:COMMAND"),
-        ("reference://ran", "runs only pipe:COMMAND"),
+        "pipe:touch ran",
+        "pipe:touch ran; cat {0..2}.tar",
+        "pipe:cat a.csv",
+        "0.tar::pipe:touch ran",
+        "PIPE:touch ran",
+        " pipe:touch ran",
+        "exec:touch ran",
+        "sh://touch ran",
+        "|touch ran",
+        "reference://ran",
     ],
 )
-def test_commands_are_refused_where_they_are_not_allowed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, message: str
+@pytest.mark.parametrize("kind", ["auto", "webdataset", "csv"])
+def test_commands_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: DatasetType, pattern: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for allowed in {False, "pipe:COMMAND" in message}:
-        options = DataOptions("webdataset", cache_dir=str(tmp_path), allow_commands=allowed)
-        with pytest.raises(ValueError, match=message):
-            open_source(pattern, options, split="train")
+    options = DataOptions(kind, cache_dir=str(tmp_path))
+    message = "runs none; name shards by URLs that fsspec reads.* or mount the storage"
+    with pytest.raises(ValueError, match=message) as error:
+        open_source(pattern, options, split="train")
+    assert repr(pattern.rpartition("::")[2]) in str(error.value)
+    with pytest.raises(ValueError, match=message):
+        expand_shards(pattern)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", ["", " ", "ls\nls", "ls\rls", "ls\0"])
-def test_a_command_is_one_line(tmp_path: Path, command: str) -> None:
-    with pytest.raises(ValueError, match="give one command on one line"):
-        ShardSource(f"pipe:{command}", cache=ShardCache(tmp_path), allow_commands=True)
-
-
-def test_allowed_commands_are_run_once_and_read_as_shards(bucket: str, tmp_path: Path) -> None:
-    # a command may name URLs, and nothing is looked for beside them
-    pattern = f"pipe:echo x >> {tmp_path}/log; : {bucket}; cat {tmp_path}/{{0..2}}.tar | cat"
-    options = DataOptions(cache_dir=str(tmp_path / "cache"), allow_commands=True)
-    source = open_source(pattern, options, split="train")
-    assert source.counts == (4, 4, 4)
-    assert [source.read(shard, 1).key for shard in range(3)] == ["00001", "00005", "00009"]
-    again = open_source(f"{pattern}::{tmp_path}/0.tar", options, split="train")
-    assert again.counts == (4, 4, 4, 4)
-    assert (tmp_path / "log").read_text() == "x\n" * 3
-
-
-@pytest.mark.parametrize(
-    "command, message",
-    [
-        ("cat {0}; echo first >&2; echo last >&2; echo >&2; exit 3", "exit status 3: last$"),
-        ("exit 3", "exit status 3: it said nothing"),
-        ("kill -9 $$", "ended by signal 9"),
-        ("no-such-command", "exit status 127: .*not found"),
-        ("true", "wrote nothing"),
-        ("cat /dev/zero", "wrote over 100,000 bytes and was ended; raise --cache-bytes"),
-    ],
-    ids=["status", "silent", "signal", "unknown", "nothing", "endless"],
-)
-def test_commands_that_fail(bucket: str, tmp_path: Path, command: str, message: str) -> None:
-    pattern = "pipe:" + command.replace("{0}", f"{tmp_path}/0.tar")
-    cache = ShardCache(tmp_path / "cache", limit=100_000)
-    with pytest.raises(FetchError, match=message) as error:
-        ShardSource(pattern, cache=cache, allow_commands=True)
-    assert str(error.value).startswith(pattern)
-    assert left_in(tmp_path / "cache") == []
-
-
-@pytest.mark.parametrize("end", ["wait", "exec >&- 2>&-; sleep 1000"], ids=["open", "closed"])
-def test_a_command_that_hangs_is_ended_with_all_it_started(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
-) -> None:
-    monkeypatch.setattr(remote, "COMMAND_SECONDS", 0.5)
-    command = f"pipe:echo $$ > {tmp_path}/pids; sleep 1000 & echo $! >> {tmp_path}/pids; {end}"
-    with pytest.raises(FetchError, match=r"pids; .* ran for over 0\.5 seconds and was ended"):
-        ShardSource(command, cache=ShardCache(tmp_path / "cache"), allow_commands=True)
-    pids = [int(line) for line in (tmp_path / "pids").read_text().split()]
-    deadline = time.monotonic() + 30
-    while any(map(alive, pids)) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert len(pids) == 2 and not any(map(alive, pids))
-
-
-def test_what_a_command_says_besides_is_not_kept(bucket: str, tmp_path: Path) -> None:
-    command = f"pipe:head -c 10000000 /dev/zero >&2; cat {tmp_path}/0.tar"
-    source = ShardSource(command, cache=ShardCache(tmp_path / "cache"), allow_commands=True)
-    assert source.counts == (4,)
+def test_nothing_of_the_data_starts_a_program() -> None:
+    for path in tracked("fastclip/data/*.py"):
+        imported = {
+            name.split(".")[0]
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for name in [getattr(node, "module", None) or "", *(a.name for a in node.names)]
+        }
+        assert not imported & {"subprocess", "pty"}, path
 
 
 def test_names_in_any_script_become_files(bucket: str, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,16 +91,16 @@ def test_relative_paths_begin_at_the_table_then_here(
     assert all(sample.image.getpixel((0, 0))[0] > 240 for sample in read_all(rooted))
 
 
-def test_columns_and_separators(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_columns_and_separators(images: Path, logged: Callable[[], str]) -> None:
     path = table(images / "t.csv", '0.jpg,7,"a, b"', header="\ufefffilepath,id,title")
     assert read_all(open_csv(path, DataOptions()))[0].texts == ("a, b",)
-    assert "is separated by ',', not '\\t'" in capsys.readouterr().err
+    assert "is separated by ',', not '\\t'" in logged()
     options = DataOptions(csv_separator=",", csv_caption_key="id")
     assert read_all(open_csv(path, options))[0].texts == ("7",)
     assert DataOptions(csv_separator="\\t") == DataOptions()
     with pytest.raises(ValueError, match=r"no column 'text'.*\['filepath', 'id', 'title'\]"):
         open_csv(path, DataOptions(csv_separator=",", csv_caption_key="text"))
-    # told of the separator that the file has
+    # the message has the columns as --csv-separator splits them
     with pytest.raises(ValueError, match=r"no column 'text'.*separator ',' it has \['filepath', "):
         open_csv(path, DataOptions(csv_caption_key="text"))
     with pytest.raises(ValueError, match="csv-separator is ', '; give one character"):
@@ -107,11 +108,11 @@ def test_columns_and_separators(images: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_rows_without_a_caption_are_left_out_with_a_note(
-    images: Path, capsys: pytest.CaptureFixture[str]
+    images: Path, logged: Callable[[], str]
 ) -> None:
     path = table(images / "t.csv", "0.jpg\ta", "", "1.jpg", "2.jpg\t  ", "\tb", "3.jpg\tc")
     assert [s.texts for s in read_all(open_csv(path, DataOptions()))] == [("a",), ("c",)]
-    assert "3 rows without path or caption left out" in capsys.readouterr().err
+    assert "3 rows without path or caption left out" in logged()
 
 
 @pytest.mark.parametrize("last", ["", '4.jpg\t"more'], ids=["once", "twice"])
@@ -124,13 +125,13 @@ def test_a_caption_that_begins_with_a_quotation_mark_swallows_no_rows(
 
 
 def test_a_closed_field_over_several_lines_is_one_row_and_noted(
-    images: Path, capsys: pytest.CaptureFixture[str]
+    images: Path, logged: Callable[[], str]
 ) -> None:
     path = table(images / "t.csv", "0.jpg\ta", '1.jpg\t"b', '2.jpg\tc"', '3.jpg\t"two\nlines"')
     source = open_csv(path, DataOptions())
     assert [s.texts for s in read_all(source)] == [("a",), ("b\n2.jpg\tc",), ("two\nlines",)]
-    assert "1 rows have a field over several lines" in (told := capsys.readouterr().err)
-    assert "line 3" in told
+    assert "1 rows have a field over several lines" in (printed := logged())
+    assert "line 3" in printed
 
 
 def test_a_comma_outside_quotation_marks_cuts_no_caption(images: Path) -> None:
@@ -140,24 +141,22 @@ def test_a_comma_outside_quotation_marks_cuts_no_caption(images: Path) -> None:
 
 
 def test_rows_narrower_than_the_header_are_left_out(
-    images: Path, capsys: pytest.CaptureFixture[str]
+    images: Path, logged: Callable[[], str]
 ) -> None:
     header = "filepath\ttitle\turl"
     path = table(images / "t.csv", "0.jpg\ta\tu", "1.jpg\tu", "2.jpg\tb\tu", header=header)
     assert [s.texts for s in read_all(open_csv(path, DataOptions()))] == [("a",), ("b",)]
-    assert "1 rows with fewer fields than the header left out" in capsys.readouterr().err
+    assert "1 rows with fewer fields than the header left out" in logged()
 
 
-def test_a_long_caption_costs_its_row_only(
-    images: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_long_caption_costs_its_row_only(images: Path, logged: Callable[[], str]) -> None:
     long, limit = "x" * 200_000, csv.field_size_limit()
     rows = f"0.jpg\t{long}", "1.jpg\t" + "é" * (1 << 19) + "!", "2.jpg\tc"
     assert [s.texts for s in read_all(open_csv(table(images / "t.csv", *rows), DataOptions()))] == [
         (long,),
         ("c",),
     ]
-    assert "1 rows with a caption over 1,048,576 bytes left out" in capsys.readouterr().err
+    assert "1 rows with a caption over 1,048,576 bytes left out" in logged()
     assert csv.field_size_limit() == limit
 
 
@@ -202,8 +201,8 @@ def test_unreadable_images_are_faults_and_replaced(images: Path) -> None:
     bad = {
         "gone.jpg": "missing image file",
         "broken.jpg": "corrupt image",
-        "folder.jpg": "image path is no file",
-        "pipe.jpg": "image path is no file",
+        "folder.jpg": "image path is not a file",
+        "pipe.jpg": "image path is not a file",
         "a\0b.jpg": "missing image file",
         "x" * 5000: "missing image file",
     }
@@ -221,7 +220,7 @@ def test_unreadable_images_are_faults_and_replaced(images: Path) -> None:
     assert [len(batch["key"]) for batch in batches] == [11]
     assert set(batches[0]["key"]) <= set(good)
     kinds = Counter(fault.kind for fault in set(batches[0]["faults"]))
-    assert kinds == {"missing image file": 3, "corrupt image": 1, "image path is no file": 2}
+    assert kinds == {"missing image file": 3, "corrupt image": 1, "image path is not a file": 2}
 
 
 def test_a_table_longer_than_a_window_is_shuffled_all_over(images: Path) -> None:
@@ -258,7 +257,7 @@ def some_captions() -> dict:
     }
 
 
-def test_coco_captions(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_coco_captions(images: Path, logged: Callable[[], str]) -> None:
     (images.parent / "val2017").symlink_to(images)
     path = coco(images.parent / "annotations", "captions_val2017.json", some_captions())
     samples = read_all(open_source(str(path), split="train"))
@@ -266,7 +265,7 @@ def test_coco_captions(images: Path, capsys: pytest.CaptureFixture[str]) -> None
         ("3.jpg", ("three",)),
         ("1.jpg", ("one", "uno")),
     ]
-    noted = capsys.readouterr().err
+    noted = logged()
     assert "1 images without captions left out" in noted
     assert "2 captions without text or of unknown images left out" in noted
     # another name gives no folder: the file's own is taken, or the one given
@@ -409,7 +408,7 @@ def test_real_captions_three_ways(real_data: Path, tmp_path: Path) -> None:
 def test_a_file_that_is_no_table_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_text("x" * (17 << 20))
-    with pytest.raises(ValueError, match="is no table in UTF-8"):
+    with pytest.raises(ValueError, match="is not a table in UTF-8"):
         open_csv(path, DataOptions())
 
 
@@ -426,8 +425,12 @@ def test_special_files_are_no_images(images: Path) -> None:
         with pytest.raises(UnreadableSample) as error:
             source.read(0, number)
         kinds.append(error.value.fault.kind)
-    assert kinds[:3] == ["image path is no file", "missing image file", "image path is no file"]
-    assert kinds[4:6] == ["corrupt image", "image path is no file"]
+    assert kinds[:3] == [
+        "image path is not a file",
+        "missing image file",
+        "image path is not a file",
+    ]
+    assert kinds[4:6] == ["corrupt image", "image path is not a file"]
 
 
 def test_templates_that_are_no_text_are_named(tmp_path: Path) -> None:

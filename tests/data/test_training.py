@@ -79,12 +79,12 @@ def test_dali_trains_on_the_same_samples_and_resumes(
     shard = str(make_shard(samples=24))
     flags += ["--train-data", shard, "--augment", "strong", "--text-augment", "strong"]
     losses = {}
-    for backend in ("torchvision", "dali"):
+    for backend in ("cpu", "dali"):
         own = [*flags, "--data-backend", backend, "--logs", f"{tmp_path}/{backend}"]
         assert main(["train", *own, "--save-every-steps", "3"]) == 0
         lines = (tmp_path / backend / "a" / "samples.jsonl").read_text()
         losses[backend] = lines
-    assert losses["dali"] == losses["torchvision"]
+    assert losses["dali"] == losses["cpu"]
 
     run = tmp_path / "dali" / "a" / "checkpoints"
     for path in run.glob("epoch_1*"):

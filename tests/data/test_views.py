@@ -163,7 +163,7 @@ def test_replay_takes_images_tensors_and_vectors() -> None:
     for original in (image, as_tensor(image)):
         for described in (params, params.encode(*image.size)):
             assert torch.equal(replay(original, described, 32), expected)
-    with pytest.raises(ValueError, match="no view of an image of 10 x 10"):
+    with pytest.raises(ValueError, match="not a view of an image of 10 x 10"):
         bad = params.encode(*image.size)
         bad[2] = 1.5
         replay(noise(10, 10), bad, 32)

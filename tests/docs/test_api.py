@@ -45,16 +45,22 @@ def functions() -> Iterator[tuple[str, str, ast.FunctionDef]]:
 
 FUNCTIONS = list(functions())
 # in the data room a random state or a size speaks for itself
-TOLD = [one for one in FUNCTIONS if not one[0].startswith("fastclip.data.")]
+CHECKED = [one for one in FUNCTIONS if not one[0].startswith("fastclip.data.")]
 
 
 def test_the_page_is_what_the_docstrings_say() -> None:
     assert API.PAGE.read_text() == API.page(), "run python docs/make_api.py"
 
 
+def test_examples_are_blocks_of_code() -> None:
+    """Markdown takes an indented line after text for its continuation."""
+    blocks = re.findall(r"(?ms)^```pycon\n(.*?)^```$", API.page())
+    assert sum(block.count(">>>") for block in blocks) == API.page().count(">>>") > 0
+
+
 def test_every_public_name_is_in_it() -> None:
-    told = {entry.name for entry in ENTRIES}
-    assert told >= {f"fastclip.{name}" for name in fastclip.__all__} - {
+    listed = {entry.name for entry in ENTRIES}
+    assert listed >= {f"fastclip.{name}" for name in fastclip.__all__} - {
         "fastclip.functional",
         "fastclip.__version__",
     }
@@ -68,10 +74,10 @@ def test_every_public_name_is_in_it() -> None:
 
 
 def test_every_loss_function_is_in_it() -> None:
-    told = {entry.name for entry in ENTRIES}
+    listed = {entry.name for entry in ENTRIES}
     for node in API.tree("fastclip.functional").body:
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
-            assert f"fastclip.functional.{node.name}" in told
+            assert f"fastclip.functional.{node.name}" in listed
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
@@ -81,7 +87,9 @@ def test_it_has_a_first_line(entry: object) -> None:
     assert re.search(r"[.:]$", first.strip()), first
 
 
-@pytest.mark.parametrize(("name", "docstring", "node"), TOLD, ids=[name for name, _, _ in TOLD])
+@pytest.mark.parametrize(
+    ("name", "docstring", "node"), CHECKED, ids=[name for name, _, _ in CHECKED]
+)
 def test_its_arguments_are_reported(name: str, docstring: str, node: ast.FunctionDef) -> None:
     arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
     for argument in arguments:

@@ -133,7 +133,7 @@ def test_it_parses(page: Page, words: list[str], parsed: Callable[[Sequence[str]
         words = words[1:]
     # a command that is cut short with dots
     words = [word for word in words if word != "..."]
-    assert words[0] in TOOLS, f"{words[0]} is no known tool; add it to TOOLS"
+    assert words[0] in TOOLS, f"{words[0]} is not a known tool; add it to TOOLS"
     TOOLS[words[0]](words, parsed)
 
 

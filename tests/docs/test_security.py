@@ -22,9 +22,9 @@ HELD = {
         f"{DESCRIPTION}::test_unknown_keys_and_forms_are_refused",
     ],
     "checkpoints of DeepSpeed's": ["models/test_sharded.py::test_nothing_runs_unasked"],
-    "data named `pipe:COMMAND`": [
-        f"{REMOTE}::test_commands_are_refused_where_they_are_not_allowed",
-        f"{REMOTE}::test_allowed_commands_are_run_once_and_read_as_shards",
+    "data named by a command": [
+        f"{REMOTE}::test_commands_are_refused",
+        f"{REMOTE}::test_nothing_of_the_data_starts_a_program",
     ],
     "`hf-hub:` models": [
         f"{DESCRIPTION}::test_a_hub_description_is_checked_alike",

@@ -50,8 +50,8 @@ def test_products_of_the_mathematics() -> None:
     for row in table("| loss | forward | backward |"):
         name = row[0].split(",")[0]
         if name in counted and "reduction" not in row[0]:
-            told = tuple(shares.get(c.split(":")[0]) or float(c.split(":")[0]) for c in row[1:3])
-            assert told == PRODUCTS[counted[name]], name
+            listed = tuple(shares.get(c.split(":")[0]) or float(c.split(":")[0]) for c in row[1:3])
+            assert listed == PRODUCTS[counted[name]], name
             seen.add(name)
     assert seen == set(counted)
 
@@ -64,51 +64,53 @@ def test_the_front_pages_names() -> None:
 
 def test_systems() -> None:
     """Its objectives exist, and its recipes train what they stand beside."""
-    told = set()
+    listed = set()
     for cells in table("| `--objective` | what |"):
         objectives, _, recipes = (re.findall(r"`(\w+)`", cell) for cell in cells)
-        told |= set(objectives)
+        listed |= set(objectives)
         for recipe in recipes:
             flags = ["--classes", "names.txt"] if recipe == "classify_text" else []
-            assert parse(["--config", recipe, *flags]).objective in objectives, recipe
-    assert told == set(get_args(Objective))
+            assert parse(["--config", recipe, *flags]).model.objective in objectives, recipe
+    assert listed == set(get_args(Objective))
 
 
 def test_recipes() -> None:
-    told = [name for cells in table("| recipe | what |") for name in names(cells[0])]
-    assert sorted(told) == sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    listed = [name for cells in table("| recipe | what |") for name in names(cells[0])]
+    assert sorted(listed) == sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 def test_evaluations() -> None:
     """It has all commands that measure a model."""
-    told = {name.replace("-", "") for row in table("| `fastclip eval` |") for name in names(row[0])}
+    listed = {
+        name.replace("-", "") for row in table("| `fastclip eval` |") for name in names(row[0])
+    }
     kinds = {get_args(one)[0].__name__.lower() for one in get_args(Command)} - {"list", "table"}
-    assert told == kinds
+    assert listed == kinds
 
 
 def test_benchmarks() -> None:
-    told = {name for row in table("| `fastclip bench` |") for name in names(row[0])}
-    assert told <= {one.__metadata__[0].name for one in get_args(Bench)}
+    listed = {name for row in table("| `fastclip bench` |") for name in names(row[0])}
+    assert listed <= {one.__metadata__[0].name for one in get_args(Bench)}
 
 
 def test_exit_statuses() -> None:
-    told = {
+    listed = {
         status: row[0]
         for row in table("| what happens | what the run does | exit status |")
         for status in re.findall(r"\d+", row[2])
     }
-    assert "SIGTERM" in told[str(stop.EXIT_STATUS)]
-    assert set(told) == {"0", "1", "2", "3", str(watch.EXIT_STATUS), str(stop.EXIT_STATUS)}
+    assert "SIGTERM" in listed[str(stop.EXIT_STATUS)]
+    assert set(listed) == {"0", "1", "2", "3", str(watch.EXIT_STATUS), str(stop.EXIT_STATUS)}
 
 
 def test_implementations() -> None:
-    told = [names(row[0])[0] for row in table("| `backend` | runs on | how |")]
-    assert told == [implementation.name for implementation in IMPLEMENTATIONS["similarity"]]
+    listed = [names(row[0])[0] for row in table("| `backend` | runs on | how |")]
+    assert listed == [implementation.name for implementation in IMPLEMENTATIONS["similarity"]]
 
 
 def test_environment_variables() -> None:
     """All of fastclip's own that the code reads, and none that it does not."""
-    told = [names(row[0])[0] for row in table("| variable | read | what |")]
+    listed = [names(row[0])[0] for row in table("| variable | read | what |")]
     sources = [
         path.read_text()
         for pattern in ("fastclip/*.py", "benchmarks/*.py", "kernels/*.py", "build_tools/*.py")
@@ -116,9 +118,9 @@ def test_environment_variables() -> None:
     ]
     read = set(re.findall(r'"(FASTCLIP_[A-Z_]+)"', "\n".join(sources)))
     options = {f"FASTCLIP_{name}" for name in ("CUDA", "MODULE", "TESTS", "VERSION")}
-    assert read - options <= set(told)
+    assert read - options <= set(listed)
     conftest = (ROOT / "tests" / "conftest.py").read_text()
-    for name in set(told) - read:
+    for name in set(listed) - read:
         if name.startswith("FASTCLIP_"):
             assert name in conftest, f"{name} is read nowhere"
 
@@ -139,12 +141,12 @@ def test_notices_name_every_dependency() -> None:
     project = text.split("[project.scripts]")[0].split("dependencies = [", 1)[1]
     wanted = set(re.findall(r'"([A-Za-z][\w-]*)(?:[<>=]|\[)', project)) - {"fastclip-kernels"}
     rows = table("| package | extra | license |")
-    told = {name.lower() for row in rows for name in re.split(r",\s*", row[0])}
-    assert {name.lower() for name in wanted} - told == set()
+    listed = {name.lower() for row in rows for name in re.split(r",\s*", row[0])}
+    assert {name.lower() for name in wanted} - listed == set()
 
 
 def test_types_of_data() -> None:
-    """What the table shows is told by its text to be what it says."""
+    """What the table lists is recognized by name as the type that it says."""
     shown = [name for row in table("| `--train-data`, `--val-data`") for name in names(row[0])]
     kinds = {guess_type(name.strip("'").replace("...", "a.tar")) for name in shown}
     assert kinds >= {"webdataset", "csv", "coco", "scenes", "synthetic"}
@@ -190,14 +192,14 @@ def test_the_two_commands_exist(command: str) -> None:
 
 
 def test_every_room_is_on_the_map() -> None:
-    told = {path for row in table("| room | what |") for path in names(row[0])}
-    assert all((ROOT / path).exists() for path in told)
+    listed = {path for row in table("| room | what |") for path in names(row[0])}
+    assert all((ROOT / path).exists() for path in listed)
     rooms = {
         f"fastclip/{p.parts[1]}/"
         for f in tracked("fastclip/*.py")
         if len((p := f.relative_to(ROOT)).parts) > 2
     }
-    assert rooms - told <= {"fastclip/kernels/", "fastclip/bench/"}
+    assert rooms - listed <= {"fastclip/kernels/", "fastclip/bench/"}
 
 
 def test_the_front_page_is_short() -> None:

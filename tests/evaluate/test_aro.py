@@ -1,6 +1,7 @@
 """ARO in its published layout: regions, means over groups, shuffled captions and ties."""
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -148,12 +149,12 @@ def test_the_region_is_cut_out(tmp_path: Path) -> None:
 def test_a_region_without_area_is_named(box: tuple[int, ...], tmp_path: Path) -> None:
     entries = [relation("red", "blue", "on"), region("red", box, "red", "blue", relation_name="on")]
     lay_out(tmp_path, visual_genome_relation=entries)
-    with pytest.raises(ValueError, match="entry 1: the box") as told:
+    with pytest.raises(ValueError, match="entry 1: the box") as message:
         evaluate_aro(MODEL, tmp_path, Encoding())
-    assert str(list(box)) in str(told.value) and "(8, 8) pixels" in str(told.value)
+    assert str(list(box)) in str(message.value) and "(8, 8) pixels" in str(message.value)
 
 
-def test_parts_that_are_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_parts_that_are_there(tmp_path: Path, logged: Callable[[], str]) -> None:
     with pytest.raises(FileNotFoundError, match=r"lacks visual_genome_relation\.json, visual"):
         evaluate_aro(MODEL, tmp_path, Encoding())
     order = [{"image_path": "red.jpg", "caption_options": ["red", "blue"]}]
@@ -169,10 +170,12 @@ def test_parts_that_are_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         evaluate_aro(MODEL, tmp_path, Encoding(), ["order"])
     # the command says what was not measured, unless it was not asked for
     assert Aro(model="m", root=tmp_path).measure(MODEL) == metrics
-    told = capsys.readouterr().err
-    assert "visual_genome_relation.json, flickr30k_order.json\n" in told and "coco" not in told
+    message = logged()
+    assert (
+        "visual_genome_relation.json, flickr30k_order.json\n" in message and "coco" not in message
+    )
     Aro(model="m", root=tmp_path, parts=("coco_order",)).measure(MODEL)
-    assert not capsys.readouterr().err
+    assert not logged()
 
 
 def test_missing_images_are_reported_together(tmp_path: Path) -> None:

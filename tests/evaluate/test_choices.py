@@ -129,9 +129,9 @@ FILES = {"one": "one.json", "two": "deep/two.json"}
 
 
 def test_parts_that_are_there(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"lacks one\.json, deep/two\.json; get") as told:
+    with pytest.raises(FileNotFoundError, match=r"lacks one\.json, deep/two\.json; get") as message:
         find_parts("aro", tmp_path, FILES)
-    assert BENCHMARKS["aro"].source in str(told.value)
+    assert BENCHMARKS["aro"].source in str(message.value)
     two = write_json(tmp_path / "deep" / "two.json", [])
     assert find_parts("aro", tmp_path, FILES) == find_parts("aro", tmp_path, FILES, ["two"])
     assert find_parts("aro", tmp_path, FILES) == {"two": two}
@@ -140,7 +140,7 @@ def test_parts_that_are_there(tmp_path: Path) -> None:
         find_parts("aro", tmp_path, FILES, ["one", "two"])
     one = write_json(tmp_path / "one.json", [])
     assert list(find_parts("aro", tmp_path, FILES, ["two", "one"]).values()) == [one, two]
-    with pytest.raises(ValueError, match="no part 'three'; choose of one, two"):
+    with pytest.raises(ValueError, match="no part 'three'; choose from one, two"):
         find_parts("aro", tmp_path, FILES, ["three"])
 
 
@@ -168,9 +168,9 @@ def test_a_line_ends_where_json_says(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
-        ('[{"a": "x"}', "is no valid JSON"),
+        ('[{"a": "x"}', "is not valid JSON"),
         ("[]", "no list of entries"),
         ("{}", "no list of entries"),
         ('"a"', "no list of entries"),
@@ -180,9 +180,9 @@ def test_a_line_ends_where_json_says(tmp_path: Path) -> None:
         ('["a"]', "entry 0"),
     ],
 )
-def test_malformed_entries(content: str, told: str, tmp_path: Path) -> None:
+def test_malformed_entries(content: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "file.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match=told) as error:
+    with pytest.raises(ValueError, match=message) as error:
         read_entries(path, {"a": str})
     assert str(path) in str(error.value)

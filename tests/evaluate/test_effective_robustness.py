@@ -98,7 +98,7 @@ def test_limits_of_a_line(transform: str) -> None:
     assert Line(-0.9, 1, transform).predict(0.0) == 1
     level = Line(0.0, 0.0, transform)
     assert level.predict(0.0) == level.predict(0.3) == level.predict(1.0) == 0.5
-    with pytest.raises(ValueError, match=r"63\.3 is outside \[0, 1\]; give a share"):
+    with pytest.raises(ValueError, match=r"63\.3 is outside \[0, 1\]; give a fraction"):
         Line(0.9, -1, transform).predict(63.3)
     with pytest.raises(ValueError, match="outside"):
         Line(0.9, -1, transform).predict(math.nan)

@@ -96,9 +96,9 @@ def test_files_that_are_missing_or_unreadable_are_named(model: Model, files: lis
         embed_files(model, [ImageFile(files[0]), *absent, absent[0]], Encoding())
     files[1].write_bytes(b"no image")
     boxes = [ImageFile(files[0], (9, 0, 9, 5)), ImageFile(files[1]), ImageFile(files[2])]
-    with pytest.raises(ValueError, match="2 of 3 image files are unreadable") as told:
+    with pytest.raises(ValueError, match="2 of 3 image files are unreadable") as written:
         embed_files(model, boxes, Encoding())
-    assert "green.jpg" in str(told.value) and "(9, 0, 9, 5)" in str(told.value)
+    assert "green.jpg" in str(written.value) and "(9, 0, 9, 5)" in str(written.value)
     with pytest.raises(ValueError, match="no image files"):
         embed_files(model, [], Encoding())
 
@@ -213,8 +213,8 @@ def test_zeroshot_in_clip_benchmarks_layout(
     assert metrics["acc1"] == pytest.approx(sum(hits) / 5, abs=1e-12)
     recall = sum(sum(of_class) / len(of_class) for of_class in right.values()) / 3
     assert metrics["mean_per_class_recall"] == pytest.approx(recall, abs=1e-12)
-    told = json.loads(next(Path("eval").glob("*/zeroshot_wds_colors.json")).read_text())
-    assert told["dataset"] == "wds_colors" and told["metrics"] == metrics
+    written = json.loads(next(Path("eval").glob("*/zeroshot_wds_colors.json")).read_text())
+    assert written["dataset"] == "wds_colors" and written["metrics"] == metrics
 
 
 def test_each_line_is_a_caption_in_clip_benchmarks_layout(
@@ -294,9 +294,9 @@ def test_linear_probe_on_the_command_line(
     pytest.importorskip("fastclip.evaluate.linear_probe")
     train, test = folders
     metrics = run(["linear-probe", "--train-data", train, "--data", test, *opened], capsys)
-    told = json.loads(next(Path("eval").glob("*/linear_probe_test.json")).read_text())
-    assert told["task"] == "linear_probe" and told["dataset"] == "test"
-    assert told["metrics"] == metrics
+    written = json.loads(next(Path("eval").glob("*/linear_probe_test.json")).read_text())
+    assert written["task"] == "linear_probe" and written["dataset"] == "test"
+    assert written["metrics"] == metrics
 
 
 def test_a_linear_probe_is_not_tested_on_what_it_was_trained_on(

@@ -40,7 +40,7 @@ def test_every_weight_is_what_encoding_at_it_gives(model: Model) -> None:
         model.model.head_weight.fill_(weight)
         found = evaluate_zeroshot(model, embedded(model), CLASSES, TEMPLATES)
         assert found["acc1"] == accuracy, weight
-    assert len(set(swept.values())) > 1, "every weight is alike: nothing was told apart"
+    assert len(set(swept.values())) > 1, "every weight is alike: nothing depends on it"
 
 
 def test_the_best_weight_nearest_the_middle() -> None:

@@ -12,8 +12,8 @@ from fastclip.data.faults import FaultLog
 from fastclip.data.sources import SceneSource
 from fastclip.evaluate.features import ImageFeatures, embed_images
 from fastclip.evaluate.linear_probe import linear_probe
+from fastclip.models.classifier import Classifier
 from fastclip.models.clip import Model
-from fastclip.models.controls import Classifier
 
 
 def images(features: Tensor, labels: list[int | None]) -> ImageFeatures:

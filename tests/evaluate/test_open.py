@@ -71,7 +71,7 @@ def test_a_folder_like_a_repository_of_the_hub(made: Model, folder: Path) -> Non
     assert torch.equal(opened.preprocess(image), made.preprocess(image))
 
 
-def test_a_result_tells_which_model_it_is_of(
+def test_a_result_names_its_model(
     folder: Path,
     tiny_model: str,
     tmp_path: Path,
@@ -82,8 +82,8 @@ def test_a_result_tells_which_model_it_is_of(
     few = ["--num-samples", "20", "--workers", "0"]
     assert main(["eval", "zeroshot", "--model", "local-dir:repository", *few]) == 0
     printed = json.loads(capsys.readouterr().out)
-    told = json.loads((tmp_path / "eval/local-dir_repository/zeroshot_scenes.json").read_text())
-    assert told["model"] == "local-dir:repository" and told["pretrained"] == ""
+    written = json.loads((tmp_path / "eval/local-dir_repository/zeroshot_scenes.json").read_text())
+    assert written["model"] == "local-dir:repository" and written["pretrained"] == ""
 
     file = "repository/open_clip_pytorch_model.bin"
     flags = ["--model", "tiny.json", "--pretrained", file, "--output", "r.json"]
@@ -91,7 +91,7 @@ def test_a_result_tells_which_model_it_is_of(
     again = json.loads((tmp_path / "r.json").read_text())
     assert again["model"] == "tiny.json" and again["pretrained"] == file
     # the same weights, found in two ways
-    assert told["metrics"] == again["metrics"] == printed
+    assert written["metrics"] == again["metrics"] == printed
 
 
 def test_a_run_and_its_checkpoint(train_flags: list[str]) -> None:
@@ -100,7 +100,7 @@ def test_a_run_and_its_checkpoint(train_flags: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "told"),
+    ("name", "options", "written"),
     [
         ("ViT-B-23", {}, r"'ViT-B-23' is unknown; near names: ViT-B-32"),
         ("ViT-B-23", {"pretrained": "openai"}, r"near names: ViT-B-32"),
@@ -110,8 +110,8 @@ def test_a_run_and_its_checkpoint(train_flags: list[str]) -> None:
         ("local-dir:/nowhere", {"pretrained": "openai"}, "brings its own weights"),
     ],
 )
-def test_refused(name: str, options: dict, told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_refused(name: str, options: dict, written: str) -> None:
+    with pytest.raises(ValueError, match=written):
         open_model(name, **options)
 
 

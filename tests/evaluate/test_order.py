@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,7 @@ def test_images_without_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ("[]", "Karpathy's format"),
         ("{", "Karpathy's format"),
@@ -182,10 +183,10 @@ def test_images_without_folder(tmp_path: Path) -> None:
         ('{"annotations": []}', "it has no 'images'"),
     ],
 )
-def test_malformed_captions(content: str, told: str, tmp_path: Path) -> None:
+def test_malformed_captions(content: str, message: str, tmp_path: Path) -> None:
     source = tmp_path / "dataset.json"
     source.write_text(content)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         write_order_cases(source, tmp_path / "out.json", tag)
     assert not (tmp_path / "out.json").exists()
 
@@ -193,9 +194,9 @@ def test_malformed_captions(content: str, told: str, tmp_path: Path) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("spacy") is not None, reason="spaCy is installed")
 def test_without_spacy(tmp_path: Path) -> None:
     source = karpathy(tmp_path / "dataset_coco.json", ("test", "1.jpg", [CAPTION]))
-    with pytest.raises(ModuleNotFoundError, match=r"fastclip-kernels\[tagger\]") as told:
+    with pytest.raises(ModuleNotFoundError, match=r"fastclip-kernels\[tagger\]") as message:
         AroOrder(source, tmp_path / "coco_order.json").run()
-    assert told.value.name == "spacy" and "spacy download en_core_web_sm" in str(told.value)
+    assert message.value.name == "spacy" and "spacy download en_core_web_sm" in str(message.value)
 
 
 class _Token:
@@ -204,7 +205,7 @@ class _Token:
 
 
 def test_spacy_is_asked_for_tags(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: Callable[[], str]
 ) -> None:
     """With a stand-in for the package; a model that is not there is reported."""
 
@@ -223,4 +224,4 @@ def test_spacy_is_asked_for_tags(
     AroOrder(source, tmp_path / "coco_order.json").run()
     write_order_cases(source, tmp_path / "same.json", tag)
     assert (tmp_path / "coco_order.json").read_text() == (tmp_path / "same.json").read_text()
-    assert "coco_order.json: 1 cases" in capsys.readouterr().err
+    assert "coco_order.json: 1 cases" in logged()

@@ -19,17 +19,17 @@ def lay_out(name: str, root: Path) -> None:
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_what_is_missing_is_reported_with_where_to_get_it(name: str, tmp_path: Path) -> None:
     benchmark = BENCHMARKS[name]
-    with pytest.raises(FileNotFoundError) as told:
+    with pytest.raises(FileNotFoundError) as message:
         require(name, tmp_path)
-    assert all(file in str(told.value) for file in benchmark.files)
-    assert benchmark.source in str(told.value)
+    assert all(file in str(message.value) for file in benchmark.files)
+    assert benchmark.source in str(message.value)
     lay_out(name, tmp_path)
     assert require(name, tmp_path) == tmp_path
     first, *others = benchmark.files
     (tmp_path / first.replace("*", "1")).unlink()
-    with pytest.raises(FileNotFoundError, match="lacks") as told:
+    with pytest.raises(FileNotFoundError, match="lacks") as message:
         require(name, tmp_path)
-    before_source = str(told.value).split("; get")[0]
+    before_source = str(message.value).split("; get")[0]
     assert first in before_source and not any(other in before_source for other in others)
 
 

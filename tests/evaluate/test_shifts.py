@@ -29,8 +29,8 @@ from fastclip.evaluate.shifts import (
     read_metrics,
     shifts_in,
 )
+from fastclip.models.classifier import Classifier
 from fastclip.models.clip import Model
-from fastclip.models.controls import Classifier
 from fastclip.train.config import parse
 from fastclip.train.loop import train
 from tests.evaluate.test_imagenet import write_image, write_mappings
@@ -340,12 +340,12 @@ def test_command_line(run: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
     plot, output = tmp_path / "plot.png", tmp_path / "result.json"
     command += f"--plot {plot} --output {output} --compare {baseline[2]} --baseline "
     assert main([*command.split(), *baseline]) == 0
-    told = capsys.readouterr()
-    metrics = json.loads(told.out)
+    printed = capsys.readouterr()
+    metrics = json.loads(printed.out)
     assert shifts_in(metrics) == ["style", "more"]
     foretold = baseline_from_results(list(map(Path, baseline)))["style"].predict(metrics["acc1"])
     assert metrics["style"]["rho"] == pytest.approx(metrics["style"]["acc1"] - foretold)
-    assert f"{100 * metrics['style']['rho']:+.1f} points" in told.err
+    assert f"{100 * metrics['style']['rho']:+.1f} points" in printed.err
     assert read_metrics(output) == metrics
     assert (tmp_path / "plot_style.png").is_file() and (tmp_path / "plot_more.png").is_file()
 
@@ -361,9 +361,9 @@ def test_imagenet_on_the_command_line(
     plot, output = tmp_path / "plot.png", tmp_path / "result.json"
     command = f"eval robustness --model {run} --workers 0 --device cpu --root {tmp_path} "
     assert main((command + f"--plot {plot} --output {output}").split()) == 0
-    told = capsys.readouterr()
-    assert "left out: imagenet-sketch, imagenet-r, imagenet-a, objectnet" in told.err
-    assert shifts_in(json.loads(told.out)) == ["imagenetv2"] and plot.is_file()
+    printed = capsys.readouterr()
+    assert "left out: imagenet-sketch, imagenet-r, imagenet-a, objectnet" in printed.err
+    assert shifts_in(json.loads(printed.out)) == ["imagenetv2"] and plot.is_file()
     assert json.loads(output.read_text())["dataset"] == "imagenet"
 
 

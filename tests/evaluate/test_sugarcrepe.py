@@ -1,6 +1,7 @@
 """SugarCrepe in its published layout, with a planned model and with real cases."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -83,9 +84,9 @@ def test_sets_that_are_there(tmp_path: Path) -> None:
 
 
 def test_nothing_there(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"sugar_crepe/add_att\.json") as told:
+    with pytest.raises(FileNotFoundError, match=r"sugar_crepe/add_att\.json") as message:
         evaluate_sugarcrepe(planned_model(TEXTS), tmp_path, Encoding())
-    assert "github.com/RAIVNLab/sugar-crepe" in str(told.value)
+    assert "github.com/RAIVNLab/sugar-crepe" in str(message.value)
 
 
 def test_missing_images_are_named(tmp_path: Path) -> None:
@@ -118,7 +119,12 @@ def test_real_cases(real_data: Path) -> None:
     assert metrics["swap_obj"] == right / len(published)
 
 
-def test_command(tmp_path: Path, tiny_model: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command(
+    tmp_path: Path,
+    tiny_model: str,
+    capsys: pytest.CaptureFixture[str],
+    logged: Callable[[], str],
+) -> None:
     lay_out(tmp_path / "data", {"add_att": [("red", "red", "blue")]})
     weights = tmp_path / "weights.pt"
     torch.save(create(tiny_model).model.state_dict(), weights)
@@ -132,8 +138,8 @@ def test_command(tmp_path: Path, tiny_model: str, capsys: pytest.CaptureFixture[
         output=output,
     )
     assert command.run() == 0
-    told = capsys.readouterr()
+    message = capsys.readouterr()
     result = json.loads(output.read_text())
     assert result["dataset"] == "sugarcrepe" and result["task"] == "image_caption_selection"
-    assert result["metrics"] == json.loads(told.out) and result["metrics"]["sets"] == 1
-    assert "add_obj.json" in told.err and "add_att.json" not in told.err
+    assert result["metrics"] == json.loads(message.out) and result["metrics"]["sets"] == 1
+    assert "add_obj.json" in (noted := logged()) and "add_att.json" not in noted

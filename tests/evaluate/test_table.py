@@ -12,8 +12,8 @@ from fastclip.evaluate.results import read_result, write_result
 
 def result(folder: Path, name: str, dataset: str, metrics: dict[str, Any], **model: str) -> str:
     path = folder / f"{name}.json"
-    told = {"model": "ViT-B-32", "pretrained": "openai", **model}
-    write_result(path, dataset=dataset, task="t", metrics=metrics, **told)
+    message = {"model": "ViT-B-32", "pretrained": "openai", **model}
+    write_result(path, dataset=dataset, task="t", metrics=metrics, **message)
     return str(path)
 
 
@@ -52,15 +52,15 @@ def test_two_values_of_the_same_are_refused(
     other = result(tmp_path, "b", "scenes", {"acc1": 0.25})
     assert main(["eval", "table", one, one]) == 0
     assert main(["eval", "table", one, other]) == 1
-    told = capsys.readouterr().err
-    assert "ViT-B-32 openai differ in scenes acc1: 0.5 and 0.25; leave one out" in told
+    message = capsys.readouterr().err
+    assert "ViT-B-32 openai differ in scenes acc1: 0.5 and 0.25; leave one out" in message
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
-        ("{", "is no result of an evaluation"),
-        ("\x80", "is no result of an evaluation"),
+        ("{", "is not an evaluation result"),
+        ("\x80", "is not an evaluation result"),
         ("[1]", "lacks dataset, model, pretrained, task, metrics"),
         (json.dumps({"dataset": "d", "model": "m", "task": "t", "metrics": {}}), "pretrained"),
         (
@@ -69,10 +69,10 @@ def test_two_values_of_the_same_are_refused(
         ),
     ],
 )
-def test_a_file_that_is_no_result_is_named(tmp_path: Path, content: str, told: str) -> None:
+def test_a_file_that_is_no_result_is_named(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "other.json"
     path.write_bytes(content.encode("latin1"))
-    with pytest.raises(ValueError, match=told) as error:
+    with pytest.raises(ValueError, match=message) as error:
         read_result(path)
     assert str(path) in str(error.value)
 

@@ -172,7 +172,7 @@ def test_sequence_first_layers() -> None:
 def test_models_without_such_layers_are_refused() -> None:
     with pytest.raises(ValueError, match="no timm Attention layer"):
         fastclip.patch_timm(nn.Linear(3, 3))
-    with pytest.raises(ValueError, match="Linear is no CLIP or SigLIP"):
+    with pytest.raises(ValueError, match="Linear is not a CLIP or SigLIP"):
         fastclip.patch_transformers(nn.Linear(3, 3))
 
 

@@ -27,7 +27,7 @@ from tests.ops.test_attention import oracle, tensors
 
 pytestmark = pytest.mark.skipif(
     not INTERPRETED,
-    reason="a GPU is there: fastclip.bench.attention --check runs the kernels on it",
+    reason="a GPU is there: fastclip.bench.attention_lab --check runs the kernels on it",
 )
 
 LENGTHS = (1, 5, 16, 17, 33, 49, 50, 64, 77, 112, 196, 197, 240, 256, 257, 576, 577)

@@ -21,7 +21,7 @@ TILINGS = {
 
 
 @pytest.mark.parametrize("tiling", TILINGS.values(), ids=TILINGS)
-# 48 columns are no multiple of the step of 32; 77 are not aligned for a descriptor
+# 48 columns are not a multiple of the step of 32; 77 are not aligned for a descriptor
 @pytest.mark.parametrize("width", [48, 77])
 @pytest.mark.parametrize("name", ["clip", "clip_grouped", "info_nce", "siglip", "mp_nce"])
 def test_against_float64(

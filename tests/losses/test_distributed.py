@@ -1,4 +1,4 @@
-"""The losses over several gloo ranks against open_clip's and against one process."""
+"""The losses over several gloo ranks against open_clip and against one process."""
 
 import functools
 from collections.abc import Callable
@@ -50,7 +50,7 @@ def other_losses(module: Any, rank: int, world: int) -> dict[str, list[Tensor]]:
     own = slice(rank * ROWS, (rank + 1) * ROWS)
     place = {"rank": rank, "world_size": world}
     teacher = [t[: world * ROWS][own].flip(1) for t in features()]
-    losses = {way: module.SigLipLoss(**place, dist_impl=way) for way in EXCHANGES}
+    losses = {exchange: module.SigLipLoss(**place, dist_impl=exchange) for exchange in EXCHANGES}
     losses["distill"] = module.DistillClipLoss(**place, **MODES["global"])
     losses["distill local"] = module.DistillClipLoss(**place, **MODES["local"])
     ntxent = lightly.NTXentLoss if module is open_clip.loss else fastclip.NTXentLoss

@@ -106,12 +106,13 @@ def draw(number: int) -> Draw:
     reduction = source.pick("mean", "mean", "sum", "none")
     anchors = n * len(blocks) if loss in ("mp_nce", "nt_xent") else n
     chunk = source.pick(None, None, source.random.randint(1, 4 * n * max(rows)))
+    keep = source.pick(None, 0)
     return Draw(
         loss,
         blocks,
         [s.to(scale_dtype) for s in scalars],
         static,
-        {"reduction": reduction, "backend": backend, "chunk_bytes": chunk},
+        {"reduction": reduction, "backend": backend, "chunk_bytes": chunk, "keep_bytes": keep},
         dtype != torch.float64 and source.chance(0.15),
         anchors,
         source.normal(anchors) if reduction == "none" else None,

@@ -109,9 +109,9 @@ def work(rank: int, world: int, folder: str) -> None:
     sizes = ROWS[world]
     own = [view.split(sizes)[rank] for view in inputs(sum(sizes))]
     results = {
-        (name, way): value_and_gradients(fast, own, dist=way, sizes=sizes)
+        (name, exchange): value_and_gradients(fast, own, dist=exchange, sizes=sizes)
         for name, (_, fast) in LOSSES.items()
-        for way in ("gather", "ring")
+        for exchange in ("gather", "ring")
     }
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -125,15 +125,15 @@ def test_several_ranks_equal_the_oracle_of_all_rows(world: int, tmp_path: Path) 
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
     for name, (slow, _) in LOSSES.items():
         value, *gradients, scale = value_and_gradients(slow, inputs(sum(sizes)))
-        for way in ("gather", "ring"):
+        for exchange in ("gather", "ring"):
             for rank, results in enumerate(ranks):
-                found_value, *found, _ = results[name, way]
+                found_value, *found, _ = results[name, exchange]
                 torch.testing.assert_close(found_value, value, rtol=1e-10, atol=1e-12)
                 for whole, part in zip(gradients, found, strict=True):
                     # W times the full batch's, for data-parallel averaging
                     expected = world * whole.split(sizes)[rank]
                     torch.testing.assert_close(part, expected, rtol=1e-10, atol=1e-12)
-            averaged = sum(results[name, way][-1] for results in ranks) / world
+            averaged = sum(results[name, exchange][-1] for results in ranks) / world
             torch.testing.assert_close(averaged, scale, rtol=1e-10, atol=1e-12)
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastclip.models.clip import create
-from fastclip.models.system import System
+from fastclip.models.system import Features, Outputs, System
 from tests.train.conftest import TINY_MODEL
 
 WIDTH = TINY_MODEL["embed_dim"]
@@ -67,8 +67,7 @@ def loss_and_gradients(
     output = system(batch)
     if teacher is not None:
         with torch.no_grad():
-            features = teacher.features(batch)
-        output |= {f"teacher.{name}": value for name, value in features.items()}
+            output |= Outputs(Features(), {}, teacher.features(batch)).flat()
     loss = system.loss(output, teacher, **exchange)
     loss.backward()
     grads = {n: p.grad for n, p in system.named_parameters() if p.grad is not None}

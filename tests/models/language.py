@@ -7,7 +7,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 
-from fastclip.models.semantic import LanguageModelTower
+from fastclip.models.language_model import LanguageModelTower
 
 TEXTS = ["a red cube", "a blue ball on a red cube", "two green cones", "a ball left of a cone"]
 LAYERS, WIDTH, CONTEXT = 3, 16, 24

@@ -42,7 +42,7 @@ def ours(folder: Path) -> tuple[Path, list[Reader]]:
 
 
 def open_clips(folder: Path) -> tuple[Path, list[Reader]]:
-    """One of open_clip's trainer: nothing vouches for it but the zip's own sums."""
+    """A file of the open_clip trainer: nothing vouches for it but the zip's own sums."""
     torch.save({**training_state(), "name": "x"}, folder / "c.pt")
     return folder / "c.pt", [checkpoint.read, checkpoint.read_weights]
 

@@ -128,7 +128,7 @@ def test_the_stages_of_attention_can_be_unlocked_under_the_gradient_cache() -> N
 )
 def test_recipes_train_what_they_are_named_after(recipe: str, model: str, samples: int) -> None:
     config = parse(["--config", recipe])
-    assert (config.model, config.step_samples(1)) == (model, samples)
+    assert (config.model.model, config.optim.step_samples(1)) == (model, samples)
     # or the gradient cache refuses the tower's batch normalization
-    locked = config.lock_image and config.lock_image_freeze_bn_stats
-    assert locked == (config.accum_freq > 1)
+    locked = config.model.lock_image and config.model.lock_image_freeze_bn_stats
+    assert locked == (config.optim.accum_freq > 1)

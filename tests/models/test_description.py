@@ -11,8 +11,8 @@ import pytest
 from fastclip.models import description
 from fastclip.models.build import load
 from fastclip.models.clip import create
+from fastclip.models.language_model import LanguageModelTower
 from fastclip.models.open import open_model
-from fastclip.models.semantic import LanguageModelTower
 
 TINY: dict[str, Any] = {
     "embed_dim": 8,

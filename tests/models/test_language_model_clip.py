@@ -1,4 +1,4 @@
-"""Models of open_clip's with a language model as text tower."""
+"""Models of open_clip with a language model as text tower."""
 
 import copy
 import json
@@ -9,15 +9,15 @@ import torch
 from torch import nn
 
 from fastclip.models.clip import CONFIG_FILE, Model, create
+from fastclip.models.language_model import with_language_model
 from fastclip.models.options import SystemOptions
-from fastclip.models.semantic import with_language_model
 from tests.models.language import make_language_model
 from tests.train.conftest import TINY_MODEL
 
 
 @pytest.fixture(params=[False, True], ids=["CLIP", "CustomTextCLIP"])
 def tiny(request: pytest.FixtureRequest, tmp_path: Path) -> Model:
-    """A model of open_clip's of each class: 16 pixels, features of 16."""
+    """An open_clip model of each class: 16 pixels, features of 16."""
     path = tmp_path / "tiny.json"
     path.write_text(json.dumps({**TINY_MODEL, "custom_text": request.param}))
     return create(str(path), siglip=True)

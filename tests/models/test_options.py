@@ -37,7 +37,7 @@ def test_what_training_begins_with_is_no_part_of_the_model() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"strong_views": 2}, "--strong-views is for slip, uniclip, simclr, .*, not clip"),
         ({"objective": "swalip", "strong_views": 1}, "--strong-views is 1; swalip contrasts 2"),
@@ -65,6 +65,6 @@ def test_what_training_begins_with_is_no_part_of_the_model() -> None:
         ({"objective": "classify", "classifier": "zeroshot"}, "give --finetune"),
     ],
 )
-def test_contradictions(options: dict[str, Any], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_contradictions(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         SystemOptions(**options)

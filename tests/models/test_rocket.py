@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastclip.models.options import SystemOptions
 from fastclip.models.rocket import Rocket
+from fastclip.models.system import Features, Outputs
 from fastclip.train.accumulate import accumulate
 from tests.models.harness import (
     WIDTH,
@@ -244,8 +245,8 @@ def test_micro_batches_give_the_gradients_of_the_whole_batch(case: str, tmp_path
     whole = loss_and_gradients(system, BATCH, teacher)
 
     def taught(batch: Batch) -> dict[str, Tensor]:
-        features = teacher.features(batch) if teacher is not None else {}
-        return {f"teacher.{name}": rows for name, rows in features.items()}
+        features = Features() if teacher is None else teacher.features(batch)
+        return Outputs(Features(), {}, features).flat()
 
     system, teacher = build(case, tmp_path)
     loss = accumulate(
@@ -325,7 +326,7 @@ def test_without_strong_heads_encodings_are_the_weak_part(case: str, tmp_path: P
 def test_it_is_saved_whole(case: str, tmp_path: Path) -> None:
     system = make(tmp_path, **CASES[case])
     # running statistics move
-    system.train().criterion.heads(system.features(BATCH))
+    system.train().criterion.heads(system.features(BATCH).views())
     system.head_weight.fill_(0.3)
     torch.save(system.state_dict(), tmp_path / "weights.pt")
     again = make(tmp_path, seed=5, **CASES[case])
@@ -366,8 +367,7 @@ def test_scales_begin_as_the_papers_and_are_bounded(tmp_path: Path) -> None:
     for name, temperature in zip(names, (0.07, 0.1), strict=True):
         assert math.isclose(system.get_parameter(name).item(), -math.log(temperature), rel_tol=1e-6)
     assert system.bounds == dict.fromkeys(names, (0, math.log(100)))
-    name, scale = system.logit_scale_of
-    assert math.isclose(scale(system.get_parameter(name)).item(), 1 / 0.07, rel_tol=1e-6)
+    assert math.isclose(system.logit_scale(system.get_parameter), 1 / 0.07, rel_tol=1e-6)
     assert Rocket(tiny_towers(tmp_path), WIDTH, strong_views=0).bounds.keys() == {names[0]}
 
 

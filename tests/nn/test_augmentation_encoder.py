@@ -36,7 +36,7 @@ def test_the_formula_of_a_block() -> None:
 
 
 def test_it_learns_what_depends_on_the_augmentation() -> None:
-    """A target that the feature alone does not tell: its sign is that of the flip."""
+    """A target that the feature alone does not predict: its sign is that of the flip."""
     torch.manual_seed(0)
     params = drawn(1024)
     flip = params[:, 4]
@@ -44,21 +44,21 @@ def test_it_learns_what_depends_on_the_augmentation() -> None:
     features = torch.randn(1024, 4)
     target = features[:, :1] * (2 * flip[:, None] - 1)
 
-    def fitted(told: torch.Tensor) -> float:
+    def fitted(given: torch.Tensor) -> float:
         torch.manual_seed(1)
         encoder, head = AugmentationEncoder(PARAMS, (32, 32)), ResidualHead(4, 32, 1, hidden=32)
         parameters = [*encoder.parameters(), *head.parameters()]
         optimizer = torch.optim.Adam(parameters, lr=1e-2)
         for _ in range(150):
-            loss = F.mse_loss(head(features, encoder(told)), target)
+            loss = F.mse_loss(head(features, encoder(given)), target)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         return loss.item()
 
     neutral = AugmentationParams.identity(64, 48).encode(64, 48).expand(1024, -1)
-    told, untold = fitted(params), fitted(neutral)
-    assert told < 0.1 < 0.4 < untold
+    given, withheld = fitted(params), fitted(neutral)
+    assert given < 0.1 < 0.4 < withheld
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from tests.ops import oracles
 
 @dataclass
 class Case:
-    """Inputs of one loss: float64 leaves (features first, then scalars), and what is no leaf."""
+    """Inputs of one loss: float64 leaves (features first, then scalars), and what is not a leaf."""
 
     leaves: list[Tensor]
     features: int

@@ -1,5 +1,6 @@
 """Every loss over several gloo ranks with unequal shares against one process, in float64."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
@@ -22,7 +23,7 @@ from tests.ops.cases import LOSSES, Case, divisor, theirs, unit
 
 SIZES = {1: (6,), 2: (5, 3), 3: (4, 1, 3), 4: (2, 5, 1, 3)}
 WIDTH = 7
-WAYS = ("gather", "ring")
+EXCHANGES = ("gather", "ring")
 BACKENDS = ("torch", "reference")
 LOW_PRECISION = [
     (torch.bfloat16, "torch"),
@@ -91,8 +92,11 @@ def run_share(
     leaves = [leaf.clone().requires_grad_() for leaf in own.leaves]
     base = LOSSES[name.removesuffix("_hard")]
     metrics: dict[str, Tensor] = {}
-    if name in ("clip", "info_nce", "mp_nce", "nt_xent") and reduction == "mean":
-        options["metrics"] = metrics
+    if reduction == "mean":
+        # losses of single anchors keep the exponentials
+        options["keep_bytes"] = 0
+        if name in ("clip", "info_nce", "mp_nce", "nt_xent"):
+            options["metrics"] = metrics
     sizes = SIZES[world]
     loss = base.run(leaves, own.static, reduction=reduction, sizes=sizes, **options)
     if reduction == "none":
@@ -118,22 +122,25 @@ def work(rank: int, world: int, folder: str) -> None:
     for name in NAMES:
         torch.manual_seed(0)
         case = make(name, world)
-        for way in WAYS:
+        for exchange in EXCHANGES:
             for backend in BACKENDS:
                 # small chunks: several of them
-                options: dict[str, Any] = {"dist": way, "backend": backend, "chunk_bytes": 100}
+                options: dict[str, Any] = {"dist": exchange, "backend": backend, "chunk_bytes": 100}
                 for reduction in ("mean", "none"):
-                    key = name, way, backend, reduction
+                    key = name, exchange, backend, reduction
                     results[key] = run_share(name, case, world, rank, reduction, **options)
-            repeated = run_share(name, case, world, rank, dist=way, chunk_bytes=100)
-            first = results[name, way, "torch", "mean"]
-            results[name, way, "same bits"] = all(
+            repeated = run_share(name, case, world, rank, dist=exchange, chunk_bytes=100)
+            first = results[name, exchange, "torch", "mean"]
+            results[name, exchange, "same bits"] = all(
                 map(torch.equal, repeated["gradients"], first["gradients"])
             )
     results["few keys"] = few_keys(world, rank)
     results["means"] = means_of_more_columns(world, rank)
-    results["counts"] = {way: counts(world, rank, way) for way in WAYS}
-    results["low precision"] = {way: low_precision(world, rank, way) for way in WAYS}
+    results["flagged"] = [flagged_on_one_rank(world, rank, exchange) for exchange in EXCHANGES]
+    results["counts"] = {exchange: counts(world, rank, exchange) for exchange in EXCHANGES}
+    results["low precision"] = {
+        exchange: low_precision(world, rank, exchange) for exchange in EXCHANGES
+    }
     if world == 2:
         results["compiled"] = compiled(world, rank)
     if world == 4:
@@ -151,9 +158,9 @@ def few_keys(world: int, rank: int) -> list[bool]:
     per_query = oracles.info_nce(*leaves, torch.tensor(9.0), {"positive_index": everywhere})
     wanted = torch.autograd.grad(per_query.mean(), leaves)
     equal = []
-    for way, backend in product(WAYS, BACKENDS):
+    for exchange, backend in product(EXCHANGES, BACKENDS):
         own = [t.detach().chunk(world)[rank].clone().requires_grad_() for t in whole]
-        loss = functional.info_nce_loss(*own, 9.0, index, dist=way, backend=backend)
+        loss = functional.info_nce_loss(*own, 9.0, index, dist=exchange, backend=backend)
         got = torch.autograd.grad(loss, own)
         equal.append(close(loss, per_query.mean()))
         for gradient, want in zip(got, wanted, strict=True):
@@ -174,9 +181,9 @@ def means_of_more_columns(world: int, rank: int) -> list[bool]:
     )
     wanted = [g.chunk(world)[rank] for g in torch.autograd.grad(total, leaves)]
     equal = []
-    for way, backend in product(WAYS, BACKENDS):
+    for exchange, backend in product(EXCHANGES, BACKENDS):
         own = [t.chunk(world)[rank].clone().requires_grad_() for t in whole]
-        options: dict[str, Any] = {"dist": way, "backend": backend, "means": True}
+        options: dict[str, Any] = {"dist": exchange, "backend": backend, "means": True}
         found = functional.similarity_statistics(*own, 9.0, column_statistics=False, **options)
         equal += [close(found.row_mean, rows[rank]), close(found.column_mean, columns[rank][:2])]
         loss = (found.row_mean * weights).sum() - 3 * (found.column_mean * weights).sum()
@@ -184,22 +191,46 @@ def means_of_more_columns(world: int, rank: int) -> list[bool]:
     return equal
 
 
-def counts(world: int, rank: int, way: str) -> dict[str, Any]:
+def flagged_on_one_rank(world: int, rank: int, exchange: str) -> bool:
+    """Whether one rank may form S again, its sums out of range, while others keep theirs."""
+    n, scale = 6, 100.0
+    x, y = unit(n * world, WIDTH, 1), unit(n * world, WIDTH, 2)
+    # on the last rank no text is near an image: all exponentials about the anchor vanish
+    x[-n:] = -y.mean(dim=0, keepdim=True) * 40 + 0.01 * x[-n:]
+    leaves = [leaf.float().requires_grad_() for leaf in (x, y)]
+    inputs = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    loss = oracles.clip(*inputs, torch.tensor(scale, dtype=torch.float64), {}).mean()
+    wanted = torch.autograd.grad(loss, inputs)
+    own = [t.detach().chunk(world)[rank].clone().requires_grad_() for t in leaves]
+    with count_products() as count:
+        ours = functional.clip_loss(*own, scale, dist=exchange)
+        got = torch.autograd.grad(ours, own)
+    formed_twice = count.products_of(n, n * world, WIDTH) > 3
+    equal = [torch.isclose(ours.double(), loss, rtol=1e-5)]
+    for gradient, want in zip(got, wanted, strict=True):
+        want = world * want.chunk(world)[rank]
+        equal.append((gradient - want).norm() <= 1e-4 * wanted[0].norm() * world)
+    return all(map(bool, equal)) and formed_twice == (rank == world - 1)
+
+
+def counts(world: int, rank: int, exchange: str) -> dict[str, Any]:
     """Bytes received and products computed for each loss, by our counters and from outside."""
     rows, width = 32, 64
     found = {}
     labels = torch.arange(rows) % 7
-    f, share = functional, {"dist": way}
-    cases: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-        "clip": lambda x, y, scale: f.clip_loss(x, y, scale, **share),
-        "siglip": lambda x, y, scale: f.siglip_loss(x, y, scale, **share),
-        "info_nce": lambda x, y, scale: f.info_nce_loss(x, y, scale, **share),
-        "nt_xent": lambda x, y, scale: f.nt_xent_loss(x, y, 0.1, **share),
-        "sup_con": lambda x, y, scale: f.sup_con_loss(x, labels, 0.1, **share),
+    f, share = functional, {"dist": exchange}
+    cases: dict[str, Callable[..., Tensor]] = {
+        "clip": lambda x, y, scale, **o: f.clip_loss(x, y, scale, **share, **o),
+        "siglip": lambda x, y, scale, **o: f.siglip_loss(x, y, scale, **share, **o),
+        "info_nce": lambda x, y, scale, **o: f.info_nce_loss(x, y, scale, **share, **o),
+        "nt_xent": lambda x, y, scale, **o: f.nt_xent_loss(x, y, 0.1, **share, **o),
+        "sup_con": lambda x, y, scale, **o: f.sup_con_loss(x, labels, 0.1, **share, **o),
     }
-    if way == "gather" and world > 1:
+    if exchange == "gather" and world > 1:
         theirs = open_clip.ClipLoss(True, True, rank=rank, world_size=world)
         cases["open_clip"] = lambda x, y, scale: theirs(x, y, scale.to(x.dtype))
+    for name in ("clip", "siglip", "info_nce", "nt_xent", "sup_con"):
+        cases[f"{name} twice"] = functools.partial(cases[name], keep_bytes=0)
     for name, dtype in product(cases, (torch.float32, torch.bfloat16)):
         x, y = (unit(rows, width, i).to(dtype).requires_grad_() for i in (rank, 9 + rank))
         scale = torch.tensor(9.0, requires_grad=True)
@@ -213,7 +244,7 @@ def counts(world: int, rank: int, way: str) -> dict[str, Any]:
     return found
 
 
-def low_precision(world: int, rank: int, way: str) -> dict[str, list[Tensor]]:
+def low_precision(world: int, rank: int, exchange: str) -> dict[str, list[Tensor]]:
     """Gradients of 16-bit features, float16 under a loss scale, and of fused implementations."""
     found = {}
     for name in ("clip", "siglip", "mp_nce", "sup_con"):
@@ -221,7 +252,7 @@ def low_precision(world: int, rank: int, way: str) -> dict[str, list[Tensor]]:
         for dtype, backend in LOW_PRECISION:
             own = share(name, case.cast(dtype), world, rank)
             leaves = [leaf.clone().requires_grad_() for leaf in own.leaves]
-            options = {"dist": way, "backend": backend, "sizes": SIZES[world]}
+            options = {"dist": exchange, "backend": backend, "sizes": SIZES[world]}
             loss = LOSSES[name].run(leaves, own.static, **options)
             factor = 2.0**12
             gradients = torch.autograd.grad(loss * factor, leaves)
@@ -269,9 +300,9 @@ def subgroup(rank: int) -> dict[str, Any]:
     found = {}
     if rank in members:
         case = make("clip", 2)
-        for way in WAYS:
-            options = {"dist": way, "group": group}
-            found[way] = run_share("clip", case, 2, members.index(rank), **options)
+        for exchange in EXCHANGES:
+            options = {"dist": exchange, "group": group}
+            found[exchange] = run_share("clip", case, 2, members.index(rank), **options)
     else:
         with pytest.raises(ValueError, match="not in the group"):
             functional.clip_loss(*make("clip", 2).leaves, dist="gather", group=group)
@@ -330,18 +361,18 @@ def check_against_whole(name: str, case: Case, world: int, results: list[dict], 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("world", SIZES)
 def test_ranks_equal_one_process(
-    ranks: Callable[[int], Any], world: int, name: str, way: str, backend: str
+    ranks: Callable[[int], Any], world: int, name: str, exchange: str, backend: str
 ) -> None:
     torch.manual_seed(0)
     case = make(name, world)
     for reduction in ("mean", "none"):
-        results = [r[name, way, backend, reduction] for r in ranks(world)]
+        results = [r[name, exchange, backend, reduction] for r in ranks(world)]
         check_against_whole(name, case, world, results, reduction)
-    assert all(r[name, way, "same bits"] for r in ranks(world))
+    assert all(r[name, exchange, "same bits"] for r in ranks(world))
 
 
 @pytest.mark.dist
@@ -352,9 +383,9 @@ def test_accuracies_are_the_whole_batchs(ranks: Callable[[int], Any], world: int
         case = make(name, world)
         metrics: dict[str, Tensor] = {}
         LOSSES[name].run(case.leaves, case.static, metrics=metrics)
-        for way in WAYS:
+        for exchange in EXCHANGES:
             for result in ranks(world):
-                found = result[name, way, "torch", "mean"]["metrics"]
+                found = result[name, exchange, "torch", "mean"]["metrics"]
                 assert found.keys() == metrics.keys()
                 assert all(abs(found[key] - metrics[key]) < 1e-12 for key in metrics)
 
@@ -362,24 +393,24 @@ def test_accuracies_are_the_whole_batchs(ranks: Callable[[int], Any], world: int
 @pytest.mark.dist
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_bytes_exchanged(ranks: Callable[[int], Any], world: int) -> None:
-    """At most 0.55 and 0.8 of open_clip's; what is sent is what the formulas say."""
+    """At most 0.55 and 0.8 of open_clip's bytes; what is sent is what the formulas say."""
     rows, width = 32, 64
     for results in ranks(world):
         for dtype in (torch.float32, torch.bfloat16):
             eager = results["counts"]["gather"]["open_clip", dtype]["outside"]
             block = (world - 1) * rows * width * dtype.itemsize
             assert eager == 4 * block
-            lines = 16 * (world - 1) * rows
-            for way, products, most in (("gather", 2, 0.55), ("ring", 3, 0.8)):
-                count = results["counts"][way]["clip", dtype]
+            statistics = 16 * (world - 1) * rows
+            for exchange, products, most in (("gather", 2, 0.55), ("ring", 3, 0.8)):
+                count = results["counts"][exchange]["clip", dtype]
                 # and the loss itself, summed over the ranks
-                assert 0 <= count["inside"] - products * block - lines <= 8
+                assert 0 <= count["inside"] - products * block - statistics <= 8
                 assert count["inside"] <= most * eager
-            for way in WAYS:
+            for exchange in EXCHANGES:
                 for name in ("siglip", "info_nce", "nt_xent", "sup_con"):
-                    count = results["counts"][way][name, dtype]
+                    count = results["counts"][exchange][name, dtype]
                     assert abs(count["inside"] - count["outside"]) <= 8
-                siglip = results["counts"][way]["siglip", dtype]["inside"]
+                siglip = results["counts"][exchange]["siglip", dtype]["inside"]
                 assert 0 <= siglip - 2 * block <= 8
 
 
@@ -387,31 +418,33 @@ def test_bytes_exchanged(ranks: Callable[[int], Any], world: int) -> None:
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_products_of_a_rank(ranks: Callable[[int], Any], world: int) -> None:
     """In units of n x N x D: open_clip needs 6. Symmetric losses: of a strip of its own blocks."""
-    wanted = {"clip": 4, "siglip": 3, "info_nce": 3, "nt_xent": 3 * 4, "sup_con": 3}
-    for results in ranks(world):
-        for way in WAYS:
-            for name, products in wanted.items():
-                if (way, name) == ("ring", "info_nce"):
-                    products = 4
-                assert results["counts"][way][name, torch.float32]["products"] == products
+    twice = {"clip": 4, "siglip": 3, "info_nce": 3, "nt_xent": 3 * 4, "sup_con": 3}
+    once = {"clip": 3, "siglip": 3, "info_nce": 3, "nt_xent": 2 * 4, "sup_con": 2}
+    for results, exchange, (keep, wanted) in product(
+        ranks(world), EXCHANGES, (("", once), (" twice", twice))
+    ):
+        for name, products in wanted.items():
+            if (exchange, name) == ("ring", "info_nce"):
+                products = 4
+            assert results["counts"][exchange][name + keep, torch.float32]["products"] == products
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("world", [2, 4])
 def test_low_precision_keeps_the_error_rule(
-    ranks: Callable[[int], Any], world: int, way: str
+    ranks: Callable[[int], Any], world: int, exchange: str
 ) -> None:
     """bf16 and float16 features, partial gradients exchanged in them; fused implementations.
 
-    A partial gradient is rounded once on its way, so a gradient of W of them has W roundings.
+    A partial gradient is rounded once on its exchange, so a gradient of W of them has W roundings.
     """
     for name in ("clip", "siglip", "mp_nce", "sup_con"):
         case = make(name, world)
         for dtype, backend in LOW_PRECISION:
             low = case.cast(dtype)
             eager, truth = theirs(name, low), theirs(name, low.double())
-            results = [r["low precision"][way][name, dtype, backend] for r in ranks(world)]
+            results = [r["low precision"][exchange][name, dtype, backend] for r in ranks(world)]
             gradients = replace(case, leaves=truth[1:], static={})
             eps = torch.finfo(dtype).eps
             for rank, result in enumerate(results):
@@ -433,6 +466,13 @@ def test_fewer_keys_than_queries(ranks: Callable[[int], Any], world: int) -> Non
 
 @pytest.mark.dist
 @pytest.mark.parametrize("world", SIZES)
+def test_one_rank_alone_forms_its_share_again(ranks: Callable[[int], Any], world: int) -> None:
+    for results in ranks(world):
+        assert results["flagged"] == [True] * 2
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world", SIZES)
 def test_means_of_more_columns_than_rows(ranks: Callable[[int], Any], world: int) -> None:
     for results in ranks(world):
         assert results["means"] == [True] * 16
@@ -445,7 +485,7 @@ def test_graphs_have_no_break(ranks: Callable[[int], Any]) -> None:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("way", WAYS)
-def test_any_process_group(ranks: Callable[[int], Any], way: str) -> None:
-    results = [r["subgroup"][way] for r in ranks(4) if r["subgroup"]]
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_any_process_group(ranks: Callable[[int], Any], exchange: str) -> None:
+    results = [r["subgroup"][exchange] for r in ranks(4) if r["subgroup"]]
     check_against_whole("clip", make("clip", 2), 2, results, "mean")

@@ -56,13 +56,15 @@ def _symmetric(table: Tensor) -> Tensor:
 # of each operator the inputs that may have a gradient, and which outputs have none
 OPERATORS: dict[str, tuple[Callable[..., Any], list[Tensor], tuple[int, ...]]] = {
     "similarity": (
-        lambda *inputs, **options: similarity_statistics(*inputs, means=True, **options),
+        lambda *inputs, **options: similarity_statistics(
+            *inputs, means=True, maxima=True, **options
+        ),
         [X, Y, SCALE],
         (1, 3),
     ),
     "blocks": (
         lambda z, scale, offset, **options: block_statistics(
-            z, (0, 1), _symmetric(scale), _symmetric(offset), **options
+            z, (0, 1), _symmetric(scale), _symmetric(offset), maxima=True, **options
         ),
         [Z, TABLE, -TABLE],
         (1,),

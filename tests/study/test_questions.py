@@ -23,7 +23,7 @@ def test_variants_are_trainings(study: object) -> None:
     configs = [parse(flags) for flags in given]
     # no two are the same training
     assert len({str(config) for config in configs}) == len(configs)
-    assert {config.epochs for config in configs} == {1}
+    assert {config.optim.epochs for config in configs} == {1}
 
 
 def planned(study: Callable[..., str], monkeypatch: pytest.MonkeyPatch, path: Path) -> list[Plan]:
@@ -48,13 +48,13 @@ def test_the_factors_of_robustness(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     for plan in plans:
         config = parse(plan.flags)
         # all see as much, however many scenes there are
-        assert config.train_num_samples * config.epochs == robustness.SAMPLES, plan.name
-        assert ("shift=" in config.train_data) == (
+        assert config.data.train_num_samples * config.optim.epochs == robustness.SAMPLES, plan.name
+        assert ("shift=" in config.data.train_data) == (
             plan.name.startswith(("clip_diverse-", "labels_diverse", "simclr_diverse"))
         ), plan.name
         for name in plan.after:
             assert names.index(name) < names.index(plan.name)
-            assert config.finetune == str(tmp_path / name)
+            assert config.model.finetune == str(tmp_path / name)
 
 
 def test_the_captions_and_towers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -63,8 +63,12 @@ def test_the_captions_and_towers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert len({plan.name for plan in plans}) == len(plans) == 2 * 5 * 2
     for plan in plans:
         config = parse(plan.flags)
-        assert bool(config.hard_negatives) == bool(plan.after) == (config.pretrained is not None)
-        assert (config.text_lm is not None) == ("pretrained" in plan.name)
+        assert (
+            bool(config.model.hard_negatives)
+            == bool(plan.after)
+            == (config.model.pretrained is not None)
+        )
+        assert (config.model.text_lm is not None) == ("pretrained" in plan.name)
 
 
 def test_rho_is_beyond_the_labeled_classifiers() -> None:

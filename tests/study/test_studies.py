@@ -61,7 +61,7 @@ def test_a_study_goes_on_where_it_was(
         uniclip.study(tmp_path / "out", 1, [*tiny, "--lr", "1e-3"])
 
 
-def test_a_run_that_fails_tells_how(tmp_path: Path) -> None:
+def test_a_run_that_fails_reports_how(tmp_path: Path) -> None:
     with pytest.raises(
         RuntimeError, match=r"(?s)run bad ended with status 1; .*'nonsense' is unknown"
     ):

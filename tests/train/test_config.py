@@ -1,15 +1,17 @@
 """Configuration: recipes, files, flags, and what is said of mistakes."""
 
+import json
 import re
-from dataclasses import fields
+from collections.abc import Callable
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
+import yaml
 
 from fastclip.cli import main
-from fastclip.data.options import DataOptions
-from fastclip.flags import GROUPS, help_texts, ordered
-from fastclip.models.options import SystemOptions
+from fastclip.command_line import help_texts
+from fastclip.flags import defining, flatten, ordered, sections
 from fastclip.train.config import RECIPES, TrainConfig, parse, to_yaml
 
 
@@ -20,8 +22,10 @@ def test_flags_are_open_clips() -> None:
         "--lr-scheduler const --save-frequency 2 --name x --logs l --resume latest"
     )
     config = parse(flags.split())
-    assert (config.batch_size, config.lr, config.beta2, config.seed) == (64, 1e-3, 0.95, 5)
-    assert (config.resume, config.grad_clip_norm, config.workers) == ("latest", 1.0, 0)
+    optim = config.optim
+    assert (optim.batch_size, optim.lr, optim.beta2, optim.seed) == (64, 1e-3, 0.95, 5)
+    assert (config.checkpoint.resume, optim.grad_clip_norm) == ("latest", 1.0)
+    assert (config.data.workers, config.log.name) == (0, "x")
 
 
 def test_a_file_and_flags_that_win(tmp_path: Path) -> None:
@@ -29,9 +33,10 @@ def test_a_file_and_flags_that_win(tmp_path: Path) -> None:
     # 1e-3 without a dot is text to YAML 1.1, and still a number here; dashes are welcome
     path.write_text("lr: 1e-3\nbatch-size: 32\naug_scale: [0.5, 1]\ntorchcompile: true\n")
     config = parse(["--config", str(path), "--batch-size", "16"])
-    assert (config.lr, config.batch_size, config.aug_scale) == (1e-3, 16, (0.5, 1.0))
-    assert config.torchcompile
-    assert not parse([f"--config={path}", "--no-torchcompile"]).torchcompile
+    assert (config.optim.lr, config.optim.batch_size) == (1e-3, 16)
+    assert config.data.aug_scale == (0.5, 1.0)
+    assert config.model.torchcompile
+    assert not parse([f"--config={path}", "--no-torchcompile"]).model.torchcompile
 
 
 def test_what_is_saved_is_what_is_read(tmp_path: Path) -> None:
@@ -40,8 +45,58 @@ def test_what_is_saved_is_what_is_read(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(to_yaml(config))
     assert parse(["--config", str(path)]) == config
-    keys = [line.partition(":")[0] for line in to_yaml(config).splitlines() if line[0].isalpha()]
-    assert keys[0] == "train_data" and keys == [field.name for field in ordered(TrainConfig)]
+    written = yaml.safe_load(to_yaml(config))
+    assert list(written) == list(sections(TrainConfig))
+    assert next(iter(written["data"])) == "train_data"
+    for name, section in sections(TrainConfig).items():
+        assert list(written[name]) == [field.name for field in ordered(section)]
+
+
+def test_a_file_may_be_flat_or_have_sections(tmp_path: Path) -> None:
+    """Files and checkpoints of before are flat."""
+    path = tmp_path / "c.yaml"
+    forms = (
+        "train_data: synthetic\naug_scale: [0.5, 1]\nmodel: ViT-B-32\nlr: 1e-3\n",
+        "data:\n  train-data: synthetic\n  aug_scale: [0.5, 1]\nmodel:\n  model: ViT-B-32\n"
+        "optim:\n  lr: 1e-3\nlog:\n",
+        "data:\n  train_data: synthetic\naug_scale: [0.5, 1]\nmodel: ViT-B-32\nlr: 1e-3\n",
+    )
+    made = TrainConfig.from_flat(
+        train_data="synthetic", aug_scale=(0.5, 1.0), model="ViT-B-32", lr=1e-3
+    )
+    for form in forms:
+        path.write_text(form)
+        assert parse(["--config", str(path)]) == made, form
+    assert TrainConfig.from_dict(flatten(made)) == made
+    # as JSON and YAML have it
+    plain = json.loads(json.dumps(asdict(made)))
+    assert TrainConfig.from_dict(plain) == made
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("optim:\n  learning_rate: 1\n", "c.yaml: unknown key 'learning_rate'"),
+        ("optim:\n  batchsize: 1\n", "'batchsize'; did you mean 'batch_size'"),
+        ("optimizr:\n  lr: 1\n", "unknown key 'optimizr'; did you mean 'optimizer'"),
+        ("data:\n  lr: 1\n", "'lr' is not in section 'data' but in 'optim'"),
+        ("data: photos\n", "'data' is a section: give its `key: value` lines below it"),
+        ("lr: 1\noptim:\n  lr: 2\n", "key 'lr' is given twice; leave one out"),
+    ],
+)
+def test_mistakes_in_sections(content: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse(["--config", str(path)])
+
+
+def test_a_flag_is_in_one_section() -> None:
+    names = [field.name for part in sections(TrainConfig).values() for field in fields(part)]
+    assert len(names) == len(set(names)) == len(flatten(TrainConfig()))
+    assert set(defining(TrainConfig)) < set(names)
+    with pytest.raises(ValueError, match="unknown key 'learn_rate'"):
+        TrainConfig.from_flat(learn_rate=1.0)
 
 
 # what a recipe leaves to its user
@@ -66,10 +121,35 @@ def test_unknown_keys_are_reported_with_the_nearest_name(tmp_path: Path) -> None
     with pytest.raises(ValueError, match="key: value"):
         parse(["--config", str(path)])
     path.write_text("a: [")
-    with pytest.raises(ValueError, match="no valid YAML"):
+    with pytest.raises(ValueError, match="not valid YAML"):
         parse(["--config", str(path)])
     with pytest.raises(FileNotFoundError, match=r"neither a file nor a recipe .*cifar10"):
         parse(["--config", "cifar11"])
+
+
+@pytest.mark.parametrize(
+    ("command", "old", "new"),
+    [
+        ("train", "--data-backend torchvision", "--data-backend cpu"),
+        ("train", "--data_backend=torchvision", "--data-backend cpu"),
+        ("bench attention", "--lines 50", "--lengths"),
+        ("bench attention", "--lines=50", "--lengths"),
+    ],
+)
+def test_a_renamed_flag_is_refused_with_its_new_name(
+    command: str, old: str, new: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command.split(), *old.split()]) == 1
+    assert f"has been renamed; write {new}\n" in capsys.readouterr().err
+
+
+def test_files_with_old_names_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("data_backend: torchvision\n")
+    assert parse(["--config", str(path)]).data.data_backend == "cpu"
+    # as a checkpoint holds it
+    old = flatten(TrainConfig()) | {"data_backend": "torchvision"}
+    assert TrainConfig.from_dict(old).data.data_backend == "cpu"
 
 
 def test_unknown_flags_and_wrong_types_end_in_usage_errors(
@@ -88,22 +168,21 @@ def test_impossible_values(flag: str, capsys: pytest.CaptureFixture[str]) -> Non
     error = f"fastclip train: error: {flag} is 0; give at least 1\n"
     assert capsys.readouterr().err == error
     with pytest.raises(ValueError, match="--save-every-steps is 0; give a positive"):
-        TrainConfig(save_every_steps=0)
+        TrainConfig.from_flat(save_every_steps=0)
 
 
 def test_what_is_said_of_data_is_checked_before_anything_is_built() -> None:
     with pytest.raises(ValueError, match="--csv-separator is 'ab'; give one character"):
         parse(["--csv-separator", "ab"])
-    assert parse(["--csv-separator", "\\t"]).csv_separator == "\t"
+    assert parse(["--csv-separator", "\\t"]).data.csv_separator == "\t"
 
 
 def test_every_field_is_explained() -> None:
     """The string under a field is its help text; its metadata say the rest."""
-    texts = help_texts(TrainConfig)
-    for kind in (TrainConfig, DataOptions, SystemOptions):
-        for field in fields(kind):
+    for section in sections(TrainConfig).values():
+        texts = help_texts(section)
+        for field in fields(section):
             assert texts[field.name].endswith((".", ".'")), field.name
-            assert field.metadata["group"] in GROUPS, field.name
             assert field.metadata["defines_run"] in (True, False), field.name
 
 
@@ -111,8 +190,8 @@ def test_flags_need_no_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(_: object) -> str:
         raise OSError("could not get source code")
 
-    monkeypatch.setattr("fastclip.flags.inspect.getsource", missing)
-    assert parse(["--batch-size", "3"]).batch_size == 3
+    monkeypatch.setattr("fastclip.command_line.inspect.getsource", missing)
+    assert parse(["--batch-size", "3"]).optim.batch_size == 3
 
 
 def shown(width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
@@ -128,7 +207,7 @@ def test_help_is_grouped_and_begins_with_data_and_model(
 ) -> None:
     text = shown(100, monkeypatch, capsys)
     headings = re.findall(r"^ (\w+) options$", re.sub(r" +$", "", text, flags=re.M), flags=re.M)
-    assert headings == list(GROUPS)
+    assert headings == list(sections(TrainConfig))
     for heading, first in (
         ("data", "--train-data"),
         ("model", "--model"),
@@ -136,21 +215,21 @@ def test_help_is_grouped_and_begins_with_data_and_model(
     ):
         after = text[text.index(f" {heading} options") :]
         assert re.search(r"^  (--[a-z]\S+)", after, flags=re.M)[1] == first
-    for field in fields(TrainConfig):
-        place = re.search(rf"^  --{field.name.replace('_', '-')}[ ,]", text, flags=re.M)
-        heading = re.findall(r"^ (\w+) options", text[: place.start()], flags=re.M)[-1]
-        assert heading == field.metadata["group"], field.name
+    for name, section in sections(TrainConfig).items():
+        for field in fields(section):
+            place = re.search(rf"^  --{field.name.replace('_', '-')}[ ,]", text, flags=re.M)
+            heading = re.findall(r"^ (\w+) options", text[: place.start()], flags=re.M)[-1]
+            assert heading == name, field.name
 
 
-@pytest.mark.parametrize("width", [50, 80, 100])
-def test_help_is_wrapped_once(
-    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A line is broken only where the next word would not fit."""
-    lines = shown(width, monkeypatch, capsys).splitlines()
-    texts = [line.startswith("      ") and not line.isspace() for line in lines]
-    for number in range(1, len(lines)):
-        if texts[number - 1] and texts[number]:
-            word = lines[number].split()[0]
-            assert len(lines[number - 1].rstrip()) + 1 + len(word) > width - 2, lines[number - 1]
-    assert max(map(len, lines[5:])) <= width
+def test_a_file_of_when_data_could_be_commands(tmp_path: Path, logged: Callable[[], str]) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("lr: 0.5\nallow_commands: false\n")
+    assert parse(["--config", str(path)]).optim.lr == 0.5
+    assert logged() == f"note: {path}: allow_commands is not used any more; delete the key\n"
+    path.write_text("allow-commands: true\n")
+    with pytest.raises(ValueError, match=r"c\.yaml: allow_commands is true, .* URLs that fsspec"):
+        parse(["--config", str(path)])
+    # in a checkpoint; what is read now is named anew
+    config = parse(["--lr", "0.5"])
+    assert TrainConfig.from_dict({**flatten(config), "allow_commands": True}) == config

@@ -34,7 +34,7 @@ def test_heads_are_weighed_on_other_data(rocket: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize(
-    ("more", "told"),
+    ("more", "message"),
     [
         (["--held-out", "scenes"], "shows more than the model can"),
         (["--head-weight", "1.5"], "give one in [0, 1]"),
@@ -42,10 +42,10 @@ def test_heads_are_weighed_on_other_data(rocket: Path, capsys: pytest.CaptureFix
     ],
 )
 def test_mistakes(
-    rocket: Path, more: list[str], told: str, capsys: pytest.CaptureFixture[str]
+    rocket: Path, more: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert evaluate(rocket, *more) == 1
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_a_plain_model_has_no_heads_to_weigh(
@@ -62,7 +62,7 @@ def test_a_system_is_no_model_of_open_clips(
     rocket: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["convert", "to-open-clip", str(rocket), str(tmp_path / "out.pt")]) == 1
-    assert "open_clip's, which has no place for its heads" in capsys.readouterr().err
+    assert "an open_clip model, which has no place for its heads" in capsys.readouterr().err
     assert not (tmp_path / "out.pt").exists()
 
 

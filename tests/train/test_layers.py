@@ -16,6 +16,7 @@ from fastclip.train.config import TrainConfig, parse
 from fastclip.train.log import read_metrics
 from fastclip.train.loop import train
 from fastclip.train.optim import build_optimizer
+from fastclip.train.options import ModelOptions
 
 
 def test_attention_changes_no_result(train_flags: list[str]) -> None:
@@ -24,7 +25,7 @@ def test_attention_changes_no_result(train_flags: list[str]) -> None:
         flags = [*train_flags, "--name", attention, "--epochs", "1", "--precision", "fp32"]
         run = train(parse([*flags, "--attention", attention]))
         losses[attention] = [line["loss"] for line in read_metrics(run) if "loss" in line]
-        assert parse(["--config", str(run / "config.yaml")]).attention == attention
+        assert parse(["--config", str(run / "config.yaml")]).model.attention == attention
     assert losses["sdpa"] == pytest.approx(losses["tower"], rel=1e-4)
     assert losses["reference"] == pytest.approx(losses["tower"], rel=1e-4)
 
@@ -33,7 +34,7 @@ def test_a_model_without_attention_is_refused() -> None:
     from fastclip.train.layers import exchange_layers
 
     with pytest.raises(ValueError, match="no attention that could be exchanged"):
-        exchange_layers(nn.Linear(3, 3), parse(["--attention", "sdpa"]))
+        exchange_layers(nn.Linear(3, 3), ModelOptions(attention="sdpa"))
 
 
 @pytest.mark.skipif(apex.obstacle() is None, reason="NVIDIA's apex is installed")
@@ -48,7 +49,7 @@ def test_without_apex_the_flags_say_how_to_get_it(
 
 def test_zero_keeps_torchs_optimizer() -> None:
     with pytest.raises(ValueError, match="ZeRO shards torch's AdamW"):
-        TrainConfig(deepspeed=True, optimizer="apex-adamw")
+        TrainConfig.from_flat(deepspeed=True, optimizer="apex-adamw")
 
 
 def test_another_package_of_that_name_is_not_apex(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,6 +99,6 @@ def test_what_apex_is_asked_for(stand_in: dict[str, Any]) -> None:
     assert stand_in["norms"] == 2 and half.dtype == torch.bfloat16
     assert type(model[0]) is nn.LayerNorm
     config = parse(["--optimizer", "apex-lamb", "--lr", "0.01", "--wd", "0.3"])
-    built = build_optimizer(model, config)
+    built = build_optimizer(model, config.optim)
     assert stand_in["options"] == {"lr": 0.01, "betas": (0.9, 0.98), "eps": 1e-6}
     assert len(built.param_groups[0]["params"]) == 1 and len(built.param_groups[1]["params"]) == 4

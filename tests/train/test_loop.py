@@ -57,7 +57,7 @@ def test_a_run_leaves_what_it_promises(train_flags: list[str]) -> None:
     assert [len(line["keys"]) for line in samples] == [8] * 16
     # one epoch sees each of its samples once
     assert len({key for line in samples[:8] for key in line["keys"]}) == 64
-    assert parse(["--config", str(run / "config.yaml")]).name == "a"
+    assert parse(["--config", str(run / "config.yaml")]).log.name == "a"
 
 
 def test_a_run_loads_as_model_preprocess_tokenizer(train_flags: list[str]) -> None:
@@ -221,7 +221,7 @@ def test_a_failing_evaluation_does_not_cost_the_epoch(
     flags = [*train_flags, "--name", "a", "--val-data", "scenes"]
     with pytest.raises(ValueError, match="out of range"):
         train(parse(flags))
-    assert state_of(Path(parse(flags).logs) / "a", "epoch_1.pt")["epoch"] == 1
+    assert state_of(Path(parse(flags).log.logs) / "a", "epoch_1.pt")["epoch"] == 1
 
 
 def test_pretrained_weights_begin_a_run(
@@ -357,7 +357,7 @@ def test_a_non_finite_loss_stops_before_the_update(
     flags = [*train_flags, "--name", "a", "--save-every-steps", "4"]
     with pytest.raises(NonFiniteError, match=r"step 5: .*'transformer.resblocks.0.mlp.c_fc'"):
         train(parse(flags))
-    run = Path(parse(flags).logs) / "a"
+    run = Path(parse(flags).log.logs) / "a"
     saved = state_of(run, "step_00000004.pt")["state_dict"]
     assert identical(dict(made[0].state_dict()), dict(saved))
     assert (run / "loss.png").exists()
@@ -379,15 +379,15 @@ def test_non_finite_gradients_are_named(
 
 
 def test_texts_that_are_cut_are_reported_once(
-    train_flags: list[str], capsys: pytest.CaptureFixture[str]
+    train_flags: list[str], logged: Callable[[], str]
 ) -> None:
     train(parse([*train_flags, "--name", "a", "--captions", "dense"]))
-    told = capsys.readouterr().err
-    assert told.count("a text is longer than the context of 12 tokens, and is cut") == 1
+    message = logged()
+    assert message.count("a text is longer than the context of 12 tokens, and is cut") == 1
     # every dense caption is longer: two epochs of 64
-    assert "note: 128 texts were cut to the context" in told
+    assert "note: 128 texts were cut to the context" in message
     train(parse([*train_flags, "--name", "b", "--train-data", "synthetic"]))
-    assert "were cut" not in capsys.readouterr().err
+    assert "were cut" not in logged()
 
 
 def test_faults_are_values() -> None:
@@ -423,7 +423,7 @@ def test_a_slow_evaluation_leaves_the_speed(
 
 
 def test_more_samples_asked_for_than_there_are(
-    train_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    train_flags: list[str], tmp_path: Path, logged: Callable[[], str]
 ) -> None:
     for key in range(16):
         (tmp_path / f"{key}.jpg").write_bytes(jpeg())
@@ -432,6 +432,6 @@ def test_more_samples_asked_for_than_there_are(
     data = ["--train-data", str(tmp_path / "t.tsv"), "--epochs", "1"]
     note = "note: --train-num-samples is 64 and the data have 16 samples: an epoch is these"
     train(parse([*train_flags, *data, "--name", "a"]))
-    assert note in capsys.readouterr().err
+    assert note in logged()
     train(parse([*train_flags, *data, "--name", "b", "--train-num-samples", "16"]))
-    assert "note: --train-num-samples" not in capsys.readouterr().err
+    assert "note: --train-num-samples" not in logged()

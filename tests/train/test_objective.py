@@ -1,12 +1,14 @@
 """False captions as further columns (NegCLIP), against the formula written out in float64."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastclip.models.system import Criterion, Features, System
 from fastclip.train.config import TrainConfig
-from fastclip.train.objective import ClipObjective
+from fastclip.train.objective import ClipObjective, objective_of
 
 ROWS, FALSE, WIDTH = 5, 2, 4
 
@@ -59,8 +61,10 @@ def inputs() -> dict[str, Any]:
 def test_false_captions_are_columns_of_every_image() -> None:
     for smoothing in (0.0, 0.1):
         fast, reference = Towers(), Towers()
-        objective = ClipObjective(fast, TrainConfig(hard_negatives=2, label_smoothing=smoothing))
-        output = objective.forward(fast, inputs())
+        objective = ClipObjective(
+            fast, TrainConfig.from_flat(hard_negatives=2, label_smoothing=smoothing)
+        )
+        output = objective.outputs(fast, inputs())
         assert output["false_features"].shape == (ROWS, FALSE, WIDTH)
         found = objective.loss(output)
         expected = slow(reference, inputs()["texts"][0], inputs()["negatives"], smoothing)
@@ -69,6 +73,31 @@ def test_false_captions_are_columns_of_every_image() -> None:
         expected.backward()
         for one, other in zip(fast.parameters(), reference.parameters(), strict=True):
             torch.testing.assert_close(one.grad, other.grad, rtol=1e-10, atol=1e-13)
+
+
+def test_a_system_is_its_own_objective() -> None:
+    class Half(System):
+        def features(self, batch: Mapping[str, Any]) -> Features:
+            return Features([batch["images"][0] / 2])
+
+    criterion = Criterion()
+    criterion.weight = nn.Parameter(torch.tensor(3.0))
+    criterion.bounds = {"weight": (0.0, 5.0)}
+    system = Half(criterion, image_views=1, text_views=0)
+    objective = objective_of(system, TrainConfig())
+    assert objective is system
+    batch = {"images": [torch.ones(2, 1)], "texts": []}
+    output = objective.outputs(system, batch)
+    assert output.keys() == {"image.0", "criterion.weight"}
+    assert set(objective.shared) == {"criterion.weight"}
+    assert objective.bounds == {"criterion.weight": (0.0, 5.0)}
+    assert objective.logit_scale(system.get_parameter) is None
+    assert objective.chance(2) is None and not objective.needs_teacher
+    rounded: dict[str, Tensor] = {"criterion.weight": criterion.weight.bfloat16() + 0.1}
+    objective.exact(rounded, {"criterion.weight": torch.tensor(3.07)})
+    torch.testing.assert_close(rounded["criterion.weight"], torch.tensor(3.07))
+    rounded["criterion.weight"].backward()
+    assert criterion.weight.grad == 1
 
 
 def test_what_is_bounded_and_shared() -> None:

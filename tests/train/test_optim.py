@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastclip.train.config import TrainConfig
 from fastclip.train.optim import LOGIT_SCALE_MAX, build_optimizer, clamp, learning_rate
+from fastclip.train.options import OptimOptions
 
 
 class Towers(nn.Module):
@@ -19,26 +19,26 @@ class Towers(nn.Module):
 
 
 def test_schedule_by_hand() -> None:
-    config = TrainConfig(lr=1.0, warmup=4)
-    rates = [learning_rate(config, step, 12) for step in range(13)]
+    options = OptimOptions(lr=1.0, warmup=4)
+    rates = [learning_rate(options, step, 12) for step in range(13)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
     assert rates[4] == 1.0 and rates[8] == pytest.approx(0.5) and rates[12] == pytest.approx(0)
     assert rates[6] == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
     # past the end, where more steps were made than planned, it stays at its last value
-    assert learning_rate(config, 20, 12) == pytest.approx(0)
-    constant = TrainConfig(lr=1.0, warmup=4, lr_scheduler="const")
+    assert learning_rate(options, 20, 12) == pytest.approx(0)
+    constant = OptimOptions(lr=1.0, warmup=4, lr_scheduler="const")
     assert learning_rate(constant, 11, 12) == 1.0
 
 
 def test_a_warmup_longer_than_the_run_is_cut() -> None:
-    config = TrainConfig(lr=1.0, warmup=10_000)
-    assert learning_rate(config, 10, 100) == 1.0
-    assert learning_rate(config, 0, 3) == 1.0
+    options = OptimOptions(lr=1.0, warmup=10_000)
+    assert learning_rate(options, 10, 100) == 1.0
+    assert learning_rate(options, 0, 3) == 1.0
 
 
 def test_only_matrices_decay() -> None:
     model = Towers()
-    decayed, plain = build_optimizer(model, TrainConfig(wd=0.3)).param_groups
+    decayed, plain = build_optimizer(model, OptimOptions(wd=0.3)).param_groups
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
     assert [id(p) for p in decayed["params"]] == [id(model.linear.weight)]
     assert len(plain["params"]) == 4

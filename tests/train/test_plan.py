@@ -161,15 +161,21 @@ def test_products_of_the_loss(loss: str) -> None:
 
 
 def test_bytes_of_the_loss() -> None:
-    unit, lines = 3 * 10 * 8 * 2, 8 * 3 * 10
+    unit, statistics = 3 * 10 * 8 * 2, 8 * 3 * 10
     sizes = (10, 4, 8, 2)
-    assert costs.bytes_per_rank("clip", "gather", *sizes) == (unit, 0, unit, lines, lines)
-    assert costs.bytes_per_rank("clip", "ring", *sizes) == (unit, unit, unit, lines, lines)
+    assert costs.bytes_per_rank("clip", "gather", *sizes) == (unit, 0, unit, statistics, statistics)
+    assert costs.bytes_per_rank("clip", "ring", *sizes) == (
+        unit,
+        unit,
+        unit,
+        statistics,
+        statistics,
+    )
     assert costs.bytes_per_rank("siglip", "gather", *sizes).total == 2 * unit
     assert costs.bytes_per_rank("siglip", "ring", *sizes).total == 2 * unit
     assert costs.bytes_per_rank("open_clip", "gather", *sizes).total == 4 * unit
     symmetric = costs.bytes_per_rank("symmetric", "gather", *sizes, blocks=3)
-    assert symmetric.total == 3 * (unit + lines)
+    assert symmetric.total == 3 * (unit + statistics)
     assert costs.bytes_per_rank("clip", "gather", 10, 1, 8, 2).total == 0
 
 
@@ -254,7 +260,7 @@ def test_the_command(plain_model: str, capsys: pytest.CaptureFixture[str]) -> No
 
     assert main(["plan", "--gpus", "8", "--batch", "1001", "--model", plain_model]) == 1
     captured = capsys.readouterr()
-    assert "is no multiple of --gpus 8; use 1,000 or 1,008" in captured.err
+    assert "is not a multiple of --gpus 8; use 1,000 or 1,008" in captured.err
     assert "global batch 1,000 on 8" in captured.out
 
     # the flags are the trainer's
@@ -262,8 +268,9 @@ def test_the_command(plain_model: str, capsys: pytest.CaptureFixture[str]) -> No
     assert main(["plan", *asked, plain_model]) == 0
     (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("  flags")]
     config = parse(line.split()[1:])
-    assert config.step_samples(8) == 8192 and config.siglip and config.loss_dist_impl == "ring"
-    assert config.deepspeed_config == "ds_zero2"
+    assert config.optim.step_samples(8) == 8192
+    assert config.loss.siglip and config.loss.loss_dist_impl == "ring"
+    assert config.distributed.deepspeed_config == "ds_zero2"
 
     tight = ["--batch", str(2**30), "--model", plain_model, "--memory", "4"]
     assert main(["plan", "--gpus", "2", *tight]) == 1

@@ -58,18 +58,18 @@ def make(objective: str, folder: Path, here: World, double: bool, **flags: Any) 
     """An engine in float64 or float32."""
     torch.manual_seed(0)
     options: dict[str, Any] = {"batch_size": BATCH, "precision": "fp32", **SYSTEMS[objective]}
-    config = TrainConfig(
+    config = TrainConfig.from_flat(
         model=str(folder / "tiny.json"), objective=objective, **{**options, **flags}
     )
     classes = CLASSES if objective == "classify" else []
-    model = build(config.model, config, here.device, classes=classes)
+    model = build(config.model.model, config.model, here.device, classes=classes)
     # the residual blocks begin at zero, behind which nothing has a gradient yet
     for name, parameter in model.model.named_parameters():
         if ".leave." in name:
             torch.nn.init.normal_(parameter, std=0.1)
     if double:
         model.model.double()
-    if config.deepspeed:
+    if config.distributed.deepspeed:
         from fastclip.train.zero import DeepSpeedEngine
 
         return DeepSpeedEngine(model, config, here)
@@ -232,8 +232,10 @@ def check_saved(engine: Any, here: World, folder: Path) -> None:
 
 
 def build_again(folder: Path) -> System:
-    config = TrainConfig(model=str(folder / "tiny.json"), objective="byolip", **SYSTEMS["byolip"])
-    model = build(config.model, config).model
+    config = TrainConfig.from_flat(
+        model=str(folder / "tiny.json"), objective="byolip", **SYSTEMS["byolip"]
+    )
+    model = build(config.model.model, config.model).model
     assert isinstance(model, System)
     return model
 
@@ -298,11 +300,11 @@ def test_another_architecture_is_reported_by_names(
     train(parse([*train_flags, "--name", "clip", "--epochs", "1"]))
     flags = [*flags_of("uniclip", train_flags), "--name", "clip", "--resume", "latest"]
     assert main(["train", *flags]) == 1
-    told = capsys.readouterr().err
-    assert "missing: criterion.augmentation_encoder.layers.0.bias" in told
-    assert "38 unexpected: ln_final.bias, ln_final.weight, logit_scale, ..." in told
+    message = capsys.readouterr().err
+    assert "missing: criterion.augmentation_encoder.layers.0.bias" in message
+    assert "38 unexpected: ln_final.bias, ln_final.weight, logit_scale, ..." in message
     with pytest.raises(ValueError, match="holds no averaged weights: its run had no --ema"):
-        fastclip.load(Path(parse(train_flags).logs) / "clip", average=True)
+        fastclip.load(Path(parse(train_flags).log.logs) / "clip", average=True)
 
 
 def test_towers_begin_with_a_clip_run(train_flags: list[str]) -> None:

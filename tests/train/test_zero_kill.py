@@ -32,7 +32,7 @@ class Launched(subprocess.Popen):  # type: ignore[type-arg]
 
 
 def launch(*flags: str) -> Launched:
-    """`fastclip train` on two ranks, with what the README tells a user to type."""
+    """`fastclip train` on two ranks, with the README's command."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]

@@ -15,7 +15,7 @@ namespace fastclip {
 
 // Raised with every change of a signature or of a meaning in these headers: a library that was
 // built before is then refused.
-constexpr int ABI = 1;
+constexpr int ABI = 2;
 
 constexpr int64_t NO_DIAGONAL = INT64_MIN;
 
@@ -52,6 +52,15 @@ void statistics(const Tile& tile, Running rows, const Running* columns, int thre
 
 // G * scale in place of the cosines, G = a_i exp(S - lse_i) + b_j exp(S - lse_j).
 void gradient(const Tile& tile, Lines rows, const Lines* columns, Sums* sums, int threads);
+
+// E = exp(S - anchor) in place of the cosines, 0 where left out; its sums are added to `row_sum` and,
+// unless that is null, `column_sum`. E of logits far from the anchor is infinite or 0.
+void exponentials(const Tile& tile, float anchor, float* row_sum, float* column_sum, int threads);
+
+// scale * E_ij * (u_i + v_j), v null for 0; matrices of so many rows and columns with their strides.
+// Returns the sum of G, the same without the scale.
+double weigh(int64_t rows, int64_t columns, const float* E, int64_t E_stride, float scale,
+             const float* u, const float* v, float* out, int64_t out_stride, int threads);
 
 // exp(S - row_max) in place of the cosines, with the maxima of this tile's rows; these rows are
 // merged into `running`, and sums of exp(S - running maximum) * cos into `dot`. No offset.

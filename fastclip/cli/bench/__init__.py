@@ -1,4 +1,4 @@
-"""`fastclip bench PART ...`: measuring beside baselines, and telling what was measured.
+"""`fastclip bench PART ...`: measuring beside baselines, and reporting what was measured.
 
 One class a part. A part that measures prints a table and writes a JSON file; `report` and `compare`
 read these files.
@@ -7,7 +7,6 @@ read these files.
 from collections.abc import Sequence
 from typing import Annotated, get_args
 
-import tyro
 from tyro.conf import subcommand
 
 from fastclip.cli.bench.everything import AllConfig
@@ -18,7 +17,8 @@ from fastclip.cli.bench.operators import (
     MemoryConfig,
 )
 from fastclip.cli.bench.training import DataConfig, TrainStepConfig
-from fastclip.cli.bench.written import CompareConfig, ImportConfig, ReportConfig
+from fastclip.cli.bench.written import CompareConfig, ReportConfig
+from fastclip.command_line import parse_flags, refuse_renamed
 
 Config = (
     Annotated[LossConfig, subcommand("losses")]
@@ -30,7 +30,6 @@ Config = (
     | Annotated[AllConfig, subcommand("all")]
     | Annotated[ReportConfig, subcommand("report")]
     | Annotated[CompareConfig, subcommand("compare")]
-    | Annotated[ImportConfig, subcommand("import")]
 )
 _NAMES = [get_args(part)[1].name for part in get_args(Config)]
 
@@ -43,5 +42,5 @@ def main(arguments: Sequence[str]) -> int:
     arguments = list(arguments)
     if arguments[:1] not in [[name] for name in (*_NAMES, "--help", "-h")]:
         arguments.insert(0, "losses")
-    kind: type = Config  # type: ignore[assignment]
-    return tyro.cli(kind, args=arguments, prog="fastclip bench").run()
+    refuse_renamed(arguments, {"--lines": "--lengths"})
+    return parse_flags(Config, arguments, "fastclip bench").run()

@@ -29,14 +29,14 @@ PARTS: dict[str, type[Any]] = {
 class AllConfig:
     """Measure everything beside its baselines, and write a report with tables and plots.
 
-    Each part as by its own command with its defaults; with --quick in minutes on two CPU cores. A
-    part that fails does not stop the others; the status is then 1.
+    Each part runs with the defaults of its own command; with --quick, in minutes on two CPU cores.
+    If a part fails, the others still run and the exit status is 1.
     """
 
     output: Path = Path("bench")
     """Folder for the JSON files and the report."""
     quick: bool = False
-    """Small sizes and few rounds: to see that all works here, not how fast it is."""
+    """Small sizes and few rounds: a check that everything works, not a measurement."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to measure."""
 

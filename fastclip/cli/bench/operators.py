@@ -22,23 +22,23 @@ class LossConfig:
     """
 
     loss: tuple[LossName, ...] = ("clip", "info_nce", "siglip", "nt_xent", "mp_nce", "sup_con")
-    """Which ones."""
+    """Losses to measure."""
     n: tuple[int, ...] = (1024, 4096)
-    """Rows (of all views together); a multiple of 4."""
+    """Batch sizes (rows of all views together), multiples of 4."""
     width: tuple[int, ...] = (512,)
     """Feature widths."""
     scale: float = 14.3
     """Logit scale of the inputs."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the features."""
+    """Dtype of the features."""
     autocast: bool = False
-    """Under bf16 autocast."""
+    """Run under bf16 autocast."""
     compiled: bool = True
     """Include baselines under torch.compile."""
     rounds: int = 15
     """Rounds in which each baseline runs once."""
     quick: bool = False
-    """Small sizes and few rounds, in place of what --n, --width, --rounds and --compiled say."""
+    """Small sizes and few rounds; overrides --n, --width, --rounds and --compiled."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:1."""
     output: Path | None = None
@@ -73,21 +73,21 @@ class LossConfig:
 class AttentionConfig:
     """Measure attention of short sequences beside torch's, every backend of it, and flash-attn.
 
-    A line is a sequence length and an implementation: milliseconds forward, and forward and
-    backward (median, 20th and 80th percentile); this median over fastclip's; MiB above the
-    inputs; the relative error of dQ against float64. bf16, twelve heads 64 wide.
+    A row is a sequence length and an implementation: milliseconds forward, and forward and
+    backward (median, 20th and 80th percentile); this median over fastclip's; peak
+    extra MiB; the relative error of dQ against float64. bf16, twelve heads 64 wide.
     """
 
-    lines: tuple[int, ...] = (50, 77, 197, 257, 577)
+    lengths: tuple[int, ...] = (50, 77, 197, 257, 577)
     """Lengths of the sequences; 77 is causal."""
     tokens: int | None = None
     """Tokens of a batch; by default 262,144 on a GPU, 8,192 on a CPU."""
     rounds: int = 15
     """Rounds in which each baseline runs once."""
     flex: bool = True
-    """Include FlexAttention, which compiles first."""
+    """Include FlexAttention, which has to compile first."""
     quick: bool = False
-    """Short sequences and few, in place of what --lines, --tokens, --rounds and --flex say."""
+    """Few and short sequences; overrides --lengths, --tokens, --rounds and --flex."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:1."""
     output: Path | None = None
@@ -100,11 +100,13 @@ class AttentionConfig:
         from fastclip.bench.runner import Settings
 
         if self.quick:
-            small = {"lines": (50, 77), "tokens": 400, "rounds": 3, "flex": False}
+            small = {"lengths": (50, 77), "tokens": 400, "rounds": 3, "flex": False}
             return replace(self, **small, quick=False).run()  # type: ignore[arg-type]
         known = {shape[0]: shape for shape in SHAPES}
-        if not self.lines or set(self.lines) - set(known):
-            raise ValueError(f"--lines is {self.lines}; choose of {', '.join(map(str, known))}")
+        if not self.lengths or set(self.lengths) - set(known):
+            raise ValueError(
+                f"--lengths is {self.lengths}; choose from {', '.join(map(str, known))}"
+            )
         device = place(self.device)
         default = 262_144 if device == "cuda" else 8_192
         tokens = default if self.tokens is None else self.tokens
@@ -112,7 +114,7 @@ class AttentionConfig:
             raise ValueError("--tokens and --rounds must be positive")
         records.prepare(self.output)
         settings = Settings(torch.bfloat16, rounds=self.rounds, warmup=3, device=device)
-        shapes = [known[lines] for lines in self.lines]
+        shapes = [known[length] for length in self.lengths]
         baselines(settings, self.output, tokens, shapes, self.flex)
         return 0
 
@@ -126,19 +128,19 @@ class MemoryConfig:
     """
 
     loss: tuple[LossName, ...] = ("clip", "info_nce", "siglip", "nt_xent", "mp_nce", "sup_con")
-    """Which ones."""
+    """Losses to measure."""
     n: tuple[int, ...] = (1024, 2048, 4096, 8192)
-    """Rows (of all views together); a multiple of 4."""
+    """Batch sizes (rows of all views together), multiples of 4."""
     width: tuple[int, ...] = (512,)
     """Feature widths."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the features."""
+    """Dtype of the features."""
     autocast: bool = False
-    """Under bf16 autocast."""
+    """Run under bf16 autocast."""
     compiled: bool = True
     """Include baselines under torch.compile."""
     quick: bool = False
-    """Small sizes, in place of what --n, --width and --compiled say."""
+    """Small sizes; overrides --n, --width and --compiled."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:1."""
     output: Path | None = None
@@ -170,7 +172,7 @@ class MemoryConfig:
 
 @dataclass(frozen=True)
 class CollectivesConfig:
-    """Measure losses over several processes beside open_clip's: bytes, time, memory, error.
+    """Measure losses over several processes beside open_clip: bytes, time, memory, error.
 
     Columns: KiB that a process receives, forward and backward; milliseconds of the slowest process
     (20th, 50th and 80th percentile); this median over that of fastclip's gather; MiB kept for the
@@ -179,19 +181,19 @@ class CollectivesConfig:
     """
 
     loss: tuple[Literal["clip", "siglip"], ...] = ("clip", "siglip")
-    """Which ones."""
+    """Losses to measure."""
     ranks: tuple[int, ...] = (2, 4)
     """Numbers of processes."""
     n: tuple[int, ...] = (1024,)
-    """Pairs of every process."""
+    """Pairs per process."""
     width: int = 512
     """Feature width."""
     rounds: int = 15
     """Rounds in which each baseline runs once."""
     quick: bool = False
-    """Small batches and few rounds, in place of what --n, --width and --rounds say."""
+    """Small batches and few rounds; overrides --n, --width and --rounds."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes GPUs where there is one for each process."""
+    """auto uses GPUs if there is one for each process."""
     output: Path | None = None
     """JSON file for the result."""
 

@@ -1,4 +1,4 @@
-"""`fastclip bench train-step|data`: what surrounds the operators, beside open_clip's."""
+"""`fastclip bench train-step|data`: what surrounds the operators, beside open_clip."""
 
 import tempfile
 from dataclasses import dataclass, replace
@@ -13,11 +13,11 @@ from fastclip.device import choose_device
 
 @dataclass(frozen=True)
 class TrainStepConfig:
-    """Measure a whole training step beside open_clip's own loop, with the same weights and batch.
+    """Measure a whole training step beside the open_clip loop, with the same weights and batch.
 
-    Columns: milliseconds a step (20th, 50th and 80th percentile); samples a second; the speed in
-    units of open_clip's; MiB above weights and optimizer; the loss after the first call, and how
-    far it is from open_clip's. Rows are fastclip's engine; open_clip's loop with AdamW as its
+    Columns: milliseconds a step (20th, 50th and 80th percentile); samples a second; the speedup
+    over open_clip; peak MiB above weights and optimizer; the loss after the first call, and its
+    difference from open_clip. Rows are fastclip's engine; the open_clip loop with AdamW as its
     trainer makes it, with torch's fused AdamW, and with fastclip's loss (`patch_open_clip`).
     """
 
@@ -34,7 +34,7 @@ class TrainStepConfig:
     warmup: int = 2
     """Calls of each before."""
     quick: bool = False
-    """A small model and few rounds, in place of what --towers and --rounds say."""
+    """A small model and few rounds; overrides --towers and --rounds."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:1."""
     output: Path | None = None
@@ -75,8 +75,8 @@ def _tower(text: str) -> tuple[str, int]:
 class DataConfig:
     """Measure loading beside its baselines, images a second from shards to batches of views.
 
-    strong: two views each of a strong augmentation. plain: one view of open_clip's. A baseline
-    that is not installed is a row that says so.
+    strong: two views each of a strong augmentation. plain: one view, augmented as in open_clip.
+    A baseline that is not installed is a row that says so.
     """
 
     data: Annotated[str | None, tyro.conf.Positional] = None
@@ -91,7 +91,7 @@ class DataConfig:
     rounds: int = 5
     """Epochs of each loader that count; one more goes before."""
     quick: bool = False
-    """Few pictures and rounds, in place of what --batch-size and --rounds say."""
+    """Few pictures and rounds; overrides --batch-size and --rounds."""
     device: str = "auto"
     """Where DALI makes views: auto, cpu, cuda or cuda:1."""
     output: Path | None = None
@@ -115,6 +115,6 @@ class DataConfig:
             rows = run(settings)
         if self.output is not None:
             # where they lie is nobody's business
-            told = replace(settings, shards=Path(settings.shards).name)
-            records.write(self.output, "data", told, rows, device.type)
+            named = replace(settings, shards=Path(settings.shards).name)
+            records.write(self.output, "data", named, rows, device.type)
         return 0

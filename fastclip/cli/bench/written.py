@@ -1,11 +1,12 @@
-"""`fastclip bench report|compare|import`: what the files of the other parts say."""
+"""`fastclip bench report|compare`: what the files of the other parts say."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
+
+from fastclip.messages import logger
 
 
 @dataclass(frozen=True)
@@ -20,10 +21,10 @@ class ReportConfig:
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """Folder for report.md and its plots."""
     markdown: Path | None = None
-    """Markdown file to write in place of a folder's report.md; plots come beside it."""
+    """Markdown file to write instead of --output's report.md, with the plots beside it."""
     readme: Path | None = None
-    """File whose text between <!-- bench:losses --> and <!-- /bench --> is written anew, with the
-    plot docs/performance.svg beside it; without FILES from those that the text names."""
+    """File whose text between <!-- bench:losses --> and <!-- /bench --> is updated, with the plot
+    docs/performance.svg beside it. Without PATHs, from the files that the text names."""
 
     def run(self) -> int:
         """Read all files first, then write."""
@@ -64,7 +65,7 @@ class CompareConfig:
     after: Annotated[Path, tyro.conf.Positional]
     """JSON file B."""
     across_devices: bool = False
-    """Compare although the files are of different devices."""
+    """Compare files of different devices."""
 
     def run(self) -> int:
         """Print a line for each row that both files have."""
@@ -73,33 +74,10 @@ class CompareConfig:
 
         before, after = (records.read(file) for file in (self.before, self.after))
         for warning in compare.differences(before, after, self.across_devices):
-            print(f"warning: {warning}", file=sys.stderr)
+            logger.warning(f"warning: {warning}")
         pairs = compare.compare(before, after)
         for warning in compare.failures(before, after):
-            print(f"warning: {warning}", file=sys.stderr)
+            logger.warning(f"warning: {warning}")
         print(f"B / A: {compare.measured(after)}, {after.name} over {before.name}")
         print("\n".join(compare.lines(pairs)))
-        return 0
-
-
-@dataclass(frozen=True)
-class ImportConfig:
-    """Put what benchmarks/gpu_lab.sh brought back where it belongs in a checkout.
-
-    Results go to benchmarks/results, tables of tilings and plans to kernels, and a note with the
-    figures to benchmarks/notes. Nothing is written where a file of the archive is damaged or a
-    result of that name exists.
-    """
-
-    archive: Annotated[Path, tyro.conf.Positional]
-    """The lab.tar.gz."""
-    root: Path = Path(".")
-    """The checkout."""
-
-    def run(self) -> int:
-        """Print each file written."""
-        from fastclip.bench.archive import import_archive
-
-        for path in import_archive(self.archive, self.root):
-            print(path)
         return 0

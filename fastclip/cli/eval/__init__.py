@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Annotated
 
-import tyro
 from tyro.conf import subcommand
 
 from fastclip.cli.eval.classification import LinearProbe, Zeroshot
@@ -11,6 +10,7 @@ from fastclip.cli.eval.compositional import Aro, SugarCrepe, Winoground
 from fastclip.cli.eval.retrieval import Docci, Retrieval
 from fastclip.cli.eval.robustness import Robustness
 from fastclip.cli.eval.table import List, Table
+from fastclip.command_line import parse_flags
 
 Command = (
     Annotated[Zeroshot, subcommand("zeroshot")]
@@ -28,5 +28,4 @@ Command = (
 
 def main(arguments: Sequence[str]) -> int:
     """Run one of them; an evaluation prints its metrics as one JSON object."""
-    kind: type = Command  # type: ignore[assignment]
-    return tyro.cli(kind, args=list(arguments), prog="fastclip eval").run()
+    return parse_flags(Command, arguments, "fastclip eval").run()

@@ -14,8 +14,8 @@ from fastclip.evaluate.interpolation import (
 from fastclip.evaluate.wds import expand_wds, is_wds, wds_classes
 from fastclip.evaluate.zeroshot import classes_of, evaluate_zeroshot
 from fastclip.models.build import class_names
+from fastclip.models.classifier import Classifier
 from fastclip.models.clip import Model
-from fastclip.models.controls import Classifier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,10 +23,10 @@ class Zeroshot(DataEvaluation):
     """Classify images by their similarity to prompts of the classes' names."""
 
     classes: Path | None = None
-    """Class names, one a line in index order; by default classnames.txt or classes.txt beside
+    """Class names, one per line in index order; by default classnames.txt or classes.txt beside
     the shards."""
     held_out: str | None = None
-    """Labeled data, as --data, on which the share of the weak head is chosen."""
+    """Labeled data, as for --data, on which the weight of the weak head is chosen."""
 
     task = "zeroshot_classification"
     required = ("cls",)
@@ -110,11 +110,11 @@ class LinearProbe(DataEvaluation):
     """Train a linear classifier on the features of labeled images, and test it on others."""
 
     train_data: str
-    """Labeled data to train it on, as --data, e.g. scenes:split=train."""
+    """Labeled data to train on, as for --data, e.g. scenes:split=train."""
     train_split: str = "train"
-    """Of a folder in CLIP_benchmark's layout: which split to train on."""
+    """Split to train on, for a folder in CLIP_benchmark's layout."""
     seed: int = 0
-    """Of the part of the training data that chooses the regularization."""
+    """Seed of the validation split of the training data, which chooses the regularization."""
 
     task = "linear_probe"
     required = ("cls",)

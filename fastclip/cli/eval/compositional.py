@@ -1,15 +1,15 @@
 """`fastclip eval aro`, `sugarcrepe` and `winoground`: does word order matter to the model?"""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from fastclip.cli.eval.flags import Evaluation
-from fastclip.evaluate import ranks
+from fastclip.evaluate import sharing
 from fastclip.evaluate.aro import PARTS, evaluate_aro
 from fastclip.evaluate.sugarcrepe import SETS, evaluate_sugarcrepe
 from fastclip.evaluate.winoground import evaluate_winoground
+from fastclip.messages import logger
 from fastclip.models.clip import Model
 
 
@@ -21,7 +21,7 @@ class Aro(Evaluation):
     """Folder with images/, and visual_genome_relation.json, visual_genome_attribution.json,
     coco_order.json and flickr30k_order.json, or some of them."""
     parts: tuple[Literal["relation", "attribution", "coco_order", "flickr30k_order"], ...] = ()
-    """Which of them to measure; by default those that are there."""
+    """Parts to measure; by default those that are present."""
 
     task = "image_caption_selection"
     dataset = "aro"
@@ -31,13 +31,13 @@ class Aro(Evaluation):
         metrics = evaluate_aro(model, self.root, self.encoding, self.parts)
         # others than those asked for are not missed
         wanted = self.parts or PARTS
-        _tell_absent(self.root, [PARTS[part] for part in wanted if part not in metrics["cases"]])
+        _report_absent(self.root, [PARTS[part] for part in wanted if part not in metrics["cases"]])
         return metrics
 
 
 @dataclass(frozen=True, kw_only=True)
 class SugarCrepe(Evaluation):
-    """Choose the true caption of an image from one that reads as well."""
+    """Choose between the true caption of an image and a hard negative."""
 
     root: Path
     """Folder with sugar_crepe/, the seven JSON files, and COCO's val2017/."""
@@ -48,7 +48,7 @@ class SugarCrepe(Evaluation):
     def measure(self, model: Model) -> dict[str, Any]:
         """Accuracies of the sets; see `evaluate_sugarcrepe`."""
         metrics = evaluate_sugarcrepe(model, self.root, self.encoding)
-        _tell_absent(self.root, [f"{name}.json" for name in SETS if name not in metrics])
+        _report_absent(self.root, [f"{name}.json" for name in SETS if name not in metrics])
         return metrics
 
 
@@ -67,6 +67,6 @@ class Winoground(Evaluation):
         return evaluate_winoground(model, self.root, self.encoding)
 
 
-def _tell_absent(root: Path, files: list[str]) -> None:
-    if files and ranks.is_first():
-        print(f"not measured of {root}: {', '.join(files)}", file=sys.stderr)
+def _report_absent(root: Path, files: list[str]) -> None:
+    if files and sharing.is_first():
+        logger.warning(f"not measured of {root}: {', '.join(files)}")

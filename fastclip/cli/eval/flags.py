@@ -13,14 +13,15 @@ import tyro
 from fastclip.bounded import read_yaml
 from fastclip.data.options import DataOptions
 from fastclip.data.sources import open_source
-from fastclip.evaluate import ranks
+from fastclip.evaluate import sharing
 from fastclip.evaluate.features import Encoding, ImageFeatures, embed_images
 from fastclip.evaluate.interpolation import has_two_heads
 from fastclip.evaluate.results import write_result
 from fastclip.evaluate.wds import expand_wds
+from fastclip.messages import logger
 from fastclip.models.checkpoint import run_of
 from fastclip.models.clip import Model
-from fastclip.models.controls import ImageSystem
+from fastclip.models.image_tower import ImageSystem
 from fastclip.models.open import is_run, open_model
 from fastclip.train.distributed import world
 
@@ -30,18 +31,18 @@ class Evaluation(ABC):
     """Flags that every evaluation of a model has."""
 
     model: str
-    """A run directory (its latest checkpoint is used) or one of its checkpoints; a model of
-    open_clip's, with --pretrained; hf-hub:ORG/NAME, or local-dir:FOLDER of the same files."""
+    """A run directory (its latest checkpoint is used) or one of its checkpoints; an
+    open_clip model, with --pretrained; hf-hub:ORG/NAME, or local-dir:FOLDER of the same files."""
     pretrained: str | None = None
-    """Of a model of open_clip's: the name of its weights, or a checkpoint's file."""
+    """For an open_clip model: the name of its weights, or a checkpoint file."""
     average: bool = False
     """Evaluate the averaged weights of a run with --ema."""
     trust_checkpoint: bool = False
-    """Read a checkpoint of DeepSpeed's: pickles, which can run any code when they are loaded."""
+    """Read a DeepSpeed checkpoint: pickles, which can run arbitrary code when they are loaded."""
     head_weight: float | None = None
-    """Of a model with weak and strong heads: the weak one's share in the similarity."""
+    """For a model with weak and strong heads: the weight of the weak head in the similarity."""
     batch_size: int = 256
-    """Images encoded at a time."""
+    """Images per batch."""
     workers: int = 2
     """Processes that load images."""
     precision: Literal["fp32", "amp_bf16"] = "fp32"
@@ -49,8 +50,8 @@ class Evaluation(ABC):
     device: str = "auto"
     """auto, cpu, cuda or cuda:1."""
     output: Path | None = None
-    """File for the result; by default EVALUATION_DATA.json in the folder eval of the run, or for
-    other models in eval/MODEL_PRETRAINED here."""
+    """File for the result; by default EVALUATION_DATA.json in the run directory's folder eval, or,
+    for other models, in ./eval/MODEL_PRETRAINED."""
 
     task: ClassVar[str]
     """What CLIP_benchmark calls the task."""
@@ -80,7 +81,7 @@ class Evaluation(ABC):
 
     def run(self) -> int:
         """Measure the model on all ranks; the first prints the metrics and writes the result."""
-        with world(self.device) as here, ranks.together():
+        with world(self.device) as here, sharing.together():
             options = (self.pretrained, self.average, self.trust_checkpoint)
             model = open_model(self.model, here.device, *options)
             if not self.suits(model):
@@ -94,10 +95,10 @@ class Evaluation(ABC):
                 given = {"head_weight": self.head_weight}
             metrics = {**self.measure(model), **given}
             if here.is_first:
-                self._tell(metrics)
+                self._report(metrics)
         return 0
 
-    def _tell(self, metrics: dict[str, Any]) -> None:
+    def _report(self, metrics: dict[str, Any]) -> None:
         print(json.dumps(metrics, indent=2))
         model, pretrained, name = self.model, self.pretrained or "", self.name
         if is_run(self.model, self.pretrained):
@@ -117,7 +118,7 @@ class Evaluation(ABC):
             metrics=metrics,
             named=self.output is not None,
         )
-        print(f"written to {output}", file=sys.stderr)
+        logger.info(f"written to {output}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,10 +127,10 @@ class DataEvaluation(Evaluation):
 
     data: str = "scenes"
     """As --train-data of `fastclip train`, e.g. '/data/val-{00000..00004}.tar', a COCO captions
-    file, a folder with a folder of images a class, or 'scenes:split=compositional'; or a folder in
-    CLIP_benchmark's webdataset layout."""
+    file, a folder with one folder of images per class, or 'scenes:split=compositional'; or a folder
+    in CLIP_benchmark's webdataset layout."""
     split: str = "test"
-    """Of a folder in that layout: which of its splits."""
+    """Split, for a folder in CLIP_benchmark's layout."""
     options: Annotated[DataOptions, tyro.conf.arg(name="")] = field(default_factory=DataOptions)
     """How the data are read."""
     num_samples: int = 1000
@@ -164,8 +165,8 @@ class DataEvaluation(Evaluation):
             **vars(self.encoding),
             classify=self.classify,
         )
-        if images.faults.counts and ranks.is_first():
-            print(f"skipped: {images.faults.report()}", file=sys.stderr)
+        if images.faults.counts and sharing.is_first():
+            logger.warning(f"skipped: {images.faults.report()}")
         return images
 
 
@@ -183,4 +184,6 @@ def set_head_weight(model: Model, weight: float) -> None:
 
 
 def _architecture(run: Path) -> str:
-    return str(read_yaml(run / "config.yaml")["model"])
+    model = read_yaml(run / "config.yaml")["model"]
+    # by section, or flat, as runs of before have it
+    return str(model["model"] if isinstance(model, dict) else model)

@@ -13,10 +13,10 @@ from fastclip.models.clip import Model
 
 @dataclass(frozen=True, kw_only=True)
 class Retrieval(DataEvaluation):
-    """Find images by each of their captions, and captions by images."""
+    """Retrieve images by their captions, and captions by images."""
 
     recall_k: tuple[int, ...] = (1, 5, 10)
-    """Ranks at which recall is measured."""
+    """Values of k in recall@k."""
 
     task = "zeroshot_retrieval"
     required = ("txt",)
@@ -31,12 +31,12 @@ class Retrieval(DataEvaluation):
 
 @dataclass(frozen=True, kw_only=True)
 class Docci(Evaluation):
-    """Find images by long descriptions: the 5,000 test images of DOCCI."""
+    """Retrieve the 5,000 test images of DOCCI by their long descriptions, and vice versa."""
 
     root: Path
     """Folder with docci_descriptions.jsonlines and images/."""
     recall_k: tuple[int, ...] = (1, 5, 10)
-    """Ranks at which recall is measured."""
+    """Values of k in recall@k."""
 
     task = "zeroshot_retrieval"
     dataset = "docci"

@@ -1,12 +1,11 @@
 """`fastclip eval robustness`: accuracies under distribution shifts, and effective robustness."""
 
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fastclip.cli.eval.classification import Zeroshot
-from fastclip.evaluate import ranks
+from fastclip.evaluate import sharing
 from fastclip.evaluate.effective_robustness import BASELINES, Line, suited_fit
 from fastclip.evaluate.imagenet import SHIFTS, prompts, wordnet_ids
 from fastclip.evaluate.results import read_result
@@ -19,14 +18,15 @@ from fastclip.evaluate.shifts import (
     read_metrics,
 )
 from fastclip.evaluate.zeroshot import evaluate_zeroshot, labeled
+from fastclip.messages import logger
 from fastclip.models.build import class_names
+from fastclip.models.classifier import Classifier
 from fastclip.models.clip import Model
-from fastclip.models.controls import Classifier
 
 
 @dataclass(frozen=True, kw_only=True)
 class Robustness(Zeroshot):
-    """Classify images without and with a distribution shift; how much more is right than expected.
+    """Classify images without and with distribution shift, and compute effective robustness.
 
     Either ImageNet with its natural shifts (--root), or any labeled data (--data and --shifts) of
     the same classes.
@@ -36,14 +36,14 @@ class Robustness(Zeroshot):
     """Folder with imagenet/val and any of imagenetv2-matched-frequency-format-val, imagenet-sketch,
     imagenet-r, imagenet-a and objectnet-1.0, as they are published."""
     shifts: tuple[str, ...] = ()
-    """NAME=DATA of each shift, with DATA as --data: fog=/data/corrupted/fog-3.tar."""
+    """NAME=DATA of each shift, with DATA as for --data: fog=/data/corrupted/fog-3.tar."""
     baseline: tuple[Path, ...] = ()
-    """Results of three or more models trained on the distribution of --data alone, which say what
-    accuracy under a shift is to be expected."""
+    """Results of three or more models trained only on the distribution of --data, from which the
+    expected accuracy under a shift is fitted."""
     plot: Path | None = None
-    """A .png to draw; of several shifts, one file each."""
+    """PNG file to draw; one per shift if there are several."""
     compare: tuple[Path, ...] = ()
-    """Results of other models to draw besides."""
+    """Results of other models to draw as well."""
 
     task = "robustness"
 
@@ -63,13 +63,13 @@ class Robustness(Zeroshot):
             lines = BASELINES[suited_fit(metrics["acc1"])]
         else:
             metrics = self._measure_data(model, shifts, lines)
-        if ranks.is_first():
+        if sharing.is_first():
             self._summarize(metrics)
             if self.plot is not None:
                 models = [(f"{self.model} {self.pretrained or ''}".strip(), metrics), *others]
                 baselines = [read_metrics(path) for path in self.baseline]
                 for path in plot_shifts(self.plot, models, lines, baselines):
-                    print(f"drawn in {path}", file=sys.stderr)
+                    logger.info(f"drawn in {path}")
         return metrics
 
     def _shifts(self) -> dict[str, str]:
@@ -103,8 +103,8 @@ class Robustness(Zeroshot):
                 )
         metrics = evaluate_imagenet_shifts(model, root, self.encoding)
         absent = [name for name in SHIFTS if name not in metrics]
-        if absent and ranks.is_first():
-            print(f"not in {root}, left out: {', '.join(absent)}", file=sys.stderr)
+        if absent and sharing.is_first():
+            logger.warning(f"not in {root}, left out: {', '.join(absent)}")
         return metrics
 
     def _measure_data(
@@ -137,11 +137,11 @@ class Robustness(Zeroshot):
     def _summarize(self, metrics: dict[str, Any]) -> None:
         """Print accuracies in percent and effective robustness in points."""
         fit = f", {suited_fit(metrics['acc1'])} baseline" if self.root is not None else ""
-        print(f"{self.dataset}: {100 * metrics['acc1']:.1f} %{fit}", file=sys.stderr)
+        logger.info(f"{self.dataset}: {100 * metrics['acc1']:.1f} %{fit}")
         for name, found in metrics.items():
             if isinstance(found, dict):
                 rho = f", ρ {100 * found['rho']:+.1f} points" if "rho" in found else ""
-                print(f"{name}: {100 * found['acc1']:.1f} %{rho}", file=sys.stderr)
+                logger.info(f"{name}: {100 * found['acc1']:.1f} %{rho}")
 
 
 def _label(path: Path) -> str:

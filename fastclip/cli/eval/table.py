@@ -13,12 +13,12 @@ from fastclip.evaluate.table import markdown_table
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Print results as a Markdown table: a row a model, a column a data set and metric."""
+    """Print results as a Markdown table: a row per model, a column per data set and metric."""
 
     files: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Result files as `fastclip eval` and CLIP_benchmark write them."""
+    """Result files of `fastclip eval` and CLIP_benchmark."""
     metrics: tuple[str, ...] = ()
-    """The metrics to show, by name or its last word, e.g. acc1 rho; all by default."""
+    """Metrics to show, by name or its last word, e.g. acc1 rho; by default all."""
 
     def run(self) -> int:
         """Print the table."""
@@ -28,7 +28,7 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class List:
-    """Print the benchmarks that are files on disk: what they need, where to get it, and chance."""
+    """List the benchmarks with their files, where to get them, and the scores of chance."""
 
     def run(self) -> int:
         """Print them."""

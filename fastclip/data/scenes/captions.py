@@ -245,7 +245,23 @@ def _dense_relations(scene: Scene, stream: Stream) -> list[tuple[str, Claim]]:
 
 
 def caption_claims(scene: Scene, quality: str, seed: int = 0) -> tuple[str, tuple[Claim, ...]]:
-    """The text that `caption` returns and every claim it makes, all true of the scene."""
+    """The text that `caption` returns and every claim it makes, all true of the scene.
+
+    Args:
+        scene: what to describe.
+        quality: "short", "alt" or "dense".
+        seed: chooses the phrasing, together with the scene's own seed.
+
+    Raises:
+        ValueError: another quality.
+
+    Examples:
+        >>> from fastclip.data.scenes import caption_claims, holds, sample_scene
+        >>> scene = sample_scene(7)
+        >>> text, claims = caption_claims(scene, "dense")
+        >>> all(holds(claim, scene) for claim in claims)
+        True
+    """
     check_choice("quality", quality, QUALITIES)
     if quality == "alt":
         return _alt(scene, seed)
@@ -268,6 +284,14 @@ def caption(scene: Scene, quality: str = "short", seed: int = 0) -> str:
 
     Raises:
         ValueError: another quality.
+
+    Examples:
+        >>> from fastclip.data.scenes import caption, sample_scene
+        >>> scene = sample_scene(7, objects=2)
+        >>> caption(scene)
+        'there is a small red cross below a large cyan diamond'
+        >>> caption(scene, "alt")
+        'Large Diamond | Stock Image 7262'
     """
     return caption_claims(scene, quality, seed)[0]
 
@@ -299,7 +323,23 @@ def _attribute_edits(claim: Claim, stream: Stream) -> Iterator[Claim]:
 def hard_negative_claims(
     scene: Scene, kind: str = "attribute", seed: int = 0
 ) -> list[tuple[str, tuple[Claim, ...]]]:
-    """The texts that `hard_negatives` returns, each with its claims, some false of the scene."""
+    """The texts that `hard_negatives` returns, each with its claims, some false of the scene.
+
+    Args:
+        scene: what not to describe.
+        kind: "attribute", "relation" or "order", what is changed.
+        seed: chooses phrasing and replacements, together with the scene's own seed.
+
+    Raises:
+        ValueError: another kind.
+
+    Examples:
+        >>> from fastclip.data.scenes import hard_negative_claims, holds, sample_scene
+        >>> scene = sample_scene(7, objects=2)
+        >>> found = hard_negative_claims(scene, "relation")
+        >>> [all(holds(claim, scene) for claim in claims) for text, claims in found]
+        [False]
+    """
     check_choice("kind", kind, NEGATIVE_KINDS)
     phrasing, claim = _short(scene, seed)
     edits: list[Claim] = []
@@ -338,5 +378,13 @@ def hard_negatives(scene: Scene, kind: str = "attribute", seed: int = 0) -> list
 
     Raises:
         ValueError: another kind.
+
+    Examples:
+        >>> from fastclip.data.scenes import caption, hard_negatives, sample_scene
+        >>> scene = sample_scene(7, objects=2)
+        >>> caption(scene)
+        'there is a small red cross below a large cyan diamond'
+        >>> hard_negatives(scene, "relation")
+        ['there is a small red cross above a large cyan diamond']
     """
     return [text for text, _ in hard_negative_claims(scene, kind, seed)]

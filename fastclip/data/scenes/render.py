@@ -350,7 +350,18 @@ def render(scene: Scene, size: int = 64) -> Image.Image:
 
     Another build of Pillow or NumPy may round differently, and its JPEG encoder may differ.
 
-    Raises ValueError where size is below 16 pixels: a small object would be three pixels wide.
+    Args:
+        scene: what to draw.
+        size: side of the image, in pixels, at least 16; 64 or more to distinguish shapes.
+
+    Raises:
+        ValueError: the size is below 16 pixels: a small object would be three pixels wide.
+
+    Examples:
+        >>> from fastclip.data.scenes import render, sample_scene
+        >>> image = render(sample_scene(7), size=64)
+        >>> image.size, image.mode
+        ((64, 64), 'RGB')
     """
     if size < 16:
         raise ValueError(

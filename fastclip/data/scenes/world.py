@@ -105,9 +105,21 @@ def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Object:
-    """A colored shape with its center at (x, y), as fractions of the image's side.
+    """A colored shape somewhere in the image.
 
-    Raises ValueError for a name outside the vocabulary or a center outside [0, 1].
+    Args:
+        shape: one of `SHAPES`.
+        color: one of `COLORS`.
+        size: "small" or "large", see `SIZES`.
+        x, y: the center, as fractions of the image's side, y downwards.
+
+    Raises:
+        ValueError: a name outside the vocabulary, or a center outside [0, 1].
+
+    Examples:
+        >>> from fastclip.data.scenes import Object
+        >>> Object("star", "red", "large", x=0.25, y=0.5).radius
+        0.21
     """
 
     shape: str
@@ -133,7 +145,14 @@ class Object:
 class View:
     """How the scene is seen: sheared along x, then rotated, then scaled about its center.
 
-    rotation is in degrees, clockwise; scale and shear are plain factors.
+    Args:
+        rotation: in degrees, clockwise.
+        scale, shear: plain factors.
+
+    Examples:
+        >>> from fastclip.data.scenes import View
+        >>> View(scale=0.5).apply(1.0, 0.5)
+        (0.75, 0.5)
     """
 
     rotation: float = 0.0
@@ -147,7 +166,11 @@ class View:
         return cos, cos * self.shear - sin, sin, sin * self.shear + cos
 
     def apply(self, x: float, y: float) -> tuple[float, float]:
-        """Where the point (x, y) of the scene is seen, in the same units."""
+        """Where a point of the scene is seen, in the same units.
+
+        Args:
+            x, y: of the point, as fractions of the image's side.
+        """
         a, b, c, d = self.matrix()
         x, y = x - 0.5, y - 0.5
         return a * x + b * y + 0.5, c * x + d * y + 0.5
@@ -157,12 +180,27 @@ class View:
 class Scene:
     """One to three objects and how they are drawn.
 
-    relation is that of objects[0] to objects[1], None for a single object. seed chooses what the
-    graph leaves open: textures, tints and the phrasing of captions. severity (1 to 3) matters only
-    where there is a corruption.
+    Args:
+        objects: one to three.
+        relation: that of objects[0] to objects[1], one of `RELATIONS`; None for a single object.
+        background: one of `BACKGROUNDS` or `SHIFTED_BACKGROUNDS`.
+        style: one of `STYLES` or `SHIFTED_STYLES`.
+        palette: one of `PALETTES`.
+        view: how it is seen.
+        corruption: one of `CORRUPTIONS`, or None.
+        severity: of the corruption, 1 to 3.
+        seed: chooses what the graph leaves open: textures, tints and the phrasing of captions.
 
-    Raises ValueError for a name outside the vocabulary, another number of objects, or a relation
-    that is not the one the centers show.
+    Raises:
+        ValueError: a name outside the vocabulary, another number of objects, or a relation that is
+            not the one the centers show.
+
+    Examples:
+        >>> from fastclip.data.scenes import Object, Scene, caption
+        >>> star = Object("star", "red", "large", x=0.25, y=0.5)
+        >>> ring = Object("ring", "blue", "small", x=0.75, y=0.5)
+        >>> caption(Scene((star, ring), "left of"))
+        'a blue ring with a red star left of it'
     """
 
     objects: tuple[Object, ...]
@@ -195,7 +233,18 @@ class Scene:
 
 @dataclass(frozen=True)
 class Mention:
-    """What a text says of one object; None is left unsaid."""
+    """What a text says of one object; None is left unsaid.
+
+    Args:
+        color: one of `COLORS`.
+        shape: one of `SHAPES`.
+        size: "small" or "large".
+
+    Examples:
+        >>> from fastclip.data.scenes import Mention
+        >>> Mention(color="red", shape="star")
+        Mention(color='red', shape='star', size=None)
+    """
 
     color: str | None = None
     shape: str | None = None
@@ -206,10 +255,20 @@ class Mention:
 class Claim:
     """What a sentence says of a scene; None is left unsaid.
 
-    Each mention is a different object of the scene; relation is that of the first mention to the
-    second; count is the exact number of objects in the scene.
+    Args:
+        objects: mentions, each of a different object of the scene.
+        relation: that of the first mention to the second, one of `RELATIONS`.
+        background, style: of the scene.
+        count: the exact number of objects in the scene.
 
-    Raises ValueError for a relation with fewer than two mentions.
+    Raises:
+        ValueError: an unknown relation, or one with fewer than two mentions.
+
+    Examples:
+        >>> from fastclip.data.scenes import Claim, Mention, holds, sample_scene
+        >>> scene = sample_scene(0, objects=1)
+        >>> holds(Claim(count=1), scene), holds(Claim((Mention(), Mention())), scene)
+        (True, False)
     """
 
     objects: tuple[Mention, ...] = ()
@@ -248,8 +307,20 @@ def related(a: Object, relation: str, b: Object) -> bool:
 def relation_between(a: Object, b: Object) -> str | None:
     """The one relation of a to b that a caption may name, None where the two lie diagonally.
 
-    It is true by the margin, and by a distance of DOMINANCE times that along the other axis, so
-    that it stays true in every view that `sample_scene` chooses.
+    Their centers differ by 0.2 of the image's side or more along its axis, and by twice as much as
+    along the other, so that it stays true in every view that `sample_scene` chooses.
+
+    Args:
+        a, b: the two objects.
+
+    Returns:
+        "left of", "right of", "above" or "below", or None.
+
+    Examples:
+        >>> from fastclip.data.scenes import Object, relation_between
+        >>> star = Object("star", "red", "large", x=0.25, y=0.5)
+        >>> relation_between(star, Object("ring", "blue", "small", x=0.75, y=0.5))
+        'left of'
     """
     dx, dy = b.x - a.x, b.y - a.y
     if abs(dx) >= max(RELATION_MARGIN, DOMINANCE * abs(dy)):
@@ -272,6 +343,17 @@ def holds(claim: Claim, scene: Scene) -> bool:
 
     It is where some choice of different objects, one for each mention, has every attribute
     mentioned and the relation, and where background, style and count, if said, are the scene's.
+
+    Args:
+        claim: what is said.
+        scene: of what.
+
+    Examples:
+        >>> from fastclip.data.scenes import Claim, Mention, holds, sample_scene
+        >>> scene = sample_scene(0, objects=1)
+        >>> [one] = scene.objects
+        >>> holds(Claim((Mention(shape=one.shape),)), scene), holds(Claim(count=2), scene)
+        (True, False)
     """
     if claim.background not in (None, scene.background) or claim.style not in (None, scene.style):
         return False
@@ -285,7 +367,17 @@ def holds(claim: Claim, scene: Scene) -> bool:
 
 
 def class_index(scene: Scene) -> int | None:
-    """The index in CLASSES of the scene's only object; None where it has several."""
+    """The index in `CLASSES` of the scene's only object; None where it has several.
+
+    Args:
+        scene: of one to three objects.
+
+    Examples:
+        >>> from fastclip.data.scenes import CLASSES, Object, Scene, class_index
+        >>> scene = Scene((Object("star", "red", "large", x=0.5, y=0.5),), relation=None)
+        >>> CLASSES[class_index(scene)]
+        'red star'
+    """
     if len(scene.objects) != 1:
         return None
     obj = scene.objects[0]
@@ -387,6 +479,12 @@ def sample_scene(
 
     Raises:
         ValueError: an argument is outside its range.
+
+    Examples:
+        >>> from fastclip.data.scenes import sample_scene
+        >>> scene = sample_scene(7, split="val", objects=2)
+        >>> len(scene.objects), scene == sample_scene(7, split="val", objects=2)
+        (2, True)
     """
     check_choice("split", split, SPLITS)
     if shift is not None:

@@ -1,12 +1,14 @@
 """Tiles of the similarity matrix: what an implementation of the operators has to provide.
 
-The operators visit S in tiles of C rows by S columns and need five things of each tile:
+The operators visit S in tiles of C rows by S columns and need six things of each tile:
 
     statistics   rows' and columns' (max, sum of exponentials), merged into running ones     K1
     gradient     G, the gradient of the tile's products, from given log-sum-exps             K2
     begin_rows,
     end_rows     both at once where a tile holds its rows whole (one product instead of two)
     sigmoid      softplus row sums and G of the sigmoid loss
+    exponentials,
+    weigh        sums and exponentials about a given anchor, and G from these: where they are kept
     finish       products of G with features, plus positive terms, cast once                 K4
 
 The order of the visits (`schedule.py`), the loops (`passes.py`) and the products with G (K3,
@@ -170,6 +172,31 @@ class Tiles(Protocol):
 
     def row_dot(self, a_CD: Tensor, b_CD: Tensor) -> Tensor:
         """Row-wise products in the accumulator's dtype, (C,)."""
+
+
+class KeepingTiles(Tiles, Protocol):
+    """An implementation that can keep exponentials for the backward."""
+
+    def exponentials(
+        self,
+        tile: Tile,
+        anchor: Tensor,
+        row_sum_C: Tensor,
+        column_sum_S: Tensor | None,
+        out_CS: Tensor,
+    ) -> None:
+        """E = exp(S - anchor) into `out_CS`, 0 where left out; its sums added to those given."""
+
+    def weigh(
+        self,
+        E_CS: Tensor,
+        scale: Tensor,
+        u_C: Tensor,
+        v_S: Tensor | None,
+        out_CS: Tensor,
+        total: bool,
+    ) -> Tensor:
+        """G times the scale, scale * E * (u + v), into `out_CS`; the sum of G if `total`."""
 
 
 def finished(

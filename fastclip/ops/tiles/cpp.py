@@ -77,6 +77,47 @@ class CppTiles(TorchTiles):
             )
         return self._scalars(sums)
 
+    def exponentials(
+        self,
+        tile: Tile,
+        anchor: Tensor,
+        row_sum_C: Tensor,
+        column_sum_S: Tensor | None,
+        out_CS: Tensor,
+    ) -> None:
+        for block, part in _blocks(tile):
+            of_columns = 0 if column_sum_S is None else column_sum_S[block].data_ptr()
+            self._native.exponentials(
+                _cosines(part, out_CS[:, block]),
+                anchor.data_ptr(),
+                row_sum_C.data_ptr(),
+                of_columns,
+                torch.get_num_threads(),
+            )
+
+    def weigh(
+        self,
+        E_CS: Tensor,
+        scale: Tensor,
+        u_C: Tensor,
+        v_S: Tensor | None,
+        out_CS: Tensor,
+        total: bool,
+    ) -> Tensor:
+        scale = scale.float()
+        found = self._native.weigh(
+            *E_CS.shape,
+            E_CS.data_ptr(),
+            E_CS.stride(0),
+            scale.data_ptr(),
+            u_C.data_ptr(),
+            0 if v_S is None else v_S.data_ptr(),
+            out_CS.data_ptr(),
+            out_CS.stride(0),
+            torch.get_num_threads(),
+        )
+        return scale.new_tensor(found)
+
     def begin_rows(self, tile: Tile) -> tuple[SoftmaxStats, Tensor]:
         E_CS = self.gradient_buffer(len(tile.x_CD), tile.y_SD)
         rows = SoftmaxStats.empty(len(E_CS), E_CS, self.dtype)

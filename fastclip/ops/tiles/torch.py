@@ -64,6 +64,37 @@ class TorchTiles:
             G_CS.addcmul_(self._exp(S_CS, anchor_S), columns.weight * tile.scale)
         return self._sums(tile, S_CS, G_CS, out_CS, scalars)
 
+    def exponentials(
+        self,
+        tile: Tile,
+        anchor: Tensor,
+        row_sum_C: Tensor,
+        column_sum_S: Tensor | None,
+        out_CS: Tensor,
+    ) -> None:
+        product(tile.x_CD, tile.y_SD.T, out=out_CS).mul_(tile.scale)
+        out_CS.sub_(_without(anchor, tile.offset)).exp_()
+        self._leave_out(out_CS, tile, 0.0)
+        row_sum_C += out_CS.sum(dim=1)
+        if column_sum_S is not None:
+            column_sum_S += out_CS.sum(dim=0)
+
+    def weigh(
+        self,
+        E_CS: Tensor,
+        scale: Tensor,
+        u_C: Tensor,
+        v_S: Tensor | None,
+        out_CS: Tensor,
+        total: bool,
+    ) -> Tensor:
+        u_C = (u_C * scale)[:, None]
+        if v_S is None:
+            torch.mul(E_CS, u_C, out=out_CS)
+        else:
+            torch.add(u_C, v_S * scale, out=out_CS).mul_(E_CS)
+        return out_CS.sum(dim=1).sum() / scale if total else scale.new_zeros(())
+
     def begin_rows(self, tile: Tile) -> tuple[SoftmaxStats, Tensor]:
         S_CS = self._logits(tile)
         maximum_C = S_CS.amax(dim=1)
@@ -108,7 +139,8 @@ class TorchTiles:
             out_CD.copy_(total_CD)
 
     def row_dot(self, a_CD: Tensor, b_CD: Tensor) -> Tensor:
-        return torch.linalg.vecdot(a_CD.to(self.dtype), b_CD.to(self.dtype))
+        dots: Tensor = torch.linalg.vecdot(a_CD.to(self.dtype), b_CD.to(self.dtype))
+        return dots
 
     def _buffer(self, name: str, rows: int, columns: int, like: Tensor) -> Tensor:
         """A contiguous (rows, columns) view of a buffer that only grows."""

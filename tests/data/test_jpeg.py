@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from fastclip.data.augment import AugmentationParams
-from fastclip.data.portable import as_tensor, decode_pixels, is_whole_jpeg, portable, trim
+from fastclip.data.jpeg import as_tensor, decode_pixels, is_whole_jpeg, portable, trim
 from fastclip.data.samples import Sample, UnreadableSample, decode_image, open_image
 from fastclip.data.views import render_view
 from tests.data.pipelines import encode, smooth_image
@@ -41,7 +41,7 @@ def test_real_photographs_have_pillows_bits(real_data: Path) -> None:
 )
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 def test_every_kind_of_jpeg_has_pillows_bits(mode: str, options: dict) -> None:
-    # sides that are no multiple of a block
+    # sides that are not a multiple of a block
     encoded = encode(smooth_image(0, width=67, height=41).convert(mode), **options)
     pixels = decode_pixels(sample_of(encoded))
     assert torch.equal(pixels, as_tensor(decode_image(encoded, "")))

@@ -77,7 +77,7 @@ class LanguageModelTower(nn.Module):
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         load = transformers.AutoModel.from_pretrained
         return cls(
-            load(name, config=config, trust_remote_code=False, **_arithmetic(config)),
+            load(name, config=config, trust_remote_code=False, **_precision(config)),
             output,
             **options,
         )
@@ -90,7 +90,7 @@ class LanguageModelTower(nn.Module):
         transformers = import_transformers()
         made = transformers.AutoConfig.for_model(**description.harmless(dict(config)))
         build = transformers.AutoModel.from_config
-        return cls(build(made, trust_remote_code=False, **_arithmetic(made)), output, **options)
+        return cls(build(made, trust_remote_code=False, **_precision(made)), output, **options)
 
     def config_dict(self) -> dict[str, Any]:
         """The language model's configuration, in JSON's types."""
@@ -143,10 +143,10 @@ class LanguageModelTower(nn.Module):
 
 
 class LanguageModelCLIP(nn.Module):
-    """An image tower of open_clip's with a language model, used as open_clip's models are.
+    """An open_clip image tower with a language model, used as other open_clip models are.
 
     Args:
-        model: open_clip's, whose image tower, scale and bias are taken over.
+        model: the open_clip model, whose image tower, scale and bias are taken over.
         text: (N, L) tokens to features of the image tower's width.
     """
 
@@ -230,7 +230,7 @@ def with_language_model(
     return model._replace(model=LanguageModelCLIP(towers, text.to(device)), tokenizer=tokenizer)
 
 
-def _arithmetic(config: Any) -> dict[str, Any]:
+def _precision(config: Any) -> dict[str, Any]:
     """What a model is made with, for its weights to be trained and its logits to be all there."""
     # of those that a model is made with by default, SDPA leaves Gemma 2's caps out
     capped = getattr(config, "attn_logit_softcapping", None) is not None

@@ -1,4 +1,4 @@
-"""Images for decoders that are faster than Pillow, and do as it does.
+"""JPEG files for decoders that are faster than Pillow, with the same pixels.
 
 One bad image ends DALI's run. So only JPEGs whose structure is whole reach it as they are; all else
 (PNG, WebP, CMYK, damaged files, images made by the program) is decoded by Pillow, as torchvision's
@@ -30,7 +30,7 @@ def portable(sample: Sample) -> bytes | Image.Image:
         sample: its image opened but not decoded, or without a file.
 
     Raises:
-        UnreadableSample: the file is no whole image.
+        UnreadableSample: the file is not a whole image.
     """
     return _plain_jpeg(sample) or _decoded(sample)
 
@@ -45,7 +45,7 @@ def decode_pixels(sample: Sample) -> Tensor:
         sample: its image opened but not decoded, or without a file.
 
     Raises:
-        UnreadableSample: the file is no whole image.
+        UnreadableSample: the file is not a whole image.
     """
     encoded = _plain_jpeg(sample)
     if encoded is not None:

@@ -9,7 +9,7 @@ import torch
 import fastclip
 from fastclip.cli import main
 from fastclip.data.scenes import CLASSES
-from fastclip.models.controls import Classifier
+from fastclip.models.classifier import Classifier
 from fastclip.train.config import parse
 from fastclip.train.log import read_metrics
 from fastclip.train.loop import train
@@ -38,8 +38,8 @@ def test_three_heads_on_one_backbone(clip: Path, flags: list[str]) -> None:
     zeroshot = train(parse([*classify, *still, "--name", "zeroshot"]))
     own = read_metrics(zeroshot)[-1]["val/acc1"]
     assert main(["eval", "zeroshot", "--model", str(clip), "--workers", "0"]) == 0
-    told = json.loads((clip / "eval" / "zeroshot_scenes.json").read_text())
-    assert own == pytest.approx(told["metrics"]["acc1"], abs=1e-9)
+    written = json.loads((clip / "eval" / "zeroshot_scenes.json").read_text())
+    assert own == pytest.approx(written["metrics"]["acc1"], abs=1e-9)
 
     linear = train(parse([*classify, "--lock-image", "--name", "linear"]))
     tuned = train(parse([*classify, "--name", "tuned"]))
@@ -70,22 +70,24 @@ def test_simclr_then_finetuned_by_text_match(flags: list[str], tmp_path: Path) -
 def test_what_cannot_be_is_reported(
     clip: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def told(*more: str) -> str:
+    def error_of(*more: str) -> str:
         assert main(["train", *flags, "--name", "x", *more]) == 1
         return capsys.readouterr().err
 
     uniclip = [*flags, "--objective", "uniclip", "--strong-views", "0", "--name", "uniclip"]
     run = train(parse(uniclip))
     zeroshot = ("--objective", "classify", "--classifier", "zeroshot", "--finetune")
-    assert "is a UniClip, which compares text with what its heads make" in told(*zeroshot, str(run))
-    assert "no class names: give --classes FILE" in told(
+    assert "is a UniClip, which compares text with what its heads make" in error_of(
+        *zeroshot, str(run)
+    )
+    assert "no class names: give --classes FILE" in error_of(
         "--objective", "classify", "--train-data", "synthetic"
     )
-    other = json.loads((Path(parse(flags).model)).read_text())
+    other = json.loads((Path(parse(flags).model.model)).read_text())
     other["vision_cfg"]["width"] = 24
     path = clip.parent / "other.json"
     path.write_text(json.dumps(other))
     finetune = ("--objective", "simclr", "--finetune", str(clip), "--model", str(path))
-    message = told(*finetune)
+    message = error_of(*finetune)
     assert "of another shape: class_embedding (16,) for (24,)" in message
     assert "give the --model that it was trained with" in message

@@ -7,7 +7,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from fastclip.models.semantic import LanguageModelTower
+from fastclip.models.language_model import LanguageModelTower
 from fastclip.train.accumulate import accumulate
 from tests.models.language import LAYERS, draw_tokens, make_language_model, make_tower
 

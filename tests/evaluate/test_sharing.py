@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastclip.cli import main
-from fastclip.evaluate import ranks
+from fastclip.evaluate import sharing
 from fastclip.models.clip import create
 from tests.train.conftest import ROOT, tiny_model
 
@@ -69,7 +69,7 @@ def test_what_is_dealt_comes_back_in_order(
     items: int, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a stand-in for the process group in which each rank is asked in turn."""
-    dist = ranks.dist
+    dist = sharing.dist
     rank = 0
 
     def everyone(shares: list[Any], share: list[int]) -> None:
@@ -81,10 +81,10 @@ def test_what_is_dealt_comes_back_in_order(
     monkeypatch.setattr(dist, "get_rank", lambda: rank)
     monkeypatch.setattr(dist, "all_gather_object", everyone)
     # alone, as in a validation on the first rank of a training
-    assert list(ranks.deal(range(items))) == list(range(items))
+    assert list(sharing.deal(range(items))) == list(range(items))
     for rank in range(size):
-        with ranks.together():
-            dealt = ranks.deal(range(items))
+        with sharing.together():
+            dealt = sharing.deal(range(items))
             assert len(dealt) in (items // size, items // size + 1)
-            assert ranks.is_first() == (rank == 0)
-            assert ranks.collect([10 * item for item in dealt]) == list(range(0, 10 * items, 10))
+            assert sharing.is_first() == (rank == 0)
+            assert sharing.collect([10 * item for item in dealt]) == list(range(0, 10 * items, 10))

@@ -1,4 +1,4 @@
-"""What the loader processes are doing, for when they do not come back."""
+"""What the loader processes are reading, to report it when one hangs or dies."""
 
 import os
 import time

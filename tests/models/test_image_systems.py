@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastclip.models.classifier import Classifier
 from fastclip.models.clip import create
-from fastclip.models.controls import Classifier, SimCLR, load_image_tower
+from fastclip.models.image_tower import load_image_tower
 from fastclip.models.options import SystemOptions
+from fastclip.models.simclr import SimCLR
 from fastclip.models.system import PREFIX, System, TwoTowers
 from fastclip.train.accumulate import accumulate
 from tests.models.harness import (
@@ -257,10 +259,10 @@ def test_other_towers_are_refused(tmp_path: Path) -> None:
     del weights["visual.proj"]
     with pytest.raises(ValueError) as refused:
         load_image_tower(system, weights)
-    told = str(refused.value)
-    assert "missing: proj;" in told
-    assert "12 unexpected: transformer.resblocks.1.attn" in told
-    assert "conv1.weight (16, 3, 4, 4) for (16, 3, 8, 8)" in told
+    message = str(refused.value)
+    assert "missing: proj;" in message
+    assert "12 unexpected: transformer.resblocks.1.attn" in message
+    assert "conv1.weight (16, 3, 4, 4) for (16, 3, 8, 8)" in message
     with pytest.raises(ValueError, match=r"no image tower.*the first is logit_scale"):
         load_image_tower(system, {"logit_scale": torch.zeros(())})
     for name, value in system.state_dict().items():

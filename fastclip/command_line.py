@@ -1,0 +1,163 @@
+"""Command lines read into dataclasses of flags, and the help that is made of them.
+
+Help is broken into lines once, by the width of the terminal: the strings under fields and the
+docstrings of commands are broken in the source too, for its own width, and are made whole first.
+"""
+
+import ast
+import contextlib
+import inspect
+import itertools
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import field, fields, is_dataclass, make_dataclass
+from types import MappingProxyType
+from typing import Any, TextIO, get_args, get_type_hints
+
+from fastclip.flags import ordered, sections
+
+_COLORS = re.compile(r"\x1b\[[\d;]*m")
+
+
+def parse_flags(
+    kind: Any, arguments: Sequence[str], prog: str, *, description: str | None = None
+) -> Any:
+    """A command's flags.
+
+    Args:
+        kind: a dataclass whose fields are the flags, or a union of such, one a subcommand.
+        arguments: of the command line.
+        prog: the command as it is typed.
+        description: of the command; by default the docstring of `kind`.
+
+    Raises:
+        SystemExit: a flag is unknown, missing or a value of the wrong type (said on standard
+            error), or `--help` is asked for.
+    """
+    import tyro
+
+    for command in _dataclasses(kind):
+        command.__doc__ = _as_paragraphs(command.__doc__)
+        for part in (command, *_parts(command)):
+            texts = help_texts(part)
+            for each in fields(part):
+                each.metadata = MappingProxyType({"help": texts.get(each.name), **each.metadata})
+    # a script for a shell's completion is printed as it is
+    asked = any(argument in ("-h", "--help") for argument in arguments)
+    output: Any = _Wrapping(sys.stdout) if asked else sys.stdout
+    with contextlib.redirect_stdout(output):
+        return tyro.cli(kind, args=list(arguments), prog=prog, description=description)
+
+
+def parse_sections(config: type, arguments: Sequence[str], prog: str) -> dict[str, dict[str, Any]]:
+    """The values of all flags of a configuration, by section and field.
+
+    Flags have the fields' names alone; their help is by section. Values are of the fields' types
+    and not checked any further.
+
+    Raises:
+        SystemExit: a flag is unknown or a value of the wrong type (said on standard error), or
+            `--help` is asked for.
+    """
+    import tyro
+
+    # flags of a section are named without the section
+    bare: Any = tyro.conf.OmitArgPrefixes
+    groups: list[Any] = []
+    for name, section in sections(config).items():
+        hints, texts = get_type_hints(section), help_texts(section)
+        members = [
+            (
+                each.name,
+                hints[each.name],
+                field(default=each.default, metadata={"help": texts.get(each.name)}),
+            )
+            for each in ordered(section)
+        ]
+        made: Any = make_dataclass(name, members, namespace={"__doc__": section.__doc__})
+        groups.append((name, bare[made], field(default_factory=made)))
+    whole: Any = make_dataclass(config.__name__, groups, namespace={"__doc__": config.__doc__})
+    read: Any = parse_flags(whole, arguments, prog)
+    return {name: vars(getattr(read, name)) for name in sections(config)}
+
+
+def refuse_renamed(arguments: Sequence[str], renamed: Mapping[str, str]) -> None:
+    """Refuse flags that have another name now.
+
+    Args:
+        arguments: of a command line.
+        renamed: from an old flag, or an old flag and its value, to what is written now.
+
+    Raises:
+        ValueError: an old one is given; the message has the new one.
+    """
+    words: list[str] = []
+    for argument in arguments:
+        flag, *value = argument.split("=", 1) if argument.startswith("--") else [argument]
+        words += [flag.replace("_", "-") if argument.startswith("--") else flag, *value]
+    for old, new in renamed.items():
+        size = len(old.split())
+        if any(words[i : i + size] == old.split() for i in range(len(words))):
+            raise ValueError(f"{old} has been renamed; write {new}")
+
+
+def help_texts(kind: type) -> dict[str, str]:
+    """The string under each field, inherited ones included, as one line."""
+    texts: dict[str, str] = {}
+    for base in reversed([base for base in kind.__mro__ if is_dataclass(base)]):
+        try:
+            (definition,) = ast.parse(inspect.getsource(base)).body
+        except OSError:
+            # installed without sources: flags work, and have no help
+            continue
+        assert isinstance(definition, ast.ClassDef)
+        for statement, following in itertools.pairwise(definition.body):
+            if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
+                text = ast.literal_eval(following.value)
+                texts[ast.unparse(statement.target)] = " ".join(text.split())
+    return texts
+
+
+def _dataclasses(kind: Any) -> Iterator[type]:
+    """Those that a type is made of, a dataclass alone or the members of a union."""
+    if isinstance(kind, type) and is_dataclass(kind):
+        yield kind
+    for part in get_args(kind):
+        yield from _dataclasses(part)
+
+
+def _parts(kind: type) -> Iterator[type]:
+    """The dataclasses that are fields of a dataclass."""
+    for hint in get_type_hints(kind).values():
+        for part in _dataclasses(hint):
+            yield from (part, *_parts(part))
+
+
+def _as_paragraphs(text: str | None) -> str | None:
+    """Each paragraph as one line."""
+    if text is None:
+        return None
+    return "\n\n".join(" ".join(part.split()) for part in inspect.cleandoc(text).split("\n\n"))
+
+
+class _Wrapping:
+    """Standard output, whose lines are broken between words at the terminal's width."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        width = shutil.get_terminal_size().columns
+        return self._stream.write("\n".join(_wrapped(line, width) for line in text.split("\n")))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _wrapped(line: str, width: int) -> str:
+    if len(_COLORS.sub("", line)) <= width:
+        return line
+    return textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)

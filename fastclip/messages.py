@@ -1,0 +1,51 @@
+"""Messages: one logger, `logging.getLogger("fastclip")`. Results are printed on standard output.
+
+Imported as a library, fastclip gives the logger no handler: Python then shows warnings and errors
+on standard error, and a program that wants more, less, or elsewhere configures the logger. The
+command line shows all messages on standard error.
+"""
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterator
+
+from fastclip.printable import printable
+
+logger = logging.getLogger("fastclip")
+
+
+def _make_printable(record: logging.LogRecord) -> bool:
+    # names of files and URLs come from elsewhere, and any handler may be a terminal's
+    record.msg, record.args = printable(record.getMessage()), None
+    return True
+
+
+logger.addFilter(_make_printable)
+
+
+def note(text: str) -> None:
+    """Report what is the same on all ranks: the first does."""
+    if os.environ.get("RANK", "0") == "0":
+        logger.warning(f"note: {text}")
+
+
+@contextlib.contextmanager
+def shown() -> Iterator[None]:
+    """Show messages on standard error, each as its text; a program's own handlers stay."""
+    if logger.handlers:
+        yield
+        return
+    level, propagate = logger.level, logger.propagate
+    handler = logging.StreamHandler(sys.stderr)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    # a library may have given the root logger a handler: nothing is said twice
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate

@@ -1,0 +1,233 @@
+"""The sections of the training configuration; their fields are the flags of the same names.
+
+What concerns one section alone is checked here, what concerns several in `config.py`.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fastclip.data.options import DataOptions
+from fastclip.flags import check_least, check_positive, flag
+from fastclip.models.options import SystemOptions
+from fastclip.ops.backend import IMPLEMENTATIONS
+
+
+@dataclass(frozen=True)
+class TrainingDataOptions(DataOptions):
+    """What to train on, and how it is read and augmented."""
+
+    train_data: str = flag("scenes", defines_run=True)
+    """Shards, e.g. '/data/{00000..00041}.tar' or 's3://bucket/{000..041}.tar'; a CSV or COCO
+    captions file; a folder with a folder of images a class; 'synthetic'; 'scenes', or a variant
+    like 'scenes:caption=dense,shift=style'. Several of one type are joined by '::'."""
+    train_data_upsampling_factors: str | None = flag(None, defines_run=True)
+    """How many times an epoch passes over each pattern of --train-data, e.g. 1::2.5."""
+    val_data: str | None = flag(None, defines_run=False)
+    """As --train-data; evaluated every --val-frequency epochs."""
+    val_image_root: str | None = flag(None, defines_run=False)
+    """As --image-root, for --val-data."""
+    train_num_samples: int | None = flag(None, defines_run=True)
+    """Samples an epoch; all by default (20,000 for scenes, 1,000 for synthetic)."""
+    shuffle_window: int = flag(32768, defines_run=True)
+    """Samples shuffled together after the shards were."""
+    data_backend: Literal["auto", "dali", "cpu"] = flag("auto", defines_run=True)
+    """What decodes and augments images. dali: DALI, on the GPU if there is one. cpu: the loader
+    processes. auto uses DALI if it is installed and there is a GPU; on a CPU DALI is slower."""
+    augment: Literal["crop", "weak", "strong"] | None = flag(None, defines_run=True)
+    """crop: a random crop, of 0.9 of the image or more. weak, strong: CLIP-Rocket's views, crops of
+    0.5 and of 0.08 or more; the strong one has flip, color jitter, grayscale and blur. By default
+    crop, or weak where --objective has strong views besides."""
+    aug_scale: tuple[float, float] | None = flag(None, defines_run=True)
+    """Least and greatest share of the image that a random crop keeps; overrides --augment."""
+    strong_scale: tuple[float, float] | None = flag(None, defines_run=True)
+    """As --aug-scale, for the strong views of --objective."""
+    aug_flip: float | None = flag(None, defines_run=True)
+    """Probability of a horizontal flip; overrides --augment."""
+    sentence_sampling: bool = flag(False, defines_run=True)
+    """Train on a random part of a caption's sentences, in their order."""
+    text_augment: Literal["none", "weak", "strong"] = flag("none", defines_run=True)
+    """weak: stop-words removed, often. strong: then a synonym, a swap or a deletion as well. The
+    strong views of --objective are strong in any case."""
+    workers: int = flag(4, defines_run=False)
+    """Processes that load data; 0 loads in the training process. Does not change the samples."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, shuffle_window=1, workers=0)
+        check_positive(self, "train_num_samples")
+
+
+@dataclass(frozen=True)
+class ModelOptions(SystemOptions):
+    """What is trained: towers, objective, and how they are computed."""
+
+    model: str = flag("RN10t-64", defines_run=True)
+    """An open_clip model, a config shipped with fastclip, or a path to a JSON config."""
+    pretrained: str | None = flag(None, defines_run=False)
+    """Weights to start from: the name of open_clip weights, e.g. 'laion2b_s34b_b79k', or a path."""
+    precision: Literal["fp32", "amp", "amp_bf16"] = flag("amp_bf16", defines_run=True)
+    """Precision of the towers: float32, float16 with a loss scale, or bfloat16. Parameters stay
+    float32."""
+    grad_checkpointing: bool = flag(False, defines_run=True)
+    """Recompute the towers' activations in the backward pass instead of keeping them."""
+    torchcompile: bool = flag(False, defines_run=True)
+    """Compile the towers with torch.compile."""
+    attention: Literal["tower", "auto", "triton", "sdpa", "flash", "reference"] = flag(
+        "tower", defines_run=True
+    )
+    """tower: the towers' own attention. Otherwise fastclip's under the same weights, by the fastest
+    implementation that was measured (auto) or the one named."""
+    layer_norm: Literal["torch", "apex"] = flag("torch", defines_run=True)
+    """The towers' layer norms: torch's, or apex's fused one where NVIDIA's apex is installed."""
+
+
+@dataclass(frozen=True)
+class OptimOptions:
+    """Batches, steps and updates."""
+
+    batch_size: int = flag(128, defines_run=True)
+    """Samples a micro-batch of one process; times --accum-freq and the processes, of a step."""
+    accum_freq: int = flag(1, defines_run=True)
+    """Micro-batches a step. Their gradient is exactly that of the whole batch, of every parameter;
+    the towers run forward twice."""
+    epochs: int = flag(32, defines_run=True)
+    """Passes over the data."""
+    optimizer: Literal["adamw", "apex-adamw", "apex-lamb"] = flag("adamw", defines_run=True)
+    """torch's fused AdamW, or apex's FusedAdam or FusedLAMB where NVIDIA's apex is installed."""
+    lr: float = flag(5e-4, defines_run=True)
+    """Learning rate after warm-up."""
+    beta1: float = flag(0.9, defines_run=True)
+    """Adam's first decay rate."""
+    beta2: float = flag(0.98, defines_run=True)
+    """Adam's second decay rate."""
+    eps: float = flag(1e-6, defines_run=True)
+    """Adam's epsilon."""
+    wd: float = flag(0.2, defines_run=True)
+    """Weight decay; norms, biases and the logit scale have none."""
+    warmup: int = flag(10000, defines_run=True)
+    """Steps of linear warm-up."""
+    lr_scheduler: Literal["cosine", "const"] = flag("cosine", defines_run=True)
+    """Learning-rate schedule after warm-up."""
+    grad_clip_norm: float | None = flag(None, defines_run=True)
+    """Maximum gradient norm; larger gradients are scaled down to it."""
+    ema: float | None = flag(None, defines_run=True)
+    """Keep an average of the weights that keeps this share of itself in each step, e.g. 0.999, and
+    evaluate it too. byolip's teacher is this average, by default with 0.99."""
+    seed: int = flag(0, defines_run=True)
+    """Of the initial weights, the order of samples and the augmentation."""
+    deterministic: bool = flag(False, defines_run=True)
+    """Only algorithms that are bitwise reproducible, also on a GPU; slower there."""
+
+    def __post_init__(self) -> None:
+        check_least(self, batch_size=1, accum_freq=1, epochs=1, lr=0, wd=0, warmup=0)
+        check_positive(self, "grad_clip_norm")
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise ValueError(f"--ema is {self.ema}; give one in [0, 1), e.g. 0.999")
+
+    def step_samples(self, processes: int) -> int:
+        """Samples of a step over all processes."""
+        return self.batch_size * self.accum_freq * processes
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """How the loss is computed, and how processes share it."""
+
+    siglip: bool = flag(False, defines_run=True)
+    """The sigmoid loss; the model gets a logit bias."""
+    local_loss: bool = flag(False, defines_run=False)
+    """open_clip's flag; the work is shared among the processes in any case."""
+    gather_with_grad: bool = flag(True, defines_run=False)
+    """open_clip's flag; without it the gradient would not be the full batch's."""
+    loss_dist_impl: Literal["gather", "ring", "bidir", "shift", "reduce"] = flag(
+        "gather", defines_run=True
+    )
+    """How processes exchange features: all at once (gather; reduce), or one process's after the
+    other in less memory (ring; bidir, shift)."""
+    loss_backend: str = flag("auto", defines_run=True)
+    """Implementation of the loss: auto, torch or reference."""
+
+    def __post_init__(self) -> None:
+        if not self.gather_with_grad:
+            raise ValueError(
+                "--no-gather-with-grad is not the full batch's gradient; leave the flag out"
+            )
+        known = [implementation.name for implementation in IMPLEMENTATIONS["similarity"]]
+        if self.loss_backend not in ["auto", *known]:
+            raise ValueError(
+                f"--loss-backend {self.loss_backend} is unknown; use auto or {', '.join(known)}"
+            )
+
+
+@dataclass(frozen=True)
+class DistributedOptions:
+    """Devices and processes."""
+
+    device: str = flag("auto", defines_run=True)
+    """"auto" (the GPU if there is one), "cpu", "cuda" or "cuda:1"."""
+    deepspeed: bool = flag(False, defines_run=True)
+    """Train with DeepSpeed's ZeRO, which shards optimizer, gradients and parameters."""
+    deepspeed_config: str | None = flag(None, defines_run=True)
+    """DeepSpeed's JSON file, or ds_zero1, ds_zero2, ds_zero3; "auto" there takes our flags."""
+    local_rank: int | None = flag(None, defines_run=False)
+    """Given by DeepSpeed's launcher; the environment says the same."""
+    dead_rank_timeout: float = flag(60.0, defines_run=False)
+    """Seconds without a heartbeat after which a rank counts as dead and the others end."""
+    data_timeout: float = flag(1800.0, defines_run=False)
+    """Seconds that a rank may wait for a batch before the run ends."""
+
+    def __post_init__(self) -> None:
+        check_least(self, dead_rank_timeout=5, data_timeout=1)
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """Saving and resuming."""
+
+    resume: str | None = flag(None, defines_run=False)
+    """"latest" (of the run called --name) or the path of a checkpoint."""
+    trust_checkpoint: bool = flag(False, defines_run=False)
+    """Resume from DeepSpeed's files, which are pickles: they can run any code when loaded."""
+    save_frequency: int = flag(1, defines_run=False)
+    """Epochs between checkpoints."""
+    save_every_steps: int | None = flag(None, defines_run=False)
+    """Steps between further checkpoints, of which the newest two are kept."""
+    delete_previous_checkpoint: bool = flag(False, defines_run=False)
+    """Keep only the newest epoch's checkpoint."""
+
+    def __post_init__(self) -> None:
+        check_least(self, save_frequency=1)
+        check_positive(self, "save_every_steps")
+
+
+@dataclass(frozen=True)
+class LogOptions:
+    """The run directory, metrics and evaluation."""
+
+    name: str | None = flag(None, defines_run=False)
+    """Name of the run directory under --logs; by default the time and the model."""
+    logs: str = flag("logs", defines_run=False)
+    """Directory that holds the run directories."""
+    val_frequency: int = flag(1, defines_run=False)
+    """Epochs between evaluations on --val-data."""
+    log_every_n_steps: int = flag(10, defines_run=False)
+    """Steps between lines of metrics."""
+    log_sample_ids: bool = flag(False, defines_run=False)
+    """Write the keys of each step's samples to samples.jsonl."""
+    report_to: str = flag("tensorboard", defines_run=False)
+    """Where metrics go besides metrics.jsonl: tensorboard, wandb, both joined by a comma, or
+    none."""
+
+    def __post_init__(self) -> None:
+        check_least(self, val_frequency=1, log_every_n_steps=1)
+        unknown = self.reporters - {"tensorboard", "wandb"}
+        if unknown:
+            raise ValueError(
+                f"--report-to {self.report_to}: {', '.join(sorted(unknown))} is unknown; use "
+                "tensorboard, wandb, tensorboard,wandb or none"
+            )
+
+    @property
+    def reporters(self) -> set[str]:
+        """The names in --report-to."""
+        return set(self.report_to.replace("none", "").split(",")) - {""}
