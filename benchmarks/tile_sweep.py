@@ -43,7 +43,6 @@ CANDIDATES = {
         Tiling(256, 128, 64, 8, 3, tma=True, parts=2),
         # two programs a multiprocessor: one's exponentials beside the other's products
         Tiling(128, 128, 64, 4, 3, tma=True, parts=2),
-        Tiling(128, 128, 64, 8, 4, tma=True, parts=2),
     ],
     "tf32": [
         Tiling(rows, columns, 32, warps, 3)

@@ -24,8 +24,8 @@ class TritonTiles:
 
     dtype = torch.float32
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.maxima = True
+    def __init__(self, dtype: torch.dtype, maxima: bool = True) -> None:
+        self.maxima = maxima
         """Whether running maxima are those of the logits; else they are anchors of the sums."""
         self._gradient_dtype = gradient_dtype(dtype)
         self.itemsize = self._gradient_dtype.itemsize
