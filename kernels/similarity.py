@@ -71,6 +71,7 @@ def own_statistics(
     BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
+    """Store a tile's partial statistics, relative to its own maxima."""
     first_r, first_s = tile_r * BLOCK_R, tile_s * BLOCK_S
     i_r = first_r + tl.arange(0, BLOCK_R)
     i_s = first_s + tl.arange(0, BLOCK_S)
@@ -212,6 +213,7 @@ def own_gradient(
     BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
+    """Store a tile's G, relative to its lines' log-sum-exps, and its scalar sums."""
     first_r, first_s = tile_r * BLOCK_R, tile_s * BLOCK_S
     i_r = first_r + tl.arange(0, BLOCK_R)
     i_s = first_s + tl.arange(0, BLOCK_S)
