@@ -1,7 +1,8 @@
 """Compile every kernel and tiling for NVIDIA architectures, without a GPU, and read the resources.
 
 `python -m fastclip.bench.compile_report [OUT.json]` prints registers, spills, shared memory and
-tensor-core instructions of each; Triton brings the compiler and the disassembler along.
+tensor-core instructions of each, and what the epilogues of 16-bit tiles of S execute (`sass.py`);
+Triton brings the compiler and the disassembler along.
 """
 
 import json
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fastclip.bench.sass import Epilogue, disassembled, epilogue
 from fastclip.kernels import (
     attention,
     attention_gradient,
     attention_plans,
     finish,
+    flagged,
+    flags,
+    lean,
     merge,
     sigmoid,
     similarity,
@@ -31,6 +36,7 @@ from fastclip.kernels.launch import Tiling, tilings
 
 # bytes of shared memory that one program may use
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+INTEGERS = ("length_ptr", "flag_ptr", "raised_ptr", "beyond_ptr")
 POINTER = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 ATTENTION = (
     attention.forward_kernel,
@@ -38,7 +44,12 @@ ATTENTION = (
     attention_gradient.two_pass_kernel,
 )
 # operands and the precision of their product
+ANCHORED = {"HAS_OFFSET": True, "HAS_ANCHOR": False}
 MERGED = {"BLOCK_T": merge.MERGED_TILES, "BLOCK_L": merge.MERGED_LINES}
+# of kernels whose every tile is timed, 16-bit products a cycle and multiprocessor
+EPILOGUES = (lean.lean_statistics_kernel, lean.lean_gradient_kernel, sigmoid.sigmoid_kernel)
+PRODUCTS = {80: 1024, 90: 2048, 100: 4096}
+PRODUCT_WIDTH = 768
 OPERANDS = {"16bit": ("bfloat16", "ieee"), "tf32": ("float32", "tf32"), "ieee": ("float32", "ieee")}
 
 
@@ -55,35 +66,64 @@ class Report:
     shared: int
     shared_limit: int
     tensor_core: str
+    epilogue: Epilogue | None = None
+    product: int | None = None
+    """Cycles of the tile's product at a width of 768, where the epilogue is counted."""
 
 
 def variants() -> Iterator[tuple[str, Any, str, dict[str, bool]]]:
     """(kernel's entry in the table, kernel, name, flags) of what the launchers ask for."""
-    plain = {"HAS_DIAGONAL": True, "HAS_IDS": False, "EVEN_D": True}
-    for name, flags in {
-        "both": {"COLUMNS": True, "KEEP": False},
-        "rows": {"COLUMNS": False, "KEEP": False},
-        "kept": {"COLUMNS": False, "KEEP": True},
-        "ids": {"COLUMNS": True, "KEEP": False, "HAS_IDS": True, "EVEN_D": False},
-        "kept_ids": {"COLUMNS": False, "KEEP": True, "HAS_IDS": True, "HAS_DIAGONAL": False},
+    plain = {"HAS_DIAGONAL": True, "HAS_IDS": False, "EVEN_D": True, "COLUMNS": True}
+    plain |= {"HAS_OFFSET": False, "HAS_ANCHOR": False}
+    all_at_once = {"HAS_IDS": True, "HAS_OFFSET": True, "EVEN_D": False}
+    for name, flags_ in {
+        "both": {},
+        "maxima": {"MAXIMA": True},
+        "rows": {"COLUMNS": False, "MAXIMA": True},
+        "kept": {"KEEP": True, "HAS_ANCHOR": True},
+        "ids": {**all_at_once, "MAXIMA": True},
     }.items():
-        yield "statistics", similarity.statistics_kernel, name, {**plain, **flags}
-    every = {"HAS_OFFSET": False, "COLUMNS": True, "SCALARS": True}
-    for name, flags in {
+        options = {**plain, "MAXIMA": False, "KEEP": False, **flags_}
+        yield "statistics", lean.lean_statistics_kernel, name, options
+    for name, flags_ in {
         "both": {},
         "offset": {"HAS_OFFSET": True},
         "rows": {"COLUMNS": False},
-        "ids": {"HAS_IDS": True, "EVEN_D": False},
         "frozen_scale": {"SCALARS": False},
+        "ids": all_at_once,
     }.items():
-        yield "gradient", similarity.gradient_kernel, name, {**plain, **every, **flags}
-    for name, flags in {
-        "loss": {"GRADIENT": False, "EVEN_D": True},
-        "gradient": {"GRADIENT": True, "EVEN_D": True},
-        "odd": {"GRADIENT": True, "EVEN_D": False},
+        options = {**plain, "SCALARS": True, **flags_}
+        yield "gradient", lean.lean_gradient_kernel, name, options
+    for name, flags_ in {
+        "loss": {"GRADIENT": False},
+        "gradient": {},
+        "odd": {"EVEN_D": False},
     }.items():
-        flags = {"HAS_DIAGONAL": True, "HAS_OFFSET": True, **flags}
-        yield "sigmoid", sigmoid.sigmoid_kernel, name, flags
+        options = {**plain, "HAS_OFFSET": True, "GRADIENT": True, **flags_}
+        yield "sigmoid", sigmoid.sigmoid_kernel, name, options
+    options = {**plain, **all_at_once, "GRADIENT": True, "SCALARS": True}
+    yield "sigmoid", sigmoid.sigmoid_entries_kernel, "ids", options
+    yield "own_statistics", flagged.flagged_statistics_kernel, "ids", options
+    yield "own_gradient", flagged.flagged_gradient_kernel, "ids", options
+    options = {**plain, "COLUMNS": False, "KEEP": True}
+    yield "own_statistics", similarity.statistics_kernel, "kept", options
+    options = {**options, "HAS_IDS": True, "HAS_DIAGONAL": False}
+    yield "own_statistics", similarity.statistics_kernel, "kept_ids", options
+
+
+# with float32 operands, whose tiles are far from any limit
+FLOAT32_VARIANTS = ("both", "ids", "kept", "gradient")
+
+
+def tilings_of(table: str, entry: str) -> dict[str, Tiling]:
+    """Tilings by precision, as the launchers make them of the table."""
+    found = tilings()[table]
+    if entry != "own_gradient":
+        return found[entry]
+    return {
+        precision: replace(tiling, parts=found[entry][precision].parts, registers=None)
+        for precision, tiling in found["gradient"].items()
+    }
 
 
 def reports(architectures: tuple[int, ...] = (80, 90, 100)) -> Iterator[Report]:
@@ -92,11 +132,13 @@ def reports(architectures: tuple[int, ...] = (80, 90, 100)) -> Iterator[Report]:
         names = ["sm_80", "small"] if architecture == 80 else [f"sm_{architecture}"]
         for table in names:
             limit = SHARED_LIMIT[86 if table == "small" else architecture]
-            for entry, kernel, name, flags in variants():
-                for precision, tiling in tilings()[table][entry].items():
+            for entry, kernel, name, flags_ in variants():
+                for precision, tiling in tilings_of(table, entry).items():
+                    if precision != "16bit" and name not in FLOAT32_VARIANTS:
+                        continue
                     dtype, product = OPERANDS[precision]
-                    constants: dict[str, Any] = {**flags, "TMA": tiling.tma, "PRECISION": product}
-                    constants |= _sides(tiling)
+                    constants: dict[str, Any] = {**flags_, "TMA": tiling.tma, "PRECISION": product}
+                    constants |= _sides(tiling) | {"SLOTS": _slots(table, precision)}
                     yield _compile(
                         kernel, f"{name}/{precision}", architecture, tiling, constants, dtype, limit
                     )
@@ -109,6 +151,9 @@ def reports(architectures: tuple[int, ...] = (80, 90, 100)) -> Iterator[Report]:
             (finish.row_dot_kernel, {"BLOCK_R": 16, "BLOCK_D": 128}),
             (merge.merge_kernel, {"HAS_OFFSET": True, "HAS_DOT": True, **MERGED}),
             (merge.rescale_kernel, {"BLOCK_R": 16, "BLOCK_S": 256}),
+            (flags.totals_kernel, {**ANCHORED, "MAXIMA": True, **MERGED}),
+            (flags.factors_kernel, {**ANCHORED, "BLOCK_R": 128, "BLOCK_S": 256}),
+            (flagged.merge_flagged_kernel, {"HAS_OFFSET": True, **MERGED}),
         ]
         limit = SHARED_LIMIT[architecture]
         for kernel, constants in rest:
@@ -153,12 +198,18 @@ def _attention(architecture: int) -> Iterator[Report]:
 def _ones() -> Iterator[Report]:
     """With arguments that are 1, which the JIT makes constants: other paths in the compiler."""
     ones = {"width": 1, "stride_x": 1, "stride_y": 1}
-    for entry, kernel, name, flags in variants():
-        tiling = tilings()["sm_90"][entry]["16bit"]
-        constants = {**flags, "TMA": False, "PRECISION": "ieee", **_sides(tiling), **ones}
+    for entry, kernel, name, flags_ in variants():
+        tiling = tilings_of("sm_90", entry)["16bit"]
+        constants = {**flags_, "TMA": False, "PRECISION": "ieee", **_sides(tiling), **ones}
+        constants["SLOTS"] = _slots("sm_90", "16bit")
         constants["EVEN_D"] = False
         limit = SHARED_LIMIT[90]
         yield _compile(kernel, f"{name}/ones/16bit", 90, tiling, constants, "bfloat16", limit)
+
+
+def _slots(table: str, precision: str) -> int:
+    """Scalars of a tile, of which its parts have one each where it goes by its own maxima."""
+    return tilings_of(table, "own_gradient")[precision].parts
 
 
 def _sides(tiling: Tiling) -> dict[str, int]:
@@ -178,6 +229,9 @@ def _compile(
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     gradient = "bfloat16" if dtype != "float32" else "float32"
     kept = "float16" if dtype != "float32" else "float32"
+    if kernel is lean.lean_statistics_kernel:
+        # about a common anchor, whose range fp16 has not
+        kept = gradient
     typed = {"x_ptr": dtype, "y_ptr": dtype, "partner_ptr": dtype, "a_ptr": dtype, "b_ptr": dtype}
     typed |= {"g_ptr": gradient, "e_ptr": kept, "out_ptr": gradient}
     if kernel in ATTENTION:
@@ -188,7 +242,7 @@ def _compile(
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
-        elif name.endswith("_id_ptr") or name == "length_ptr":
+        elif name.endswith("_id_ptr") or name in INTEGERS:
             signature[name] = "*i32"
         elif name == "scale":
             signature[name] = "fp32"
@@ -210,7 +264,7 @@ def _compile(
     compiled = triton.compile(source, GPUTarget("cuda", architecture, 32), options=options)
     registers, spills = _resources(compiled.asm["cubin"])
     sides = [tiling.rows, tiling.columns, tiling.width, tiling.warps, tiling.stages]
-    return Report(
+    report = Report(
         kernel.fn.__name__,
         variant,
         architecture,
@@ -221,6 +275,12 @@ def _compile(
         limit,
         _tensor_core(compiled.asm["ptx"]),
     )
+    timed = kernel in EPILOGUES and dtype != "float32" and "/ones/" not in variant
+    if timed and limit == SHARED_LIMIT[architecture]:
+        report.epilogue = epilogue(disassembled(compiled.asm["cubin"]), tiling.warps)
+        entries = tiling.rows * tiling.columns
+        report.product = entries * PRODUCT_WIDTH // PRODUCTS[architecture]
+    return report
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

@@ -205,7 +205,7 @@ def gpu_clocks() -> str | None:
 def profile_part(output: Path, seconds: float, quick: bool) -> bool:
     """Nsight Compute's figures of the statistics and gradient kernels, where it is installed."""
     command = ["ncu", "--clock-control", "none", "--set", "basic", "--launch-count", "6"]
-    command += ["--kernel-name", "regex:statistics_kernel|gradient_kernel"]
+    command += ["--kernel-name", "regex:lean_(statistics|gradient)_kernel"]
     command += [sys.executable, "-m", "fastclip.bench.gpu_lab", "--profiled"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=seconds)

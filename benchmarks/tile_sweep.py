@@ -37,18 +37,12 @@ from fastclip.ops.tiles.triton import TritonTiles
 
 CANDIDATES = {
     "16bit": [
-        *(
-            Tiling(128, 256, 64, 8, stages, tma=True, parts=parts)
-            for stages in (3, 4)
-            for parts in (2, 4)
-        ),
-        Tiling(128, 256, 64, 8, 3, group=16, tma=True, parts=2),
-        Tiling(256, 128, 64, 8, 3, tma=True, parts=4),
+        *(Tiling(128, 256, 64, 8, 3, tma=True, parts=parts) for parts in (1, 2, 4)),
+        Tiling(128, 256, 64, 8, 4, tma=True, parts=2),
+        # half of the exchange between warps for the columns' sums
+        Tiling(256, 128, 64, 8, 3, tma=True, parts=2),
         # two programs a multiprocessor: one's exponentials beside the other's products
-        Tiling(128, 128, 64, 8, 3, tma=True, parts=4, registers=128),
-        Tiling(128, 128, 64, 4, 3, tma=True, parts=4),
-        Tiling(128, 128, 64, 8, 4, tma=True, parts=2),
-        Tiling(128, 256, 64, 8, 3, parts=2),
+        Tiling(128, 128, 64, 4, 3, tma=True, parts=2),
     ],
     "tf32": [
         Tiling(rows, columns, 32, warps, 3)

@@ -93,7 +93,7 @@ def precision_of(dtype: torch.dtype) -> str:
 
 
 def tiling(kernel: str, dtype: torch.dtype, device: torch.device, entries: int) -> Tiling:
-    """The tiling of `kernel` ("statistics", "gradient", "sigmoid") for so many entries of S."""
+    """The tiling of `kernel`, an entry of the table, for so many entries of S."""
     if INTERPRETED:
         return INTERPRETER_TILINGS[entries > 100_000]
     return tilings()[architecture(device)][kernel][precision_of(dtype)]
@@ -121,6 +121,14 @@ def product_options(x: Any, tiling: Tiling) -> dict[str, Any]:
         "EMULATE": INTERPRETED,
         **tiling.options(),
     }
+
+
+@functools.cache
+def persistent_programs(device: torch.device) -> int:
+    """How many programs walk over all tiles: one a multiprocessor."""
+    if device.type != "cuda":
+        return 3
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache

@@ -23,27 +23,24 @@ VECTORS = [
 ]
 
 
-@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=VECTORS)
-def merge_kernel(
+@triton.jit
+def merge_lines(
     part_max_ptr,
     part_sum_ptr,
     part_dot_ptr,
     run_max_ptr,
     run_sum_ptr,
     run_dot_ptr,
-    offset_ptr,
+    offset,
     tiles,
     lines,
-    HAS_OFFSET: tl.constexpr,
+    i,
+    mask,
     HAS_DOT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    i = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
-    mask = i < lines
-    offset = 0.0
-    if HAS_OFFSET:
-        offset = tl.load(offset_ptr)
+    """Merge the tiles of lines i where `mask` holds."""
     run_max = tl.load(run_max_ptr + i, mask=mask, other=float("-inf"))
     run_sum = tl.load(run_sum_ptr + i, mask=mask, other=0.0)
     run_dot = tl.zeros((BLOCK_L,), dtype=tl.float32)
@@ -68,6 +65,32 @@ def merge_kernel(
     tl.store(run_sum_ptr + i, run_sum, mask=mask)
     if HAS_DOT:
         tl.store(run_dot_ptr + i, run_dot, mask=mask)
+
+
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=VECTORS)
+def merge_kernel(
+    part_max_ptr,
+    part_sum_ptr,
+    part_dot_ptr,
+    run_max_ptr,
+    run_sum_ptr,
+    run_dot_ptr,
+    offset_ptr,
+    tiles,
+    lines,
+    HAS_OFFSET: tl.constexpr,
+    HAS_DOT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    i = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
+    offset = 0.0
+    if HAS_OFFSET:
+        offset = tl.load(offset_ptr)
+    merge_lines(
+        part_max_ptr, part_sum_ptr, part_dot_ptr, run_max_ptr, run_sum_ptr, run_dot_ptr, offset,
+        tiles, lines, i, i < lines, HAS_DOT, BLOCK_T, BLOCK_L,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=VECTORS)

@@ -3,10 +3,14 @@
     row sums of softplus(S);   G_ij = weight_i sigmoid(S_ij), times the scale, rounded once
 
 over entries that are not left out; float32 sums of G * cos and G. X (R, D), Y (S, D). Partial
-sums are (column tiles, R) and (tiles,): no atomics, bitwise reproducible.
+sums are (column tiles, R) and (tiles, 2): no atomics, bitwise reproducible.
 
-One exponential e = exp(-|S|) serves both. log(1 + e) is e times a polynomial: near the usual
-start, S = -10, forming 1 + e would lose all but ten bits of e.
+With f = exp(S), softplus(S) = log(1 + f) and sigmoid(S) = f / (1 + f): one exponential and one
+reciprocal an entry, but no logarithm. The product of 64 of the 1 + f is formed less 1, as
+(p, f) -> p + f + p f, which loses none of f's bits near the usual start, S = -10, and each row has
+one logarithm for 64 entries. Where the product passes float32's range (softplus above 1.3 in the
+mean, a tile that training does not meet) a second launch, which returns at once where there is no
+such tile, works on the tile entry by entry, about exp(-|S|), and overwrites what is stored.
 """
 
 import torch
@@ -14,10 +18,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastclip.kernels.launch import Tiling, launch, operands, product_options
+from fastclip.kernels.launch import (
+    Tiling,
+    launch,
+    operands,
+    persistent_programs,
+    product_options,
+)
 from fastclip.kernels.tile import (
     LEFT_OUT,
+    LN2,
     LOG2E,
+    NO_DIAGONAL,
+    any_raised,
     cosines,
     leave_out,
     parts_of,
@@ -25,12 +38,19 @@ from fastclip.kernels.tile import (
     tile_indices,
 )
 
-NUMBERS = ["rows", "columns", "diagonal"]
-VECTORS = ["scale_ptr", "offset_ptr", "weight_ptr", "row_sum_ptr", "dot_ptr", "sum_ptr"]
+NUMBERS = ["rows", "columns", "diagonal", "programs"]
+VECTORS = [
+    *("scale_ptr", "offset_ptr", "weight_ptr", "row_sum_ptr", "scalars_ptr", "beyond_ptr"),
+]
+
+
+# entries whose product float32 can hold where each is 1 + 1, and beyond which f is not used
+PRODUCT = tl.constexpr(64)
+LARGEST = tl.constexpr(2.0**126)
 
 
 @triton.jit
-def _log1p(e):
+def _log1p_of_fraction(e):
     # log(1 + e) / e on [0, 1], degree 8 at Chebyshev nodes: relative error 3e-8
     p = 0.005253457929939032 * e - 0.02958850748836994
     p = p * e + 0.07836166769266129
@@ -43,49 +63,123 @@ def _log1p(e):
 
 
 @triton.jit
-def _sigmoid(
+def _log1p(p):
+    """log(1 + p), p in [0, 2^126)."""
+    above = p + 1.0
+    bits = above.to(tl.int32, bitcast=True)
+    exponent = ((bits >> 23) - 127).to(tl.float32)
+    mantissa = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
+    # below 1 p itself, all of its bits
+    fraction = tl.where(p < 1.0, p, mantissa - 1.0)
+    return tl.where(p < 1.0, 0.0, exponent) * LN2 + _log1p_of_fraction(fraction)
+
+
+@triton.jit
+def _times(p, q):
+    # (1 + p) (1 + q) - 1
+    return tl.fma(p, q, p + q)
+
+
+@triton.jit
+def _products(f, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, EMULATE: tl.constexpr):
+    """Products of each row's 1 + f, less 1, over PRODUCT columns at a time."""
+    COUNT: tl.constexpr = PRODUCT if BLOCK_S > PRODUCT else BLOCK_S
+    f = tl.reshape(f, (BLOCK_R, BLOCK_S // COUNT, COUNT))
+    if EMULATE:
+        # the interpreter would combine entry by entry in Python
+        f = _emulated_product(f, BLOCK_R, BLOCK_S // COUNT, COUNT)
+    else:
+        f = tl.reduce(f, 2, _times)
+    return f
+
+
+@triton.jit
+def _emulated_product(f, R: tl.constexpr, GROUPS: tl.constexpr, COUNT: tl.constexpr):
+    if COUNT > 1:
+        p, q = tl.split(tl.reshape(f, (R, GROUPS, COUNT // 2, 2)))
+        f = _emulated_product(_times(p, q), R, GROUPS, COUNT // 2)
+    else:
+        f = tl.reshape(f, (R, GROUPS))
+    return f
+
+
+@triton.jit
+def _reciprocal(x, EMULATE: tl.constexpr):
+    """1 / x to an ulp, in one instruction on the device."""
+    if EMULATE:
+        y = 1.0 / x
+    else:
+        y = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return y
+
+
+@triton.jit
+def _parts(
     cos,
     scale,
     offset,
     weight_ptr,
-    row_sum_ptr,
+    p_row_sum,
     g_ptr,
-    p_dot,
-    p_sum,
+    p_scalars,
     stride_g,
     rows,
     columns,
     diagonal,
-    tile_r,
-    tile_s,
+    first_r,
+    first_s,
+    ENTRIES: tl.constexpr,
     HAS_DIAGONAL: tl.constexpr,
     GRADIENT: tl.constexpr,
     EMULATE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    first_r, first_s = tile_r * BLOCK_R, tile_s * BLOCK_S
+    """Everything of a tile, stored; whether a row's product is beyond what it can hold.
+
+    Not if the tile goes entry by entry (ENTRIES).
+    """
+    PART_S: tl.constexpr = BLOCK_S // PARTS
     i_r = first_r + tl.arange(0, BLOCK_R)
-    i_s = first_s + tl.arange(0, BLOCK_S)
-    # without offset, so that cosines can be recovered: the one tile that stays in registers
-    logits = leave_out(
-        cos * scale, weight_ptr, weight_ptr, rows, columns, diagonal, i_r, i_s, first_r, first_s,
-        HAS_DIAGONAL, False, LEFT_OUT, BLOCK_R, BLOCK_S,
-    )  # fmt: skip
-    z = logits + offset
-    e = tl.exp2(-tl.abs(z) * LOG2E)
-    m_r = i_r < rows
-    row_sum = tl.sum(tl.maximum(z, 0.0) + _log1p(e), 1)
-    tl.store(row_sum_ptr + tile_s.to(tl.int64) * rows + i_r, row_sum, mask=m_r)
+    weight = tl.load(weight_ptr + i_r, mask=i_r < rows, other=0.0)
+    row_sum = tl.zeros((BLOCK_R,), dtype=tl.float32)
+    dot = tl.zeros((BLOCK_R,), dtype=tl.float32)
+    total = tl.zeros((BLOCK_R,), dtype=tl.float32)
+    beyond = tl.zeros((BLOCK_R,), dtype=tl.int32)
+    parts = parts_of(cos, PARTS)
+    for part in tl.static_range(PARTS):
+        i_s = first_s + part * PART_S + tl.arange(0, PART_S)
+        logits = leave_out(
+            parts[part] * (scale * LOG2E) + offset * LOG2E, g_ptr, g_ptr, rows, columns, diagonal,
+            i_r, i_s, first_r, first_s + part * PART_S, HAS_DIAGONAL, False, LEFT_OUT,
+            BLOCK_R, PART_S,
+        )  # fmt: skip
+        if ENTRIES:
+            e = tl.exp2(-tl.abs(logits))
+            row_sum += tl.sum(tl.maximum(logits, 0.0) * LN2 + _log1p_of_fraction(e), 1)
+            slope = tl.where(logits >= 0.0, 1.0, e) / (1.0 + e)
+        else:
+            f = tl.exp2(logits)
+            product = _products(f, BLOCK_R, PART_S, EMULATE)
+            # a comparison that NaN fails
+            beyond |= tl.max(tl.where(product < LARGEST, 0, 1), 1)
+            row_sum += tl.sum(_log1p(product), 1)
+            slope = f * _reciprocal(1.0 + f, EMULATE)
+        if GRADIENT:
+            o_g = tl.arange(0, BLOCK_R)[:, None] * stride_g + tl.arange(0, PART_S)[None, :]
+            p_g = g_ptr + first_r.to(tl.int64) * stride_g + first_s + part * PART_S + o_g
+            tl.store(p_g, rounded(slope * (weight * scale)[:, None], p_g, EMULATE))
+            dot += tl.sum(slope * parts[part], 1)
+            total += tl.sum(slope, 1)
+    tl.store(p_row_sum + i_r, row_sum, mask=i_r < rows)
     if GRADIENT:
-        weight = tl.load(weight_ptr + i_r, mask=m_r, other=0.0)
-        g = tl.where(z >= 0.0, 1.0, e) / (1.0 + e) * weight[:, None]
-        o_g = tl.arange(0, BLOCK_R)[:, None] * stride_g + tl.arange(0, BLOCK_S)[None, :]
-        p_g = g_ptr + first_r.to(tl.int64) * stride_g + first_s + o_g
-        tl.store(p_g, rounded(g * scale, p_g, EMULATE))
-        dot = tl.sum(tl.sum(g * logits, 1), 0)
-        tl.store(p_dot, dot / scale)
-        tl.store(p_sum, tl.sum(tl.sum(g, 1), 0))
+        # one reduction for both
+        both = tl.join(dot * weight, total * weight)
+        tl.store(p_scalars + tl.arange(0, 2), tl.sum(both, 0))
+    return beyond
 
 
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=VECTORS)
@@ -97,8 +191,8 @@ def sigmoid_kernel(
     weight_ptr,
     row_sum_ptr,
     g_ptr,
-    dot_ptr,
-    sum_ptr,
+    scalars_ptr,
+    beyond_ptr,
     stride_x,
     stride_y,
     stride_g,
@@ -119,23 +213,76 @@ def sigmoid_kernel(
     GROUP: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    tile_r, tile_s = tile_indices(rows, columns, BLOCK_R, BLOCK_S, GROUP)
-    cos = cosines(
-        x_ptr, y_ptr, stride_x, stride_y, rows, columns, width, tile_r * BLOCK_R, tile_s * BLOCK_S,
-        BLOCK_R, BLOCK_S, BLOCK_D, TMA, EVEN_D, PRECISION, EMULATE,
-    )  # fmt: skip
+    tile_r, tile_s = tile_indices(tl.program_id(0), rows, columns, BLOCK_R, BLOCK_S, GROUP)
+    first_r, first_s = tile_r * BLOCK_R, tile_s * BLOCK_S
     scale = tl.load(scale_ptr)
     offset = 0.0
     if HAS_OFFSET:
         offset = tl.load(offset_ptr)
-    parts = parts_of(cos, PARTS)
-    for part in tl.static_range(PARTS):
-        partial = tl.program_id(0) * PARTS + part
-        _sigmoid(
-            parts[part], scale, offset, weight_ptr, row_sum_ptr, g_ptr, dot_ptr + partial,
-            sum_ptr + partial, stride_g, rows, columns, diagonal, tile_r, tile_s * PARTS + part,
-            HAS_DIAGONAL, GRADIENT, EMULATE, BLOCK_R, BLOCK_S // PARTS,
-        )  # fmt: skip
+    p_row_sum = row_sum_ptr + tile_s.to(tl.int64) * rows
+    p_scalars = scalars_ptr + 2 * tl.program_id(0)
+    cos = cosines(
+        x_ptr, y_ptr, stride_x, stride_y, rows, columns, width, first_r, first_s,
+        BLOCK_R, BLOCK_S, BLOCK_D, TMA, EVEN_D, PRECISION, EMULATE,
+    )  # fmt: skip
+    beyond = _parts(
+        cos, scale, offset, weight_ptr, p_row_sum, g_ptr, p_scalars, stride_g, rows, columns,
+        diagonal, first_r, first_s, False, HAS_DIAGONAL, GRADIENT, EMULATE,
+        BLOCK_R, BLOCK_S, PARTS,
+    )  # fmt: skip
+    tl.store(beyond_ptr + tl.program_id(0), tl.max(beyond, 0))
+
+
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=VECTORS)
+def sigmoid_entries_kernel(
+    x_ptr,
+    y_ptr,
+    scale_ptr,
+    offset_ptr,
+    weight_ptr,
+    row_sum_ptr,
+    g_ptr,
+    scalars_ptr,
+    beyond_ptr,
+    stride_x,
+    stride_y,
+    stride_g,
+    rows,
+    columns,
+    width,
+    diagonal,
+    programs,
+    HAS_DIAGONAL: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    TMA: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EMULATE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    tiles = any_raised(beyond_ptr, tl.cdiv(rows, BLOCK_R) * tl.cdiv(columns, BLOCK_S))
+    scale = tl.load(scale_ptr)
+    offset = 0.0
+    if HAS_OFFSET:
+        offset = tl.load(offset_ptr)
+    for index in range(tl.program_id(0), tiles, programs):
+        if tl.load(beyond_ptr + index) > 0:
+            tile_r, tile_s = tile_indices(index, rows, columns, BLOCK_R, BLOCK_S, GROUP)
+            first_r, first_s = tile_r * BLOCK_R, tile_s * BLOCK_S
+            cos = cosines(
+                x_ptr, y_ptr, stride_x, stride_y, rows, columns, width, first_r, first_s,
+                BLOCK_R, BLOCK_S, BLOCK_D, TMA, EVEN_D, PRECISION, EMULATE,
+            )  # fmt: skip
+            _parts(
+                cos, scale, offset, weight_ptr, row_sum_ptr + tile_s.to(tl.int64) * rows, g_ptr,
+                scalars_ptr + 2 * index, stride_g, rows, columns, diagonal,
+                first_r, first_s, True, HAS_DIAGONAL, GRADIENT, EMULATE, BLOCK_R, BLOCK_S, PARTS,
+            )  # fmt: skip
 
 
 def sigmoid(
@@ -154,13 +301,11 @@ def sigmoid(
     """
     r, s = x.shape[0], y.shape[0]
     tiles_r, tiles_s = triton.cdiv(r, tiling.rows), triton.cdiv(s, tiling.columns)
-    row_sum = x.new_empty((tiles_s * tiling.parts, r), dtype=torch.float32)
-    partial = tiles_r * tiles_s * tiling.parts
-    dots, sums = row_sum.new_empty((2, partial if out is not None else 0))
+    row_sum = x.new_empty((tiles_s, r), dtype=torch.float32)
+    scalars = row_sum.new_empty((tiles_r * tiles_s if out is not None else 0, 2))
+    beyond = x.new_empty(tiles_r * tiles_s, dtype=torch.int32)
     x_in, y_in = operands(x, y, tiling)
-    launch(
-        sigmoid_kernel,
-        tiles_r * tiles_s,
+    arguments = (
         x_in,
         y_in,
         scale,
@@ -168,8 +313,8 @@ def sigmoid(
         weight,
         row_sum,
         row_sum if out is None else out,
-        dots,
-        sums,
+        scalars,
+        beyond,
         x.stride(0),
         y.stride(0),
         0 if out is None else out.stride(0),
@@ -177,9 +322,18 @@ def sigmoid(
         s,
         x.shape[1],
         diagonal or 0,
-        HAS_DIAGONAL=diagonal is not None,
-        HAS_OFFSET=offset is not None,
-        GRADIENT=out is not None,
-        **product_options(x_in, tiling),
     )
-    return row_sum.sum(dim=0), dots.sum(), sums.sum()
+    options = {
+        "HAS_DIAGONAL": diagonal is not None,
+        "HAS_OFFSET": offset is not None,
+        "GRADIENT": out is not None,
+        **product_options(x_in, tiling),
+    }
+    launch(sigmoid_kernel, tiles_r * tiles_s, *arguments, **options)
+    programs = min(persistent_programs(x.device), tiles_r * tiles_s)
+    # one kernel for what the usual way has several for: fewer to compile
+    options |= {"HAS_DIAGONAL": True, "EVEN_D": options["TMA"]}
+    given = arguments[-1] if diagonal is not None else NO_DIAGONAL
+    launch(sigmoid_entries_kernel, programs, *arguments[:-1], given, programs, **options)
+    dot, total = scalars.sum(dim=0)
+    return row_sum.sum(dim=0), dot, total

@@ -22,6 +22,7 @@ from fastclip.kernels.launch import Tiling, launch, operands, product_options
 from fastclip.kernels.tile import (
     LEFT_OUT,
     LOG2E,
+    NO_DIAGONAL,
     cosines,
     finite,
     leave_out,
@@ -45,7 +46,7 @@ LARGEST_SIDE = 256
 
 
 @triton.jit
-def _statistics(
+def own_statistics(
     cos,
     scale,
     row_id_ptr,
@@ -70,6 +71,7 @@ def _statistics(
     BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
+    """Store a tile's partial statistics, relative to its own maxima."""
     first_r, first_s = tile_r * BLOCK_R, tile_s * BLOCK_S
     i_r = first_r + tl.arange(0, BLOCK_R)
     i_s = first_s + tl.arange(0, BLOCK_S)
@@ -145,7 +147,7 @@ def statistics_kernel(
     GROUP: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    tile_r, tile_s = tile_indices(rows, columns, BLOCK_R, BLOCK_S, GROUP)
+    tile_r, tile_s = tile_indices(tl.program_id(0), rows, columns, BLOCK_R, BLOCK_S, GROUP)
     cos = cosines(
         x_ptr, y_ptr, stride_x, stride_y, rows, columns, width, tile_r * BLOCK_R, tile_s * BLOCK_S,
         BLOCK_R, BLOCK_S, BLOCK_D, TMA, EVEN_D, PRECISION, EMULATE,
@@ -153,7 +155,7 @@ def statistics_kernel(
     scale = tl.load(scale_ptr) * LOG2E
     parts = parts_of(cos, PARTS)
     for part in tl.static_range(PARTS):
-        _statistics(
+        own_statistics(
             parts[part], scale, row_id_ptr, column_id_ptr, row_max_ptr, row_sum_ptr, row_dot_ptr,
             column_max_ptr, column_sum_ptr, e_ptr, stride_e, rows, columns, diagonal,
             tile_r, tile_s * PARTS + part, HAS_DIAGONAL, HAS_IDS, COLUMNS, KEEP, EMULATE,
@@ -183,7 +185,7 @@ def _emit(
 
 
 @triton.jit
-def _gradient(
+def own_gradient(
     cos,
     scale,
     offset_ptr,
@@ -211,6 +213,7 @@ def _gradient(
     BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
+    """Store a tile's G, relative to its lines' log-sum-exps, and its scalar sums."""
     first_r, first_s = tile_r * BLOCK_R, tile_s * BLOCK_S
     i_r = first_r + tl.arange(0, BLOCK_R)
     i_s = first_s + tl.arange(0, BLOCK_S)
@@ -250,61 +253,6 @@ def _gradient(
     else:
         g = tl.exp2(logits - anchor_r[:, None]) * weight_r[:, None]
         _emit(g, logits, scale, p_g, p_dot, p_sum, HAS_OFFSET, SCALARS, EMULATE)
-
-
-@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=VECTORS)
-def gradient_kernel(
-    x_ptr,
-    y_ptr,
-    scale_ptr,
-    offset_ptr,
-    row_id_ptr,
-    column_id_ptr,
-    row_lse_ptr,
-    row_weight_ptr,
-    column_lse_ptr,
-    column_weight_ptr,
-    g_ptr,
-    dot_ptr,
-    sum_ptr,
-    stride_x,
-    stride_y,
-    stride_g,
-    rows,
-    columns,
-    width,
-    diagonal,
-    HAS_DIAGONAL: tl.constexpr,
-    HAS_IDS: tl.constexpr,
-    HAS_OFFSET: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    SCALARS: tl.constexpr,
-    TMA: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-    EMULATE: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    GROUP: tl.constexpr,
-    PARTS: tl.constexpr,
-):
-    tile_r, tile_s = tile_indices(rows, columns, BLOCK_R, BLOCK_S, GROUP)
-    cos = cosines(
-        x_ptr, y_ptr, stride_x, stride_y, rows, columns, width, tile_r * BLOCK_R, tile_s * BLOCK_S,
-        BLOCK_R, BLOCK_S, BLOCK_D, TMA, EVEN_D, PRECISION, EMULATE,
-    )  # fmt: skip
-    scale = tl.load(scale_ptr)
-    parts = parts_of(cos, PARTS)
-    for part in tl.static_range(PARTS):
-        partial = tl.program_id(0) * PARTS + part
-        _gradient(
-            parts[part], scale, offset_ptr, row_id_ptr, column_id_ptr, row_lse_ptr, row_weight_ptr,
-            column_lse_ptr, column_weight_ptr, g_ptr, dot_ptr + partial, sum_ptr + partial,
-            stride_g, rows, columns, diagonal, tile_r, tile_s * PARTS + part,
-            HAS_DIAGONAL, HAS_IDS, HAS_OFFSET, COLUMNS, SCALARS, EMULATE,
-            BLOCK_R, BLOCK_S // PARTS,
-        )  # fmt: skip
 
 
 def room_for(rows: int, columns: int) -> tuple[int, int]:
@@ -359,68 +307,12 @@ def statistics(
         r,
         s,
         x.shape[1],
-        diagonal or 0,
-        HAS_DIAGONAL=diagonal is not None,
+        NO_DIAGONAL if diagonal is None else diagonal,
+        # always: a kernel less to compile
+        HAS_DIAGONAL=True,
         HAS_IDS=ids is not None,
         COLUMNS=columns,
         KEEP=kept is not None,
         **product_options(x_in, tiling),
     )
     return row_max, row_sum, column_max, column_sum, row_dot
-
-
-def gradient(
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    offset: Tensor | None,
-    ids: tuple[Tensor, Tensor] | None,
-    diagonal: int | None,
-    rows: tuple[Tensor, Tensor],
-    columns: tuple[Tensor, Tensor] | None,
-    out: Tensor,
-    scalars: bool,
-    tiling: Tiling,
-) -> tuple[Tensor, Tensor]:
-    """scale * G into `out` (R, S), from (lse, weight) of rows and columns; its scalar sums.
-
-    `out` lies in a buffer of `room_for`; what is right of it there is overwritten.
-
-    The sums, over tiles and 0-d, are of G * cos and, with an offset, of G; empty where not wanted.
-    """
-    r, s = x.shape[0], y.shape[0]
-    programs = triton.cdiv(r, tiling.rows) * triton.cdiv(s, tiling.columns)
-    partial = programs * tiling.parts
-    dots = scale.new_empty(partial if scalars else 0)
-    sums = scale.new_empty(partial if scalars and offset is not None else 0)
-    row_id, column_id = (x, x) if ids is None else ids
-    x_in, y_in = operands(x, y, tiling)
-    launch(
-        gradient_kernel,
-        programs,
-        x_in,
-        y_in,
-        scale,
-        scale if offset is None else offset,
-        row_id,
-        column_id,
-        *rows,
-        *(rows if columns is None else columns),
-        out,
-        dots,
-        sums,
-        x.stride(0),
-        y.stride(0),
-        out.stride(0),
-        r,
-        s,
-        x.shape[1],
-        diagonal or 0,
-        HAS_DIAGONAL=diagonal is not None,
-        HAS_IDS=ids is not None,
-        HAS_OFFSET=offset is not None,
-        COLUMNS=columns is not None,
-        SCALARS=scalars,
-        **product_options(x_in, tiling),
-    )
-    return dots.sum(), sums.sum()

@@ -10,18 +10,21 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # a logit whose exponential is 0 and whose product with 0 is too, which -inf's is not
 LEFT_OUT = tl.constexpr(-1e30)
+# a diagonal that meets no tile
+NO_DIAGONAL = 1 << 30
 
 
 @triton.jit
-def tile_indices(rows, columns, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, GROUP: tl.constexpr):
-    """This program's tile (row, column), walked in bands of GROUP row tiles to share L2 lines."""
-    pid = tl.program_id(0)
+def tile_indices(
+    index, rows, columns, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, GROUP: tl.constexpr
+):
+    """Row and column of a tile, walked in bands of GROUP row tiles to share L2 lines."""
     tiles_r = tl.cdiv(rows, BLOCK_R)
     tiles_s = tl.cdiv(columns, BLOCK_S)
-    band = pid // (GROUP * tiles_s)
+    band = index // (GROUP * tiles_s)
     first = band * GROUP
     height = min(tiles_r - first, GROUP)
-    within = pid % (GROUP * tiles_s)
+    within = index % (GROUP * tiles_s)
     return first + within % height, within // height
 
 
@@ -104,6 +107,37 @@ def _halves(tile):
 
 
 @triton.jit
+def over_rows(tile, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, MAXIMUM: tl.constexpr):
+    """Sums, or maxima, of a tile's columns.
+
+    Where 16 rows are a warp's, as on Hopper, eight warps' results are combined by halves: `tl.sum`
+    would exchange every column once more, with two barriers for each few of them.
+    """
+    if BLOCK_R < 128:
+        found = _reduced(tile, MAXIMUM)
+    else:
+        tile = _reduced(tl.reshape(tile, (BLOCK_R // 128, 128, BLOCK_S)), MAXIMUM)
+        tile = _reduced(tl.permute(tl.reshape(tile, (8, 16, BLOCK_S)), (1, 0, 2)), MAXIMUM)
+        a, b = tl.split(tl.permute(tl.reshape(tile, (2, 4, BLOCK_S)), (1, 2, 0)))
+        tile = _combined(a, b, MAXIMUM)
+        a, b = tl.split(tl.permute(tl.reshape(tile, (2, 2, BLOCK_S)), (1, 2, 0)))
+        tile = _combined(a, b, MAXIMUM)
+        a, b = tl.split(tl.permute(tile, (1, 0)))
+        found = _combined(a, b, MAXIMUM)
+    return found
+
+
+@triton.jit
+def _reduced(tile, MAXIMUM: tl.constexpr):
+    return tl.max(tile, 0) if MAXIMUM else tl.sum(tile, 0)
+
+
+@triton.jit
+def _combined(a, b, MAXIMUM: tl.constexpr):
+    return tl.maximum(a, b) if MAXIMUM else a + b
+
+
+@triton.jit
 def leave_out(
     logits,
     row_id_ptr,
@@ -142,6 +176,16 @@ def leave_out(
             keep = keep & (row_id[:, None] != column_id[None, :])
         logits = tl.where(keep, logits, VALUE)
     return logits
+
+
+@triton.jit
+def any_raised(flag_ptr, flags, COUNT: tl.constexpr = 1024):
+    """`flags` if any flag is raised, else 0: how far a walk over flagged tiles goes."""
+    raised = tl.zeros((COUNT,), dtype=tl.int32)
+    for start in range(0, flags, COUNT):
+        i = start + tl.arange(0, COUNT)
+        raised |= tl.load(flag_ptr + i, mask=i < flags, other=0)
+    return tl.where(tl.max(raised, 0) > 0, flags, 0)
 
 
 @triton.jit

@@ -75,6 +75,7 @@ def info_nce_sum(
         chunk,
         ranks,
         needs=wants_gradient(x, y, scale),
+        maxima=True,
         first_negative=first_negative,
         columns_with_gradient=-1 if columns_with_gradient is None else columns_with_gradient,
     )

@@ -206,7 +206,7 @@ def rectangle(
 ) -> Problem:
     """S of two sides; true captions stand apart from hard negatives where they have statistics."""
     n, m = len(x), len(y)
-    tiles = tiles_of(options.backend, options.dtype)
+    tiles = tiles_of(options.backend, options.dtype, options.maxima)
     columns = columns_of(options.ranks, [n, m - n] if options.column_statistics else [m])
     row_id, column_id = row_group, column_group
     if column_id is not None:
@@ -231,7 +231,7 @@ def rectangle(
 
 def symmetric(options: Options, z: Tensor, scale: Tensor, offset: Tensor | None) -> Problem:
     """S among the rows of one tensor, block after block; scale and offset are (P, P)."""
-    tiles = tiles_of(options.backend, options.dtype)
+    tiles = tiles_of(options.backend, options.dtype, options.maxima)
     count = len(options.domains)
     columns = columns_of(options.ranks, [len(z) // count] * count)
     z = z.to(options.dtype)

@@ -11,7 +11,7 @@ from fastclip.bench.attention_sweep import TABLES
 from fastclip.bench.gpu_lab import STAGES
 from fastclip.bench.losses import OPERATORS
 from fastclip.bench.runner import make_inputs
-from fastclip.kernels import finish, launch, merge, sigmoid, similarity
+from fastclip.kernels import finish, flagged, flags, launch, lean, merge, sigmoid, similarity
 from fastclip.kernels.launch import INTERPRETED, Tiling
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="a GPU is there: kernels would be launched")
@@ -24,7 +24,7 @@ class Recorder:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.kernels: set[tuple[Any, ...]] = set()
-        for module in (finish, merge, sigmoid, similarity):
+        for module in (finish, flagged, flags, lean, merge, sigmoid, similarity):
             monkeypatch.setattr(module, "launch", self)
         for module in (similarity, sigmoid):
             monkeypatch.setattr(module, "INTERPRETED", False, raising=False)

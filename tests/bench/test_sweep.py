@@ -10,7 +10,7 @@ import torch
 from fastclip.bench import attention_sweep, tile_sweep, trials
 from fastclip.bench.attention_sweep import FORWARD, TABLES, Job, try_job
 from fastclip.bench.tile_sweep import KERNELS, Trial, timed, try_all, try_candidate
-from fastclip.kernels import similarity
+from fastclip.kernels import lean
 from fastclip.kernels.launch import INTERPRETED, Tiling
 
 SMALL = Tiling(32, 64, 32, 4, 1, parts=2)
@@ -40,7 +40,7 @@ def test_a_wrong_tiling_is_distinguished_from_a_right_one(monkeypatch: pytest.Mo
 def test_a_tiling_that_does_not_compile_costs_no_other_kernel(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(similarity, "statistics", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr(lean, "statistics", lambda *a, **k: 1 / 0)
     statuses = {t.kernel: t.status for t in try_candidate("16bit", SMALL, "cpu")}
     assert "ZeroDivisionError" in statuses["statistics"]
     assert statuses["gradient"] == statuses["sigmoid"] == "ok"

@@ -146,3 +146,22 @@ def test_a_diagonal_that_meets_a_tile_at_a_corner(diagonal: int, parts: int) -> 
     # partial statistics are powers of two
     got = torch.log((total * torch.exp2(top)).sum(0))
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("columns", [63, 64, 130])
+def test_products_that_leave_float32s_range_go_entry_by_entry(columns: int) -> None:
+    """In some tiles only: rows from -80 to 90, and one that is NaN."""
+    x, y = torch.zeros(70, 16), torch.zeros(columns, 16)
+    x[:, 0], y[:, 0] = torch.linspace(-80, 90, 70), 1.0
+    x[3] = torch.nan
+    out = torch.full(similarity.room_for(70, columns), torch.nan)[:70, :columns]
+    one, offset, weight = torch.tensor(1.0), torch.tensor(-1.0), torch.arange(70.0)
+    tiling = Tiling(16, 64, 16, 4, 1, parts=1)
+    rows, dot, _ = sigmoid.sigmoid(x, y, one, offset, None, weight, out, tiling)
+    z = x[:, :1].double().expand(70, columns) - 1
+    # an exponent of 130 is known to half of 130 eps
+    want = F.softplus(z, threshold=999).sum(1)
+    torch.testing.assert_close(rows.double(), want, rtol=1e-5, atol=0, equal_nan=True)
+    want = z.sigmoid() * weight[:, None]
+    torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-30, equal_nan=True)
+    assert dot.isnan()

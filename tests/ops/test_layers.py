@@ -14,7 +14,7 @@ from tests.test_repo_shape import ROOT
 
 
 def test_few_files_lie_between_a_loss_and_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels = pytest.importorskip("fastclip.kernels.similarity", reason="triton is not installed")
+    kernels = pytest.importorskip("fastclip.kernels.lean", reason="triton is not installed")
     stacks = []
     original = kernels.launch
 
@@ -37,4 +37,4 @@ def test_few_files_lie_between_a_loss_and_a_kernel(monkeypatch: pytest.MonkeyPat
         # with launch.py, in whose place this test stands
         assert len(entered) + 1 <= 8 and len(set(entered)) == len(entered), entered
         assert entered[0] == "fastclip/losses/clip.py"
-        assert entered[-1] == "kernels/similarity.py"
+        assert entered[-1] == "kernels/lean.py"

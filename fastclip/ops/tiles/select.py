@@ -6,13 +6,16 @@ from fastclip.ops.tiles.base import Tiles
 from fastclip.ops.tiles.torch import TorchTiles
 
 
-def tiles_of(backend: str, compute_dtype: torch.dtype) -> Tiles:
-    """A new instance of the implementation of that name."""
+def tiles_of(backend: str, compute_dtype: torch.dtype, maxima: bool) -> Tiles:
+    """A new instance of the implementation of that name.
+
+    Without `maxima` statistics may have any number of that size in the maximum's place.
+    """
     if backend == "triton":
         # triton is not everywhere
         from fastclip.ops.tiles.triton import TritonTiles
 
-        return TritonTiles(compute_dtype)
+        return TritonTiles(compute_dtype, maxima)
     if backend == "cpp":
         # nor is the library
         from fastclip.ops.tiles.cpp import CppTiles

@@ -1,15 +1,20 @@
 """The `triton` implementation of the tiles: kernels in `kernels/`, products with G by cuBLAS."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 import fastclip.kernels.finish as finishing
+import fastclip.kernels.flagged as flagged
+import fastclip.kernels.flags as flagging
+import fastclip.kernels.lean as lean
 import fastclip.kernels.merge as merging
 import fastclip.kernels.sigmoid as sigmoid
 import fastclip.kernels.similarity as similarity
 from fastclip.kernels.launch import Tiling, tiling
+from fastclip.kernels.lean import Logits
 from fastclip.ops.gemm import count_product, gradient_dtype
 from fastclip.ops.tiles.base import LogSumExps, SoftmaxStats, Tile
 
@@ -19,7 +24,9 @@ class TritonTiles:
 
     dtype = torch.float32
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, maxima: bool = True) -> None:
+        self.maxima = maxima
+        """Whether running maxima are those of the logits; else they are anchors of the sums."""
         self._gradient_dtype = gradient_dtype(dtype)
         self.itemsize = self._gradient_dtype.itemsize
         self._buffer: Tensor | None = None
@@ -36,12 +43,13 @@ class TritonTiles:
 
     def statistics(self, tile: Tile, rows: SoftmaxStats, columns: SoftmaxStats | None) -> None:
         self._count(tile)
-        row_max, row_sum, column_max, column_sum, _ = similarity.statistics(
-            *_operands(tile), columns is not None, None, self._tiling("statistics", tile)
+        logits = _logits(tile)
+        found = lean.statistics(
+            logits, columns is not None, self.maxima, None, self._tiling("statistics", tile)
         )
-        merging.merge(row_max, row_sum, None, *rows, tile.offset)
-        if columns is not None:
-            merging.merge(column_max, column_sum, None, *columns, tile.offset)
+        flags = flagging.totals(logits, found, rows, columns)
+        own = self._tiling("own_statistics", tile)
+        flagged.statistics(logits, found, flags, rows, columns, own)
 
     def gradient(
         self,
@@ -52,20 +60,20 @@ class TritonTiles:
         scalars: bool,
     ) -> tuple[Tensor, Tensor]:
         self._count(tile)
-        x, y, scale, ids, diagonal = _operands(tile)
-        return similarity.gradient(
-            x,
-            y,
-            scale,
-            tile.offset,
-            ids,
-            diagonal,
-            _lines(rows),
-            None if columns is None else _lines(columns),
-            out_CS,
-            scalars,
-            self._tiling("gradient", tile),
-        )
+        logits, of_rows = _logits(tile), _lines(rows)
+        of_columns = None if columns is None else _lines(columns)
+        tiles = self._tiling("gradient", tile)
+        # of the same tiles; registers hold less of each at a time
+        own = replace(tiles, parts=self._tiling("own_gradient", tile).parts, registers=None)
+        factors = flagging.factors(logits, of_rows, of_columns, tiles)
+        slots = -(-len(tile.x_CD) // own.rows) * -(-len(tile.y_SD) // own.columns) * own.parts
+        dots = tile.scale.new_empty(slots)
+        sums = tile.scale.new_empty(slots if tile.offset is not None else 0)
+        wanted = (dots, sums) if scalars else (dots[:0], sums[:0])
+        lean.gradient(logits, factors, columns is not None, out_CS, wanted, own.parts, tiles)
+        flagged.gradient(logits, factors[2], of_rows, of_columns, out_CS, (dots, sums), own)
+        dots, sums = wanted
+        return dots.sum(), sums.sum()
 
     def begin_rows(self, tile: Tile) -> tuple[SoftmaxStats, Tensor]:
         self._count(tile)
@@ -74,7 +82,7 @@ class TritonTiles:
         if kept.dtype != torch.float32:
             # relative to its tile's row maximum E is in (0, 1]: fp16 has three bits more than bf16
             kept = kept.view(torch.float16)
-        tiles = self._tiling("statistics", tile)
+        tiles = self._tiling("own_statistics", tile)
         row_max, row_sum, _, _, row_dot = similarity.statistics(
             *_operands(tile), False, kept, tiles
         )
@@ -145,6 +153,11 @@ def _operands(
         ids = tile.row_id_C, tile.column_id_S
     diagonal = tile.diagonal if tile.crosses_diagonal else None
     return tile.x_CD, tile.y_SD, tile.scale, ids, diagonal
+
+
+def _logits(tile: Tile) -> Logits:
+    x, y, scale, ids, diagonal = _operands(tile)
+    return Logits(x, y, scale, tile.offset, None, ids, diagonal)
 
 
 def _lines(lines: LogSumExps) -> tuple[Tensor, Tensor]:
