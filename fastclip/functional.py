@@ -25,7 +25,6 @@ from fastclip.ops.attention import packed_attention as packed_attention
 from fastclip.ops.candidates import mean_left
 from fastclip.ops.collectives import global_sum
 from fastclip.ops.info_nce import info_nce_sum
-from fastclip.ops.kept import keep_argument
 from fastclip.ops.labels import label_statistics
 from fastclip.ops.numerics import softplus
 from fastclip.ops.problem import couples
@@ -208,7 +207,7 @@ def siglip_loss(
         0.6932
     """
     check_reduction(reduction)
-    keep_argument(keep_bytes, "", image_features)
+    checks.check_keep_bytes(keep_bytes)
     if image_features.shape[:1] != text_features.shape[:1]:
         raise ValueError(
             f"{image_features.shape[0]} images and {text_features.shape[0]} texts; the sigmoid "
@@ -293,7 +292,7 @@ def info_nce_loss(
     check_reduction(reduction)
     if bank is None and not in_batch:
         raise ValueError("in_batch=False leaves no negatives; give a bank")
-    keep_argument(keep_bytes, "", query)
+    checks.check_keep_bytes(keep_bytes)
     request = dense.Request(
         reduction, backend, chunk_bytes, keep_bytes, precision, dist, group, sizes
     )
@@ -352,7 +351,15 @@ def info_nce_loss(
         if metrics is not None:
             margin = statistics.positive.detach() - statistics.row_max
     else:
-        loss, margin = info_nce_sum(query, keys, logit_scale, **positives, **options)
+        loss, margin = info_nce_sum(
+            query,
+            keys,
+            logit_scale,
+            maxima=metrics is not None,
+            keep_bytes=keep_bytes,
+            **positives,
+            **options,
+        )
     if metrics is not None:
         metrics["accuracy"] = share_above(margin, torch.zeros_like(margin), ranks)
     return reduce_sum(loss, reduction, ranks, query.shape[0])

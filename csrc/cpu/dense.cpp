@@ -59,11 +59,19 @@ void with_type(Ids ids, Body&& body) {
     if (ids.bytes == 8) body(static_cast<const int64_t*>(ids.data));
 }
 
-// Maxima and sums to log-sum-exps, which replace the sums.
+// Neighbors in float32 are 2 apart there: exp(S - lse) has no correct digit.
+constexpr float LARGEST_LOGIT = 16777216.0f;
+
+// Maxima and sums to log-sum-exps, which replace the sums; NaN of logits that are too large.
 void finish(int64_t n, const float* max, float* sum) {
-    for (int64_t i = 0; i < n; ++i)
-        sum[i] = sum[i] == 0 ? -INFINITE
-                             : static_cast<float>(max[i] + std::log(static_cast<double>(sum[i])));
+    for (int64_t i = 0; i < n; ++i) {
+        if (sum[i] == 0)
+            sum[i] = -INFINITE;
+        else if (std::fabs(max[i]) > LARGEST_LOGIT)
+            sum[i] = std::numeric_limits<float>::quiet_NaN();
+        else
+            sum[i] = static_cast<float>(max[i] + std::log(static_cast<double>(sum[i])));
+    }
 }
 
 void begin(int64_t n, Running running) {

@@ -150,6 +150,14 @@ def chunk_argument(chunk_bytes: int | None) -> int:
     return chunk_bytes or 0
 
 
+def check_keep_bytes(keep_bytes: int | None) -> None:
+    """Refuse a negative budget."""
+    if keep_bytes is not None and keep_bytes < 0:
+        raise ValueError(
+            f"keep_bytes is {keep_bytes}; give a number of bytes, 0 to keep nothing, or None"
+        )
+
+
 def refuse_transforms(*inputs: Tensor) -> None:
     """Forward mode through a custom op would silently give a zero tangent, torch.func no word."""
     if torch.compiler.is_compiling():

@@ -143,8 +143,11 @@ def blocks_loss(
     first, least, count = features[0], min(domains), max(domains) + 1
     if not _fit(first, features[1:]) or any(one.shape != first.shape for one in features):
         return None
-    if weight is not None and not isinstance(weight, Tensor):
-        weight = torch.tensor([list(row) for row in weight])
+    if weight is not None:
+        if min(len(weight), *map(len, weight)) < count:
+            return None
+        if not isinstance(weight, Tensor):
+            weight = torch.tensor([list(row) for row in weight])
     tables = [
         _table(scale, count),
         _table(0.0 if offset is None else offset, count),

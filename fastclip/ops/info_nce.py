@@ -31,12 +31,16 @@ def info_nce_sum(
     positive_index: Tensor | None = None,
     first_negative: int = 0,
     columns_with_gradient: int | None = None,
+    maxima: bool = True,
     ranks: Ranks | None = None,
     backend: str = "auto",
     chunk_bytes: int | None = None,
+    keep_bytes: int | None = None,
     precision: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The loss, 0-d, and each row's positive less its greatest negative, (N,), without gradient.
+
+    Without `maxima` the second may be empty.
 
     Arguments and errors are those of `fastclip.ops.similarity.similarity_statistics`.
     """
@@ -44,7 +48,7 @@ def info_nce_sum(
     chosen = backends.choose("similarity", backend, x.device, compute_dtype)
     in_parts = ranks is not None and ranks.exchange == "ring"
     if chosen == "reference" or in_parts:
-        # a ring brings a row's columns one part after the other: S is formed twice
+        # a ring brings a row's columns one part after the other: S is kept, or formed twice
         found = similarity_statistics(
             x,
             y,
@@ -53,13 +57,16 @@ def info_nce_sum(
             positive_index=positive_index,
             first_negative=first_negative,
             columns_with_gradient=columns_with_gradient,
-            maxima=True,
+            maxima=maxima,
             ranks=ranks,
             backend=chosen,
             chunk_bytes=chunk_bytes,
+            keep_bytes=keep_bytes,
             precision=precision,
         )
-        margin = found.positive.detach() - found.row_max
+        margin = found.row_max
+        if maxima:
+            margin = found.positive.detach() - margin
         return softplus(found.row_lse - found.positive).sum(), margin
     chunk = checks.chunk_argument(chunk_bytes)
     checks.check_pair(x, y, compute_dtype)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastclip.ops import checks
 from fastclip.ops.gemm import accumulator_dtype
 from fastclip.ops.problem import Options, Problem, columns_of_all
 from fastclip.ops.registration import wants_gradient
@@ -58,10 +59,7 @@ class Rooms:
 
 def keep_argument(keep_bytes: int | None, backend: str, *inputs: Tensor | None) -> int:
     """The budget of a call, 0 where no gradient is wanted or the implementation keeps nothing."""
-    if keep_bytes is not None and keep_bytes < 0:
-        raise ValueError(
-            f"keep_bytes is {keep_bytes}; give a number of bytes, 0 to keep nothing, or None"
-        )
+    checks.check_keep_bytes(keep_bytes)
     device = next(i.device.type for i in inputs if i is not None)
     if IMPLEMENTATIONS.get(backend) != device or not any(wants_gradient(*inputs)):
         return 0
@@ -76,8 +74,8 @@ def kept_entries(own: int, columns: int, options: Options) -> int:
     if options.domains and not options.exchange:
         block, device = own // len(options.domains), IMPLEMENTATIONS[options.backend]
         strip = strip_rows(block, own, itemsize, options.chunk_bytes, device)
-        # a strip's own square is whole
-        count = own * (own + 1) // 2 + own * (strip - 1)
+        # half of S, and the lower half of the square that each strip has of its own
+        count = own * (own + strip) // 2
     else:
         count = own * columns_of_all(columns, options)
     return count if count * itemsize <= options.keep_bytes else 0
@@ -105,13 +103,17 @@ def anchor_of(problem: Problem) -> Tensor | None:
     top, bottom = (offset_PP + scale_PP).max(), (offset_PP - scale_PP).min()
     span = top - bottom
     reach = _reach(span.dtype)
+    # far beyond what any anchor serves, nothing is tried
     if not span <= 6 * reach:
         return None
     return top - (span / 2).clamp(max=reach)
 
 
 def sums_in_range(sums: Tensor) -> bool:
-    """Whether flushed terms are below a rounding of every sum, and none overflows; not with NaN."""
+    """Whether every sum is large enough for what was flushed to 0 in it not to matter, and finite.
+
+    In float32 from 2^-80 to 2^127; NaN is not.
+    """
     info = torch.finfo(sums.dtype)
     return bool(((sums >= info.tiny / info.eps**2) & (sums < info.max / 2)).all())
 
@@ -143,5 +145,5 @@ def _factors_in_range(factor: Tensor, least_scale: Tensor, greatest_scale: Tenso
 
 
 def _reach(dtype: torch.dtype) -> float:
-    """How far from the anchor a logit may lie for its exponential to be far from overflow."""
+    """How far above the anchor a logit may lie: its exp, 2^100 in float32, leaves room for sums."""
     return log(torch.finfo(dtype).max) * 100 / 128

@@ -22,7 +22,9 @@ def with_bias(loss: Tensor, logit_bias: Tensor | float | None) -> Tensor:
     """A constant cancels in a softmax; one that is not finite still shows."""
     if logit_bias is None:
         return loss
-    return loss + 0 * (logit_bias.to(loss.dtype) if isinstance(logit_bias, Tensor) else logit_bias)
+    if isinstance(logit_bias, Tensor):
+        logit_bias = logit_bias.to(loss.dtype).reshape(())
+    return loss + 0 * logit_bias
 
 
 def concatenate(blocks: list[Tensor]) -> Tensor:

@@ -98,13 +98,13 @@ OPS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("fastclip/ops/kept.py", "tests/ops/test_kept.py"): [
         ("if not options.keep_bytes or options.maxima:", "if not options.keep_bytes:"),
         ("count * itemsize <= options.keep_bytes", "count <= options.keep_bytes"),
-        ("own * (own + 1) // 2 + own * (strip - 1)", "own * own"),
+        ("count = own * (own + strip) // 2", "count = own * own"),
         ("if not span <= 6 * reach:", "if False:"),
         ("return top - (span / 2).clamp(max=reach)", "return top - span / 2"),
         ("(sums >= info.tiny / info.eps**2)", "(sums > 0)"),
         ("(sums < info.max / 2)", "(sums == sums)"),
         ("(size * least_scale >= least)", "(size == size)"),
-        ("if keep_bytes is not None and keep_bytes < 0:", "if False:"),
+        ("checks.check_keep_bytes(keep_bytes)", "pass"),
         ("or not any(wants_gradient(*inputs))", ""),
     ],
     ("fastclip/ops/passes.py", "tests/ops/test_kept.py"): [
@@ -297,8 +297,7 @@ OPS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("total_CD.addcmul_(coefficient_C", "total_CD.addcmul_(-coefficient_C"),
     ],
     ("fastclip/ops/tiles/triton.py", TRITON): [
-        ("column_sum, None, *columns, tile.offset)", "column_sum, None, *columns, None)"),
-        ("row_sum, None, *rows, tile.offset)", "row_sum, None, *rows, None)"),
+        ("flags, rows, columns, own)", "flags, rows, None, own)"),
         ("finishing.finish(total_CD, coefficient, partner, total_CD)", "pass"),
     ],
     ("fastclip/ops/chunks.py", BORDERS + " -k chunks"): [
@@ -419,12 +418,12 @@ OPS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("fastclip/ops/info_nce.py", PRECISION + " and info_nce"): [
         ("found.row_lse - found.positive).sum()", "found.row_lse - found.positive).mean()"),
         (
-            "scale),\n        first_negative=first_negative,",
-            "scale),\n        first_negative=0,",
+            "maxima=True,\n        first_negative=first_negative,",
+            "maxima=True,\n        first_negative=0,",
         ),
     ],
     ("fastclip/ops/info_nce.py", MODULES + " -k accuracy"): [
-        ("found.positive.detach() - found.row_max", "found.positive.detach() + found.row_max"),
+        ("margin = found.positive.detach() - margin", "margin = found.positive.detach() + margin"),
     ],
     ("fastclip/ops/sigmoid.py", PRECISION + " and siglip"): [
         ("return rows if per_row else rows.sum()", "return rows if per_row else rows.mean()"),

@@ -11,6 +11,7 @@ TRITON = (
     "tests/kernels/test_tilings.py tests/kernels/test_triton.py"
     " -k (against_float64 and not siglip) or span or ties"
 )
+LEAN = "tests/kernels/test_lean.py -k not repeated and not launches"
 SIGMOID = (
     "tests/kernels/test_tilings.py tests/kernels/test_triton.py -k siglip and (against or ties)"
 )

@@ -425,7 +425,8 @@ def test_products_of_a_rank(ranks: Callable[[int], Any], world: int) -> None:
     ):
         for name, products in wanted.items():
             if (exchange, name) == ("ring", "info_nce"):
-                products = 4
+                # a row comes in parts
+                products = 4 if keep else 3
             assert results["counts"][exchange][name + keep, torch.float32]["products"] == products
 
 

@@ -176,7 +176,7 @@ def test_the_budget_decides(name: str) -> None:
     needed = 4 * 96 * 96
     if name in ("nt_xent", "mp_nce", "sup_con"):
         blocks = {"mp_nce": 3, "nt_xent": 2, "sup_con": 1}[name]
-        needed = 4 * (rows * (rows + 1) // 2 + rows * (rows // blocks - 1))
+        needed = 4 * (rows * (rows + rows // blocks) // 2)
 
     def products(keep_bytes: int) -> int:
         with count_products() as count:
