@@ -181,7 +181,7 @@ void add_cuda(py::module_ module) {
         });
     module.attr("WARPS") = cuda::WARPS;
     module.attr("EMULATED") = EMULATED;
-    module.def("driver_obstacle", &cuda::driver_obstacle);
+    module.def("driver_unavailable_reason", &cuda::driver_unavailable_reason);
     module.def(
         "statistics",
         [](const Tile& tile, Address row_max, Address row_sum, Address column_max,

@@ -8,8 +8,9 @@ returns the loss of the global batch ("none": of its own anchors). "gather" brin
 once, "ring" one process's after the other, in memory linear in a process's own rows. A feature's
 gradient is the number of processes times the global loss's, and those of scalars average to it, so
 that the averaging of data-parallel training gives exactly the full batch's gradient. With "none"
-they are those of the sum of upstream times loss over all processes, and scalars' add up. All
-processes call alike; the upstream gradient of a mean or sum is the same on all.
+gradients are those of the sum of upstream times loss over all processes: sum those of scalars over
+the processes, do not average them. All processes call alike; the upstream gradient of a mean or sum
+is the same on all.
 """
 
 from collections.abc import Sequence
@@ -652,7 +653,7 @@ def similarity_statistics(
             group other than its positive are left out.
         first_negative: columns before it are positives only; without column_statistics and dist.
         columns_with_gradient: columns from it on get no gradient; None: all do; without dist.
-        maxima: whether row_max and column_max are wanted; nothing is kept then.
+        maxima: whether row_max and column_max are wanted; then `keep_bytes` is not used.
         means: whether row_mean and column_mean are wanted, over all columns and rows; needs M >= N.
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
         chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.

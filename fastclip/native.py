@@ -75,7 +75,7 @@ def team() -> int:
 @functools.cache
 def has_float_product() -> bool:
     """Whether the library is there and multiplies float32, by the BLAS in torch's own library."""
-    return obstacle() is None and library().use_blas(_in_torch("sgemm_"))
+    return unavailable_reason() is None and library().use_blas(_in_torch("sgemm_"))
 
 
 def _in_torch(function: str) -> int:
@@ -89,7 +89,7 @@ def _in_torch(function: str) -> int:
         return 0
 
 
-def obstacle() -> str | None:
+def unavailable_reason() -> str | None:
     """Why the library cannot be used, in one phrase, or None."""
     found = _load()
     return str(found) if isinstance(found, Unusable) else None
@@ -107,24 +107,24 @@ def library() -> Any:
     return found
 
 
-def cuda_obstacle() -> str | None:
+def cuda_unavailable_reason() -> str | None:
     """Why the library's CUDA part cannot be used, in one phrase, or None."""
-    reason = obstacle()
+    reason = unavailable_reason()
     if reason:
         return reason
     if not hasattr(library(), "cuda"):
         reason = _recorded("_native_cuda_missing.txt") or HOW_TO_BUILD_CUDA
         return f"the library has no CUDA part: {reason}; then install fastclip again"
-    driver = library().cuda.driver_obstacle()
+    driver = library().cuda.driver_unavailable_reason()
     return f"its CUDA part is built, but: {driver}" if driver else None
 
 
 def cuda_is_emulated() -> bool:
     """Whether the CUDA part is the tests', whose kernels run on the CPU."""
-    return obstacle() is None and hasattr(library(), "cuda") and library().cuda.EMULATED
+    return unavailable_reason() is None and hasattr(library(), "cuda") and library().cuda.EMULATED
 
 
 @functools.cache
 def has_bf16_product() -> bool:
     """Whether the library is there and the processor has bf16 products that return float32."""
-    return obstacle() is None and library().has_bf16_product()
+    return unavailable_reason() is None and library().has_bf16_product()

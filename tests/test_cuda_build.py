@@ -200,7 +200,8 @@ def test_a_lane_moves_four_entries_at_a_time(tmp_path: Path) -> None:
 def test_the_module_loads_without_cuda(built: Path) -> None:
     """CUDA's runtime is inside; a launch that fails names the kernel in CUDA's own words."""
     code = (
-        "import _native; cuda = _native.cuda; print(cuda.EMULATED, cuda.driver_obstacle())\n"
+        "import _native; cuda = _native.cuda\n"
+        "print(cuda.EMULATED, cuda.driver_unavailable_reason())\n"
         "try: cuda.merge(1, 4, 0, 0, 0, 0, 0, 0, 0, 0)\n"
         "except RuntimeError as error: print(error)\n"
     )
@@ -240,20 +241,22 @@ def test_what_is_missing_is_reported(
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    """By the obstacle, by `fastclip info`, and by whoever asks for the implementation."""
+    """By the unavailable_reason, by `fastclip info`, and by whoever asks for the implementation."""
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     found = SimpleNamespace(
         usable_instructions=lambda: ["baseline"], has_bf16_product=lambda: False
     )
     if "cuda" in library:
-        found.cuda = SimpleNamespace(driver_obstacle=lambda: library["cuda"], EMULATED=False)
+        found.cuda = SimpleNamespace(
+            driver_unavailable_reason=lambda: library["cuda"], EMULATED=False
+        )
     monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
     monkeypatch.setattr(native, "_load", lambda: found)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert (native.cuda_obstacle() is None) == (message is None)
+    assert (native.cuda_unavailable_reason() is None) == (message is None)
     assert main(["info"]) == 0
-    assert f"  cuda      {native.cuda_obstacle() or 'built'}\n" in capsys.readouterr().out
+    assert f"  cuda      {native.cuda_unavailable_reason() or 'built'}\n" in capsys.readouterr().out
     gpu = torch.device("cuda")
     if message is None:
         assert backend.choose("similarity", "cuda", gpu, torch.bfloat16) == "cuda"
@@ -263,7 +266,9 @@ def test_what_is_missing_is_reported(
 
 
 def test_where_triton_cannot_run_it_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    library = SimpleNamespace(cuda=SimpleNamespace(driver_obstacle=lambda: "", EMULATED=False))
+    library = SimpleNamespace(
+        cuda=SimpleNamespace(driver_unavailable_reason=lambda: "", EMULATED=False)
+    )
     monkeypatch.setattr(native, "_load", lambda: library)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))

@@ -153,7 +153,7 @@ def test_what_does_not_fit_is_refused_with_its_reason(
     monkeypatch.setattr(native, "_load", native._load.__wrapped__)
     with pytest.raises(native.Unusable, match=message):
         native.library()
-    assert native.obstacle()
+    assert native.unavailable_reason()
 
 
 def test_a_stale_library_is_reported_by_info_and_not_used(checkout: Path, tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_a_wheel_with_the_library_is_of_this_machine(checkout: Path, tmp_path: P
     assert "none-any" not in wheel.name
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
-    code = "from fastclip import native; print(native.obstacle(), native.__file__)"
+    code = "from fastclip import native; print(native.unavailable_reason(), native.__file__)"
     for choice, message in (("auto", "None"), ("off", "FASTCLIP_NATIVE is off")):
         done = subprocess.run(
             [sys.executable, "-c", code],

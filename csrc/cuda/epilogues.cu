@@ -350,7 +350,7 @@ void sigmoid(const Tile& tile, const float* weight, float* row_sum, Matrix out, 
     });
 }
 
-std::string driver_obstacle() {
+std::string driver_unavailable_reason() {
 #ifdef FASTCLIP_EMULATED
     return "";
 #else

@@ -39,8 +39,8 @@ def main(arguments: Sequence[str]) -> int:
     if reason:
         print(f"  cuda      not used: {reason}")
     print("\nnative library (FASTCLIP_NATIVE=off leaves it unused)")
-    print(f"  cpu       {native.obstacle() or _instructions()}")
-    print(f"  cuda      {native.cuda_obstacle() or 'built'}")
+    print(f"  cpu       {native.unavailable_reason() or _instructions()}")
+    print(f"  cuda      {native.cuda_unavailable_reason() or 'built'}")
     print(f"\noperators ({ENVIRONMENT_VARIABLE} or backend= chooses another)")
     for operator in IMPLEMENTATIONS:
         for device in {device.type: device for device in devices}.values():

@@ -169,7 +169,7 @@ def _choice(
     asked = backend != "auto" or os.environ.get(backends.ENVIRONMENT_VARIABLE) == chosen
     if asked or device.type != "cuda":
         return chosen
-    if backends.obstacle("attention", "triton", device, dtype):
+    if backends.unavailable_reason("attention", "triton", device, dtype):
         return chosen
     from fastclip.kernels.attention_plans import measured, shape_key
     from fastclip.kernels.launch import true_architecture

@@ -18,13 +18,15 @@ ENVIRONMENT_VARIABLE = "FASTCLIP_BACKEND"
 class Implementation:
     """One implementation of an operator.
 
-    `obstacle(device, dtype)` returns None where it can run, else the reason in one phrase.
+    `unavailable_reason(device, dtype)` is None where it can run, else in one phrase.
     `automatic(device)` is False where "auto" does not pick it.
     """
 
     name: str
     description: str
-    obstacle: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: None
+    unavailable_reason: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: (
+        None
+    )
     automatic: Callable[[torch.device], bool] = lambda device: True
 
 
@@ -33,7 +35,7 @@ def _compiler() -> bool:
     return "CC" in os.environ or any(map(shutil.which, ("cc", "gcc", "clang")))
 
 
-def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+def _triton_unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (torch brings it on Linux with CUDA)"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -41,16 +43,16 @@ def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"it runs on CUDA devices, the features are on {device.type}"
     if not interpreted and not _compiler():
         return "Triton builds its launcher with a C compiler: install gcc or clang, or set CC"
-    return _gpu_obstacle(device, dtype)
+    return _gpu_unavailable_reason(device, dtype)
 
 
-def _cuda_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+def _cuda_unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cuda" and not native.cuda_is_emulated():
         return f"it runs on CUDA devices, the features are on {device.type}"
-    return _gpu_obstacle(device, dtype) or native.cuda_obstacle()
+    return _gpu_unavailable_reason(device, dtype) or native.cuda_unavailable_reason()
 
 
-def _gpu_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+def _gpu_unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     if torch.version.hip is not None:
         return "its kernels are written for NVIDIA GPUs"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
@@ -62,15 +64,15 @@ def _gpu_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _cpp_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+def _cpp_unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cpu":
         return f"it runs on the CPU, the features are on {device.type}"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it has no kernels for {dtype}"
-    return native.obstacle()
+    return native.unavailable_reason()
 
 
-def _flash_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+def _flash_unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     if importlib.util.find_spec("flash_attn") is None:
         return "flash-attn is not installed"
     if device.type != "cuda":
@@ -84,15 +86,15 @@ _FUSED = (
     Implementation(
         "triton",
         "fused into the product's epilogue, S never in memory",
-        _triton_obstacle,
+        _triton_unavailable_reason,
         # elsewhere it is the interpreter
         automatic=lambda device: device.type == "cuda",
     ),
-    Implementation("cpp", "torch's products, each swept once in cache", _cpp_obstacle),
+    Implementation("cpp", "torch's products, each swept once in cache", _cpp_unavailable_reason),
     Implementation(
         "cuda",
         "cuBLAS's products, each swept once",
-        _cuda_obstacle,
+        _cuda_unavailable_reason,
         # elsewhere it is the emulation
         automatic=lambda device: device.type == "cuda",
     ),
@@ -109,18 +111,18 @@ _ATTENTION = (
     Implementation(
         "triton",
         "short sequences whole on chip, any layout read in place",
-        _triton_obstacle,
+        _triton_unavailable_reason,
         automatic=lambda device: False,
     ),
     Implementation(
-        "flash", "the flash-attn package", _flash_obstacle, automatic=lambda device: False
+        "flash", "the flash-attn package", _flash_unavailable_reason, automatic=lambda device: False
     ),
     Implementation(
         "reference", "dense, any dtype, twice differentiable", automatic=lambda device: False
     ),
 )
 
-# In order of preference: "auto" takes the first automatic one without an obstacle. `cuda` stands
+# In order of preference: "auto" takes the first automatic one that is available. `cuda` stands
 # behind `triton` until a measurement shows an operator for which it should be before it.
 IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
     "similarity": _FUSED,
@@ -154,11 +156,13 @@ def choose(operator: str, requested: str, device: torch.device, dtype: torch.dty
             wanted = "auto"
     if wanted == "auto":
         return next(
-            i.name for i in candidates if i.automatic(device) and not i.obstacle(device, dtype)
+            i.name
+            for i in candidates
+            if i.automatic(device) and not i.unavailable_reason(device, dtype)
         )
     for implementation in candidates:
         if implementation.name == wanted:
-            reason = implementation.obstacle(device, dtype)
+            reason = implementation.unavailable_reason(device, dtype)
             if reason:
                 raise ValueError(f"backend {wanted!r} cannot run {operator} here: {reason}")
             return wanted
@@ -166,10 +170,12 @@ def choose(operator: str, requested: str, device: torch.device, dtype: torch.dty
     raise ValueError(f"backend {wanted!r} of {operator} is unknown; use 'auto' or one of {known}")
 
 
-def obstacle(operator: str, name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def unavailable_reason(
+    operator: str, name: str, device: torch.device, dtype: torch.dtype
+) -> str | None:
     """Why an implementation cannot run, or None."""
     (found,) = (i for i in IMPLEMENTATIONS[operator] if i.name == name)
-    return found.obstacle(device, dtype)
+    return found.unavailable_reason(device, dtype)
 
 
 def explain(operator: str, device: torch.device, dtype: torch.dtype) -> list[tuple[str, str, str]]:
@@ -177,7 +183,7 @@ def explain(operator: str, device: torch.device, dtype: torch.dtype) -> list[tup
     chosen = choose(operator, "auto", device, dtype)
     rows = []
     for implementation in IMPLEMENTATIONS[operator]:
-        reason = implementation.obstacle(device, dtype)
+        reason = implementation.unavailable_reason(device, dtype)
         if implementation.name == chosen:
             status = "used"
         elif reason:

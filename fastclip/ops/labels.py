@@ -89,14 +89,14 @@ def _forward(z: Tensor, scale: Tensor, labels: Tensor, **options: Any) -> tuple[
                 rows = part.features[:, width].to(tiles.dtype)
                 dot.add_(tiles.row_dot(z[:, width], classes.sum(rows, part.segments[0].column)))
 
-        rows, _, E = passes.statistics(asked, collected, add_class_sums)
+        rows, _, kept_S = passes.statistics(asked, collected, add_class_sums)
         itself = torch.zeros_like(dot)
         for width in slices(z):
             # added up as above, so that a row alone in its class has 0
             itself.add_(tiles.row_dot(z[:, width], z[:, width]))
         others = classes.others.to(tiles.dtype)
         positive_mean = dot.sub_(itself).mul_(asked.scale_PP[0, 0]).div_(others.clamp(min=1))
-    return rows.lse(), positive_mean, others, collected, *E
+    return rows.lse(), positive_mean, others, collected, *kept_S
 
 
 def _fake(inputs: Tensors, options: Options) -> list[Tensor]:
@@ -110,7 +110,7 @@ def _gradient(
     inputs: Tensors, saved: Tensors, upstream: Tensors, options: Options
 ) -> tuple[Tensor | None, ...]:
     z, scale, labels = inputs
-    collected, lse, positive_mean, *E = saved
+    collected, lse, positive_mean, *kept_S = saved
     d_lse, d_positive_mean = (torch.zeros_like(lse) if one is None else one for one in upstream)
     with checks.without_autocast(z.device):
         asked = problem.symmetric(options, z, scale.reshape(1, 1), None)
@@ -131,7 +131,7 @@ def _gradient(
         of_rows = LogSumExps(lse, d_lse)
         needs = (True, True, options.needs[1])
         if asked.is_triangle:
-            found = passes.gradient(asked, collected, kept.Kept(*E), of_rows, of_rows, needs)
+            found = passes.gradient(asked, collected, kept.Kept(*kept_S), of_rows, of_rows, needs)
             assert found.x is not None
             add_class_sums(found.x, z_MD, 0)
         else:
@@ -140,7 +140,7 @@ def _gradient(
             found = passes.gradient(
                 asked,
                 collected,
-                kept.Kept(*E),
+                kept.Kept(*kept_S),
                 of_rows,
                 of_columns,
                 needs,

@@ -77,7 +77,8 @@ def register(
         fake: (inputs, options) -> tensors of the outputs' shapes, without gradients.
         flop: (shapes of the inputs, options) -> FLOP.
         backward: see `Backward`.
-        gradients: for so many inputs the forward returns a gradient, last, as `options.needs` says.
+        gradients: the last so many outputs are the gradients of the first so many inputs, empty
+            where `options.needs` is False.
     """
     operator = _custom_operator(name, forward, inputs, outputs, record)
 

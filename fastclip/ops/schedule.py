@@ -26,7 +26,7 @@ LEAST_STRIP = {"cpu": 256, "cuda": 1024}
 class Visit(NamedTuple):
     """One tile.
 
-    columns: those of S that it covers, None where they have no statistics. in_G: its columns of
+    columns: where in S its columns are, None if they have no statistics. in_G: where they are in
     the chunk's G. domains: of its rows and columns. twice: whether the mirror image of every
     entry is visited too, so that the tile has statistics for its rows only and counts half.
     """
@@ -41,8 +41,8 @@ class Visit(NamedTuple):
 class Chunk(NamedTuple):
     """Own rows that are held in memory at a time, and the tiles they are visited in.
 
-    first: the part's first column that G has. right: the first whose gradient takes from this G,
-    beside the rows'.
+    first: the part's first column that G has. right: the first whose gradient takes from this G;
+    the columns before it are the rows themselves.
     """
 
     rows: slice

@@ -137,7 +137,7 @@ def _forward(
         ids = positive_index, row_group, column_group
         asked = problem.rectangle(Options(**options), x, y, scale, None, *ids)
         collected = asked.columns.collect(asked.y_MD)
-        rows, columns, E = passes.statistics(asked, collected)
+        rows, columns, kept_S = passes.statistics(asked, collected)
         factor, dtype = asked.scale_PP[0, 0], asked.tiles.dtype
         positive = asked.tiles.row_dot(asked.x_ND, asked.positives()).mul_(factor)
         if asked.paired:
@@ -153,7 +153,7 @@ def _forward(
             (rows.max, columns.max) if asked.options.maxima else (none, none.clone())
         )
     lses = rows.lse(), row_max, columns.lse(), column_max
-    return *lses, positive, row_mean, column_mean, collected, *E
+    return *lses, positive, row_mean, column_mean, collected, *kept_S
 
 
 def _fake(inputs: Tensors, options: Options) -> list[Tensor]:
@@ -171,7 +171,7 @@ def _gradient(
     inputs: Tensors, saved: Tensors, upstream: Tensors, options: Options
 ) -> tuple[Tensor | None, ...]:
     x, y, scale, *ids = inputs
-    collected, row_lse, column_lse, *E = saved
+    collected, row_lse, column_lse, *kept_S = saved
     d_row_lse, d_column_lse, d_positive, d_row_mean, d_column_mean = (
         torch.zeros_like(row_lse) if one is None else one for one in upstream
     )
@@ -185,7 +185,7 @@ def _gradient(
             columns = asked.of_all_columns(LogSumExps(column_lse, d_column_lse))
         needs = options.needs[0], options.needs[1], options.needs[2]
         rows = LogSumExps(row_lse, d_row_lse)
-        found = passes.gradient(asked, collected, kept.Kept(*E), rows, columns, needs)
+        found = passes.gradient(asked, collected, kept.Kept(*kept_S), rows, columns, needs)
         if means is not None:
             means.add_to(found)
         coefficient = d_positive * asked.scale_PP[0, 0]

@@ -97,13 +97,13 @@ def _forward(z: Tensor, scale: Tensor, offset: Tensor | None, **options: Any) ->
     with checks.without_autocast(z.device):
         asked = problem.symmetric(Options(**options), z, scale, offset)
         collected = asked.columns.collect(asked.x_ND)
-        rows, _, E = passes.statistics(asked, collected)
+        rows, _, kept_S = passes.statistics(asked, collected)
         positive = _positive_cosines(asked)
         positive.mul_(_entries(asked.scale_PP, asked))
         if asked.offset_PP is not None:
             positive.add_(_entries(asked.offset_PP, asked))
     row_max = rows.max if asked.options.maxima else positive.new_empty(0)
-    return rows.lse(), row_max, positive, collected, *E
+    return rows.lse(), row_max, positive, collected, *kept_S
 
 
 def _fake(inputs: Tensors, options: Options) -> list[Tensor]:
@@ -119,7 +119,7 @@ def _gradient(
     inputs: Tensors, saved: Tensors, upstream: Tensors, options: Options
 ) -> tuple[Tensor | None, ...]:
     z, scale, offset = inputs
-    collected, lse, *E = saved
+    collected, lse, *kept_S = saved
     d_lse, d_positive = upstream
     d_lse = torch.zeros_like(lse) if d_lse is None else d_lse
     need_scalars = options.needs[1] or options.needs[2]
@@ -128,7 +128,7 @@ def _gradient(
         rows = LogSumExps(lse, d_lse)
         columns = rows if asked.is_triangle else asked.of_all_columns(rows)
         needs = True, True, need_scalars
-        found = passes.gradient(asked, collected, kept.Kept(*E), rows, columns, needs)
+        found = passes.gradient(asked, collected, kept.Kept(*kept_S), rows, columns, needs)
         assert found.x is not None
         if d_positive is None:
             shape = len(couples(len(options.domains))), len(z) // len(options.domains)

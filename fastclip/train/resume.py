@@ -1,4 +1,4 @@
-"""Resuming a run: which checkpoint, and what differs from the run's beginning."""
+"""Resuming a run: which checkpoint, and what differs from when it was saved."""
 
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ def read_resumed(
 ) -> tuple[Path, dict[str, Any]] | tuple[None, None]:
     """The checkpoint that `--resume` names, and its content; None and None for a new run.
 
-    A run that has not come to its first checkpoint begins anew. What differs from the run's
-    beginning is noted on standard error.
+    A run without a checkpoint starts from the beginning. What differs from the checkpoint's
+    configuration, data and number of processes is logged.
 
     Raises:
         FileExistsError: --resume is not given and the run has checkpoints already.
@@ -85,7 +85,7 @@ def _read(path: Path, latest: Path | None, config: TrainConfig) -> dict[str, Any
 
 
 def _note_changes(resumed: dict[str, Any], config: TrainConfig, world: World) -> None:
-    """Note every flag that defines a run and has another value than at its beginning."""
+    """Note every flag that defines a run and has another value than in the checkpoint."""
     earlier = flatten(TrainConfig.from_dict(resumed["config"], "the checkpoint's configuration"))
     now = flatten(config)
     for name in defining(TrainConfig):
@@ -98,7 +98,7 @@ def _check_position(path: Path, resumed: dict[str, Any], config: TrainConfig, wo
     position, batch = resumed["data"]["position"], config.optim.step_samples(world.size)
     if position % batch:
         raise ValueError(
-            f"{path} stands at sample {position} of an epoch, which is not a "
+            f"{path} was saved at sample {position} of an epoch, which is not a "
             f"multiple of {batch}, the samples of a step; keep --batch-size times --accum-freq "
             "times the number of processes, or resume from an epoch's end"
         )

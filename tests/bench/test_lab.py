@@ -57,8 +57,8 @@ def test_the_check_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 @pytest.mark.parametrize("backend", ["triton", "cuda", "torch"])
 def test_on_the_gpu(backend: str) -> None:
-    if backend == "cuda" and native.cuda_obstacle():
-        pytest.skip(f"the native library: {native.cuda_obstacle()}")
+    if backend == "cuda" and native.cuda_unavailable_reason():
+        pytest.skip(f"the native library: {native.cuda_unavailable_reason()}")
     assert check.report("cuda", backend)[1]
 
 

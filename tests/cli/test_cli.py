@@ -99,11 +99,11 @@ def test_info_names_versions_devices_and_reasons(capsys: pytest.CaptureFixture[s
     assert main(["info"]) == 0
     output = capsys.readouterr().out
     assert "open_clip_torch" in output and "cuda" in output
-    used = "torch" if native.obstacle() else "cpp"
+    used = "torch" if native.unavailable_reason() else "cpp"
     assert f"similarity on cpu   {used:10} used" in output
     assert "attention on cpu   sdpa       used" in output
     assert "native library" in output and "apex" in output
-    assert f"  cuda      {native.cuda_obstacle() or 'built'}\n" in output
+    assert f"  cuda      {native.cuda_unavailable_reason() or 'built'}\n" in output
     assert "similarity on cpu   cuda       not available: it runs on CUDA devices" in output
     assert "reference  on request" in output
 

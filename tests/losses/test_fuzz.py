@@ -22,7 +22,7 @@ LOW = [torch.float32, torch.bfloat16, torch.float16]
 DTYPES = {
     "torch": [torch.float64, *LOW],
     "reference": [torch.float64, *LOW],
-    **({} if native.obstacle() else {"cpp": LOW}),
+    **({} if native.unavailable_reason() else {"cpp": LOW}),
     **({"triton": LOW} if INTERPRETED else {}),
 }
 

@@ -302,7 +302,7 @@ def test_auto_is_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
     table = {"plans": {}, "faster": {"sm_90": ["197x197x64 16bit", "77x77x64 16bit causal"]}}
     monkeypatch.delenv(backends.ENVIRONMENT_VARIABLE, raising=False)
-    monkeypatch.setattr(backends, "obstacle", lambda *arguments: None)
+    monkeypatch.setattr(backends, "unavailable_reason", lambda *arguments: None)
     monkeypatch.setattr("fastclip.kernels.launch.true_architecture", lambda device: "sm_90")
     monkeypatch.setattr(attention_plans, "measured", lambda: table)
     assert chosen(197) == "triton" and chosen(257) == "sdpa"
@@ -313,5 +313,5 @@ def test_auto_is_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     # an implementation that attention does not have: the variable is for all operators
     monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "torch")
     assert chosen(197) == "triton"
-    monkeypatch.setattr(backends, "obstacle", lambda *arguments: "no compiler")
+    monkeypatch.setattr(backends, "unavailable_reason", lambda *arguments: "no compiler")
     assert chosen(197) == "sdpa"

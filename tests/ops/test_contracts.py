@@ -32,8 +32,8 @@ SYMMETRIC = ("nt_xent", "mp_nce", "sup_con")
 
 @pytest.fixture(params=["torch", "cpp"])
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "cpp" and native.obstacle():
-        pytest.skip(f"the native library: {native.obstacle()}")
+    if request.param == "cpp" and native.unavailable_reason():
+        pytest.skip(f"the native library: {native.unavailable_reason()}")
     monkeypatch.setenv("FASTCLIP_BACKEND", request.param)
 
 

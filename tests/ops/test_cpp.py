@@ -31,10 +31,11 @@ from tests.ops.cases import (
 )
 
 pytestmark = pytest.mark.skipif(
-    native.obstacle() is not None, reason=f"the native library: {native.obstacle()}"
+    native.unavailable_reason() is not None,
+    reason=f"the native library: {native.unavailable_reason()}",
 )
 
-INSTRUCTIONS = [None] if native.obstacle() else native.library().usable_instructions()
+INSTRUCTIONS = [None] if native.unavailable_reason() else native.library().usable_instructions()
 FACTORS = {
     "name": list(LOSSES),
     "n": [1, 2, 17, 65, 129, 300],

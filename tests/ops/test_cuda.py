@@ -202,7 +202,7 @@ def test_launches(library: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
 
     kernels = ("statistics", "merge", "gradient", "end_rows", "sigmoid", "finish", "row_dot")
     others = {"Tile": library.cuda.Tile, "WARPS": library.cuda.WARPS, "EMULATED": True}
-    others["driver_obstacle"] = library.cuda.driver_obstacle
+    others["driver_unavailable_reason"] = library.cuda.driver_unavailable_reason
     spy = SimpleNamespace(cuda=SimpleNamespace(**{k: spied(k) for k in kernels}, **others))
     spy.bf16_product = getattr(library, "bf16_product", None)
     monkeypatch.setattr(native, "_load", lambda: spy)

@@ -26,10 +26,10 @@ from tests.ops.cases import (
 )
 
 pytestmark = pytest.mark.skipif(
-    not native.has_float_product(), reason=f"the native library: {native.obstacle()}"
+    not native.has_float_product(), reason=f"the native library: {native.unavailable_reason()}"
 )
 
-INSTRUCTIONS = [None] if native.obstacle() else native.library().usable_instructions()
+INSTRUCTIONS = [None] if native.unavailable_reason() else native.library().usable_instructions()
 FACTORS: dict[str, list[Any]] = {
     "name": list(LOSSES),
     "n": [1, 2, 17, 65, 129, 300],

@@ -30,7 +30,7 @@ LOW_PRECISION = [
     (torch.float16, "torch"),
     (torch.float32, "triton"),
     # test_cpp.py says where the library is missing
-    *([] if native.obstacle() else [(torch.bfloat16, "cpp"), (torch.float32, "cpp")]),
+    *([] if native.unavailable_reason() else [(torch.bfloat16, "cpp"), (torch.float32, "cpp")]),
 ]
 
 

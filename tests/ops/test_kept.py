@@ -13,7 +13,7 @@ from fastclip.ops.gemm import count_products
 from tests.ops import oracles
 from tests.ops.cases import LOSSES, ours, theirs, unit, views
 
-IMPLEMENTATIONS = ("torch", *(() if native.obstacle() else ("cpp",)))
+IMPLEMENTATIONS = ("torch", *(() if native.unavailable_reason() else ("cpp",)))
 KEEPS = ("clip", "clip_grouped", "clip_smoothed", "nt_xent", "mp_nce", "sup_con")
 
 

@@ -20,7 +20,7 @@ from fastclip.ops.symmetric import block_statistics
 from fastclip.ops.tiles.base import Tile
 from tests.ops.cases import LOSSES, pairwise, theirs, unit
 
-FUSED = ("torch", *(() if native.obstacle() else ("cpp",)))
+FUSED = ("torch", *(() if native.unavailable_reason() else ("cpp",)))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

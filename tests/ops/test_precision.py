@@ -11,7 +11,7 @@ from tests.ops.cases import LOSSES, Case, check_error_rule, check_nan_shows, our
 
 BACKENDS = ("torch", "reference")
 # float64 stays with torch; test_cpp.py says where the library is missing
-LOW_PRECISION = (*BACKENDS, *(() if native.obstacle() else ("cpp",)))
+LOW_PRECISION = (*BACKENDS, *(() if native.unavailable_reason() else ("cpp",)))
 ROWS = (1, 2, 63, 65, 127, 129)
 WIDTHS = (1, 16, 48, 77, 384, 512, 640, 1152)
 SCALES = (0.1, 14.3, 100.0)

@@ -10,7 +10,7 @@ from fastclip import functional, native
 from fastclip.ops import checks
 from tests.ops.cases import LOSSES, Case, ours, theirs, unit
 
-BACKENDS = ("torch", "reference", *(() if native.obstacle() else ("cpp",)))
+BACKENDS = ("torch", "reference", *(() if native.unavailable_reason() else ("cpp",)))
 WITH_TEMPERATURE = ("nt_xent", "sup_con")
 TEMPERATURE = {"nt_xent": functional.nt_xent_loss, "sup_con": functional.sup_con_loss}
 

@@ -76,7 +76,7 @@ void finish(int64_t rows, int64_t width, Matrix total, const float* coefficient,
 void row_dot(int64_t rows, int64_t width, Matrix a, Matrix b, float* out, void* stream);
 
 // Why this machine's driver cannot run the library, or nothing. Makes no context.
-std::string driver_obstacle();
+std::string driver_unavailable_reason();
 
 }  // namespace cuda
 }  // namespace fastclip

@@ -1,18 +1,20 @@
 """Tiles of the similarity matrix: what an implementation of the operators has to provide.
 
-The operators visit S in tiles of C rows by S columns and need six things of each tile:
+The operators visit S in tiles of C rows by S columns and need of each tile:
 
-    statistics   rows' and columns' (max, sum of exponentials), merged into running ones     K1
-    gradient     G, the gradient of the tile's products, from given log-sum-exps             K2
+    statistics   rows' and columns' (max, sum of exponentials), merged into running ones
+    gradient     G, the gradient of the tile's products, from given log-sum-exps
     begin_rows,
     end_rows     both at once where a tile holds its rows whole (one product instead of two)
     sigmoid      softplus row sums and G of the sigmoid loss
     exponentials,
     weigh        sums and exponentials about a given anchor, and G from these: where they are kept
-    finish       products of G with features, plus positive terms, cast once                 K4
+and of a gradient
 
-The order of the visits (`schedule.py`), the loops (`passes.py`) and the products with G (K3,
-`gemm.py`) are common to all implementations. `TorchTiles` (`torch.py`) runs everywhere.
+    finish       its terms of positives, added, and the cast to the features' dtype
+
+The order of the visits (`schedule.py`), the loops (`passes.py`) and the products with G
+(`gemm.py`) are common to all implementations. `TorchTiles` (`torch.py`) runs everywhere.
 
 A logit is S = scale * cos + offset. The offset is never added to a tile: it goes into the
 anchors, so that sums of G * cos need no subtraction.
@@ -105,8 +107,8 @@ class SoftmaxStats(NamedTuple):
     def lse(self) -> Tensor:
         """The log-sum-exps; -inf for rows without negatives.
 
-        NaN from a maximum of `largest_logit` on: neighbors are 2 apart there, so that exp(S - lse)
-        has no digit, whatever a loss made of it would look like.
+        NaN once a maximum is beyond `largest_logit`: floats there are 2 apart, so that exp(S - lse)
+        has no correct digit.
         """
         anchor = finite(self.max)
         dtype = anchor.dtype
@@ -146,10 +148,7 @@ class Tiles(Protocol):
         """G times the scale into `out_CS`; the sums of G * cos and of G if `scalars`."""
 
     def begin_rows(self, tile: Tile) -> tuple[SoftmaxStats, Tensor]:
-        """Statistics of a tile without offset that holds its rows whole; sum of exp(S - max) * cos.
-
-        The sum is over the columns, (C,).
-        """
+        """Statistics of whole rows, without offset; each row's sum of exp(S - max) * cos, (C,)."""
 
     def end_rows(self, factor_C: Tensor, out_CS: Tensor) -> None:
         """factor * exp(S - max) of the tile that began last, into `out_CS`."""

@@ -34,7 +34,7 @@ class CppTiles(TorchTiles):
         super().__init__(dtype)
         assert self.dtype == torch.float32
         self._native = native.library()
-        self._kept: tuple[Tensor, list[tuple[Any, Tensor, slice]]] | None = None
+        self._begun: tuple[Tensor, list[tuple[Any, Tensor, slice]]] | None = None
 
     def operand(self, features: Tensor) -> Tensor:
         if features.dtype == torch.bfloat16 and native.has_bf16_product():
@@ -130,12 +130,12 @@ class CppTiles(TorchTiles):
                 matrix, max_C.data_ptr(), *_pair(rows), dot_C.data_ptr(), torch.get_num_threads()
             )
             blocks.append((matrix, max_C, block))
-        self._kept = rows.max, blocks
+        self._begun = rows.max, blocks
         return rows, dot_C
 
     def end_rows(self, factor_C: Tensor, out_CS: Tensor) -> None:
-        assert self._kept is not None
-        row_max_C, blocks = self._kept
+        assert self._begun is not None
+        row_max_C, blocks = self._begun
         factor_C = factor_C.contiguous()
         for matrix, max_C, block in blocks:
             # in place: `out_CS` is the buffer that took E

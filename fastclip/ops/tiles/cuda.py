@@ -36,7 +36,7 @@ class CudaTiles:
         self.itemsize = 4 if self._in_place else 6
         self._library = native.library().cuda
         self._pool: dict[str, Tensor] = {}
-        self._kept: tuple[Any, Tensor, Tensor] | None = None
+        self._begun: tuple[Any, Tensor, Tensor] | None = None
 
     def operand(self, features: Tensor) -> Tensor:
         return features if features.stride(1) == 1 else features.contiguous()
@@ -98,12 +98,12 @@ class CudaTiles:
         found = SoftmaxStats.empty(rows, E_CS, self.dtype)
         dot_C = torch.empty_like(found.sum)
         self._merge(tile, part, found, dot_C)
-        self._kept = cosines, part, found.max
+        self._begun = cosines, part, found.max
         return found, dot_C
 
     def end_rows(self, factor_C: Tensor, out_CS: Tensor) -> None:
-        assert self._kept is not None
-        E, part, row_max_C = self._kept
+        assert self._begun is not None
+        E, part, row_max_C = self._begun
         factor_C = factor_C.contiguous()
         lines = part[0].data_ptr(), row_max_C.data_ptr(), factor_C.data_ptr()
         self._queue("end_rows", factor_C, E, *lines, _place(out_CS))

@@ -30,7 +30,7 @@ class TritonTiles:
         self._gradient_dtype = gradient_dtype(dtype)
         self.itemsize = self._gradient_dtype.itemsize
         self._buffer: Tensor | None = None
-        self._kept: tuple[Tensor, Tensor, Tensor, Tiling] | None = None
+        self._begun: tuple[Tensor, Tensor, Tensor, Tiling] | None = None
 
     def operand(self, features: Tensor) -> Tensor:
         return features if features.stride(1) == 1 else features.contiguous()
@@ -88,12 +88,12 @@ class TritonTiles:
         )
         rows = SoftmaxStats.empty(r, tile.x_CD, torch.float32)
         dot = merging.merge(row_max, row_sum, row_dot, *rows, None)
-        self._kept = kept, row_max, rows.max, tiles
+        self._begun = kept, row_max, rows.max, tiles
         return rows, dot
 
     def end_rows(self, factor_C: Tensor, out_CS: Tensor) -> None:
-        assert self._kept is not None
-        kept, part_max, row_max, tiles = self._kept
+        assert self._begun is not None
+        kept, part_max, row_max, tiles = self._begun
         merging.rescale(kept, out_CS, part_max, row_max, factor_C, tiles)
 
     def sigmoid(
