@@ -91,7 +91,7 @@ def test_a_global_batch_that_cannot_follow_is_refused(flags: list[str]) -> None:
     run = train(parse([*flags, "--name", "a", "--save-every-steps", "3", "--epochs", "1"]))
     source = next(iter((run / "checkpoints").glob("step_*.pt")))
     position = checkpoint.read(source)["data"]["position"]
-    with pytest.raises(ValueError, match=f"stands at sample {position} of an epoch"):
+    with pytest.raises(ValueError, match=f"was saved at sample {position} of an epoch"):
         train(parse([*flags, "--name", "b", "--batch-size", "100", "--resume", str(source)]))
 
 
