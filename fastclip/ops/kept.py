@@ -10,6 +10,8 @@ again and each row and column has its own maximum: nothing is assumed about feat
 Shape suffixes: N rows, C those of a chunk, Q columns of a chunk's G, P domains.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import log
 from typing import NamedTuple
 
@@ -27,6 +29,17 @@ from fastclip.ops.tiles.base import LogSumExps
 KEEP_BYTES = {"cpu": 64 << 20}
 # those with `exponentials` and `weigh`, and the device they keep on
 IMPLEMENTATIONS = {"torch": "cpu", "cpp": "cpu"}
+
+
+@contextmanager
+def switched_off() -> Iterator[None]:
+    """Inside, nothing is kept where a call does not say how much: memory is linear in the batch."""
+    before = dict(KEEP_BYTES)
+    KEEP_BYTES.update(dict.fromkeys(KEEP_BYTES, 0))
+    try:
+        yield
+    finally:
+        KEEP_BYTES.update(before)
 
 
 class Kept(NamedTuple):
