@@ -4,6 +4,7 @@ import copy
 import difflib
 import logging
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,8 @@ _CONFIGS = Path(__file__).with_name("configs")
 # open_clip has two tokenizers by parts of names, of which this has none
 _NAME = "fastclip-description"
 _COUNT = ".num_batches_tracked"
+# open_clip's registry and the level of logging are the process's, not a thread's
+_BUILDING = threading.RLock()
 # names in a message
 _SHOWN = 3
 
@@ -190,11 +193,12 @@ def _registered(config: dict[str, Any]) -> Iterator[str]:
     """The name under which open_clip has a configuration."""
     from open_clip import factory
 
-    factory._MODEL_CONFIGS[_NAME] = config
-    try:
-        yield _NAME
-    finally:
-        factory._MODEL_CONFIGS.pop(_NAME, None)
+    with _BUILDING:
+        factory._MODEL_CONFIGS[_NAME] = config
+        try:
+            yield _NAME
+        finally:
+            factory._MODEL_CONFIGS.pop(_NAME, None)
 
 
 def load_weights(model: nn.Module, state_dict: dict[str, Tensor], origin: str) -> None:
@@ -233,6 +237,17 @@ def _differences(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> s
     )
 
 
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """open_clip warns that the weights are random, which is what is wanted here."""
+    disabled = logging.root.manager.disable
+    logging.disable(max(disabled, logging.WARNING))
+    try:
+        yield
+    finally:
+        logging.disable(disabled)
+
+
 def _build(
     name: str,
     device: str | torch.device,
@@ -243,25 +258,19 @@ def _build(
     import open_clip
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
-    # open_clip warns that the weights are random, which is what is wanted here
-    disabled = logging.root.manager.disable
-    logging.disable(max(disabled, logging.WARNING))
     # the size is the tower's
     forced = {key: value for key, value in (preprocess_config or {}).items() if key != "size"}
-    try:
-        with description.without_remote_code():
-            model = open_clip.create_model(
-                name,
-                pretrained,
-                device=device,
-                output_dict=True,
-                load_weights=pretrained is not None,
-                pretrained_text=False,
-                force_preprocess_cfg=forced,
-                **(options or {}),
-            )
-            tokenizer = open_clip.get_tokenizer(name)
-    finally:
-        logging.disable(disabled)
+    with _BUILDING, _without_warnings(), description.without_remote_code():
+        model = open_clip.create_model(
+            name,
+            pretrained,
+            device=device,
+            output_dict=True,
+            load_weights=pretrained is not None,
+            pretrained_text=False,
+            force_preprocess_cfg=forced,
+            **(options or {}),
+        )
+        tokenizer = open_clip.get_tokenizer(name)
     preprocess = PreprocessCfg(**open_clip.get_model_preprocess_cfg(model))
     return Model(model, image_transform_v2(preprocess, is_train=False), tokenizer)

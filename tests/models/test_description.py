@@ -2,15 +2,19 @@
 
 import copy
 import json
+import logging
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import pytest
 
 from fastclip.models import description
 from fastclip.models.build import load
-from fastclip.models.clip import create
+from fastclip.models.clip import build_described, create
 from fastclip.models.language_model import LanguageModelTower
 from fastclip.models.open import open_model
 
@@ -173,3 +177,26 @@ def test_a_language_models_config_names_no_code() -> None:
     config = tower.language_model.model.config
     assert not hasattr(config, "auto_map")
     assert config._attn_implementation in ("sdpa", "eager")
+
+
+def test_threads_build_their_own_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A registry of the process is between them; a study evaluates in threads."""
+    build = open_clip.create_model
+
+    def slowly(*arguments: Any, **options: Any) -> Any:
+        time.sleep(0.2)
+        return build(*arguments, **options)
+
+    monkeypatch.setattr(open_clip, "create_model", slowly)
+    folders: list[Path] = []
+    for width in (8, 16):
+        config = copy.deepcopy(TINY) | {"embed_dim": width}
+        del config["text_cfg"]["tokenizer_kwargs"], config["text_cfg"]["hf_tokenizer_name"]
+        folders.append(tmp_path / str(width))
+        folders[-1].mkdir()
+        (folders[-1] / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    before = logging.root.manager.disable
+    with ThreadPoolExecutor(2) as threads:
+        built = list(threads.map(lambda folder: build_described(folder, "cpu").model, folders))
+    assert [model.text_projection.shape[-1] for model in built] == [8, 16]
+    assert logging.root.manager.disable == before
