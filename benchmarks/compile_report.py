@@ -44,7 +44,6 @@ ATTENTION = (
     attention_gradient.two_pass_kernel,
 )
 # operands and the precision of their product
-ANCHORED = {"HAS_OFFSET": True, "HAS_ANCHOR": False}
 MERGED = {"BLOCK_T": merge.MERGED_TILES, "BLOCK_L": merge.MERGED_LINES}
 # of kernels whose every tile is timed, 16-bit products a cycle and multiprocessor
 EPILOGUES = (lean.lean_statistics_kernel, lean.lean_gradient_kernel, sigmoid.sigmoid_kernel)
@@ -74,13 +73,13 @@ class Report:
 def variants() -> Iterator[tuple[str, Any, str, dict[str, bool]]]:
     """(kernel's entry in the table, kernel, name, flags) of what the launchers ask for."""
     plain = {"HAS_DIAGONAL": True, "HAS_IDS": False, "EVEN_D": True, "COLUMNS": True}
-    plain |= {"HAS_OFFSET": False, "HAS_ANCHOR": False}
+    plain |= {"HAS_OFFSET": False}
     all_at_once = {"HAS_IDS": True, "HAS_OFFSET": True, "EVEN_D": False}
     for name, flags_ in {
         "both": {},
         "maxima": {"MAXIMA": True},
         "rows": {"COLUMNS": False, "MAXIMA": True},
-        "kept": {"KEEP": True, "HAS_ANCHOR": True},
+        "kept": {"KEEP": True},
         "ids": {**all_at_once, "MAXIMA": True},
     }.items():
         options = {**plain, "MAXIMA": False, "KEEP": False, **flags_}
@@ -151,8 +150,8 @@ def reports(architectures: tuple[int, ...] = (80, 90, 100)) -> Iterator[Report]:
             (finish.row_dot_kernel, {"BLOCK_R": 16, "BLOCK_D": 128}),
             (merge.merge_kernel, {"HAS_OFFSET": True, "HAS_DOT": True, **MERGED}),
             (merge.rescale_kernel, {"BLOCK_R": 16, "BLOCK_S": 256}),
-            (flags.totals_kernel, {**ANCHORED, "MAXIMA": True, **MERGED}),
-            (flags.factors_kernel, {**ANCHORED, "BLOCK_R": 128, "BLOCK_S": 256}),
+            (flags.totals_kernel, {"HAS_OFFSET": True, "MAXIMA": True, **MERGED}),
+            (flags.factors_kernel, {"HAS_OFFSET": True, "BLOCK_R": 128, "BLOCK_S": 256}),
             (flagged.merge_flagged_kernel, {"HAS_OFFSET": True, **MERGED}),
         ]
         limit = SHARED_LIMIT[architecture]

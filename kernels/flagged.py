@@ -228,7 +228,7 @@ def statistics(
     row_part = found.row_sum.new_empty((2, tiles_s * tiling.parts, r))
     column_part = row_part.new_empty((2, tiles_r, s) if columns is not None else (2, 0, 0))
     x_in, y_in = operands(x, y, tiling)
-    programs = min(persistent_programs(x.device), tiles_r * tiles_s)
+    programs = persistent_programs(x.device, tiles_r * tiles_s)
     options = _options(logits, x_in, tiling)
     launch(
         flagged_statistics_kernel,
@@ -288,15 +288,15 @@ def gradient(
     x, y = logits.x, logits.y
     r, s = x.shape[0], y.shape[0]
     x_in, y_in = operands(x, y, tiling)
-    programs = -(-r // tiling.rows) * -(-s // tiling.columns)
-    programs = min(persistent_programs(x.device), programs)
+    tiles = -(-r // tiling.rows) * -(-s // tiling.columns)
+    programs = persistent_programs(x.device, tiles)
     options = _options(logits, x_in, tiling)
     launch(
         flagged_gradient_kernel,
         programs,
         x_in,
         y_in,
-        *logits.scalars()[:2],
+        *logits.scalars(),
         *((x, x) if logits.ids is None else logits.ids),
         *rows,
         *(rows if columns is None else columns),

@@ -20,7 +20,7 @@ from fastclip.kernels.tile import LN2, LOG2E, finite
 
 NUMBERS = ["rows", "columns", "row_tiles", "column_tiles"]
 VECTORS = [
-    *("scale_ptr", "offset_ptr", "anchor_ptr", "flag_ptr", "raised_ptr", "row_lse_ptr"),
+    *("scale_ptr", "offset_ptr", "flag_ptr", "raised_ptr", "row_lse_ptr"),
     *("row_weight_ptr", "column_lse_ptr", "column_weight_ptr", "row_part_ptr", "column_part_ptr"),
     *("row_part_max_ptr", "column_part_max_ptr", "row_max_ptr", "row_sum_ptr"),
     *("column_max_ptr", "column_sum_ptr"),
@@ -95,7 +95,6 @@ def totals_kernel(
     column_sum_ptr,
     scale_ptr,
     offset_ptr,
-    anchor_ptr,
     flag_ptr,
     raised_ptr,
     row_tiles,
@@ -103,12 +102,11 @@ def totals_kernel(
     rows,
     columns,
     HAS_OFFSET: tl.constexpr,
-    HAS_ANCHOR: tl.constexpr,
     MAXIMA: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    anchor = anchor_without_offset(scale_ptr, offset_ptr, anchor_ptr, HAS_OFFSET, HAS_ANCHOR)
+    anchor = anchor_without_offset(scale_ptr)
     offset = 0.0
     if HAS_OFFSET:
         offset = tl.load(offset_ptr)
@@ -165,18 +163,16 @@ def factors_kernel(
     column_weight_ptr,
     scale_ptr,
     offset_ptr,
-    anchor_ptr,
     u_ptr,
     v_ptr,
     raised_ptr,
     rows,
     columns,
     HAS_OFFSET: tl.constexpr,
-    HAS_ANCHOR: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    anchor = anchor_without_offset(scale_ptr, offset_ptr, anchor_ptr, HAS_OFFSET, HAS_ANCHOR)
+    anchor = anchor_without_offset(scale_ptr)
     scale = tl.load(scale_ptr)
     offset = 0.0
     if HAS_OFFSET:
@@ -228,7 +224,6 @@ def totals(
         r,
         s,
         HAS_OFFSET=logits.offset is not None,
-        HAS_ANCHOR=logits.anchor is not None,
         MAXIMA=maxima,
         BLOCK_T=MERGED_TILES,
         BLOCK_L=MERGED_LINES,
@@ -262,7 +257,6 @@ def factors(
         r,
         s,
         HAS_OFFSET=logits.offset is not None,
-        HAS_ANCHOR=logits.anchor is not None,
         BLOCK_R=tiling.rows,
         BLOCK_S=tiling.columns,
     )

@@ -123,9 +123,13 @@ def product_options(x: Any, tiling: Tiling) -> dict[str, Any]:
     }
 
 
+def persistent_programs(device: torch.device, tiles: int) -> int:
+    """How many programs walk over so many tiles: one a multiprocessor at most."""
+    return min(_multiprocessors(device), tiles)
+
+
 @functools.cache
-def persistent_programs(device: torch.device) -> int:
-    """How many programs walk over all tiles: one a multiprocessor."""
+def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 3
     return torch.cuda.get_device_properties(device).multi_processor_count

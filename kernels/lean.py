@@ -11,9 +11,9 @@ which lines that holds for: those outside [2^-80, 2^127) are flagged on the devi
 and bits depend on data alone. `exp2` on the device flushes to 0 below 2^-126: the sum of a line
 that is not flagged has lost less than 2^-46 of itself for each of its terms.
 
-Where not given, c is max(|scale| log2(e) - 100, 0) + offset log2(e): at scales that training
-meets, up to 69, it is the offset's alone. A scale above 208 spans more than any anchor can serve;
-c is then infinite, no product is formed and every line is flagged.
+c is max(|scale| log2(e) - 100, 0) + offset log2(e): at scales that training meets, up to 69, it is
+the offset's alone. A scale above 208 spans more than any anchor can serve; c is then infinite, no
+product is formed and every line is flagged.
 
 A tile's parts are summed before they are stored: partial statistics are (tiles, lines).
 """
@@ -40,7 +40,7 @@ from fastclip.kernels.tile import (
 
 NUMBERS = ["rows", "columns", "diagonal"]
 VECTORS = [
-    *("scale_ptr", "offset_ptr", "anchor_ptr", "row_id_ptr", "column_id_ptr", "row_sum_ptr"),
+    *("scale_ptr", "offset_ptr", "row_id_ptr", "column_id_ptr", "row_sum_ptr"),
     *("column_sum_ptr", "row_max_ptr", "column_max_ptr", "raised_ptr", "dot_ptr", "sum_ptr"),
 ]
 
@@ -50,22 +50,14 @@ LARGEST_SPAN = tl.constexpr(600.0)
 
 
 @triton.jit
-def anchor_without_offset(
-    scale_ptr, offset_ptr, anchor_ptr, HAS_OFFSET: tl.constexpr, HAS_ANCHOR: tl.constexpr
-):
+def anchor_without_offset(scale_ptr):
     """What is subtracted from scale * cos * log2(e): the anchor less the offset, in powers of two.
 
     Infinite where no anchor serves.
     """
-    if HAS_ANCHOR:
-        anchor = tl.load(anchor_ptr)
-        if HAS_OFFSET:
-            anchor -= tl.load(offset_ptr) * LOG2E
-    else:
-        largest = tl.abs(tl.load(scale_ptr)) * LOG2E
-        anchor = tl.maximum(largest - BELOW_LARGEST, 0.0)
-        anchor = tl.where(2.0 * largest > LARGEST_SPAN, float("inf"), anchor)
-    return anchor
+    largest = tl.abs(tl.load(scale_ptr)) * LOG2E
+    anchor = tl.maximum(largest - BELOW_LARGEST, 0.0)
+    return tl.where(2.0 * largest > LARGEST_SPAN, float("inf"), anchor)
 
 
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=VECTORS)
@@ -73,8 +65,6 @@ def lean_statistics_kernel(
     x_ptr,
     y_ptr,
     scale_ptr,
-    offset_ptr,
-    anchor_ptr,
     row_id_ptr,
     column_id_ptr,
     row_sum_ptr,
@@ -92,8 +82,6 @@ def lean_statistics_kernel(
     diagonal,
     HAS_DIAGONAL: tl.constexpr,
     HAS_IDS: tl.constexpr,
-    HAS_OFFSET: tl.constexpr,
-    HAS_ANCHOR: tl.constexpr,
     COLUMNS: tl.constexpr,
     MAXIMA: tl.constexpr,
     KEEP: tl.constexpr,
@@ -109,7 +97,7 @@ def lean_statistics_kernel(
 ):
     tile_r, tile_s = tile_indices(tl.program_id(0), rows, columns, BLOCK_R, BLOCK_S, GROUP)
     first_r = tile_r * BLOCK_R
-    anchor = anchor_without_offset(scale_ptr, offset_ptr, anchor_ptr, HAS_OFFSET, HAS_ANCHOR)
+    anchor = anchor_without_offset(scale_ptr)
     # without an anchor there is nothing to form: all lines are flagged by sums of 0
     cos = cosines(
         x_ptr, y_ptr, stride_x, stride_y, rows, columns,
@@ -162,7 +150,6 @@ def lean_gradient_kernel(
     y_ptr,
     scale_ptr,
     offset_ptr,
-    anchor_ptr,
     row_id_ptr,
     column_id_ptr,
     u_ptr,
@@ -181,7 +168,6 @@ def lean_gradient_kernel(
     HAS_DIAGONAL: tl.constexpr,
     HAS_IDS: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
-    HAS_ANCHOR: tl.constexpr,
     COLUMNS: tl.constexpr,
     SCALARS: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -206,7 +192,7 @@ def lean_gradient_kernel(
         first_r, tile_s * BLOCK_S,
         BLOCK_R, BLOCK_S, BLOCK_D, TMA, EVEN_D, PRECISION, EMULATE,
     )  # fmt: skip
-    anchor = anchor_without_offset(scale_ptr, offset_ptr, anchor_ptr, HAS_OFFSET, HAS_ANCHOR)
+    anchor = anchor_without_offset(scale_ptr)
     scale = tl.load(scale_ptr)
     parts = parts_of(cos, PARTS)
     i_r = first_r + tl.arange(0, BLOCK_R)
@@ -251,21 +237,19 @@ class Logits(NamedTuple):
     """What a tile of S is made of.
 
     ids: of rows and columns; entries whose ids agree are left out, as is the entry (r, r +
-    diagonal). anchor: 0-d, in powers of two, offset included; None for the tile's own.
+    diagonal).
     """
 
     x: Tensor
     y: Tensor
     scale: Tensor
     offset: Tensor | None
-    anchor: Tensor | None
     ids: tuple[Tensor, Tensor] | None
     diagonal: int | None
 
-    def scalars(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Scale, offset and anchor, as kernels take them."""
-        scale, offset, anchor = self.scale, self.offset, self.anchor
-        return scale, scale if offset is None else offset, scale if anchor is None else anchor
+    def scalars(self) -> tuple[Tensor, Tensor]:
+        """Scale and offset, as kernels take them."""
+        return self.scale, self.scale if self.offset is None else self.offset
 
     def options(self) -> dict[str, bool]:
         """Keyword arguments of a kernel of this file."""
@@ -273,8 +257,6 @@ class Logits(NamedTuple):
             # always: a kernel less to compile
             "HAS_DIAGONAL": True,
             "HAS_IDS": self.ids is not None,
-            "HAS_OFFSET": self.offset is not None,
-            "HAS_ANCHOR": self.anchor is not None,
         }
 
 
@@ -307,15 +289,13 @@ def statistics(
     column_max = row_sum.new_empty(of_columns if maxima else (0, 0))
     raised = x.new_empty(1, dtype=torch.int32)
     x_in, y_in = operands(x, y, tiling)
-    options = logits.options()
-    # a tile's own anchor has the offset in it, which then plays no part
-    options["HAS_OFFSET"] &= options["HAS_ANCHOR"]
     launch(
         lean_statistics_kernel,
         tiles_r * tiles_s,
         x_in,
         y_in,
-        *logits.scalars(),
+        # the anchor has the offset in it
+        logits.scale,
         *((x, x) if logits.ids is None else logits.ids),
         row_sum,
         column_sum,
@@ -330,7 +310,7 @@ def statistics(
         s,
         x.shape[1],
         NO_DIAGONAL if logits.diagonal is None else logits.diagonal,
-        **options,
+        **logits.options(),
         COLUMNS=columns,
         MAXIMA=maxima,
         KEEP=kept is not None,
@@ -374,6 +354,7 @@ def gradient(
         x.shape[1],
         NO_DIAGONAL if logits.diagonal is None else logits.diagonal,
         **logits.options(),
+        HAS_OFFSET=logits.offset is not None,
         COLUMNS=columns,
         SCALARS=scalars[0].numel() > 0,
         SLOTS=slots,

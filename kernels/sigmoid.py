@@ -330,7 +330,7 @@ def sigmoid(
         **product_options(x_in, tiling),
     }
     launch(sigmoid_kernel, tiles_r * tiles_s, *arguments, **options)
-    programs = min(persistent_programs(x.device), tiles_r * tiles_s)
+    programs = persistent_programs(x.device, tiles_r * tiles_s)
     # one kernel for what the usual way has several for: fewer to compile
     options |= {"HAS_DIAGONAL": True, "EVEN_D": options["TMA"]}
     given = arguments[-1] if diagonal is not None else NO_DIAGONAL

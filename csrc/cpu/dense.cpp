@@ -9,15 +9,13 @@
 
 #include "fastclip/epilogues.h"
 #include "fastclip/product.h"
+#include "parts.h"
 #include "pool.h"
 
 namespace fastclip {
 namespace {
 
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
-// Entries below which a further thread costs more than it saves.
-constexpr int64_t LEAST_PART = 1 << 15;
-
 double softplus(double x) { return x > 0 ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x)); }
 
 double sigmoid_of(double x) {
@@ -45,10 +43,9 @@ float* scratch(size_t count) {
 // body(i) for rows [0, rows) of a table, by several threads.
 template <class Body>
 void for_rows(int64_t rows, int64_t columns, int threads, Body&& body) {
-    const int parts = static_cast<int>(std::max<int64_t>(
-        1, std::min<int64_t>({threads, rows, rows * columns / LEAST_PART})));
-    run(parts, [&](int part) {
-        for (int64_t i = rows * part / parts; i < rows * (part + 1) / parts; ++i) body(i);
+    const Parts parts(rows, columns, threads);
+    run(parts.count, [&](int part) {
+        for (int64_t i = parts.begin(part); i < parts.end(part); ++i) body(i);
     });
 }
 
@@ -151,7 +148,7 @@ protected:
     void gradient(float* S, const float* kept, Upstream upstream, float* d_scale, float*,
                   int threads) const override {
         const Weights weight(upstream, static_cast<double>(n_));
-        float* const a = scratch(4 * n_);
+        float* const a = scratch(2 * n_);
         float* const b = a + n_;
         const float* const positive = kept + 2 * n_;
         for (int64_t i = 0; i < n_; ++i) {

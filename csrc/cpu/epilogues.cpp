@@ -6,28 +6,11 @@
 #include <vector>
 
 #include "kernels.h"
+#include "parts.h"
 #include "pool.h"
 
 namespace fastclip {
 namespace {
-
-// Entries below which a further thread costs more than it saves: about ten microseconds of work.
-constexpr int64_t LEAST_PART = 1 << 15;
-
-// Rows of a tile in equal parts, one a thread.
-struct Parts {
-    int64_t rows;
-    int count;
-
-    Parts(const Tile& tile, int threads)
-        : rows(tile.rows),
-          count(static_cast<int>(std::max<int64_t>(
-              1, std::min<int64_t>({threads, tile.rows, tile.rows * tile.columns / LEAST_PART})))) {
-    }
-    int64_t begin(int part) const { return rows * part / count; }
-    int64_t end(int part) const { return begin(part + 1); }
-    int64_t largest() const { return (rows + count - 1) / count; }
-};
 
 // Room of this thread's own for calls that need some; it only grows.
 float* scratch(size_t count) {
@@ -51,7 +34,7 @@ void add(const std::vector<Sums>& of_parts, Sums* sums) {
 }  // namespace
 
 void statistics(const Tile& tile, Running rows, const Running* columns, int threads) {
-    const Parts parts(tile, threads);
+    const Parts parts(tile.rows, tile.columns, threads);
     const Kernels& k = kernels();
     const size_t m = static_cast<size_t>(tile.columns);
     // the columns of each part, and its scratch
@@ -73,7 +56,7 @@ void statistics(const Tile& tile, Running rows, const Running* columns, int thre
 }
 
 void gradient(const Tile& tile, Lines rows, const Lines* columns, Sums* sums, int threads) {
-    const Parts parts(tile, threads);
+    const Parts parts(tile.rows, tile.columns, threads);
     const Kernels& k = kernels();
     const size_t size = 2 * static_cast<size_t>(tile.columns + parts.largest());
     float* const room = scratch(parts.count * size);
@@ -87,7 +70,7 @@ void gradient(const Tile& tile, Lines rows, const Lines* columns, Sums* sums, in
 
 void exponentials(const Tile& tile, float anchor, float* row_sum, float* column_sum,
                   int threads) {
-    const Parts parts(tile, threads);
+    const Parts parts(tile.rows, tile.columns, threads);
     const size_t m = static_cast<size_t>(tile.columns);
     // the columns of each part, and its scratch
     float* const room = scratch(column_sum ? parts.count * 2 * m : 0);
@@ -103,7 +86,7 @@ void exponentials(const Tile& tile, float anchor, float* row_sum, float* column_
 
 double weigh(int64_t rows, int64_t columns, const float* E, int64_t E_stride, float scale,
              const float* u, const float* v, float* out, int64_t out_stride, int threads) {
-    const Parts parts({nullptr, rows, columns, 0, 0, 0}, threads);
+    const Parts parts(rows, columns, threads);
     std::vector<double> totals(parts.count);
     run(parts.count, [&](int part) {
         const int64_t first = parts.begin(part);
@@ -117,7 +100,7 @@ double weigh(int64_t rows, int64_t columns, const float* E, int64_t E_stride, fl
 }
 
 void begin_rows(const Tile& tile, float* row_max, Running running, float* dot, int threads) {
-    const Parts parts(tile, threads);
+    const Parts parts(tile.rows, tile.columns, threads);
     run(parts.count, [&](int part) {
         kernels().begin_rows(tile, parts.begin(part), parts.end(part), row_max, running, dot);
     });
@@ -125,7 +108,7 @@ void begin_rows(const Tile& tile, float* row_max, Running running, float* dot, i
 
 void end_rows(const Tile& tile, const float* row_max, const float* running_max,
               const float* factor, float* out, int64_t out_stride, int threads) {
-    const Parts parts(tile, threads);
+    const Parts parts(tile.rows, tile.columns, threads);
     run(parts.count, [&](int part) {
         kernels().end_rows(tile, parts.begin(part), parts.end(part), row_max, running_max, factor,
                            out, out_stride);
@@ -133,7 +116,7 @@ void end_rows(const Tile& tile, const float* row_max, const float* running_max,
 }
 
 void sigmoid(const Tile& tile, const float* weight, float* row_sum, Sums* sums, int threads) {
-    const Parts parts(tile, threads);
+    const Parts parts(tile.rows, tile.columns, threads);
     std::vector<Sums> of_parts(parts.count);
     run(parts.count, [&](int part) {
         kernels().sigmoid(tile, parts.begin(part), parts.end(part), weight, row_sum,

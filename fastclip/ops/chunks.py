@@ -1,4 +1,7 @@
-"""How many rows of S are held in memory at a time."""
+"""How much of S is held in memory at a time."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # Large enough that the products run at full speed and dY is swept few times, small enough that
 # the sweeps over a chunk stay near the cache. Fixed, so that a shape has one summation order.
@@ -6,6 +9,17 @@ DEFAULT_CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
 MINIMUM_CHUNK_ROWS = 16
 # more of them speed up no product; few columns would make a chunk the operator's peak
 MOST_CHUNK_ROWS = {"cpu": 512}
+
+
+@contextmanager
+def without(budgets: dict[str, int]) -> Iterator[None]:
+    """Inside, the budget of every device is 0."""
+    before = dict(budgets)
+    budgets.update(dict.fromkeys(budgets, 0))
+    try:
+        yield
+    finally:
+        budgets.update(before)
 
 
 def chunk_rows(rows: int, columns: int, itemsize: int, chunk_bytes: int, device_type: str) -> int:

@@ -11,8 +11,8 @@ fast and silent.
 """
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 
 from fastclip import native
 from fastclip.ops.backend import ENVIRONMENT_VARIABLE
+from fastclip.ops.chunks import without
 from fastclip.ops.dense_step import Call, dense_loss
 
 ENTRIES = {"cpu": 2048 * 2048}
@@ -44,15 +45,9 @@ class Request(NamedTuple):
     sizes: object
 
 
-@contextmanager
-def switched_off() -> Iterator[None]:
+def switched_off() -> AbstractContextManager[None]:
     """Inside, no S is held whole: memory is linear in the batch at every size."""
-    before = dict(ENTRIES)
-    ENTRIES.update(dict.fromkeys(ENTRIES, 0))
-    try:
-        yield
-    finally:
-        ENTRIES.update(before)
+    return without(ENTRIES)
 
 
 def pairs_loss(

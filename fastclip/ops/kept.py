@@ -10,8 +10,7 @@ again and each row and column has its own maximum: nothing is assumed about feat
 Shape suffixes: N rows, C those of a chunk, Q columns of a chunk's G, P domains.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from math import log
 from typing import NamedTuple
 
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastclip.ops import checks
+from fastclip.ops.chunks import without
 from fastclip.ops.gemm import accumulator_dtype
 from fastclip.ops.problem import Options, Problem, columns_of_all
 from fastclip.ops.registration import wants_gradient
@@ -31,15 +31,9 @@ KEEP_BYTES = {"cpu": 64 << 20}
 IMPLEMENTATIONS = {"torch": "cpu", "cpp": "cpu"}
 
 
-@contextmanager
-def switched_off() -> Iterator[None]:
+def switched_off() -> AbstractContextManager[None]:
     """Inside, nothing is kept where a call does not say how much: memory is linear in the batch."""
-    before = dict(KEEP_BYTES)
-    KEEP_BYTES.update(dict.fromkeys(KEEP_BYTES, 0))
-    try:
-        yield
-    finally:
-        KEEP_BYTES.update(before)
+    return without(KEEP_BYTES)
 
 
 class Kept(NamedTuple):

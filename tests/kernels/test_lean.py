@@ -139,7 +139,7 @@ def test_any_tiling(tiling: Tiling, monkeypatch: pytest.MonkeyPatch) -> None:
 def raised(tile: Tile) -> tuple[Tensor, Tensor]:
     """Which rows and columns the anchor does not serve."""
     tiling = Tiling(32, 64, 16, 4, 1, group=2)
-    logits = Logits(tile.x_CD, tile.y_SD, tile.scale, tile.offset, None, None, tile.diagonal)
+    logits = Logits(tile.x_CD, tile.y_SD, tile.scale, tile.offset, None, tile.diagonal)
     found = lean.statistics(logits, True, False, None, tiling)
     running = [
         SoftmaxStats.empty(len(side), side, torch.float32) for side in (tile.x_CD, tile.y_SD)

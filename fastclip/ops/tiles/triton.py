@@ -157,7 +157,7 @@ def _operands(
 
 def _logits(tile: Tile) -> Logits:
     x, y, scale, ids, diagonal = _operands(tile)
-    return Logits(x, y, scale, tile.offset, None, ids, diagonal)
+    return Logits(x, y, scale, tile.offset, ids, diagonal)
 
 
 def _lines(lines: LogSumExps) -> tuple[Tensor, Tensor]:
