@@ -4,8 +4,8 @@
             out; each storage counts once
     peak    bytes above the inputs, forward and backward, as `runner.py` measures them
 
-fastclip's losses are measured without the small S that they hold whole on a CPU (`ops/dense.py`):
-chunked at every size, as they are in large batches.
+fastclip's losses are measured without what is held within a constant budget, the small S of
+`ops/dense.py` and the exponentials of `ops/kept.py`: as they are in large batches.
 
 A size's scaling exponent is the power of n by which bytes grew since the size before: 1 is linear,
 2 the similarity matrix.
@@ -33,7 +33,7 @@ from fastclip.bench.runner import (
     status_of,
     why_not,
 )
-from fastclip.ops import dense
+from fastclip.ops import dense, kept
 
 
 @dataclass
@@ -67,7 +67,7 @@ def run(
         for width in widths:
             before: dict[str, MemoryRow] = {}
             for n in sorted(sizes):
-                with dense.switched_off():
+                with dense.switched_off(), kept.switched_off():
                     measured = measure(OPERATORS[name], n, width, settings)
                 for row in measured:
                     _compare(row, before.get(row.baseline))

@@ -12,6 +12,7 @@
 #include "cpu/pool.h"
 #include "fastclip/dense.h"
 #include "fastclip/epilogues.h"
+#include "fastclip/norm.h"
 #include "fastclip/product.h"
 #ifdef FASTCLIP_CUDA
 #include "fastclip/cuda_epilogues.h"
@@ -139,6 +140,12 @@ void dense_backward(const Dense& dense, Address room, Address x, Address y, int6
                    {at(d_x), at(d_y), y_rows, at(d_scale), at(d_offset)}, threads);
 }
 
+double add_squares(const std::vector<std::pair<Address, int64_t>>& tensors, int threads) {
+    std::vector<Values> values;
+    for (const auto& [data, count] : tensors) values.push_back({at(data), count});
+    return sum_of_squares(values, threads);
+}
+
 py::list usable() {
     py::list names;
     for (const char* const* name = usable_instructions(); *name; ++name) names.append(*name);
@@ -253,6 +260,7 @@ PYBIND11_MODULE(_native, module) {
     module.def("begin_rows", &keep_rows, unlocked);
     module.def("end_rows", &finish_rows, unlocked);
     module.def("sigmoid", &add_sigmoid, unlocked);
+    module.def("sum_of_squares", &add_squares, unlocked);
     py::class_<Dense>(module, "Dense", py::module_local())
         .def_property_readonly("room", &Dense::room)
         .def_property_readonly("anchors", &Dense::anchors)

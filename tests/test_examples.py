@@ -104,6 +104,7 @@ def test_an_example_is_short_and_says_how_to_run_it(name: str) -> None:
     assert f"examples/{name}" in (ast.get_docstring(ast.parse(text)) or "")
 
 
+@pytest.mark.slow
 def test_the_drop_in_has_open_clips_losses() -> None:
     pattern = r"loss (\d+\.\d+)"
     ours = run_example("examples/drop_in_open_clip.py")

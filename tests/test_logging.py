@@ -3,6 +3,7 @@
 import ast
 import logging
 import multiprocessing
+import multiprocessing.forkserver
 import subprocess
 import sys
 from collections.abc import Callable
@@ -104,6 +105,8 @@ def test_what_all_ranks_know_the_first_says(
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_a_worker_is_heard(method: str, capfd: pytest.CaptureFixture[str]) -> None:
+    # one that was started by another test has that test's standard error
+    multiprocessing.forkserver._forkserver._stop()  # type: ignore[attr-defined]
     context = multiprocessing.get_context(method)
     with shown():
         worker = context.Process(target=note, args=("from a worker",))

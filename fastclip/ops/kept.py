@@ -13,6 +13,8 @@ an anchor a tile, and decide on the device and for each of their tiles: no numbe
 Shape suffixes: N rows, C those of a chunk, Q columns of a chunk's G, P domains.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import log
 from typing import NamedTuple
 
@@ -34,6 +36,17 @@ IMPLEMENTATIONS = {"torch": ("cpu",), "cpp": ("cpu",), "triton": ("cuda", "cpu")
 # at multiples of 16.
 OVERHANG = 256
 MARGIN = OVERHANG + 16
+
+
+@contextmanager
+def switched_off() -> Iterator[None]:
+    """Inside, nothing is kept where a call does not say how much: memory is linear in the batch."""
+    before = dict(KEEP_BYTES)
+    KEEP_BYTES.update(dict.fromkeys(KEEP_BYTES, 0))
+    try:
+        yield
+    finally:
+        KEEP_BYTES.update(before)
 
 
 class Kept(NamedTuple):

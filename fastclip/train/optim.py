@@ -1,12 +1,13 @@
 """Optimizer and learning-rate schedule."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from fastclip import native
 from fastclip.integrations import apex
 from fastclip.train.options import OptimOptions
 
@@ -51,6 +52,30 @@ def learning_rate(options: OptimOptions, step: int, total_steps: int) -> float:
         return options.lr
     progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
     return 0.5 * (1 + math.cos(math.pi * progress)) * options.lr
+
+
+def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """The norm of all gradients together, 0-d; NaN or infinite where one of them is.
+
+    `torch.nn.utils.get_total_norm` in one call where they are float32 on a CPU: of a small model's
+    many tensors that one takes as long as a tenth of the step.
+    """
+    if native.unavailable_reason() is None and all(map(_is_plain, gradients)):
+        places = [(gradient.data_ptr(), gradient.numel()) for gradient in gradients]
+        total = native.library().sum_of_squares(places, torch.get_num_threads())
+        return torch.tensor(math.sqrt(total))
+    return nn.utils.get_total_norm(gradients)
+
+
+def _is_plain(gradient: Tensor) -> bool:
+    """Whether its entries lie one after the other, in any order, in the CPU's memory."""
+    if type(gradient) is not Tensor or not gradient.is_cpu or gradient.dtype != torch.float32:
+        return False
+    if gradient.layout != torch.strided:
+        return False
+    return gradient.is_contiguous() or (
+        gradient.ndim == 4 and gradient.is_contiguous(memory_format=torch.channels_last)
+    )
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from fastclip.train.accumulate import accumulate
 from fastclip.train.config import TrainConfig
 from fastclip.train.distributed import World
 from fastclip.train.engine import Engine
-from fastclip.train.optim import build_optimizer, clamp
+from fastclip.train.optim import build_optimizer, clamp, gradient_norm
 
 
 class TorchEngine(Engine):
@@ -47,7 +47,7 @@ class TorchEngine(Engine):
         )
         self._scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        self.norm = nn.utils.get_total_norm(gradients)
+        self.norm = gradient_norm(gradients)
         overflow = not torch.isfinite(self.norm)
         if not torch.isfinite(loss) or (overflow and not self._scaler.is_enabled()):
             self._refuse(loss, batches)

@@ -45,6 +45,7 @@ def test_a_part_that_fails_costs_no_other(
     assert "## Attention" in (tmp_path / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_parts_run_in_turn_and_are_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -39,6 +39,7 @@ def test_rows_are_saved_after_each_loss() -> None:
     assert len(saved) == 2 and saved[0] < saved[1] == len(rows)
 
 
+@pytest.mark.slow
 def test_a_ceiling_that_fails_is_left_out(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

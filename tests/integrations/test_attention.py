@@ -176,6 +176,7 @@ def test_models_without_such_layers_are_refused() -> None:
         fastclip.patch_transformers(nn.Linear(3, 3))
 
 
+@pytest.mark.slow
 def test_compiled() -> None:
     case = timm_case()
     with case.patch(case.model, backend="sdpa"):

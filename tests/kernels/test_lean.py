@@ -196,7 +196,7 @@ def raised(tile: Tile) -> tuple[Tensor, Tensor]:
     return rows, columns
 
 
-def test_a_single_pair_far_out_flags_its_own_lines_only() -> None:
+def test_a_single_pair_far_out_flags_its_row_and_column_only() -> None:
     one = tile(14.3)
     one.x_CD[11] *= 40
     one.y_SD[17] = 40 * F.normalize(one.x_CD[11], dim=0)

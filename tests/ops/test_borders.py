@@ -153,4 +153,6 @@ def test_columns_that_are_positives_alone_or_frozen(
             leaves = [unit(n, 3, n).to(dtype).requires_grad_() for n in (4, 9)]
             value = function(*leaves)
             results.append([value, *torch.autograd.grad(value, leaves)])
-        torch.testing.assert_close(*results)
+        # of float32 the roundings of logits of 9, times the scale and the largest weight
+        close = {"rtol": 1e-5, "atol": 26 * 2.0**-23 * 72} if backend == "triton" else {}
+        torch.testing.assert_close(*results, **close)

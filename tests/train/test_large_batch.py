@@ -51,7 +51,8 @@ def test_the_recipe_for_one_machine(tmp_path: Path) -> None:
     flags = "--config batch65536 --train-num-samples 4096 --accum-freq 4 --workers 0 --device cpu"
     with count_products() as count:
         assert main(["train", *flags.split(), "--logs", str(tmp_path), "--name", "large"]) == 0
-    assert count.products_of(4096, 4096, 64) == 4
+    # exponentials of 4,096 pairs are just what a CPU keeps
+    assert count.products_of(4096, 4096, 64) == 3
     (line,) = (tmp_path / "large" / "metrics.jsonl").read_text().splitlines()
     # untrained towers distinguish nothing: ln 4096, and what their noise adds at scale 14
     assert json.loads(line)["loss"] == pytest.approx(8.32, abs=0.4)

@@ -110,6 +110,7 @@ def test_the_loss_falls(train_flags: list[str]) -> None:
     assert losses[0] > 1.5 and sum(losses[-10:]) / 10 < 0.5
 
 
+@pytest.mark.slow
 def test_torchcompile_gives_the_same_losses(train_flags: list[str], tmp_path: Path) -> None:
     # dropout draws its numbers in other places of a compiled graph
     model = tmp_path / "tiny.json"

@@ -150,14 +150,14 @@ def test_parameters_width_and_flop_of_a_real_model(plain_model: str) -> None:
 def test_products_of_the_loss(loss: str, keep_bytes: int | None) -> None:
     n, width = 512, 32
     x, y = (functional.normalize(torch.randn(n, width), dim=1).requires_grad_() for _ in range(2))
-    kept = {} if loss == "siglip" else {"keep_bytes": keep_bytes}
+    budget = {} if loss == "siglip" else {"keep_bytes": keep_bytes}
     scale = torch.tensor(10.0, requires_grad=True)
     # the batches that are planned are larger than those of a whole S
     with count_products() as count, dense.switched_off():
         if loss == "symmetric":
-            nt_xent_loss(x, y, 1 / scale, chunk_bytes=1 << 14, **kept).backward()
+            nt_xent_loss(x, y, 1 / scale, chunk_bytes=1 << 14, **budget).backward()
         else:
-            {"clip": clip_loss, "siglip": siglip_loss}[loss](x, y, scale, **kept).backward()
+            {"clip": clip_loss, "siglip": siglip_loss}[loss](x, y, scale, **budget).backward()
     once = keep_bytes is None
     if loss == "symmetric":
         # tiles on the diagonal are whole, so that the floor is come near to
