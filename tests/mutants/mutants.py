@@ -75,8 +75,7 @@ _REST: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("        raised += tl.load(raised_ptr + tl.cdiv", "        tl.load(raised_ptr + tl.cdiv"),
     ],
     ("kernels/weigh.py", LEAN): [
-        ("raised += tl.load", "tl.load"),
-        ("    if raised == 0:", "    if raised >= 0:"),
+        ("factor = factor + tl.load(v_ptr", "factor = tl.load(v_ptr"),
         ("tl.where(inside, e * factor, 0.0)", "e * factor"),
         ("tl.sum(total, 0) / tl.load(scale_ptr)", "tl.sum(total, 0)"),
         ("            total += tl.sum(g, 1)", "            total = tl.sum(g, 1)"),
