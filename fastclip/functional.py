@@ -335,32 +335,19 @@ def info_nce_loss(
     options: dict[str, Any] = {
         "backend": backend,
         "chunk_bytes": chunk_bytes,
+        "keep_bytes": keep_bytes,
         "precision": precision,
+        "maxima": metrics is not None,
     }
     if reduction == "none":
         statistics = similarity.similarity_statistics(
-            query,
-            keys,
-            logit_scale,
-            column_statistics=False,
-            maxima=metrics is not None,
-            keep_bytes=keep_bytes,
-            **positives,
-            **options,
+            query, keys, logit_scale, column_statistics=False, **positives, **options
         )
         loss = softplus(statistics.row_lse - statistics.positive)
         if metrics is not None:
             margin = statistics.positive.detach() - statistics.row_max
     else:
-        loss, margin = info_nce_sum(
-            query,
-            keys,
-            logit_scale,
-            maxima=metrics is not None,
-            keep_bytes=keep_bytes,
-            **positives,
-            **options,
-        )
+        loss, margin = info_nce_sum(query, keys, logit_scale, **positives, **options)
     if metrics is not None:
         metrics["accuracy"] = share_above(margin, torch.zeros_like(margin), ranks)
     return reduce_sum(loss, reduction, ranks, query.shape[0])
