@@ -60,6 +60,10 @@ def _grouped(x: Tensor, y: Tensor, scale: Tensor, **options: Any) -> Tensor:
     return clip_loss(x, y, scale, row_group=ids[: len(x)], column_group=ids, **options)
 
 
+def _not_kept(x: Tensor, y: Tensor, scale: Tensor, **options: Any) -> Tensor:
+    return clip_loss(x, y, scale, keep_bytes=0, **options)
+
+
 def _per_anchor(x: Tensor, y: Tensor, scale: Tensor, **options: Any) -> Tensor:
     losses = info_nce_loss(x, y, scale, reduction="none", **options)
     return (losses * torch.linspace(0.5, 1.5, len(x), device=x.device)).mean()
@@ -76,8 +80,8 @@ def _bank(x: Tensor, y: Tensor, scale: Tensor, **options: Any) -> Tensor:
 
 def _weighted(*leaves: Tensor, **options: Any) -> Tensor:
     *blocks, scale, offset = leaves
-    weight = [[0.5, 1.5], [0.0, 1.0]]
-    return mp_nce_loss(blocks, [0, 1, 1, 0], scale, offset - 3.0, pair_weight=weight, **options)
+    options |= {"pair_weight": [[0.5, 1.5], [0.0, 1.0]], "keep_bytes": 0}
+    return mp_nce_loss(blocks, [0, 1, 1, 0], scale, offset - 3.0, **options)
 
 
 # beside the losses as they are measured: what their options do
@@ -88,6 +92,7 @@ CHECKED: dict[str, Operator] = {
         for name, ours in {
             "clip hard negatives": _hard_negatives,
             "clip groups": _grouped,
+            "clip not kept": _not_kept,
             "info_nce per anchor": _per_anchor,
             "info_nce chosen": _chosen,
             "info_nce bank": _bank,
@@ -151,7 +156,7 @@ def findings(
         large = [
             (name, n, width, 14.3, torch.bfloat16, None)
             for n, width in zip(LARGE_ROWS, LARGE_WIDTHS, strict=True)
-            for name in OPERATORS
+            for name in (*OPERATORS, "clip not kept")
         ]
         chosen = large + chosen
     for name, n, width, scale, dtype, chunk in chosen[part[0] :: part[1]]:

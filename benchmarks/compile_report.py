@@ -31,6 +31,7 @@ from fastclip.kernels import (
     merge,
     sigmoid,
     similarity,
+    weigh,
 )
 from fastclip.kernels.launch import Tiling, tilings
 
@@ -80,6 +81,8 @@ def variants() -> Iterator[tuple[str, Any, str, dict[str, bool]]]:
         "maxima": {"MAXIMA": True},
         "rows": {"COLUMNS": False, "MAXIMA": True},
         "kept": {"KEEP": True},
+        "kept_rows": {"KEEP": True, "COLUMNS": False},
+        "kept_ids": {**all_at_once, "KEEP": True},
         "ids": {**all_at_once, "MAXIMA": True},
     }.items():
         options = {**plain, "MAXIMA": False, "KEEP": False, **flags_}
@@ -93,6 +96,12 @@ def variants() -> Iterator[tuple[str, Any, str, dict[str, bool]]]:
     }.items():
         options = {**plain, "SCALARS": True, **flags_}
         yield "gradient", lean.lean_gradient_kernel, name, options
+    for name, flags_ in {
+        "both": {},
+        "offset": {"TOTAL": True},
+        "rows": {"COLUMNS": False},
+    }.items():
+        yield "gradient", weigh.weigh_kernel, name, {**plain, "TOTAL": False, **flags_}
     for name, flags_ in {
         "loss": {"GRADIENT": False},
         "gradient": {},
@@ -224,11 +233,11 @@ def _compile(
     dtype: str,
     limit: int,
 ) -> Report:
-    constants = {"EMULATE": False, **constants}
+    constants = {"EMULATE": False, "STEP": weigh.STEP, **constants}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     gradient = "bfloat16" if dtype != "float32" else "float32"
     kept = "float16" if dtype != "float32" else "float32"
-    if kernel is lean.lean_statistics_kernel:
+    if kernel in (lean.lean_statistics_kernel, weigh.weigh_kernel):
         # about a common anchor, whose range fp16 has not
         kept = gradient
     typed = {"x_ptr": dtype, "y_ptr": dtype, "partner_ptr": dtype, "a_ptr": dtype, "b_ptr": dtype}

@@ -82,7 +82,7 @@ def clip_loss(
             "none": each pair's, (N,).
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
         chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
-        keep_bytes: memory for exponentials that the backward reuses; None: 64 MiB on CPUs.
+        keep_bytes: bytes for exponentials the backward reuses; None: 64 MiB on CPUs, 1 GiB on GPUs.
         precision: "auto" follows autocast, "input" computes in the features' dtype.
         dist: None, or "gather" or "ring" where processes share the loss: features are this
             process's rows, the loss is that of all, averaged gradients (DDP) are the full batch's.
@@ -268,7 +268,7 @@ def info_nce_loss(
         reduction: "mean" or "sum" over the N queries; "none": each query's, (N,).
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
         chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
-        keep_bytes: memory for exponentials that the backward reuses; None: 64 MiB on CPUs.
+        keep_bytes: bytes for exponentials the backward reuses; None: 64 MiB on CPUs, 1 GiB on GPUs.
         precision: "auto" follows autocast, "input" computes in the features' dtype.
         dist: None, or "gather" or "ring" where processes share the loss: features are this
             process's rows, the loss is that of all, averaged gradients (DDP) are the full batch's.
@@ -392,7 +392,7 @@ def mp_nce_loss(
         reduction: "mean" or "sum" over the B * N anchors; "none": (B * N,) in block order.
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
         chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
-        keep_bytes: memory for exponentials that the backward reuses; None: 64 MiB on CPUs.
+        keep_bytes: bytes for exponentials the backward reuses; None: 64 MiB on CPUs, 1 GiB on GPUs.
         precision: "auto" follows autocast, "input" computes in the features' dtype.
         dist: None, or "gather" or "ring" where processes share the loss: features are this
             process's rows, the loss is that of all, averaged gradients (DDP) are the full batch's.
@@ -492,7 +492,7 @@ def nt_xent_loss(
         reduction: "mean" or "sum" over the 2N anchors; "none": (2N,), view1's before view2's.
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
         chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
-        keep_bytes: memory for exponentials that the backward reuses; None: 64 MiB on CPUs.
+        keep_bytes: bytes for exponentials the backward reuses; None: 64 MiB on CPUs, 1 GiB on GPUs.
         precision: "auto" follows autocast, "input" computes in the features' dtype.
         dist: None, or "gather" or "ring" where processes share the loss: features are this
             process's rows, the loss is that of all, averaged gradients (DDP) are the full batch's.
@@ -554,7 +554,7 @@ def sup_con_loss(
             (M,), 0 where there is no positive.
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
         chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
-        keep_bytes: memory for exponentials that the backward reuses; None: 64 MiB on CPUs.
+        keep_bytes: bytes for exponentials the backward reuses; None: 64 MiB on CPUs, 1 GiB on GPUs.
         precision: "auto" follows autocast, "input" computes in the features' dtype.
         dist: None, or "gather" or "ring" where processes share the loss: features are this
             process's rows, the loss is that of all, averaged gradients (DDP) are the full batch's.
@@ -644,7 +644,7 @@ def similarity_statistics(
         means: whether row_mean and column_mean are wanted, over all columns and rows; needs M >= N.
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
         chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
-        keep_bytes: memory for exponentials that the backward reuses; None: 64 MiB on CPUs.
+        keep_bytes: bytes for exponentials the backward reuses; None: 64 MiB on CPUs, 1 GiB on GPUs.
         precision: "auto" follows autocast, "input" computes in the features' dtype.
         dist: None, or "gather" or "ring": rows and columns are this process's, compared with all.
             A mean over own rows has, averaged over processes (DDP), the full batch's gradient.

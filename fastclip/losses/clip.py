@@ -40,7 +40,7 @@ class ClipLoss(nn.Module):
         group: the process group; None: the default one.
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
         chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
-        keep_bytes: memory for exponentials that the backward reuses; None: 64 MiB on CPUs.
+        keep_bytes: bytes for exponentials the backward reuses; None: 64 MiB on CPUs, 1 GiB on GPUs.
 
     Raises:
         ValueError: `dist` is unknown, Horovod is asked for, or label smoothing where neither
@@ -236,7 +236,7 @@ class CoCaLoss(ClipLoss):
         use_horovod: must be False.
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
         chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
-        keep_bytes: memory for exponentials that the backward reuses; None: 64 MiB on CPUs.
+        keep_bytes: bytes for exponentials the backward reuses; None: 64 MiB on CPUs, 1 GiB on GPUs.
 
     Examples:
         >>> import torch
@@ -328,7 +328,7 @@ class DistillClipLoss(ClipLoss):
         group: the process group; None: the default one.
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
         chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
-        keep_bytes: memory for exponentials that the backward reuses; None: 64 MiB on CPUs.
+        keep_bytes: bytes for exponentials the backward reuses; None: 64 MiB on CPUs, 1 GiB on GPUs.
 
     Raises:
         ValueError: `dist` is unknown, Horovod is asked for, or local_loss without gather_with_grad

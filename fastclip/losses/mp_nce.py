@@ -31,7 +31,7 @@ class MPNCELoss(nn.Module):
         group: the process group; None: the default one.
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
         chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
-        keep_bytes: memory for exponentials that the backward reuses; None: 64 MiB on CPUs.
+        keep_bytes: bytes for exponentials the backward reuses; None: 64 MiB on CPUs, 1 GiB on GPUs.
 
     Raises:
         ValueError: an unknown `dist`, or numbers out of range.

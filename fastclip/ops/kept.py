@@ -7,6 +7,9 @@ chosen in advance: no E overflows, and what is flushed to zero is far below a ro
 that is in range. Where a row's or a column's sum is not, or a factor u or v is not, S is formed
 again and each row and column has its own maximum: nothing is assumed about features or scale.
 
+On a CPU that is decided for each part of the columns, from sums that are read. A GPU's kernels have
+an anchor a tile, and decide on the device and for each of their tiles: no number is read.
+
 Shape suffixes: N rows, C those of a chunk, Q columns of a chunk's G, P domains.
 """
 
@@ -19,16 +22,20 @@ from torch import Tensor
 
 from fastclip.ops import checks
 from fastclip.ops.chunks import without
-from fastclip.ops.gemm import accumulator_dtype
+from fastclip.ops.gemm import accumulator_dtype, gradient_dtype
 from fastclip.ops.problem import Options, Problem, columns_of_all
 from fastclip.ops.registration import wants_gradient
-from fastclip.ops.schedule import Chunk, strip_rows
+from fastclip.ops.schedule import Chunk, highest_strip, strip_rows
 from fastclip.ops.tiles.base import LogSumExps
 
 # Fixed, so that memory is linear in the batch plus a constant.
-KEEP_BYTES = {"cpu": 64 << 20}
-# those with `exponentials` and `weigh`, and the device they keep on
-IMPLEMENTATIONS = {"torch": "cpu", "cpp": "cpu"}
+KEEP_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
+# those that keep, and on which devices; on a CPU Triton's is the interpreter
+IMPLEMENTATIONS = {"torch": ("cpu",), "cpp": ("cpu",), "triton": ("cuda", "cpu")}
+# Kernels store their tiles whole: so far beyond the last row and column at the most. Lines start
+# at multiples of 16.
+OVERHANG = 256
+MARGIN = OVERHANG + 16
 
 
 def switched_off() -> AbstractContextManager[None]:
@@ -40,35 +47,46 @@ class Kept(NamedTuple):
     """What the forward saves.
 
     entries: E of every visit, chunk after chunk; empty where nothing is kept. anchors: of each
-    part, infinite where its sums were out of range.
+    part, infinite where its sums were out of range; empty where tiles have their own.
     """
 
     entries: Tensor
     anchors: Tensor
 
+    @property
+    def by_tile(self) -> bool:
+        """Whether there are exponentials, and the device decides which of them serve."""
+        return self.entries.numel() > 0 and not self.anchors.numel()
+
     def rooms(self) -> "Rooms":
         """The rooms of chunks, in the order of their visits."""
-        return Rooms(self.entries)
+        return Rooms(self.entries, self.by_tile)
 
 
 class Rooms:
-    """Hands out a flat tensor, a chunk at a time."""
+    """Hands out a flat tensor, a chunk at a time.
 
-    def __init__(self, entries: Tensor) -> None:
-        self._entries, self._at = entries, 0
+    Where tiles are stored whole, what lies beyond a chunk's last row is the next one's, which is
+    stored later.
+    """
+
+    def __init__(self, entries: Tensor, whole_tiles: bool) -> None:
+        self._entries, self._at, self._whole_tiles = entries, 0, whole_tiles
 
     def next(self, chunk: Chunk, columns: int) -> Tensor:
         """E of a chunk of a part with so many columns, in the shape of its G."""
-        shape = chunk.rows.stop - chunk.rows.start, columns - chunk.first
-        start, self._at = self._at, self._at + shape[0] * shape[1]
-        return self._entries[start : self._at].view(shape)
+        rows, columns = chunk.rows.stop - chunk.rows.start, columns - chunk.first
+        stride = -(-columns // 16) * 16 + OVERHANG if self._whole_tiles else columns
+        start, self._at = self._at, self._at + rows * stride
+        return self._entries[start : self._at].view(rows, stride)[:, :columns]
 
 
 def keep_argument(keep_bytes: int | None, backend: str, *inputs: Tensor | None) -> int:
     """The budget of a call, 0 where no gradient is wanted or the implementation keeps nothing."""
     checks.check_keep_bytes(keep_bytes)
     device = next(i.device.type for i in inputs if i is not None)
-    if IMPLEMENTATIONS.get(backend) != device or not any(wants_gradient(*inputs)):
+    keeps = device in IMPLEMENTATIONS.get(backend, ())
+    if not keeps or not any(wants_gradient(*inputs)):
         return 0
     return KEEP_BYTES[device] if keep_bytes is None else keep_bytes
 
@@ -77,30 +95,40 @@ def kept_entries(own: int, columns: int, options: Options) -> int:
     """How many entries are kept of own rows: all that are visited, or none if they do not fit."""
     if not options.keep_bytes or options.maxima:
         return 0
-    itemsize = accumulator_dtype(options.dtype).itemsize
+    itemsize, by_tile = _dtype(options).itemsize, _by_tile(options)
     if options.domains and not options.exchange:
-        block, device = own // len(options.domains), IMPLEMENTATIONS[options.backend]
-        strip = strip_rows(block, own, itemsize, options.chunk_bytes, device)
+        block, widest, parts = own // len(options.domains), own, 1
+        if by_tile:
+            strip = highest_strip(block, own)
+        else:
+            strip = strip_rows(block, own, itemsize, options.chunk_bytes, "cpu")
         # half of S, and the lower half of the square that each strip has of its own
         count = own * (own + strip) // 2
     else:
-        count = own * columns_of_all(columns, options)
+        widest, parts = columns_of_all(columns, options), options.parts
+        count = own * widest
+    if by_tile:
+        count = in_whole_tiles(count, own, widest, parts)
     return count if count * itemsize <= options.keep_bytes else 0
+
+
+def in_whole_tiles(count: int, own: int, columns: int, parts: int) -> int:
+    """The room that so many entries of own rows take: columns, in so many parts."""
+    return count + parts * own * MARGIN + OVERHANG * (columns + MARGIN)
 
 
 def room_to_keep(problem: Problem) -> Kept:
     """Nothing kept yet."""
-    x_ND, dtype = problem.x_ND, problem.tiles.dtype
-    count = kept_entries(len(x_ND), len(problem.y_MD), problem.options)
-    entries = x_ND.new_empty(count, dtype=dtype)
-    return Kept(entries, entries.new_full((problem.options.parts,), torch.inf))
+    x_ND, options = problem.x_ND, problem.options
+    count = kept_entries(len(x_ND), len(problem.y_MD), options)
+    entries = x_ND.new_empty(count, dtype=_dtype(options))
+    return Kept(entries, entries.new_full((_anchors(options),), torch.inf))
 
 
 def fake_kept(own: Tensor, columns: Tensor, options: Options) -> list[Tensor]:
     """Tensors of the shapes of `Kept`."""
-    dtype = accumulator_dtype(options.dtype)
-    entries = kept_entries(own.shape[0], columns.shape[0], options)
-    return [own.new_empty(count, dtype=dtype) for count in (entries, options.parts)]
+    counts = kept_entries(own.shape[0], columns.shape[0], options), _anchors(options)
+    return [own.new_empty(count, dtype=_dtype(options)) for count in counts]
 
 
 def anchor_of(problem: Problem) -> Tensor | None:
@@ -128,8 +156,8 @@ def sums_in_range(sums: Tensor) -> bool:
 def factors(
     problem: Problem, kept: Kept, rows: LogSumExps, columns: LogSumExps | None
 ) -> tuple[Tensor, Tensor | None] | None:
-    """u and v, or None where E is of no use: nothing kept, or a factor out of range."""
-    if not kept.entries.numel():
+    """u and v, or None where no E is used with them: nothing kept, or a factor out of range."""
+    if not kept.entries.numel() or kept.by_tile:
         return None
     anchors = kept.anchors[kept.anchors.isfinite()]
     if not len(anchors):
@@ -142,6 +170,19 @@ def factors(
     bounds = scale_PP.min(), scale_PP.max()
     given = [u_N] if v_M is None or v_M is u_N else [u_N, v_M]
     return (u_N, v_M) if all(_factors_in_range(one, *bounds) for one in given) else None
+
+
+def _by_tile(options: Options) -> bool:
+    return options.backend == "triton"
+
+
+def _anchors(options: Options) -> int:
+    return 0 if _by_tile(options) else options.parts
+
+
+def _dtype(options: Options) -> torch.dtype:
+    """That of E: G's, so that they are rounded alike."""
+    return (gradient_dtype if _by_tile(options) else accumulator_dtype)(options.dtype)
 
 
 def _factors_in_range(factor: Tensor, least_scale: Tensor, greatest_scale: Tensor) -> bool:

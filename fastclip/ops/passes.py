@@ -25,7 +25,13 @@ from fastclip.ops.kept import Kept, Rooms, anchor_of, factors, room_to_keep, sum
 from fastclip.ops.numerics import finite, softplus
 from fastclip.ops.problem import Problem
 from fastclip.ops.schedule import Chunk, Visit, visit
-from fastclip.ops.tiles.base import KeepingTiles, LogSumExps, SoftmaxStats, finished_room
+from fastclip.ops.tiles.base import (
+    FlaggingTiles,
+    KeepingTiles,
+    LogSumExps,
+    SoftmaxStats,
+    finished_room,
+)
 
 OnPart = Callable[[Part], None]
 
@@ -67,7 +73,7 @@ def statistics(
     """
     tiles, x_ND = problem.tiles, problem.x_ND
     kept = room_to_keep(problem)
-    anchor = anchor_of(problem) if kept.entries.numel() else None
+    anchor = anchor_of(problem) if kept.entries.numel() and not kept.by_tile else None
     rooms = kept.rooms()
     x_op_ND = tiles.operand(x_ND)
     rows = SoftmaxStats.empty(len(x_ND), x_ND, tiles.dtype)
@@ -84,9 +90,15 @@ def statistics(
             kept.anchors[index] = anchor
             continue
         for chunk in visit(problem, part, *operands):
-            for tile, seen, _, _, twice in chunk.visits:
+            E_CQ = rooms.next(chunk, len(y_op_PD)) if kept.by_tile else None
+            for tile, seen, in_G, _, twice in chunk.visits:
                 of_columns = None if seen is None or twice else columns.part(seen)
-                tiles.statistics(tile, rows.part(chunk.rows), of_columns)
+                running = rows.part(chunk.rows), of_columns
+                if E_CQ is None:
+                    tiles.statistics(tile, *running)
+                else:
+                    flagging = cast(FlaggingTiles, tiles)
+                    flagging.statistics_and_exponentials(tile, *running, E_CQ[:, in_G])
     return rows, columns, kept
 
 
@@ -157,9 +169,14 @@ def gradient(
         products.begin(part, y_op_PD)
         for chunk in visit(problem, part, x_op_ND, y_op_PD):
             G_CQ = products.room(chunk)
-            E_CQ = rooms.next(chunk, len(y_op_PD)) if given is not None else None
-            if given is not None and E_CQ is not None and usable[index]:
-                totals = _weigh(problem, chunk, E_CQ, *given, G_CQ)
+            totals = None
+            if given is not None or kept.by_tile:
+                E_CQ = rooms.next(chunk, len(y_op_PD))
+                if given is None:
+                    totals = _weigh_by_tile(problem, chunk, E_CQ, rows, columns, G_CQ)
+                elif usable[index]:
+                    totals = _weigh(problem, chunk, E_CQ, *given, G_CQ)
+            if totals is not None:
                 if needs[2]:
                     scalars += zip(
                         chunk.visits, products.add_with_dots(G_CQ, chunk), totals, strict=True
@@ -193,6 +210,29 @@ def _weigh(
             seen.tile.scale,
             u_N[chunk.rows],
             None if v_M is None or seen.columns is None else v_M[seen.columns],
+            G_CQ[:, seen.in_G],
+            problem.offset_PP is not None,
+        )
+        for seen in chunk.visits
+    ]
+
+
+def _weigh_by_tile(
+    problem: Problem,
+    chunk: Chunk,
+    E_CQ: Tensor,
+    rows: LogSumExps,
+    columns: LogSumExps | None,
+    G_CQ: Tensor,
+) -> list[Tensor]:
+    """The same where the device decides which of it serves."""
+    tiles = cast(FlaggingTiles, problem.tiles)
+    return [
+        tiles.gradient_of_exponentials(
+            seen.tile,
+            rows.part(chunk.rows),
+            None if columns is None or seen.columns is None else columns.part(seen.columns),
+            E_CQ[:, seen.in_G],
             G_CQ[:, seen.in_G],
             problem.offset_PP is not None,
         )
@@ -387,11 +427,15 @@ class _Products:
         rows, dots = chunk.rows, []
         y_grad_QD, tiles = self._y_grad_PD[chunk.first :], self.problem.tiles
         width = y_grad_QD.shape[1]
-        for seen in chunk.visits:
-            dx_CD = G_CQ.new_empty((len(G_CQ), width), dtype=tiles.dtype)
+        for index, seen in enumerate(chunk.visits):
+            first = self._first and index == 0
+            if self.dx_ND is not None and first:
+                dx_CD = self.dx_ND[rows]
+            else:
+                dx_CD = G_CQ.new_empty((len(G_CQ), width), dtype=tiles.dtype)
             product(G_CQ[:, seen.in_G], y_grad_QD[seen.in_G], out=dx_CD)
             dots.append(tiles.row_dot(self.problem.x_ND[rows], dx_CD).sum() / seen.tile.scale)
-            if self.dx_ND is not None:
+            if self.dx_ND is not None and not first:
                 self.dx_ND[rows] += dx_CD
         self._add_to_columns(G_CQ, chunk)
         return dots

@@ -77,6 +77,11 @@ def strip_rows(block: int, rows: int, itemsize: int, chunk_bytes: int, device: s
     return min(size, whole_tiles(narrow, size) if device == "cuda" else narrow)
 
 
+def highest_strip(block: int, rows: int) -> int:
+    """A bound of `strip_rows` for any chunk and device."""
+    return min(block, max(rows // STRIPS, *LEAST_STRIP.values()) + 127)
+
+
 def _triangle(problem: Problem, z_op_ND: Tensor) -> Iterator[Chunk]:
     blocks = problem.row_blocks
     device, budget = z_op_ND.device.type, problem.options.chunk_bytes

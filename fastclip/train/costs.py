@@ -8,12 +8,15 @@ from typing import NamedTuple
 
 from fastclip.device import AUTOCAST_DTYPES
 from fastclip.ops.chunks import chunk_rows
+from fastclip.ops.kept import KEEP_BYTES, in_whole_tiles
 
 ENGINES = ("torch", "zero1", "zero2", "zero3")
 EXCHANGES = ("gather", "ring")
 # Products of n x N x D, forward and backward. Of symmetric losses the rows count in all blocks.
+# Where the exponentials are kept, S is formed once less.
 PRODUCTS = {"clip": 4, "siglip": 3, "symmetric": 3, "open_clip": 6}
-SYMMETRIC_ALONE = 2
+KEPT_PRODUCTS = {**PRODUCTS, "clip": 3, "symmetric": 2}
+SYMMETRIC_ALONE, KEPT_SYMMETRIC_ALONE = 2, 1.5
 # In numbers: reduce_bucket_size of the shipped configurations, of which overlap_comm holds two;
 # DeepSpeed's default of stage3_max_live_parameters.
 ZERO_BUCKET = 200_000_000
@@ -85,10 +88,31 @@ def reduction_bytes(
     return round(transfers[engine] * share * itemsize)
 
 
-def loss_flop(loss: str, rows: int, ranks: int, width: int, blocks: int = 1) -> int:
-    """FLOP of a rank's loss, forward and backward; `blocks` views of a pair if symmetric."""
-    products = SYMMETRIC_ALONE if loss == "symmetric" and ranks == 1 else PRODUCTS[loss]
-    return products * 2 * (blocks * rows) * (blocks * rows * ranks) * width
+def loss_flop(
+    loss: str, rows: int, ranks: int, width: int, blocks: int = 1, kept: bool = False
+) -> int:
+    """FLOP of a rank's loss, forward and backward.
+
+    Args:
+        blocks: views of a pair, of a symmetric loss.
+        kept: whether the exponentials of S are kept for the backward.
+    """
+    products: float = (KEPT_PRODUCTS if kept else PRODUCTS)[loss]
+    if loss == "symmetric" and ranks == 1:
+        products = KEPT_SYMMETRIC_ALONE if kept else SYMMETRIC_ALONE
+    return int(products * 2) * (blocks * rows) * (blocks * rows * ranks) * width
+
+
+def kept_bytes(loss: str, exchange: str, rows: int, ranks: int, b: int) -> int:
+    """Of the exponentials that CLIP's kernels keep for the backward; 0 where they do not fit.
+
+    They are in the dtype of S's gradient, which has as many bytes as a feature.
+    """
+    if loss != "clip":
+        return 0
+    columns, parts = rows * ranks, ranks if exchange == "ring" else 1
+    size = in_whole_tiles(rows * columns, rows, columns, parts) * b
+    return size if size <= KEEP_BYTES["cuda"] else 0
 
 
 def tower_flop(forward: int, rows: int, *, accumulating: bool, checkpointing: bool) -> int:
@@ -120,6 +144,7 @@ def loss_memory(
     statistics = 16 * rows + 16 * N + (0 if alone else 8 * N)
     parts["statistics"] = 8 * rows if loss == "siglip" else statistics
     parts["chunks of S"] = CHUNK_MATRICES * chunk
+    parts["kept exponentials"] = kept_bytes(loss, exchange, rows, ranks, b)
     return parts
 
 

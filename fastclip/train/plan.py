@@ -118,7 +118,10 @@ class Plan:
     def loss_flop(self) -> int:
         """FLOP of a rank's loss in a step."""
         request = self.request
-        return costs.loss_flop(request.loss, request.rows, request.gpus, self.footprint.width)
+        asked = request.loss, self.dist, request.rows, request.gpus
+        kept = costs.kept_bytes(*asked, request.feature_bytes) > 0
+        width = self.footprint.width
+        return costs.loss_flop(request.loss, request.rows, request.gpus, width, kept=kept)
 
     @property
     def loss_bytes(self) -> LossBytes:

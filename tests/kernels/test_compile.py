@@ -58,6 +58,9 @@ def test_resources(reports: list[dict]) -> None:
         if report["kernel"] in WITH_PRODUCT:
             expected = instruction[report["architecture"]] if on_tensor_cores else "none"
             assert report["tensor_core"] == expected, report
+        if report["kernel"] == "weigh_kernel":
+            # memory limits it: programs that run side by side hide its latency
+            assert report["registers"] <= 96, report
     assert {r["architecture"] for r in reports} == set(ARCHITECTURES)
     print(f"{len(reports)} compilations")
 

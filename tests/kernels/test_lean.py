@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastclip.kernels import flags, launch, lean
+from fastclip.kernels import flags, launch, lean, similarity
 from fastclip.kernels.launch import INTERPRETED, Tiling, count_launches
 from fastclip.kernels.lean import Logits
 from fastclip.ops.tiles.base import LogSumExps, SoftmaxStats, Tile
@@ -53,6 +53,24 @@ def gradient(tiles: Any, tile: Tile, lines: list[LogSumExps]) -> tuple[Tensor, T
     return out.clone(), dot, total
 
 
+def kept_gradient(tile: Tile, lines: list[LogSumExps]) -> tuple[Tensor, Tensor]:
+    """From the exponentials, which stay as they are; what is around them is not read."""
+    tiles = TritonTiles(torch.float32, maxima=False)
+    rows, columns = len(tile.x_CD), len(tile.y_SD)
+    E = torch.full(similarity.room_for(rows, columns), math.nan)[:rows, :columns]
+    running = [SoftmaxStats.empty(len(line.lse), line.lse, torch.float32) for line in lines]
+    other = running[1] if running[1:] else None
+    tiles.statistics_and_exponentials(tile, running[0], other, E)
+    before = E.clone()
+    out = tiles.gradient_buffer(rows, tile.y_SD).fill_(math.nan)
+    of_columns = lines[1] if lines[1:] else None
+    total = tiles.gradient_of_exponentials(
+        tile, lines[0], of_columns, E, out, tile.offset is not None
+    )
+    assert torch.equal(E.view(torch.int32), before.view(torch.int32))
+    return out.clone(), total
+
+
 def weights(*sizes: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(3)
     return [torch.rand(n, generator=generator) / n for n in sizes]
@@ -90,14 +108,16 @@ def check(tile: Tile, weight: list[Tensor] | None = None, columns: bool = True) 
     got_G, got_dot, got_total = gradient(TritonTiles(torch.float32), tile, single)
     want_G, want_dot, want_total = gradient(TorchTiles(torch.float64), exact, lines)
     close(got_G, want_G, 4 * allowed)
+    kept_G, kept_total = kept_gradient(tile, single)
+    close(kept_G, want_G, 4 * allowed)
     cosines = exact.x_CD @ exact.y_SD.T
     if not want_G.isnan().any():
         terms = (want_G / exact.scale * cosines).abs().sum()
         assert (got_dot - want_dot).abs() <= 4 * allowed * terms
         if tile.offset is not None:
-            assert (got_total - want_total).abs() <= 4 * allowed * want_G.abs().sum() / abs(
-                exact.scale
-            )
+            bound = 4 * allowed * want_G.abs().sum() / abs(exact.scale)
+            assert (got_total - want_total).abs() <= bound
+            assert (kept_total - want_total).abs() <= bound
 
 
 @pytest.mark.parametrize("scale", [1e-4, 14.3, 100.0, 1e4, -300.0])
@@ -118,6 +138,29 @@ def test_offsets(scale: float, offset: float) -> None:
 @pytest.mark.parametrize("scale", [14.3, 1000.0])
 def test_rows_alone(scale: float) -> None:
     check(tile(scale, 2.0), columns=False)
+
+
+def test_the_next_tile_is_not_counted() -> None:
+    """A tile is read whole, and beyond its last column the next one's exponentials may begin."""
+    one = tile(14.3, 2.0)
+    left, right = one._replace(y_SD=one.y_SD[:37]), one._replace(y_SD=one.y_SD[37:], diagonal=-34)
+    room = torch.full(similarity.room_for(ROWS, COLUMNS), math.nan)[:ROWS, :COLUMNS]
+    out = torch.full(similarity.room_for(ROWS, COLUMNS), math.nan)[:ROWS, :COLUMNS]
+    rows = SoftmaxStats.empty(ROWS, one.x_CD, torch.float32)
+    tiles = TritonTiles(torch.float32, maxima=False)
+    places = (left, slice(0, 37)), (right, slice(37, COLUMNS))
+    for part, place in places:
+        tiles.statistics_and_exponentials(part, rows, None, room[:, place])
+    (weight,) = weights(ROWS)
+    lines = LogSumExps(rows.lse(), weight)
+    totals = [
+        tiles.gradient_of_exponentials(part, lines, None, room[:, place], out[:, place], True)
+        for part, place in places
+    ]
+    exact = LogSumExps(statistics(TorchTiles(torch.float64), wide(one), False)[0].lse(), weight)
+    want, _, total = gradient(TorchTiles(torch.float64), wide(one), [exact])
+    close(out, want, 1e-4)
+    assert sum(totals).item() == pytest.approx(total.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(

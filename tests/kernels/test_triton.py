@@ -98,27 +98,33 @@ def test_precision_under_autocast(
         assert error <= limit
 
 
-def test_backend_triton_launches_the_kernels() -> None:
+@pytest.mark.parametrize("keep_bytes", [0, None])
+def test_backend_triton_launches_the_kernels(keep_bytes: int | None) -> None:
     case = make("clip", 64)
     with count_launches() as forward:
         leaves = [leaf.clone().requires_grad_() for leaf in case.leaves]
-        loss = clip_loss(*leaves, backend="triton")
+        loss = clip_loss(*leaves, backend="triton", keep_bytes=keep_bytes)
     with count_launches() as backward:
         loss.backward()
     statistics = ("lean_statistics", "totals", "flagged_statistics", "merge_flagged", "row_dot")
     assert forward == {f"{name}_kernel": 1 for name in statistics}
     gradient = {"factors": 1, "lean_gradient": 1, "flagged_gradient": 1, "finish": 2, "row_dot": 1}
+    if keep_bytes is None:
+        # the scale's gradient is from dX
+        gradient |= {"row_dot": 2, "weigh": gradient.pop("lean_gradient")}
     assert backward == {f"{name}_kernel": count for name, count in gradient.items()}
     with count_launches() as none:
         clip_loss(*leaves, backend="torch").backward()
     assert not none
 
 
+@pytest.mark.parametrize("keep_bytes", [0, 1 << 24])
 @pytest.mark.parametrize("name", PRODUCTS)
-def test_matrix_products_and_launches(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_matrix_products_and_launches(
+    name: str, keep_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same products as the torch implementation's, S in as many launches as there are tiles."""
-    # the kernels keep no exponentials
-    monkeypatch.setitem(kept.KEEP_BYTES, "cpu", 0)
+    monkeypatch.setitem(kept.KEEP_BYTES, "cpu", keep_bytes)
     case = make(name, 96)
     counts = []
     for implementation in ("torch", "triton"):
@@ -136,6 +142,9 @@ def test_matrix_products_and_launches(name: str, monkeypatch: pytest.MonkeyPatch
         "mp_nce": {"lean_statistics_kernel": 6, "lean_gradient_kernel": 6},
         "sup_con": {"lean_statistics_kernel": 5, "lean_gradient_kernel": 5},
     }.get(name, {"lean_statistics_kernel": 3, "lean_gradient_kernel": 3})
+    if keep_bytes and "lean_gradient_kernel" in products_with_S:
+        products_with_S["weigh_kernel"] = products_with_S.pop("lean_gradient_kernel")
+        assert not launches["lean_gradient_kernel"]
     assert {k: launches[k] for k in products_with_S} == products_with_S
     assert name in SYMMETRIC or sum(PRODUCTS[name][:2]) in (3, 4)
 

@@ -74,6 +74,12 @@ _REST: dict[tuple[str, str], list[tuple[str, str]]] = {
         ),
         ("        raised += tl.load(raised_ptr + tl.cdiv", "        tl.load(raised_ptr + tl.cdiv"),
     ],
+    ("kernels/weigh.py", LEAN): [
+        ("factor = factor + tl.load(v_ptr", "factor = tl.load(v_ptr"),
+        ("tl.where(inside, e * factor, 0.0)", "e * factor"),
+        ("tl.sum(total, 0) / tl.load(scale_ptr)", "tl.sum(total, 0)"),
+        ("            total += tl.sum(g, 1)", "            total = tl.sum(g, 1)"),
+    ],
     ("kernels/flags.py", LEAN): [
         ("(total >= tl.exp2(LEAST_SUM))", "(total > 0)"),
         ("(total < tl.exp2(LARGEST_SUM))", "(total == total)"),

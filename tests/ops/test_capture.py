@@ -3,6 +3,7 @@
 Without a GPU this is held by tensors that refuse to be read, custom operators included.
 """
 
+import importlib
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastclip.ops import checks, kept
+from fastclip.ops.backend import unavailable_reason
 from tests.ops.cases import LOSSES
 
 READS = (
@@ -27,6 +29,9 @@ READS = (
     "__index__",
     "__array__",
 )
+
+
+KERNELS = ("finish", "flagged", "flags", "lean", "merge", "sigmoid", "similarity", "weigh")
 
 
 class _Read(Exception):
@@ -59,6 +64,30 @@ def test_nothing_is_read_on_the_host(name: str, backend: str, reduction: str) ->
     options: dict[str, Any] = {"backend": backend, "reduction": reduction}
     if name not in ("siglip", "sup_con"):
         options["metrics"] = metrics
+    loss = LOSSES[name].run(leaves, case.static, **options)
+    gradients = torch.autograd.grad(loss.sum(), leaves)
+    assert len(gradients) == len(leaves)
+
+
+@pytest.mark.usefixtures("unreadable")
+@pytest.mark.parametrize("keep_bytes", [0, 1 << 24])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_kernels_decide_on_the_device(
+    name: str, reduction: str, keep_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever they would write; the interpreter itself reads, so that none is run."""
+    reason = unavailable_reason("similarity", "triton", torch.device("cpu"), torch.float32)
+    if reason:
+        pytest.skip(reason)
+    for kernels in KERNELS:
+        module = importlib.import_module(f"fastclip.kernels.{kernels}")
+        monkeypatch.setattr(module, "launch", lambda *arguments, **options: None)
+    case = LOSSES[name].make(24, 8, 9.0, 0.3, seed=1).cast(torch.float32)
+    leaves = [leaf.clone().requires_grad_() for leaf in case.leaves]
+    options: dict[str, Any] = {"backend": "triton", "reduction": reduction}
+    if name != "siglip":
+        options["keep_bytes"] = keep_bytes
     loss = LOSSES[name].run(leaves, case.static, **options)
     gradients = torch.autograd.grad(loss.sum(), leaves)
     assert len(gradients) == len(leaves)

@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
 
 from fastclip.cli import main
 from fastclip.functional import clip_loss, nt_xent_loss, siglip_loss
 from fastclip.models.clip import create
-from fastclip.ops import dense, kept
+from fastclip.ops import dense, kept, problem
 from fastclip.ops.gemm import count_products
+from fastclip.ops.problem import Options
 from fastclip.train import costs
 from fastclip.train.config import parse
 from fastclip.train.footprint import Footprint, Line, as_fake, footprint, measure
@@ -143,23 +145,46 @@ def test_parameters_width_and_flop_of_a_real_model(plain_model: str) -> None:
     assert counted.forward_flop == blocks + ends
 
 
+@pytest.mark.parametrize("keep_bytes", [0, None])
 @pytest.mark.parametrize("loss", ["clip", "siglip", "symmetric"])
-def test_products_of_the_loss(loss: str) -> None:
+def test_products_of_the_loss(loss: str, keep_bytes: int | None) -> None:
     n, width = 512, 32
-    x, y = (torch.randn(n, width, requires_grad=True) for _ in range(2))
+    x, y = (functional.normalize(torch.randn(n, width), dim=1).requires_grad_() for _ in range(2))
+    budget = {} if loss == "siglip" else {"keep_bytes": keep_bytes}
     scale = torch.tensor(10.0, requires_grad=True)
     # the batches that are planned are larger than those of a whole S
-    with count_products() as count, dense.switched_off(), kept.switched_off():
+    with count_products() as count, dense.switched_off():
         if loss == "symmetric":
-            nt_xent_loss(x, y, scale, chunk_bytes=1 << 14).backward()
+            nt_xent_loss(x, y, 1 / scale, chunk_bytes=1 << 14, **budget).backward()
         else:
-            {"clip": clip_loss, "siglip": siglip_loss}[loss](x, y, scale).backward()
+            {"clip": clip_loss, "siglip": siglip_loss}[loss](x, y, scale, **budget).backward()
+    once = keep_bytes is None
     if loss == "symmetric":
         # tiles on the diagonal are whole, so that the floor is come near to
-        floor = costs.loss_flop(loss, n, 1, width, blocks=2)
+        floor = costs.loss_flop(loss, n, 1, width, blocks=2, kept=once)
         assert floor <= count.flop <= 1.05 * floor
     else:
-        assert count.flop == costs.loss_flop(loss, n, 1, width)
+        assert count.flop == costs.loss_flop(loss, n, 1, width, kept=once)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_exponentials_are_counted_as_the_operator_keeps_them(dtype: torch.dtype) -> None:
+    budget = kept.KEEP_BYTES["cuda"]
+    options = Options(**problem.options(dtype, "triton", 0, None, keep_bytes=budget))
+    found = []
+    for n in (1, 100, 4096, 16_100, 16_200, 22_900, 23_000):
+        size = costs.kept_bytes("clip", "gather", n, 1, dtype.itemsize)
+        assert size == kept.kept_entries(n, n, options) * dtype.itemsize <= budget
+        parts = costs.loss_memory("clip", "gather", n, 1, 16, dtype.itemsize)
+        assert parts["kept exponentials"] == size
+        found.append(size > 0)
+    # as the mathematics says
+    last = 16_100 if dtype == torch.float32 else 22_900
+    assert found == [n <= last for n in (1, 100, 4096, 16_100, 16_200, 22_900, 23_000)]
+    assert costs.kept_bytes("siglip", "gather", 100, 1, 2) == 0
+    # a margin for each part
+    gather, ring = (costs.kept_bytes("clip", exchange, 8, 4, 2) for exchange in costs.EXCHANGES)
+    assert ring - gather == 3 * 8 * kept.MARGIN * 2
 
 
 def test_bytes_of_the_loss() -> None:
@@ -209,7 +234,9 @@ def test_a_plan_fits_and_adds_up(gpus: int, batch: int, memory: float) -> None:
     assert plan.memory == max(moments)
     passes = 3 + plan.checkpointing + (plan.micro_batches > 1)
     assert plan.tower_flop == passes * request.rows * vit().forward_flop
-    assert plan.loss_flop == 8 * request.rows * batch * 512
+    # bf16 exponentials, padded to whole tiles: here they fit 1 GiB by far or not at all
+    kept = 2.2 * request.rows * batch <= 1 << 30
+    assert plan.loss_flop == (6 if kept else 8) * request.rows * batch * 512
 
 
 def extra(plan: Plan) -> int:

@@ -9,6 +9,9 @@ The operators visit S in tiles of C rows by S columns and need of each tile:
     sigmoid      softplus row sums and G of the sigmoid loss
     exponentials,
     weigh        sums and exponentials about a given anchor, and G from these: where they are kept
+    statistics_and_exponentials,
+    gradient_of_exponentials
+                 the same where the device decides for each of its tiles which of them serve
 and of a gradient
 
     finish       its terms of positives, added, and the cast to the features' dtype
@@ -196,6 +199,32 @@ class KeepingTiles(Tiles, Protocol):
         total: bool,
     ) -> Tensor:
         """G times the scale, scale * E * (u + v), into `out_CS`; the sum of G if `total`."""
+
+
+class FlaggingTiles(Tiles, Protocol):
+    """An implementation that can keep exponentials, and finds on the device which of them serve."""
+
+    def statistics_and_exponentials(
+        self, tile: Tile, rows: SoftmaxStats, columns: SoftmaxStats | None, out_CS: Tensor
+    ) -> None:
+        """`statistics`, and E about an anchor of the tile's own into `out_CS`, 0 where left out.
+
+        What lies beyond the last row and column may be overwritten.
+        """
+
+    def gradient_of_exponentials(
+        self,
+        tile: Tile,
+        rows: LogSumExps,
+        columns: LogSumExps | None,
+        E_CS: Tensor,
+        out_CS: Tensor,
+        total: bool,
+    ) -> Tensor:
+        """G times the scale into `out_CS`, S formed again where E does not serve.
+
+        Returns the sum of G if `total`.
+        """
 
 
 def finished(

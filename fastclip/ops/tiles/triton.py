@@ -13,6 +13,7 @@ import fastclip.kernels.lean as lean
 import fastclip.kernels.merge as merging
 import fastclip.kernels.sigmoid as sigmoid
 import fastclip.kernels.similarity as similarity
+import fastclip.kernels.weigh as weighing
 from fastclip.kernels.launch import Tiling, tiling
 from fastclip.kernels.lean import Logits
 from fastclip.ops.gemm import count_product, gradient_dtype
@@ -42,10 +43,20 @@ class TritonTiles:
         return self._room(rows, operand_SD.shape[0], operand_SD.device)
 
     def statistics(self, tile: Tile, rows: SoftmaxStats, columns: SoftmaxStats | None) -> None:
+        self._statistics(tile, rows, columns, None)
+
+    def statistics_and_exponentials(
+        self, tile: Tile, rows: SoftmaxStats, columns: SoftmaxStats | None, out_CS: Tensor
+    ) -> None:
+        self._statistics(tile, rows, columns, out_CS)
+
+    def _statistics(
+        self, tile: Tile, rows: SoftmaxStats, columns: SoftmaxStats | None, kept_CS: Tensor | None
+    ) -> None:
         self._count(tile)
         logits = _logits(tile)
         found = lean.statistics(
-            logits, columns is not None, self.maxima, None, self._tiling("statistics", tile)
+            logits, columns is not None, self.maxima, kept_CS, self._tiling("statistics", tile)
         )
         flags = flagging.totals(logits, found, rows, columns)
         own = self._tiling("own_statistics", tile)
@@ -62,18 +73,35 @@ class TritonTiles:
         self._count(tile)
         logits, of_rows = _logits(tile), _lines(rows)
         of_columns = None if columns is None else _lines(columns)
-        tiles = self._tiling("gradient", tile)
-        # of the same tiles; registers hold less of each at a time
-        own = replace(tiles, parts=self._tiling("own_gradient", tile).parts, registers=None)
+        tiles, own = self._gradient_tilings(tile)
         factors = flagging.factors(logits, of_rows, of_columns, tiles)
-        slots = -(-len(tile.x_CD) // own.rows) * -(-len(tile.y_SD) // own.columns) * own.parts
-        dots = tile.scale.new_empty(slots)
-        sums = tile.scale.new_empty(slots if tile.offset is not None else 0)
-        wanted = (dots, sums) if scalars else (dots[:0], sums[:0])
+        found = dots, sums = _slots(tile, own)
+        wanted = found if scalars else (dots[:0], sums[:0])
         lean.gradient(logits, factors, columns is not None, out_CS, wanted, own.parts, tiles)
-        flagged.gradient(logits, factors[2], of_rows, of_columns, out_CS, (dots, sums), own)
+        flagged.gradient(logits, factors[2], of_rows, of_columns, out_CS, found, own)
         dots, sums = wanted
         return dots.sum(), sums.sum()
+
+    def gradient_of_exponentials(
+        self,
+        tile: Tile,
+        rows: LogSumExps,
+        columns: LogSumExps | None,
+        E_CS: Tensor,
+        out_CS: Tensor,
+        total: bool,
+    ) -> Tensor:
+        logits, of_rows = _logits(tile), _lines(rows)
+        of_columns = None if columns is None else _lines(columns)
+        tiles, own = self._gradient_tilings(tile)
+        factors = flagging.factors(logits, of_rows, of_columns, tiles)
+        found = _slots(tile, own)
+        wanted = found[1] if total else found[1][:0]
+        weighing.weigh(
+            E_CS, factors, tile.scale, columns is not None, out_CS, wanted, own.parts, tiles
+        )
+        flagged.gradient(logits, factors[2], of_rows, of_columns, out_CS, found, own)
+        return wanted.sum()
 
     def begin_rows(self, tile: Tile) -> tuple[SoftmaxStats, Tensor]:
         self._count(tile)
@@ -137,6 +165,13 @@ class TritonTiles:
             self._buffer = torch.empty(size, dtype=self._gradient_dtype, device=device)
         return self._buffer[:size].view(height, stride)[:rows, :columns]
 
+    def _gradient_tilings(self, tile: Tile) -> tuple[Tiling, Tiling]:
+        """By the common anchor, and by a tile's own maxima."""
+        tiles = self._tiling("gradient", tile)
+        # of the same tiles; registers hold less of each at a time
+        parts = self._tiling("own_gradient", tile).parts
+        return tiles, replace(tiles, parts=parts, registers=None)
+
     def _tiling(self, kernel: str, tile: Tile) -> Tiling:
         x, y = tile.x_CD, tile.y_SD
         return tiling(kernel, x.dtype, x.device, x.shape[0] * y.shape[0])
@@ -158,6 +193,13 @@ def _operands(
 def _logits(tile: Tile) -> Logits:
     x, y, scale, ids, diagonal = _operands(tile)
     return Logits(x, y, scale, tile.offset, ids, diagonal)
+
+
+def _slots(tile: Tile, own: Tiling) -> tuple[Tensor, Tensor]:
+    """Room for sums of G * cos and, with an offset, of G, of all tiles' parts."""
+    slots = -(-len(tile.x_CD) // own.rows) * -(-len(tile.y_SD) // own.columns) * own.parts
+    sums = tile.scale.new_empty(slots if tile.offset is not None else 0)
+    return tile.scale.new_empty(slots), sums
 
 
 def _lines(lines: LogSumExps) -> tuple[Tensor, Tensor]:
