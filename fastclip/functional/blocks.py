@@ -1,12 +1,14 @@
 """Losses among the rows of one side, blocks of views and texts: MP-NCE, NT-Xent, SupCon."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fastclip.ops import checks, dense
+from fastclip.ops.checks import GroupRole
 from fastclip.ops.collectives import Exchange, global_sum
 from fastclip.ops.labels import label_statistics
 from fastclip.ops.numerics import softplus
@@ -16,9 +18,14 @@ from fastclip.ops.reductions import (
     concatenate,
     ranks_sharing,
     reduce,
+    reduce_weighted,
     share_above,
 )
 from fastclip.ops.symmetric import block_statistics
+
+_PAIRS_WEIGHTS = (
+    "MP-NCE weighs each pair of an anchor and a positive, a group's mean has one weight"
+)
 
 
 def mp_nce_loss(
@@ -28,6 +35,9 @@ def mp_nce_loss(
     logit_offset: Tensor | float | None = None,
     *,
     pair_weight: Tensor | Sequence[Sequence[float]] | None = None,
+    row_group: Tensor | None = None,
+    group_role: GroupRole = "excluded",
+    weights: Tensor | None = None,
     metrics: dict[str, Tensor] | None = None,
     reduction: str = "mean",
     backend: str = "auto",
@@ -55,9 +65,15 @@ def mp_nce_loss(
             a <= b; a number, and None for offset 0, stand for a full table.
         pair_weight: the positives' weights by domain pair, read likewise: (P, P) as a tensor or
             as lists of numbers, or None for ones.
+        row_group: (N,) integer ids of the pairs, of all processes; rows of other pairs of a row's
+            group are no negatives, e.g. duplicates.
+        group_role: "excluded"; positives are a pair's own here, as weights are a pair's.
+        weights: (B * N,) floating point >= 0, the anchors' in block order; the mean is then
+            sum(w * loss) / sum(w), 0 where all are 0. They may have a gradient.
         metrics: a dictionary for the "accuracy", 0-d, without gradient: the share of anchors and
             positives where the positive lies above every negative.
-        reduction: "mean" or "sum" over the B * N anchors; "none": (B * N,) in block order.
+        reduction: "mean" or "sum" over the B * N anchors; "none": (B * N,) in block order,
+            with their weights.
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
         chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
         keep_bytes: bytes for exponentials the backward reuses; None: 64 MiB on CPUs, 1 GiB on GPUs.
@@ -82,58 +98,68 @@ def mp_nce_loss(
     """
     check_reduction(reduction)
     features, domains = list(features), [int(d) for d in domains]
-    request = dense.Request(
-        reduction, backend, chunk_bytes, keep_bytes, precision, dist, group, sizes
-    )
-    small = dense.blocks_loss(
-        features, domains, logit_scale, logit_offset, pair_weight, request, metrics
-    )
-    if small is not None:
-        return small
+    blocks, of_anchors = len(domains), reduction if weights is None else "none"
+    if row_group is not None or weights is not None or group_role != "excluded":
+        checks.check_blocks(features, domains)
+        ids = {"row_group": (row_group, features[0].shape[0])}
+        checks.check_groups(group_role, ids, features[0], _PAIRS_WEIGHTS)
+        weights = checks.anchor_weights(weights, features[0], blocks)
+    loss = None
+    if row_group is None:
+        request = dense.Request(
+            of_anchors, backend, chunk_bytes, keep_bytes, precision, dist, group, sizes
+        )
+        loss = dense.blocks_loss(
+            features, domains, logit_scale, logit_offset, pair_weight, request, metrics
+        )
+        if loss is not None and weights is None:
+            return loss
     checks.check_blocks(features, domains)
     like, count = features[0], max(domains) + 1
-    scale = checks.as_table("logit_scale", logit_scale, count, like)
-    offset = None
-    if logit_offset is not None:
-        offset = checks.as_table("logit_offset", logit_offset, count, like)
-        # tables may hold more domains than the blocks have
-        size = min(len(scale), len(offset))
-        scale, offset = scale[:size, :size], offset[:size, :size]
-    weight = pair_weight
-    if isinstance(weight, Tensor):
-        weight = checks.as_table("pair_weight", weight, count, like)
-    elif weight is not None and min(len(weight), *map(len, weight)) < count:
-        raise ValueError(f"pair_weight is {weight}; give (P, P) for P = {count} domains")
     ranks = ranks_sharing(dist, group, sizes, like)
-    lse, top, positive = block_statistics(
-        concatenate(features),
-        domains,
-        scale,
-        offset,
-        maxima=metrics is not None,
-        ranks=ranks,
-        backend=backend,
-        chunk_bytes=chunk_bytes,
-        keep_bytes=keep_bytes,
-        precision=precision,
-    )
-    blocks = len(domains)
-    lse_of = lse.reshape(blocks, -1)
-    losses: list[list[Tensor]] = [[] for _ in domains]
-    hits = []
-    for index, couple in enumerate(couples(len(domains))):
-        for block in couple:
-            pair = softplus(lse_of[block] - positive[index])
-            if weight is not None:
-                low, high = sorted(domains[b] for b in couple)
-                pair = pair * weight[low][high]
-            losses[block].append(pair)
-            if metrics is not None:
-                hits.append(share_above(positive[index], top.reshape(blocks, -1)[block], ranks))
-    if metrics is not None:
-        metrics["accuracy"] = torch.stack(hits).mean()
-    loss = torch.cat([torch.stack(terms).mean(dim=0) for terms in losses])
-    return reduce(loss, reduction, ranks, blocks)
+    if loss is None:
+        scale = checks.as_table("logit_scale", logit_scale, count, like)
+        offset = None
+        if logit_offset is not None:
+            offset = checks.as_table("logit_offset", logit_offset, count, like)
+            # tables may hold more domains than the blocks have
+            size = min(len(scale), len(offset))
+            scale, offset = scale[:size, :size], offset[:size, :size]
+        weight = pair_weight
+        if isinstance(weight, Tensor):
+            weight = checks.as_table("pair_weight", weight, count, like)
+        elif weight is not None and min(len(weight), *map(len, weight)) < count:
+            raise ValueError(f"pair_weight is {weight}; give (P, P) for P = {count} domains")
+        lse, top, positive = block_statistics(
+            concatenate(features),
+            domains,
+            scale,
+            offset,
+            pair_group=row_group,
+            maxima=metrics is not None,
+            ranks=ranks,
+            backend=backend,
+            chunk_bytes=chunk_bytes,
+            keep_bytes=keep_bytes,
+            precision=precision,
+        )
+        lse_of = lse.reshape(blocks, -1)
+        losses: list[list[Tensor]] = [[] for _ in domains]
+        hits = []
+        for index, couple in enumerate(couples(len(domains))):
+            for block in couple:
+                pair = softplus(lse_of[block] - positive[index])
+                if weight is not None:
+                    low, high = sorted(domains[b] for b in couple)
+                    pair = pair * weight[low][high]
+                losses[block].append(pair)
+                if metrics is not None:
+                    hits.append(share_above(positive[index], top.reshape(blocks, -1)[block], ranks))
+        if metrics is not None:
+            metrics["accuracy"] = torch.stack(hits).mean()
+        loss = torch.cat([torch.stack(terms).mean(dim=0) for terms in losses])
+        loss = reduce(loss, of_anchors, ranks, blocks)
+    return loss if weights is None else reduce_weighted(loss, weights, reduction, ranks)
 
 
 def nt_xent_loss(
@@ -141,6 +167,9 @@ def nt_xent_loss(
     view2: Tensor,
     temperature: Tensor | float,
     *,
+    row_group: Tensor | None = None,
+    group_role: GroupRole = "excluded",
+    weights: Tensor | None = None,
     metrics: dict[str, Tensor] | None = None,
     reduction: str = "mean",
     backend: str = "auto",
@@ -156,8 +185,16 @@ def nt_xent_loss(
     Args:
         view1, view2: (N, D), normalized, of any floating-point dtype: two views of the samples.
         temperature: 0-d or (1,) tensor, or a number, > 0.
-        metrics: a dictionary for the top-1 "accuracy", 0-d, without gradient.
-        reduction: "mean" or "sum" over the 2N anchors; "none": (2N,), view1's before view2's.
+        row_group: (N,) integer ids of the samples, of all processes; what group_role says of views
+            of different samples of one group, e.g. duplicates.
+        group_role: "excluded": they are no negatives; "positive": all views of a sample's group
+            are positives, as of a label in the supervised contrastive loss.
+        weights: (2N,) floating point >= 0, the anchors'; the mean is then sum(w * loss) / sum(w),
+            0 where all are 0. They may have a gradient.
+        metrics: a dictionary for the top-1 "accuracy", 0-d, without gradient; not with groups of
+            positives.
+        reduction: "mean" or "sum" over the 2N anchors; "none": (2N,), view1's before view2's, with
+            their weights.
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
         chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
         keep_bytes: bytes for exponentials the backward reuses; None: 64 MiB on CPUs, 1 GiB on GPUs.
@@ -180,19 +217,35 @@ def nt_xent_loss(
         >>> round(nt_xent_loss(view1, view2, temperature=0.5).item(), 4)
         0.4327
     """
+    options: dict[str, Any] = {
+        "weights": weights,
+        "reduction": reduction,
+        "backend": backend,
+        "chunk_bytes": chunk_bytes,
+        "keep_bytes": keep_bytes,
+        "precision": precision,
+        "dist": dist,
+        "group": group,
+    }
+    if group_role != "excluded":
+        checks.check_blocks([view1, view2], [0, 0])
+        checks.check_groups(group_role, {"row_group": (row_group, view1.shape[0])}, view1)
+        if metrics is not None:
+            raise ValueError("metrics know one positive an anchor; leave out metrics, or groups")
+        assert row_group is not None
+        if sizes is not None:
+            options["sizes"] = tuple(2 * rows for rows in sizes)
+        return sup_con_loss(
+            concatenate([view1, view2]), row_group.repeat(2), temperature, **options
+        )
     return mp_nce_loss(
         [view1, view2],
         [0, 0],
         checks.inverse(temperature, view1),
+        row_group=row_group,
         metrics=metrics,
-        reduction=reduction,
-        backend=backend,
-        chunk_bytes=chunk_bytes,
-        keep_bytes=keep_bytes,
-        precision=precision,
-        dist=dist,
-        group=group,
         sizes=sizes,
+        **options,
     )
 
 
@@ -201,6 +254,7 @@ def sup_con_loss(
     labels: Tensor,
     temperature: Tensor | float,
     *,
+    weights: Tensor | None = None,
     reduction: str = "mean",
     backend: str = "auto",
     chunk_bytes: int | None = None,
@@ -218,8 +272,10 @@ def sup_con_loss(
         features: (M, D), normalized, of any floating-point dtype.
         labels: (M,) integers of any values.
         temperature: 0-d or (1,) tensor, or a number, > 0.
+        weights: (M,) floating point >= 0, the anchors'; the mean is then sum(w * loss) / sum(w)
+            over the anchors that have a positive. They may have a gradient.
         reduction: "mean" or "sum" over the anchors that have a positive, 0 if none has; "none":
-            (M,), 0 where there is no positive.
+            (M,), 0 where there is no positive, with their weights.
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
         chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
         keep_bytes: bytes for exponentials the backward reuses; None: 64 MiB on CPUs, 1 GiB on GPUs.
@@ -244,12 +300,14 @@ def sup_con_loss(
     """
     check_reduction(reduction)
     scale = checks.inverse(temperature, features)
-    request = dense.Request(
-        reduction, backend, chunk_bytes, keep_bytes, precision, dist, group, sizes
-    )
-    small = dense.labels_loss(features, labels, scale, request)
-    if small is not None:
-        return small
+    weights = checks.anchor_weights(weights, features)
+    if weights is None:
+        request = dense.Request(
+            reduction, backend, chunk_bytes, keep_bytes, precision, dist, group, sizes
+        )
+        small = dense.labels_loss(features, labels, scale, request)
+        if small is not None:
+            return small
     ranks = ranks_sharing(dist, group, sizes, features)
     statistics = label_statistics(
         features,
@@ -263,6 +321,10 @@ def sup_con_loss(
     )
     has_positive = statistics.positives > 0
     loss = torch.where(has_positive, statistics.lse - statistics.positive_mean, 0.0)
+    if weights is not None:
+        # anchors without a positive count in neither sum
+        weights = torch.where(has_positive, weights, 0.0)
+        return reduce_weighted(loss, weights, reduction, ranks)
     if reduction == "none":
         return loss
     sums = global_sum(torch.stack((loss.sum(), has_positive.sum().to(loss))), ranks)

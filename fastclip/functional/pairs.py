@@ -1,6 +1,6 @@
 """Losses of two sides, where row i belongs to column i: CLIP, SigLIP, InfoNCE."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fastclip.ops import checks, dense, similarity
-from fastclip.ops.candidates import mean_left
-from fastclip.ops.collectives import Exchange
+from fastclip.ops.candidates import above_group_mean, mean_left
+from fastclip.ops.checks import GroupRole
+from fastclip.ops.collectives import Exchange, Ranks
 from fastclip.ops.info_nce import info_nce_sum
 from fastclip.ops.numerics import softplus
 from fastclip.ops.reductions import (
@@ -18,6 +19,7 @@ from fastclip.ops.reductions import (
     ranks_sharing,
     reduce,
     reduce_sum,
+    reduce_weighted,
     share_above,
     with_bias,
 )
@@ -33,6 +35,8 @@ def clip_loss(
     label_smoothing: float = 0.0,
     row_group: Tensor | None = None,
     column_group: Tensor | None = None,
+    group_role: GroupRole = "excluded",
+    weights: Tensor | None = None,
     metrics: dict[str, Tensor] | None = None,
     reduction: str = "mean",
     backend: str = "auto",
@@ -54,11 +58,16 @@ def clip_loss(
             it changes neither the loss nor any gradient (its own is 0).
         label_smoothing: in [0, 1); mass spread evenly over the candidates of each direction, with
             groups over the ones that are left.
-        row_group, column_group: (N,) and (M,) integer ids; texts of an image's group other than
-            its own are left out, so that duplicate captions are not negatives.
-        metrics: a dictionary for the top-1 "image_to_text_accuracy" and "text_to_image_accuracy".
+        row_group, column_group: (N,) and (M,) integer ids, of all processes, both or neither; what
+            group_role says of an image and a text of one group, e.g. duplicates.
+        group_role: "excluded": texts of an image's group other than its own are no negatives, and
+            the reverse; "positive": they are positives, weighted alike (class means).
+        weights: (N,) floating point >= 0, the pairs'; the mean is then sum(w * loss) / sum(w), 0
+            where all are 0. They may have a gradient.
+        metrics: a dictionary for the top-1 "image_to_text_accuracy" and "text_to_image_accuracy",
+            where a group of positives counts as negatives.
         reduction: "mean" over the N pairs of the mean of both directions; "sum": N times that;
-            "none": each pair's, (N,).
+            "none": each pair's, (N,), with its weight.
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
         chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
         keep_bytes: bytes for exponentials the backward reuses; None: 64 MiB on CPUs, 1 GiB on GPUs.
@@ -86,10 +95,16 @@ def clip_loss(
     check_reduction(reduction)
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing is {label_smoothing}; give a number in [0, 1)")
+    sides = image_features, text_features
+    positives = _positives(group_role, *sides, row_group, column_group)
+    if positives is not None:
+        row_group = column_group = None
+    weights = checks.anchor_weights(weights, image_features)
+    of_pairs = reduction if weights is None else "none"
     request = dense.Request(
-        reduction, backend, chunk_bytes, keep_bytes, precision, dist, group, sizes
+        of_pairs, backend, chunk_bytes, keep_bytes, precision, dist, group, sizes
     )
-    small = dense.pairs_loss(
+    loss = dense.pairs_loss(
         image_features,
         text_features,
         logit_scale,
@@ -100,43 +115,73 @@ def clip_loss(
         accuracies=("image_to_text_accuracy", "text_to_image_accuracy"),
         metrics=metrics,
     )
-    if small is not None:
-        return with_bias(small, logit_bias)
+    if loss is not None and positives is None and weights is None:
+        return with_bias(loss, logit_bias)
     ranks = ranks_sharing(dist, group, sizes, image_features)
-    grouped = row_group is not None and column_group is not None
-    statistics = similarity.similarity_statistics(
-        image_features,
-        text_features,
-        logit_scale,
-        row_group=row_group,
-        column_group=column_group,
-        maxima=metrics is not None,
-        means=label_smoothing > 0 and not grouped,
-        ranks=ranks,
-        backend=backend,
-        chunk_bytes=chunk_bytes,
-        keep_bytes=keep_bytes,
-        precision=precision,
-    )
-    positive = statistics.positive
-    row, column = (softplus(lse - positive) for lse in (statistics.row_lse, statistics.column_lse))
-    loss = (row + column) / 2
-    if label_smoothing > 0:
-        if row_group is not None and column_group is not None:
-            n = image_features.shape[0]
-            cosine = mean_left(image_features, text_features, row_group, column_group, ranks)
-            cosine = cosine + mean_left(
-                text_features[:n], image_features, column_group[:n], row_group, ranks
-            )
-            mean = (cosine * logit_scale / 2).to(positive.dtype)
-        else:
-            mean = (statistics.row_mean + statistics.column_mean) / 2
-        loss = loss + label_smoothing * (positive - mean)
+    if loss is None:
+        statistics = similarity.similarity_statistics(
+            image_features,
+            text_features,
+            logit_scale,
+            row_group=row_group,
+            column_group=column_group,
+            maxima=metrics is not None,
+            means=label_smoothing > 0 and row_group is None,
+            ranks=ranks,
+            backend=backend,
+            chunk_bytes=chunk_bytes,
+            keep_bytes=keep_bytes,
+            precision=precision,
+        )
+        positive = statistics.positive
+        lses = statistics.row_lse, statistics.column_lse
+        row, column = (softplus(lse - positive) for lse in lses)
+        loss = (row + column) / 2
+        if label_smoothing > 0:
+            if row_group is not None and column_group is not None:
+                mean = _of_both(mean_left, *sides, row_group, column_group, ranks) * logit_scale
+                mean = mean.to(positive.dtype)
+            else:
+                mean = (statistics.row_mean + statistics.column_mean) / 2
+            loss = loss + label_smoothing * (positive - mean)
+        if metrics is not None:
+            metrics["image_to_text_accuracy"] = share_above(positive, statistics.row_max, ranks)
+            metrics["text_to_image_accuracy"] = share_above(positive, statistics.column_max, ranks)
+        loss = reduce(loss, of_pairs, ranks)
+    if positives is not None:
+        above = _of_both(above_group_mean, *sides, *positives, ranks)
+        above = (1 - label_smoothing) * logit_scale * above
+        loss = loss + reduce(above.to(loss.dtype), of_pairs, ranks)
     loss = with_bias(loss, logit_bias)
-    if metrics is not None:
-        metrics["image_to_text_accuracy"] = share_above(positive, statistics.row_max, ranks)
-        metrics["text_to_image_accuracy"] = share_above(positive, statistics.column_max, ranks)
-    return reduce(loss, reduction, ranks)
+    return loss if weights is None else reduce_weighted(loss, weights, reduction, ranks)
+
+
+def _positives(
+    role: str, x: Tensor, y: Tensor, row_group: Tensor | None, column_group: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """Groups that are positives; all are checked here."""
+    if role == "excluded" and row_group is None and column_group is None:
+        return None
+    checks.check_features("first features", x)
+    checks.check_features("second features", y)
+    ids = {"row_group": (row_group, x.shape[0]), "column_group": (column_group, y.shape[0])}
+    if checks.check_groups(role, ids, x) and row_group is not None and column_group is not None:
+        return row_group, column_group
+    return None
+
+
+def _of_both(
+    term: Callable[..., Tensor],
+    x: Tensor,
+    y: Tensor,
+    row_group: Tensor,
+    column_group: Tensor,
+    ranks: Ranks | None,
+) -> Tensor:
+    """The mean of what rows are among columns and, the first of them, columns among rows."""
+    n = x.shape[0]
+    of_rows = term(x, y, row_group, column_group, ranks)
+    return (of_rows + term(y[:n], x, column_group[:n], row_group, ranks)) / 2
 
 
 def siglip_loss(
@@ -145,6 +190,10 @@ def siglip_loss(
     logit_scale: Tensor | float,
     logit_bias: Tensor | float | None = None,
     *,
+    row_group: Tensor | None = None,
+    column_group: Tensor | None = None,
+    group_role: GroupRole = "excluded",
+    weights: Tensor | None = None,
     reduction: str = "mean",
     backend: str = "auto",
     chunk_bytes: int | None = None,
@@ -161,8 +210,14 @@ def siglip_loss(
             belongs to image i.
         logit_scale: 0-d or (1,) tensor, or a number: the inverse temperature.
         logit_bias: 0-d or (1,) tensor, a number or None, added to every logit.
+        row_group, column_group: (N,) integer ids each, of all processes, both or neither; what
+            group_role says of an image and a text of one group, e.g. duplicates.
+        group_role: "excluded": texts of an image's group other than its own are no negatives;
+            "positive": they are positives.
+        weights: (N,) floating point >= 0, the images'; the mean is then the sum over rows of w
+            times the row's sum, divided by sum(w); 0 where all are 0. They may have a gradient.
         reduction: "sum" over all N * N pairs; "mean": that divided by N; "none": each row's sum,
-            (N,).
+            (N,), with its weight.
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
         chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
         keep_bytes: as other losses have it; this one keeps nothing.
@@ -193,24 +248,35 @@ def siglip_loss(
             f"{image_features.shape[0]} images and {text_features.shape[0]} texts; the sigmoid "
             "loss needs one text an image"
         )
-    request = dense.Request(
-        reduction, backend, chunk_bytes, keep_bytes, precision, dist, group, sizes
-    )
-    small = dense.sigmoid_loss(image_features, text_features, logit_scale, logit_bias, request)
-    if small is not None:
-        return small
+    positives = _positives(group_role, image_features, text_features, row_group, column_group)
+    weights = checks.anchor_weights(weights, image_features)
+    of_rows = "none" if weights is not None else reduction
+    loss = None
+    if row_group is None:
+        request = dense.Request(
+            of_rows, backend, chunk_bytes, keep_bytes, precision, dist, group, sizes
+        )
+        loss = dense.sigmoid_loss(image_features, text_features, logit_scale, logit_bias, request)
+        if loss is not None and weights is None:
+            return loss
     ranks = ranks_sharing(dist, group, sizes, image_features)
-    loss = sigmoid_loss(
-        image_features,
-        text_features,
-        logit_scale,
-        logit_bias,
-        per_row=reduction == "none",
-        ranks=ranks,
-        backend=backend,
-        chunk_bytes=chunk_bytes,
-        precision=precision,
-    )
+    if loss is None:
+        loss = sigmoid_loss(
+            image_features,
+            text_features,
+            logit_scale,
+            logit_bias,
+            row_group=row_group,
+            column_group=column_group,
+            positive_groups=positives is not None,
+            per_row=of_rows == "none",
+            ranks=ranks,
+            backend=backend,
+            chunk_bytes=chunk_bytes,
+            precision=precision,
+        )
+    if weights is not None:
+        return reduce_weighted(loss, weights, reduction, ranks)
     return reduce_sum(loss, reduction, ranks, image_features.shape[0])
 
 
@@ -222,6 +288,10 @@ def info_nce_loss(
     *,
     bank: Tensor | None = None,
     in_batch: bool = True,
+    row_group: Tensor | None = None,
+    column_group: Tensor | None = None,
+    group_role: GroupRole = "excluded",
+    weights: Tensor | None = None,
     metrics: dict[str, Tensor] | None = None,
     reduction: str = "mean",
     backend: str = "auto",
@@ -243,8 +313,16 @@ def info_nce_loss(
             several processes they count this process's keys.
         bank: (K, D), further negatives without gradient (a memory bank).
         in_batch: whether other queries' keys are negatives; False only with a bank.
-        metrics: a dictionary for the top-1 "accuracy", 0-d, without gradient.
-        reduction: "mean" or "sum" over the N queries; "none": each query's, (N,).
+        row_group, column_group: (N,) and (M,) integer ids, with a bank (M + K,), of all processes,
+            both or neither; without positive_index. What group_role says of a query and a key of
+            one group, e.g. duplicates.
+        group_role: "excluded": keys of a query's group other than its own are no negatives;
+            "positive": they are positives, weighted alike (class means).
+        weights: (N,) floating point >= 0, the queries'; the mean is then sum(w * loss) / sum(w), 0
+            where all are 0. They may have a gradient.
+        metrics: a dictionary for the top-1 "accuracy", 0-d, without gradient; a group of positives
+            counts as negatives.
+        reduction: "mean" or "sum" over the N queries; "none": each query's, (N,), with its weight.
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
         chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
         keep_bytes: bytes for exponentials the backward reuses; None: 64 MiB on CPUs, 1 GiB on GPUs.
@@ -273,60 +351,81 @@ def info_nce_loss(
     if bank is None and not in_batch:
         raise ValueError("in_batch=False leaves no negatives; give a bank")
     checks.check_keep_bytes(keep_bytes)
+    if positive_index is not None and row_group is not None:
+        raise ValueError("positive_index and groups are not for one call; leave out one of them")
+    all_keys = keys if bank is None else _with_bank(keys, bank, dist)
+    positives = _positives(group_role, query, all_keys, row_group, column_group)
+    if positives is not None:
+        row_group = column_group = None
+        if not in_batch:
+            raise ValueError(
+                "group_role 'positive' needs the keys of its batch; leave out in_batch"
+            )
+    weights = checks.anchor_weights(weights, query)
+    of_rows = reduction if weights is None else "none"
     request = dense.Request(
-        reduction, backend, chunk_bytes, keep_bytes, precision, dist, group, sizes
+        of_rows, backend, chunk_bytes, keep_bytes, precision, dist, group, sizes
     )
-    small = dense.pairs_loss(
+    loss = dense.pairs_loss(
         query,
         keys,
         logit_scale,
         request,
         both=False,
         positive_index=positive_index,
+        groups=(row_group, column_group),
         bank=bank,
         in_batch=in_batch,
         accuracies=("accuracy",),
         metrics=metrics,
     )
-    if small is not None:
-        return small
+    if loss is not None and positives is None and weights is None:
+        return loss
     ranks = ranks_sharing(dist, group, sizes, query)
-    if bank is not None and ranks is not None:
-        raise ValueError("a bank is a process's own; leave out dist, or the bank")
     own = keys.shape[0]
-    if bank is not None:
-        checks.check_features("bank", bank)
-        checks.check_features("keys", keys)
-        if bank.shape[1] != keys.shape[1] or bank.device != keys.device:
-            raise ValueError(
-                f"the bank is {tuple(bank.shape)} on {bank.device}, the keys "
-                f"{tuple(keys.shape)} on {keys.device}; both need one width and device"
-            )
-        keys = concatenate([keys, bank.detach().to(keys.dtype)])
     if positive_index is None and query.shape[0] > own:
         raise ValueError(f"{query.shape[0]} queries but only {own} keys; give positive_index")
-    positives: dict[str, Any] = {
-        "positive_index": positive_index,
-        "first_negative": 0 if in_batch else own,
-        "columns_with_gradient": own,
-        "ranks": ranks,
-    }
-    options: dict[str, Any] = {
-        "backend": backend,
-        "chunk_bytes": chunk_bytes,
-        "keep_bytes": keep_bytes,
-        "precision": precision,
-        "maxima": metrics is not None,
-    }
-    if reduction == "none":
-        statistics = similarity.similarity_statistics(
-            query, keys, logit_scale, column_statistics=False, **positives, **options
-        )
-        loss = softplus(statistics.row_lse - statistics.positive)
+    if loss is None:
+        options: dict[str, Any] = {
+            "positive_index": positive_index,
+            "row_group": row_group,
+            "column_group": column_group,
+            "first_negative": 0 if in_batch else own,
+            "columns_with_gradient": own,
+            "maxima": metrics is not None,
+            "ranks": ranks,
+            "backend": backend,
+            "chunk_bytes": chunk_bytes,
+            "keep_bytes": keep_bytes,
+            "precision": precision,
+        }
+        if of_rows == "none":
+            statistics = similarity.similarity_statistics(
+                query, all_keys, logit_scale, column_statistics=False, **options
+            )
+            loss = softplus(statistics.row_lse - statistics.positive)
+            if metrics is not None:
+                margin = statistics.positive.detach() - statistics.row_max
+        else:
+            loss, margin = info_nce_sum(query, all_keys, logit_scale, **options)
         if metrics is not None:
-            margin = statistics.positive.detach() - statistics.row_max
-    else:
-        loss, margin = info_nce_sum(query, keys, logit_scale, **positives, **options)
-    if metrics is not None:
-        metrics["accuracy"] = share_above(margin, torch.zeros_like(margin), ranks)
-    return reduce_sum(loss, reduction, ranks, query.shape[0])
+            metrics["accuracy"] = share_above(margin, torch.zeros_like(margin), ranks)
+        loss = reduce_sum(loss, of_rows, ranks, query.shape[0])
+    if positives is not None:
+        above = logit_scale * above_group_mean(query, all_keys, *positives, ranks)
+        loss = loss + reduce(above.to(loss.dtype), of_rows, ranks)
+    return loss if weights is None else reduce_weighted(loss, weights, reduction, ranks)
+
+
+def _with_bank(keys: Tensor, bank: Tensor, dist: str | None) -> Tensor:
+    """The keys, and behind them a bank's, which have no gradient."""
+    if dist is not None:
+        raise ValueError("a bank is a process's own; leave out dist, or the bank")
+    checks.check_features("bank", bank)
+    checks.check_features("keys", keys)
+    if bank.shape[1] != keys.shape[1] or bank.device != keys.device:
+        raise ValueError(
+            f"the bank is {tuple(bank.shape)} on {bank.device}, the keys "
+            f"{tuple(keys.shape)} on {keys.device}; both need one width and device"
+        )
+    return concatenate([keys, bank.detach().to(keys.dtype)])
