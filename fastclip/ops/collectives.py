@@ -18,7 +18,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from fastclip.ops.compiling import constant_in_graphs
 
 EXCHANGES = ("gather", "ring")
+Exchange = Literal["gather", "ring"]
 CHECK_SIZES = "FASTCLIP_CHECK_SIZES"
 # renamed in torch 2.14
 _ALL_GATHER = (

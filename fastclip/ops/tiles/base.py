@@ -37,7 +37,8 @@ from fastclip.ops.numerics import finite, largest_logit
 class Tile(NamedTuple):
     """One tile: operands, the domain pair's scale and offset, and which entries are left out.
 
-    The entry (c, c + diagonal) is no negative, nor are entries whose row and column ids agree.
+    The entry (c, c + diagonal) is no negative, nor are entries whose row and column ids agree. With
+    `positive_ids`, which the sigmoid loss alone has, those that agree are positives.
     """
 
     x_CD: Tensor
@@ -47,6 +48,7 @@ class Tile(NamedTuple):
     diagonal: int | None
     row_id_C: Tensor | None = None
     column_id_S: Tensor | None = None
+    positive_ids: bool = False
 
     @property
     def crosses_diagonal(self) -> bool:
@@ -161,7 +163,8 @@ class Tiles(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Row sums of softplus(S); where `out_CS` is given G times the scale goes there.
 
-        G = weight * sigmoid(S); the other two results are its sums with cos and alone.
+        G = weight * sigmoid(S); the other two results are its sums with cos and alone. A positive
+        has -S in place of S, and -G in place of G.
         """
 
     def finish(
