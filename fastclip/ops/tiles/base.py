@@ -12,6 +12,7 @@ The operators visit S in tiles of C rows by S columns and need of each tile:
     statistics_and_exponentials,
     gradient_of_exponentials
                  the same where the device decides for each of its tiles which of them serve
+    products_CS  of a tile: where products are kept, and not exponentials
 and of a gradient
 
     finish       its terms of positives, added, and the cast to the features' dtype
@@ -39,6 +40,8 @@ class Tile(NamedTuple):
 
     The entry (c, c + diagonal) is no negative, nor are entries whose row and column ids agree. With
     `positive_ids`, which the sigmoid loss alone has, those that agree are positives.
+    products_CS: room of an implementation that keeps products: `statistics` leaves x @ y.T there,
+    in the accumulator's dtype, and `gradient` takes it from there and leaves it as it is.
     """
 
     x_CD: Tensor
@@ -49,6 +52,7 @@ class Tile(NamedTuple):
     row_id_C: Tensor | None = None
     column_id_S: Tensor | None = None
     positive_ids: bool = False
+    products_CS: Tensor | None = None
 
     @property
     def crosses_diagonal(self) -> bool:
