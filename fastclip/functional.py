@@ -25,6 +25,7 @@ from fastclip.ops.attention import attention as attention
 from fastclip.ops.attention import packed_attention as packed_attention
 from fastclip.ops.candidates import mean_left
 from fastclip.ops.collectives import global_sum
+from fastclip.ops.global_contrastive import global_contrastive_loss as global_contrastive_loss
 from fastclip.ops.info_nce import info_nce_sum
 from fastclip.ops.labels import label_statistics
 from fastclip.ops.numerics import softplus
