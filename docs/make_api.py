@@ -44,6 +44,8 @@ SECTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
             "fastclip.InfoNCELoss = fastclip.losses.info_nce",
             "fastclip.NTXentLoss = fastclip.losses.nt_xent",
             "fastclip.SupConLoss = fastclip.losses.sup_con",
+            "fastclip.losses.sup_contrast.SupContrastLoss",
+            "fastclip.losses.metric_learning.MetricLearningSupConLoss",
             "fastclip.MPNCELoss = fastclip.losses.mp_nce",
             "fastclip.losses.mp_nce.balanced_pair_weight",
             "fastclip.losses.memory_bank.MemoryBank",
