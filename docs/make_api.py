@@ -30,6 +30,7 @@ SECTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
             "fastclip.functional.mp_nce_loss",
             "fastclip.functional.nt_xent_loss",
             "fastclip.functional.sup_con_loss",
+            "fastclip.functional.ranking_loss = fastclip.ops.ranking",
             "fastclip.functional.similarity_statistics",
         ),
     ),
@@ -77,6 +78,7 @@ SECTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         "",
         (
             "fastclip.patch_open_clip = fastclip.integrations.open_clip",
+            "fastclip.patch_sentence_transformers = fastclip.integrations.sentence_transformers",
             "fastclip.patch_timm = fastclip.integrations.timm",
             "fastclip.patch_transformers = fastclip.integrations.transformers",
             "fastclip.integrations.patch.PatchHandle",

@@ -29,6 +29,7 @@ from fastclip.ops.info_nce import info_nce_sum
 from fastclip.ops.labels import label_statistics
 from fastclip.ops.numerics import softplus
 from fastclip.ops.problem import couples
+from fastclip.ops.ranking import ranking_loss as ranking_loss
 from fastclip.ops.reductions import (
     check_reduction,
     concatenate,

@@ -73,7 +73,7 @@ class SupContrastLoss(nn.Module):
         Args:
             features: (N, V, ...) with V views of each sample; what is behind V is one vector.
             labels: (N,) or (N, 1), of any real dtype. None: every sample is a class of its own.
-            mask: (N, N) in the place of labels: entry (i, j) is the weight of sample j among the
+            mask: (N, N), instead of labels: entry (i, j) is the weight of sample j among the
                 positives of sample i, of 0 and 1 or any numbers; need not be symmetric, gets no
                 gradient. Entries of a row should not add up to a negative number.
 
