@@ -39,8 +39,8 @@ class Call(NamedTuple):
 
     def operand(self, features: tuple[Tensor, ...]) -> Tensor:
         """Blocks of rows as they enter a product, rounded for autocast once."""
-        features = tuple(one.to(self.dtype) for one in features)
         rows = features[0] if len(features) == 1 else torch.cat(features)
+        rows = rows.to(self.dtype)
         return rows if rows.stride(1) == 1 else rows.contiguous()
 
     @property
