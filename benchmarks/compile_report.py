@@ -71,7 +71,7 @@ class Report:
     """Cycles of the tile's product at a width of 768, where the epilogue is counted."""
 
 
-def variants() -> Iterator[tuple[str, Any, str, dict[str, bool]]]:
+def variants() -> Iterator[tuple[str, Any, str, dict[str, Any]]]:
     """(kernel's entry in the table, kernel, name, flags) of what the launchers ask for."""
     plain = {"HAS_DIAGONAL": True, "HAS_IDS": False, "EVEN_D": True, "COLUMNS": True}
     plain |= {"HAS_OFFSET": False}
@@ -108,9 +108,13 @@ def variants() -> Iterator[tuple[str, Any, str, dict[str, bool]]]:
         "odd": {"EVEN_D": False},
     }.items():
         options = {**plain, "HAS_OFFSET": True, "GRADIENT": True, **flags_}
-        yield "sigmoid", sigmoid.sigmoid_kernel, name, options
+        yield "sigmoid", sigmoid.sigmoid_kernel, name, {**options, "IDS": sigmoid.NO_IDS}
+    options = {**plain, "HAS_OFFSET": True, "GRADIENT": True}
+    for name, ids in {"out": sigmoid.IDS_LEFT_OUT, "positive": sigmoid.IDS_POSITIVE}.items():
+        yield "sigmoid", sigmoid.sigmoid_kernel, name, {**options, "IDS": ids}
     options = {**plain, **all_at_once, "GRADIENT": True, "SCALARS": True}
-    yield "sigmoid", sigmoid.sigmoid_entries_kernel, "ids", options
+    of_entries = {**options, "IDS": sigmoid.IDS_POSITIVE}
+    yield "sigmoid", sigmoid.sigmoid_entries_kernel, "ids", of_entries
     yield "own_statistics", flagged.flagged_statistics_kernel, "ids", options
     yield "own_gradient", flagged.flagged_gradient_kernel, "ids", options
     options = {**plain, "COLUMNS": False, "KEEP": True}

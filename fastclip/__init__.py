@@ -11,6 +11,9 @@ from fastclip._version import __version__
 if TYPE_CHECKING:
     from fastclip import functional as functional
     from fastclip.integrations.open_clip import patch_open_clip as patch_open_clip
+    from fastclip.integrations.sentence_transformers import (
+        patch_sentence_transformers as patch_sentence_transformers,
+    )
     from fastclip.integrations.timm import patch_timm as patch_timm
     from fastclip.integrations.transformers import patch_transformers as patch_transformers
     from fastclip.losses.clip import ClipLoss as ClipLoss
@@ -37,6 +40,7 @@ _LAZY = {
     "functional": "fastclip",
     "load": "fastclip.models.build",
     "patch_open_clip": "fastclip.integrations.open_clip",
+    "patch_sentence_transformers": "fastclip.integrations.sentence_transformers",
     "patch_timm": "fastclip.integrations.timm",
     "patch_transformers": "fastclip.integrations.transformers",
 }
@@ -55,6 +59,7 @@ __all__ = [
     "functional",
     "load",
     "patch_open_clip",
+    "patch_sentence_transformers",
     "patch_timm",
     "patch_transformers",
 ]

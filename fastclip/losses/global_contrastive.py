@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from fastclip.functional import Exchange, global_contrastive_loss
+from fastclip.functional.global_contrastive import GAMMAS, RHO, check_options, check_variant
 from fastclip.ops.collectives import check_exchange
-from fastclip.ops.global_contrastive import GAMMAS, RHO, check_options, check_variant
 
 
 class GlobalContrastiveLoss(nn.Module):

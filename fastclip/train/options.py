@@ -8,9 +8,9 @@ from typing import Literal
 
 from fastclip.data.options import DataOptions
 from fastclip.flags import check_least, check_positive, flag, flag_name
+from fastclip.functional.global_contrastive import GAMMAS, RHO, check_options, check_variant
 from fastclip.models.options import SystemOptions
 from fastclip.ops.backend import IMPLEMENTATIONS
-from fastclip.ops.global_contrastive import GAMMAS, RHO, check_options, check_variant
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,12 @@ class TorchTiles:
             z_CS.copy_(S_CS)
         else:
             torch.add(S_CS, tile.offset, out=z_CS)
+        sign_CS = None
+        if tile.positive_ids and tile.row_id_C is not None and tile.column_id_S is not None:
+            same_CS = tile.row_id_C[:, None] == tile.column_id_S
+            sign_CS = torch.where(same_CS, -1.0, 1.0)
+            z_CS.mul_(sign_CS)
+            self._leave_out(z_CS, tile, -torch.inf)
         if out_CS is None:
             row_C = softplus(z_CS, out=z_CS).sum(dim=1)
             none = row_C.new_empty(0)
@@ -127,6 +133,8 @@ class TorchTiles:
         room_CS = out_CS if out_CS.dtype == self.dtype else self._like("g", S_CS)
         row_C = softplus(z_CS, out=room_CS).sum(dim=1)
         G_CS = torch.sigmoid(z_CS, out=z_CS).mul_((weight_C * tile.scale)[:, None])
+        if sign_CS is not None:
+            G_CS.mul_(sign_CS)
         sums = self._sums(tile, S_CS, G_CS, out_CS, True)
         return row_C, *sums
 
@@ -164,6 +172,8 @@ class TorchTiles:
     def _leave_out(self, S_CS: Tensor, tile: Tile, value: float) -> None:
         if tile.crosses_diagonal and tile.diagonal is not None:
             S_CS.diagonal(offset=tile.diagonal).fill_(value)
+        if tile.positive_ids:
+            return
         if tile.row_id_C is not None and tile.column_id_S is not None:
             S_CS.masked_fill_(tile.row_id_C[:, None] == tile.column_id_S[None, :], value)
 
