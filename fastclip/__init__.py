@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fastclip.losses.clip import ClipLoss as ClipLoss
     from fastclip.losses.clip import CoCaLoss as CoCaLoss
     from fastclip.losses.clip import DistillClipLoss as DistillClipLoss
+    from fastclip.losses.global_contrastive import GlobalContrastiveLoss as GlobalContrastiveLoss
     from fastclip.losses.info_nce import InfoNCELoss as InfoNCELoss
     from fastclip.losses.mp_nce import MPNCELoss as MPNCELoss
     from fastclip.losses.nt_xent import NTXentLoss as NTXentLoss
@@ -30,6 +31,7 @@ _LAZY = {
     "ClipLoss": "fastclip.losses.clip",
     "CoCaLoss": "fastclip.losses.clip",
     "DistillClipLoss": "fastclip.losses.clip",
+    "GlobalContrastiveLoss": "fastclip.losses.global_contrastive",
     "InfoNCELoss": "fastclip.losses.info_nce",
     "MPNCELoss": "fastclip.losses.mp_nce",
     "NTXentLoss": "fastclip.losses.nt_xent",
@@ -47,6 +49,7 @@ __all__ = [
     "ClipLoss",
     "CoCaLoss",
     "DistillClipLoss",
+    "GlobalContrastiveLoss",
     "InfoNCELoss",
     "MPNCELoss",
     "NTXentLoss",

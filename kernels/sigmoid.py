@@ -2,7 +2,9 @@
 
     row sums of softplus(S);   G_ij = weight_i sigmoid(S_ij), times the scale, rounded once
 
-over entries that are not left out; float32 sums of G * cos and G. X (R, D), Y (S, D). Partial
+over entries that are not left out; float32 sums of G * cos and G. Entries whose ids agree are left
+out or, on request, are positives, which have -S and -G: t = -S is formed first, as sigmoid(S) - 1
+would lose its digits. X (R, D), Y (S, D). Partial
 sums are (column tiles, R) and (tiles, 2): no atomics, bitwise reproducible.
 
 With f = exp(S), softplus(S) = log(1 + f) and sigmoid(S) = f / (1 + f): one exponential and one
@@ -40,10 +42,13 @@ from fastclip.kernels.tile import (
 
 NUMBERS = ["rows", "columns", "diagonal", "programs"]
 VECTORS = [
-    *("scale_ptr", "offset_ptr", "weight_ptr", "row_sum_ptr", "scalars_ptr", "beyond_ptr"),
+    *("scale_ptr", "offset_ptr", "weight_ptr", "row_id_ptr", "column_id_ptr", "row_sum_ptr"),
+    *("scalars_ptr", "beyond_ptr"),
 ]
 
 
+# what is done where ids agree
+NO_IDS, IDS_LEFT_OUT, IDS_POSITIVE = 0, 1, 2
 # entries whose product float32 can hold where each is 1 + 1, and beyond which f is not used
 PRODUCT = tl.constexpr(64)
 LARGEST = tl.constexpr(2.0**126)
@@ -116,11 +121,19 @@ def _reciprocal(x, EMULATE: tl.constexpr):
 
 
 @triton.jit
+def _where_equal(row_id, column_id, value, other):
+    # no branch around it as in `leave_out`: that would take registers, and spill
+    return tl.where(row_id[:, None] == column_id[None, :], value, other)
+
+
+@triton.jit
 def _parts(
     cos,
     scale,
     offset,
     weight_ptr,
+    row_id_ptr,
+    column_id_ptr,
     p_row_sum,
     g_ptr,
     p_scalars,
@@ -132,6 +145,7 @@ def _parts(
     first_s,
     ENTRIES: tl.constexpr,
     HAS_DIAGONAL: tl.constexpr,
+    IDS: tl.constexpr,
     GRADIENT: tl.constexpr,
     EMULATE: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -152,8 +166,14 @@ def _parts(
     parts = parts_of(cos, PARTS)
     for part in tl.static_range(PARTS):
         i_s = first_s + part * PART_S + tl.arange(0, PART_S)
+        logits = parts[part] * (scale * LOG2E) + offset * LOG2E
+        if IDS > 0:
+            row_id = tl.load(row_id_ptr + i_r, mask=i_r < rows, other=0)
+            column_id = tl.load(column_id_ptr + i_s, mask=i_s < columns, other=0)
+            equal = -logits if IDS == 2 else LEFT_OUT
+            logits = _where_equal(row_id, column_id, equal, logits)
         logits = leave_out(
-            parts[part] * (scale * LOG2E) + offset * LOG2E, g_ptr, g_ptr, rows, columns, diagonal,
+            logits, g_ptr, g_ptr, rows, columns, diagonal,
             i_r, i_s, first_r, first_s + part * PART_S, HAS_DIAGONAL, False, LEFT_OUT,
             BLOCK_R, PART_S,
         )  # fmt: skip
@@ -169,6 +189,8 @@ def _parts(
             row_sum += tl.sum(_log1p(product), 1)
             slope = f * _reciprocal(1.0 + f, EMULATE)
         if GRADIENT:
+            if IDS == 2:
+                slope = _where_equal(row_id, column_id, -slope, slope)
             o_g = tl.arange(0, BLOCK_R)[:, None] * stride_g + tl.arange(0, PART_S)[None, :]
             p_g = g_ptr + first_r.to(tl.int64) * stride_g + first_s + part * PART_S + o_g
             tl.store(p_g, rounded(slope * (weight * scale)[:, None], p_g, EMULATE))
@@ -189,6 +211,8 @@ def sigmoid_kernel(
     scale_ptr,
     offset_ptr,
     weight_ptr,
+    row_id_ptr,
+    column_id_ptr,
     row_sum_ptr,
     g_ptr,
     scalars_ptr,
@@ -202,6 +226,7 @@ def sigmoid_kernel(
     diagonal,
     HAS_DIAGONAL: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
+    IDS: tl.constexpr,
     GRADIENT: tl.constexpr,
     TMA: tl.constexpr,
     EVEN_D: tl.constexpr,
@@ -226,9 +251,9 @@ def sigmoid_kernel(
         BLOCK_R, BLOCK_S, BLOCK_D, TMA, EVEN_D, PRECISION, EMULATE,
     )  # fmt: skip
     beyond = _parts(
-        cos, scale, offset, weight_ptr, p_row_sum, g_ptr, p_scalars, stride_g, rows, columns,
-        diagonal, first_r, first_s, False, HAS_DIAGONAL, GRADIENT, EMULATE,
-        BLOCK_R, BLOCK_S, PARTS,
+        cos, scale, offset, weight_ptr, row_id_ptr, column_id_ptr, p_row_sum, g_ptr, p_scalars,
+        stride_g, rows, columns, diagonal, first_r, first_s, False, HAS_DIAGONAL, IDS, GRADIENT,
+        EMULATE, BLOCK_R, BLOCK_S, PARTS,
     )  # fmt: skip
     tl.store(beyond_ptr + tl.program_id(0), tl.max(beyond, 0))
 
@@ -240,6 +265,8 @@ def sigmoid_entries_kernel(
     scale_ptr,
     offset_ptr,
     weight_ptr,
+    row_id_ptr,
+    column_id_ptr,
     row_sum_ptr,
     g_ptr,
     scalars_ptr,
@@ -254,6 +281,7 @@ def sigmoid_entries_kernel(
     programs,
     HAS_DIAGONAL: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
+    IDS: tl.constexpr,
     GRADIENT: tl.constexpr,
     TMA: tl.constexpr,
     EVEN_D: tl.constexpr,
@@ -279,9 +307,11 @@ def sigmoid_entries_kernel(
                 BLOCK_R, BLOCK_S, BLOCK_D, TMA, EVEN_D, PRECISION, EMULATE,
             )  # fmt: skip
             _parts(
-                cos, scale, offset, weight_ptr, row_sum_ptr + tile_s.to(tl.int64) * rows, g_ptr,
+                cos, scale, offset, weight_ptr, row_id_ptr, column_id_ptr,
+                row_sum_ptr + tile_s.to(tl.int64) * rows, g_ptr,
                 scalars_ptr + 2 * index, stride_g, rows, columns, diagonal,
-                first_r, first_s, True, HAS_DIAGONAL, GRADIENT, EMULATE, BLOCK_R, BLOCK_S, PARTS,
+                first_r, first_s, True, HAS_DIAGONAL, IDS, GRADIENT, EMULATE,
+                BLOCK_R, BLOCK_S, PARTS,
             )  # fmt: skip
 
 
@@ -291,13 +321,16 @@ def sigmoid(
     scale: Tensor,
     offset: Tensor | None,
     diagonal: int | None,
+    ids: tuple[Tensor, Tensor] | None,
+    positive_ids: bool,
     weight: Tensor,
     out: Tensor | None,
     tiling: Tiling,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Row sums (R,); scale * G into `out` (R, S); the sums of G * cos and G, 0-d, if `out`.
 
-    `out` lies in a buffer of `similarity.room_for`.
+    Entries whose `ids`, of rows and columns, agree are left out or positives. `out` lies in a
+    buffer of `similarity.room_for`.
     """
     r, s = x.shape[0], y.shape[0]
     tiles_r, tiles_s = triton.cdiv(r, tiling.rows), triton.cdiv(s, tiling.columns)
@@ -311,6 +344,7 @@ def sigmoid(
         scale,
         scale if offset is None else offset,
         weight,
+        *((scale, scale) if ids is None else ids),
         row_sum,
         row_sum if out is None else out,
         scalars,
@@ -326,6 +360,7 @@ def sigmoid(
     options = {
         "HAS_DIAGONAL": diagonal is not None,
         "HAS_OFFSET": offset is not None,
+        "IDS": NO_IDS if ids is None else IDS_POSITIVE if positive_ids else IDS_LEFT_OUT,
         "GRADIENT": out is not None,
         **product_options(x_in, tiling),
     }

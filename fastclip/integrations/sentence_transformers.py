@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastclip.functional.ranking import Choice, mean_of_own_rows
 from fastclip.integrations.patch import MARK, PatchHandle
-from fastclip.ops.ranking import Choice, mean_of_own_rows
 
 OLDEST = "5.3"
 """The first version with `directions` and `hardness_mode`."""
