@@ -14,7 +14,9 @@ is the same on all.
 """
 
 from fastclip.functional.blocks import mp_nce_loss, nt_xent_loss, sup_con_loss
+from fastclip.functional.global_contrastive import global_contrastive_loss
 from fastclip.functional.pairs import clip_loss, info_nce_loss, siglip_loss
+from fastclip.functional.ranking import ranking_loss
 from fastclip.functional.statistics import similarity_statistics
 from fastclip.ops.attention import attention, packed_attention
 from fastclip.ops.collectives import Exchange
@@ -24,10 +26,12 @@ __all__ = [
     "Exchange",
     "attention",
     "clip_loss",
+    "global_contrastive_loss",
     "info_nce_loss",
     "mp_nce_loss",
     "nt_xent_loss",
     "packed_attention",
+    "ranking_loss",
     "siglip_loss",
     "similarity_statistics",
     "sup_con_loss",

@@ -21,7 +21,15 @@ from torch import Tensor
 
 from fastclip.ops.columns import Part, exchange_dtype
 from fastclip.ops.gemm import add_product, product
-from fastclip.ops.kept import Kept, Rooms, anchor_of, factors, room_to_keep, sums_in_range
+from fastclip.ops.kept import (
+    Kept,
+    Rooms,
+    anchor_of,
+    factors,
+    keeps_products,
+    room_to_keep,
+    sums_in_range,
+)
 from fastclip.ops.numerics import finite, softplus
 from fastclip.ops.problem import Problem
 from fastclip.ops.schedule import Chunk, Visit, visit
@@ -77,7 +85,7 @@ def statistics(
     tiles, x_ND = problem.tiles, problem.x_ND
     kept = room_to_keep(problem)
     anchor = anchor_of(problem) if kept.entries.numel() and not kept.by_tile else None
-    rooms = kept.rooms()
+    rooms = kept.rooms(problem.options)
     x_op_ND = tiles.operand(x_ND)
     rows = SoftmaxStats.empty(len(x_ND), x_ND, tiles.dtype)
     columns = rows
@@ -94,6 +102,8 @@ def statistics(
             continue
         for chunk in visit(problem, part, *operands):
             E_CQ = rooms.next(chunk, len(y_op_PD)) if kept.by_tile else None
+            if E_CQ is not None and keeps_products(problem.options):
+                chunk, E_CQ = _with_products(chunk, E_CQ), None
             for tile, _, seen, in_G, _, twice in chunk.visits:
                 of_columns = None if seen is None or twice else columns.part(seen)
                 running = rows.part(chunk.rows), of_columns
@@ -168,7 +178,7 @@ def gradient(
     if problem.is_biased:
         sizes = len(x_ND), problem.columns.layout.columns()
         biases = tuple(x_ND.new_zeros(size, dtype=tiles.dtype) for size in sizes)
-    rooms, given = kept.rooms(), factors(problem, kept, rows, columns)
+    rooms, given = kept.rooms(problem.options), factors(problem, kept, rows, columns)
     usable = kept.anchors.isfinite().tolist() if given is not None else []
     for index, part in enumerate(problem.columns.parts(problem.y_MD, collected)):
         on_part(part)
@@ -179,7 +189,9 @@ def gradient(
             totals = None
             if given is not None or kept.by_tile:
                 E_CQ = rooms.next(chunk, len(y_op_PD))
-                if given is None:
+                if keeps_products(problem.options):
+                    chunk = _with_products(chunk, E_CQ)
+                elif given is None:
                     totals = _weigh_by_tile(problem, chunk, E_CQ, rows, columns, G_CQ)
                 elif usable[index]:
                     totals = _weigh(problem, chunk, E_CQ, *given, G_CQ, biases)
@@ -216,6 +228,15 @@ def _add_bias_sums(problem: Problem, chunk: Chunk, seen: Visit, biases: tuple[Te
         biases[0][chunk.rows] += by_row
     if by_column is not None:
         biases[1][seen.place] += by_column
+
+
+def _with_products(chunk: Chunk, room_CQ: Tensor) -> Chunk:
+    """A chunk whose tiles have their products in this room."""
+    visits = [
+        seen._replace(tile=seen.tile._replace(products_CS=room_CQ[:, seen.in_G]))
+        for seen in chunk.visits
+    ]
+    return chunk._replace(visits=visits)
 
 
 def _weigh(

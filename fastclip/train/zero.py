@@ -162,7 +162,7 @@ class DeepSpeedEngine(Engine):
             "skipped": self.skipped,
             "frozen": [n for n, p in self.model.named_parameters() if not p.requires_grad],
         }
-        training = {**training, "zero": own, **self._averaged_state()}
+        training = {**training, "zero": own, **self._state_beside()}
         zero_checkpoint.write(path, training, self.world, write_shares)
 
     def load(self, path: Path, content: dict[str, Any]) -> None:
@@ -216,7 +216,7 @@ class DeepSpeedEngine(Engine):
             count = torch.as_tensor(state["step"], dtype=torch.float32, device=parameter.device)
             state["step"] = count.clone()
         self.skipped = saved["skipped"]
-        self._load_average(content)
+        self._load_beside(content)
 
     @contextlib.contextmanager
     def _suiting(self, path: Path, ranks: int) -> Iterator[tuple[Path, bool]]:

@@ -12,6 +12,7 @@ The operators visit S in tiles of C rows by S columns and need of each tile:
     statistics_and_exponentials,
     gradient_of_exponentials
                  the same where the device decides for each of its tiles which of them serve
+    products_CS  of a tile: where products are kept, and not exponentials
 and of a gradient
 
     finish       its terms of positives, added, and the cast to the features' dtype
@@ -40,6 +41,9 @@ class Tile(NamedTuple):
     The entry (c, c + diagonal) is no negative, nor are entries whose row and column ids agree. With
     `positive_ids`, which the sigmoid loss alone has, those that agree are positives. A column bias
     is added in the rows' softmaxes, a row bias in the columns'; `BiasingTiles` alone know these.
+
+    products_CS: room of an implementation that keeps products: `statistics` leaves x @ y.T there,
+    in the accumulator's dtype, and `gradient` takes it from there and leaves it as it is.
     """
 
     x_CD: Tensor
@@ -52,6 +56,7 @@ class Tile(NamedTuple):
     positive_ids: bool = False
     row_bias_C: Tensor | None = None
     column_bias_S: Tensor | None = None
+    products_CS: Tensor | None = None
 
     @property
     def crosses_diagonal(self) -> bool:
