@@ -24,6 +24,7 @@ from fastclip.kernels.launch import (
     operands,
     persistent_programs,
     product_options,
+    programs_of,
 )
 from fastclip.kernels.tile import (
     LEFT_OUT,
@@ -36,6 +37,7 @@ from fastclip.kernels.tile import (
     parts_of,
     rounded,
     tile_indices,
+    visits,
 )
 
 NUMBERS = ["rows", "columns", "diagonal", "programs"]
@@ -203,6 +205,7 @@ def sigmoid_kernel(
     HAS_DIAGONAL: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
     GRADIENT: tl.constexpr,
+    FLATTEN: tl.constexpr,
     TMA: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -213,24 +216,29 @@ def sigmoid_kernel(
     GROUP: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    tile_r, tile_s = tile_indices(tl.program_id(0), rows, columns, BLOCK_R, BLOCK_S, GROUP)
-    first_r, first_s = tile_r * BLOCK_R, tile_s * BLOCK_S
-    scale = tl.load(scale_ptr)
-    offset = 0.0
-    if HAS_OFFSET:
-        offset = tl.load(offset_ptr)
-    p_row_sum = row_sum_ptr + tile_s.to(tl.int64) * rows
-    p_scalars = scalars_ptr + 2 * tl.program_id(0)
-    cos = cosines(
-        x_ptr, y_ptr, stride_x, stride_y, rows, columns, width, first_r, first_s,
-        BLOCK_R, BLOCK_S, BLOCK_D, TMA, EVEN_D, PRECISION, EMULATE,
-    )  # fmt: skip
-    beyond = _parts(
-        cos, scale, offset, weight_ptr, p_row_sum, g_ptr, p_scalars, stride_g, rows, columns,
-        diagonal, first_r, first_s, False, HAS_DIAGONAL, GRADIENT, EMULATE,
-        BLOCK_R, BLOCK_S, PARTS,
-    )  # fmt: skip
-    tl.store(beyond_ptr + tl.program_id(0), tl.max(beyond, 0))
+    # one visit, unless a few programs walk over all tiles: the compiler then fuses this loop with
+    # the product's, and the next tile's loads begin before a tile's epilogue
+    count = visits(rows, columns, BLOCK_R, BLOCK_S, FLATTEN)
+    for visit in tl.range(0, count, flatten=FLATTEN):
+        index = tl.program_id(0) + visit * tl.num_programs(0)
+        tile_r, tile_s = tile_indices(index, rows, columns, BLOCK_R, BLOCK_S, GROUP)
+        first_r, first_s = tile_r * BLOCK_R, tile_s * BLOCK_S
+        scale = tl.load(scale_ptr)
+        offset = 0.0
+        if HAS_OFFSET:
+            offset = tl.load(offset_ptr)
+        p_row_sum = row_sum_ptr + tile_s.to(tl.int64) * rows
+        p_scalars = scalars_ptr + 2 * index
+        cos = cosines(
+            x_ptr, y_ptr, stride_x, stride_y, rows, columns, width, first_r, first_s,
+            BLOCK_R, BLOCK_S, BLOCK_D, TMA, EVEN_D, PRECISION, EMULATE,
+        )  # fmt: skip
+        beyond = _parts(
+            cos, scale, offset, weight_ptr, p_row_sum, g_ptr, p_scalars, stride_g, rows, columns,
+            diagonal, first_r, first_s, False, HAS_DIAGONAL, GRADIENT, EMULATE,
+            BLOCK_R, BLOCK_S, PARTS,
+        )  # fmt: skip
+        tl.store(beyond_ptr + index, tl.max(beyond, 0))
 
 
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=VECTORS)
@@ -329,7 +337,8 @@ def sigmoid(
         "GRADIENT": out is not None,
         **product_options(x_in, tiling),
     }
-    launch(sigmoid_kernel, tiles_r * tiles_s, *arguments, **options)
+    programs, walk = programs_of(tiling, x.device, tiles_r * tiles_s)
+    launch(sigmoid_kernel, programs, *arguments, FLATTEN=walk, **options)
     programs = persistent_programs(x.device, tiles_r * tiles_s)
     # one kernel for what the usual way has several for: fewer to compile
     options |= {"HAS_DIAGONAL": True, "EVEN_D": options["TMA"]}
