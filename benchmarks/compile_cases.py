@@ -13,6 +13,8 @@ from fastclip.kernels import (
     attention,
     attention_gradient,
     attention_plans,
+    dense,
+    dense_gradient,
     finish,
     flagged,
     flags,
@@ -32,12 +34,14 @@ OPERANDS = {"16bit": ("bfloat16", "ieee"), "tf32": ("float32", "tf32"), "ieee": 
 # kernels whose every tile is timed
 EPILOGUES = (lean.lean_statistics_kernel, lean.lean_gradient_kernel, sigmoid.sigmoid_kernel)
 MERGED = {"BLOCK_T": merge.MERGED_TILES, "BLOCK_L": merge.MERGED_LINES}
+# of kernels that form no product
+SMALL = Tiling(finish.ROWS, 0, finish.WIDTH, 4, 3)
 # with float32 operands, whose tiles are far from any limit
 FLOAT32_VARIANTS = ("ids", "gradient")
 
 
 # these cost an inside tile what `ids` and `kept_ids` do, but registers: once, on Hopper, is enough
-LIKE_IDS = ("kept", "maxima", "offset")
+LIKE_IDS = ("kept", "maxima", "offset", "out")
 # sequence lengths of towers, whether causal, and where limits are kept of the forward and the
 # gradient: of what has most registers in each kernel
 TOWERS = {
@@ -72,7 +76,7 @@ class Variant(NamedTuple):
     entry: str
     kernel: Any
     name: str
-    constants: dict[str, bool]
+    constants: dict[str, Any]
 
     def tiling(self, table: str, precision: str) -> Tiling:
         """As the launchers make it of the table."""
@@ -134,16 +138,19 @@ def variants() -> Iterator[Variant]:
     }
     for name, flags_ in weighed.items():
         yield Variant("gradient", weigh.weigh_kernel, name, {**plain, "TOTAL": False, **flags_})
-    sigmoids: dict[str, dict[str, bool]] = {
+    sigmoids: dict[str, dict[str, Any]] = {
         "loss": {"GRADIENT": False},
         "gradient": {},
         "odd": {"EVEN_D": False},
+        "out": {"IDS": sigmoid.IDS_LEFT_OUT, "HAS_IDS": True},
+        "positive": {"IDS": sigmoid.IDS_POSITIVE, "HAS_IDS": True},
     }
+    asked = {**plain, "HAS_OFFSET": True, "GRADIENT": True, "IDS": sigmoid.NO_IDS}
     for name, flags_ in sigmoids.items():
-        options = {**plain, "HAS_OFFSET": True, "GRADIENT": True, **flags_}
-        yield Variant("sigmoid", sigmoid.sigmoid_kernel, name, options)
+        yield Variant("sigmoid", sigmoid.sigmoid_kernel, name, {**asked, **flags_})
     options = {**plain, **all_at_once, "GRADIENT": True, "SCALARS": True}
-    yield Variant("sigmoid", sigmoid.sigmoid_entries_kernel, "ids", options)
+    of_entries = {**options, "IDS": sigmoid.IDS_POSITIVE}
+    yield Variant("sigmoid", sigmoid.sigmoid_entries_kernel, "ids", of_entries)
     yield Variant("own_statistics", flagged.flagged_statistics_kernel, "ids", options)
     yield Variant("own_gradient", flagged.flagged_gradient_kernel, "ids", options)
     options = {**plain, "COLUMNS": False, "KEEP": True}
@@ -154,7 +161,8 @@ def variants() -> Iterator[Variant]:
 
 def cases(architecture: int, everything: bool = False) -> Iterator[Case]:
     """What is compiled for an architecture: the shipped ones, or `everything`."""
-    found = [*_of_tiles(architecture), *_walking(architecture), *_rest(architecture)]
+    found = [*_of_tiles(architecture), *_walking(architecture)]
+    found += [*_rest(architecture), *_dense(architecture)]
     if architecture != 86:
         found += _attention(architecture)
     if architecture == 90:
@@ -192,6 +200,8 @@ def _keeps_limits(variant: Variant, precision: str, architecture: int) -> bool:
 
 def _constants(variant: Variant, tiling: Tiling, product: str, slots: int) -> dict[str, Any]:
     sides = {k: v for k, v in tiling.options().items() if k.isupper()}
+    if variant.kernel is sigmoid.sigmoid_entries_kernel:
+        sides["PARTS"] = sigmoid.ENTRIES_PARTS
     return {
         **variant.constants,
         **sides,
@@ -218,7 +228,6 @@ def _walking(architecture: int) -> Iterator[Case]:
 
 
 def _rest(architecture: int) -> Iterator[Case]:
-    small = Tiling(finish.ROWS, 0, finish.WIDTH, 4, 3)
     rest: list[tuple[Any, dict[str, Any]]] = [
         (finish.finish_kernel, {"HAS_TERM": True, "BLOCK_R": 16, "BLOCK_D": 128}),
         (finish.row_dot_kernel, {"BLOCK_R": 16, "BLOCK_D": 128}),
@@ -229,7 +238,49 @@ def _rest(architecture: int) -> Iterator[Case]:
         (flagged.merge_flagged_kernel, {"HAS_OFFSET": True, **MERGED}),
     ]
     for kernel, constants in rest:
-        yield Case(kernel, "16bit", architecture, small, constants, shipped=architecture == 90)
+        yield Case(kernel, "16bit", architecture, SMALL, constants, shipped=architecture == 90)
+
+
+def _dense(architecture: int) -> Iterator[Case]:
+    """Kernels around a whole S, of which a loss asks either the least or the most."""
+    blocks: dict[str, Any] = {"BLOCK": dense.TERMS, "BLOCK_K": dense.BESIDE}
+    plain: dict[str, Any] = {"KIND": 0, "COLUMNS": False, "SYMMETRIC": False}
+    plain |= {
+        "HAS_IDS": False,
+        "HAS_INDEX": False,
+        "SMOOTHED": False,
+        "HITS": False,
+        "HAS_DIVISOR": False,
+        "SCALARS": True,
+    }
+    plain |= {"SCALE_SIDE": 0, "OFFSET_SIDE": -1, "WEIGHT_SIDE": -1}
+    tables: dict[str, Any] = {"COLUMNS": True, "SYMMETRIC": True, "HITS": True}
+    tables |= {"SCALE_SIDE": 2, "OFFSET_SIDE": 2, "WEIGHT_SIDE": 2}
+    asked: dict[str, dict[str, Any]] = {
+        "clip": {"COLUMNS": True},
+        "smoothed": {"COLUMNS": True, "HAS_IDS": True, "SMOOTHED": True},
+        "sigmoid": {"KIND": 1, "SCALE_SIDE": -1, "OFFSET_SIDE": 0},
+        "index": {"HAS_INDEX": True},
+        "labels": {"KIND": 2, "SYMMETRIC": True, "HAS_IDS": True, "HAS_DIVISOR": True},
+        "tables": tables,
+    }
+    for name, flags_ in asked.items():
+        constants = {**plain, **blocks, **flags_}
+        lines, tiles = {"BLOCK_L": dense.LINES}, {"BLOCK_R": dense_gradient.TILE_ROWS}
+        tiles["BLOCK_S"] = dense_gradient.TILE_COLUMNS
+        of_rows = {"BLOCK_L": dense_gradient.ROWS, "BLOCK_D": dense_gradient.WIDTH}
+        for kernel, sides in (
+            (dense.lines_kernel, lines),
+            (dense_gradient.gradient_kernel, tiles),
+            (dense_gradient.finish_kernel, of_rows),
+            (dense_gradient.scalars_kernel, {}),
+            (dense.total_kernel, {}),
+        ):
+            limited = dense.REGISTERS if kernel is dense.lines_kernel else None
+            tiling = replace(SMALL, registers=limited)
+            # no matrix unit, and far from any limit but for what has most
+            shipped = name == "tables" and architecture == 90
+            yield Case(kernel, name, architecture, tiling, {**constants, **sides}, shipped=shipped)
 
 
 def _ones() -> Iterator[Case]:

@@ -29,6 +29,7 @@ from fastclip.kernels import attention, attention_gradient, lean, weigh
 # bytes of shared memory that one program may use
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 INTEGERS = ("length_ptr", "flag_ptr", "raised_ptr", "beyond_ptr")
+NUMBERS = ("scale", "offset", "weight", "smoothing", "factor", "share")
 POINTER = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 ATTENTION = (
     attention.forward_kernel,
@@ -84,8 +85,12 @@ def compiled(case: Case) -> Report:
             signature[name] = "constexpr"
         elif name.endswith("_id_ptr") or name in INTEGERS:
             signature[name] = "*i32"
-        elif name == "scale":
-            signature[name] = "fp32"
+        elif name in NUMBERS:
+            # a number, unless it is a tensor of one or by pair of domains
+            in_memory = constants.get(f"{name.upper()}_SIDE", -1) >= 0
+            signature[name] = "*fp32" if in_memory else "fp32"
+        elif name == "index_ptr":
+            signature[name] = "*i64"
         elif constants.get("TMA") and name in ("x_ptr", "y_ptr"):
             lines = tiling.rows if name == "x_ptr" else tiling.columns
             element = POINTER[typed[name]][1:]

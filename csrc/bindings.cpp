@@ -167,6 +167,14 @@ cuda::Matrix matrix(const Place& place) {
     return {at<void>(data), stride, static_cast<cuda::Type>(type)};
 }
 
+// (pieces, lines, maxima and sums of the pieces, running ones).
+using Pieces = std::tuple<int64_t, int64_t, Address, Address, Address, Address>;
+
+cuda::Partials partials(const Pieces& lines) {
+    const auto [pieces, count, part_max, part_sum, max, sum] = lines;
+    return {pieces, count, {at(part_max), at(part_sum)}, {at(max), at(sum)}};
+}
+
 cuda::Tile make_cuda_tile(Address data, int64_t rows, int64_t columns, int64_t stride,
                           Address scale, Address offset, py::object diagonal, Address row_id,
                           Address column_id, int id_bytes) {
@@ -192,17 +200,23 @@ void add_cuda(py::module_ module) {
     module.def(
         "statistics",
         [](const Tile& tile, Address row_max, Address row_sum, Address column_max,
-           Address column_sum, Address row_dot, Address stream) {
+           Address column_sum, bool maxima, Address stream) {
             cuda::statistics(tile, {at(row_max), at(row_sum)}, {at(column_max), at(column_sum)},
-                             at(row_dot), at<void>(stream));
+                             maxima, at<void>(stream));
+        },
+        unlocked);
+    module.def(
+        "begin_rows",
+        [](const Tile& tile, Address row_max, Address row_sum, Address row_dot, Address stream) {
+            cuda::begin_rows(tile, {at(row_max), at(row_sum)}, at(row_dot), at<void>(stream));
         },
         unlocked);
     module.def(
         "merge",
-        [](int64_t pieces, int64_t lines, Address part_max, Address part_sum, Address part_dot,
-           Address offset, Address max, Address sum, Address dot, Address stream) {
-            cuda::merge(pieces, lines, {at(part_max), at(part_sum)}, at(part_dot), at(offset),
-                        {at(max), at(sum)}, at(dot), at<void>(stream));
+        [](Pieces rows, Pieces columns, Address part_dot, Address offset, Address dot,
+           Address stream) {
+            cuda::merge(partials(rows), partials(columns), at(part_dot), at(offset), at(dot),
+                        at<void>(stream));
         },
         unlocked);
     module.def(

@@ -11,11 +11,15 @@ from fastclip._version import __version__
 if TYPE_CHECKING:
     from fastclip import functional as functional
     from fastclip.integrations.open_clip import patch_open_clip as patch_open_clip
+    from fastclip.integrations.sentence_transformers import (
+        patch_sentence_transformers as patch_sentence_transformers,
+    )
     from fastclip.integrations.timm import patch_timm as patch_timm
     from fastclip.integrations.transformers import patch_transformers as patch_transformers
     from fastclip.losses.clip import ClipLoss as ClipLoss
     from fastclip.losses.clip import CoCaLoss as CoCaLoss
     from fastclip.losses.clip import DistillClipLoss as DistillClipLoss
+    from fastclip.losses.global_contrastive import GlobalContrastiveLoss as GlobalContrastiveLoss
     from fastclip.losses.info_nce import InfoNCELoss as InfoNCELoss
     from fastclip.losses.mp_nce import MPNCELoss as MPNCELoss
     from fastclip.losses.nt_xent import NTXentLoss as NTXentLoss
@@ -27,6 +31,7 @@ _LAZY = {
     "ClipLoss": "fastclip.losses.clip",
     "CoCaLoss": "fastclip.losses.clip",
     "DistillClipLoss": "fastclip.losses.clip",
+    "GlobalContrastiveLoss": "fastclip.losses.global_contrastive",
     "InfoNCELoss": "fastclip.losses.info_nce",
     "MPNCELoss": "fastclip.losses.mp_nce",
     "NTXentLoss": "fastclip.losses.nt_xent",
@@ -35,6 +40,7 @@ _LAZY = {
     "functional": "fastclip",
     "load": "fastclip.models.build",
     "patch_open_clip": "fastclip.integrations.open_clip",
+    "patch_sentence_transformers": "fastclip.integrations.sentence_transformers",
     "patch_timm": "fastclip.integrations.timm",
     "patch_transformers": "fastclip.integrations.transformers",
 }
@@ -43,6 +49,7 @@ __all__ = [
     "ClipLoss",
     "CoCaLoss",
     "DistillClipLoss",
+    "GlobalContrastiveLoss",
     "InfoNCELoss",
     "MPNCELoss",
     "NTXentLoss",
@@ -52,6 +59,7 @@ __all__ = [
     "functional",
     "load",
     "patch_open_clip",
+    "patch_sentence_transformers",
     "patch_timm",
     "patch_transformers",
 ]

@@ -2,7 +2,9 @@
 
     row sums of softplus(S);   G_ij = weight_i sigmoid(S_ij), times the scale, rounded once
 
-over entries that are not left out; float32 sums of G * cos and G. X (R, D), Y (S, D). Partial
+over entries that are not left out; float32 sums of G * cos and G. Entries whose ids agree are left
+out or, on request, are positives, which have -S and -G: t = -S is formed first, as sigmoid(S) - 1
+would lose its digits. X (R, D), Y (S, D). Partial
 sums are (column tiles, R) and (tiles, 2): no atomics, bitwise reproducible.
 
 With f = exp(S), softplus(S) = log(1 + f) and sigmoid(S) = f / (1 + f): one exponential and one
@@ -42,13 +44,18 @@ from fastclip.kernels.tile import (
 
 NUMBERS = ["rows", "columns", "diagonal", "programs"]
 VECTORS = [
-    *("scale_ptr", "offset_ptr", "weight_ptr", "row_sum_ptr", "scalars_ptr", "beyond_ptr"),
+    *("scale_ptr", "offset_ptr", "weight_ptr", "row_id_ptr", "column_id_ptr", "row_sum_ptr"),
+    *("scalars_ptr", "beyond_ptr"),
 ]
 
 
+# what is done where ids agree
+NO_IDS, IDS_LEFT_OUT, IDS_POSITIVE = 0, 1, 2
 # entries whose product float32 can hold where each is 1 + 1, and beyond which f is not used
 PRODUCT = tl.constexpr(64)
 LARGEST = tl.constexpr(2.0**126)
+# of a tile that goes entry by entry
+ENTRIES_PARTS = 4
 
 
 @triton.jit
@@ -118,11 +125,19 @@ def _reciprocal(x, EMULATE: tl.constexpr):
 
 
 @triton.jit
+def _where_equal(row_id, column_id, value, other):
+    # no branch around it as in `leave_out`: that would take registers, and spill
+    return tl.where(row_id[:, None] == column_id[None, :], value, other)
+
+
+@triton.jit
 def _parts(
     cos,
     scale,
     offset,
     weight_ptr,
+    row_id_ptr,
+    column_id_ptr,
     p_row_sum,
     g_ptr,
     p_scalars,
@@ -134,6 +149,7 @@ def _parts(
     first_s,
     ENTRIES: tl.constexpr,
     HAS_DIAGONAL: tl.constexpr,
+    IDS: tl.constexpr,
     GRADIENT: tl.constexpr,
     EMULATE: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -154,8 +170,14 @@ def _parts(
     parts = parts_of(cos, PARTS)
     for part in tl.static_range(PARTS):
         i_s = first_s + part * PART_S + tl.arange(0, PART_S)
+        logits = parts[part] * (scale * LOG2E) + offset * LOG2E
+        if IDS > 0:
+            row_id = tl.load(row_id_ptr + i_r, mask=i_r < rows, other=0)
+            column_id = tl.load(column_id_ptr + i_s, mask=i_s < columns, other=0)
+            equal = -logits if IDS == 2 else LEFT_OUT
+            logits = _where_equal(row_id, column_id, equal, logits)
         logits = leave_out(
-            parts[part] * (scale * LOG2E) + offset * LOG2E, g_ptr, g_ptr, rows, columns, diagonal,
+            logits, g_ptr, g_ptr, rows, columns, diagonal,
             i_r, i_s, first_r, first_s + part * PART_S, HAS_DIAGONAL, False, LEFT_OUT,
             BLOCK_R, PART_S,
         )  # fmt: skip
@@ -171,6 +193,8 @@ def _parts(
             row_sum += tl.sum(_log1p(product), 1)
             slope = f * _reciprocal(1.0 + f, EMULATE)
         if GRADIENT:
+            if IDS == 2:
+                slope = _where_equal(row_id, column_id, -slope, slope)
             o_g = tl.arange(0, BLOCK_R)[:, None] * stride_g + tl.arange(0, PART_S)[None, :]
             p_g = g_ptr + first_r.to(tl.int64) * stride_g + first_s + part * PART_S + o_g
             tl.store(p_g, rounded(slope * (weight * scale)[:, None], p_g, EMULATE))
@@ -191,6 +215,8 @@ def sigmoid_kernel(
     scale_ptr,
     offset_ptr,
     weight_ptr,
+    row_id_ptr,
+    column_id_ptr,
     row_sum_ptr,
     g_ptr,
     scalars_ptr,
@@ -204,6 +230,7 @@ def sigmoid_kernel(
     diagonal,
     HAS_DIAGONAL: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
+    IDS: tl.constexpr,
     GRADIENT: tl.constexpr,
     FLATTEN: tl.constexpr,
     TMA: tl.constexpr,
@@ -234,9 +261,9 @@ def sigmoid_kernel(
             BLOCK_R, BLOCK_S, BLOCK_D, TMA, EVEN_D, PRECISION, EMULATE,
         )  # fmt: skip
         beyond = _parts(
-            cos, scale, offset, weight_ptr, p_row_sum, g_ptr, p_scalars, stride_g, rows, columns,
-            diagonal, first_r, first_s, False, HAS_DIAGONAL, GRADIENT, EMULATE,
-            BLOCK_R, BLOCK_S, PARTS,
+            cos, scale, offset, weight_ptr, row_id_ptr, column_id_ptr, p_row_sum, g_ptr, p_scalars,
+            stride_g, rows, columns, diagonal, first_r, first_s, False, HAS_DIAGONAL, IDS, GRADIENT,
+            EMULATE, BLOCK_R, BLOCK_S, PARTS,
         )  # fmt: skip
         tl.store(beyond_ptr + index, tl.max(beyond, 0))
 
@@ -248,6 +275,8 @@ def sigmoid_entries_kernel(
     scale_ptr,
     offset_ptr,
     weight_ptr,
+    row_id_ptr,
+    column_id_ptr,
     row_sum_ptr,
     g_ptr,
     scalars_ptr,
@@ -262,6 +291,7 @@ def sigmoid_entries_kernel(
     programs,
     HAS_DIAGONAL: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
+    IDS: tl.constexpr,
     GRADIENT: tl.constexpr,
     TMA: tl.constexpr,
     EVEN_D: tl.constexpr,
@@ -287,9 +317,11 @@ def sigmoid_entries_kernel(
                 BLOCK_R, BLOCK_S, BLOCK_D, TMA, EVEN_D, PRECISION, EMULATE,
             )  # fmt: skip
             _parts(
-                cos, scale, offset, weight_ptr, row_sum_ptr + tile_s.to(tl.int64) * rows, g_ptr,
+                cos, scale, offset, weight_ptr, row_id_ptr, column_id_ptr,
+                row_sum_ptr + tile_s.to(tl.int64) * rows, g_ptr,
                 scalars_ptr + 2 * index, stride_g, rows, columns, diagonal,
-                first_r, first_s, True, HAS_DIAGONAL, GRADIENT, EMULATE, BLOCK_R, BLOCK_S, PARTS,
+                first_r, first_s, True, HAS_DIAGONAL, IDS, GRADIENT, EMULATE,
+                BLOCK_R, BLOCK_S, PARTS,
             )  # fmt: skip
 
 
@@ -299,13 +331,16 @@ def sigmoid(
     scale: Tensor,
     offset: Tensor | None,
     diagonal: int | None,
+    ids: tuple[Tensor, Tensor] | None,
+    positive_ids: bool,
     weight: Tensor,
     out: Tensor | None,
     tiling: Tiling,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Row sums (R,); scale * G into `out` (R, S); the sums of G * cos and G, 0-d, if `out`.
 
-    `out` lies in a buffer of `similarity.room_for`.
+    Entries whose `ids`, of rows and columns, agree are left out or positives. `out` lies in a
+    buffer of `similarity.room_for`.
     """
     r, s = x.shape[0], y.shape[0]
     tiles_r, tiles_s = triton.cdiv(r, tiling.rows), triton.cdiv(s, tiling.columns)
@@ -319,6 +354,7 @@ def sigmoid(
         scale,
         scale if offset is None else offset,
         weight,
+        *((scale, scale) if ids is None else ids),
         row_sum,
         row_sum if out is None else out,
         scalars,
@@ -334,14 +370,16 @@ def sigmoid(
     options = {
         "HAS_DIAGONAL": diagonal is not None,
         "HAS_OFFSET": offset is not None,
+        "IDS": NO_IDS if ids is None else IDS_POSITIVE if positive_ids else IDS_LEFT_OUT,
         "GRADIENT": out is not None,
         **product_options(x_in, tiling),
     }
     programs, walk = programs_of(tiling, x.device, tiles_r * tiles_s)
     launch(sigmoid_kernel, programs, *arguments, FLATTEN=walk, **options)
     programs = persistent_programs(x.device, tiles_r * tiles_s)
-    # one kernel for what the usual way has several for: fewer to compile
-    options |= {"HAS_DIAGONAL": True, "EVEN_D": options["TMA"]}
+    # one kernel for what the usual way has several for: fewer to compile; registers hold less of
+    # its tile at a time
+    options |= {"HAS_DIAGONAL": True, "EVEN_D": options["TMA"], "PARTS": ENTRIES_PARTS}
     given = arguments[-1] if diagonal is not None else NO_DIAGONAL
     launch(sigmoid_entries_kernel, programs, *arguments[:-1], given, programs, **options)
     dot, total = scalars.sum(dim=0)

@@ -163,3 +163,21 @@ assert main(["train"]) == 1
     )
     assert result.returncode == 0, result.stderr
     assert "pip install 'fastclip-kernels[train]'" in result.stderr
+
+
+def test_a_loss_does_not_wait_for_the_compiler(tmp_path: Path) -> None:
+    code = """
+import sys, torch, fastclip
+x = torch.eye(4, requires_grad=True)
+fastclip.ClipLoss()(x, x, 10.0).backward()
+print("torch._dynamo" in sys.modules)
+from fastclip.ops.compiling import constant_in_graphs
+def marks(mark):
+    def function(): pass
+    return vars(mark(function))
+print(marks(constant_in_graphs) == marks(torch.compiler.assume_constant_result))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.split() == ["False", "True"]

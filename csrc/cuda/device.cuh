@@ -32,6 +32,24 @@ inline __device__ int warp_index() { return threadIdx.x / LANES; }
 // -inf stands for a line without entries, and -inf - -inf would be NaN.
 inline __device__ float finite(float anchor) { return anchor == -INFINITE ? 0.0f : anchor; }
 
+constexpr float LOG2E = 1.44269504f;
+
+// 2^x, 0 where that is below 2^-126: one instruction, where __expf has four for what is below.
+inline __device__ float power_of_two(float x) {
+#ifdef FASTCLIP_EMULATED
+    return emulation::power_of_two(x);
+#else
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+    return power;
+#endif
+}
+inline __device__ float exponential(float x) { return power_of_two(x * LOG2E); }
+// exp(x - anchor), the difference rounded once
+inline __device__ float exponential(float x, float anchor) {
+    return power_of_two(fmaf(x, LOG2E, -anchor * LOG2E));
+}
+
 template <class T>
 struct alignas(C * sizeof(T)) Vector {
     T entry[C];

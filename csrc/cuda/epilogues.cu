@@ -9,145 +9,193 @@ namespace fastclip {
 namespace cuda {
 namespace {
 
-// exp spans e^87 in float32, and e^17 of them hold the terms that still count: where a warp's
-// lines lie closer together, one exponential about a common anchor serves rows and columns.
-constexpr float SPAN = 66.0f;
+// Cosines lie in [-1, 1]. About |scale| less this much no exponential overflows, e^69 = 2^99.5 at the
+// most, and what is 2^-80 of one or more in sum has lost nothing that counts to flushing below 2^-126.
+constexpr float HEADROOM = 69.0f;
+constexpr float LEAST_SUM = 0x1p-80f, LARGEST_SUM = 0x1p110f;
+// the same of a log-sum-exp less the anchor, and of a line's factor
+constexpr float LEAST_LOG = -55.0f, LARGEST_LOG = 76.0f;
+constexpr float LEAST_FACTOR = 0x1p-110f, LARGEST_FACTOR = 0x1p110f;
 // A logit whose gradient is zero, finite: sums of G * S meet it.
 constexpr float LEFT_OUT = -1e30f;
 
-// (max, sum of exp(logit - max), sum of that times cos) of one line.
+// (max, sum of exp(logit - max), sum of that times cos) of one line; the anchor may stand for max.
 struct Line {
     float max, sum, dot;
 
     __device__ void add(float other_max, float other_sum, float other_dot) {
         const float merged = fmaxf(max, other_max), about = finite(merged);
-        const float before = __expf(max - about), now = __expf(other_max - about);
-        sum = sum * before + other_sum * now;
-        dot = dot * before + other_dot * now;
+        // by its root twice: sums about an anchor are large enough to count where it is flushed
+        const float before = exponential(0.5f * (max - about));
+        const float now = exponential(0.5f * (other_max - about));
+        sum = sum * before * before + other_sum * now * now;
+        dot = dot * before * before + other_dot * now * now;
         max = merged;
     }
 };
 
-// The greatest value of each column, over the warp's rows.
-__device__ void maxima_of_columns(const float (&v)[R][C], float (&max)[C]) {
-    for (int c = 0; c < C; ++c) {
-        max[c] = v[0][c];
-        for (int k = 1; k < R; ++k) max[c] = fmaxf(max[c], v[k][c]);
-    }
+// What all lines' exponentials are about where it serves them, without the offset.
+__device__ float shared_anchor(const Tile& tile) {
+    return fmaxf(fabsf(*tile.scale) - HEADROOM, 0.0f);
 }
 
-// Sums of exponentials about the lines' own maxima; of this lane's row, and of its columns.
-__device__ float sums_of_both(const float (&v)[R][C], float row_max, const float (&column_max)[C],
-                              float (&column_sum)[C]) {
-    float top = row_max, low = row_max == -INFINITE ? INFINITE : row_max, line[R];
-    for (int c = 0; c < C; ++c) {
-        top = fmaxf(top, column_max[c]);
-        low = fminf(low, column_max[c] == -INFINITE ? INFINITE : column_max[c]);
-        column_sum[c] = 0.0f;
-    }
-    top = over_lanes(top, Larger{});
-    low = over_lanes(low, Smaller{});
-    if (low <= top && top - low < SPAN) {
+// What a warp says of its lines: this lane's row, and its columns.
+template <bool COLUMNS>
+struct Sums {
+    float row_max, row_sum, column_max[C], column_sum[C];
+
+    // About one anchor; whether no line needs its own maximum.
+    __device__ bool about(float anchor, const float (&v)[R][C], const Place& at) {
+        float line[R];
+        row_max = anchor;
+        for (int c = 0; c < C; ++c) {
+            // a sum of nothing is merged with others, about any number
+            column_max[c] = at.rows ? anchor : -INFINITE;
+            column_sum[c] = 0.0f;
+        }
         for (int k = 0; k < R; ++k) {
             line[k] = 0.0f;
             for (int c = 0; c < C; ++c) {
-                const float e = __expf(v[k][c] - top);
+                const float e = exponential(v[k][c], anchor);
                 line[k] += e;
-                column_sum[c] += e;
+                if (COLUMNS) column_sum[c] += e;
             }
         }
-        for (int c = 0; c < C; ++c) column_sum[c] *= __expf(fminf(top - column_max[c], SPAN));
-        return lines_over_lanes(line, Plus{}) * __expf(fminf(top - row_max, SPAN));
+        row_sum = lines_over_lanes(line, Plus{});
+        bool served = own_line() >= at.rows || in_range(row_sum);
+        if (COLUMNS)
+            for (int c = 0; c < C; ++c)
+                served &= c >= at.columns || at.rows == 0 || in_range(column_sum[c]);
+        return __all_sync(ALL_LANES, served);
     }
-    for (int k = 0; k < R; ++k) {
-        const float anchor = finite(of_line(row_max, k));
-        line[k] = 0.0f;
-        for (int c = 0; c < C; ++c) {
-            line[k] += __expf(v[k][c] - anchor);
-            column_sum[c] += __expf(v[k][c] - finite(column_max[c]));
-        }
-    }
-    return lines_over_lanes(line, Plus{});
-}
 
-template <bool COLUMNS, bool KEEP>
+    // About each line's own maximum.
+    __device__ void about_maxima(const float (&v)[R][C]) {
+        float line[R];
+        for (int k = 0; k < R; ++k)
+            line[k] = fmaxf(fmaxf(v[k][0], v[k][1]), fmaxf(v[k][2], v[k][3]));
+        row_max = lines_over_lanes(line, Larger{});
+        if (COLUMNS) {
+            for (int c = 0; c < C; ++c) {
+                column_max[c] = v[0][c];
+                for (int k = 1; k < R; ++k) column_max[c] = fmaxf(column_max[c], v[k][c]);
+                column_sum[c] = 0.0f;
+                for (int k = 0; k < R; ++k)
+                    column_sum[c] += exponential(v[k][c], finite(column_max[c]));
+            }
+        }
+        for (int k = 0; k < R; ++k) {
+            const float anchor = finite(of_line(row_max, k));
+            line[k] = 0.0f;
+            for (int c = 0; c < C; ++c) line[k] += exponential(v[k][c], anchor);
+        }
+        row_sum = lines_over_lanes(line, Plus{});
+    }
+
+    // NaN is not.
+    static __device__ bool in_range(float sum) { return sum >= LEAST_SUM && sum < LARGEST_SUM; }
+};
+
+template <bool COLUMNS>
 __global__ void __launch_bounds__(THREADS)
-    statistics_kernel(Tile tile, Running rows, Running columns, float* row_dot) {
+    statistics_kernel(Tile tile, Running rows, Running columns, bool maxima) {
     const Place at(tile);
-    float v[R][C], line[R], row_sum;
+    const float anchor = shared_anchor(tile);
+    float v[R][C];
+    Sums<COLUMNS> found;
     logits(tile, at, -INFINITE, v);
-    for (int k = 0; k < R; ++k)
-        line[k] = fmaxf(fmaxf(v[k][0], v[k][1]), fmaxf(v[k][2], v[k][3]));
-    const float row_max = lines_over_lanes(line, Larger{});
+    // no memory is read again for it: a warp decides by itself
+    const bool own = maxima || !found.about(anchor, v, at);
+    if (own) found.about_maxima(v);
     if constexpr (COLUMNS) {
-        alignas(Vector<float>) __shared__ float maxima[WARPS][TILE_COLUMNS];
-        alignas(Vector<float>) __shared__ float sums[WARPS][TILE_COLUMNS];
-        float column_max[C], column_sum[C];
-        maxima_of_columns(v, column_max);
-        row_sum = sums_of_both(v, row_max, column_max, column_sum);
+        alignas(Vector<float>) __shared__ float shared_max[WARPS][TILE_COLUMNS];
+        alignas(Vector<float>) __shared__ float shared_sum[WARPS][TILE_COLUMNS];
         const int first = lane_index() * C;
         for (int c = 0; c < C; ++c) {
-            maxima[warp_index()][first + c] = column_max[c];
-            sums[warp_index()][first + c] = column_sum[c];
+            shared_max[warp_index()][first + c] = found.column_max[c];
+            shared_sum[warp_index()][first + c] = found.column_sum[c];
         }
-        __syncthreads();
+        const bool apart = __syncthreads_or(own);
         const int64_t j = at.across * TILE_COLUMNS + threadIdx.x;
         if (threadIdx.x < TILE_COLUMNS && j < tile.columns) {
-            Line column{-INFINITE, 0.0f, 0.0f};
-            for (int w = 0; w < WARPS; ++w)
-                column.add(maxima[w][threadIdx.x], sums[w][threadIdx.x], 0.0f);
+            Line column{apart ? -INFINITE : anchor, 0.0f, 0.0f};
+            for (int w = 0; w < WARPS; ++w) {
+                const float sum = shared_sum[w][threadIdx.x];
+                if (apart) column.add(shared_max[w][threadIdx.x], sum, 0.0f);
+                else column.sum += sum;
+            }
             columns.max[at.down * tile.columns + j] = column.max;
             columns.sum[at.down * tile.columns + j] = column.sum;
         }
-    } else {
-        float dot[R];
-        const Entries<float> kept(tile.data, tile.stride, at);
-        for (int k = 0; k < R; ++k) {
-            const float anchor = finite(of_line(row_max, k));
-            line[k] = dot[k] = 0.0f;
-            for (int c = 0; c < C; ++c) {
-                const float logit = v[k][c];
-                v[k][c] = __expf(logit - anchor);
-                line[k] += v[k][c];
-                dot[k] += logit == -INFINITE ? 0.0f : v[k][c] * logit;
-            }
-            if (KEEP) kept.put(k, v[k]);
-        }
-        row_sum = lines_over_lanes(line, Plus{});
-        if (KEEP) {
-            const float sum = lines_over_lanes(dot, Plus{});
-            if (at.stores_line()) row_dot[at.line(tile)] = sum / *tile.scale;
-        }
     }
     if (at.stores_line()) {
-        rows.max[at.line(tile)] = row_max;
-        rows.sum[at.line(tile)] = row_sum;
+        rows.max[at.line(tile)] = found.row_max;
+        rows.sum[at.line(tile)] = found.row_sum;
     }
 }
 
+__global__ void __launch_bounds__(THREADS)
+    begin_rows_kernel(Tile tile, Running rows, float* row_dot) {
+    const Place at(tile);
+    float v[R][C], line[R], dot[R];
+    logits(tile, at, -INFINITE, v);
+    const Entries<float> kept(tile.data, tile.stride, at);
+    for (int k = 0; k < R; ++k)
+        line[k] = fmaxf(fmaxf(v[k][0], v[k][1]), fmaxf(v[k][2], v[k][3]));
+    const float max = lines_over_lanes(line, Larger{});
+    for (int k = 0; k < R; ++k) {
+        const float anchor = finite(of_line(max, k));
+        line[k] = dot[k] = 0.0f;
+        for (int c = 0; c < C; ++c) {
+            const float logit = v[k][c];
+            v[k][c] = exponential(logit, anchor);
+            line[k] += v[k][c];
+            dot[k] += logit == -INFINITE ? 0.0f : v[k][c] * logit;
+        }
+        kept.put(k, v[k]);
+    }
+    const float sum = lines_over_lanes(line, Plus{}), row = lines_over_lanes(dot, Plus{});
+    if (at.stores_line()) {
+        rows.max[at.line(tile)] = max;
+        rows.sum[at.line(tile)] = sum;
+        row_dot[at.line(tile)] = row / *tile.scale;
+    }
+}
+
+__host__ __device__ int64_t blocks_of(int64_t lines) { return (lines + LANES - 1) / LANES; }
+
 // A lane a line; the warps share its pieces, and the first merges what they found.
 __global__ void __launch_bounds__(THREADS)
-    merge_kernel(int64_t pieces, int64_t lines, Running part, const float* part_dot,
-                 const float* offset, Running running, float* dot) {
+    merge_kernel(Partials rows, Partials columns, const float* part_dot, const float* offset,
+                 float* dot) {
     __shared__ Line found[WARPS][LANES];
+    const int64_t of_rows = blocks_of(rows.lines);
+    const bool is_row = blockIdx.x < of_rows;
+    // by members: a reference would put both into local memory
+    const Partials of{
+        is_row ? rows.pieces : columns.pieces, is_row ? rows.lines : columns.lines,
+        {is_row ? rows.part.max : columns.part.max, is_row ? rows.part.sum : columns.part.sum},
+        {is_row ? rows.running.max : columns.running.max,
+         is_row ? rows.running.sum : columns.running.sum}};
     const int lane = lane_index();
-    const int64_t i = int64_t{blockIdx.x} * LANES + lane;
+    const int64_t i = (blockIdx.x - (is_row ? 0 : of_rows)) * LANES + lane;
     Line own{-INFINITE, 0.0f, 0.0f};
-    if (i < lines) {
+    if (i < of.lines) {
 #pragma unroll 4
-        for (int64_t at = warp_index() * lines + i; at < pieces * lines; at += WARPS * lines)
-            own.add(part.max[at], part.sum[at], part_dot ? part_dot[at] : 0.0f);
+        for (int64_t at = warp_index() * of.lines + i; at < of.pieces * of.lines;
+             at += WARPS * of.lines)
+            own.add(of.part.max[at], of.part.sum[at], part_dot ? part_dot[at] : 0.0f);
     }
     found[warp_index()][lane] = own;
     __syncthreads();
-    if (warp_index() > 0 || i >= lines) return;
+    if (warp_index() > 0 || i >= of.lines) return;
     const float raised = offset ? *offset : 0.0f;
-    Line total{running.max[i], running.sum[i], 0.0f};
+    Line total{of.running.max[i], of.running.sum[i], 0.0f};
     for (int w = 0; w < WARPS; ++w)
         total.add(found[w][lane].max + raised, found[w][lane].sum, found[w][lane].dot);
     // a maximum passes over NaN, a sum does not
-    running.max[i] = total.sum == total.sum ? total.max : total.sum;
-    running.sum[i] = total.sum;
+    of.running.max[i] = total.sum == total.sum ? total.max : total.sum;
+    of.running.sum[i] = total.sum;
     if (part_dot) dot[i] = total.dot;
 }
 
@@ -163,42 +211,35 @@ __global__ void __launch_bounds__(THREADS)
     for (int k = 0; k < R; ++k) {
         if (k >= at.rows) break;
         const int64_t i = at.row + k;
-        const float share = __expf(part_max[at.across * tile.rows + i] - finite(row_max[i]));
+        const float share = exponential(part_max[at.across * tile.rows + i] - finite(row_max[i]));
         for (int c = 0; c < C; ++c) e[k][c] *= factor[i] * share;
         to.put(k, e[k]);
     }
 }
 
-// Some lines' log-sum-exps less the offset, and weights. Lines outside of the tile are without
-// entries.
-template <int N>
-struct Anchors {
-    float anchor[N], weight[N];
+// The log-sum-exp of a line less the offset, and its weight.
+struct Weighted {
+    float anchor, weight;
 
-    __device__ Anchors(Lines lines, int64_t first, int inside, float offset) {
-        for (int n = 0; n < N; ++n) {
-            anchor[n] = n < inside ? lines.lse[first + n] - offset : -INFINITE;
-            weight[n] = n < inside ? lines.weight[first + n] : 0.0f;
+    __device__ float of(float logit) const { return exponential(logit, finite(anchor)) * weight; }
+    // The weight of exp(S - shared anchor); `served` falls where that would have lost digits.
+    __device__ float factor(float shared, bool& served) const {
+        const float above = anchor - shared, u = weight * exponential(-above), size = fabsf(u);
+        if (anchor == -INFINITE) {
+            served &= weight == weight;
+            return 0.0f;
         }
-    }
-    // the lowest and the highest that have entries
-    __device__ void span(float& low, float& high) const {
-        for (int n = 0; n < N; ++n) {
-            low = fminf(low, anchor[n] == -INFINITE ? INFINITE : anchor[n]);
-            high = fmaxf(high, anchor[n]);
-        }
-    }
-    // weights become those of exp(S - low); NaN stays
-    __device__ void move_to(float low) {
-        for (int n = 0; n < N; ++n) {
-            const float away = low - anchor[n];
-            weight[n] *= __expf(away > 0.0f ? 0.0f : away);
-        }
-    }
-    __device__ float of(int n, float logit) const {
-        return __expf(logit - finite(anchor[n])) * weight[n];
+        served &= above >= LEAST_LOG && above < LARGEST_LOG &&
+                  (weight == 0.0f || (size >= LEAST_FACTOR && size <= LARGEST_FACTOR));
+        return u;
     }
 };
+
+// A line outside of the tile is without entries.
+__device__ Weighted weighted(Lines lines, int64_t first, int n, int inside, float offset) {
+    if (n >= inside) return {-INFINITE, 0.0f};
+    return {lines.lse[first + n] - offset, lines.weight[first + n]};
+}
 
 // G, an entry at a time, into its matrix, times the scale, and into the sums of this lane.
 template <class Out, class Entry>
@@ -237,29 +278,32 @@ __global__ void __launch_bounds__(THREADS)
     logits(tile, at, LEFT_OUT, v);
     const Entries<Out> to(out, out_stride, at);
     const float scale = *tile.scale, offset = tile.offset ? *tile.offset : 0.0f;
-    Anchors<R> of_rows(rows, at.row, at.rows, offset);
+    // a lane has one row's, and gives it to the others
+    const Weighted own = weighted(rows, at.row, own_line(), at.rows, offset);
+    Weighted of_column[C];
     if constexpr (COLUMNS) {
-        Anchors<C> of_columns(columns, at.column, at.columns, offset);
-        float low = INFINITE, high = -INFINITE;
-        of_rows.span(low, high);
-        of_columns.span(low, high);
-        low = over_lanes(low, Smaller{});
-        high = over_lanes(high, Larger{});
-        // no logit lies above its lines' log-sum-exps, so none is far above the lowest
-        if (low <= high && high - low < SPAN) {
-            of_rows.move_to(low);
-            of_columns.move_to(low);
-            emit(to, v, scale, dot, total, [&](int k, int c) {
-                return __expf(v[k][c] - low) * (of_rows.weight[k] + of_columns.weight[c]);
-            });
-        } else {
-            emit(to, v, scale, dot, total, [&](int k, int c) {
-                return of_rows.of(k, v[k][c]) + of_columns.of(c, v[k][c]);
-            });
+        const float anchor = shared_anchor(tile);
+        bool served = true;
+        const float own_factor = own.factor(anchor, served);
+        float u[R], w[C];
+        for (int c = 0; c < C; ++c) {
+            of_column[c] = weighted(columns, at.column, c, at.columns, offset);
+            w[c] = of_column[c].factor(anchor, served);
         }
-    } else {
-        emit(to, v, scale, dot, total, [&](int k, int c) { return of_rows.of(k, v[k][c]); });
+        if (__all_sync(ALL_LANES, served)) {
+            for (int k = 0; k < R; ++k) u[k] = of_line(own_factor, k);
+            emit(to, v, scale, dot, total,
+                 [&](int k, int c) { return exponential(v[k][c], anchor) * (u[k] + w[c]); });
+            store_sums(sums, at, dot, total, scale);
+            return;
+        }
     }
+    Weighted of_row[R];
+    for (int k = 0; k < R; ++k)
+        of_row[k] = {finite(of_line(own.anchor, k)), of_line(own.weight, k)};
+    emit(to, v, scale, dot, total, [&](int k, int c) {
+        return of_row[k].of(v[k][c]) + (COLUMNS ? of_column[c].of(v[k][c]) : 0.0f);
+    });
     store_sums(sums, at, dot, total, scale);
 }
 
@@ -278,7 +322,7 @@ __global__ void __launch_bounds__(THREADS)
     }
     // one exponential gives softplus and sigmoid
     const auto entry = [&](int k, int c) {
-        const float z = v[k][c] + offset, e = __expf(-fabsf(z));
+        const float z = v[k][c] + offset, e = exponential(-fabsf(z));
         line[k] += fmaxf(z, 0.0f) + log1pf(e);
         return w[k] * __fdividef(z < 0.0f ? e : 1.0f, 1.0f + e);
     };
@@ -307,17 +351,19 @@ void with_gradient(Matrix out, Work&& work) {
 
 }  // namespace
 
-void statistics(const Tile& tile, Running rows, Running columns, float* row_dot, void* stream) {
-    auto kernel = statistics_kernel<false, false>;
-    if (columns.max) kernel = statistics_kernel<true, false>;
-    if (row_dot) kernel = statistics_kernel<false, true>;
-    launch("statistics", kernel, pieces(tile), stream, tile, rows, columns, row_dot);
+void statistics(const Tile& tile, Running rows, Running columns, bool maxima, void* stream) {
+    launch("statistics", columns.max ? statistics_kernel<true> : statistics_kernel<false>,
+           pieces(tile), stream, tile, rows, columns, maxima);
 }
 
-void merge(int64_t pieces, int64_t lines, Running part, const float* part_dot, const float* offset,
-           Running running, float* dot, void* stream) {
-    launch("merge", merge_kernel, (lines + LANES - 1) / LANES, stream, pieces, lines, part,
-           part_dot, offset, running, dot);
+void begin_rows(const Tile& tile, Running rows, float* row_dot, void* stream) {
+    launch("begin_rows", begin_rows_kernel, pieces(tile), stream, tile, rows, row_dot);
+}
+
+void merge(Partials rows, Partials columns, const float* part_dot, const float* offset, float* dot,
+           void* stream) {
+    launch("merge", merge_kernel, blocks_of(rows.lines) + blocks_of(columns.lines), stream, rows,
+           columns, part_dot, offset, dot);
 }
 
 void end_rows(const Tile& tile, const float* part_max, const float* row_max, const float* factor,

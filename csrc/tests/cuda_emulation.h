@@ -19,6 +19,7 @@
 
 #define __global__
 #define __device__
+#define __host__
 #define __shared__ static thread_local
 #define __launch_bounds__(...)
 
@@ -73,7 +74,7 @@ struct Fiber {
     std::unique_ptr<char[]> stack;
     const Barrier* waits = nullptr;
     unsigned passed = 0;     // the barrier's count when the wait began
-    unsigned exchanges = 0;  // of this thread, so far
+    unsigned exchanges = 0, votes = 0;  // of this thread, so far
     bool done = false;
 };
 
@@ -85,6 +86,7 @@ struct Block {
     std::vector<Fiber> fibers;
     std::vector<Barrier> warps;
     std::vector<float> given[2];
+    std::vector<int> votes[2];
     Barrier all;
     Fiber* running = nullptr;
     bool moved = false;
@@ -164,6 +166,7 @@ inline void run(unsigned blocks, unsigned threads, std::function<void()> kernel)
     own.warps.assign(threads / LANES, Barrier{LANES});
     own.all.size = threads;
     for (std::vector<float>& slots : own.given) slots.resize(threads);
+    for (std::vector<int>& votes : own.votes) votes.resize(threads);
     for (Fiber& fiber : own.fibers) fiber.stack.reset(new char[STACK_BYTES]);
     block = &own;
     gridDim.x = blocks;
@@ -175,6 +178,12 @@ inline void run(unsigned blocks, unsigned threads, std::function<void()> kernel)
         run_threads(blockIdx.x % 2 == 1);
     }
     block = nullptr;
+}
+
+// as ex2.approx.ftz
+inline float power_of_two(float x) {
+    const float power = exp2f(x);
+    return power < 0x1p-126f ? 0.0f : power;
 }
 
 inline uint32_t bits_of(float value) {
@@ -192,14 +201,27 @@ inline float from_bits(uint32_t bits) {
 }  // namespace emulation
 
 inline void __syncthreads() { emulation::wait(emulation::block->all); }
+inline int __syncthreads_or(int value) {
+    emulation::Block& block = *emulation::block;
+    std::vector<int>& votes = block.votes[block.running->votes++ % 2];
+    votes[threadIdx.x] = value;
+    __syncthreads();
+    for (int vote : votes)
+        if (vote) return 1;
+    return 0;
+}
 inline float __shfl_xor_sync(unsigned, float value, int away) {
     return emulation::exchange(value, threadIdx.x % emulation::LANES ^ away);
 }
 inline float __shfl_sync(unsigned, float value, int lane) {
     return emulation::exchange(value, lane);
 }
-// as the hardware does it: a product with log2(e), rounded, and a power of two
-inline float __expf(float x) { return exp2f(x * 1.44269504f); }
+inline int __all_sync(unsigned lanes, int value) {
+    float all = value != 0;
+    for (int away = emulation::LANES / 2; away; away /= 2)
+        all *= __shfl_xor_sync(lanes, all, away);
+    return all != 0.0f;
+}
 inline float __fdividef(float x, float y) { return x / y; }
 
 struct alignas(8) uint2 {

@@ -169,39 +169,63 @@ struct Found {
     Statistics rows, columns;
 };
 
-// Two tiles with the same entries, so that running statistics are merged with others.
-Found statistics_of(const Problem& p, bool both, int tiles) {
-    Found found{Statistics(p.rows), Statistics(p.columns)};
-    for (int t = 0; t < tiles; ++t) {
+// Tiles with these entries, one after the other: running statistics are merged with others.
+Found statistics_of(const std::vector<Problem>& tiles, bool both, bool maxima) {
+    Found found{Statistics(tiles[0].rows), Statistics(tiles[0].columns)};
+    for (const Problem& p : tiles) {
         Memory room(0, 0, 1, Type::F32);
         const cuda::Tile tile = p.tile(room);
         const int64_t across = tile.pieces_across(), down = tile.pieces_down();
         Statistics rows(across * p.rows), columns(down * p.columns);
-        cuda::statistics(tile, rows.running(), both ? columns.running() : Running{}, nullptr,
+        cuda::statistics(tile, rows.running(), both ? columns.running() : Running{}, maxima,
                          nullptr);
-        cuda::merge(across, p.rows, rows.running(), nullptr, tile.offset, found.rows.running(),
-                    nullptr, nullptr);
+        cuda::Partials of_columns{};
         if (both)
-            cuda::merge(down, p.columns, columns.running(), nullptr, tile.offset,
-                        found.columns.running(), nullptr, nullptr);
+            of_columns = {down, p.columns, columns.running(), found.columns.running()};
+        cuda::merge({across, p.rows, rows.running(), found.rows.running()}, of_columns, nullptr,
+                    tile.offset, nullptr, nullptr);
     }
     return found;
 }
 
-void check_lines(const Problem& p, const Statistics& found, bool row, int tiles,
+// Without maxima any number may stand in their place, but for lines without entries.
+void check_lines(const Problem& p, const Statistics& found, bool row, int tiles, bool maxima,
                  const std::string& what) {
     for (size_t line = 0; line < found.max.size(); ++line) {
-        near(found.max[line], max_of(p, line, row), p.rounding(), what + " max");
+        if (maxima) near(found.max[line], max_of(p, line, row), p.rounding(), what + " max");
         near(found.lse(line), lse_of(p, line, row) + std::log(tiles), p.rounding(), what + " lse");
     }
 }
 
 void check_statistics(const Problem& p) {
-    for (int tiles : {1, 2}) {
-        const Found both = statistics_of(p, true, tiles);
-        check_lines(p, both.rows, true, tiles, "row");
-        check_lines(p, both.columns, false, tiles, "column");
-        check_lines(p, statistics_of(p, false, tiles).rows, true, tiles, "row alone");
+    for (bool maxima : {true, false}) {
+        const int tiles = maxima ? 1 : 2;
+        const std::vector<Problem> all(tiles, p);
+        const Found both = statistics_of(all, true, maxima);
+        check_lines(p, both.rows, true, tiles, maxima, "row");
+        check_lines(p, both.columns, false, tiles, maxima, "column");
+        check_lines(p, statistics_of(all, false, maxima).rows, true, tiles, maxima, "row alone");
+    }
+}
+
+// Domain pairs of far apart scales and offsets: neither's sums are lost.
+void check_far_tiles() {
+    const auto about = [](float scale, float offset, float cosine) {
+        Problem p = Problem(9, 20, 20, scale).with_offset(offset);
+        for (float& entry : p.data) entry = cosine;
+        return p;
+    };
+    // anchors 31 and -60 with sums near either end of their range: their logits are equal
+    const std::vector<Problem> tiles{about(100.0f, 0.0f, -0.125f), about(60.0f, -60.0f, 0.79f)};
+    for (bool backwards : {false, true}) {
+        std::vector<Problem> order = tiles;
+        if (backwards) std::reverse(order.begin(), order.end());
+        const Found found = statistics_of(order, true, false);
+        for (int64_t line = 0; line < 9; ++line) {
+            const double a = lse_of(tiles[0], line, true), b = lse_of(tiles[1], line, true);
+            near(found.rows.lse(line), std::fmax(a, b) + std::log1p(std::exp(-std::fabs(a - b))),
+                 1e-4, "lse of far tiles");
+        }
     }
 }
 
@@ -211,11 +235,11 @@ void check_rows(const Problem& p, Type type) {
     Statistics part(tile.pieces_across() * p.rows), found(p.rows);
     Line factor;
     for (int64_t i = 0; i < p.rows; ++i) factor.push_back(0.5f + 0.25f * float(i % 5));
-    cuda::statistics(tile, part.running(), {}, part.dot.data(), nullptr);
+    cuda::begin_rows(tile, part.running(), part.dot.data(), nullptr);
     room.check_margin("E");
-    cuda::merge(tile.pieces_across(), p.rows, part.running(), part.dot.data(), nullptr,
-                found.running(), found.dot.data(), nullptr);
-    check_lines(p, found, true, 1, "kept row");
+    cuda::merge({tile.pieces_across(), p.rows, part.running(), found.running()}, {},
+                part.dot.data(), nullptr, found.dot.data(), nullptr);
+    check_lines(p, found, true, 1, true, "kept row");
     cuda::end_rows(tile, part.max.data(), found.max.data(), factor.data(), out.matrix(), nullptr);
     out.check_margin("G of rows");
     for (int64_t i = 0; i < p.rows; ++i) {
@@ -271,8 +295,11 @@ void check_gradient(const Problem& p, bool both, Type type) {
             dot += want * p.cosine(i, j);
             total += want;
             size += terms * (1 + std::fabs(p.cosine(i, j)));
+            // an exponential is flushed to 0 below 2^-46 of its line's sum, or far lower
+            const double flushed = 0x1p-46 * (row_weight[i] + both * std::fabs(column_weight[j]));
             const double rounding = 2 * terms * p.rounding() + std::fabs(want) * out.rounding();
-            near(out.at(i, j), p.scale * want, std::fabs(p.scale) * rounding + 1e-25, "G");
+            near(out.at(i, j), p.scale * want, std::fabs(p.scale) * (rounding + flushed) + 1e-25,
+                 "G");
         }
     }
     check_sums(sums, dot, total, size, 2 * p.rounding());
@@ -309,11 +336,51 @@ void check_sigmoid(const Problem& p, Type type) {
     check_sums(sums, dot, total, total + 1e-9, 2 * p.rounding());
 }
 
+// Which lines have the call's anchor and which a maximum of their own; both serve.
+void check_anchors() {
+    Problem p(70, 140, 140, 100.0f);
+    for (float& entry : p.data) entry = std::fmin(std::fabs(entry), 1.0f);
+    const auto count_own = [](const Statistics& lines, float anchor) {
+        return std::count_if(lines.max.begin(), lines.max.end(),
+                             [=](float max) { return max != anchor; });
+    };
+    const auto check = [&](const Problem& problem, float anchor, int rows, int columns,
+                           const std::string& what) {
+        const Found found = statistics_of({problem}, true, false);
+        check_lines(problem, found.rows, true, 1, false, what);
+        check_lines(problem, found.columns, false, 1, false, what);
+        expect(count_own(found.rows, anchor) == rows, what + ": rows by their maxima");
+        expect(count_own(found.columns, anchor) == columns, what + ": columns by their maxima");
+        for (Type type : {Type::F32, Type::BF16}) check_gradient(problem, true, type);
+    };
+    check(p, 31.0f, 0, 0, "plain");
+    check(p.with_offset(-300.0f), -269.0f, 0, 0, "offset");
+    // all of row 3, all of column 5
+    for (bool row : {true, false}) {
+        Problem vanishing = p;
+        for (int64_t k = 0; k < (row ? p.columns : p.rows); ++k) {
+            float& entry = vanishing.data[row ? 3 * p.stride + k : k * p.stride + 5];
+            entry = -0.3f - entry;
+        }
+        const Found found = statistics_of({vanishing}, true, false);
+        const Statistics& lines = row ? found.rows : found.columns;
+        expect(lines.max[row ? 3 : 5] < 0.0f && lines.max.back() == 31.0f, "a vanishing line");
+        check_lines(vanishing, found.rows, true, 1, false, "vanishing row");
+        check_lines(vanishing, found.columns, false, 1, false, "vanishing column");
+        for (Type type : {Type::F32, Type::BF16}) check_gradient(vanishing, true, type);
+    }
+    Problem outlier = p;
+    outlier.data[3 * p.stride + 5] = 30.0f;
+    check_statistics(outlier);
+    for (Type type : {Type::F32, Type::BF16}) check_gradient(outlier, true, type);
+    check_statistics(p.with_ids(1, 1, false));
+}
+
 // One line at a time is NaN, and only the lines that meet it.
 void check_nan() {
     Problem p(70, 140, 140, 14.0f);
     p.data[3 * p.stride + 5] = NAN;
-    const Found found = statistics_of(p, true, 1);
+    const Found found = statistics_of({p}, true, false);
     for (int64_t i = 0; i < p.rows; ++i)
         expect(std::isnan(found.rows.sum[i]) == (i == 3) &&
                    std::isnan(found.rows.max[i]) == (i == 3),
@@ -378,9 +445,9 @@ void check_finish(int64_t rows, int64_t width, int64_t stride, Type partner_type
 
 void check_repeats() {
     const Problem p = Problem(200, 300, 301, 30.0f).with_diagonal(3);
-    const Found first = statistics_of(p, true, 2);
+    const Found first = statistics_of({p, p}, true, false);
     for (int repeat = 0; repeat < 3; ++repeat) {
-        const Found again = statistics_of(p, true, 2);
+        const Found again = statistics_of({p, p}, true, false);
         expect(again.rows.max == first.rows.max && again.rows.sum == first.rows.sum &&
                    again.columns.max == first.columns.max && again.columns.sum == first.columns.sum,
                "other bits in a repeat");
@@ -414,6 +481,12 @@ int main() {
     struct Size {
         int64_t rows, columns, padding;
     };
+    for (float scale : {1e-4f, 1e4f, -100.0f})
+        for (float offset : {-300.0f, 300.0f}) {
+            const Problem p = Problem(70, 132, 136, scale).with_diagonal(2);
+            check_statistics(p.with_offset(offset));
+            check_gradient(p.with_offset(offset), true, Type::BF16);
+        }
     // one entry; odd lines, misaligned and aligned; whole pieces; more than one each way; more
     // than warps that merge them
     for (const Size size : {Size{1, 1, 0}, {1, 130, 2}, {9, 3, 1}, {65, 67, 1}, {64, 128, 0},
@@ -449,6 +522,8 @@ int main() {
         for (Type out : {Type::F32, Type::BF16, Type::F16})
             for (const Size s : {Size{1, 1, 0}, {9, 77, 0}, {17, 128, 0}, {8, 132, 4}, {3, 66, 2}})
                 check_finish(s.rows, s.columns, s.columns + s.padding, partner, out);
+    check_anchors();
+    check_far_tiles();
     check_nan();
     check_repeats();
     return expected::status();

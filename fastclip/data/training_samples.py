@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -74,6 +75,8 @@ class TrainingSamples(Dataset[dict[str, Any]]):
         self.pixels = pixels
         self.hue: Hue = hue
         self.board = ReadingBoard()
+        # where each shard's samples begin among all of them
+        self._starts = np.cumsum(order.counts) - order.counts
 
     def __getitem__(self, where: tuple[int, int]) -> dict[str, Any]:
         return self._read(*where, decode_pixels if self.pixels else portable)
@@ -106,6 +109,7 @@ class TrainingSamples(Dataset[dict[str, Any]]):
                 texts = self._texts(sample, self._stream(epoch, position, 5))
                 faults += self.source.drain_faults()
                 prepared = self._prepared(sample, image, epoch, position)
+                prepared["index"] = torch.tensor(int(self._starts[shard]) + index)
                 return {**prepared, **texts, "faults": faults}
             except UnreadableSample as error:
                 faults.append(error.fault)

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from fastclip.functional import Exchange, sup_con_loss
+from fastclip.losses.metric_learning import MetricLearningSupConLoss
+from fastclip.losses.sup_contrast import SupContrastLoss
 from fastclip.ops.checks import check_positive
 from fastclip.ops.collectives import check_exchange
 
@@ -14,8 +16,8 @@ from fastclip.ops.collectives import check_exchange
 class SupConLoss(nn.Module):
     """Supervised contrastive loss, L_out (Khosla et al. 2020), memory linear in the batch.
 
-    Not a drop-in for other classes of this name: features are normalized by the caller, labels are
-    integers, and the value has no factor temperature / base_temperature as SupContrast's.
+    Features are normalized by the caller and labels are integers. Drop-ins for other libraries'
+    classes of this name are `SupConLoss.supcontrast(...)` and `SupConLoss.metric_learning(...)`.
 
     Args:
         temperature: > 0; similarities are divided by it.
@@ -63,6 +65,40 @@ class SupConLoss(nn.Module):
             "keep_bytes": keep_bytes,
         }
 
+    @staticmethod
+    def supcontrast(
+        temperature: float = 0.07,
+        contrast_mode: str = "all",
+        base_temperature: float = 0.07,
+        **options: Any,
+    ) -> SupContrastLoss:
+        """SupContrast's loss: `loss(features, labels=None, mask=None)` with its values.
+
+        Args:
+            temperature: > 0; similarities are divided by it.
+            contrast_mode: "all": every view is an anchor; "one": each sample's first view is.
+            base_temperature: > 0; the loss is multiplied by temperature / base_temperature.
+            options: backend, chunk_bytes and keep_bytes, of this class.
+
+        Raises:
+            ValueError: an unknown `contrast_mode`, a temperature that is not positive.
+        """
+        return SupContrastLoss(temperature, contrast_mode, base_temperature, **options)
+
+    @staticmethod
+    def metric_learning(temperature: float = 0.1, **options: Any) -> MetricLearningSupConLoss:
+        """pytorch-metric-learning's loss: `loss(embeddings, labels)` with its values.
+
+        Args:
+            temperature: > 0; similarities are divided by it.
+            options: distance (a cosine or dot-product similarity of that library) and reducer
+                (its AvgNonZeroReducer); backend, chunk_bytes and keep_bytes, of this class.
+
+        Raises:
+            ValueError: a temperature that is not positive, a distance or reducer of another kind.
+        """
+        return MetricLearningSupConLoss(temperature, **options)
+
     def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
         """The mean over all anchors that have a positive, 0-d.
 
@@ -77,6 +113,9 @@ class SupConLoss(nn.Module):
             samples, views, width = features.shape
             if labels is None:
                 labels = torch.arange(samples, device=features.device)
+                if self.options["dist"] is not None:
+                    # each process has samples of its own
+                    labels += samples * torch.distributed.get_rank(self.options["group"])
             features = features.reshape(samples * views, width)
             labels = labels.repeat_interleave(views)
         if labels is None:

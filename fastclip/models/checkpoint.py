@@ -29,6 +29,8 @@ from fastclip.models import sharded
 
 # of averaged weights, beside "state_dict"; timm's name
 AVERAGE = "state_dict_ema"
+# what a loss remembers of each sample
+MEMORY = "loss_memory"
 _MANIFEST_KEYS = {"file", "bytes", "sha256"}
 
 

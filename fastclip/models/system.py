@@ -160,6 +160,8 @@ class System(nn.Module):
 
     criterion: Criterion
     needs_teacher = False
+    # a criterion's buffers are part of the system's state
+    memory: nn.Module | None = None
 
     def __init__(self, criterion: Criterion, image_views: int, text_views: int) -> None:
         super().__init__()
@@ -209,6 +211,9 @@ class System(nn.Module):
             for name, _ in self.criterion.named_parameters()
         }
         return Outputs(self.features(batch), handed, Features()).flat()
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Called before the steps of an epoch; no epoch differs from another."""
 
     def outputs(self, towers: Callable[..., Any], batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """What `forward` gives, of `towers`, which wrap the system."""

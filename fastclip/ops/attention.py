@@ -18,6 +18,7 @@ from torch import Tensor
 from fastclip.ops import attention_reference as plain
 from fastclip.ops import backend as backends
 from fastclip.ops import checks
+from fastclip.ops.compiling import constant_in_graphs
 from fastclip.ops.gemm import count_product
 from fastclip.ops.registration import Backward, Tensors, register
 
@@ -155,7 +156,7 @@ def _choose(
     return chosen
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _choice(
     length_q: int,
     length_k: int,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from fastclip import native
+from fastclip.ops.compiling import constant_in_graphs
 
 ENVIRONMENT_VARIABLE = "FASTCLIP_BACKEND"
 
@@ -133,7 +134,7 @@ IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
 }
 
 
-@torch.compiler.assume_constant_result  # a graph is compiled for what is chosen when it is traced
+@constant_in_graphs  # a graph is compiled for what is chosen when it is traced
 def choose(operator: str, requested: str, device: torch.device, dtype: torch.dtype) -> str:
     """The name of the implementation to run.
 

@@ -1,12 +1,15 @@
 """What every operator asks of its inputs, and how it reads autocast."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fastclip.ops.gemm import accumulator_dtype
+
+GROUP_ROLES = ("excluded", "positive")
+GroupRole = Literal["excluded", "positive"]
 
 
 def compute_dtype_of(features: Tensor, precision: str) -> torch.dtype:
@@ -141,6 +144,83 @@ def check_ids(name: str, ids: Tensor, rows: int, device: torch.device) -> None:
         raise ValueError(f"{name} is {ids.dtype}; give int32 or int64 ids")
     if ids.device != device:
         raise ValueError(f"{name} is on {ids.device}, the features on {device}")
+
+
+def check_groups(
+    role: str, ids: dict[str, tuple[Tensor | None, int]], features: Tensor, refused: str = ""
+) -> bool:
+    """Groups that fit the features, all or none; whether they are positives.
+
+    Args:
+        role: the `group_role` of a loss.
+        ids: by their names, each with the number of its rows.
+        features: whose device they are on.
+        refused: why the loss has no groups of positives, if so.
+
+    Raises:
+        ValueError: as above, or the loss has no such role.
+    """
+    if role not in GROUP_ROLES:
+        raise ValueError(f"group_role is {role!r}; use one of {', '.join(GROUP_ROLES)}")
+    if role == "positive" and refused:
+        raise ValueError(f"group_role is 'positive'; use 'excluded': {refused}")
+    given = {name: group for name, (group, _) in ids.items() if group is not None}
+    if given and len(given) < len(ids):
+        raise ValueError(f"give both {' and '.join(ids)}, or neither")
+    if not given and role == "positive":
+        raise ValueError(
+            f"group_role is 'positive', but there are no groups; give {', '.join(ids)}"
+        )
+    for name, group in given.items():
+        check_ids(name, group, ids[name][1], features.device)
+    return bool(given) and role == "positive"
+
+
+def anchor_weights(weights: Tensor | None, features: Tensor, blocks: int = 1) -> Tensor | None:
+    """Weights of anchors, one a row of each of so many blocks of features, in the losses' dtype.
+
+    A negative one is refused; on a GPU, which is not waited for, it is NaN.
+
+    Raises:
+        ValueError: their number, dtype or device does not fit, or one is negative.
+    """
+    if weights is None:
+        return None
+    anchors = blocks * features.shape[0]
+    if weights.shape != (anchors,):
+        raise ValueError(f"weights have shape {tuple(weights.shape)}; one an anchor, ({anchors},)")
+    if not weights.is_floating_point():
+        raise ValueError(f"weights are {weights.dtype}; give floating point")
+    if weights.device != features.device:
+        raise ValueError(f"weights are on {weights.device}, the features on {features.device}")
+    if is_readable(weights) and (weights < 0).any():
+        raise ValueError(f"the least of the weights is {weights.min().item()}; give none below 0")
+    wide = weights.to(accumulator_dtype(features.dtype))
+    # a device is not waited for
+    return wide if is_readable(weights) else torch.where(wide >= 0, wide, torch.nan)
+
+
+def check_biases(
+    x: Tensor,
+    y: Tensor,
+    column_statistics: bool,
+    row_bias: Tensor | None,
+    column_bias: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Biases of rows and columns that fit the features; returned as they are."""
+    for name, bias, side in (("row_bias", row_bias, x), ("column_bias", column_bias, y)):
+        if bias is None:
+            continue
+        rows = side.shape[0]
+        if bias.shape != (rows,):
+            raise ValueError(f"{name} has shape {tuple(bias.shape)}; one a row, ({rows},)")
+        if not bias.is_floating_point():
+            raise ValueError(f"{name} is {bias.dtype}; give floating point")
+        if bias.device != side.device:
+            raise ValueError(f"{name} is on {bias.device}, the features on {side.device}")
+    if row_bias is not None and not column_statistics:
+        raise ValueError("row_bias is added among the rows of a column; ask for column_statistics")
+    return row_bias, column_bias
 
 
 def chunk_argument(chunk_bytes: int | None) -> int:

@@ -18,14 +18,17 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
+from fastclip.ops.compiling import constant_in_graphs
+
 EXCHANGES = ("gather", "ring")
+Exchange = Literal["gather", "ring"]
 CHECK_SIZES = "FASTCLIP_CHECK_SIZES"
 # renamed in torch 2.14
 _ALL_GATHER = (
@@ -140,7 +143,7 @@ def ranks_of(
     return None if world == 1 else Ranks(exchange, name, shares, rank)
 
 
-@torch.compiler.assume_constant_result  # a graph is compiled for the processes that share it
+@constant_in_graphs  # a graph is compiled for the processes that share it
 def _place(group: dist.ProcessGroup | None) -> tuple[str, int, int]:
     """The group's name, this process's rank in it, and the number of ranks."""
     _check_initialized()
@@ -204,7 +207,7 @@ def _check_initialized() -> None:
         )
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def group_name(group: dist.ProcessGroup | None) -> str:
     """The name that an operator knows a process group by; None is the default one."""
     _check_initialized()

@@ -29,6 +29,8 @@ def info_nce_sum(
     scale: Tensor | float,
     *,
     positive_index: Tensor | None = None,
+    row_group: Tensor | None = None,
+    column_group: Tensor | None = None,
     first_negative: int = 0,
     columns_with_gradient: int | None = None,
     maxima: bool = True,
@@ -42,7 +44,11 @@ def info_nce_sum(
 
     Without `maxima` the second may be empty.
 
-    Arguments and errors are those of `fastclip.ops.similarity.similarity_statistics`.
+    Args:
+        x, y, scale: and all others as `fastclip.ops.similarity.similarity_statistics` has them.
+
+    Raises:
+        ValueError: as there.
     """
     compute_dtype = checks.compute_dtype_of(x, precision)
     chosen = backends.choose("similarity", backend, x.device, compute_dtype)
@@ -55,6 +61,8 @@ def info_nce_sum(
             scale,
             column_statistics=False,
             positive_index=positive_index,
+            row_group=row_group,
+            column_group=column_group,
             first_negative=first_negative,
             columns_with_gradient=columns_with_gradient,
             maxima=maxima,
@@ -70,8 +78,8 @@ def info_nce_sum(
         return softplus(found.row_lse - found.positive).sum(), margin
     chunk = checks.chunk_argument(chunk_bytes)
     checks.check_pair(x, y, compute_dtype)
-    positive_index, _, _ = checks.check_positives(
-        x, y, False, positive_index, None, None, first_negative
+    ids = checks.check_positives(
+        x, y, False, positive_index, row_group, column_group, first_negative
     )
     scale = checks.as_scalar("logit_scale", scale, x)
     check_columns(ranks, y.shape[0])
@@ -86,15 +94,22 @@ def info_nce_sum(
         first_negative=first_negative,
         columns_with_gradient=-1 if columns_with_gradient is None else columns_with_gradient,
     )
-    loss, margin, *_ = _info_nce(x, y, scale, positive_index, **options)
+    loss, margin, *_ = _info_nce(x, y, scale, *ids, **options)
     return loss, margin
 
 
 def _forward(
-    x: Tensor, y: Tensor, scale: Tensor, positive_index: Tensor | None, **options: Any
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    positive_index: Tensor | None,
+    row_group: Tensor | None,
+    column_group: Tensor | None,
+    **options: Any,
 ) -> tuple[Tensor, ...]:
     with checks.without_autocast(x.device):
-        asked = problem.rectangle(Options(**options), x, y, scale, None, positive_index)
+        ids = positive_index, row_group, column_group
+        asked = problem.rectangle(Options(**options), x, y, scale, None, *ids)
         need_x, need_y, need_scale = options["needs"]
         loss, margin, *gradients = passes.info_nce(asked, (need_x, need_y, need_scale))
     return loss, margin, *(loss.new_empty(0) if g is None else g for g in gradients)
@@ -112,7 +127,7 @@ def _flop(shapes: Sequence[Any], options: Options) -> int:
 _info_nce = register(
     "info_nce",
     _forward,
-    inputs="x y scale positive_index?",
+    inputs="x y scale positive_index? row_group? column_group?",
     outputs=5,
     record=Options,
     fake=_fake,

@@ -7,8 +7,10 @@ chosen in advance: no E overflows, and what is flushed to zero is far below a ro
 that is in range. Where a row's or a column's sum is not, or a factor u or v is not, S is formed
 again and each row and column has its own maximum: nothing is assumed about features or scale.
 
-On a CPU that is decided for each part of the columns, from sums that are read. A GPU's kernels have
-an anchor a tile, and decide on the device and for each of their tiles: no number is read.
+On a CPU that is decided for each part of the columns, from sums that are read. Triton's kernels
+have an anchor a tile, and decide on the device and for each of their tiles: no number is read.
+`cuda` has its products in memory before it makes anything of them, and keeps these: they are S
+itself, not rounded, so there is nothing to decide.
 
 Shape suffixes: N rows, C those of a chunk, Q columns of a chunk's G, P domains.
 """
@@ -30,12 +32,18 @@ from fastclip.ops.tiles.base import LogSumExps
 
 # Fixed, so that memory is linear in the batch plus a constant.
 KEEP_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
-# those that keep, and on which devices; on a CPU Triton's is the interpreter
-IMPLEMENTATIONS = {"torch": ("cpu",), "cpp": ("cpu",), "triton": ("cuda", "cpu")}
-# Kernels store their tiles whole: so far beyond the last row and column at the most. Lines start
-# at multiples of 16.
+# those that keep, and on which devices; on a CPU Triton's is the interpreter, `cuda` an emulation
+IMPLEMENTATIONS = {
+    "torch": ("cpu",),
+    "cpp": ("cpu",),
+    "triton": ("cuda", "cpu"),
+    "cuda": ("cuda", "cpu"),
+}
+# where lines of a GPU's kernels start
+ALIGNED = 16
+# Triton's store their tiles whole: so far beyond the last row and column at the most.
 OVERHANG = 256
-MARGIN = OVERHANG + 16
+MARGIN = OVERHANG + ALIGNED
 
 
 def switched_off() -> AbstractContextManager[None]:
@@ -46,8 +54,9 @@ def switched_off() -> AbstractContextManager[None]:
 class Kept(NamedTuple):
     """What the forward saves.
 
-    entries: E of every visit, chunk after chunk; empty where nothing is kept. anchors: of each
-    part, infinite where its sums were out of range; empty where tiles have their own.
+    entries: E of every visit, or its products, chunk after chunk; empty where nothing is kept.
+    anchors: of each part, infinite where its sums were out of range; empty where tiles have their
+    own or need none.
     """
 
     entries: Tensor
@@ -55,12 +64,13 @@ class Kept(NamedTuple):
 
     @property
     def by_tile(self) -> bool:
-        """Whether there are exponentials, and the device decides which of them serve."""
+        """Whether there are entries, and the host does not decide which of them serve."""
         return self.entries.numel() > 0 and not self.anchors.numel()
 
-    def rooms(self) -> "Rooms":
+    def rooms(self, options: Options) -> "Rooms":
         """The rooms of chunks, in the order of their visits."""
-        return Rooms(self.entries, self.by_tile)
+        overhang = 0 if keeps_products(options) else OVERHANG
+        return Rooms(self.entries, *((ALIGNED, overhang) if self.by_tile else (1, 0)))
 
 
 class Rooms:
@@ -70,13 +80,13 @@ class Rooms:
     stored later.
     """
 
-    def __init__(self, entries: Tensor, whole_tiles: bool) -> None:
-        self._entries, self._at, self._whole_tiles = entries, 0, whole_tiles
+    def __init__(self, entries: Tensor, aligned: int, overhang: int) -> None:
+        self._entries, self._at, self._aligned, self._overhang = entries, 0, aligned, overhang
 
     def next(self, chunk: Chunk, columns: int) -> Tensor:
         """E of a chunk of a part with so many columns, in the shape of its G."""
         rows, columns = chunk.rows.stop - chunk.rows.start, columns - chunk.first
-        stride = -(-columns // 16) * 16 + OVERHANG if self._whole_tiles else columns
+        stride = -(-columns // self._aligned) * self._aligned + self._overhang
         start, self._at = self._at, self._at + rows * stride
         return self._entries[start : self._at].view(rows, stride)[:, :columns]
 
@@ -96,7 +106,8 @@ def kept_entries(own: int, columns: int, options: Options) -> int:
     if not options.keep_bytes or options.maxima:
         return 0
     itemsize, by_tile = _dtype(options).itemsize, _by_tile(options)
-    if options.domains and not options.exchange:
+    triangle = options.domains and not options.exchange
+    if triangle:
         block, widest, parts = own // len(options.domains), own, 1
         if by_tile:
             strip = highest_strip(block, own)
@@ -107,7 +118,11 @@ def kept_entries(own: int, columns: int, options: Options) -> int:
     else:
         widest, parts = columns_of_all(columns, options), options.parts
         count = own * widest
-    if by_tile:
+    if keeps_products(options):
+        # lines start aligned
+        exact = parts == 1 and not triangle
+        count += own * (-widest % ALIGNED if exact else parts * (ALIGNED - 1))
+    elif by_tile:
         count = in_whole_tiles(count, own, widest, parts)
     return count if count * itemsize <= options.keep_bytes else 0
 
@@ -172,8 +187,13 @@ def factors(
     return (u_N, v_M) if all(_factors_in_range(one, *bounds) for one in given) else None
 
 
+def keeps_products(options: Options) -> bool:
+    """Whether it is the products that are kept, not exponentials of S."""
+    return options.backend == "cuda"
+
+
 def _by_tile(options: Options) -> bool:
-    return options.backend == "triton"
+    return options.backend in ("triton", "cuda")
 
 
 def _anchors(options: Options) -> int:
@@ -181,8 +201,8 @@ def _anchors(options: Options) -> int:
 
 
 def _dtype(options: Options) -> torch.dtype:
-    """That of E: G's, so that they are rounded alike."""
-    return (gradient_dtype if _by_tile(options) else accumulator_dtype)(options.dtype)
+    """That of E: G's, so that they are rounded alike; of products the accumulator's."""
+    return (gradient_dtype if options.backend == "triton" else accumulator_dtype)(options.dtype)
 
 
 def _factors_in_range(factor: Tensor, least_scale: Tensor, greatest_scale: Tensor) -> bool:

@@ -14,7 +14,7 @@ Shape suffixes: N own rows, M own columns, D width, P domains, C rows and S colu
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -37,7 +37,7 @@ class Options(NamedTuple):
     maxima, means: whether those of rows and columns are wanted. first_negative: columns before it
     are positives only. columns_with_gradient: their number; -1 means all. domains: of a symmetric
     S, the domain of each block. keep_bytes: for exponentials that wait for the backward
-    (`kept.py`).
+    (`kept.py`). positive_groups: whether entries whose ids agree are positives and not left out.
     """
 
     dtype: torch.dtype
@@ -54,6 +54,7 @@ class Options(NamedTuple):
     columns_with_gradient: int
     domains: tuple[int, ...]
     keep_bytes: int
+    positive_groups: bool
 
     @property
     def ranks(self) -> Ranks | None:
@@ -87,6 +88,7 @@ def options(
         "columns_with_gradient": -1,
         "domains": (),
         "keep_bytes": 0,
+        "positive_groups": False,
     }
     return found | others
 
@@ -97,7 +99,7 @@ class Problem:
 
     Row i's positive is own column positive_index[i], or i. Left out of its negatives are the
     positive, columns whose id is the row's, and columns before `first_negative`; where S is
-    symmetric, the rows of its own pair.
+    symmetric, the rows of its own pair. Ids and biases of columns are those of all ranks.
     """
 
     options: Options
@@ -110,6 +112,12 @@ class Problem:
     positive_index: Tensor | None = None
     row_id: Tensor | None = None
     column_id: Tensor | None = None
+    row_bias: Tensor | None = None
+    column_bias: Tensor | None = None
+
+    @property
+    def is_biased(self) -> bool:
+        return self.row_bias is not None or self.column_bias is not None
 
     @property
     def is_symmetric(self) -> bool:
@@ -164,13 +172,22 @@ class Problem:
         """The tile whose first row is own row `row` of a block, whose columns are a segment's."""
         entry = self.domains[block], self.domains[segment.block]
         offset = None if self.offset_PP is None else self.offset_PP[entry]
-        ids: tuple[Tensor, ...] = ()
-        if self.row_id is not None and self.column_id is not None:
-            rows = slice(row, row + len(x_CD))
-            columns = slice(segment.column, segment.column + len(y_SD))
-            ids = self.row_id[rows], self.column_id[columns]
         diagonal = self._diagonal(row, block, segment)
-        return Tile(x_CD, y_SD, self.scale_PP[entry], offset, diagonal, *ids)
+        tile = Tile(x_CD, y_SD, self.scale_PP[entry], offset, diagonal)
+        rows = slice(row, row + len(x_CD))
+        columns = slice(segment.column, segment.column + len(y_SD))
+        if self.is_biased:
+            tile = tile._replace(
+                row_bias_C=None if self.row_bias is None else self.row_bias[rows],
+                column_bias_S=None if self.column_bias is None else self.column_bias[columns],
+            )
+        if self.row_id is None or self.column_id is None:
+            return tile
+        return tile._replace(
+            row_id_C=self.row_id[rows],
+            column_id_S=self.column_id[columns],
+            positive_ids=self.options.positive_groups,
+        )
 
     def _diagonal(self, row: int, block: int, segment: Segment) -> int | None:
         """Where in a tile the entries of own pairs are: column less row."""
@@ -229,14 +246,39 @@ def rectangle(
     )
 
 
-def symmetric(options: Options, z: Tensor, scale: Tensor, offset: Tensor | None) -> Problem:
-    """S among the rows of one tensor, block after block; scale and offset are (P, P)."""
+def biased(asked: Problem, row_bias: Tensor | None, column_bias: Tensor | None) -> Problem:
+    """The same with biases of own rows and columns."""
+    if row_bias is None and column_bias is None:
+        return asked
+    row_bias, column_bias = (
+        None if bias is None else bias.to(asked.tiles.dtype) for bias in (row_bias, column_bias)
+    )
+    if column_bias is not None:
+        column_bias = asked.columns.of_all_ranks(column_bias)
+    return replace(asked, row_bias=row_bias, column_bias=column_bias)
+
+
+def symmetric(
+    options: Options,
+    z: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    pair_group: Tensor | None = None,
+) -> Problem:
+    """S among the rows of one tensor, block after block; scale and offset are (P, P).
+
+    Rows of other pairs of a row's group, by an id for each own pair, are no negatives.
+    """
     tiles = tiles_of(options.backend, options.dtype, options.maxima)
     count = len(options.domains)
     columns = columns_of(options.ranks, [len(z) // count] * count)
     z = z.to(options.dtype)
     offset = None if offset is None else offset.to(tiles.dtype)
-    return Problem(options, tiles, columns, z, z, away_from_zero(scale, tiles.dtype), offset)
+    found = Problem(options, tiles, columns, z, z, away_from_zero(scale, tiles.dtype), offset)
+    if pair_group is None:
+        return found
+    ids = pair_group.repeat(count)
+    return replace(found, row_id=ids, column_id=columns.of_all_ranks(ids))
 
 
 def couples(blocks: int) -> list[tuple[int, int]]:

@@ -51,6 +51,15 @@ def reduce(loss: Tensor, reduction: str, ranks: Ranks | None, blocks: int = 1) -
     return reduce_sum(loss.sum(), reduction, ranks, loss.shape[0], blocks)
 
 
+def reduce_weighted(loss: Tensor, weights: Tensor, reduction: str, ranks: Ranks | None) -> Tensor:
+    """`loss` of each anchor with its weight: sums of both are over the anchors of all processes."""
+    loss = loss * weights
+    if reduction == "none":
+        return loss
+    total, mass = global_sum(torch.stack((loss.sum(), weights.sum())), ranks).unbind()
+    return total if reduction == "sum" else total / torch.where(mass == 0, 1.0, mass)
+
+
 def reduce_sum(
     loss: Tensor, reduction: str, ranks: Ranks | None, anchors: int, blocks: int = 1
 ) -> Tensor:

@@ -21,6 +21,8 @@ def similarity_statistics(
     x_ND: Tensor,
     y_MD: Tensor,
     scale: Tensor,
+    row_bias_N: Tensor | None,
+    column_bias_M: Tensor | None,
     positive_index_N: Tensor | None,
     row_group_N: Tensor | None,
     column_group_M: Tensor | None,
@@ -41,6 +43,8 @@ def similarity_statistics(
         x_ND, row_group_N = _of_all(x_ND, ranks, [n]), _of_all(row_group_N, ranks, [n])
         y_MD = _of_all(y_MD, ranks, blocks)
         column_group_M = _of_all(column_group_M, ranks, blocks)
+        row_bias_N = _of_all(row_bias_N, ranks, [n])
+        column_bias_M = _of_all(column_bias_M, ranks, blocks)
         n = len(x_ND)
     m, with_gradient = len(y_MD), options.columns_with_gradient
     if ranks is None and with_gradient >= 0:
@@ -52,8 +56,10 @@ def similarity_statistics(
     left_out_NM = (positives[:, None] == columns) | (columns < options.first_negative)
     if row_group_N is not None and column_group_M is not None:
         left_out_NM = left_out_NM | (row_group_N[:, None] == column_group_M)
-    negatives_NM = S_NM.masked_fill(left_out_NM, -torch.inf)
-    paired_NN = negatives_NM[:, : n if both else 0]
+    of_rows_NM = S_NM if column_bias_M is None else S_NM + column_bias_M.to(S_NM.dtype)
+    of_columns_NM = S_NM if row_bias_N is None else S_NM + row_bias_N.to(S_NM.dtype)[:, None]
+    negatives_NM = of_rows_NM.masked_fill(left_out_NM, -torch.inf)
+    paired_NN = of_columns_NM.masked_fill(left_out_NM, -torch.inf)[:, : n if both else 0]
     found: tuple[Tensor, ...] = (
         _logsumexp(negatives_NM, dim=1),
         _maximum(negatives_NM, dim=1) if options.maxima else S_NM.new_empty(0),
@@ -72,29 +78,42 @@ def sigmoid_rows(
     y_MD: Tensor,
     scale: Tensor,
     offset: Tensor | None,
-    ranks: Ranks | None,
-    compute_dtype: torch.dtype,
+    row_group_N: Tensor | None,
+    column_group_M: Tensor | None,
+    options: Options,
 ) -> Tensor:
     """The row sums of `fastclip.ops.sigmoid`."""
-    diagonal = 0
+    diagonal, ranks = 0, options.ranks
     if ranks is not None:
         y_MD, diagonal = _of_all(y_MD, ranks, [len(y_MD)]), _own(ranks, len(x_ND)).start
-    S_NM = _logits(x_ND, y_MD, scale, compute_dtype)
+        if column_group_M is not None:
+            column_group_M = _of_all(column_group_M, ranks, [len(column_group_M)])
+    S_NM = _logits(x_ND, y_MD, scale, options.dtype)
     if offset is not None:
         S_NM = S_NM + offset.reshape(()).to(S_NM.dtype)
-    signs_NM = torch.ones_like(S_NM)
-    signs_NM.diagonal(offset=diagonal).fill_(-1)
-    return softplus(signs_NM * S_NM).sum(dim=1)
+    own_NM = torch.zeros_like(S_NM, dtype=torch.bool)
+    own_NM.diagonal(offset=diagonal).fill_(True)
+    same_NM = torch.zeros_like(own_NM)
+    if row_group_N is not None and column_group_M is not None:
+        same_NM = row_group_N[:, None] == column_group_M
+    positive_NM = own_NM | same_NM if options.positive_groups else own_NM
+    terms_NM = softplus(torch.where(positive_NM, -S_NM, S_NM))
+    return terms_NM.masked_fill(same_NM & ~positive_NM, 0.0).sum(dim=1)
 
 
 def block_statistics(
-    z_MD: Tensor, scale_PP: Tensor, offset_PP: Tensor | None, options: Options
+    z_MD: Tensor,
+    scale_PP: Tensor,
+    offset_PP: Tensor | None,
+    pair_group_N: Tensor | None,
+    options: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The statistics of `fastclip.ops.symmetric.block_statistics`."""
     ranks, domains = options.ranks, options.domains
     count, own = len(domains), len(z_MD) // len(domains)
     if ranks is not None:
         z_MD = _of_all(z_MD, ranks, [own] * count)
+        pair_group_N = _of_all(pair_group_N, ranks, [own])
     pairs = len(z_MD) // count
     pair_M = torch.arange(len(z_MD), device=z_MD.device) % pairs
     z_MD = _round(z_MD, options.dtype)
@@ -107,7 +126,11 @@ def block_statistics(
 
     # block by block, so that the gradient of a table's entry is one sum over a block
     S_MM = torch.cat([torch.cat([logits(b, c) for c in range(count)], 1) for b in range(count)])
-    negatives_MM = S_MM.masked_fill(pair_M[:, None] == pair_M, -torch.inf)
+    left_out_MM = pair_M[:, None] == pair_M
+    if pair_group_N is not None:
+        id_M = pair_group_N.repeat(count)
+        left_out_MM = left_out_MM | (id_M[:, None] == id_M)
+    negatives_MM = S_MM.masked_fill(left_out_MM, -torch.inf)
     positive_QN = torch.stack([S_MM[block[b], block[c]].diagonal() for b, c in couples(count)])
     lse, top = _logsumexp(negatives_MM, dim=1), _maximum(negatives_MM, dim=1)
     if ranks is not None:

@@ -28,6 +28,9 @@ def sigmoid_loss(
     scale: Tensor | float,
     offset: Tensor | float | None = None,
     *,
+    row_group: Tensor | None = None,
+    column_group: Tensor | None = None,
+    positive_groups: bool = False,
     per_row: bool = False,
     ranks: Ranks | None = None,
     backend: str = "auto",
@@ -40,6 +43,8 @@ def sigmoid_loss(
         x: (N, D) rows.
         y: (N, D) columns; row i's positive is column i.
         scale, offset: 0-d or (1,) tensors, or numbers.
+        row_group, column_group: (N,) ids; columns of a row's group other than its own are left out
+            or, with `positive_groups`, positives.
         per_row: whether to return rows.
         ranks: the processes whose rows and columns these are part of. A sum's gradient is formed
             in the forward, so its upstream gradient must be the same on all ranks.
@@ -57,43 +62,42 @@ def sigmoid_loss(
         )
     scale = checks.as_scalar("logit_scale", scale, x)
     offset = None if offset is None else checks.as_scalar("logit_bias", offset, x)
+    ids = checks.check_positives(x, y, False, None, row_group, column_group, 0)[1:]
     chosen = backends.choose("sigmoid", backend, x.device, compute_dtype)
     if chosen == "reference":
         with checks.without_autocast(x.device):
-            rows = reference.sigmoid_rows(x, y, scale, offset, ranks, compute_dtype)
+            options = problem.options(
+                compute_dtype, chosen, chunk, ranks, positive_groups=positive_groups
+            )
+            rows = reference.sigmoid_rows(x, y, scale, offset, *ids, Options(**options))
         return rows if per_row else rows.sum()
     inputs = x, y, scale, offset
     checks.refuse_transforms(*(t for t in inputs if t is not None))
-    options = problem.options(compute_dtype, chosen, chunk, ranks)
+    options = problem.options(compute_dtype, chosen, chunk, ranks, positive_groups=positive_groups)
     if per_row:
-        of_rows: Tensor = _rows(*inputs, **options)
+        of_rows: Tensor = _rows(*inputs, *ids, **options)
         return of_rows
-    total: Tensor = _sum(*inputs, **options | {"needs": wants_gradient(*inputs)})[0]
+    total: Tensor = _sum(*inputs, *ids, **options | {"needs": wants_gradient(*inputs)})[0]
     return total
 
 
 def _sigmoid(
     inputs: Tensors, upstream: Tensor | None, needs: Sequence[bool], options: Options
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    x, y, scale, offset = inputs
+    x, y, scale, offset, *ids = inputs
     need_x, need_y, need_scale, need_offset = needs
     with checks.without_autocast(x.device):
-        asked = problem.rectangle(options, x, y, scale, offset)
+        asked = problem.rectangle(options, x, y, scale, offset, None, *ids)
         return passes.sigmoid(asked, upstream, (need_x, need_y, need_scale, need_offset))
 
 
-def _forward_sum(
-    x: Tensor, y: Tensor, scale: Tensor, offset: Tensor | None, **options: Any
-) -> tuple[Tensor, ...]:
-    inputs = x, y, scale, offset
+def _forward_sum(*inputs: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
     rows, *gradients = _sigmoid(inputs, None, options["needs"], Options(**options))
     return rows.sum(), *(rows.new_empty(0) if g is None else g for g in gradients)
 
 
-def _forward_rows(
-    x: Tensor, y: Tensor, scale: Tensor, offset: Tensor | None, **options: Any
-) -> Tensor:
-    return _sigmoid((x, y, scale, offset), None, (False,) * 4, Options(**options))[0]
+def _forward_rows(*inputs: Tensor | None, **options: Any) -> Tensor:
+    return _sigmoid(inputs, None, (False,) * 4, Options(**options))[0]
 
 
 def _gradient(
@@ -109,7 +113,7 @@ def _flop(shapes: Sequence[Any], options: Options) -> int:
 _sum = register(
     "sigmoid_sum",
     _forward_sum,
-    inputs="x y scale offset?",
+    inputs="x y scale offset? row_group? column_group?",
     outputs=5,
     record=Options,
     fake=lambda inputs, options: [inputs[0].new_empty((), dtype=accumulator_dtype(options.dtype))],
@@ -119,7 +123,7 @@ _sum = register(
 _rows = register(
     "sigmoid_rows",
     _forward_rows,
-    inputs="x y scale offset?",
+    inputs="x y scale offset? row_group? column_group?",
     outputs=1,
     record=Options,
     fake=lambda inputs, options: [

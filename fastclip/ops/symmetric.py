@@ -1,8 +1,9 @@
 """Statistics of S among the rows of one set of several views and texts.
 
 Z is made of B blocks of N rows in the same pair order. Row i's negatives are all rows of other
-pairs, of every domain; its positives are the rows of its own pair in the other blocks (UniCLIP's
-MP-NCE, Lee et al. 2022; NT-Xent has two blocks of one domain). The operator returns
+pairs, of every domain, less those of its group; its positives are the rows of its own pair in the
+other blocks (UniCLIP's MP-NCE, Lee et al. 2022; NT-Xent has two blocks of one domain). The operator
+returns
 
     lse_i       = logsumexp of S_ij over the negatives of i, and max_i, their maximum, on request
     positive_qk = S between the two rows of pair k in the q-th couple of blocks (b < c)
@@ -51,6 +52,7 @@ def block_statistics(
     scale: Tensor,
     offset: Tensor | None = None,
     *,
+    pair_group: Tensor | None = None,
     maxima: bool = False,
     ranks: Ranks | None = None,
     backend: str = "auto",
@@ -64,6 +66,7 @@ def block_statistics(
         z: (B N, D), block after block.
         domains: the domain of each block, in [0, P).
         scale, offset: (P, P), symmetric, on z's device; offset None is 0.
+        pair_group: (N,) integer ids; rows of other pairs of a row's group are no negatives.
         ranks: the processes whose pairs these are part of.
         backend, chunk_bytes, keep_bytes, precision: as
             `fastclip.ops.similarity.similarity_statistics`.
@@ -74,6 +77,9 @@ def block_statistics(
     compute_dtype = checks.compute_dtype_of(z, precision)
     chunk = checks.chunk_argument(chunk_bytes)
     checks.check_features("features", z)
+    if pair_group is not None:
+        checks.check_ids("row_group", pair_group, z.shape[0] // len(domains), z.device)
+        pair_group = pair_group.contiguous()
     chosen = backends.choose("symmetric", backend, z.device, compute_dtype)
     keep = kept.keep_argument(keep_bytes, chosen, z, scale, offset)
     options = problem.options(
@@ -87,15 +93,17 @@ def block_statistics(
     )
     if chosen == "reference":
         with checks.without_autocast(z.device):
-            found = reference.block_statistics(z, scale, offset, Options(**options))
+            found = reference.block_statistics(z, scale, offset, pair_group, Options(**options))
         return BlockStatistics(*found)
     checks.refuse_transforms(z, scale)
-    return BlockStatistics(*_blocks(z, scale, offset, **options)[:3])
+    return BlockStatistics(*_blocks(z, scale, offset, pair_group, **options)[:3])
 
 
-def _forward(z: Tensor, scale: Tensor, offset: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
+def _forward(
+    z: Tensor, scale: Tensor, offset: Tensor | None, pair_group: Tensor | None, **options: Any
+) -> tuple[Tensor, ...]:
     with checks.without_autocast(z.device):
-        asked = problem.symmetric(Options(**options), z, scale, offset)
+        asked = problem.symmetric(Options(**options), z, scale, offset, pair_group)
         collected = asked.columns.collect(asked.x_ND)
         rows, _, kept_S = passes.statistics(asked, collected)
         positive = _positive_cosines(asked)
@@ -118,13 +126,13 @@ def _fake(inputs: Tensors, options: Options) -> list[Tensor]:
 def _gradient(
     inputs: Tensors, saved: Tensors, upstream: Tensors, options: Options
 ) -> tuple[Tensor | None, ...]:
-    z, scale, offset = inputs
+    z, scale, offset, pair_group = inputs
     collected, lse, *kept_S = saved
     d_lse, d_positive = upstream
     d_lse = torch.zeros_like(lse) if d_lse is None else d_lse
     need_scalars = options.needs[1] or options.needs[2]
     with checks.without_autocast(z.device):
-        asked = problem.symmetric(options, z, scale, offset)
+        asked = problem.symmetric(options, z, scale, offset, pair_group)
         rows = LogSumExps(lse, d_lse)
         columns = rows if asked.is_triangle else asked.of_all_columns(rows)
         needs = True, True, need_scalars
@@ -192,7 +200,7 @@ def backward_flop(shapes: Sequence[Any], options: Options) -> int:
 _blocks = register(
     "block_statistics",
     _forward,
-    inputs="z scale offset?",
+    inputs="z scale offset? pair_group?",
     outputs=6,
     record=Options,
     fake=_fake,

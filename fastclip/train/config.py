@@ -51,6 +51,8 @@ class TrainConfig:
             raise ValueError(
                 "--label-smoothing is for the softmax loss; leave it out with --siglip"
             )
+        if self.loss.loss == "global":
+            self._check_global()
         if objective == "simclr" and data.val_data:
             raise ValueError(
                 "--val-data: simclr has no classifier; evaluate what --finetune makes of it"
@@ -72,6 +74,26 @@ class TrainConfig:
                 f"--optimizer {self.optim.optimizer}: ZeRO shards torch's AdamW; leave the flag "
                 "out with --deepspeed"
             )
+
+    def _check_global(self) -> None:
+        """Refuse what `--loss global` does not go with."""
+        excluded = {
+            f"--objective {self.model.objective}": self.model.objective != "clip",
+            "--siglip": self.loss.siglip,
+            "--hard-negatives": self.model.hard_negatives > 0,
+            "--label-smoothing": self.model.label_smoothing > 0,
+        }
+        for name, given in excluded.items():
+            if given:
+                raise ValueError(f"--loss global does not go with {name}; leave one of them out")
+        if self.loss.global_temperature_lr is not None and self.optim.lr == 0:
+            raise ValueError("--global-temperature-lr follows the schedule of --lr, which is 0")
+
+    @property
+    def own_rates(self) -> dict[str, float]:
+        """The learning rates of parameters that have one of their own, by name."""
+        rate = self.loss.global_temperature_lr
+        return {} if rate is None else {"logit_scale": rate}
 
     @classmethod
     def from_flat(cls, **values: Any) -> "TrainConfig":

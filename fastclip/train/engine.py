@@ -28,6 +28,7 @@ class Engine:
         model: on the world's device; its parameters stay float32.
         config: the run's configuration.
         world: this process among the others.
+        samples: that the data hold, for a loss that remembers each.
 
     Attributes:
         objective: how `model` is run.
@@ -36,9 +37,9 @@ class Engine:
         skipped: updates left out because float16 overflowed, which the loss scale then avoids.
     """
 
-    def __init__(self, model: Model, config: TrainConfig, world: World) -> None:
+    def __init__(self, model: Model, config: TrainConfig, world: World, samples: int = 0) -> None:
         self.model, self.config, self.world = model.model, config, world
-        self.objective = objective_of(self.model, config)
+        self.objective = objective_of(self.model, config, samples)
         self.average: WeightAverage | None = None
         if self.objective.needs_teacher or config.optim.ema is not None:
             decay = TEACHER_DECAY if config.optim.ema is None else config.optim.ema
@@ -120,7 +121,7 @@ class Engine:
         ]
         inputs = {"images": [(view.float() - self._mean) / self._std for view in moved]}
         inputs["texts"] = [text.to(device, non_blocking=True) for text in batch.get("texts", ())]
-        for name in ("params", "negatives", "label"):
+        for name in ("params", "negatives", "label", "index"):
             if name in batch:
                 inputs[name] = batch[name].to(device, non_blocking=True)
         return inputs
@@ -143,14 +144,20 @@ class Engine:
         with self._autocast:
             return self.objective.loss(output, teacher, **self._loss_options)
 
-    def _averaged_state(self) -> dict[str, Any]:
-        """What a checkpoint holds of the average."""
-        return {checkpoint.AVERAGE: self.average.state_dict()} if self.average else {}
+    def _state_beside(self) -> dict[str, Any]:
+        """What a checkpoint holds of the average, and of what the loss remembers."""
+        state = {checkpoint.AVERAGE: self.average.state_dict()} if self.average else {}
+        if self.objective.memory is not None:
+            state[checkpoint.MEMORY] = self.objective.memory.state_dict()
+        return state
 
-    def _load_average(self, content: dict[str, Any]) -> None:
-        """Take over the average; one that the run did not have begins at its weights."""
+    def _load_beside(self, content: dict[str, Any]) -> None:
+        """Take these over; an average that the run did not have begins at its weights, and a memory
+        empty."""
         if self.average is not None:
             self.average.load_state_dict(content.get(checkpoint.AVERAGE, self.model.state_dict()))
+        if self.objective.memory is not None and checkpoint.MEMORY in content:
+            self.objective.memory.load_state_dict(content[checkpoint.MEMORY])
 
     def _refuse(self, loss: Tensor, batches: Sequence[dict[str, Any]]) -> NoReturn:
         """Raise for a loss or gradient that is not finite, and name where it began.

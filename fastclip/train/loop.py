@@ -72,6 +72,7 @@ def train_epoch(state: TrainState, report: Report, stop: StopSignals, watch: Wat
     """
     every = state.config.checkpoint.save_every_steps
     state.model.model.train()
+    state.engine.objective.begin_epoch(state.epoch)
     steps = state.loader.steps(state.epoch, state.step_in_epoch)
     waiting = functools.partial(watch.waiting_for_data, state.loader.waiting_for)
     for batches in report.meter.waiting(steps, waiting):

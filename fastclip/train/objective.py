@@ -7,7 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastclip.functional import clip_loss, siglip_loss
+from fastclip.functional import clip_loss, global_contrastive_loss, siglip_loss
+from fastclip.losses.global_contrastive import GlobalContrastiveLoss
 from fastclip.models.system import System
 from fastclip.train.config import TrainConfig
 from fastclip.train.optim import LOGIT_SCALE_MAX
@@ -23,6 +24,7 @@ class Objective(Protocol):
         bounds: parameters held in bounds after every update, by name. Where parameters are in
             low precision, the loss sees these exactly.
         needs_teacher: whether `loss` takes an averaged copy of what is trained.
+        memory: what the loss remembers from step to step, for checkpoints; None for nothing.
     """
 
     @property
@@ -33,6 +35,12 @@ class Objective(Protocol):
 
     @property
     def needs_teacher(self) -> bool: ...
+
+    @property
+    def memory(self) -> nn.Module | None: ...
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Called on all ranks before the steps of an epoch, from 0 on, or those that are left."""
 
     def outputs(self, towers: Callable[..., Any], batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """A micro-batch's outputs by name, see `fastclip.train.accumulate`.
@@ -65,6 +73,7 @@ class ClipObjective:
 
     shared = ("logit_scale", "logit_bias")
     needs_teacher = False
+    memory: nn.Module | None = None
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
         self.siglip, self.label_smoothing = config.loss.siglip, config.model.label_smoothing
@@ -72,6 +81,9 @@ class ClipObjective:
         self.bounds: dict[str, tuple[float, float]] = {"logit_scale": (0.0, LOGIT_SCALE_MAX)}
         if getattr(model, "logit_bias", None) is not None:
             self.bounds["logit_bias"] = (-math.inf, math.inf)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """See `Objective.begin_epoch`; no epoch differs from another."""
 
     def outputs(self, towers: Callable[..., Any], batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """See `Objective.outputs`."""
@@ -117,6 +129,69 @@ class ClipObjective:
         return None if self.siglip or self.hard_negatives else math.log(samples)
 
 
-def objective_of(model: nn.Module, config: TrainConfig) -> Objective:
-    """How this model is trained: a system says it itself."""
-    return model if isinstance(model, System) else ClipObjective(model, config)
+class GlobalObjective(ClipObjective):
+    """An open_clip model with a global contrastive loss, see `GlobalContrastiveLoss`.
+
+    Args:
+        model, config: of the run.
+        samples: that the data hold.
+    """
+
+    memory: GlobalContrastiveLoss
+
+    def __init__(self, model: nn.Module, config: TrainConfig, samples: int) -> None:
+        super().__init__(model, config)
+        options = config.loss
+        epochs = options.global_gamma_epochs or max(1, config.optim.epochs // 2)
+        memory = GlobalContrastiveLoss(
+            samples,
+            options.global_variant,
+            gamma=options.global_gamma,
+            gamma_epochs=None if options.global_variant == "sogclr" else epochs,
+            full_first_epoch=options.global_full_first_epoch,
+            rho=options.global_rho,
+        )
+        self.memory = memory.to(model.get_parameter("logit_scale").device)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """See `Objective.begin_epoch`."""
+        self.memory.set_epoch(epoch)
+
+    def outputs(self, towers: Callable[..., Any], batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """See `Objective.outputs`."""
+        return {**super().outputs(towers, batch), "index": batch["index"]}
+
+    def loss(
+        self, output: Mapping[str, Tensor], teacher: nn.Module | None = None, **exchange: Any
+    ) -> Tensor:
+        """See `Objective.loss`; moves the averages of the batch's samples."""
+        memory = self.memory
+        return global_contrastive_loss(
+            output["image_features"],
+            output["text_features"],
+            output["logit_scale"],
+            output["index"],
+            memory.log_u,
+            memory.gamma,
+            rho=memory.rho,
+            eps=memory.eps,
+            **exchange,
+        )
+
+    def chance(self, samples: int) -> float | None:
+        """See `Objective.chance`; it depends on the variant's constants."""
+        return None
+
+
+def objective_of(model: nn.Module, config: TrainConfig, samples: int | None = None) -> Objective:
+    """How this model is trained: a system says it itself.
+
+    Args:
+        model, config: of the run.
+        samples: that the data hold, for a loss that remembers each; None where none is computed.
+    """
+    if isinstance(model, System):
+        return model
+    if config.loss.loss == "global" and samples is not None:
+        return GlobalObjective(model, config, samples)
+    return ClipObjective(model, config)

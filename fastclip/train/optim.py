@@ -14,21 +14,33 @@ from fastclip.train.options import OptimOptions
 LOGIT_SCALE_MAX = math.log(100)
 
 
-def build_optimizer(model: nn.Module, options: OptimOptions) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module, options: OptimOptions, rates: Mapping[str, float] | None = None
+) -> torch.optim.Optimizer:
     """The optimizer with weight decay on matrices only: none on norms, biases and scales.
+
+    Args:
+        model: whose parameters it has, but for frozen ones.
+        options: rates and decays.
+        rates: of parameters with a learning rate of their own, by name; each is a group without
+            weight decay, whose "lr_factor" is its rate by that of the others.
 
     Raises:
         ValueError: it is one of apex's, and apex is not there.
     """
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
-    for parameter in model.parameters():
-        if parameter.requires_grad:
+    rates = rates or {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and name not in rates:
             (decayed if parameter.ndim >= 2 else plain).append(parameter)
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": options.wd},
         {"params": plain, "weight_decay": 0.0},
     ]
+    for name, rate in rates.items():
+        own = {"params": [model.get_parameter(name)], "weight_decay": 0.0}
+        groups.append({**own, "lr": rate, "lr_factor": rate / options.lr})
     made: dict[str, Any] = {
         "lr": options.lr,
         "betas": (options.beta1, options.beta2),
@@ -38,6 +50,19 @@ def build_optimizer(model: nn.Module, options: OptimOptions) -> torch.optim.Opti
         return torch.optim.AdamW(groups, **made, fused=True)
     name = {"apex-adamw": "FusedAdam", "apex-lamb": "FusedLAMB"}[options.optimizer]
     return apex.optimizer(name, groups, **made)
+
+
+def check_groups(saved: int, groups: Sequence[Any]) -> None:
+    """Refuse a checkpoint whose optimizer had other groups of parameters.
+
+    Raises:
+        ValueError: it had another number of them.
+    """
+    if saved != len(groups):
+        raise ValueError(
+            f"the checkpoint's optimizer has {saved} groups of parameters, this run's "
+            f"{len(groups)}: give --global-temperature-lr to both or to neither"
+        )
 
 
 def learning_rate(options: OptimOptions, step: int, total_steps: int) -> float:

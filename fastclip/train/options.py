@@ -3,11 +3,12 @@
 What concerns one section alone is checked here, what concerns several in `config.py`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from fastclip.data.options import DataOptions
-from fastclip.flags import check_least, check_positive, flag
+from fastclip.flags import check_least, check_positive, flag, flag_name
+from fastclip.functional.global_contrastive import GAMMAS, RHO, check_options, check_variant
 from fastclip.models.options import SystemOptions
 from fastclip.ops.backend import IMPLEMENTATIONS
 
@@ -129,10 +130,38 @@ class OptimOptions:
         return self.batch_size * self.accum_freq * processes
 
 
+# the variants of the global loss that an option is for, where it is not for all
+_USERS = {
+    "global_gamma_epochs": ("v1", "v3"),
+    "global_full_first_epoch": ("sogclr",),
+    "global_rho": ("v3",),
+    "global_temperature_lr": ("v3",),
+}
+
+
 @dataclass(frozen=True)
 class LossOptions:
-    """How the loss is computed, and how processes share it."""
+    """What the loss is, how it is computed, and how processes share it."""
 
+    loss: Literal["objective", "global"] = flag("objective", defines_run=True)
+    """objective: that of --objective. global: SogCLR's or FastCLIP's, against all of the data by an
+    average for each sample; for --objective clip."""
+    global_variant: str = flag("v3", defines_run=True)
+    """With --loss global: sogclr; v1 or v3, FastCLIP with a constant or a learned temperature."""
+    global_gamma: float | None = flag(None, defines_run=True)
+    """With --loss global: share of an average that a step replaces, in v1 and v3 at the end of its
+    schedule; by default 0.8 for sogclr, 0.2 for v1 and v3."""
+    global_gamma_epochs: int | None = flag(None, defines_run=True)
+    """With v1 and v3: epochs over which gamma falls from 1; by default half of --epochs."""
+    global_full_first_epoch: bool = flag(False, defines_run=True)
+    """With sogclr: gamma is 1 in the first epoch, as it is in v1 and v3."""
+    global_rho: float = flag(RHO, defines_run=True)
+    """With v3: how strongly a low temperature is resisted."""
+    global_temperature: float | None = flag(None, defines_run=True)
+    """With --loss global: the temperature, in v3 the one to begin with; by default the model's."""
+    global_temperature_lr: float | None = flag(None, defines_run=True)
+    """With v3: learning rate of the logarithm of the temperature, scheduled as --lr; by default
+    --lr."""
     siglip: bool = flag(False, defines_run=True)
     """The sigmoid loss; the model gets a logit bias."""
     local_loss: bool = flag(False, defines_run=False)
@@ -148,6 +177,7 @@ class LossOptions:
     """Implementation of the loss: auto, torch or reference."""
 
     def __post_init__(self) -> None:
+        self._check_global()
         if not self.gather_with_grad:
             raise ValueError(
                 "--no-gather-with-grad is not the full batch's gradient; leave the flag out"
@@ -156,6 +186,32 @@ class LossOptions:
         if self.loss_backend not in ["auto", *known]:
             raise ValueError(
                 f"--loss-backend {self.loss_backend} is unknown; use auto or {', '.join(known)}"
+            )
+
+    def _check_global(self) -> None:
+        """Refuse options of global losses that are out of range, or that nothing would use."""
+        given = [each for each in fields(self) if getattr(self, each.name) != each.default]
+        for name in [each.name for each in given if each.name.startswith("global_")]:
+            if self.loss != "global":
+                raise ValueError(f"{flag_name(name)} is for --loss global; leave it out")
+            users = _USERS.get(name, (self.global_variant,))
+            if self.global_variant in GAMMAS and self.global_variant not in users:
+                raise ValueError(
+                    f"{flag_name(name)} is for {', '.join(users)}, not {self.global_variant}; "
+                    "leave it out"
+                )
+        check_positive(self, "global_gamma_epochs", "global_temperature_lr")
+        try:
+            check_variant(self.global_variant)
+            gamma = 1.0 if self.global_gamma is None else self.global_gamma
+            check_options(gamma, self.global_rho, eps=1.0)
+        except ValueError as error:
+            raise ValueError(f"--loss global: {error}") from None
+        temperature = self.global_temperature
+        if temperature is not None and not 0.01 <= temperature <= 1:
+            raise ValueError(
+                f"--global-temperature is {temperature}; give one from 0.01 to 1, which are the "
+                "logit scales from 100 to 1"
             )
 
 

@@ -57,9 +57,27 @@ def read_resumed(
     return path, resumed
 
 
-def check_same_data(resumed: dict[str, Any], loader: TrainingLoader, world: World) -> None:
-    """Note it where the shards no longer hold as many samples as when the run began."""
+def check_same_data(
+    resumed: dict[str, Any], loader: TrainingLoader, world: World, *, remembering: bool = False
+) -> None:
+    """Note it where the shards no longer hold as many samples as when the run began.
+
+    Args:
+        resumed: the checkpoint's content.
+        loader: of the run.
+        world: this process among the others.
+        remembering: whether the loss remembers each sample of the data.
+
+    Raises:
+        ValueError: what it remembers is of other samples.
+    """
     if resumed["data"]["counts"] != loader.identity["counts"]:
+        if remembering and checkpoint.MEMORY in resumed:
+            raise ValueError(
+                "--loss global remembers each sample, and the data's sample counts have changed "
+                f"since the checkpoint ({sum(loader.samples.order.counts)} samples now); give the "
+                "data of before, or begin with the checkpoint's weights: --pretrained"
+            )
         _note(world, "the data's sample counts have changed; other samples follow than would have")
 
 

@@ -7,11 +7,11 @@ from fastclip.train.engine import Engine
 from fastclip.train.torch_engine import TorchEngine
 
 
-def build_engine(model: Model, config: TrainConfig, world: World) -> Engine:
-    """The engine that the configuration asks for."""
+def build_engine(model: Model, config: TrainConfig, world: World, samples: int = 0) -> Engine:
+    """The engine that the configuration asks for; the arguments are those of `Engine`."""
     if config.distributed.deepspeed:
         # an installation of its own
         from fastclip.train.zero import DeepSpeedEngine
 
-        return DeepSpeedEngine(model, config, world)
-    return TorchEngine(model, config, world)
+        return DeepSpeedEngine(model, config, world, samples)
+    return TorchEngine(model, config, world, samples)

@@ -1,5 +1,6 @@
 """Making a run ready for its first step, new or resumed."""
 
+import math
 import os
 from contextlib import ExitStack
 from pathlib import Path
@@ -53,12 +54,13 @@ def start(
     loader = build_loader(config, model, classes, world)
     around.enter_context(loader.reporting_worker_failure())
     evaluation = _build_evaluation(config, model, classes, world)
-    engine = build_engine(model, config, world)
+    engine = build_engine(model, config, world, sum(loader.samples.order.counts))
     if evaluation is not None:
         evaluation.include(engine.average)
     state = TrainState(config, world, folder, model, loader, engine)
     if path is not None and resumed is not None:
-        check_same_data(resumed, loader, world)
+        remembering = engine.objective.memory is not None
+        check_same_data(resumed, loader, world, remembering=remembering)
         engine.load(path, resumed)
         state.step = resumed["step"]
         state.epoch, state.position = resumed["data"]["epoch"], resumed["data"]["position"]
@@ -86,10 +88,23 @@ def _build_model(config: TrainConfig, classes: list[str], world: World) -> Model
         classes=classes,
     )
     begin_classifier(config, model, classes)
+    _begin_temperature(config, model)
     exchange_layers(model.model, config.model)
     # convolutions are fastest with channels innermost, and nothing else minds
     model.model.to(memory_format=torch.channels_last)
     return model
+
+
+@torch.no_grad()
+def _begin_temperature(config: TrainConfig, model: Model) -> None:
+    """Let a global loss's temperature begin as the flags have it, or stay at that."""
+    options = config.loss
+    if options.loss != "global":
+        return
+    scale = model.model.get_parameter("logit_scale")
+    if options.global_temperature is not None:
+        scale.fill_(-math.log(options.global_temperature))
+    scale.requires_grad_(options.global_variant == "v3")
 
 
 def _build_evaluation(

@@ -15,16 +15,16 @@ from fastclip.train.accumulate import accumulate
 from fastclip.train.config import TrainConfig
 from fastclip.train.distributed import World
 from fastclip.train.engine import Engine
-from fastclip.train.optim import build_optimizer, clamp, gradient_norm
+from fastclip.train.optim import build_optimizer, check_groups, clamp, gradient_norm
 
 
 class TorchEngine(Engine):
     """A model trained by one process or by data-parallel ones; see `Engine`."""
 
-    def __init__(self, model: Model, config: TrainConfig, world: World) -> None:
-        super().__init__(model, config, world)
+    def __init__(self, model: Model, config: TrainConfig, world: World, samples: int = 0) -> None:
+        super().__init__(model, config, world, samples)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = build_optimizer(self.model, config.optim)
+        self.optimizer = build_optimizer(self.model, config.optim, config.own_rates)
         self._parallel: Any = world.wrap(self.model)
         compiled = config.model.torchcompile
         self._towers = torch.compile(self._parallel) if compiled else self._parallel
@@ -71,7 +71,7 @@ class TorchEngine(Engine):
         if maximum is not None:
             nn.utils.clip_grads_with_norm_(self.parameters, maximum, self.norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_factor", 1.0)
         self._scaler.step(self.optimizer)
         self._scaler.update()
         clamp(self.model, self.objective.bounds)
@@ -87,7 +87,7 @@ class TorchEngine(Engine):
                 "state_dict": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self._scaler.state_dict(),
-                **self._averaged_state(),
+                **self._state_beside(),
             }
             try:
                 checkpoint.write(path.with_suffix(".pt"), content)
@@ -103,11 +103,12 @@ class TorchEngine(Engine):
             raise ValueError("the checkpoint is DeepSpeed's; resume with --deepspeed")
         origin = f"the checkpoint ({self.config.model.model})"
         load_weights(self.model, content["state_dict"], origin)
-        self._load_average(content)
+        self._load_beside(content)
         options = [
             {key: value for key, value in group.items() if key != "params"}
             for group in self.optimizer.param_groups
         ]
+        check_groups(len(content["optimizer"]["param_groups"]), self.optimizer.param_groups)
         self.optimizer.load_state_dict(content["optimizer"])
         # moments from the checkpoint, decay rates and the like from the configuration
         for group, own in zip(self.optimizer.param_groups, options, strict=True):

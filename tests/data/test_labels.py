@@ -180,7 +180,7 @@ def test_labels_and_texts_only_where_asked_for(make_shard: MakeShard) -> None:
             ),
         }.items()
     }
-    assert batches["plain"].keys() == {"key", "position", "params", "images", "faults"}
+    assert batches["plain"].keys() == {*("key", "position", "index", "params", "images", "faults")}
     assert batches["labeled"].keys() - batches["plain"].keys() == {"label"}
     assert torch.equal(batches["labeled"]["images"][0], batches["plain"]["images"][0])
     assert batches["labeled"]["label"].tolist() == [1] * 4 and not batches["labeled"]["faults"]

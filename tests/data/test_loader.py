@@ -104,6 +104,20 @@ def test_samples_serve_any_dataloader(make_shard: MakeShard) -> None:
     assert [batch["position"] for batch in plain] == [[2 * i, 2 * i + 1] for i in range(6)]
 
 
+def test_an_index_is_of_a_sample_in_every_epoch(make_shard: MakeShard) -> None:
+    """Whatever the shard, and also where another one stands in for it."""
+    members = []
+    for i in range(6):
+        members += [(f"b{i}.jpg", jpeg() if i else b"broken"), (f"b{i}.txt", b"t")]
+    pattern = f"{make_shard('0.tar', samples=5)}::{make_shard('1.tar', members)}"
+    several = loader(pattern, batch_size=11)
+    keys = [*(f"{i:05d}" for i in range(5)), *(f"b{i}" for i in range(6))]
+    for epoch in range(2):
+        (batch,) = several.batches(epoch)
+        assert batch["index"].dtype == torch.int64
+        assert [keys[index] for index in batch["index"].tolist()] == batch["key"]
+
+
 def test_an_error_in_a_loader_process_keeps_its_cause(
     make_shard: MakeShard, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,7 +23,7 @@ MODES = {
     "constant local": {"local_loss": True},
 }
 EXCHANGES = ("bidir", "shift", "reduce", "gather")
-OTHERS = (*EXCHANGES, "distill", "distill local", "nt_xent")
+OTHERS = (*EXCHANGES, "distill", "distill local", "nt_xent", "sup_con")
 ROWS = 6
 
 
@@ -55,6 +55,13 @@ def other_losses(module: Any, rank: int, world: int) -> dict[str, list[Tensor]]:
     losses["distill local"] = module.DistillClipLoss(**place, **MODES["local"])
     ntxent = lightly.NTXentLoss if module is open_clip.loss else fastclip.NTXentLoss
     losses["nt_xent"] = ntxent(0.1, gather_distributed=True)
+    # without labels each sample is a class of its own, those of other processes too
+    losses["sup_con"] = functools.partial(
+        fastclip.functional.nt_xent_loss, temperature=0.1, dist="gather"
+    )
+    if module is fastclip:
+        sup_con = fastclip.SupConLoss(0.1, dist="gather")
+        losses["sup_con"] = lambda x, y: sup_con(torch.stack((x, y), dim=1))
     for name, loss_function in losses.items():
         x, y = (t[: world * ROWS][own].clone().requires_grad_() for t in features())
         scale, bias = (
@@ -62,7 +69,7 @@ def other_losses(module: Any, rank: int, world: int) -> dict[str, list[Tensor]]:
         )
         if name in EXCHANGES:
             loss = loss_function(x, y, scale, bias)
-        elif name == "nt_xent":
+        elif name in ("nt_xent", "sup_con"):
             loss = loss_function(x, y) + 0 * scale + 0 * bias
         else:
             pair = loss_function(x, y, scale, *teacher, torch.tensor(7.0, dtype=torch.float64))

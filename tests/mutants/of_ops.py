@@ -106,9 +106,9 @@ OPS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("(size * least_scale >= least)", "(size == size)"),
         ("checks.check_keep_bytes(keep_bytes)", "pass"),
         ("or not any(wants_gradient(*inputs))", ""),
-        ("* 16 + OVERHANG if self", "* 16 if self"),
+        ("self._aligned + self._overhang", "self._aligned"),
         ("+ OVERHANG * (columns + MARGIN)", ""),
-        ("(gradient_dtype if _by_tile(options)", "(accumulator_dtype if _by_tile(options)"),
+        ("(gradient_dtype if options", "(accumulator_dtype if options"),
     ],
     ("fastclip/ops/passes.py", "tests/ops/test_kept.py"): [
         ("if not all(sums_in_range(total) for _, total in found):", "if False:"),

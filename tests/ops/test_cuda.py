@@ -5,13 +5,14 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from fastclip import native
 from fastclip.functional import clip_loss
@@ -19,6 +20,7 @@ from fastclip.ops import backend, kept
 from fastclip.ops.gemm import count_products
 from fastclip.ops.tiles.base import SoftmaxStats, Tile
 from fastclip.ops.tiles.cuda import CudaTiles
+from tests.ops import test_kept
 from tests.ops.cases import (
     LOSSES,
     check_error_rule,
@@ -45,6 +47,7 @@ FACTORS = {
     "chunk": [None, 9, 33],
     "autocast": [False, True],
     "per_anchor": [False, True],
+    "keep": [None, 0],
 }
 
 
@@ -91,11 +94,13 @@ def check(
     chunk: int | None = None,
     autocast: bool = False,
     per_anchor: bool = False,
+    keep: int | None = None,
 ) -> None:
     case = LOSSES[name].make(n, width, scale, 0.3, seed=n + width, extra=extra).cast(dtype)
     eager = theirs(name, case, autocast=autocast)
     bytes_ = None if chunk is None else 6 * (n + extra) * chunk
     options = {"autocast": autocast, "per_anchor": per_anchor, "chunk_bytes": bytes_}
+    options["keep_bytes"] = keep
     got = ours(name, case, backend="cuda", **options)
     assert all(g.dtype == leaf.dtype for g, leaf in zip(got[1:], case.leaves, strict=True))
     # G is bf16 for all but float32
@@ -187,8 +192,106 @@ def test_memory_is_a_tile(dtype: torch.dtype, entry_bytes: int) -> None:
     assert sum(buffer.nbytes for buffer in tiles._pool.values()) == 64 * 64 * entry_bytes
 
 
+@pytest.mark.parametrize("scale", [1e-4, 14.3, -20.0, 1e3, 1e4])
+def test_kept_products_serve_any_scale(scale: float) -> None:
+    test_kept.check_clip(*test_kept.PAIRS, scale, "cuda", 3)
+
+
+@pytest.mark.parametrize("length", [1e-3, 2.0, 1e3])
+def test_kept_products_serve_features_of_any_length(length: float) -> None:
+    images, texts = test_kept.PAIRS
+    test_kept.check_clip(images * length, texts, 14.3, "cuda", 3)
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        test_kept.test_an_outlier,
+        test_kept.test_a_row_whose_exponentials_vanish,
+        test_kept.test_a_batch_of_one_has_no_negatives,
+        test_kept.test_a_row_left_out_whole,
+        test_kept.test_a_loss_scale,
+        test_kept.test_metrics_have_their_maxima,
+    ],
+)
+def test_kept_products_as_exponentials_are_tested(test: Callable[[str], None]) -> None:
+    test("cuda")
+
+
+@pytest.mark.parametrize("offset", [-300.0, 300.0])
+def test_kept_products_with_offsets(offset: float) -> None:
+    test_kept.test_offsets(offset, "cuda")
+
+
+@pytest.mark.parametrize("name", test_kept.KEEPS)
+def test_a_second_backward_finds_the_products_unaltered(name: str) -> None:
+    test_kept.test_a_second_backward_reads_them_unaltered(name, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", test_kept.KEEPS)
+def test_what_is_kept_changes_no_bit(name: str, dtype: torch.dtype) -> None:
+    """It is S that is kept: only a product goes."""
+    case = LOSSES[name].make(150, 24, 14.3, 0.3, seed=2).cast(dtype)
+    found, flops = [], []
+    for keep in (None, 0):
+        with count_products() as count:
+            found.append(
+                ours(name, case, backend="cuda", keep_bytes=keep, chunk_bytes=6 * 150 * 80)
+            )
+        flops.append(count.flop)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert flops[0] < flops[1]
+
+
+@pytest.mark.parametrize("name", test_kept.KEEPS)
+@pytest.mark.parametrize("n", [128, 130])
+def test_products_are_kept_in_aligned_rows_within_the_budget(
+    name: str, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = LOSSES[name].make(n, 8, 9.0, 0.3, seed=1).cast(torch.bfloat16)
+    found: list[Tensor] = []
+    original = kept.Rooms.next
+
+    def room(self: kept.Rooms, chunk: Any, columns: int) -> Tensor:
+        got = original(self, chunk, columns)
+        assert got.dtype == torch.float32 and got.storage_offset() % 16 == got.stride(0) % 16 == 0
+        assert got.storage_offset() + len(got) * got.stride(0) <= len(self._entries)
+        found.append(self._entries)
+        return got
+
+    monkeypatch.setattr(kept.Rooms, "next", room)
+    ours(name, case, backend="cuda", chunk_bytes=6 * n * 40)
+    needed = found[-1].nbytes
+    if name.startswith("clip"):
+        assert needed == 4 * n * -(-n // 16) * 16
+    flops = []
+    for keep in (needed, needed - 1):
+        with count_products() as count:
+            ours(name, case, backend="cuda", keep_bytes=keep)
+        flops.append(count.flop)
+    assert flops[0] < flops[1]
+
+
+def test_metrics_alone_take_maxima() -> None:
+    """A maximum that nobody asked for is an anchor."""
+    x = unit(64, 8, 1).float()
+    tile = Tile(x, x, torch.tensor(100.0), torch.tensor(-7.0), 0)
+    for maxima in (False, True):
+        rows, columns = (SoftmaxStats.empty(64, x, torch.float32) for _ in range(2))
+        CudaTiles(torch.float32, maxima).statistics(tile, rows, columns)
+        logits = (100 * x @ x.T).fill_diagonal_(-torch.inf)
+        largest = logits.amax(dim=1) - 7
+        assert torch.allclose(rows.lse(), logits.logsumexp(dim=1) - 7, rtol=1e-5)
+        for found in (rows.max, columns.max):
+            if maxima:
+                assert torch.allclose(found, largest, rtol=1e-5)
+            else:
+                assert (found == 100 - 69 - 7).any()
+
+
 def test_launches(library: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sweep a tile, a merge for rows and one for columns; a row of positives once each way."""
+    """A sweep a tile, and a merge for rows and columns; a row of positives once each way."""
     seen: Counter[str] = Counter()
 
     def spied(name: str) -> Any:
@@ -200,20 +303,29 @@ def test_launches(library: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
 
         return call
 
-    kernels = ("statistics", "merge", "gradient", "end_rows", "sigmoid", "finish", "row_dot")
+    kernels = (
+        "statistics",
+        "begin_rows",
+        "merge",
+        "gradient",
+        "end_rows",
+        "sigmoid",
+        "finish",
+        "row_dot",
+    )
     others = {"Tile": library.cuda.Tile, "WARPS": library.cuda.WARPS, "EMULATED": True}
     others["driver_unavailable_reason"] = library.cuda.driver_unavailable_reason
     spy = SimpleNamespace(cuda=SimpleNamespace(**{k: spied(k) for k in kernels}, **others))
     spy.bf16_product = getattr(library, "bf16_product", None)
     monkeypatch.setattr(native, "_load", lambda: spy)
     ours("clip", make("clip", 64), backend="cuda")
-    assert seen == {"statistics": 1, "merge": 2, "gradient": 1, "finish": 2, "row_dot": 2}
+    assert seen == {"statistics": 1, "merge": 1, "gradient": 1, "finish": 2, "row_dot": 2}
     seen.clear()
     ours("siglip", make("siglip", 64), backend="cuda")
     assert seen == {"sigmoid": 1, "finish": 2, "row_dot": 1}
     seen.clear()
     ours("info_nce", make("info_nce", 64), backend="cuda")
-    assert seen == {"statistics": 1, "merge": 1, "end_rows": 1, "finish": 2, "row_dot": 1}
+    assert seen == {"begin_rows": 1, "merge": 1, "end_rows": 1, "finish": 2, "row_dot": 1}
 
 
 def test_a_failed_launch_is_an_error(library: ModuleType) -> None:

@@ -47,14 +47,23 @@ struct Matrix {
 };
 
 // Statistics of each piece's rows and, unless `columns.max` is null, columns, without the offset.
-// With `row_dot` and without columns: exp(S - maximum of the piece's row) in place of the cosines,
-// and the rows' sums of that times cos.
-void statistics(const Tile& tile, Running rows, Running columns, float* row_dot, void* stream);
+// Without `maxima` an anchor that serves may stand in a maximum's place.
+void statistics(const Tile& tile, Running rows, Running columns, bool maxima, void* stream);
 
-// Merge statistics (pieces, lines), maxima raised by the offset unless that is null, into running
-// ones. With `part_dot` sums relative to the new maximum go to `dot`.
-void merge(int64_t pieces, int64_t lines, Running part, const float* part_dot, const float* offset,
-           Running running, float* dot, void* stream);
+// Statistics of each piece's rows by their maxima; exp(S - maximum of the piece's row) in place of
+// the cosines, and the rows' sums of that times cos.
+void begin_rows(const Tile& tile, Running rows, float* row_dot, void* stream);
+
+// What so many pieces say of their lines, (pieces, lines), and what it is merged into.
+struct Partials {
+    int64_t pieces, lines;
+    Running part, running;
+};
+
+// Merge statistics, maxima raised by the offset unless that is null, into running ones; `columns`
+// may be none. With `part_dot`, the rows', sums relative to the new maximum go to `dot`.
+void merge(Partials rows, Partials columns, const float* part_dot, const float* offset, float* dot,
+           void* stream);
 
 // out_i = factor_i exp(piece's row maximum - row_max_i) * (what `statistics` kept).
 void end_rows(const Tile& tile, const float* part_max, const float* row_max, const float* factor,

@@ -1,8 +1,10 @@
 """The `cuda` implementation of the tiles: float32 products by cuBLAS, swept by kernels in `csrc/`.
 
 S is a tile in memory, in float32 and never rounded; one kernel reads each entry once and forms the
-statistics, or G in its place or beside it. What pieces of a tile say of their lines and of scalars
-is merged in a fixed order. For GPUs where Triton cannot run.
+statistics, or G in its place or beside it. A warp finds by itself whether the anchor that all rows
+and columns share serves its own, and takes their maxima if not. What pieces of a tile say of their
+lines and of scalars is merged in a fixed order. What is kept for the backward is the products. For
+GPUs where Triton cannot run.
 
 Shape suffixes: C rows of a tile, S its columns, P pieces of a line, D feature width.
 """
@@ -17,6 +19,7 @@ from torch import Tensor
 from fastclip import native
 from fastclip.ops.gemm import gradient_dtype, product
 from fastclip.ops.tiles.base import LogSumExps, SoftmaxStats, Tile
+from fastclip.ops.tiles.torch import TorchTiles
 
 # csrc/include/fastclip/cuda_epilogues.h has the same numbers
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -29,7 +32,9 @@ class CudaTiles:
 
     dtype = torch.float32
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, maxima: bool = True) -> None:
+        self.maxima = maxima
+        """Whether running maxima are those of the logits; else they may be anchors of the sums."""
         self._gradient_dtype = gradient_dtype(dtype)
         # float32 G takes the place of S, a narrower one stands beside it
         self._in_place = dtype == torch.float32
@@ -50,17 +55,16 @@ class CudaTiles:
 
     def statistics(self, tile: Tile, rows: SoftmaxStats, columns: SoftmaxStats | None) -> None:
         tile = _wide(tile)
-        cosines = self._cosines(tile, self._products(tile))
+        kept = tile.products_CS
+        cosines = self._cosines(tile, self._products(tile) if kept is None else kept)
         down, across = cosines.pieces
         of_rows = tile.scale.new_empty((2, across, len(tile.x_CD)))
-        if columns is None:
-            self._queue("statistics", tile, cosines, *_addresses(of_rows), 0, 0, 0)
-        else:
+        of_columns = None
+        if columns is not None:
             of_columns = tile.scale.new_empty((2, down, len(tile.y_SD)))
-            lines = *_addresses(of_rows), *_addresses(of_columns)
-            self._queue("statistics", tile, cosines, *lines, 0)
-            self._merge(tile, of_columns, columns)
-        self._merge(tile, of_rows, rows)
+        columns_at = (0, 0) if of_columns is None else _addresses(of_columns)
+        self._queue("statistics", tile, cosines, *_addresses(of_rows), *columns_at, self.maxima)
+        self._merge(tile, (of_rows, rows), (of_columns, columns))
 
     def gradient(
         self,
@@ -71,7 +75,10 @@ class CudaTiles:
         scalars: bool,
     ) -> tuple[Tensor, Tensor]:
         tile = _wide(tile)
-        cosines = self._cosines(tile, out_CS if self._in_place else self._products(tile))
+        if tile.products_CS is not None:
+            cosines = self._described(tile, tile.products_CS)
+        else:
+            cosines = self._cosines(tile, out_CS if self._in_place else self._products(tile))
         rows = LogSumExps(*(line.contiguous() for line in rows))
         if columns is not None:
             columns = LogSumExps(*(line.contiguous() for line in columns))
@@ -93,11 +100,10 @@ class CudaTiles:
         E_CS = self.gradient_buffer(rows, tile.y_SD) if self._in_place else self._products(tile)
         cosines = self._cosines(tile, E_CS)
         part = tile.scale.new_empty((3, cosines.pieces[1], rows))
-        part_max, part_sum, part_dot = _addresses(part)
-        self._queue("statistics", tile, cosines, part_max, part_sum, 0, 0, part_dot)
+        self._queue("begin_rows", tile, cosines, *_addresses(part))
         found = SoftmaxStats.empty(rows, E_CS, self.dtype)
         dot_C = torch.empty_like(found.sum)
-        self._merge(tile, part, found, dot_C)
+        self._merge(tile, (part, found), (None, None), dot_C)
         self._begun = cosines, part, found.max
         return found, dot_C
 
@@ -112,6 +118,9 @@ class CudaTiles:
         self, tile: Tile, weight_C: Tensor, out_CS: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         tile = _wide(tile)
+        if tile.positive_ids:
+            # the sweep knows ids that are left out alone
+            return TorchTiles(self.dtype).sigmoid(tile, weight_C, out_CS)
         weight_C = weight_C.contiguous()
         room_CS = out_CS if self._in_place else None
         cosines = self._cosines(tile, self._products(tile) if room_CS is None else room_CS)
@@ -165,20 +174,24 @@ class CudaTiles:
             getattr(self._library, name)(*arguments, stream)
 
     def _merge(
-        self, tile: Tile, part: Tensor, running: SoftmaxStats, dot_C: Tensor | None = None
+        self,
+        tile: Tile,
+        rows: tuple[Tensor, SoftmaxStats],
+        columns: tuple[Tensor | None, SoftmaxStats | None],
+        dot_C: Tensor | None = None,
     ) -> None:
-        """Merge (max, sum[, dot]) of the pieces' lines into the running ones."""
-        maximum, total, *dots = _addresses(part)
-        pieces, lines = part.shape[1:]
+        """Merge (max, sum[, dot]) of the pieces' lines into the running ones, which are given."""
         offset = 0 if tile.offset is None else tile.offset.data_ptr()
-        found = maximum, total, dots[0] if dot_C is not None else 0
-        merged = *_addresses(running), 0 if dot_C is None else dot_C.data_ptr()
-        self._queue("merge", tile, pieces, lines, *found, offset, *merged)
+        part_dot, dot = (0, 0) if dot_C is None else (rows[0][2].data_ptr(), dot_C.data_ptr())
+        self._queue("merge", tile, _pieces(*rows), _pieces(*columns), part_dot, offset, dot)
 
     def _cosines(self, tile: Tile, out_CS: Tensor) -> Any:
         """The product into `out_CS`, and what the library has to know about it."""
         product(tile.x_CD, tile.y_SD.T, out=out_CS)
-        return self._library.Tile(*tile.described(out_CS))
+        return self._described(tile, out_CS)
+
+    def _described(self, tile: Tile, cosines_CS: Tensor) -> Any:
+        return self._library.Tile(*tile.described(cosines_CS))
 
     def _products(self, tile: Tile) -> Tensor:
         like = tile.x_CD.new_empty(0, dtype=self.dtype)
@@ -211,6 +224,13 @@ def _wide(tile: Tile) -> Tile:
 
 def _addresses(lines: Sequence[Tensor] | Tensor) -> tuple[int, ...]:
     return tuple(line.data_ptr() for line in lines)
+
+
+def _pieces(part: Tensor | None, running: SoftmaxStats | None) -> tuple[int, ...]:
+    """So many pieces of so many lines, their maxima and sums, and what these are merged into."""
+    if part is None or running is None:
+        return 0, 0, 0, 0, 0, 0
+    return *part.shape[1:], *_addresses(part[:2]), *_addresses(running)
 
 
 def _place(matrix: Tensor | None) -> tuple[int, int, int]:

@@ -24,5 +24,5 @@ def tiles_of(backend: str, compute_dtype: torch.dtype, maxima: bool) -> Tiles:
     if backend == "cuda":
         from fastclip.ops.tiles.cuda import CudaTiles
 
-        return CudaTiles(compute_dtype)
+        return CudaTiles(compute_dtype, maxima)
     return TorchTiles(compute_dtype)

@@ -130,13 +130,15 @@ class TritonTiles:
         self, tile: Tile, weight_C: Tensor, out_CS: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         self._count(tile)
-        x, y, scale, _, diagonal = _operands(tile)
+        x, y, scale, ids, diagonal = _operands(tile)
         return sigmoid.sigmoid(
             x,
             y,
             scale,
             tile.offset,
             diagonal,
+            ids,
+            tile.positive_ids,
             weight_C.contiguous(),
             out_CS,
             self._tiling("sigmoid", tile, loss=out_CS is None),
