@@ -41,7 +41,6 @@ class Tile(NamedTuple):
     The entry (c, c + diagonal) is no negative, nor are entries whose row and column ids agree. With
     `positive_ids`, which the sigmoid loss alone has, those that agree are positives. A column bias
     is added in the rows' softmaxes, a row bias in the columns'; `BiasingTiles` alone know these.
-
     products_CS: room of an implementation that keeps products: `statistics` leaves x @ y.T there,
     in the accumulator's dtype, and `gradient` takes it from there and leaves it as it is.
     """
@@ -54,9 +53,9 @@ class Tile(NamedTuple):
     row_id_C: Tensor | None = None
     column_id_S: Tensor | None = None
     positive_ids: bool = False
+    products_CS: Tensor | None = None
     row_bias_C: Tensor | None = None
     column_bias_S: Tensor | None = None
-    products_CS: Tensor | None = None
 
     @property
     def crosses_diagonal(self) -> bool:
