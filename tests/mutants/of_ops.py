@@ -3,6 +3,7 @@
 from selections import (
     BORDERS,
     CPP,
+    GLOBAL,
     MODULES,
     OPERATORS,
     OPS_ATTENTION,
@@ -499,6 +500,21 @@ OPS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("G_CN.mul_(d_row_N[rows, None])", "G_CN.mul_(d_row_N[:1, None])"),
         ("dscale_N.sum() / asked.scale", "dscale_N.sum() * asked.scale"),
         ("T_CN).mul_(self.teacher_scale)", "T_CN).mul_(self.scale)"),
+    ],
+    ("fastclip/ops/estimators.py", GLOBAL): [
+        ("torch.where(before == -math.inf, log_g, moved)", "moved"),
+        ("math.log1p(-gamma) if", "math.log(gamma) if"),
+        ("log_g + math.log(gamma)", "log_g"),
+        ("torch.where(after.isfinite(), after, before)", "after"),
+        ("_mean_of_equal(index, log_g).T", "log_g.T"),
+        ("(count[:, None] * parts)", "torch.full_like(total, parts)"),
+        ("    if store:\n", "    if True:\n"),
+    ],
+    ("fastclip/functional/global_contrastive.py", GLOBAL): [
+        ("math.log(pairs - 1)", "math.log(pairs)"),
+        ("(loss + rho) / scale", "loss / scale.detach() + rho / scale"),
+        ("weight * (log_g - fixed)", "(log_g - fixed)"),
+        ("(found.row_lse, found.column_lse)", "(found.column_lse, found.row_lse)"),
     ],
     ("fastclip/ops/attention.py", OPS_ATTENTION): [
         ("if t.stride(1) < t.stride(2):", "if t.stride(1) > t.stride(2):"),
