@@ -93,7 +93,7 @@ OPS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ],
     ("fastclip/ops/schedule.py", OPERATORS): [
         ("return min(size, whole_tiles", "return max(size, whole_tiles"),
-        ("max(rows // STRIPS,", "max(rows // (2 * STRIPS),"),
+        ("narrow = max(rows // STRIPS,", "narrow = max(rows // (2 * STRIPS),"),
         ("LEAST_STRIP.get(device, 256))", "LEAST_STRIP.get(device, 256) // 2)"),
     ],
     # what is kept of it
