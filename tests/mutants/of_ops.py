@@ -162,7 +162,10 @@ OPS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("scale_PP[seen.domains] += share * dot", "scale_PP[seen.domains] += dot"),
         ("offset_PP[seen.domains] += share * total", "offset_PP[seen.domains] += total"),
         ("twice else columns.part(seen)", "twice else columns.part(slice(seen.stop - seen.start))"),
-        ("columns.part(seen.columns)", "columns.part(slice(len(seen.tile.y_SD)))"),
+        (
+            "columns.part(seen.columns),\n                    G_CQ",
+            "columns.part(slice(len(seen.tile.y_SD))),\n                    G_CQ",
+        ),
         ("self._first = False", "pass"),
         ("self.dx_ND if self.problem.is_triangle else None", "self.dx_ND"),
     ],
