@@ -310,10 +310,10 @@ OPS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("SoftmaxStats(*(line[block] for", "SoftmaxStats(*(line for"),
     ],
     ("fastclip/ops/tiles/torch.py", SIM): [
-        ("G_CS.mul_((rows.weight * tile.scale)[:, None])", "G_CS.mul_(rows.weight[:, None])"),
+        (".mul_((rows.weight * tile.scale)[:, None])", ".mul_(rows.weight[:, None])"),
         ("columns.weight * tile.scale)", "columns.weight)"),
         ("S_CS.diagonal(offset=tile.diagonal)", "S_CS.diagonal(offset=-tile.diagonal)"),
-        ("tile.row_id_C[:, None] == tile", "tile.row_id_C[:, None] != tile"),
+        ("(tile.row_id_C[:, None] == tile", "(tile.row_id_C[:, None] != tile"),
         ("/ scale / scale, total", "/ scale, total"),
     ],
     ("fastclip/ops/tiles/torch.py", PRECISION): [
@@ -509,10 +509,10 @@ OPS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("counts[found] * there", "counts[found]"),
     ],
     ("fastclip/ops/candidates.py", RANKS + " and smoothed_grouped"): [
-        ("1 - classes.others", "classes.others"),
+        ("count = classes.others + 1", "count = classes.others"),
         (
-            "_of_all(d_sums, row_group, group_of_y, **",
-            "_of_all(d_sums, group_of_y, row_group, **",
+            "function(d_sums, row_group, group_of_y, **",
+            "function(d_sums, group_of_y, row_group, **",
         ),
     ],
     ("fastclip/ops/distillation.py", OPERATORS): [
