@@ -1,6 +1,9 @@
-"""What a run shows while it trains: the bar, metrics, hints, and notes on the data."""
+"""What a run shows while it trains: the bar, metrics, hints, notes on the data, a summary."""
 
 import logging
+import sys
+import textwrap
+import time
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -14,6 +17,7 @@ from fastclip.train.health import Hints
 from fastclip.train.log import RunLog, plot_loss
 from fastclip.train.meter import Meter
 from fastclip.train.state import TrainState
+from fastclip.train.summary import duration, summary
 
 
 @dataclass(frozen=True)
@@ -43,19 +47,24 @@ class Report:
         config = state.config
         self._first = state.world.is_first
         self._folder, self._engine = state.folder, state.engine
-        self._total, self._done = state.total_steps, state.step
+        self._total, self._done = state.total_steps, state.steps_done
         self._samples = state.step_samples
         self._log = RunLog(state.folder, state.step, config) if self._first else None
+        self._shown = False
         self._cut = _CutTexts()
         self._faults = FaultLog()
-        self._hints = Hints(state.engine.objective.chance(self._samples), config.optim.warmup)
+        self._chance = state.engine.objective.chance(self._samples)
+        self._hints = Hints(self._chance, config.optim.warmup)
+        self._state = state
 
     def __enter__(self) -> "Report":
+        # None: a bar where there is a terminal
         quiet = None if self._first else True
         self._bar = tqdm(
             total=self._total, initial=self._done, unit="step", disable=quiet, dynamic_ncols=True
         )
         self.meter = Meter(self._samples)
+        self._began = time.perf_counter()
         return self
 
     def __exit__(
@@ -68,6 +77,8 @@ class Report:
         if self._log is not None:
             self._log.close()
             plot_loss(self._folder)
+            if error is None:
+                logger.info("\n".join(summary(self._state, time.perf_counter() - self._began)))
         if self._faults.counts:
             # the places were shown when they came up
             logger.warning(f"skipped samples and shards: {self._faults.summary()}")
@@ -82,7 +93,10 @@ class Report:
         self._say(f"warning: {text}", logging.WARNING)
 
     def batch(self, state: TrainState, batches: list[dict[str, Any]]) -> None:
-        """Show what is wrong with the data of a step, before it is made."""
+        """Show two captions of the first step, and what is wrong with the data of each."""
+        if self._first and not self._shown:
+            self._shown = True
+            self._show_captions(batches)
         for fault in self._faults.add([f for batch in batches for f in batch["faults"]]):
             self._say(f"skipped {fault}", logging.WARNING)
         if self._cut.add(batches):
@@ -102,8 +116,19 @@ class Report:
         """Write the metrics of an evaluation; on the first rank."""
         assert self._log is not None
         self._log.metrics(state.step, metrics)
-        shown = (f"{name.removeprefix('val/')} {value:.4f}" for name, value in metrics.items())
-        self._say(f"epoch {state.epoch}: {'  '.join(shown)}")
+        lines = [f"epoch {state.epoch}, validation:"]
+        for name, value in metrics.items():
+            text = f"{name.removeprefix('val/')} {value:.4f}"
+            if len(lines[-1]) + 2 + len(text) > 80:
+                lines.append("   ")
+            lines[-1] += f"  {text}"
+        self._say("\n".join(lines))
+
+    def _show_captions(self, batches: list[dict[str, Any]]) -> None:
+        captions = [text for texts in batches[0].get("captions", ()) for text in texts[:1]][:2]
+        for text in captions:
+            # as the tokenizer gets it
+            self._say(f"{'caption':8}{textwrap.shorten(text, 68)}")
 
     def _write_sample_ids(self, state: TrainState, batches: list[dict[str, Any]]) -> None:
         own = [key for batch in batches for key in batch["key"]]
@@ -121,6 +146,7 @@ class Report:
             "grad_norm": state.engine.norm.item(),
             "lr": result.rate,
             **({} if scale is None else {"logit_scale": scale}),
+            **({} if self._chance is None else {"chance_loss": self._chance}),
             "epoch": state.epoch + state.step_in_epoch / state.loader.steps_per_epoch,
             "loss_exchange_mib": result.received / 2**20,
             **self.meter.read(state.world.device),
@@ -131,14 +157,18 @@ class Report:
             self._say(f"hint: {hint}", logging.WARNING)
 
     def _show(self, step: int, values: dict[str, Any]) -> None:
-        text = (
-            f"loss {values['loss']:.3f}  {values['samples_per_second']:.0f} samples/s  "
-            f"data wait {values['data_wait']:.0%}  peak {values['peak_memory_gib']:.1f} GiB"
-        )
+        text = f"loss {values['loss']:.3f}  lr {values['lr']:.1e}  "
+        if "logit_scale" in values:
+            text += f"scale {values['logit_scale']:.1f}  "
+        speed = values["samples_per_second"]
+        text += f"{speed:.0f} samples/s"
+        if values["data_wait"] >= 0.1:
+            text += f"  data wait {values['data_wait']:.0%}"
         self._bar.set_postfix_str(text)
-        if self._bar.disable:
-            # no terminal: lines for a log file instead of a bar
-            logger.info(f"step {step}/{self._bar.total}  {text}")
+        if not sys.stderr.isatty():
+            # lines for a log file instead of a bar, which has the time left itself
+            left = (self._total - self._bar.n) * self._samples / speed
+            logger.info(f"step {step}/{self._total}  {text}  {duration(left)} left")
 
     def _say(self, text: str, level: int = logging.INFO) -> None:
         # above the bar
