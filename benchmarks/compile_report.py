@@ -24,6 +24,8 @@ from fastclip.kernels import (
     attention,
     attention_gradient,
     attention_plans,
+    dense,
+    dense_gradient,
     finish,
     flagged,
     flags,
@@ -38,6 +40,7 @@ from fastclip.kernels.launch import Tiling, tilings
 # bytes of shared memory that one program may use
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 INTEGERS = ("length_ptr", "flag_ptr", "raised_ptr", "beyond_ptr")
+NUMBERS = ("scale", "offset", "weight", "smoothing", "factor", "share")
 POINTER = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 ATTENTION = (
     attention.forward_kernel,
@@ -170,6 +173,48 @@ def reports(architectures: tuple[int, ...] = (80, 90, 100)) -> Iterator[Report]:
         limit = SHARED_LIMIT[architecture]
         for kernel, constants in rest:
             yield _compile(kernel, "16bit", architecture, small, constants, "bfloat16", limit)
+        for kernel, name, constants in _dense():
+            limited = dense.REGISTERS if kernel is dense.lines_kernel else None
+            tiling = replace(small, registers=limited)
+            yield _compile(kernel, name, architecture, tiling, constants, "bfloat16", limit)
+
+
+def _dense() -> Iterator[tuple[Any, str, dict[str, Any]]]:
+    """Kernels around a whole S, of which a loss asks either the least or the most."""
+    blocks: dict[str, Any] = {"BLOCK": dense.TERMS, "BLOCK_K": dense.BESIDE}
+    plain: dict[str, Any] = {"KIND": 0, "COLUMNS": False, "SYMMETRIC": False}
+    plain |= {
+        "HAS_IDS": False,
+        "HAS_INDEX": False,
+        "SMOOTHED": False,
+        "HITS": False,
+        "HAS_DIVISOR": False,
+        "SCALARS": True,
+    }
+    plain |= {"SCALE_SIDE": 0, "OFFSET_SIDE": -1, "WEIGHT_SIDE": -1}
+    tables: dict[str, Any] = {"COLUMNS": True, "SYMMETRIC": True, "HITS": True}
+    tables |= {"SCALE_SIDE": 2, "OFFSET_SIDE": 2, "WEIGHT_SIDE": 2}
+    asked: dict[str, dict[str, Any]] = {
+        "clip": {"COLUMNS": True},
+        "smoothed": {"COLUMNS": True, "HAS_IDS": True, "SMOOTHED": True},
+        "sigmoid": {"KIND": 1, "SCALE_SIDE": -1, "OFFSET_SIDE": 0},
+        "index": {"HAS_INDEX": True},
+        "labels": {"KIND": 2, "SYMMETRIC": True, "HAS_IDS": True, "HAS_DIVISOR": True},
+        "tables": tables,
+    }
+    for name, flags_ in asked.items():
+        constants = {**plain, **blocks, **flags_}
+        lines, tiles = {"BLOCK_L": dense.LINES}, {"BLOCK_R": dense_gradient.TILE_ROWS}
+        tiles["BLOCK_S"] = dense_gradient.TILE_COLUMNS
+        yield dense.lines_kernel, name, {**constants, **lines}
+        yield dense_gradient.gradient_kernel, name, {**constants, **tiles}
+        yield (
+            dense_gradient.finish_kernel,
+            name,
+            {**constants, "BLOCK_L": dense_gradient.ROWS, "BLOCK_D": dense_gradient.WIDTH},
+        )
+        yield dense_gradient.scalars_kernel, name, constants
+        yield dense.total_kernel, name, constants
 
 
 # lines and whether causal
@@ -256,8 +301,12 @@ def _compile(
             signature[name] = "constexpr"
         elif name.endswith("_id_ptr") or name in INTEGERS:
             signature[name] = "*i32"
-        elif name == "scale":
-            signature[name] = "fp32"
+        elif name in NUMBERS:
+            # a number, unless it is a tensor of one or by pair of domains
+            in_memory = constants.get(f"{name.upper()}_SIDE", -1) >= 0
+            signature[name] = "*fp32" if in_memory else "fp32"
+        elif name == "index_ptr":
+            signature[name] = "*i64"
         elif constants.get("TMA") and name in ("x_ptr", "y_ptr"):
             lines = tiling.rows if name == "x_ptr" else tiling.columns
             element = POINTER[typed[name]][1:]

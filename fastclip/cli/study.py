@@ -1,4 +1,4 @@
-"""`fastclip study recipe|captions|uniclip|robustness|all|systems|cifar10`."""
+"""`fastclip study recipe|captions|uniclip|robustness|all|systems|cifar10|global`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 import tyro
 
 from fastclip.command_line import parse_flags
-from fastclip.study import captions, cifar10, recipe, robustness, systems, uniclip
+from fastclip.study import captions, cifar10, global_loss, recipe, robustness, systems, uniclip
 
 QUESTIONS: dict[str, ModuleType] = {
     "recipe": recipe,
@@ -128,6 +128,27 @@ class Cifar10:
         print(f"written to {self.output}")
 
 
+@dataclass(frozen=True)
+class Global:
+    """Global contrastive losses beside the CLIP loss on CIFAR-10, in small batches."""
+
+    data: Annotated[Path, tyro.conf.Positional]
+    """Folder that `fastclip convert cifar10` wrote."""
+    epochs: int = 2
+    """Epochs of each run."""
+    seeds: int = 3
+    """Runs per loss."""
+    output: Path = Path("study/global")
+    """Folder for runs and report; finished runs in it are reused."""
+    flags: tuple[str, ...] = ()
+    """Flags of `fastclip train` for all runs."""
+
+    def run(self) -> None:
+        """Compare; prints the report."""
+        print(global_loss.study(self.data, self.output, self.epochs, self.seeds, self.flags))
+        print(f"written to {self.output}")
+
+
 Study = (
     Annotated[Recipe, tyro.conf.subcommand("recipe")]
     | Annotated[Captions, tyro.conf.subcommand("captions")]
@@ -136,6 +157,7 @@ Study = (
     | Annotated[All, tyro.conf.subcommand("all")]
     | Annotated[Systems, tyro.conf.subcommand("systems")]
     | Annotated[Cifar10, tyro.conf.subcommand("cifar10")]
+    | Annotated[Global, tyro.conf.subcommand("global")]
 )
 
 

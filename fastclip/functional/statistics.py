@@ -20,6 +20,8 @@ def similarity_statistics(
     positive_index: Tensor | None = None,
     row_group: Tensor | None = None,
     column_group: Tensor | None = None,
+    row_bias: Tensor | None = None,
+    column_bias: Tensor | None = None,
     first_negative: int = 0,
     columns_with_gradient: int | None = None,
     maxima: bool = False,
@@ -47,6 +49,9 @@ def similarity_statistics(
             without column_statistics and groups.
         row_group, column_group: (N,) and (M,) integer ids, both or neither; columns of a row's
             group other than its positive are left out.
+        row_bias, column_bias: (N,) and (M,) floating point, added to S_ij by column j in the rows'
+            statistics, by row i in the columns'; elsewhere they cancel. -inf leaves a column, or a
+            row, out. They may have a gradient; `backend` is then "torch" or "reference".
         first_negative: columns before it are positives only; without column_statistics and dist.
         columns_with_gradient: columns from it on get no gradient; None: all do; without dist.
         maxima: whether row_max and column_max are wanted; then `keep_bytes` is not used.
@@ -63,7 +68,8 @@ def similarity_statistics(
     Returns:
         A NamedTuple of row_lse, row_max, column_lse, column_max, positive, row_mean, column_mean,
         each (N,) in float32 (float64 for float64 features), or empty where not asked for. The
-        log-sum-exp of a row without negatives is -inf. Maxima have no gradient.
+        log-sum-exp of a row without negatives is -inf. Maxima have no gradient. `positive` has no
+        bias, so that a term of rows is softplus(row_lse - positive - column_bias[:N]).
 
     Raises:
         ValueError: shapes, dtypes, devices or options do not fit together.
@@ -89,6 +95,8 @@ def similarity_statistics(
         positive_index=positive_index,
         row_group=row_group,
         column_group=column_group,
+        row_bias=row_bias,
+        column_bias=column_bias,
         first_negative=first_negative,
         columns_with_gradient=columns_with_gradient,
         maxima=maxima,

@@ -200,6 +200,29 @@ def anchor_weights(weights: Tensor | None, features: Tensor, blocks: int = 1) ->
     return wide if is_readable(weights) else torch.where(wide >= 0, wide, torch.nan)
 
 
+def check_biases(
+    x: Tensor,
+    y: Tensor,
+    column_statistics: bool,
+    row_bias: Tensor | None,
+    column_bias: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Biases of rows and columns that fit the features; returned as they are."""
+    for name, bias, side in (("row_bias", row_bias, x), ("column_bias", column_bias, y)):
+        if bias is None:
+            continue
+        rows = side.shape[0]
+        if bias.shape != (rows,):
+            raise ValueError(f"{name} has shape {tuple(bias.shape)}; one a row, ({rows},)")
+        if not bias.is_floating_point():
+            raise ValueError(f"{name} is {bias.dtype}; give floating point")
+        if bias.device != side.device:
+            raise ValueError(f"{name} is on {bias.device}, the features on {side.device}")
+    if row_bias is not None and not column_statistics:
+        raise ValueError("row_bias is added among the rows of a column; ask for column_statistics")
+    return row_bias, column_bias
+
+
 def chunk_argument(chunk_bytes: int | None) -> int:
     """`chunk_bytes` as the operators take it: 0 for the default."""
     if chunk_bytes is not None and chunk_bytes < 1:

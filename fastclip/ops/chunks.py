@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 # Large enough that the products run at full speed and dY is swept few times, small enough that
 # the sweeps over a chunk stay near the cache. Fixed, so that a shape has one summation order.
@@ -12,8 +13,8 @@ MOST_CHUNK_ROWS = {"cpu": 512}
 
 
 @contextmanager
-def without(budgets: dict[str, int]) -> Iterator[None]:
-    """Inside, the budget of every device is 0."""
+def without(budgets: dict[Any, int]) -> Iterator[None]:
+    """Inside, all budgets are 0."""
     before = dict(budgets)
     budgets.update(dict.fromkeys(budgets, 0))
     try:

@@ -1,8 +1,9 @@
 """Losses of small batches: S whole in memory, with the least work on the host.
 
 Where S has few entries, a step's time is the number of calls and not their work. Here a loss is one
-plain autograd function (`dense_step.py`) with one call into the native library forward and one
-backward. S stays in float32 from the one to the other.
+plain autograd function: on a CPU with the native library one call into it forward and one backward
+(`dense_step.py`), elsewhere a handful of launches (`dense_sweeps.py`). S stays unrounded from the
+one to the other.
 
 A call that is out of the ordinary in any way is left to the other modules: functions here then
 return None. That is one that is traced or transformed, is of several processes, asks for a backend,
@@ -10,25 +11,38 @@ a chunk or that nothing is kept, or has arguments that may deserve an error. So 
 fast and silent.
 """
 
+import functools
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastclip import native
-from fastclip.ops.backend import ENVIRONMENT_VARIABLE
+from fastclip.kernels.dense_matrix import Matrix
+from fastclip.ops.backend import ENVIRONMENT_VARIABLE, unavailable_reason
 from fastclip.ops.chunks import without
 from fastclip.ops.dense_step import Call, dense_loss
+from fastclip.ops.dense_sweeps import Call as SweepsCall
+from fastclip.ops.dense_sweeps import sweeps_loss
 
-ENTRIES = {"cpu": 2048 * 2048}
-"""By device type the entries of the largest S that is held whole; 16 MiB in float32."""
+LOSSES = ("clip", "siglip", "info_nce", "nt_xent", "mp_nce", "sup_con")
+ENTRIES: dict[tuple[str, str], int] = {
+    # by benchmarks/results/2026-11-29-cpu-losses-small.json: nowhere slower than S in tiles
+    **{("cpu", loss): 2048 * 2048 for loss in LOSSES},
+    # A prediction from the number of launches; none was measured. `gpu_lab.sh --stage small` does.
+    **{("cuda", loss): 2048 * 2048 for loss in LOSSES},
+}
+"""By device type and loss the entries of the largest S held whole; 16 MiB in float32."""
+
+# of a kernel's packed domains
+MOST_BLOCKS, MOST_DOMAINS = 15, 16
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INTEGERS = (torch.int32, torch.int64)
 
 
@@ -70,38 +84,57 @@ def pairs_loss(
     Arguments are those of `fastclip.functional.clip_loss` and `info_nce_loss`; `groups` are a row's
     and a column's. `metrics` receives `accuracies`.
     """
-    if not _is_ordinary(request) or not _fit(x, (y,) if bank is None else (y, bank)):
+    way = _way(request, x, (y,) if bank is None else (y, bank))
+    if way is None:
         return None
     n, own = x.shape[0], y.shape[0]
     m = own if bank is None else own + bank.shape[0]
-    number, address, leaf = _scalar(scale)
-    if address is None or n * m > ENTRIES["cpu"] or (positive_index is None and n > own):
+    table = _scalar(scale, x, way)
+    limit = ENTRIES[x.device.type, "clip" if both else "info_nce"]
+    if table is None or n * m > limit or (positive_index is None and n > own):
         return None
-    asked = n, m, number, address, both, 0 if in_batch else own, smoothing
-    ids: tuple[Tensor, ...] = ()
+    index, ids = None, None
     row_group, column_group = groups
     if positive_index is not None:
-        if not _are_ids(positive_index, n):
+        if not _are_ids(positive_index, n, x):
             return None
-        ids = (positive_index.contiguous().long(),)
-        table = native.library().dense_pairs(*asked, positive_index=ids[0].data_ptr())
+        index = positive_index.contiguous().long()
     elif row_group is not None or column_group is not None:
-        if not (_are_ids(row_group, n) and _are_ids(column_group, m)):
+        if not (_are_ids(row_group, n, x) and _are_ids(column_group, m, x)):
             return None
         assert row_group is not None and column_group is not None
         dtype = torch.promote_types(row_group.dtype, column_group.dtype)
         ids = row_group.to(dtype).contiguous(), column_group.to(dtype).contiguous()
-        table = native.library().dense_pairs(
-            *asked,
-            row_id=ids[0].data_ptr(),
-            column_id=ids[1].data_ptr(),
-            id_bytes=dtype.itemsize,
+    first = 0 if in_batch else own
+    if way == "native":
+        options: dict[str, Any] = {}
+        if index is not None:
+            options["positive_index"] = index.data_ptr()
+        if ids is not None:
+            addresses = {"row_id": ids[0].data_ptr(), "column_id": ids[1].data_ptr()}
+            options = {**addresses, "id_bytes": ids[0].itemsize}
+        asked = n, m, *table.described, both, first, smoothing
+        described = native.library().dense_pairs(*asked, **options)
+        accuracy = None if metrics is None else torch.empty(len(accuracies))
+        held = ids or (() if index is None else (index,))
+        call = Call(
+            described, request.reduction, _rounding(x, request), False, accuracy, held, bank
         )
+        loss = dense_loss(call, table.leaf, None, x, y)
     else:
-        table = native.library().dense_pairs(*asked)
-    accuracy = None if metrics is None else torch.empty(len(accuracies))
-    call = Call(table, request.reduction, _rounding(x, request), False, accuracy, ids, bank)
-    loss = dense_loss(call, leaf, None, x, y)
+        matrix = _matrix(x, "softmax", table)._replace(
+            ids=ids,
+            positive=index,
+            pairs=n,
+            beside=m,
+            paired=n if both else 0,
+            first_negative=first,
+            smoothing=float(smoothing),
+        )
+        hits: list[Tensor] | None = None if metrics is None else []
+        sweeps = SweepsCall(way, matrix, request.reduction, _compute_dtype(x, request), bank, hits)
+        loss = sweeps_loss(sweeps, table.leaf, None, x, y)
+        accuracy = None if not hits else hits[0].view(len(accuracies), n).float().mean(dim=1)
     if metrics is not None and accuracy is not None:
         metrics.update(zip(accuracies, accuracy.unbind(), strict=True))
     return loss
@@ -111,16 +144,25 @@ def sigmoid_loss(
     x: Tensor, y: Tensor, scale: Tensor | float, offset: Tensor | float | None, request: Request
 ) -> Tensor | None:
     """`fastclip.functional.siglip_loss`."""
-    if not _is_ordinary(request) or not _fit(x, (y,)):
+    way = _way(request, x, (y,))
+    if way is None:
         return None
     n = x.shape[0]
-    number, address, scale_leaf = _scalar(scale)
-    shift, shift_address, offset_leaf = _scalar(0.0 if offset is None else offset)
-    if address is None or shift_address is None or y.shape[0] != n or n * n > ENTRIES["cpu"]:
+    table, shift = _scalar(scale, x, way), _scalar(0.0 if offset is None else offset, x, way)
+    if (
+        table is None
+        or shift is None
+        or y.shape[0] != n
+        or n * n > ENTRIES[x.device.type, "siglip"]
+    ):
         return None
-    table = native.library().dense_sigmoid(n, number, address, shift, shift_address)
-    call = Call(table, request.reduction, _rounding(x, request))
-    return dense_loss(call, scale_leaf, offset_leaf, x, y)
+    if way == "native":
+        described = native.library().dense_sigmoid(n, *table.described, *shift.described)
+        call = Call(described, request.reduction, _rounding(x, request))
+        return dense_loss(call, table.leaf, shift.leaf, x, y)
+    matrix = _matrix(x, "sigmoid", table, shift)._replace(pairs=n, beside=n)
+    sweeps = SweepsCall(way, matrix, request.reduction, _compute_dtype(x, request))
+    return sweeps_loss(sweeps, table.leaf, shift.leaf, x, y)
 
 
 def blocks_loss(
@@ -133,32 +175,52 @@ def blocks_loss(
     metrics: dict[str, Tensor] | None = None,
 ) -> Tensor | None:
     """`fastclip.functional.mp_nce_loss`."""
-    if not _is_ordinary(request) or len(features) < 2 or len(features) != len(domains):
+    count = len(features)
+    if not 2 <= count <= MOST_BLOCKS or count != len(domains):
         return None
-    first, least, count = features[0], min(domains), max(domains) + 1
-    if not _fit(first, features[1:]) or any(one.shape != first.shape for one in features):
+    first, least, most = features[0], min(domains), max(domains) + 1
+    way = _way(request, first, features[1:])
+    if way is None or any(one.shape != first.shape for one in features):
         return None
     if weight is not None:
-        if min(len(weight), *map(len, weight)) < count:
+        if min(len(weight), *map(len, weight)) < most:
             return None
         if not isinstance(weight, Tensor):
-            weight = torch.tensor([list(row) for row in weight])
+            weight = _filled(tuple(map(tuple, weight)), first.device)
     tables = [
-        _table(scale, count),
-        _table(0.0 if offset is None else offset, count),
-        _table(1.0 if weight is None else weight, count),
+        _table(scale, most, first, way),
+        _table(0.0 if offset is None else offset, most, first, way),
+        _table(1.0 if weight is None else weight, most, first, way),
     ]
-    entries = (len(features) * first.shape[0]) ** 2
-    if entries > ENTRIES["cpu"] or least < 0 or any(address is None for _, address, *_ in tables):
+    pairs = first.shape[0]
+    limit = ENTRIES[first.device.type, "nt_xent" if count == 2 else "mp_nce"]
+    if (count * pairs) ** 2 > limit or least < 0 or most > MOST_DOMAINS:
         return None
-    scale_leaf, offset_leaf, weight_leaf = (leaf for *_, leaf in tables)
-    if weight_leaf is not None and weight_leaf.requires_grad:
+    of_scale, of_offset, of_weight = tables
+    if of_scale is None or of_offset is None or of_weight is None:
         return None
-    described = [entry for table in tables for entry in table[:3]]
-    table = native.library().dense_blocks(first.shape[0], domains, *described)
-    accuracy = None if metrics is None else torch.empty(())
-    call = Call(table, request.reduction, _rounding(first, request), True, accuracy)
-    loss = dense_loss(call, scale_leaf, offset_leaf, *features)
+    if of_weight.leaf is not None and of_weight.leaf.requires_grad:
+        return None
+    leaves = of_scale.leaf, of_offset.leaf
+    if way == "native":
+        given = (entry for one in (of_scale, of_offset, of_weight) for entry in one.of_domains)
+        described = native.library().dense_blocks(pairs, domains, *given)
+        accuracy = None if metrics is None else torch.empty(())
+        call = Call(described, request.reduction, _rounding(first, request), True, accuracy)
+        loss = dense_loss(call, *leaves, *features)
+    else:
+        matrix = _matrix(first, "softmax", of_scale, of_offset)._replace(
+            weight=of_weight.operand,
+            pairs=pairs,
+            beside=pairs,
+            domains=tuple(domains),
+            symmetric=True,
+        )
+        hits: list[Tensor] | None = None if metrics is None else []
+        dtype = _compute_dtype(first, request)
+        sweeps = SweepsCall(way, matrix, request.reduction, dtype, None, hits)
+        loss = sweeps_loss(sweeps, *leaves, *features)
+        accuracy = None if not hits else hits[0].float().mean() / (count - 1)
     if metrics is not None and accuracy is not None:
         metrics["accuracy"] = accuracy
     return loss
@@ -168,83 +230,161 @@ def labels_loss(
     z: Tensor, labels: Tensor, scale: Tensor | float, request: Request
 ) -> Tensor | None:
     """`fastclip.functional.sup_con_loss`, by the inverse of its temperature."""
-    if not _is_ordinary(request) or not _fit(z):
+    way = _way(request, z)
+    if way is None:
         return None
-    m = z.shape[0]
-    number, address, leaf = _scalar(scale)
-    if address is None or m * m > ENTRIES["cpu"] or not _are_ids(labels, m):
+    m, table = z.shape[0], _scalar(scale, z, way)
+    if table is None or m * m > ENTRIES[z.device.type, "sup_con"] or not _are_ids(labels, m, z):
         return None
     labels = labels.contiguous()
-    table = native.library().dense_labels(m, number, address, labels.data_ptr(), labels.itemsize)
-    call = Call(table, request.reduction, _rounding(z, request), True, ids=(labels,))
-    return dense_loss(call, leaf, None, z)
-
-
-def _is_ordinary(request: Request) -> bool:
-    """Whether nothing watches this call, and it asks for nothing that others do better."""
-    return (
-        not torch.compiler.is_compiling()
-        and request.backend == "auto"
-        and request.chunk_bytes is None
-        and (request.keep_bytes is None or request.keep_bytes > 0)
-        and request.dist is None
-        and request.group is None
-        and request.sizes is None
-        and request.precision in ("auto", "input")
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
-        and not torch.jit.is_tracing()
-        and ENVIRONMENT_VARIABLE not in os.environ
-        and native.has_float_product()
+    if way == "native":
+        described = native.library().dense_labels(
+            m, *table.described, labels.data_ptr(), labels.itemsize
+        )
+        call = Call(described, request.reduction, _rounding(z, request), True, ids=(labels,))
+        return dense_loss(call, table.leaf, None, z)
+    matrix = _matrix(z, "labels", table)._replace(
+        ids=(labels, labels), pairs=m, beside=m, symmetric=True
     )
+    sweeps = SweepsCall(way, matrix, request.reduction, _compute_dtype(z, request))
+    return sweeps_loss(sweeps, table.leaf, None, z)
 
 
-def _fit(x: Tensor, others: Sequence[Tensor] = ()) -> bool:
-    """Whether features are plain ones in the CPU's memory, alike in all but their rows."""
-    if type(x) not in _PLAIN or x.ndim != 2 or not x.is_cpu or 0 in x.shape:
-        return False
-    width, dtype = x.shape[1], x.dtype
+@functools.cache
+def implementation(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What holds S whole there: "native", "triton" or "torch"; None if nothing does."""
+    if device.type == "cpu":
+        wide = dtype == torch.float64 or not native.has_float_product()
+        return "torch" if wide else "native"
+    if device.type == "cuda":
+        return "torch" if unavailable_reason("similarity", "triton", device, dtype) else "triton"
+    return None
+
+
+def _way(request: Request, x: Tensor, others: Sequence[Tensor] = ()) -> str | None:
+    """The implementation, where nothing is out of the ordinary.
+
+    Nothing watches the call, it asks for nothing that others do better, and its features are plain
+    ones in one memory, alike in all but their rows.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or request.backend != "auto"
+        or request.chunk_bytes is not None
+        or not (request.keep_bytes is None or request.keep_bytes > 0)
+        or request.dist is not None
+        or request.group is not None
+        or request.sizes is not None
+        or request.precision not in ("auto", "input")
+        or torch._C._len_torch_dispatch_stack() != 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch.jit.is_tracing()
+        or ENVIRONMENT_VARIABLE in os.environ
+        or type(x) not in _PLAIN
+        or x.ndim != 2
+        or x.dtype not in _DTYPES
+        or 0 in x.shape
+    ):
+        return None
+    width, dtype, device = x.shape[1], x.dtype, x.device
     for y in others:
-        if type(y) not in _PLAIN or y.ndim != 2 or not y.is_cpu or 0 in y.shape:
-            return False
+        if type(y) not in _PLAIN or y.ndim != 2 or y.device != device or 0 in y.shape:
+            return None
         if y.shape[1] != width or y.dtype != dtype:
-            return False
-    return dtype in _DTYPES
+            return None
+    return implementation(device, dtype)
+
+
+def _compute_dtype(x: Tensor, request: Request) -> torch.dtype:
+    """What features are rounded to before they enter a product."""
+    kind, dtype = x.device.type, x.dtype
+    if request.precision == "input" or dtype == torch.float64:
+        return dtype
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
 
 
 def _rounding(x: Tensor, request: Request) -> torch.dtype | None:
-    """What features are rounded to before they enter a product; None for float32 as it is."""
-    dtype = x.dtype
-    if request.precision == "auto" and torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
+    """The same; None for float32 as it is."""
+    dtype = _compute_dtype(x, request)
     return None if dtype == x.dtype == torch.float32 else dtype
 
 
-def _are_ids(ids: Tensor | None, rows: int) -> bool:
-    return type(ids) is Tensor and ids.is_cpu and ids.shape == (rows,) and ids.dtype in _INTEGERS
+def _are_ids(ids: Tensor | None, rows: int, like: Tensor) -> bool:
+    if type(ids) is not Tensor or ids.device != like.device:
+        return False
+    return ids.shape == (rows,) and ids.dtype in _INTEGERS
 
 
-def _scalar(value: Tensor | float) -> tuple[float, int | None, Tensor | None]:
-    """A scalar as a number, as an address or 0, and as a tensor; no address where it is neither."""
+class _Table(NamedTuple):
+    """A number, or a tensor of one element or, with its width, by pair of domains."""
+
+    number: float
+    leaf: Tensor | None
+    width: int
+
+    @property
+    def described(self) -> tuple[float, int]:
+        """The number, and the tensor's address or 0."""
+        return self.number, 0 if self.leaf is None else self.leaf.data_ptr()
+
+    @property
+    def of_domains(self) -> tuple[float, int, int]:
+        """The same, and the width."""
+        return *self.described, self.width
+
+    @property
+    def operand(self) -> Tensor | float:
+        """The tensor, or the number where there is none."""
+        return self.number if self.leaf is None else self.leaf
+
+
+def _scalar(value: Tensor | float, like: Tensor, way: str) -> _Table | None:
+    """None where it is no plain scalar on the features' device."""
     if isinstance(value, Tensor):
-        if type(value) not in _PLAIN or value.numel() != 1 or not value.is_cpu:
-            return 0.0, None, None
-        if value.dtype != torch.float32:
+        if type(value) not in _PLAIN or value.numel() != 1 or value.device != like.device:
+            return None
+        if not value.is_floating_point() or (way == "native" and value.dtype != torch.float32):
             value = value.float()
-        return 0.0, value.data_ptr(), value
-    return (value, 0, None) if isinstance(value, (int, float)) else (0.0, None, None)
+        return _Table(0.0, value, 0)
+    return _Table(float(value), None, 0) if isinstance(value, (int, float)) else None
 
 
-def _table(value: Tensor | float, domains: int) -> tuple[float, int | None, int, Tensor | None]:
-    """As `_scalar`, with the width of a table by pair of domains before the tensor, or 0."""
+def _table(value: Tensor | float, domains: int, like: Tensor, way: str) -> _Table | None:
+    """None where it is neither a scalar nor a table of so many domains at least."""
     if not isinstance(value, Tensor) or value.numel() == 1:
-        number, address, leaf = _scalar(value)
-        return number, address, 0, leaf
+        return _scalar(value, like, way)
     width = value.shape[0]
-    if type(value) not in _PLAIN or value.shape != (width, width) or not value.is_cpu:
-        return 0.0, None, 0, None
+    if type(value) not in _PLAIN or value.shape != (width, width) or value.device != like.device:
+        return None
     if width < domains:
-        return 0.0, None, 0, None
-    value = value.float().contiguous()
-    return 0.0, value.data_ptr(), width, value
+        return None
+    if way == "native" or not value.is_floating_point():
+        value = value.float()
+    return _Table(0.0, value.contiguous(), width)
+
+
+@functools.lru_cache(maxsize=8)
+def _filled(rows: tuple[tuple[float, ...], ...], device: torch.device) -> Tensor:
+    """A table of numbers: a copy to a device once and not in every step."""
+    return torch.tensor(rows, device=device)
+
+
+def _matrix(like: Tensor, kind: str, scale: _Table, offset: _Table | None = None) -> Matrix:
+    """What is the same for most losses; `like` stands where the cosines will be."""
+    return Matrix(
+        cos=like,
+        kind=kind,
+        scale=scale.operand,
+        offset=0.0 if offset is None else offset.operand,
+        weight=1.0,
+        ids=None,
+        positive=None,
+        pairs=0,
+        beside=0,
+        paired=0,
+        domains=(0,),
+        symmetric=False,
+        first_negative=0,
+        smoothing=0.0,
+    )

@@ -103,10 +103,7 @@ class Dense(torch.autograd.Function):
         # S gives way to its gradient, unless the graph is kept
         room = room if is_last_use((room,)) else room.clone()
         found = _gradients(call, room, sides, upstream, inputs, needs[1:])
-        if torch.is_grad_enabled():
-            pairs = zip(found, inputs, strict=True)
-            found = [None if g is None else _Once.apply(g, value) for g, value in pairs]
-        return None, *found
+        return None, *once(found, inputs)
 
 
 def _gradients(
@@ -168,6 +165,14 @@ def dense_loss(
     """The loss that `call` describes; see `Dense`."""
     loss: Tensor = Dense.apply(call, scale, offset, *features)
     return loss
+
+
+def once(found: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """Gradients by the inputs; in a graph of theirs they lead to these, and end there."""
+    if not torch.is_grad_enabled():
+        return found
+    pairs = zip(found, inputs, strict=True)
+    return [None if g is None else _Once.apply(g, value) for g, value in pairs]
 
 
 class _Once(torch.autograd.Function):

@@ -34,6 +34,7 @@ from fastclip.ops.numerics import finite, softplus
 from fastclip.ops.problem import Problem
 from fastclip.ops.schedule import Chunk, Visit, visit
 from fastclip.ops.tiles.base import (
+    BiasingTiles,
     FlaggingTiles,
     KeepingTiles,
     LogSumExps,
@@ -47,12 +48,14 @@ OnPart = Callable[[Part], None]
 class Gradients(NamedTuple):
     """dX and dY, unfinished: without the terms of positives, in the accumulator's dtype.
 
-    scalars: of each visit the sums of G * cos and of G.
+    scalars: of each visit the sums of G * cos and of G. biases: the gradients by own rows' biases,
+    and what own rows make of that by the columns of all ranks; empty where there are none.
     """
 
     x: Tensor | None
     y: Tensor | None
     scalars: list[tuple[Visit, Tensor, Tensor]]
+    biases: tuple[Tensor, ...] = ()
 
     def scale(self) -> Tensor | float:
         """The gradient of the one scale, unfinished."""
@@ -101,7 +104,7 @@ def statistics(
             E_CQ = rooms.next(chunk, len(y_op_PD)) if kept.by_tile else None
             if E_CQ is not None and keeps_products(problem.options):
                 chunk, E_CQ = _with_products(chunk, E_CQ), None
-            for tile, seen, in_G, _, twice in chunk.visits:
+            for tile, _, seen, in_G, _, twice in chunk.visits:
                 of_columns = None if seen is None or twice else columns.part(seen)
                 running = rows.part(chunk.rows), of_columns
                 if E_CQ is None:
@@ -128,7 +131,7 @@ def _exponentials(
     covered = set()
     for chunk in visit(problem, part, *operands):
         E_CQ = rooms.next(chunk, len(operands[1]))
-        for tile, seen, in_G, _, twice in chunk.visits:
+        for tile, _, seen, in_G, _, twice in chunk.visits:
             of_columns = None
             if seen is not None and not twice:
                 of_columns = column_sum[seen]
@@ -171,6 +174,10 @@ def gradient(
     x_op_ND = tiles.operand(x_ND)
     products = _Products(problem, x_op_ND, needs[0], needs[1])
     scalars: list[tuple[Visit, Tensor, Tensor]] = []
+    biases: tuple[Tensor, ...] = ()
+    if problem.is_biased:
+        sizes = len(x_ND), problem.columns.layout.columns()
+        biases = tuple(x_ND.new_zeros(size, dtype=tiles.dtype) for size in sizes)
     rooms, given = kept.rooms(problem.options), factors(problem, kept, rows, columns)
     usable = kept.anchors.isfinite().tolist() if given is not None else []
     for index, part in enumerate(problem.columns.parts(problem.y_MD, collected)):
@@ -187,7 +194,7 @@ def gradient(
                 elif given is None:
                     totals = _weigh_by_tile(problem, chunk, E_CQ, rows, columns, G_CQ)
                 elif usable[index]:
-                    totals = _weigh(problem, chunk, E_CQ, *given, G_CQ)
+                    totals = _weigh(problem, chunk, E_CQ, *given, G_CQ, biases)
             if totals is not None:
                 if needs[2]:
                     scalars += zip(
@@ -204,11 +211,23 @@ def gradient(
                     G_CQ[:, seen.in_G],
                     needs[2],
                 )
+                _add_bias_sums(problem, chunk, seen, biases)
                 if needs[2]:
                     scalars.append((seen, dot, total))
             products.add(G_CQ, chunk)
         products.end(part, exchange_dtype(problem.options.dtype, scaled=True))
-    return Gradients(*products.totals(), scalars)
+    return Gradients(*products.totals(), scalars, biases)
+
+
+def _add_bias_sums(problem: Problem, chunk: Chunk, seen: Visit, biases: tuple[Tensor, ...]) -> None:
+    """Add what a tile has found of the biases' gradients."""
+    if not biases:
+        return
+    by_row, by_column = cast(BiasingTiles, problem.tiles).bias_sums
+    if by_row is not None:
+        biases[0][chunk.rows] += by_row
+    if by_column is not None:
+        biases[1][seen.place] += by_column
 
 
 def _with_products(chunk: Chunk, room_CQ: Tensor) -> Chunk:
@@ -221,9 +240,22 @@ def _with_products(chunk: Chunk, room_CQ: Tensor) -> Chunk:
 
 
 def _weigh(
-    problem: Problem, chunk: Chunk, E_CQ: Tensor, u_N: Tensor, v_M: Tensor | None, G_CQ: Tensor
+    problem: Problem,
+    chunk: Chunk,
+    E_CQ: Tensor,
+    u_N: Tensor,
+    v_M: Tensor | None,
+    G_CQ: Tensor,
+    biases: tuple[Tensor, ...],
 ) -> list[Tensor]:
     """G of a chunk from what was kept of it; of each visit the sum of G, if offsets want it."""
+    if biases:
+        for seen in chunk.visits:
+            v_S = None if v_M is None or seen.columns is None else v_M[seen.columns]
+            place = E_CQ[:, seen.in_G], seen.tile, u_N[chunk.rows], v_S, G_CQ[:, seen.in_G]
+            cast(BiasingTiles, problem.tiles).weigh_biased(*place)
+            _add_bias_sums(problem, chunk, seen, biases)
+        return [G_CQ.new_zeros(()) for _ in chunk.visits]
     tiles = cast(KeepingTiles, problem.tiles)
     return [
         tiles.weigh(

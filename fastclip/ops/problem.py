@@ -99,7 +99,7 @@ class Problem:
 
     Row i's positive is own column positive_index[i], or i. Left out of its negatives are the
     positive, columns whose id is the row's, and columns before `first_negative`; where S is
-    symmetric, the rows of its own pair.
+    symmetric, the rows of its own pair. Ids and biases of columns are those of all ranks.
     """
 
     options: Options
@@ -112,6 +112,12 @@ class Problem:
     positive_index: Tensor | None = None
     row_id: Tensor | None = None
     column_id: Tensor | None = None
+    row_bias: Tensor | None = None
+    column_bias: Tensor | None = None
+
+    @property
+    def is_biased(self) -> bool:
+        return self.row_bias is not None or self.column_bias is not None
 
     @property
     def is_symmetric(self) -> bool:
@@ -168,11 +174,18 @@ class Problem:
         offset = None if self.offset_PP is None else self.offset_PP[entry]
         diagonal = self._diagonal(row, block, segment)
         tile = Tile(x_CD, y_SD, self.scale_PP[entry], offset, diagonal)
+        rows = slice(row, row + len(x_CD))
+        columns = slice(segment.column, segment.column + len(y_SD))
+        if self.is_biased:
+            tile = tile._replace(
+                row_bias_C=None if self.row_bias is None else self.row_bias[rows],
+                column_bias_S=None if self.column_bias is None else self.column_bias[columns],
+            )
         if self.row_id is None or self.column_id is None:
             return tile
         return tile._replace(
-            row_id_C=self.row_id[row : row + len(x_CD)],
-            column_id_S=self.column_id[segment.column : segment.column + len(y_SD)],
+            row_id_C=self.row_id[rows],
+            column_id_S=self.column_id[columns],
             positive_ids=self.options.positive_groups,
         )
 
@@ -231,6 +244,18 @@ def rectangle(
         row_id,
         column_id,
     )
+
+
+def biased(asked: Problem, row_bias: Tensor | None, column_bias: Tensor | None) -> Problem:
+    """The same with biases of own rows and columns."""
+    if row_bias is None and column_bias is None:
+        return asked
+    row_bias, column_bias = (
+        None if bias is None else bias.to(asked.tiles.dtype) for bias in (row_bias, column_bias)
+    )
+    if column_bias is not None:
+        column_bias = asked.columns.of_all_ranks(column_bias)
+    return replace(asked, row_bias=row_bias, column_bias=column_bias)
 
 
 def symmetric(

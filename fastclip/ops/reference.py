@@ -21,6 +21,8 @@ def similarity_statistics(
     x_ND: Tensor,
     y_MD: Tensor,
     scale: Tensor,
+    row_bias_N: Tensor | None,
+    column_bias_M: Tensor | None,
     positive_index_N: Tensor | None,
     row_group_N: Tensor | None,
     column_group_M: Tensor | None,
@@ -41,6 +43,8 @@ def similarity_statistics(
         x_ND, row_group_N = _of_all(x_ND, ranks, [n]), _of_all(row_group_N, ranks, [n])
         y_MD = _of_all(y_MD, ranks, blocks)
         column_group_M = _of_all(column_group_M, ranks, blocks)
+        row_bias_N = _of_all(row_bias_N, ranks, [n])
+        column_bias_M = _of_all(column_bias_M, ranks, blocks)
         n = len(x_ND)
     m, with_gradient = len(y_MD), options.columns_with_gradient
     if ranks is None and with_gradient >= 0:
@@ -52,8 +56,10 @@ def similarity_statistics(
     left_out_NM = (positives[:, None] == columns) | (columns < options.first_negative)
     if row_group_N is not None and column_group_M is not None:
         left_out_NM = left_out_NM | (row_group_N[:, None] == column_group_M)
-    negatives_NM = S_NM.masked_fill(left_out_NM, -torch.inf)
-    paired_NN = negatives_NM[:, : n if both else 0]
+    of_rows_NM = S_NM if column_bias_M is None else S_NM + column_bias_M.to(S_NM.dtype)
+    of_columns_NM = S_NM if row_bias_N is None else S_NM + row_bias_N.to(S_NM.dtype)[:, None]
+    negatives_NM = of_rows_NM.masked_fill(left_out_NM, -torch.inf)
+    paired_NN = of_columns_NM.masked_fill(left_out_NM, -torch.inf)[:, : n if both else 0]
     found: tuple[Tensor, ...] = (
         _logsumexp(negatives_NM, dim=1),
         _maximum(negatives_NM, dim=1) if options.maxima else S_NM.new_empty(0),

@@ -26,12 +26,14 @@ LEAST_STRIP = {"cpu": 256, "cuda": 1024}
 class Visit(NamedTuple):
     """One tile.
 
-    columns: where in S its columns are, None if they have no statistics. in_G: where they are in
-    the chunk's G. domains: of its rows and columns. twice: whether the mirror image of every
-    entry is visited too, so that the tile has statistics for its rows only and counts half.
+    place: where in S its columns are. columns: the same, None if they have no statistics. in_G:
+    where they are in the chunk's G. domains: of its rows and columns. twice: whether the mirror
+    image of every entry is visited too, so that the tile has statistics for its rows only and
+    counts half.
     """
 
     tile: Tile
+    place: slice
     columns: slice | None
     in_G: slice
     domains: tuple[int, int]
@@ -119,6 +121,7 @@ def _visit(
     columns = slice(segment.column, segment.column + len(y_op_SD))
     return Visit(
         tile,
+        columns,
         columns if segment.column < problem.paired else None,
         slice(segment.start - first, segment.stop - first),
         (problem.domains[block], problem.domains[segment.block]),

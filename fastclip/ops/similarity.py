@@ -10,9 +10,10 @@ The operator returns, per row,
     row_mean_i    = mean of S_ij over all columns                               (on request)
     column_mean_j = mean of S_ij over all rows                                  (on request)
 
-and every softmax loss is a short formula of them, e.g. CLIP's row term is
-softplus(row_lse - positive). Keeping positives out of the sums is what makes the gradient exact
-where a softmax saturates: p - 1 never has to be formed.
+A column bias is added to S in row_lse and row_max, a row bias in column_lse and column_max: those
+of a softmax's own row or column would cancel. Every softmax loss is a short formula of them, e.g.
+CLIP's row term is softplus(row_lse - positive). Keeping positives out of the sums is what makes the
+gradient exact where a softmax saturates: p - 1 never has to be formed.
 
 A forward costs one N x M x D product, a backward two (dX, dY), or three where S is formed again
 because its exponentials do not fit `keep_bytes` (`kept.py`). For a sum over rows of one direction,
@@ -61,6 +62,8 @@ def similarity_statistics(
     positive_index: Tensor | None = None,
     row_group: Tensor | None = None,
     column_group: Tensor | None = None,
+    row_bias: Tensor | None = None,
+    column_bias: Tensor | None = None,
     first_negative: int = 0,
     columns_with_gradient: int | None = None,
     maxima: bool = False,
@@ -102,8 +105,12 @@ def similarity_statistics(
     ids = checks.check_positives(
         x, y, column_statistics, positive_index, row_group, column_group, first_negative
     )
+    biases = checks.check_biases(x, y, column_statistics, row_bias, column_bias)
     check_columns(ranks, y.shape[0])
     chosen = backends.choose("similarity", backend, x.device, compute_dtype)
+    if biases != (None, None) and chosen != "reference":
+        # the others' sweeps know none
+        chosen = "torch"
     options = problem.options(
         compute_dtype,
         chosen,
@@ -114,20 +121,22 @@ def similarity_statistics(
         means=means,
         first_negative=first_negative,
         columns_with_gradient=-1 if columns_with_gradient is None else columns_with_gradient,
-        keep_bytes=kept.keep_argument(keep_bytes, chosen, x, y, scale),
+        keep_bytes=kept.keep_argument(keep_bytes, chosen, x, y, scale, *biases),
     )
     if chosen == "reference":
         with checks.without_autocast(x.device):
-            found = reference.similarity_statistics(x, y, scale, *ids, Options(**options))
+            found = reference.similarity_statistics(x, y, scale, *biases, *ids, Options(**options))
         return Statistics(*found)
-    checks.refuse_transforms(x, y, scale)
-    return Statistics(*_statistics(x, y, scale, *ids, **options)[:7])
+    checks.refuse_transforms(x, y, scale, *(bias for bias in biases if bias is not None))
+    return Statistics(*_statistics(x, y, scale, *biases, *ids, **options)[:7])
 
 
 def _forward(
     x: Tensor,
     y: Tensor,
     scale: Tensor,
+    row_bias: Tensor | None,
+    column_bias: Tensor | None,
     positive_index: Tensor | None,
     row_group: Tensor | None,
     column_group: Tensor | None,
@@ -136,6 +145,7 @@ def _forward(
     with checks.without_autocast(x.device):
         ids = positive_index, row_group, column_group
         asked = problem.rectangle(Options(**options), x, y, scale, None, *ids)
+        asked = problem.biased(asked, row_bias, column_bias)
         collected = asked.columns.collect(asked.y_MD)
         rows, columns, kept_S = passes.statistics(asked, collected)
         factor, dtype = asked.scale_PP[0, 0], asked.tiles.dtype
@@ -170,13 +180,14 @@ def _fake(inputs: Tensors, options: Options) -> list[Tensor]:
 def _gradient(
     inputs: Tensors, saved: Tensors, upstream: Tensors, options: Options
 ) -> tuple[Tensor | None, ...]:
-    x, y, scale, *ids = inputs
+    x, y, scale, row_bias, column_bias, *ids = inputs
     collected, row_lse, column_lse, *kept_S = saved
     d_row_lse, d_column_lse, d_positive, d_row_mean, d_column_mean = (
         torch.zeros_like(row_lse) if one is None else one for one in upstream
     )
     with checks.without_autocast(x.device):
         asked = problem.rectangle(options, x, y, scale, None, *ids)
+        asked = problem.biased(asked, row_bias, column_bias)
         means = None
         if options.means:
             means = _MeansGradient(asked, d_row_mean, d_column_mean)
@@ -198,7 +209,21 @@ def _gradient(
             if means is not None:
                 dscale = dscale + means.scale()
             dscale = dscale + found.scale()
-    return dx, dy, dscale
+        of_row, of_column = found.biases or (None, None)
+        if of_column is not None and options.needs[4]:
+            of_column = asked.columns.sum(of_column)
+            layout = asked.columns.layout
+            own = [
+                slice(s.column, s.column + s.stop - s.start) for s in layout.of_rank(layout.rank)
+            ]
+            of_column = torch.cat([of_column[columns] for columns in own])
+    return (
+        dx,
+        dy,
+        dscale,
+        of_row if options.needs[3] else None,
+        of_column if options.needs[4] else None,
+    )
 
 
 class _MeansGradient:
@@ -256,12 +281,12 @@ def _gradient_flop(shapes: Sequence[Any], options: Options) -> int:
 _statistics = register(
     "similarity_statistics",
     _forward,
-    inputs="x y scale positive_index? row_group? column_group?",
+    inputs="x y scale row_bias? column_bias? positive_index? row_group? column_group?",
     outputs=10,
     record=Options,
     fake=_fake,
     flop=_flop,
     backward=Backward(
-        _gradient, inputs=3, saved=(7, 0, 2, 8, 9), constant=(1, 3, 7, 8, 9), flop=_gradient_flop
+        _gradient, inputs=5, saved=(7, 0, 2, 8, 9), constant=(1, 3, 7, 8, 9), flop=_gradient_flop
     ),
 )

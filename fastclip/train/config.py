@@ -82,13 +82,18 @@ class TrainConfig:
             "--siglip": self.loss.siglip,
             "--hard-negatives": self.model.hard_negatives > 0,
             "--label-smoothing": self.model.label_smoothing > 0,
-            "--deepspeed": self.distributed.deepspeed,
         }
         for name, given in excluded.items():
             if given:
                 raise ValueError(f"--loss global does not go with {name}; leave one of them out")
         if self.loss.global_temperature_lr is not None and self.optim.lr == 0:
             raise ValueError("--global-temperature-lr follows the schedule of --lr, which is 0")
+
+    @property
+    def own_rates(self) -> dict[str, float]:
+        """The learning rates of parameters that have one of their own, by name."""
+        rate = self.loss.global_temperature_lr
+        return {} if rate is None else {"logit_scale": rate}
 
     @classmethod
     def from_flat(cls, **values: Any) -> "TrainConfig":

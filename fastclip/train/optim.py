@@ -52,6 +52,19 @@ def build_optimizer(
     return apex.optimizer(name, groups, **made)
 
 
+def check_groups(saved: int, groups: Sequence[Any]) -> None:
+    """Refuse a checkpoint whose optimizer had other groups of parameters.
+
+    Raises:
+        ValueError: it had another number of them.
+    """
+    if saved != len(groups):
+        raise ValueError(
+            f"the checkpoint's optimizer has {saved} groups of parameters, this run's "
+            f"{len(groups)}: give --global-temperature-lr to both or to neither"
+        )
+
+
 def learning_rate(options: OptimOptions, step: int, total_steps: int) -> float:
     """The rate of `step` (from 0): linear warm-up, then half a cosine to 0 or a constant.
 

@@ -13,5 +13,5 @@ def build_engine(model: Model, config: TrainConfig, world: World, samples: int =
         # an installation of its own
         from fastclip.train.zero import DeepSpeedEngine
 
-        return DeepSpeedEngine(model, config, world)
+        return DeepSpeedEngine(model, config, world, samples)
     return TorchEngine(model, config, world, samples)

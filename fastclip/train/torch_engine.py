@@ -15,7 +15,7 @@ from fastclip.train.accumulate import accumulate
 from fastclip.train.config import TrainConfig
 from fastclip.train.distributed import World
 from fastclip.train.engine import Engine
-from fastclip.train.optim import build_optimizer, clamp, gradient_norm
+from fastclip.train.optim import build_optimizer, check_groups, clamp, gradient_norm
 
 
 class TorchEngine(Engine):
@@ -24,10 +24,7 @@ class TorchEngine(Engine):
     def __init__(self, model: Model, config: TrainConfig, world: World, samples: int = 0) -> None:
         super().__init__(model, config, world, samples)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        rates = {}
-        if config.loss.global_temperature_lr is not None:
-            rates["logit_scale"] = config.loss.global_temperature_lr
-        self.optimizer = build_optimizer(self.model, config.optim, rates)
+        self.optimizer = build_optimizer(self.model, config.optim, config.own_rates)
         self._parallel: Any = world.wrap(self.model)
         compiled = config.model.torchcompile
         self._towers = torch.compile(self._parallel) if compiled else self._parallel
@@ -111,12 +108,7 @@ class TorchEngine(Engine):
             {key: value for key, value in group.items() if key != "params"}
             for group in self.optimizer.param_groups
         ]
-        before = content["optimizer"]["param_groups"]
-        if len(before) != len(options):
-            raise ValueError(
-                f"the checkpoint's optimizer has {len(before)} groups of parameters, this run's "
-                f"{len(options)}: give --global-temperature-lr to both or to neither"
-            )
+        check_groups(len(content["optimizer"]["param_groups"]), self.optimizer.param_groups)
         self.optimizer.load_state_dict(content["optimizer"])
         # moments from the checkpoint, decay rates and the like from the configuration
         for group, own in zip(self.optimizer.param_groups, options, strict=True):

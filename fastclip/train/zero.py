@@ -29,7 +29,7 @@ from fastclip.train.config import TrainConfig
 from fastclip.train.distributed import WAIT, World
 from fastclip.train.engine import Engine
 from fastclip.train.health import NOTHING
-from fastclip.train.optim import build_optimizer
+from fastclip.train.optim import build_optimizer, check_groups
 from fastclip.train.zero_config import resolve
 
 
@@ -37,14 +37,14 @@ class DeepSpeedEngine(Engine):
     """A model trained by DeepSpeed; see `Engine`.
 
     Args:
-        model, config, world: see `Engine`; the model is changed: 0-d parameters become (1,).
+        model, config, world, samples: see `Engine`; 0-d parameters of the model become (1,).
 
     Raises:
         ModuleNotFoundError: DeepSpeed is not installed.
         ValueError: the configuration cannot be used with DeepSpeed.
     """
 
-    def __init__(self, model: Model, config: TrainConfig, world: World) -> None:
+    def __init__(self, model: Model, config: TrainConfig, world: World, samples: int = 0) -> None:
         if config.model.torchcompile:
             raise ValueError("--torchcompile does not work with --deepspeed; leave one out")
         settings = resolve(
@@ -54,13 +54,13 @@ class DeepSpeedEngine(Engine):
             world_size=world.size,
         )
         deepspeed = _import_deepspeed(world)
-        super().__init__(model, config, world)
+        super().__init__(model, config, world, samples)
         _join_alone(world)
         self._shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
         _make_viewable(self.model)
         self._dtype = AUTOCAST_DTYPES[config.model.precision] or torch.float32
         self._autocast = contextlib.nullcontext()
-        optimizer = build_optimizer(self.model, config.optim)
+        optimizer = build_optimizer(self.model, config.optim, config.own_rates)
         self._stage = int(settings["zero_optimization"]["stage"])
         if self._stage == 3 and self.average is not None:
             wanted = f"{config.model.objective}'s teacher" if config.optim.ema is None else "--ema"
@@ -115,7 +115,7 @@ class DeepSpeedEngine(Engine):
     def update(self, rate: float) -> None:
         """See `Engine.update`."""
         for group in self._zero.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_factor", 1.0)
         self._engine.step()
         self.skipped += int(self._zero.overflow)
         if self.average is not None and not self._zero.overflow:
@@ -160,6 +160,7 @@ class DeepSpeedEngine(Engine):
             "shapes": self._shapes,
             "buffers": self._buffers(),
             "skipped": self.skipped,
+            "groups": len(self._zero.param_groups),
             "frozen": [n for n, p in self.model.named_parameters() if not p.requires_grad],
         }
         training = {**training, "zero": own, **self._state_beside()}
@@ -196,6 +197,7 @@ class DeepSpeedEngine(Engine):
                 f"{self._stage}; keep the stage, or begin with its weights: fastclip convert "
                 "to-open-clip, then --pretrained"
             )
+        check_groups(saved.get("groups", len(self._zero.param_groups)), self._zero.param_groups)
         options = [
             {key: value for key, value in group.items() if key != "params"}
             for group in self._zero.param_groups
@@ -271,6 +273,8 @@ class DeepSpeedEngine(Engine):
         """Keep the float32 scales in their bounds, before DeepSpeed hands them to the towers."""
         for name, (least, greatest) in self.objective.bounds.items():
             parameter: Any = self.model.get_parameter(name)
+            if not parameter.requires_grad:
+                continue
             if self._stage == 3:
                 own = self._zero.get_local_fp32_param(parameter)
             else:
@@ -288,7 +292,7 @@ class DeepSpeedEngine(Engine):
         # what is frozen has no float32 twin, and in stage 3 is sharded all the same
         if not hasattr(parameter, "ds_id"):
             return parameter.detach().float().clone()
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters([parameter]):
             return parameter.detach().float().clone()

@@ -112,3 +112,15 @@ def mp_nce(
 
 def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
     return (weights * losses).sum() / weights.sum()
+
+
+def biased_clip(
+    x: Tensor, y: Tensor, scale: Tensor, row_bias: Tensor, column_bias: Tensor, left_out: Tensor
+) -> Tensor:
+    """Of each pair the rows' and the columns' cross-entropy, with different factors."""
+    n, S = len(x), scale * (x @ y.T)
+    own = torch.eye(*S.shape, dtype=torch.bool)
+    candidates = own | ~left_out
+    rows = cross_entropy(S + column_bias, own, candidates)
+    columns = cross_entropy((S + row_bias[:, None])[:, :n].T, own[:, :n], candidates[:, :n].T)
+    return rows + 3 * columns

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastclip.ops import checks, kept
+from fastclip.ops import checks, dense, kept
 from fastclip.ops.backend import unavailable_reason
 from tests.ops.cases import LOSSES
 
@@ -31,7 +31,18 @@ READS = (
 )
 
 
-KERNELS = ("finish", "flagged", "flags", "lean", "merge", "sigmoid", "similarity", "weigh")
+KERNELS = (
+    "dense",
+    "dense_gradient",
+    "finish",
+    "flagged",
+    "flags",
+    "lean",
+    "merge",
+    "sigmoid",
+    "similarity",
+    "weigh",
+)
 
 
 class _Read(Exception):
@@ -91,6 +102,33 @@ def test_the_kernels_decide_on_the_device(
     loss = LOSSES[name].run(leaves, case.static, **options)
     gradients = torch.autograd.grad(loss.sum(), leaves)
     assert len(gradients) == len(leaves)
+
+
+@pytest.mark.usefixtures("unreadable")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_small_batches_read_nothing(
+    name: str, implementation: str, reduction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S whole in memory, as on a GPU."""
+    reason = unavailable_reason("similarity", "triton", torch.device("cpu"), torch.float32)
+    if implementation == "triton" and reason:
+        pytest.skip(reason)
+    launched = []
+    for kernels in ("dense", "dense_gradient") if not reason else ():
+        module = importlib.import_module(f"fastclip.kernels.{kernels}")
+        monkeypatch.setattr(module, "launch", lambda kernel, *rest, **more: launched.append(kernel))
+    monkeypatch.setattr(dense, "implementation", lambda device, dtype: implementation)
+    case = LOSSES[name].make(24, 8, 9.0, 0.3, seed=1).cast(torch.float32)
+    leaves = [leaf.clone().requires_grad_() for leaf in case.leaves]
+    options: dict[str, Any] = {"reduction": reduction}
+    if name not in ("siglip", "sup_con"):
+        options["metrics"] = {}
+    loss = LOSSES[name].run(leaves, case.static, **options)
+    gradients = torch.autograd.grad(loss.sum(), leaves)
+    assert len(gradients) == len(leaves)
+    assert bool(len(launched)) == (implementation == "triton")
 
 
 def test_a_read_is_seen(unreadable: None) -> None:

@@ -1,6 +1,7 @@
 """`--loss global`: what it remembers is saved, resumed and the same on any number of processes."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,35 @@ def test_two_ranks_equal_one_process_and_one_resumes_from_them(
     for run in (pair, one):
         found, wanted = (last_of(each)[checkpoint.MEMORY]["log_u"] for each in (run, alone))
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_under_deepspeed_it_is_as_without(
+    flags: list[str], tmp_path: Path, stage: int, start_training: Callable[..., Any]
+) -> None:
+    """And resumes; and, with sharded parameters, a temperature that is frozen."""
+    pytest.importorskip("deepspeed")
+    if stage == 3:
+        flags = [flag for flag in flags if flag not in RATE]
+        flags += ["--global-variant", "v1", "--global-temperature", "0.05"]
+    plain = train(parse([*flags, "--name", "plain"]))
+    zero = [*flags, "--deepspeed", "--deepspeed-config", f"ds_zero{stage}"]
+    zero += ["--save-every-steps", "6", "--trust-checkpoint"]
+    source = tmp_path / "logs" / "zero" / "checkpoints" / "step_00000006"
+    runs = {"zero": [], "resumed": ["--resume", str(source)]} if stage == 1 else {"zero": []}
+    for name, more in runs.items():
+        process = start_training(*zero, "--name", name, *more)
+        assert process.wait(200) == 0, process.stderr.read()[-3000:]
+    theirs = read_metrics(plain)
+    for name in runs:
+        run, first = tmp_path / "logs" / name, 6 if name == "resumed" else 0
+        for key in ("loss", "logit_scale"):
+            ours = [line[key] for line in read_metrics(run)]
+            assert ours == pytest.approx([line[key] for line in theirs[first:]], rel=1e-5)
+        log_u = checkpoint.read(run / "checkpoints" / "epoch_2")[checkpoint.MEMORY]["log_u"]
+        wanted = last_of(plain)[checkpoint.MEMORY]["log_u"]
+        torch.testing.assert_close(log_u, wanted, rtol=1e-4, atol=1e-4)
 
 
 def engine(flags: dict[str, Any], folder: Path, samples: int = 12) -> TorchEngine:
@@ -167,7 +197,6 @@ def test_where_nothing_is_trained_nothing_is_remembered(tmp_path: Path) -> None:
         ("--loss global --objective slip", "does not go with --objective slip"),
         ("--loss global --hard-negatives 1", "does not go with --hard-negatives"),
         ("--loss global --label-smoothing 0.1", "does not go with --label-smoothing"),
-        ("--loss global --deepspeed", "does not go with --deepspeed"),
         ("--loss global --global-temperature-lr 0.1 --lr 0", "the schedule of --lr, which is 0"),
     ],
 )

@@ -39,7 +39,8 @@ class Tile(NamedTuple):
     """One tile: operands, the domain pair's scale and offset, and which entries are left out.
 
     The entry (c, c + diagonal) is no negative, nor are entries whose row and column ids agree. With
-    `positive_ids`, which the sigmoid loss alone has, those that agree are positives.
+    `positive_ids`, which the sigmoid loss alone has, those that agree are positives. A column bias
+    is added in the rows' softmaxes, a row bias in the columns'; `BiasingTiles` alone know these.
     products_CS: room of an implementation that keeps products: `statistics` leaves x @ y.T there,
     in the accumulator's dtype, and `gradient` takes it from there and leaves it as it is.
     """
@@ -53,6 +54,8 @@ class Tile(NamedTuple):
     column_id_S: Tensor | None = None
     positive_ids: bool = False
     products_CS: Tensor | None = None
+    row_bias_C: Tensor | None = None
+    column_bias_S: Tensor | None = None
 
     @property
     def crosses_diagonal(self) -> bool:
@@ -206,6 +209,18 @@ class KeepingTiles(Tiles, Protocol):
         total: bool,
     ) -> Tensor:
         """G times the scale, scale * E * (u + v), into `out_CS`; the sum of G if `total`."""
+
+
+class BiasingTiles(KeepingTiles, Protocol):
+    """An implementation whose tiles can have biases."""
+
+    bias_sums: tuple[Tensor | None, Tensor | None]
+    """Of the last tile whose gradient was formed: by row bias, (C,), and by column bias, (S,)."""
+
+    def weigh_biased(
+        self, E_CS: Tensor, tile: Tile, u_C: Tensor, v_S: Tensor | None, out_CS: Tensor
+    ) -> None:
+        """`weigh`: scale * E * (u exp(column bias) + v exp(row bias)) into `out_CS`."""
 
 
 class FlaggingTiles(Tiles, Protocol):

@@ -150,6 +150,7 @@ class CppTiles(TorchTiles):
         self, tile: Tile, weight_C: Tensor, out_CS: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         if tile.positive_ids:
+            # the library's sweep knows ids that are left out alone
             return super().sigmoid(tile, weight_C, out_CS)
         weight_C = weight_C.contiguous()
         row_C = torch.zeros_like(weight_C)

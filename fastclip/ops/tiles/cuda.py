@@ -19,6 +19,7 @@ from torch import Tensor
 from fastclip import native
 from fastclip.ops.gemm import gradient_dtype, product
 from fastclip.ops.tiles.base import LogSumExps, SoftmaxStats, Tile
+from fastclip.ops.tiles.torch import TorchTiles
 
 # csrc/include/fastclip/cuda_epilogues.h has the same numbers
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -117,6 +118,9 @@ class CudaTiles:
         self, tile: Tile, weight_C: Tensor, out_CS: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         tile = _wide(tile)
+        if tile.positive_ids:
+            # the sweep knows ids that are left out alone
+            return TorchTiles(self.dtype).sigmoid(tile, weight_C, out_CS)
         weight_C = weight_C.contiguous()
         room_CS = out_CS if self._in_place else None
         cosines = self._cosines(tile, self._products(tile) if room_CS is None else room_CS)

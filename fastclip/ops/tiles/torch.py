@@ -20,6 +20,7 @@ class TorchTiles:
         self.dtype = accumulator_dtype(dtype)
         self.itemsize = self.dtype.itemsize
         self._pool: dict[str, Tensor] = {}
+        self.bias_sums: tuple[Tensor | None, Tensor | None] = (None, None)
 
     def operand(self, features: Tensor) -> Tensor:
         return as_operand(features)
@@ -32,11 +33,15 @@ class TorchTiles:
 
     def statistics(self, tile: Tile, rows: SoftmaxStats, columns: SoftmaxStats | None) -> None:
         S_CS = self._logits(tile)
-        for dim, running in ((1, rows), (0, columns)):
+        biases = tile.column_bias_S, tile.row_bias_C
+        for dim, running, bias in ((1, rows, biases[0]), (0, columns, biases[1])):
             if running is None:
                 continue
-            maximum = S_CS.amax(dim=dim)
-            exp_CS = self._exp(S_CS, finite(maximum).unsqueeze(dim))
+            biased_CS = S_CS
+            if bias is not None:
+                biased_CS = torch.add(S_CS, bias.unsqueeze(1 - dim), out=self._like("biased", S_CS))
+            maximum = biased_CS.amax(dim=dim)
+            exp_CS = self._exp(biased_CS, finite(maximum).unsqueeze(dim))
             if tile.offset is not None:
                 maximum += tile.offset
             running.merge_(maximum, exp_CS.sum(dim=dim))
@@ -56,12 +61,24 @@ class TorchTiles:
             for lines in (rows, columns)
         )
         assert anchor_C is not None
-        torch.sub(S_CS, anchor_C[:, None], out=G_CS).exp_()
-        G_CS.mul_((rows.weight * tile.scale)[:, None])
+        torch.sub(S_CS, anchor_C[:, None], out=G_CS)
+        by_row = by_column = None
+        if tile.column_bias_S is not None:
+            G_CS.add_(tile.column_bias_S)
+        G_CS.exp_().mul_((rows.weight * tile.scale)[:, None])
+        if tile.column_bias_S is not None:
+            by_column = G_CS.sum(dim=0).div_(tile.scale)
         if columns is not None:
             assert anchor_S is not None
             # S stays, dscale needs it
-            G_CS.addcmul_(self._exp(S_CS, anchor_S), columns.weight * tile.scale)
+            exp_CS = torch.sub(S_CS, anchor_S, out=self._like("exp", S_CS))
+            if tile.row_bias_C is not None:
+                exp_CS.add_(tile.row_bias_C[:, None])
+            exp_CS.exp_()
+            if tile.row_bias_C is not None:
+                by_row = torch.mv(exp_CS, columns.weight)
+            G_CS.addcmul_(exp_CS, columns.weight * tile.scale)
+        self.bias_sums = by_row, by_column
         return self._sums(tile, S_CS, G_CS, out_CS, scalars)
 
     def exponentials(
@@ -75,9 +92,9 @@ class TorchTiles:
         product(tile.x_CD, tile.y_SD.T, out=out_CS).mul_(tile.scale)
         out_CS.sub_(_without(anchor, tile.offset)).exp_()
         self._leave_out(out_CS, tile, 0.0)
-        row_sum_C += out_CS.sum(dim=1)
+        row_sum_C += _weighted_sum(out_CS, tile.column_bias_S, 1)
         if column_sum_S is not None:
-            column_sum_S += out_CS.sum(dim=0)
+            column_sum_S += _weighted_sum(out_CS, tile.row_bias_C, 0)
 
     def weigh(
         self,
@@ -94,6 +111,23 @@ class TorchTiles:
         else:
             torch.add(u_C, v_S * scale, out=out_CS).mul_(E_CS)
         return out_CS.sum(dim=1).sum() / scale if total else scale.new_zeros(())
+
+    def weigh_biased(
+        self, E_CS: Tensor, tile: Tile, u_C: Tensor, v_S: Tensor | None, out_CS: Tensor
+    ) -> None:
+        by_row = by_column = None
+        torch.mul(E_CS, u_C[:, None], out=out_CS)
+        if tile.column_bias_S is not None:
+            out_CS.mul_(tile.column_bias_S.exp())
+            by_column = out_CS.sum(dim=0)
+        if v_S is not None:
+            term_CS = torch.mul(E_CS, v_S, out=self._like("exp", E_CS))
+            if tile.row_bias_C is not None:
+                term_CS.mul_(tile.row_bias_C.exp()[:, None])
+                by_row = term_CS.sum(dim=1)
+            out_CS.add_(term_CS)
+        out_CS.mul_(tile.scale)
+        self.bias_sums = by_row, by_column
 
     def begin_rows(self, tile: Tile) -> tuple[SoftmaxStats, Tensor]:
         S_CS = self._logits(tile)
@@ -194,6 +228,13 @@ class TorchTiles:
         total = G_CS.sum(dim=1).sum() / scale if tile.offset is not None else scale.new_zeros(())
         self._leave_out(S_CS, tile, 0.0)
         return S_CS.mul_(G_CS).sum(dim=1).sum() / scale / scale, total
+
+
+def _weighted_sum(E_CS: Tensor, bias: Tensor | None, dim: int) -> Tensor:
+    """Sums over rows (0) or columns (1), whose exponentials have a bias each."""
+    if bias is None:
+        return E_CS.sum(dim=dim)
+    return torch.mv(E_CS if dim else E_CS.T, bias.exp())
 
 
 def _without(line: Tensor, offset: Tensor | None) -> Tensor:
