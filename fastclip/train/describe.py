@@ -15,6 +15,8 @@ from fastclip.models.clip import CONFIG_FILE, Model
 from fastclip.ops.backend import explain
 from fastclip.train.config import TrainConfig, to_yaml
 from fastclip.train.distributed import World
+from fastclip.train.optim import warmup_steps
+from fastclip.train.summary import labeled
 
 
 def write_description(
@@ -39,7 +41,7 @@ def announce(
 def header(
     config: TrainConfig, world: World, model: Model, loader: TrainingLoader, run: Path, step: int
 ) -> list[str]:
-    """The lines of it, at most eight.
+    """The lines of it.
 
     Args:
         config: of the run.
@@ -63,9 +65,9 @@ def header(
     left_over = loader.epoch_samples - used
     dropped = f" ({left_over:,} samples an epoch fill no step)" if left_over else ""
     continued = f", {step:,} of them made" if step else ""
-    warmup = f"{optim.warmup:,} steps of warm-up"
+    warmup = f"{warmup_steps(optim, total):,} steps of warm-up"
     if optim.warmup >= total:
-        warmup += ", longer than the run: it never reaches --lr; lower --warmup"
+        warmup += f" (a tenth of the run, which --warmup {optim.warmup:,} would outlast)"
     lines = {
         "run": f"{run} (config.yaml has every setting)",
         "data": f"{data.train_data}, {loader.epoch_samples:,} samples an epoch, {loaders}",
@@ -75,9 +77,9 @@ def header(
         "step": f"{samples:,} samples{parts}",
         "length": f"{optim.epochs:,} epochs of {loader.steps_per_epoch:,} steps{dropped}, "
         f"{total:,} steps in all{continued}",
-        "rate": f"{optim.lr:g} after {warmup}; then {optim.lr_scheduler}",
+        "rate": f"{optim.lr:g} after {warmup}, then {optim.lr_scheduler}",
     }
-    return [f"{name:8}{text}" for name, text in lines.items()]
+    return [line for name, text in lines.items() for line in labeled(name, text)]
 
 
 def _name_of_loss(config: TrainConfig) -> str:

@@ -1,7 +1,6 @@
 """What a run shows while it trains: the bar, metrics, hints, notes on the data, a summary."""
 
 import logging
-import sys
 import textwrap
 import time
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from fastclip.train.health import Hints
 from fastclip.train.log import RunLog, plot_loss
 from fastclip.train.meter import Meter
 from fastclip.train.state import TrainState
-from fastclip.train.summary import duration, summary
+from fastclip.train.summary import LABEL, WIDTH, duration, labeled, summary
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,7 @@ class Report:
         captions = [text for texts in batches[0].get("captions", ()) for text in texts[:1]][:2]
         for text in captions:
             # as the tokenizer gets it
-            self._say(f"{'caption':8}{textwrap.shorten(text, 68)}")
+            self._say("\n".join(labeled("caption", textwrap.shorten(text, WIDTH - LABEL))))
 
     def _write_sample_ids(self, state: TrainState, batches: list[dict[str, Any]]) -> None:
         own = [key for batch in batches for key in batch["key"]]
@@ -158,16 +157,17 @@ class Report:
 
     def _show(self, step: int, values: dict[str, Any]) -> None:
         text = f"loss {values['loss']:.3f}  lr {values['lr']:.1e}  "
-        if "logit_scale" in values:
+        # one of the two, so that a line has room in 80 columns
+        if values["data_wait"] >= 0.1:
+            text += f"data wait {values['data_wait']:.0%}  "
+        elif "logit_scale" in values:
             text += f"scale {values['logit_scale']:.1f}  "
         speed = values["samples_per_second"]
         text += f"{speed:.0f} samples/s"
-        if values["data_wait"] >= 0.1:
-            text += f"  data wait {values['data_wait']:.0%}"
         self._bar.set_postfix_str(text)
-        if not sys.stderr.isatty():
+        if self._bar.disable:
             # lines for a log file instead of a bar, which has the time left itself
-            left = (self._total - self._bar.n) * self._samples / speed
+            left = (self._total - self._state.steps_done) * self._samples / speed
             logger.info(f"step {step}/{self._total}  {text}  {duration(left)} left")
 
     def _say(self, text: str, level: int = logging.INFO) -> None:

@@ -1,10 +1,14 @@
 """What is said of a run at its end: how long it took, how well it did, and what to do next."""
 
+import textwrap
 from typing import Any
 
 from fastclip.models import checkpoint
 from fastclip.train.log import read_metrics
 from fastclip.train.state import TrainState
+
+WIDTH, LABEL = 80, 10
+"""Columns of a line, and of them those of its label."""
 
 
 def summary(state: TrainState, seconds: float) -> list[str]:
@@ -25,22 +29,38 @@ def summary(state: TrainState, seconds: float) -> list[str]:
         chance = losses[-1].get("chance_loss")
         lines["loss"] = f"{losses[-1]['loss']:.3f}" + (f" (chance {chance:.3f})" if chance else "")
     names = {name: None for line in metrics for name in line if name.startswith("val/")}
-    for name in names:
-        if shown := _best_and_last(metrics, name):
-            lines[name.removeprefix("val/")] = shown
+    scores = [_best_and_last(metrics, name) for name in names if "chance" not in name]
     saved = max(checkpoint.named(state.checkpoints, "epoch_"), key=checkpoint.step_of, default=None)
-    lines["files"] = f"{state.folder}: loss.png, metrics.jsonl" + (
+    files = f"{state.folder}: loss.png, metrics.jsonl" + (
         f", {saved.relative_to(state.folder)}" if saved else ""
     )
-    width = max(map(len, lines)) + 2
     run = state.folder
     return [
-        *(f"{name:{width}}{text}" for name, text in lines.items()),
-        "next:",
+        *(line for name, text in lines.items() for line in labeled(name, text)),
+        *(f"{'' if index else 'scores':{LABEL}}{score}" for index, score in enumerate(scores)),
+        *labeled("files", files),
+        "next",
         f"  fastclip eval retrieval --model {run} --data DATA",
         f"  fastclip embed images DATA --model {run} -o features.npy",
         f"  fastclip convert to-open-clip {run} model.pt",
     ]
+
+
+def labeled(label: str, text: str) -> list[str]:
+    """The text beside its label, at most 80 columns wide; paths are not broken.
+
+    Examples:
+        >>> from fastclip.train.summary import labeled
+        >>> labeled("step", "128 samples")
+        ['step      128 samples']
+    """
+    return textwrap.wrap(
+        f"{label:{LABEL}}{text}",
+        WIDTH,
+        subsequent_indent=" " * LABEL,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def duration(seconds: float) -> str:
@@ -56,12 +76,11 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def _best_and_last(metrics: list[dict[str, Any]], name: str) -> str | None:
+def _best_and_last(metrics: list[dict[str, Any]], name: str) -> str:
     """A validation score's last value and, where another was better, the best."""
-    if "chance" in name:
-        return None
     found = [(line[name], line["step"]) for line in metrics if name in line]
     better = min if "loss" in name else max
     best, step = better(found, key=lambda pair: pair[0])
     last = found[-1][0]
-    return f"{last:.4f}" + ("" if last == best else f" (best {best:.4f}, at step {step:,})")
+    before = "" if last == best else f" (best {best:.4f}, at step {step:,})"
+    return f"{name.removeprefix('val/')} {last:.4f}{before}"
