@@ -22,8 +22,8 @@ TOP_LEVEL_ROOMS = {"benchmarks": "fastclip/bench", "kernels": "fastclip/kernels"
 # Of benchmarks/, what no command of `fastclip bench` imports stays in the checkout: it tunes and
 # checks kernels there. A test holds the list.
 LAB = set(
-    "archive attention_check attention_lab attention_sweep ceilings check compile_report gpu_lab "
-    "retrieval sass tile_sweep trials".split()
+    "archive attention_check attention_lab attention_sweep ceilings check compile_cases "
+    "compile_limits compile_report gpu_lab retrieval sass tile_sweep trials".split()
 )
 
 

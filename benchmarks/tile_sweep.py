@@ -39,8 +39,11 @@ CANDIDATES = {
     "16bit": [
         *(Tiling(128, 256, 64, 8, 3, tma=True, parts=parts) for parts in (1, 2, 4)),
         Tiling(128, 256, 64, 8, 4, tma=True, parts=2),
-        # half of the exchange between warps for the columns' sums
+        # half of the exchange between warps for the columns' sums, or none of it by shuffles
         Tiling(256, 128, 64, 8, 3, tma=True, parts=2),
+        Tiling(128, 256, 64, 8, 3, parts=2, transpose=True),
+        # one program a multiprocessor, which loads the next tile before a tile's epilogue
+        *(Tiling(128, 256, 64, 8, 3, parts=parts, walkers=1) for parts in (2, 4)),
         # two programs a multiprocessor: one's exponentials beside the other's products
         Tiling(128, 128, 64, 4, 3, tma=True, parts=2),
     ],
@@ -84,8 +87,13 @@ def runs(precision: str, device: str) -> dict[str, Callable[[], Any]]:
     """A call of each kernel through the implementation that users run."""
     sizes = {} if device == "cuda" else {"n": 96, "chunk": 64, "width": 32}
     tile, weight = problem(precision, device=device, **sizes)
-    tiles = TritonTiles(tile.x_CD.dtype)
+    tiles = plain_tiles(tile)
     return {kernel: functools.partial(results, kernel, tiles, tile, weight) for kernel in KERNELS}
+
+
+def plain_tiles(tile: Tile) -> TritonTiles:
+    """For the kernels' plain variants, whose entries the candidates replace."""
+    return TritonTiles(tile.x_CD.dtype, maxima=False)
 
 
 def try_candidate(precision: str, candidate: Tiling, device: str = "cuda") -> Iterator[Trial]:
@@ -106,7 +114,7 @@ def try_candidate(precision: str, candidate: Tiling, device: str = "cuda") -> It
 def error_of(kernel: str, precision: str, device: str, n: int, chunk: int, width: int) -> float:
     """Relative error of a kernel's results, as its tiling is now, against float64."""
     tile, weight = problem(precision, n, chunk, width, device)
-    found = results(kernel, TritonTiles(tile.x_CD.dtype), tile, weight)
+    found = results(kernel, plain_tiles(tile), tile, weight)
     wide = tile._replace(
         x_CD=tile.x_CD.double(), y_SD=tile.y_SD.double(), scale=tile.scale.double()
     )
@@ -149,10 +157,12 @@ def shipped_as(kernel: str, precision: str, candidate: Tiling, device: str) -> I
     table = launch.tilings()[architecture][kernel]
     entry = table[precision]
     table[precision] = candidate
+    launch.tiling_of.cache_clear()
     try:
         yield
     finally:
         table[precision] = entry
+        launch.tiling_of.cache_clear()
 
 
 def try_command(precision: str, candidate: Tiling) -> list[str]:
@@ -265,6 +275,7 @@ def write_table(result: dict[str, dict[str, list[dict[str, Any]]]]) -> None:
                 content["tilings"][architecture][kernel][precision] = timed[0]["tiling"]
     write_text(launch.TILINGS_FILE, format_table(content))
     launch.tilings.cache_clear()
+    launch.tiling_of.cache_clear()
     launch.architecture.cache_clear()
 
 
@@ -282,7 +293,10 @@ def format_table(content: dict[str, Any]) -> str:
 
 def _numbers(tiling: Tiling) -> list[int | None]:
     numbers = [int(value) if value is not None else None for value in astuple(tiling)]
-    return numbers[:-1] if numbers[-1] is None else numbers
+    # what is left at its default at the end is not written
+    while numbers[-1] in (None, 0):
+        numbers.pop()
+    return numbers
 
 
 def main() -> int:

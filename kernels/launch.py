@@ -16,6 +16,17 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether kernels run under Triton's interpreter; fixed when Triton is imported."""
 
+VARIANTS = {
+    "statistics": {"ids", "kept", "maxima", "rows"},
+    "gradient": {"frozen", "ids", "offset", "rows"},
+    "sigmoid": {"ids", "loss"},
+    "own_statistics": {"ids", "kept", "rows"},
+    "own_gradient": {"ids", "offset", "rows"},
+}
+"""What may be asked of a kernel beyond the plain one: what ids say of entries, exponentials kept,
+maxima; rows only; no sums for scale and offset; an offset; the loss without a gradient.
+"""
+
 TILINGS_FILE = Path(__file__).with_name("tilings.json")
 
 
@@ -35,6 +46,11 @@ class Tiling:
     """Parts of a tile's columns that are worked on one after the other: registers hold one."""
     registers: int | None = None
     """The most a thread may use; None is the compiler's choice."""
+    transpose: bool = False
+    """Whether sums of columns go through shared memory (`tile.over_rows`)."""
+
+    walkers: int = 0
+    """Programs a multiprocessor that walk over all tiles; 0 is a program for each tile."""
 
     def options(self) -> dict[str, int]:
         """As keyword arguments of a kernel."""
@@ -92,11 +108,35 @@ def precision_of(dtype: torch.dtype) -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def tiling(kernel: str, dtype: torch.dtype, device: torch.device, entries: int) -> Tiling:
-    """The tiling of `kernel`, an entry of the table, for so many entries of S."""
+def tiling(
+    kernel: str, variant: frozenset[str], dtype: torch.dtype, device: torch.device, entries: int
+) -> Tiling:
+    """The tiling of a kernel's variant (`tiling_of`) for so many entries of S."""
     if INTERPRETED:
         return INTERPRETER_TILINGS[entries > 100_000]
-    return tilings()[architecture(device)][kernel][precision_of(dtype)]
+    return tiling_of(architecture(device), kernel, variant, precision_of(dtype))
+
+
+@functools.cache
+def tiling_of(architecture: str, kernel: str, variant: frozenset[str], precision: str) -> Tiling:
+    """The table's entry of a kernel that names most of a variant's words, and no other.
+
+    Without such an entry that of the plain kernel serves.
+
+    Args:
+        architecture: a row of the table.
+        kernel: "statistics", "gradient", "sigmoid", "own_statistics" or "own_gradient".
+        variant: what is asked of it beyond the plain kernel: some of VARIANTS.
+        precision: as `precision_of` names it.
+    """
+    found = {
+        name: entries[precision]
+        for name, entries in tilings()[architecture].items()
+        if precision in entries
+        and name.split()[0] == kernel
+        and variant.issuperset(name.split()[1:])
+    }
+    return found[max(found, key=lambda name: len(name.split()))]
 
 
 def operands(x: torch.Tensor, y: torch.Tensor, tiling: Tiling) -> tuple[Any, Any]:
@@ -123,9 +163,16 @@ def product_options(x: Any, tiling: Tiling) -> dict[str, Any]:
     }
 
 
-def persistent_programs(device: torch.device, tiles: int) -> int:
-    """How many programs walk over so many tiles: one a multiprocessor at most."""
-    return min(_multiprocessors(device), tiles)
+def persistent_programs(device: torch.device, tiles: int, walkers: int = 1) -> int:
+    """How many programs walk over so many tiles: `walkers` a multiprocessor at most."""
+    return min(walkers * _multiprocessors(device), tiles)
+
+
+def programs_of(tiling: Tiling, device: torch.device, tiles: int) -> tuple[int, bool]:
+    """How many programs do so many tiles, and whether they walk over them."""
+    if tiling.walkers == 0:
+        return tiles, False
+    return persistent_programs(device, tiles, tiling.walkers), True
 
 
 @functools.cache
@@ -155,7 +202,7 @@ def true_architecture(device: torch.device) -> str:
 
 @functools.cache
 def tilings() -> dict[str, dict[str, dict[str, Tiling]]]:
-    """The table: architecture, kernel, precision."""
+    """The table: architecture; kernel, with words of a variant behind it; precision."""
     table = json.loads(TILINGS_FILE.read_text())["tilings"]
     return {
         name: {

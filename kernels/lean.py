@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastclip.kernels.launch import Tiling, launch, operands, product_options
+from fastclip.kernels.launch import Tiling, launch, operands, product_options, programs_of
 from fastclip.kernels.tile import (
     LEFT_OUT,
     LOG2E,
@@ -36,6 +36,7 @@ from fastclip.kernels.tile import (
     parts_of,
     rounded,
     tile_indices,
+    visits,
 )
 
 NUMBERS = ["rows", "columns", "diagonal"]
@@ -85,6 +86,8 @@ def lean_statistics_kernel(
     COLUMNS: tl.constexpr,
     MAXIMA: tl.constexpr,
     KEEP: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+    FLATTEN: tl.constexpr,
     TMA: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -95,53 +98,58 @@ def lean_statistics_kernel(
     GROUP: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    tile_r, tile_s = tile_indices(tl.program_id(0), rows, columns, BLOCK_R, BLOCK_S, GROUP)
-    first_r = tile_r * BLOCK_R
-    anchor = anchor_without_offset(scale_ptr)
-    # without an anchor there is nothing to form: all lines are flagged by sums of 0
-    cos = cosines(
-        x_ptr, y_ptr, stride_x, stride_y, rows, columns,
-        tl.where(anchor == float("inf"), 0, width), first_r, tile_s * BLOCK_S,
-        BLOCK_R, BLOCK_S, BLOCK_D, TMA, EVEN_D, PRECISION, EMULATE,
-    )  # fmt: skip
-    scale = tl.load(scale_ptr) * LOG2E
-    if tl.program_id(0) == 0:
-        # for the flags that follow
-        tl.store(raised_ptr, 0)
-    parts = parts_of(cos, PARTS)
-    i_r = first_r + tl.arange(0, BLOCK_R)
-    m_r = i_r < rows
-    row_sum = tl.zeros((BLOCK_R,), dtype=tl.float32)
-    row_max = tl.full((BLOCK_R,), float("-inf"), dtype=tl.float32)
-    PART_S: tl.constexpr = BLOCK_S // PARTS
-    for part in tl.static_range(PARTS):
-        first_s = tile_s * BLOCK_S + part * PART_S
-        i_s = first_s + tl.arange(0, PART_S)
-        m_s = i_s < columns
-        # rounded as one: S' may be a hundred times what is left of it
-        logits = leave_out(
-            parts[part] * scale - anchor, row_id_ptr, column_id_ptr, rows, columns, diagonal,
-            i_r, i_s, first_r, first_s, HAS_DIAGONAL, HAS_IDS, float("-inf"), BLOCK_R, PART_S,
+    # one visit, unless a few programs walk over all tiles: the compiler then fuses this loop with
+    # the product's, and the next tile's loads begin before a tile's epilogue
+    count = visits(rows, columns, BLOCK_R, BLOCK_S, FLATTEN)
+    for visit in tl.range(0, count, flatten=FLATTEN):
+        index = tl.program_id(0) + visit * tl.num_programs(0)
+        tile_r, tile_s = tile_indices(index, rows, columns, BLOCK_R, BLOCK_S, GROUP)
+        first_r = tile_r * BLOCK_R
+        anchor = anchor_without_offset(scale_ptr)
+        # without an anchor there is nothing to form: all lines are flagged by sums of 0
+        cos = cosines(
+            x_ptr, y_ptr, stride_x, stride_y, rows, columns,
+            tl.where(anchor == float("inf"), 0, width), first_r, tile_s * BLOCK_S,
+            BLOCK_R, BLOCK_S, BLOCK_D, TMA, EVEN_D, PRECISION, EMULATE,
         )  # fmt: skip
-        e = tl.exp2(logits)
-        row_sum += tl.sum(e, 1)
-        p_s = tile_r.to(tl.int64) * columns + i_s
-        if COLUMNS:
-            column_sum = over_rows(e, BLOCK_R, PART_S, False)
-            tl.store(column_sum_ptr + p_s, column_sum, mask=m_s)
-        if MAXIMA:
-            row_max = tl.maximum(row_max, tl.max(logits, 1))
+        scale = tl.load(scale_ptr) * LOG2E
+        if index == 0:
+            # for the flags that follow
+            tl.store(raised_ptr, 0)
+        parts = parts_of(cos, PARTS)
+        i_r = first_r + tl.arange(0, BLOCK_R)
+        m_r = i_r < rows
+        row_sum = tl.zeros((BLOCK_R,), dtype=tl.float32)
+        row_max = tl.full((BLOCK_R,), float("-inf"), dtype=tl.float32)
+        PART_S: tl.constexpr = BLOCK_S // PARTS
+        for part in tl.static_range(PARTS):
+            first_s = tile_s * BLOCK_S + part * PART_S
+            i_s = first_s + tl.arange(0, PART_S)
+            m_s = i_s < columns
+            # rounded as one: S' may be a hundred times what is left of it
+            logits = leave_out(
+                parts[part] * scale - anchor, row_id_ptr, column_id_ptr, rows, columns, diagonal,
+                i_r, i_s, first_r, first_s, HAS_DIAGONAL, HAS_IDS, float("-inf"), BLOCK_R, PART_S,
+            )  # fmt: skip
+            e = tl.exp2(logits)
+            row_sum += tl.sum(e, 1)
+            p_s = tile_r.to(tl.int64) * columns + i_s
             if COLUMNS:
-                column_max = over_rows(logits, BLOCK_R, PART_S, True)
-                tl.store(column_max_ptr + p_s, column_max, mask=m_s)
-        if KEEP:
-            o_e = tl.arange(0, BLOCK_R)[:, None] * stride_e + tl.arange(0, PART_S)[None, :]
-            p_e = e_ptr + first_r.to(tl.int64) * stride_e + first_s + o_e
-            tl.store(p_e, rounded(e, e_ptr, EMULATE))
-    p_r = tile_s.to(tl.int64) * rows + i_r
-    tl.store(row_sum_ptr + p_r, row_sum, mask=m_r)
-    if MAXIMA:
-        tl.store(row_max_ptr + p_r, row_max, mask=m_r)
+                column_sum = over_rows(e, BLOCK_R, PART_S, False, TRANSPOSE)
+                tl.store(column_sum_ptr + p_s, column_sum, mask=m_s)
+            if MAXIMA:
+                row_max = tl.maximum(row_max, tl.max(logits, 1))
+                if COLUMNS:
+                    column_max = over_rows(logits, BLOCK_R, PART_S, True, TRANSPOSE)
+                    tl.store(column_max_ptr + p_s, column_max, mask=m_s)
+            if KEEP:
+                o_e = tl.arange(0, BLOCK_R)[:, None] * stride_e + tl.arange(0, PART_S)[None, :]
+                p_e = e_ptr + first_r.to(tl.int64) * stride_e + first_s + o_e
+                tl.store(p_e, rounded(e, e_ptr, EMULATE))
+        p_r = tile_s.to(tl.int64) * rows + i_r
+        tl.store(row_sum_ptr + p_r, row_sum, mask=m_r)
+        if MAXIMA:
+            tl.store(row_max_ptr + p_r, row_max, mask=m_r)
 
 
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=VECTORS)
@@ -171,6 +179,7 @@ def lean_gradient_kernel(
     COLUMNS: tl.constexpr,
     SCALARS: tl.constexpr,
     SLOTS: tl.constexpr,
+    FLATTEN: tl.constexpr,
     TMA: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -181,56 +190,61 @@ def lean_gradient_kernel(
     GROUP: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    tile_r, tile_s = tile_indices(tl.program_id(0), rows, columns, BLOCK_R, BLOCK_S, GROUP)
-    first_r = tile_r * BLOCK_R
-    # of a tile with a flagged line no product is formed; `flagged.py` writes what is stored here
-    raised = tl.load(raised_ptr + tile_r)
-    if COLUMNS:
-        raised += tl.load(raised_ptr + tl.cdiv(rows, BLOCK_R) + tile_s)
-    cos = cosines(
-        x_ptr, y_ptr, stride_x, stride_y, rows, columns, tl.where(raised > 0, 0, width),
-        first_r, tile_s * BLOCK_S,
-        BLOCK_R, BLOCK_S, BLOCK_D, TMA, EVEN_D, PRECISION, EMULATE,
-    )  # fmt: skip
-    anchor = anchor_without_offset(scale_ptr)
-    scale = tl.load(scale_ptr)
-    parts = parts_of(cos, PARTS)
-    i_r = first_r + tl.arange(0, BLOCK_R)
-    # factors are padded to whole tiles, with 0
-    u = tl.load(u_ptr + i_r)
-    dot = tl.zeros((BLOCK_R,), dtype=tl.float32)
-    total = tl.zeros((BLOCK_R,), dtype=tl.float32)
-    PART_S: tl.constexpr = BLOCK_S // PARTS
-    for part in tl.static_range(PARTS):
-        first_s = tile_s * BLOCK_S + part * PART_S
-        i_s = first_s + tl.arange(0, PART_S)
-        logits = leave_out(
-            parts[part] * (scale * LOG2E) - anchor, row_id_ptr, column_id_ptr, rows, columns,
-            diagonal, i_r, i_s, first_r, first_s, HAS_DIAGONAL, HAS_IDS, LEFT_OUT,
-            BLOCK_R, PART_S,
-        )  # fmt: skip
-        g = tl.exp2(logits)
+    # one visit, unless a few programs walk over all tiles: the compiler then fuses this loop with
+    # the product's, and the next tile's loads begin before a tile's epilogue
+    count = visits(rows, columns, BLOCK_R, BLOCK_S, FLATTEN)
+    for visit in tl.range(0, count, flatten=FLATTEN):
+        index = tl.program_id(0) + visit * tl.num_programs(0)
+        tile_r, tile_s = tile_indices(index, rows, columns, BLOCK_R, BLOCK_S, GROUP)
+        first_r = tile_r * BLOCK_R
+        # of a tile with a flagged line no product is formed; `flagged.py` overwrites what is stored
+        raised = tl.load(raised_ptr + tile_r)
         if COLUMNS:
-            g *= u[:, None] + tl.load(v_ptr + i_s)[None, :]
-        else:
-            g *= u[:, None]
+            raised += tl.load(raised_ptr + tl.cdiv(rows, BLOCK_R) + tile_s)
+        cos = cosines(
+            x_ptr, y_ptr, stride_x, stride_y, rows, columns, tl.where(raised > 0, 0, width),
+            first_r, tile_s * BLOCK_S,
+            BLOCK_R, BLOCK_S, BLOCK_D, TMA, EVEN_D, PRECISION, EMULATE,
+        )  # fmt: skip
+        anchor = anchor_without_offset(scale_ptr)
+        scale = tl.load(scale_ptr)
+        parts = parts_of(cos, PARTS)
+        i_r = first_r + tl.arange(0, BLOCK_R)
+        # factors are padded to whole tiles, with 0
+        u = tl.load(u_ptr + i_r)
+        dot = tl.zeros((BLOCK_R,), dtype=tl.float32)
+        total = tl.zeros((BLOCK_R,), dtype=tl.float32)
+        PART_S: tl.constexpr = BLOCK_S // PARTS
+        for part in tl.static_range(PARTS):
+            first_s = tile_s * BLOCK_S + part * PART_S
+            i_s = first_s + tl.arange(0, PART_S)
+            logits = leave_out(
+                parts[part] * (scale * LOG2E) - anchor, row_id_ptr, column_id_ptr, rows, columns,
+                diagonal, i_r, i_s, first_r, first_s, HAS_DIAGONAL, HAS_IDS, LEFT_OUT,
+                BLOCK_R, PART_S,
+            )  # fmt: skip
+            g = tl.exp2(logits)
+            if COLUMNS:
+                g *= u[:, None] + tl.load(v_ptr + i_s)[None, :]
+            else:
+                g *= u[:, None]
+            if SCALARS:
+                dot += tl.sum(g * parts[part], 1)
+                if HAS_OFFSET:
+                    total += tl.sum(g, 1)
+            o_g = tl.arange(0, BLOCK_R)[:, None] * stride_g + tl.arange(0, PART_S)[None, :]
+            p_g = g_ptr + first_r.to(tl.int64) * stride_g + first_s + o_g
+            tl.store(p_g, rounded(g, g_ptr, EMULATE))
         if SCALARS:
-            dot += tl.sum(g * parts[part], 1)
+            # the factors have the scale in them
+            p_slot = index * SLOTS
+            tl.store(dot_ptr + p_slot, tl.sum(dot, 0) / scale)
             if HAS_OFFSET:
-                total += tl.sum(g, 1)
-        o_g = tl.arange(0, BLOCK_R)[:, None] * stride_g + tl.arange(0, PART_S)[None, :]
-        p_g = g_ptr + first_r.to(tl.int64) * stride_g + first_s + o_g
-        tl.store(p_g, rounded(g, g_ptr, EMULATE))
-    if SCALARS:
-        # the factors have the scale in them
-        p_slot = tl.program_id(0) * SLOTS
-        tl.store(dot_ptr + p_slot, tl.sum(dot, 0) / scale)
-        if HAS_OFFSET:
-            tl.store(sum_ptr + p_slot, tl.sum(total, 0) / scale)
-        for slot in tl.static_range(1, SLOTS):
-            tl.store(dot_ptr + p_slot + slot, 0.0)
-            if HAS_OFFSET:
-                tl.store(sum_ptr + p_slot + slot, 0.0)
+                tl.store(sum_ptr + p_slot, tl.sum(total, 0) / scale)
+            for slot in tl.static_range(1, SLOTS):
+                tl.store(dot_ptr + p_slot + slot, 0.0)
+                if HAS_OFFSET:
+                    tl.store(sum_ptr + p_slot + slot, 0.0)
 
 
 class Logits(NamedTuple):
@@ -289,9 +303,10 @@ def statistics(
     column_max = row_sum.new_empty(of_columns if maxima else (0, 0))
     raised = x.new_empty(1, dtype=torch.int32)
     x_in, y_in = operands(x, y, tiling)
+    programs, walk = programs_of(tiling, x.device, tiles_r * tiles_s)
     launch(
         lean_statistics_kernel,
-        tiles_r * tiles_s,
+        programs,
         x_in,
         y_in,
         # the anchor has the offset in it
@@ -314,6 +329,8 @@ def statistics(
         COLUMNS=columns,
         MAXIMA=maxima,
         KEEP=kept is not None,
+        TRANSPOSE=tiling.transpose,
+        FLATTEN=walk,
         **product_options(x_in, tiling),
     )
     return LeanStatistics(row_sum, column_sum, row_max, column_max, raised)
@@ -336,9 +353,11 @@ def gradient(
     x, y = logits.x, logits.y
     r, s = x.shape[0], y.shape[0]
     x_in, y_in = operands(x, y, tiling)
+    tiles = -(-r // tiling.rows) * -(-s // tiling.columns)
+    programs, walk = programs_of(tiling, x.device, tiles)
     launch(
         lean_gradient_kernel,
-        -(-r // tiling.rows) * -(-s // tiling.columns),
+        programs,
         x_in,
         y_in,
         *logits.scalars(),
@@ -358,5 +377,6 @@ def gradient(
         COLUMNS=columns,
         SCALARS=scalars[0].numel() > 0,
         SLOTS=slots,
+        FLATTEN=walk,
         **product_options(x_in, tiling),
     )

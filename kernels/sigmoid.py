@@ -26,6 +26,7 @@ from fastclip.kernels.launch import (
     operands,
     persistent_programs,
     product_options,
+    programs_of,
 )
 from fastclip.kernels.tile import (
     LEFT_OUT,
@@ -38,6 +39,7 @@ from fastclip.kernels.tile import (
     parts_of,
     rounded,
     tile_indices,
+    visits,
 )
 
 NUMBERS = ["rows", "columns", "diagonal", "programs"]
@@ -52,6 +54,8 @@ NO_IDS, IDS_LEFT_OUT, IDS_POSITIVE = 0, 1, 2
 # entries whose product float32 can hold where each is 1 + 1, and beyond which f is not used
 PRODUCT = tl.constexpr(64)
 LARGEST = tl.constexpr(2.0**126)
+# of a tile that goes entry by entry
+ENTRIES_PARTS = 4
 
 
 @triton.jit
@@ -228,6 +232,7 @@ def sigmoid_kernel(
     HAS_OFFSET: tl.constexpr,
     IDS: tl.constexpr,
     GRADIENT: tl.constexpr,
+    FLATTEN: tl.constexpr,
     TMA: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -238,24 +243,29 @@ def sigmoid_kernel(
     GROUP: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    tile_r, tile_s = tile_indices(tl.program_id(0), rows, columns, BLOCK_R, BLOCK_S, GROUP)
-    first_r, first_s = tile_r * BLOCK_R, tile_s * BLOCK_S
-    scale = tl.load(scale_ptr)
-    offset = 0.0
-    if HAS_OFFSET:
-        offset = tl.load(offset_ptr)
-    p_row_sum = row_sum_ptr + tile_s.to(tl.int64) * rows
-    p_scalars = scalars_ptr + 2 * tl.program_id(0)
-    cos = cosines(
-        x_ptr, y_ptr, stride_x, stride_y, rows, columns, width, first_r, first_s,
-        BLOCK_R, BLOCK_S, BLOCK_D, TMA, EVEN_D, PRECISION, EMULATE,
-    )  # fmt: skip
-    beyond = _parts(
-        cos, scale, offset, weight_ptr, row_id_ptr, column_id_ptr, p_row_sum, g_ptr, p_scalars,
-        stride_g, rows, columns, diagonal, first_r, first_s, False, HAS_DIAGONAL, IDS, GRADIENT,
-        EMULATE, BLOCK_R, BLOCK_S, PARTS,
-    )  # fmt: skip
-    tl.store(beyond_ptr + tl.program_id(0), tl.max(beyond, 0))
+    # one visit, unless a few programs walk over all tiles: the compiler then fuses this loop with
+    # the product's, and the next tile's loads begin before a tile's epilogue
+    count = visits(rows, columns, BLOCK_R, BLOCK_S, FLATTEN)
+    for visit in tl.range(0, count, flatten=FLATTEN):
+        index = tl.program_id(0) + visit * tl.num_programs(0)
+        tile_r, tile_s = tile_indices(index, rows, columns, BLOCK_R, BLOCK_S, GROUP)
+        first_r, first_s = tile_r * BLOCK_R, tile_s * BLOCK_S
+        scale = tl.load(scale_ptr)
+        offset = 0.0
+        if HAS_OFFSET:
+            offset = tl.load(offset_ptr)
+        p_row_sum = row_sum_ptr + tile_s.to(tl.int64) * rows
+        p_scalars = scalars_ptr + 2 * index
+        cos = cosines(
+            x_ptr, y_ptr, stride_x, stride_y, rows, columns, width, first_r, first_s,
+            BLOCK_R, BLOCK_S, BLOCK_D, TMA, EVEN_D, PRECISION, EMULATE,
+        )  # fmt: skip
+        beyond = _parts(
+            cos, scale, offset, weight_ptr, row_id_ptr, column_id_ptr, p_row_sum, g_ptr, p_scalars,
+            stride_g, rows, columns, diagonal, first_r, first_s, False, HAS_DIAGONAL, IDS, GRADIENT,
+            EMULATE, BLOCK_R, BLOCK_S, PARTS,
+        )  # fmt: skip
+        tl.store(beyond_ptr + index, tl.max(beyond, 0))
 
 
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=VECTORS)
@@ -364,10 +374,12 @@ def sigmoid(
         "GRADIENT": out is not None,
         **product_options(x_in, tiling),
     }
-    launch(sigmoid_kernel, tiles_r * tiles_s, *arguments, **options)
+    programs, walk = programs_of(tiling, x.device, tiles_r * tiles_s)
+    launch(sigmoid_kernel, programs, *arguments, FLATTEN=walk, **options)
     programs = persistent_programs(x.device, tiles_r * tiles_s)
-    # one kernel for what the usual way has several for: fewer to compile
-    options |= {"HAS_DIAGONAL": True, "EVEN_D": options["TMA"]}
+    # one kernel for what the usual way has several for: fewer to compile; registers hold less of
+    # its tile at a time
+    options |= {"HAS_DIAGONAL": True, "EVEN_D": options["TMA"], "PARTS": ENTRIES_PARTS}
     given = arguments[-1] if diagonal is not None else NO_DIAGONAL
     launch(sigmoid_entries_kernel, programs, *arguments[:-1], given, programs, **options)
     dot, total = scalars.sum(dim=0)

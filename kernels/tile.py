@@ -29,6 +29,17 @@ def tile_indices(
 
 
 @triton.jit
+def visits(rows, columns, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, FLATTEN: tl.constexpr):
+    """How many tiles a program visits, itself first and then each `num_programs` further on."""
+    if FLATTEN:
+        tiles = tl.cdiv(rows, BLOCK_R) * tl.cdiv(columns, BLOCK_S)
+        count = tl.cdiv(tiles - tl.program_id(0), tl.num_programs(0))
+    else:
+        count: tl.constexpr = 1
+    return count
+
+
+@triton.jit
 def cosines(
     x_ptr,
     y_ptr,
@@ -107,13 +118,21 @@ def _halves(tile):
 
 
 @triton.jit
-def over_rows(tile, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, MAXIMUM: tl.constexpr):
+def over_rows(
+    tile, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, MAXIMUM: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+):  # fmt: skip
     """Sums, or maxima, of a tile's columns.
 
     Where 16 rows are a warp's, as on Hopper, eight warps' results are combined by halves: `tl.sum`
-    would exchange every column once more, with two barriers for each few of them.
+    would exchange every column once more, with two barriers for each few of them. Where 32 rows
+    are a warp's, as on Blackwell, shuffles would be the limit. With TRANSPOSE the tile goes through
+    shared memory once instead: after it is halved, a thread holds many rows of few columns.
     """
-    if BLOCK_R < 128:
+    if TRANSPOSE:
+        a, b = tl.split(tl.permute(tl.reshape(tile, (2, BLOCK_R // 2, BLOCK_S)), (1, 2, 0)))
+        found = _reduced(_combined(a, b, MAXIMUM), MAXIMUM)
+    elif BLOCK_R < 128:
         found = _reduced(tile, MAXIMUM)
     else:
         tile = _reduced(tl.reshape(tile, (BLOCK_R // 128, 128, BLOCK_S)), MAXIMUM)

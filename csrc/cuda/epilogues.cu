@@ -9,8 +9,8 @@ namespace fastclip {
 namespace cuda {
 namespace {
 
-// Cosines lie in [-1, 1]. About |scale| less this much no exponential overflows, e^69 = 2^99.5 at the
-// most, and what is 2^-80 of one or more in sum has lost nothing that counts to flushing below 2^-126.
+// Cosines lie in [-1, 1]: about |scale| less this much no exponential overflows, being e^69 = 2^99.5
+// at the most. A sum in this range has lost nothing that counts to what is flushed below 2^-126.
 constexpr float HEADROOM = 69.0f;
 constexpr float LEAST_SUM = 0x1p-80f, LARGEST_SUM = 0x1p110f;
 // the same of a log-sum-exp less the anchor, and of a line's factor

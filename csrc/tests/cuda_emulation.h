@@ -34,7 +34,7 @@ struct Barrier {
     unsigned size, arrived = 0, passed = 0;
 };
 
-// Where a fiber goes on.
+// Where a fiber resumes.
 #ifdef __x86_64__
 using Context = void*;
 
@@ -47,7 +47,7 @@ __attribute__((naked, noinline)) static void change(Context*, const Context*) {
 }
 
 inline void begin(Context& context, char* stack, size_t bytes, void (*body)()) {
-    // six registers, where to go on, and nowhere to return to; aligned as a call leaves it
+    // six registers, where to continue, and nowhere to return to; aligned as a call leaves it
     const uintptr_t end = (reinterpret_cast<uintptr_t>(stack) + bytes) & ~uintptr_t{15};
     void** top = reinterpret_cast<void**>(end) - 8;
     for (int i = 0; i < 8; ++i) top[i] = nullptr;

@@ -263,15 +263,16 @@ void check_sums(const Line& sums, double dot, double total, double size, double 
     near(found[1], total, size * rounding, "sum of G");
 }
 
-void check_gradient(const Problem& p, bool both, Type type) {
+// Some lines have no weight.
+void check_gradient(const Problem& p, bool both, Type type, float loss_scale = 1.0f) {
     Line row_lse, row_weight, column_lse, column_weight;
     for (int64_t i = 0; i < p.rows; ++i) {
         row_lse.push_back(float(lse_of(p, i, true)));
-        row_weight.push_back(0.5f + 0.01f * float(i % 10));
+        row_weight.push_back(i % 10 == 3 ? 0.0f : loss_scale * (0.5f + 0.01f * float(i % 10)));
     }
     for (int64_t j = 0; j < p.columns; ++j) {
         column_lse.push_back(float(lse_of(p, j, false)));
-        column_weight.push_back(0.2f - 0.03f * float(j % 10));
+        column_weight.push_back(j % 10 == 5 ? 0.0f : loss_scale * (0.2f - 0.03f * float(j % 10)));
     }
     Memory room(0, 0, 1, Type::F32), other(p.rows, p.columns, p.columns + 3, type);
     const cuda::Tile tile = p.tile(room);
@@ -282,7 +283,7 @@ void check_gradient(const Problem& p, bool both, Type type) {
     cuda::gradient(tile, {row_lse.data(), row_weight.data()}, both ? columns : Lines{},
                    out.matrix(), sums.data(), nullptr);
     out.check_margin("G");
-    double dot = 0, total = 0, size = 1e-9;
+    double dot = 0, total = 0, size = 1e-9 * loss_scale;
     for (int64_t i = 0; i < p.rows; ++i) {
         for (int64_t j = 0; j < p.columns; ++j) {
             double want = 0, terms = 0;
@@ -298,8 +299,8 @@ void check_gradient(const Problem& p, bool both, Type type) {
             // an exponential is flushed to 0 below 2^-46 of its line's sum, or far lower
             const double flushed = 0x1p-46 * (row_weight[i] + both * std::fabs(column_weight[j]));
             const double rounding = 2 * terms * p.rounding() + std::fabs(want) * out.rounding();
-            near(out.at(i, j), p.scale * want, std::fabs(p.scale) * (rounding + flushed) + 1e-25,
-                 "G");
+            near(out.at(i, j), p.scale * want,
+                 std::fabs(p.scale) * (rounding + flushed + 0x1p-126) + 1e-25 * loss_scale, "G");
         }
     }
     check_sums(sums, dot, total, size, 2 * p.rounding());
@@ -355,20 +356,22 @@ void check_anchors() {
     };
     check(p, 31.0f, 0, 0, "plain");
     check(p.with_offset(-300.0f), -269.0f, 0, 0, "offset");
-    // all of row 3, all of column 5
-    for (bool row : {true, false}) {
-        Problem vanishing = p;
-        for (int64_t k = 0; k < (row ? p.columns : p.rows); ++k) {
-            float& entry = vanishing.data[row ? 3 * p.stride + k : k * p.stride + 5];
-            entry = -0.3f - entry;
+    for (float loss_scale : {0x1p-100f, 0x1p24f}) check_gradient(p, true, Type::F32, loss_scale);
+    // all of row 3, all of column 5: to sums that have lost digits, and to nothing
+    for (float top : {-0.55f, -0.7f})
+        for (bool row : {true, false}) {
+            Problem vanishing = p;
+            for (int64_t k = 0; k < (row ? p.columns : p.rows); ++k) {
+                float& entry = vanishing.data[row ? 3 * p.stride + k : k * p.stride + 5];
+                entry = top - 0.1f * entry;
+            }
+            const Found found = statistics_of({vanishing}, true, false);
+            const Statistics& lines = row ? found.rows : found.columns;
+            expect(lines.max[row ? 3 : 5] < 0.0f && lines.max.back() == 31.0f, "a vanishing line");
+            check_lines(vanishing, found.rows, true, 1, false, "vanishing row");
+            check_lines(vanishing, found.columns, false, 1, false, "vanishing column");
+            for (Type type : {Type::F32, Type::BF16}) check_gradient(vanishing, true, type);
         }
-        const Found found = statistics_of({vanishing}, true, false);
-        const Statistics& lines = row ? found.rows : found.columns;
-        expect(lines.max[row ? 3 : 5] < 0.0f && lines.max.back() == 31.0f, "a vanishing line");
-        check_lines(vanishing, found.rows, true, 1, false, "vanishing row");
-        check_lines(vanishing, found.columns, false, 1, false, "vanishing column");
-        for (Type type : {Type::F32, Type::BF16}) check_gradient(vanishing, true, type);
-    }
     Problem outlier = p;
     outlier.data[3 * p.stride + 5] = 30.0f;
     check_statistics(outlier);

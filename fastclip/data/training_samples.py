@@ -5,8 +5,10 @@ A batch is never short: a sample that cannot be read is replaced by one that a h
 """
 
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from hashlib import blake2b
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,6 +28,7 @@ from fastclip.data.views import Hue, render_view
 from fastclip.data.watchdog import ReadingBoard
 
 REPLACEMENT_ATTEMPTS = 32
+GroupBy = Literal["caption", "image"]
 
 
 class TrainingSamples(Dataset[dict[str, Any]]):
@@ -41,6 +44,8 @@ class TrainingSamples(Dataset[dict[str, Any]]):
         labels: where labels come from; None for batches without.
         pixels: make the views here. Otherwise a batch carries the images' bytes and the drawn
             parameters, for `fastclip.data.dali`.
+        group_by: "caption" or "image": samples with the same first text, or the same image file,
+            have one group; None for batches without groups.
         hue: "yiq" turns colors about the gray axis, as DALI does; "hsv" is torchvision's.
 
     Examples:
@@ -64,6 +69,7 @@ class TrainingSamples(Dataset[dict[str, Any]]):
         *,
         labels: LabelSource | None = None,
         pixels: bool = True,
+        group_by: GroupBy | None = None,
         hue: Hue = "yiq",
     ) -> None:
         self.source = source
@@ -73,6 +79,7 @@ class TrainingSamples(Dataset[dict[str, Any]]):
         self.captions = captions or CaptionSampling()
         self.labels = labels
         self.pixels = pixels
+        self.group_by = group_by
         self.hue: Hue = hue
         self.board = ReadingBoard()
         # where each shard's samples begin among all of them
@@ -110,6 +117,8 @@ class TrainingSamples(Dataset[dict[str, Any]]):
                 faults += self.source.drain_faults()
                 prepared = self._prepared(sample, image, epoch, position)
                 prepared["index"] = torch.tensor(int(self._starts[shard]) + index)
+                if self.group_by is not None:
+                    texts["group"] = torch.tensor(self._group(sample, texts))
                 return {**prepared, **texts, "faults": faults}
             except UnreadableSample as error:
                 faults.append(error.fault)
@@ -130,6 +139,14 @@ class TrainingSamples(Dataset[dict[str, Any]]):
         if drawn.negatives:
             texts |= {"negatives": tokens[count:], "false_captions": drawn.negatives}
         return texts
+
+    def _group(self, sample: Sample, texts: dict[str, Any]) -> int:
+        """The same for samples of one group, and of others by a chance of 2^-64 a pair."""
+        if self.group_by == "caption":
+            content = texts["captions"][0].encode()
+        else:
+            content = sample.encoded or decode(sample.image, sample.where).tobytes()
+        return int.from_bytes(blake2b(content, digest_size=8).digest(), "little", signed=True)
 
     def _prepared(
         self, sample: Sample, image: Tensor | Image.Image | bytes, epoch: int, position: int
@@ -162,3 +179,8 @@ class TrainingSamples(Dataset[dict[str, Any]]):
 
     def _stream(self, epoch: int, position: int, *purpose: int) -> random.Random:
         return random.Random(hash64(self.order.seed, epoch, position, *purpose))
+
+
+def grouped_pairs(group: Tensor) -> int:
+    """How many pairs of different samples have one group, of their ids."""
+    return sum(count * (count - 1) // 2 for count in Counter(group.tolist()).values())

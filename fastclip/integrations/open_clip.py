@@ -129,7 +129,9 @@ def _softmax(theirs: Any, loss_class: type[ClipLoss]) -> ClipLoss:
 
 
 def _siglip(theirs: Any) -> SigLipLoss:
-    return SigLipLoss(theirs.cache_labels, theirs.rank, theirs.world_size, theirs.dist_impl)
+    # by version: the exchange is chosen from 2.25 on, the chunk from 4.0 on
+    exchange, chunk = getattr(theirs, "dist_impl", "bidir"), getattr(theirs, "chunk_size", 0)
+    return SigLipLoss(theirs.cache_labels, theirs.rank, theirs.world_size, exchange, chunk)
 
 
 _EXCHANGES: dict[str, Callable[[Any], Callable[..., Any]]] = {

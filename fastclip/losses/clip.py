@@ -2,6 +2,7 @@
 
 import functools
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from fastclip.functional import Exchange, clip_loss, info_nce_loss
+from fastclip.ops.checks import checked_sizes
 from fastclip.ops.collectives import average_gradient, check_exchange, gather_rows, scale_gradient
 from fastclip.ops.distillation import distillation
 
@@ -38,13 +40,16 @@ class ClipLoss(nn.Module):
         label_smoothing: in [0, 1); mass spread evenly over each direction's candidates.
         dist: "gather" brings all ranks' texts at once, "ring" one rank's after the other.
         group: the process group; None: the default one.
+        sizes: rows of every process, where they differ; None: equally many. Needs
+            gather_with_grad. With local_loss the value is then the own pairs' sum times
+            world_size / all rows, so that its average over the processes is the full batch's.
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
         chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
         keep_bytes: bytes for exponentials the backward reuses; None: 64 MiB on CPUs, 1 GiB on GPUs.
 
     Raises:
         ValueError: `dist` is unknown, Horovod is asked for, or label smoothing where neither
-            gradients are gathered nor the loss is global.
+            gradients are gathered nor the loss is global, or sizes that do not fit.
 
     Examples:
         >>> import torch
@@ -71,6 +76,7 @@ class ClipLoss(nn.Module):
         label_smoothing: float = 0.0,
         dist: Exchange = "gather",
         group: ProcessGroup | None = None,
+        sizes: Sequence[int] | None = None,
         backend: str = "auto",
         chunk_bytes: int | None = None,
         keep_bytes: int | None = None,
@@ -79,6 +85,9 @@ class ClipLoss(nn.Module):
         check_exchange(dist)
         if use_horovod:
             raise ValueError("use_horovod=True: Horovod is not supported, use torch.distributed")
+        self.sizes = checked_sizes(sizes, world_size)
+        if sizes is not None and not gather_with_grad:
+            raise ValueError(f"sizes are {tuple(sizes)}; they need gather_with_grad=True")
         if world_size > 1 and not gather_with_grad:
             if local_loss and (label_smoothing or not self._can_be_local_without_gradient):
                 raise ValueError(
@@ -109,7 +118,7 @@ class ClipLoss(nn.Module):
         """
         labels = torch.arange(num_logits, device=device, dtype=torch.long)
         if self.world_size > 1 and self.local_loss:
-            labels = labels + num_logits * self.rank
+            labels = labels + self._first_row(num_logits)
         return labels
 
     def get_logits(
@@ -168,13 +177,24 @@ class ClipLoss(nn.Module):
         else:
             options["label_smoothing"] = self.label_smoothing
             if self.world_size > 1:
-                options |= {"dist": self.dist, "group": self.group}
+                options |= {"dist": self.dist, "group": self.group, "sizes": self.sizes}
                 if self.local_loss:
                     options["reduction"] = "none"
                 else:
                     logit_scale = self._averaged(logit_scale)
-            loss = clip_loss(*self._scaled(features), logit_scale, logit_bias, **options).mean()
+            loss = clip_loss(*self._scaled(features), logit_scale, logit_bias, **options)
+            loss = self._mean_of_own(loss)
         return {"contrastive_loss": loss} if output_dict else loss
+
+    def _first_row(self, own: int) -> int:
+        """Of this process, which has so many, among those of all."""
+        return own * self.rank if self.sizes is None else sum(self.sizes[: self.rank])
+
+    def _mean_of_own(self, each: Tensor) -> Tensor:
+        """Whose average over the processes is the mean over all pairs."""
+        if self.sizes is None or each.ndim == 0:
+            return each.mean()
+        return each.sum() * (self.world_size / sum(self.sizes))
 
     def _rows_alone(
         self, images: Tensor, texts: Tensor, logit_scale: Tensor, options: dict[str, Any]
@@ -215,7 +235,8 @@ class ClipLoss(nn.Module):
     def _gather(self, features: Tensor) -> Tensor:
         if self.world_size == 1:
             return features
-        return gather_rows(features, self.group, with_grad=self.gather_with_grad)
+        sizes = self.sizes
+        return gather_rows(features, self.group, with_grad=self.gather_with_grad, sizes=sizes)
 
 
 @functools.cache
@@ -326,6 +347,9 @@ class DistillClipLoss(ClipLoss):
         label_smoothing: in [0, 1), of the contrastive loss.
         dist: "gather" brings all ranks' texts at once, "ring" one rank's after the other.
         group: the process group; None: the default one.
+        sizes: rows of every process, where they differ; None: equally many. Needs
+            gather_with_grad. With local_loss the value is then the own pairs' sum times
+            world_size / all rows, so that its average over the processes is the full batch's.
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
         chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
         keep_bytes: bytes for exponentials the backward reuses; None: 64 MiB on CPUs, 1 GiB on GPUs.
@@ -381,7 +405,10 @@ class DistillClipLoss(ClipLoss):
         distill = (row + column) / 2
         if self.world_size > 1 and self.local_loss:
             n = image_features.shape[0]
-            distill = distill[self.rank * n : (self.rank + 1) * n]
+            first = self._first_row(n)
+            loss = self._mean_of_own(distill[first : first + n])
+        else:
+            loss = distill.mean()
         if output_dict:
-            return {"contrastive_loss": contrastive, "distill_loss": distill.mean()}
-        return contrastive, distill.mean()
+            return {"contrastive_loss": contrastive, "distill_loss": loss}
+        return contrastive, loss

@@ -1,5 +1,6 @@
 """SigLIP's loss as a module, in place of `open_clip.SigLipLoss`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from fastclip.functional import siglip_loss
+from fastclip.ops.checks import checked_sizes
 from fastclip.ops.collectives import ranks_of
 from fastclip.ops.sigmoid import sigmoid_loss
 
@@ -22,13 +24,19 @@ class SigLipLoss(nn.Module):
             its images with all texts.
         dist_impl: open_clip's four exchanges of texts, of one value and one gradient: with
             "gather" and "reduce" all texts come at once, with "bidir" and "shift" one rank's
-            after the other.
+            after the other. None: "gather".
+        chunk_size: accepted as in open_clip; no matrix of all pairs is stored in any case, and
+            `chunk_bytes` sizes the chunks here.
         group: the process group; None: the default one.
+        sizes: rows of every process, where they differ; None: equally many. The value is then the
+            own rows' sum times world_size / all rows, so that its average over the processes is
+            the full batch's.
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
         chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
 
     Raises:
-        ValueError: dist_impl is unknown to open_clip.
+        ValueError: dist_impl is unknown to open_clip, chunk_size is negative, or sizes that do
+            not fit world_size.
 
     Examples:
         >>> import torch
@@ -45,18 +53,24 @@ class SigLipLoss(nn.Module):
         rank: int = 0,
         world_size: int = 1,
         dist_impl: str | None = None,
+        chunk_size: int = 0,
         *,
         group: ProcessGroup | None = None,
+        sizes: Sequence[int] | None = None,
         backend: str = "auto",
         chunk_bytes: int | None = None,
     ) -> None:
         super().__init__()
         if dist_impl is not None and dist_impl not in _EXCHANGES:
             raise ValueError(f"dist_impl is {dist_impl!r}; use one of {', '.join(_EXCHANGES)}")
+        if chunk_size < 0:
+            raise ValueError(f"chunk_size is {chunk_size}; give rows, or 0 for the default")
+        self.sizes = checked_sizes(sizes, world_size)
         self.cache_labels = cache_labels
         self.rank = rank
         self.world_size = world_size
-        self.dist_impl = dist_impl or "bidir"
+        self.dist_impl = dist_impl or "gather"
+        self.chunk_size = chunk_size
         self.group = group
         self.backend = backend
         self.chunk_bytes = chunk_bytes
@@ -116,10 +130,11 @@ class SigLipLoss(nn.Module):
             loss = siglip_loss(image_features, text_features, logit_scale, logit_bias, **options)
         else:
             n = image_features.shape[0]
-            ranks = ranks_of(_EXCHANGES[self.dist_impl], self.group, None, n)
+            ranks = ranks_of(_EXCHANGES[self.dist_impl], self.group, self.sizes, n)
             # the value is the own rows', as in open_clip; its gradient reaches all texts
             total = sigmoid_loss(
                 image_features, text_features, logit_scale, logit_bias, ranks=ranks, **options
             )
-            loss = total / n
+            mean_rows = n if self.sizes is None else sum(self.sizes) / self.world_size
+            loss = total / mean_rows
         return {"contrastive_loss": loss} if output_dict else loss

@@ -1,5 +1,6 @@
 """What every operator asks of its inputs, and how it reads autocast."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -335,3 +336,15 @@ def inverse(temperature: Tensor | float, features: Tensor) -> Tensor | float:
         return 1 / wide
     # a device is not waited for: the loss is NaN
     return 1 / torch.where(wide > 0, wide, torch.nan)
+
+
+def checked_sizes(sizes: Sequence[int] | None, world_size: int) -> tuple[int, ...] | None:
+    """One number of rows a process, or None."""
+    if sizes is None:
+        return None
+    if len(sizes) != world_size or min(sizes) < 1:
+        raise ValueError(
+            f"sizes are {tuple(sizes)} with world_size={world_size}; give every process's rows, "
+            "each at least 1"
+        )
+    return tuple(sizes)

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastclip.kernels.dense_matrix import Matrix, Upstream
 from fastclip.ops.dense_step import once
 from fastclip.ops.gemm import accumulator_dtype, gradient_dtype, product
+from fastclip.ops.reductions import concatenate
 from fastclip.ops.registration import is_last_use
 
 # cuBLAS wants rows of a matrix to begin at multiples of 16 bytes
@@ -39,8 +40,8 @@ class Call(NamedTuple):
 
     def operand(self, features: tuple[Tensor, ...]) -> Tensor:
         """Blocks of rows as they enter a product, rounded for autocast once."""
-        features = tuple(one.to(self.dtype) for one in features)
-        rows = features[0] if len(features) == 1 else torch.cat(features)
+        rows = features[0] if len(features) == 1 else concatenate(list(features))
+        rows = rows.to(self.dtype)
         return rows if rows.stride(1) == 1 else rows.contiguous()
 
     @property

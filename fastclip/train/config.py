@@ -53,6 +53,10 @@ class TrainConfig:
             )
         if self.loss.loss == "global":
             self._check_global()
+        if self.loss.group_duplicates and (objective != "clip" or model.hard_negatives):
+            raise ValueError(
+                "--group-duplicates is for --objective clip without --hard-negatives; leave it out"
+            )
         if objective == "simclr" and data.val_data:
             raise ValueError(
                 "--val-data: simclr has no classifier; evaluate what --finetune makes of it"
@@ -81,6 +85,7 @@ class TrainConfig:
             f"--objective {self.model.objective}": self.model.objective != "clip",
             "--siglip": self.loss.siglip,
             "--hard-negatives": self.model.hard_negatives > 0,
+            "--group-duplicates": self.loss.group_duplicates is not None,
             "--label-smoothing": self.model.label_smoothing > 0,
         }
         for name, given in excluded.items():

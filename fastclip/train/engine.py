@@ -121,7 +121,7 @@ class Engine:
         ]
         inputs = {"images": [(view.float() - self._mean) / self._std for view in moved]}
         inputs["texts"] = [text.to(device, non_blocking=True) for text in batch.get("texts", ())]
-        for name in ("params", "negatives", "label", "index"):
+        for name in ("params", "negatives", "label", "index", "group"):
             if name in batch:
                 inputs[name] = batch[name].to(device, non_blocking=True)
         return inputs

@@ -78,6 +78,7 @@ class ClipObjective:
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
         self.siglip, self.label_smoothing = config.loss.siglip, config.model.label_smoothing
         self.hard_negatives = config.model.hard_negatives
+        self.group_role = config.loss.group_duplicates
         self.bounds: dict[str, tuple[float, float]] = {"logit_scale": (0.0, LOGIT_SCALE_MAX)}
         if getattr(model, "logit_bias", None) is not None:
             self.bounds["logit_bias"] = (-math.inf, math.inf)
@@ -88,8 +89,9 @@ class ClipObjective:
     def outputs(self, towers: Callable[..., Any], batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """See `Objective.outputs`."""
         images, texts = batch["images"][0], batch["texts"][0]
+        groups = {"group": batch["group"]} if "group" in batch else {}
         if "negatives" not in batch:
-            return dict(towers(images, texts))
+            return {**towers(images, texts), **groups}
         negatives = batch["negatives"]
         output = dict(towers(images, torch.cat([texts, negatives.flatten(0, 1)])))
         features, false = output["text_features"].tensor_split([len(texts)])
@@ -108,6 +110,9 @@ class ClipObjective:
             texts = torch.cat([texts, output["false_features"].flatten(0, 1)])
         # with a softmax a bias cancels, but data-parallel training wants a gradient of everything
         inputs = (output["image_features"], texts, output["logit_scale"], output.get("logit_bias"))
+        if "group" in output:
+            ids = output["group"]
+            exchange |= {"row_group": ids, "column_group": ids, "group_role": self.group_role}
         if self.siglip:
             return siglip_loss(*inputs, **exchange)
         return clip_loss(*inputs, label_smoothing=self.label_smoothing, **exchange)

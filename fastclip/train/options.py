@@ -171,6 +171,11 @@ class LossOptions:
     global_temperature_lr: float | None = flag(None, defines_run=True)
     """With v3: learning rate of the logarithm of the temperature, scheduled as --lr; by default
     --lr."""
+    group_duplicates: Literal["excluded", "positive"] | None = flag(None, defines_run=True)
+    """Duplicates in a batch, of all processes: no negatives of each other, or positives; for
+    --objective clip. By default they are negatives."""
+    group_by: Literal["caption", "image"] = flag("caption", defines_run=True)
+    """With --group-duplicates: duplicates have the same text, or the same image file."""
     siglip: bool = flag(False, defines_run=True)
     """The sigmoid loss; the model gets a logit bias."""
     local_loss: bool = flag(False, defines_run=False)
@@ -191,6 +196,8 @@ class LossOptions:
             raise ValueError(
                 "--no-gather-with-grad is not the full batch's gradient; leave the flag out"
             )
+        if self.group_by != "caption" and self.group_duplicates is None:
+            raise ValueError("--group-by is for --group-duplicates; leave it out")
         known = [implementation.name for implementation in IMPLEMENTATIONS["similarity"]]
         if self.loss_backend not in ["auto", *known]:
             raise ValueError(

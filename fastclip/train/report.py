@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from fastclip.data.faults import FaultLog
+from fastclip.data.training_samples import grouped_pairs
 from fastclip.messages import logger
 from fastclip.train.health import Hints
 from fastclip.train.log import RunLog, plot_loss
@@ -51,6 +53,7 @@ class Report:
         self._log = RunLog(state.folder, state.step, config) if self._first else None
         self._shown = False
         self._cut = _CutTexts()
+        self._grouped = 0
         self._faults = FaultLog()
         self._chance = state.engine.objective.chance(self._samples)
         self._hints = Hints(self._chance, config.optim.warmup)
@@ -83,6 +86,8 @@ class Report:
             logger.warning(f"skipped samples and shards: {self._faults.summary()}")
         if self._cut.count:
             logger.warning(f"note: {self._cut.count} texts were cut to the context")
+        if self._grouped:
+            logger.warning(f"note: {self._grouped} pairs in this process's batches were duplicates")
         skipped = self._engine.skipped
         if skipped and self._first:
             logger.warning(f"float16 overflowed in {skipped} steps; skipped")
@@ -98,6 +103,8 @@ class Report:
             self._show_captions(batches)
         for fault in self._faults.add([f for batch in batches for f in batch["faults"]]):
             self._say(f"skipped {fault}", logging.WARNING)
+        ids = [batch["group"] for batch in batches if "group" in batch]
+        self._grouped += grouped_pairs(torch.cat(ids)) if ids else 0
         if self._cut.add(batches):
             self._say(f"note: {self._cut.notice(state.model.tokenizer)}", logging.WARNING)
 

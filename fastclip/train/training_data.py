@@ -61,6 +61,7 @@ def build_loader(
         None if language_free else _captions(data, system),
         labels=labels,
         pixels=not dali,
+        group_by=None if config.loss.group_duplicates is None else config.loss.group_by,
     )
     shared: dict[str, Any] = {
         "batch_size": config.optim.batch_size,

@@ -28,10 +28,9 @@ class Recorder:
             monkeypatch.setattr(module, "launch", self)
         for module in (similarity, sigmoid):
             monkeypatch.setattr(module, "INTERPRETED", False, raising=False)
-        entries = launch.tilings()["sm_90"]
 
-        def tiling(kernel: str, dtype: torch.dtype, device: Any, count: int) -> Tiling:
-            return entries[kernel][launch.precision_of(dtype)]
+        def tiling(kernel: str, variant: Any, dtype: torch.dtype, device: Any, n: int) -> Tiling:
+            return launch.tiling_of("sm_90", kernel, variant, launch.precision_of(dtype))
 
         monkeypatch.setattr("fastclip.ops.tiles.triton.tiling", tiling)
 

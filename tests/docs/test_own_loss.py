@@ -1,4 +1,4 @@
-"""The loss that a page builds outside the package, against its definition."""
+"""The losses that a page builds outside the package, against their definitions."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,14 +15,14 @@ from tests.ops.cases import unit
 NAME = "decoupled_contrastive_loss"
 
 
-def from_the_page() -> Callable[..., Tensor]:
+def from_the_page(name: str = NAME) -> Callable[..., Tensor]:
     """The function as a reader copies it."""
-    (block,) = (b for page in READ for b in page.blocks("python") if f"def {NAME}" in b.text)
-    text = block.text[: block.text.index(f"\n{NAME}(")]
+    (block,) = (b for page in READ for b in page.blocks("python") if f"def {name}" in b.text)
+    text = block.text[: block.text.index(f"\n{name}(")]
     assert len(text.strip().splitlines()) <= 40
     names: dict[str, Any] = {}
     exec(compile(text, "page", "exec"), names)
-    return names[NAME]
+    return names[name]
 
 
 def definition(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
@@ -48,6 +48,46 @@ def test_it_is_its_definition(backend: str) -> None:
     )
     if backend == "torch":
         assert counted.products_of(9, 9, 5) == 3
+
+
+def check(loss: Callable[..., Tensor], want: Callable[..., Tensor], *leaves: Tensor) -> None:
+    given = [leaf.clone().requires_grad_() for leaf in leaves]
+    found, wanted = loss(*given), want(*given)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    gradients = [torch.autograd.grad(one, given) for one in (found, wanted)]
+    torch.testing.assert_close(*map(list, gradients), rtol=1e-10, atol=1e-12)
+
+
+def test_keys_that_are_drawn_often_count_less() -> None:
+    chance = torch.linspace(0.01, 0.9, 11, dtype=torch.float64)
+
+    def corrected(query: Tensor, keys: Tensor, scale: Tensor, chance: Tensor) -> Tensor:
+        S = scale * query @ keys.T - chance.log()
+        return torch.nn.functional.cross_entropy(S, torch.arange(len(S)))
+
+    scale = torch.tensor(7.0, dtype=torch.float64)
+    loss = from_the_page("corrected_info_nce_loss")
+    check(loss, corrected, unit(9, 5, 0), unit(11, 5, 1), scale, chance)
+
+
+def test_negatives_of_the_querys_class_are_taken_off() -> None:
+    """Both where the estimate of their mean is above its bound, and where it is not."""
+    query, keys = unit(9, 5, 0), unit(9, 5, 1)
+    query[:4] = keys[:4]
+    bounds = []
+
+    def debiased(query: Tensor, keys: Tensor, scale: Tensor) -> Tensor:
+        E = (scale * query @ keys.T).exp()
+        others = E.masked_fill(torch.eye(9, dtype=torch.bool), 0.0).sum(1)
+        estimate = (others / 8 - 0.2 * E.diagonal()) / 0.8
+        bounds.extend((estimate < (-scale).exp()).tolist())
+        left = torch.maximum(estimate, (-scale).exp())
+        return -(E.diagonal() / (E.diagonal() + 8 * left)).log().mean()
+
+    loss = from_the_page("debiased_info_nce_loss")
+    scale = torch.tensor(7.0, dtype=torch.float64)
+    check(lambda *given: loss(*given, 0.2), debiased, query, keys, scale)
+    assert len(set(bounds)) == 2
 
 
 def share(rank: int, path: Path) -> None:

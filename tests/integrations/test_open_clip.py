@@ -111,6 +111,20 @@ def test_siglip_and_distillation_follow() -> None:
     assert count.calls == 0
 
 
+def test_siglip_of_other_versions_follows() -> None:
+    """Before, it had no choice of the exchange; since, it has chunks."""
+    x = torch.nn.functional.normalize(torch.randn(6, 8), dim=-1)
+    scale, bias = torch.tensor(9.0), torch.tensor(-9.0)
+    before, since = open_clip.loss.SigLipLoss(), open_clip.loss.SigLipLoss()
+    want = since(x, x.flip(0), scale, bias)
+    del before.dist_impl
+    since.chunk_size = 2
+    with fastclip.patch_open_clip(), count_products() as count:
+        for loss in (before, since):
+            torch.testing.assert_close(loss(x, x.flip(0), scale, bias), want)
+    assert count.calls == 2
+
+
 def test_a_teacher_that_is_trained_stays_open_clips() -> None:
     x = torch.nn.functional.normalize(torch.randn(4, 8), dim=-1)
     teacher = x.clone().requires_grad_()

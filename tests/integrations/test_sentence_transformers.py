@@ -1,5 +1,6 @@
 """sentence-transformers' ranking losses, theirs beside ours; its trainer over two processes."""
 
+import contextlib
 import importlib
 import itertools
 import os
@@ -114,6 +115,20 @@ def test_the_cached_loss_walks_once() -> None:
     with fastclip.patch_sentence_transformers(), switched_off(), count_products() as count:
         step(loss, given)
     assert count.products_of(64, 64, 7) == 3
+
+
+def test_under_autocast_the_cached_gradient_is_as_theirs() -> None:
+    """Of bf16 embeddings; the value is float32."""
+    found = []
+    for handle in (contextlib.nullcontext(), fastclip.patch_sentence_transformers()):
+        model = Encoder(torch.float32)
+        model.drop = nn.Linear(7, 7)
+        loss = losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=4)
+        with handle, torch.autocast("cpu", dtype=torch.bfloat16):
+            value = loss(columns(2), None)
+        value.backward()
+        found.append([value.detach().float(), model.words.weight.grad])
+    check(found[1], found[0], 0.03)
 
 
 def test_the_losses_themselves_are_subclasses() -> None:

@@ -1,16 +1,18 @@
-"""Every kernel and tiling compiled ahead of time for A100, H100 and B200: no GPU needed."""
+"""Shipped kernels and tilings compiled ahead of time, from A100 to B200: no GPU needed."""
 
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fastclip.kernels.launch import tilings
+from fastclip.bench import compile_limits
+from fastclip.kernels.launch import VARIANTS, tiling_of, tilings
 
-ARCHITECTURES = (80, 90, 100)
+ARCHITECTURES = (80, 86, 90, 100)
 LEAN = ("lean_statistics_kernel", "lean_gradient_kernel", "sigmoid_kernel")
 OWN = ("flagged_statistics_kernel", "flagged_gradient_kernel", "sigmoid_entries_kernel")
 WITH_PRODUCT = (*LEAN, *OWN, "statistics_kernel")
@@ -29,27 +31,23 @@ MOST = {
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    """Compiled in processes of their own: this one may have Triton's interpreter in place."""
+    """Compiled in a process of its own: this one may have Triton's interpreter in place."""
     folder: Path = tmp_path_factory.mktemp("compile")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(folder / "cache")
-    command = [sys.executable, "-m", "fastclip.bench.compile_report"]
-    processes = [
-        subprocess.Popen(
-            [*command, str(folder / f"{number}.json"), str(number)],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-        )
-        for number in ARCHITECTURES
-    ]
-    assert [process.wait() for process in processes] == [0] * len(processes)
-    return [r for n in ARCHITECTURES for r in json.loads((folder / f"{n}.json").read_text())]
+    command = [sys.executable, "-m", "fastclip.bench.compile_report", "--json"]
+    # a limit that is exceeded is for the tests to say
+    found = subprocess.run(
+        [*command, str(folder / "found.json")], env=environment, capture_output=True, text=True
+    )
+    assert found.returncode in (0, 1), found.stderr
+    return json.loads((folder / "found.json").read_text())
 
 
 @pytest.mark.slow
 def test_resources(reports: list[dict]) -> None:
-    """No spills, shared memory within the architecture's limit, the right matrix instruction."""
-    instruction = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+    """Shared memory and registers within the architecture's, the right matrix instruction."""
+    instruction = {80: "mma.sync", 86: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
     for report in reports:
         assert report["spills"] == 0, report
         assert report["shared"] <= report["shared_limit"], report
@@ -89,13 +87,108 @@ def test_epilogues(reports: list[dict]) -> None:
     assert {key[0] for key in counted} == set(ARCHITECTURES)
 
 
+@pytest.mark.slow
+def test_limits_of_every_variant(reports: list[dict]) -> None:
+    """On every architecture, of all that is timed a tile; nothing else spills."""
+    problems = [line for report in reports for line in compile_limits.exceeded(report)]
+    assert not problems, "\n".join(problems)
+    # and a row of the table stands for something that is compiled
+    for architecture in ARCHITECTURES:
+        compiled = {compile_limits.name_of(r) for r in reports if r["architecture"] == architecture}
+        assert compiled >= set(compile_limits.limits_of("3.8", architecture))
+
+
+def test_a_limit_above_the_aim_says_why() -> None:
+    for version, architectures in compile_limits.read().items():
+        for architecture, rows in architectures.items():
+            for name, row in rows.items():
+                aim = compile_limits.MOST_OF_PRODUCT.get(name.split()[0], 0.35)
+                above = row.get("floor", 0) > aim or row["spilled"] > 0
+                assert above == (compile_limits.REASON in row), (version, architecture, name)
+
+
+def report_of(**changed: Any) -> dict[str, Any]:
+    kinds = ("instructions", "shuffles", "barriers", "loads", "spills")
+    epilogue = dict.fromkeys((*kinds, "issue", "exchange", "special"), 0)
+    known = {"kernel": "sigmoid_kernel", "variant": "gradient/16bit", "architecture": 90}
+    return {
+        **known,
+        "triton": "3.8.0",
+        "spills": 0,
+        "product": 1000,
+        "epilogue": epilogue,
+        **changed,
+    }
+
+
+@pytest.mark.parametrize("unit", compile_limits.COUNTED)
+def test_one_more_than_the_limit_is_too_many(unit: str) -> None:
+    report = report_of()
+    limit = compile_limits.limits_of("3.8", 90)["sigmoid_kernel gradient/16bit"][unit]
+    report["epilogue"][unit] = limit
+    assert compile_limits.exceeded(report) == []
+    report["epilogue"][unit] += 1
+    (line,) = compile_limits.exceeded(report)
+    assert f"{unit} {limit + 1} above {limit}" in line and "sm_90 sigmoid_kernel" in line
+
+
+def test_spills_floors_and_what_has_no_limit_are_found() -> None:
+    assert "spilled 8 above 0" in compile_limits.exceeded(report_of(spills=8))[0]
+    assert "spilled 8" in compile_limits.exceeded(report_of(kernel="x", epilogue=None, spills=8))[0]
+    slow = report_of()
+    slow["epilogue"]["exchange"] = 990
+    assert "floor 0.99 above" in compile_limits.exceeded(slow)[0]
+    assert "no limits" in compile_limits.exceeded(report_of(variant="new/16bit"))[0]
+
+
+def test_older_versions_have_the_newest_limits_but_for_their_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "limits.json"
+    file.write_text('{"about": "", "limits": {}}')
+    monkeypatch.setattr(compile_limits, "FILE", file)
+    other = report_of(kernel="other")
+    compile_limits.renew([report_of(), other])
+    more, same = report_of(triton="3.6.0", spills=16), report_of(kernel="other", triton="3.6.0")
+    assert len(compile_limits.exceeded(more)) == 1
+    compile_limits.renew([more, same])
+    assert compile_limits.exceeded(more) == compile_limits.exceeded(same) == []
+    assert list(compile_limits.read()["3.6"]["sm_90"]) == ["sigmoid_kernel gradient/16bit"]
+    assert compile_limits.exceeded(report_of(spills=16)) != []
+    # a version that nobody has measured has the newest's
+    assert compile_limits.exceeded(report_of(triton="4.1.0")) == []
+
+
 def test_the_table_is_whole() -> None:
+    precisions = {"16bit", "tf32", "ieee"}
     for kernels in tilings().values():
-        kinds = {"statistics", "gradient", "sigmoid", "own_statistics", "own_gradient"}
-        assert set(kernels) == kinds
-        for entries in kernels.values():
-            assert set(entries) == {"16bit", "tf32", "ieee"}
+        assert {name for name in kernels if " " not in name} == set(VARIANTS)
+        for name, entries in kernels.items():
+            kernel, *words = name.split()
+            assert set(words) <= VARIANTS[kernel] and words == sorted(words)
+            assert set(entries) <= precisions if words else set(entries) == precisions
             for tiling in entries.values():
                 # a buffer of G has room for tiles of at most 256 x 256
                 assert max(tiling.rows, tiling.columns) <= 256
                 assert tiling.rows >= 64 or tiling.warps == 4
+
+
+def test_a_variant_has_the_entry_that_names_most_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = {
+        "gradient": {"16bit": "plain", "ieee": "plain in float32"},
+        "gradient ids": {"16bit": "ids"},
+        "gradient ids offset": {"16bit": "both"},
+        "own_gradient ids": {"16bit": "another kernel's"},
+    }
+    monkeypatch.setattr("fastclip.kernels.launch.tilings", lambda: {"sm_1": table})
+    tiling_of.cache_clear()
+    for words, precision, want in (
+        ("", "16bit", "plain"),
+        ("offset", "16bit", "plain"),
+        ("ids", "16bit", "ids"),
+        ("ids rows", "16bit", "ids"),
+        ("ids offset rows", "16bit", "both"),
+        ("ids", "ieee", "plain in float32"),
+    ):
+        assert tiling_of("sm_1", "gradient", frozenset(words.split()), precision) == want
+    tiling_of.cache_clear()

@@ -17,6 +17,8 @@ TILINGS = {
     "four parts": Tiling(32, 64, 32, 4, 1, parts=4),
     "descriptors": Tiling(32, 64, 32, 4, 1, tma=True),
     "descriptors, four parts": Tiling(64, 64, 16, 4, 1, group=1, tma=True, parts=4),
+    "sums by shared memory": Tiling(32, 64, 32, 4, 1, parts=2, transpose=True),
+    "programs that walk": Tiling(32, 64, 32, 4, 1, walkers=1),
 }
 
 

@@ -25,6 +25,7 @@ MODES = {
 EXCHANGES = ("bidir", "shift", "reduce", "gather")
 OTHERS = (*EXCHANGES, "distill", "distill local", "nt_xent", "sup_con")
 ROWS = 6
+UNEVEN = {2: (9, 3), 3: (7, 2, 9)}
 
 
 def features() -> tuple[Tensor, Tensor]:
@@ -79,6 +80,46 @@ def other_losses(module: Any, rank: int, world: int) -> dict[str, list[Tensor]]:
     return results
 
 
+TEACHER_SCALE = torch.tensor(7.0, dtype=torch.float64)
+
+
+def uneven_losses(world: int, rank: int | None) -> dict[str, Any]:
+    """Losses of a process's rows, or of all of them where it works alone."""
+    place: dict[str, Any] = {}
+    if rank is not None:
+        place = {"rank": rank, "world_size": world, "sizes": UNEVEN[world]}
+    losses: dict[str, Any] = {
+        f"SigLIP {exchange}": fastclip.SigLipLoss(**place, dist_impl=exchange)
+        for exchange in EXCHANGES[1:3]
+    }
+    for mode in ("global", "local"):
+        of_mode = {**place, **MODES[mode]}
+        losses[f"CLIP {mode}"] = fastclip.ClipLoss(**of_mode)
+        distill = fastclip.DistillClipLoss(**of_mode)
+
+        def both(x: Tensor, y: Tensor, scale: Tensor, _: Tensor, distill: Any = distill) -> Tensor:
+            teacher = x.detach().flip(1), y.detach().flip(1), TEACHER_SCALE
+            contrastive, term = distill(x, y, scale, *teacher)
+            return contrastive + 3 * term
+
+        losses[f"distill {mode}"] = both
+    return losses
+
+
+def uneven(world: int, rank: int | None) -> dict[str, list[Tensor]]:
+    """Value and gradients of each loss."""
+    sizes = UNEVEN[world]
+    own = slice(None) if rank is None else slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    found = {}
+    for name, loss_function in uneven_losses(world, rank).items():
+        leaves = [t[: sum(sizes)][own].clone().requires_grad_() for t in features()]
+        leaves += [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (11.0, -5.0)]
+        loss = loss_function(*leaves)
+        gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+        found[name] = [loss.detach(), *gradients[:3]]
+    return found
+
+
 def work(rank: int, world: int, folder: str) -> None:
     store = dist.FileStore(f"{folder}/store", world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
@@ -91,6 +132,7 @@ def work(rank: int, world: int, folder: str) -> None:
     for side, module in (("ours", fastclip), ("theirs", open_clip.loss)):
         for name, result in other_losses(module, rank, world).items():
             results[name, side] = result
+    results["uneven", "ours"] = uneven(world, rank)
     torch.save(results, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 
@@ -157,6 +199,31 @@ def test_averaging_gives_the_full_batchs_gradient(
         got = torch.cat([r[index] for r in results]) / world
         assert (got - leaf.grad).norm() <= 1e-12 * max(leaf.grad.norm().item(), 1.0)
     assert abs(sum(r[3] for r in results) / world - scale.grad) <= 1e-12
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world", [2, 3])
+def test_uneven_rows_have_the_full_batchs_gradient(ranks: Callable[[int], Any], world: int) -> None:
+    """Averaged over the processes: values, the towers' gradients and the scale's."""
+    of_ranks = [found["uneven", "ours"] for found in ranks(world)]
+    for name, (loss, *gradients) in uneven(world, None).items():
+        each = [found[name] for found in of_ranks]
+        assert abs(sum(one[0] for one in each) / world - loss) <= 1e-12 * abs(loss), name
+        for index, want in enumerate(gradients[:2], 1):
+            got = torch.cat([one[index] for one in each]) / world
+            assert (got - want).norm() <= 1e-12 * max(want.norm().item(), 1.0), name
+        got = sum(one[3] for one in each) / world
+        assert abs(got - gradients[2]) <= 1e-12 * max(abs(gradients[2]).item(), 1.0), name
+
+
+@pytest.mark.parametrize("sizes", [(3,), (3, 0), ()])
+def test_sizes_that_do_not_fit_are_refused(sizes: tuple[int, ...]) -> None:
+    for kind in (fastclip.ClipLoss, fastclip.SigLipLoss):
+        options = {} if kind is fastclip.SigLipLoss else {"gather_with_grad": True}
+        with pytest.raises(ValueError, match="world_size=2; give every process's rows"):
+            kind(world_size=2, sizes=sizes, **options)
+    with pytest.raises(ValueError, match="need gather_with_grad=True"):
+        fastclip.ClipLoss(world_size=2, sizes=(3, 4))
 
 
 @pytest.mark.parametrize(

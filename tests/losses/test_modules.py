@@ -66,6 +66,10 @@ def test_siglip_is_open_clips(n: int, scale: float, bias: float) -> None:
 def test_siglip_refuses_an_unknown_exchange() -> None:
     with pytest.raises(ValueError, match="dist_impl is 'ring'"):
         fastclip.SigLipLoss(dist_impl="ring")
+    with pytest.raises(ValueError, match="chunk_size is -1"):
+        fastclip.SigLipLoss(chunk_size=-1)
+    assert fastclip.SigLipLoss(False, 0, 1, None, 512).chunk_size == 512
+    assert fastclip.SigLipLoss().dist_impl == "gather"
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0, 2.0])

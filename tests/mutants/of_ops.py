@@ -3,6 +3,7 @@
 from selections import (
     BORDERS,
     CPP,
+    CUDA,
     MODULES,
     OPERATORS,
     OPS_ATTENTION,
@@ -273,9 +274,30 @@ OPS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ],
     # these build the emulation first: a minute or two
     ("fastclip/ops/tiles/cuda.py", "tests/ops/test_cuda.py -k several_pieces"): [
-        ("self._merge(tile, of_columns, columns)", "pass"),
+        ("_pieces(*columns), part_dot", "_pieces(None, None), part_dot"),
         ("last = index == len(terms) - 1", "last = index > 0"),
-        ("dots[0] if dot_C is not None else 0", "0"),
+        ("(rows[0][2].data_ptr(), dot_C", "(rows[0][1].data_ptr(), dot_C"),
+        ("self._products(tile) if kept is None else kept", "self._products(tile)"),
+    ],
+    ("fastclip/ops/kept.py", "tests/ops/test_cuda.py -k aligned_rows"): [
+        ("parts * (ALIGNED - 1)", "0"),
+        ("-widest % ALIGNED if exact", "0 if exact"),
+    ],
+    ("csrc/cuda/epilogues.cu", CUDA): [
+        ("return sum >= LEAST_SUM && sum < LARGEST_SUM;", "return sum > 0 && sum < LARGEST_SUM;"),
+        ("return sum >= LEAST_SUM && sum < LARGEST_SUM;", "return sum >= LEAST_SUM;"),
+        ("at.rows ? anchor : -INFINITE", "anchor"),
+        ("apart ? -INFINITE : anchor", "anchor"),
+        ("maxima || !found.about(anchor, v, at)", "!found.about(anchor, v, at)"),
+        ("|| in_range(column_sum[c])", "|| true"),
+        ("own_line() >= at.rows || in_range(row_sum)", "true"),
+        ("above >= LEAST_LOG && ", ""),
+        ("above < LARGEST_LOG", "true"),
+        ("size >= LEAST_FACTOR && ", ""),
+        ("weight * exponential(-above)", "exponential(-above)"),
+        ("exponential(v[k][c], anchor) * (u[k] + w[c])", "exponential(v[k][c], anchor) * u[k]"),
+        ("exponential(0.5f * (max - about))", "sqrtf(exponential(max - about))"),
+        ("(blockIdx.x - (is_row ? 0 : of_rows)) * LANES", "blockIdx.x * LANES"),
     ],
     ("fastclip/ops/tiles/cpp.py", CPP): [
         ("tile.diagonal - start", "tile.diagonal + start"),

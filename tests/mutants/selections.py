@@ -6,6 +6,7 @@ MODULES = "tests/losses/test_modules.py"
 CLIP = "tests/losses/test_clip.py"
 OTHERS = "tests/losses/test_non_contrastive.py"
 RANKS = "tests/ops/test_distributed.py -k [3"
+CUDA = "tests/test_native_build.py -k library_alone and plain"
 CPP = "tests/ops/test_cpp.py -k pairwise"
 TRITON = (
     "tests/kernels/test_tilings.py tests/kernels/test_triton.py"

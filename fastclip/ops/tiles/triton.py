@@ -55,11 +55,13 @@ class TritonTiles:
     ) -> None:
         self._count(tile)
         logits = _logits(tile)
-        found = lean.statistics(
-            logits, columns is not None, self.maxima, kept_CS, self._tiling("statistics", tile)
+        only_rows = columns is None
+        tiles = self._tiling(
+            "statistics", tile, rows=only_rows, maxima=self.maxima, kept=kept_CS is not None
         )
+        found = lean.statistics(logits, not only_rows, self.maxima, kept_CS, tiles)
         flags = flagging.totals(logits, found, rows, columns)
-        own = self._tiling("own_statistics", tile)
+        own = self._tiling("own_statistics", tile, rows=only_rows)
         flagged.statistics(logits, found, flags, rows, columns, own)
 
     def gradient(
@@ -73,7 +75,7 @@ class TritonTiles:
         self._count(tile)
         logits, of_rows = _logits(tile), _lines(rows)
         of_columns = None if columns is None else _lines(columns)
-        tiles, own = self._gradient_tilings(tile)
+        tiles, own = self._gradient_tilings(tile, rows=columns is None, frozen=not scalars)
         factors = flagging.factors(logits, of_rows, of_columns, tiles)
         found = dots, sums = _slots(tile, own)
         wanted = found if scalars else (dots[:0], sums[:0])
@@ -93,7 +95,7 @@ class TritonTiles:
     ) -> Tensor:
         logits, of_rows = _logits(tile), _lines(rows)
         of_columns = None if columns is None else _lines(columns)
-        tiles, own = self._gradient_tilings(tile)
+        tiles, own = self._gradient_tilings(tile, rows=columns is None)
         factors = flagging.factors(logits, of_rows, of_columns, tiles)
         found = _slots(tile, own)
         wanted = found[1] if total else found[1][:0]
@@ -110,7 +112,7 @@ class TritonTiles:
         if kept.dtype != torch.float32:
             # relative to its tile's row maximum E is in (0, 1]: fp16 has three bits more than bf16
             kept = kept.view(torch.float16)
-        tiles = self._tiling("own_statistics", tile)
+        tiles = self._tiling("own_statistics", tile, rows=True, kept=True)
         row_max, row_sum, _, _, row_dot = similarity.statistics(
             *_operands(tile), False, kept, tiles
         )
@@ -139,7 +141,7 @@ class TritonTiles:
             tile.positive_ids,
             weight_C.contiguous(),
             out_CS,
-            self._tiling("sigmoid", tile),
+            self._tiling("sigmoid", tile, loss=out_CS is None),
         )
 
     def finish(
@@ -167,16 +169,21 @@ class TritonTiles:
             self._buffer = torch.empty(size, dtype=self._gradient_dtype, device=device)
         return self._buffer[:size].view(height, stride)[:rows, :columns]
 
-    def _gradient_tilings(self, tile: Tile) -> tuple[Tiling, Tiling]:
+    def _gradient_tilings(
+        self, tile: Tile, rows: bool, frozen: bool = False
+    ) -> tuple[Tiling, Tiling]:
         """By the common anchor, and by a tile's own maxima."""
-        tiles = self._tiling("gradient", tile)
+        offset = tile.offset is not None
+        tiles = self._tiling("gradient", tile, rows=rows, offset=offset, frozen=frozen)
         # of the same tiles; registers hold less of each at a time
-        parts = self._tiling("own_gradient", tile).parts
+        parts = self._tiling("own_gradient", tile, rows=rows, offset=offset).parts
         return tiles, replace(tiles, parts=parts, registers=None)
 
-    def _tiling(self, kernel: str, tile: Tile) -> Tiling:
+    def _tiling(self, kernel: str, tile: Tile, **asked: bool) -> Tiling:
         x, y = tile.x_CD, tile.y_SD
-        return tiling(kernel, x.dtype, x.device, x.shape[0] * y.shape[0])
+        asked["ids"] = tile.row_id_C is not None
+        variant = frozenset(word for word, wanted in asked.items() if wanted)
+        return tiling(kernel, variant, x.dtype, x.device, x.shape[0] * y.shape[0])
 
     def _count(self, tile: Tile) -> None:
         count_product(tile.x_CD.shape[0], tile.x_CD.shape[1], tile.y_SD.shape[0])
