@@ -84,10 +84,12 @@ class Report:
         if self._faults.counts:
             # the places were shown when they came up
             logger.warning(f"skipped samples and shards: {self._faults.summary()}")
-        if self._cut.count:
-            logger.warning(f"note: {self._cut.count} texts were cut to the context")
-        if self._grouped:
-            logger.warning(f"note: {self._grouped} pairs in this process's batches were duplicates")
+        # other ranks' are like the first's
+        own = " in the first process's batches" if self._state.world.size > 1 else ""
+        if self._cut.count and self._first:
+            logger.warning(f"note: {self._cut.count} texts{own} were cut to the context")
+        if self._grouped and self._first:
+            logger.warning(f"note: {self._grouped} pairs{own} were duplicates")
         skipped = self._engine.skipped
         if skipped and self._first:
             logger.warning(f"float16 overflowed in {skipped} steps; skipped")
@@ -106,7 +108,8 @@ class Report:
         ids = [batch["group"] for batch in batches if "group" in batch]
         self._grouped += grouped_pairs(torch.cat(ids)) if ids else 0
         if self._cut.add(batches):
-            self._say(f"note: {self._cut.notice(state.model.tokenizer)}", logging.WARNING)
+            if self._first:
+                self._say(f"note: {self._cut.notice(state.model.tokenizer)}", logging.WARNING)
 
     def step(self, state: TrainState, batches: list[dict[str, Any]], result: StepResult) -> None:
         """Count a step that was made, and write its metrics where they are due."""
