@@ -315,8 +315,9 @@ def _attention(architecture: int) -> Iterator[Case]:
             attention.walk_options(lines, lines, forward),
             attention_gradient.walk_options(lines, lines, gradient),
         )
+        plans: tuple[Any, Any] = (forward, gradient)
         for kernel, plan, walk, limited in zip(
-            (attention.forward_kernel, backward), (forward, gradient), walks, kept, strict=True
+            (attention.forward_kernel, backward), plans, walks, kept, strict=True
         ):
             tiling = Tiling(plan.queries, plan.keys, 64, plan.warps, plan.stages)
             yield Case(

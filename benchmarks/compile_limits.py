@@ -39,7 +39,7 @@ def exceeded(report: Row, limits: dict[str, Row] | None = None) -> list[str]:
     where = f"sm_{report['architecture']} {name}, Triton {report['triton']}"
     allowed = limits.get(name)
     if allowed is None:
-        if report["epilogue"] is not None:
+        if report["limited"] and report["epilogue"] is not None:
             return [f"{where}: no limits; `compile_report --renew` measures them"]
         allowed = {"spilled": 0}
     return [
@@ -100,7 +100,8 @@ def renew(reports: list[Row]) -> None:
         plain = report["epilogue"] is None and not found["spilled"]
         if plain or (version != newest and not exceeded(report, table[newest][architecture])):
             continue
-        row = {unit: _with_reserve(unit, value) for unit, value in found.items()}
+        aim = aim_of(name)
+        row = {unit: _with_reserve(unit, value, aim) for unit, value in found.items()}
         reason = before.get(architecture, {}).get(name, {}).get(REASON)
         row |= {REASON: reason} if reason else {}
         table[version].setdefault(architecture, {})[name] = row
@@ -124,9 +125,15 @@ def format_table(table: dict[str, dict[str, dict[str, Row]]]) -> str:
     return "\n".join([*lines, " }", "}"]) + "\n"
 
 
-def _with_reserve(unit: str, value: float) -> float:
+def aim_of(name: str) -> float:
+    """The share of the product's cycles that no unit should need more of."""
+    return MOST_OF_PRODUCT.get(name.split()[0], 0.35)
+
+
+def _with_reserve(unit: str, value: float, aim: float) -> float:
     if unit == "floor":
-        return math.ceil(100 * RESERVE * value) / 100
+        limit = math.ceil(100 * RESERVE * value) / 100
+        return min(limit, aim) if value <= aim else limit
     if unit in ("spills", "spilled"):
         return value
     return math.ceil(RESERVE * value) + (unit != "instructions") * 2

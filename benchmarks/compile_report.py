@@ -60,6 +60,8 @@ class Report:
     products, one tile a program.
     """
     triton: str = triton.__version__
+    limited: bool = True
+    """Whether it is one that limits are kept for."""
 
 
 def compiled(case: Case) -> Report:
@@ -119,6 +121,7 @@ def compiled(case: Case) -> Report:
         found.metadata.shared,
         limit,
         _tensor_core(found.asm["ptx"]),
+        limited=case.shipped,
     )
     if kernel in EPILOGUES and case.variant.count("/") == 1 and dtype != "float32":
         report.epilogue = epilogue(disassembled(found.asm["cubin"]), tiling.warps)

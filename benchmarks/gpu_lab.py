@@ -1,10 +1,11 @@
 """One session on a GPU, a stage at a time: right, then fast, beside the baselines.
 
-`benchmarks/gpu_lab.sh --output DIR [--stage losses|attention|train-step|data] [--budget SECONDS]`
-needs a machine with one NVIDIA GPU and nothing but Python, torch and its triton; baselines that are
-installed as well take part. A stage is a few parts, each in a process of its own that is ended when
-its time is up: one that crashes or hangs costs no other. What a part found is in DIR after every
-row. DIR/lab.tar.gz has everything; the last lines are a short table.
+`benchmarks/gpu_lab.sh --output DIR [--stage STAGE] [--budget SECONDS]` needs a machine with one
+NVIDIA GPU and nothing but Python, torch and its triton; baselines that are installed as well take
+part. Stages are losses, small, attention, train-step and data: each a few parts, every part in a
+process of its own that is ended when its time is up: one that crashes or hangs costs no other. What
+a part found is in DIR after every row. DIR/lab.tar.gz has everything; the last lines are a short
+table.
 """
 
 import argparse
@@ -23,7 +24,14 @@ from typing import Any
 
 import torch
 
-from fastclip.bench import attention, attention_check, attention_sweep, records, tile_sweep
+from fastclip.bench import (
+    attention,
+    attention_check,
+    attention_sweep,
+    records,
+    small,
+    tile_sweep,
+)
 from fastclip.bench.ceilings import ceilings
 from fastclip.bench.losses import OPERATORS, run
 from fastclip.bench.runner import MATMUL, Row, Settings
@@ -65,6 +73,7 @@ STAGES = {
         Part("attention-check", 90.0, judges=True),
         Part("attention", 400.0),
     ],
+    "small": [Part("check", 60.0, judges=True), Part("small", 400.0)],
     "train-step": [Part("train-step", 400.0)],
     "data": [Part("data", 400.0)],
 }
@@ -113,12 +122,13 @@ def _queued(row: Row) -> str:
 
 
 def check_all(output: Path, seconds: float, quick: bool) -> bool:
-    """Check both implementations in parallel processes; their findings go to JSON files."""
+    """Check the implementations in parallel processes; their findings go to JSON files."""
     command = [sys.executable, "-m", "fastclip.bench.check", "--device", "cuda"]
     command += ["--seconds", str(seconds)]
     parts = [("triton", f"{part}/{CHECKERS}", quick) for part in range(CHECKERS)]
     processes = {}
-    for backend, part, few in [*parts, ("torch", "0/1", True)]:
+    # by "auto" small batches hold S whole
+    for backend, part, few in [*parts, ("auto", "0/1", True), ("torch", "0/1", True)]:
         file = output / f"check-{backend}-{part.partition('/')[0]}.json"
         flags = ["--backend", backend, "--part", part, "--output", str(file)]
         processes[file] = subprocess.Popen(
@@ -128,7 +138,7 @@ def check_all(output: Path, seconds: float, quick: bool) -> bool:
             text=True,
         )
     well = True
-    findings: dict[str, list[Any]] = {"triton": [], "torch": []}
+    findings: dict[str, list[Any]] = {"triton": [], "auto": [], "torch": []}
     for file, process in processes.items():
         text, _ = process.communicate()
         well = well and process.returncode == 0
@@ -185,6 +195,17 @@ def losses_part(output: Path, seconds: float, quick: bool) -> bool:
         well = well and not wrong
     print("\n".join(summary(rows)))
     return well
+
+
+def small_part(output: Path, seconds: float, quick: bool) -> bool:
+    """Up to which size S is held whole: both ways of each loss, the limits printed."""
+    settings = small.settings_for("cuda", rounds=3 if quick else 10)
+
+    def save(found: list[Row]) -> None:
+        records.write(output / "small.json", "losses", settings, found, "cuda")
+
+    small.run(small.SIZES[:3] if quick else small.SIZES, settings, save)
+    return True
 
 
 def gpu_clocks() -> str | None:
@@ -259,6 +280,7 @@ PARTS: dict[str, Callable[[Path, float, bool], bool]] = {
     "check": check_all,
     "profile": profile_part,
     "losses": losses_part,
+    "small": small_part,
     "attention-plans": attention_plans_part,
     "attention-check": lambda output, seconds, quick: attention_check.check(
         "cuda", seconds, output

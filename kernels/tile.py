@@ -31,12 +31,8 @@ def tile_indices(
 @triton.jit
 def visits(rows, columns, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, FLATTEN: tl.constexpr):
     """How many tiles a program visits, itself first and then each `num_programs` further on."""
-    if FLATTEN:
-        tiles = tl.cdiv(rows, BLOCK_R) * tl.cdiv(columns, BLOCK_S)
-        count = tl.cdiv(tiles - tl.program_id(0), tl.num_programs(0))
-    else:
-        count: tl.constexpr = 1
-    return count
+    tiles = tl.cdiv(rows, BLOCK_R) * tl.cdiv(columns, BLOCK_S)
+    return tl.cdiv(tiles - tl.program_id(0), tl.num_programs(0)) if FLATTEN else 1
 
 
 @triton.jit

@@ -34,7 +34,7 @@ struct Barrier {
     unsigned size, arrived = 0, passed = 0;
 };
 
-// Where a fiber resumes.
+// Where a fiber continues.
 #ifdef __x86_64__
 using Context = void*;
 

@@ -1,16 +1,22 @@
 """`patch_transformers()`: Hugging Face's CLIP and SigLIP with fastclip's attention and loss."""
 
+import inspect
+import sys
 from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
-from fastclip.functional import clip_loss, siglip_loss
+from fastclip.functional import Exchange, clip_loss, siglip_loss
 from fastclip.integrations.patch import PatchHandle, exchange_forward, original_forward
 from fastclip.ops.attention import attention
+from fastclip.ops.collectives import check_exchange
 
+FAMILIES = "clip", "siglip", "metaclip_2"
+"""What the model types start with whose attention is replaced."""
 NAME = "fastclip"
 """Of the attention among those that transformers knows."""
 MAPS = "_fastclip_maps"
@@ -23,11 +29,14 @@ def patch_transformers(
     loss: bool = True,
     attention: bool = True,
     logits: bool = False,
+    dist: Exchange | None = None,
+    group: ProcessGroup | None = None,
     backend: str = "auto",
 ) -> PatchHandle:
-    """Give a CLIPModel or SiglipModel fastclip's attention and memory-linear loss.
+    """Give a CLIP or SigLIP of Hugging Face fastclip's attention and memory-linear loss.
 
-    With `return_loss=True` the forward computes the loss without ever forming the similarities:
+    Exchanged whole are CLIPModel, MetaClip2Model, SiglipModel and Siglip2Model. With
+    `return_loss=True` the forward computes the loss without ever forming the similarities:
     `logits_per_image` and `logits_per_text` are then None unless asked for. Without, all is as it
     was. Calls with a padding mask, or with dropout of attention while training, take torch's
     attention; calls with `output_attentions=True` form the attention maps and return them.
@@ -38,6 +47,10 @@ def patch_transformers(
         loss: whether to exchange the loss; a tower alone (CLIPVisionModel) has none.
         attention: whether to replace the attention of both towers.
         logits: whether to form the logits beside the loss, (N, N) each.
+        dist: None: negatives are those of one process, as in transformers. "gather" or "ring":
+            those of all, with equally many pairs on each; averaged gradients (DDP) are then the
+            full batch's.
+        group: the process group of `dist`; None: the default one.
         backend: "auto", "triton" or "reference" for attention and loss; "sdpa" or "flash" for the
             attention, the loss's then chosen as by "auto".
 
@@ -47,8 +60,9 @@ def patch_transformers(
     Raises:
         ModuleNotFoundError: transformers is not installed.
         ImportError: it is older than 5.0, whose towers return their outputs in another form.
-        ValueError: the model is not one of Hugging Face's CLIP or SigLIP, or one whose loss is
-            another's (SigLIP 2, CLIPSeg) without `loss=False`.
+        ValueError: the model is not one of Hugging Face's CLIP or SigLIP, or, without
+            `loss=False`, has a loss of another's (CLIPSeg, VisionTextDualEncoder); an unknown
+            `dist`, or `logits` beside it.
 
     Examples:
         >>> import fastclip, torch, transformers
@@ -70,20 +84,24 @@ def patch_transformers(
         raise ImportError(
             f"transformers is {transformers.__version__}; patch_transformers needs 5.0 or newer"
         )
-    losses = {transformers.CLIPModel: _clip, transformers.SiglipModel: _siglip}
+    check_exchange(dist)
+    if logits and dist is not None:
+        raise ValueError("logits=True has one process's logits; leave out dist, or the logits")
+    losses = _losses()
     models = [m for m in model.modules() if isinstance(m, transformers.PreTrainedModel)]
-    known = [m for m in models if m.config.model_type.startswith(("clip", "siglip"))]
+    known = [m for m in models if m.config.model_type.startswith(FAMILIES)]
+    names = [kind.__name__ for kind in losses]
     if not known:
         raise ValueError(
-            f"{type(model).__name__} is not a CLIP or SigLIP of transformers; give a CLIPModel, "
-            "a SiglipModel or one of their towers"
+            f"{type(model).__name__} is not a CLIP or SigLIP of transformers; give one of "
+            f"{', '.join(names)} or one of their towers"
         )
-    for part in known if loss else ():
+    for part in models if loss else ():
         # a tower alone has none
         if hasattr(part, "logit_scale") and not isinstance(part, tuple(losses)):
             raise ValueError(
-                f"the loss of {type(part).__name__} cannot be replaced, only CLIPModel's and "
-                "SiglipModel's; loss=False replaces its attention alone"
+                f"the loss of {type(part).__name__} cannot be replaced, only that of "
+                f"{', '.join(names)}; loss=False replaces its attention alone"
             )
     handle = PatchHandle()
     if attention:
@@ -91,10 +109,28 @@ def patch_transformers(
     for part in known if loss else ():
         for kind, of_features in losses.items():
             if isinstance(part, kind):
-                arguments = (type(part), of_features, logits, backend)
+                options = {"dist": dist, "group": group, "backend": _loss_backend(backend)}
+                arguments = (type(part), of_features, logits, options)
                 made_by = (_with_loss, arguments)
                 exchange_forward(part, _with_loss(*arguments), handle, made_by)
     return handle
+
+
+def _losses() -> dict[Any, Callable[..., Tensor]]:
+    """The classes that are exchanged whole, and the loss of each."""
+    import transformers
+
+    found = {
+        "CLIPModel": _clip,
+        "MetaClip2Model": _clip,
+        "SiglipModel": _siglip,
+        "Siglip2Model": _siglip,
+    }
+    return {
+        getattr(transformers, name): loss
+        for name, loss in found.items()
+        if hasattr(transformers, name)
+    }
 
 
 def _exchange_attention(models: list[Any], backend: str, handle: PatchHandle) -> None:
@@ -189,44 +225,41 @@ def _with_maps(
 
 
 def _with_loss(
-    original: type[nn.Module], of_features: Callable[..., Tensor], logits: bool, backend: str
+    original: type[nn.Module],
+    of_features: Callable[..., Tensor],
+    logits: bool,
+    loss_options: dict[str, Any],
 ) -> Callable[..., Any]:
     """The forward of a model whose class was `original`."""
+    class_of_outputs = _output_class(original)
+    names = list(inspect.signature(original.forward).parameters)[1:]
+    of_images, of_texts = (
+        set(names) & set(inspect.signature(features).parameters)
+        for features in (original.get_image_features, original.get_text_features)
+    )
 
     @wraps(original.forward)
-    def forward(
-        self: Any,
-        input_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        return_loss: bool | None = None,
-        interpolate_pos_encoding: bool = False,
-        **options: Any,
-    ) -> Any:
-        seen = {
-            "pixel_values": pixel_values,
-            "interpolate_pos_encoding": interpolate_pos_encoding,
-        }
-        read = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-        }
-        if not return_loss:
-            return original_forward(self, **seen, **read, **options)
-        as_dict = options.pop("return_dict", None)
+    def forward(self: Any, *arguments: Any, **options: Any) -> Any:
+        options |= dict(zip(names, arguments, strict=False))
+        if not options.pop("return_loss", False):
+            return original_forward(self, **options)
+        seen, read = (
+            {name: options[name] for name in side if name in options}
+            for side in (of_images - {"kwargs"}, of_texts - {"kwargs"})
+        )
+        shared = {k: v for k, v in options.items() if k not in seen and k not in read}
+        as_dict = shared.pop("return_dict", None)
         as_dict = self.config.return_dict if as_dict is None else as_dict
-        vision = self.get_image_features(**seen, **options)
-        text = self.get_text_features(**read, **options)
+        vision = self.get_image_features(**seen, **shared)
+        text = self.get_text_features(**read, **shared)
         images, texts = vision.pooler_output, text.pooler_output
         images, texts = (nn.functional.normalize(f, dim=-1) for f in (images, texts))
         scale, bias = self.logit_scale.exp(), getattr(self, "logit_bias", None)
         per_text = None
         if logits:
             per_text = texts @ images.T * scale + (0.0 if bias is None else bias)
-        outputs = _output_class(self)(
-            loss=of_features(images, texts, scale, bias, backend=backend),
+        outputs = class_of_outputs(
+            loss=of_features(images, texts, scale, bias, **loss_options),
             logits_per_image=None if per_text is None else per_text.T,
             logits_per_text=per_text,
             text_embeds=texts,
@@ -239,19 +272,18 @@ def _with_loss(
     return forward
 
 
-def _output_class(model: Any) -> Any:
-    from transformers.models.clip.modeling_clip import CLIPOutput
-    from transformers.models.siglip.modeling_siglip import SiglipOutput
-
-    return SiglipOutput if model.config.model_type.startswith("siglip") else CLIPOutput
-
-
-def _clip(images: Tensor, texts: Tensor, scale: Tensor, bias: Any, *, backend: str) -> Tensor:
-    return clip_loss(images, texts, scale, backend=_loss_backend(backend))
+def _output_class(model: type[nn.Module]) -> Any:
+    """What a model's forward returns, beside it in its module."""
+    module = sys.modules[model.__module__]
+    return getattr(module, f"{model.__name__.removesuffix('Model')}Output")
 
 
-def _siglip(images: Tensor, texts: Tensor, scale: Tensor, bias: Any, *, backend: str) -> Tensor:
-    return siglip_loss(images, texts, scale, bias, backend=_loss_backend(backend))
+def _clip(images: Tensor, texts: Tensor, scale: Tensor, bias: Any, **options: Any) -> Tensor:
+    return clip_loss(images, texts, scale, **options)
+
+
+def _siglip(images: Tensor, texts: Tensor, scale: Tensor, bias: Any, **options: Any) -> Tensor:
+    return siglip_loss(images, texts, scale, bias, **options)
 
 
 def _loss_backend(backend: str) -> str:

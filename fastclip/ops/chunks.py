@@ -13,10 +13,10 @@ MOST_CHUNK_ROWS = {"cpu": 512}
 
 
 @contextmanager
-def without(budgets: dict[Any, int]) -> Iterator[None]:
-    """Inside, all budgets are 0."""
+def without(budgets: dict[Any, int], amount: int = 0) -> Iterator[None]:
+    """Inside, all budgets are 0, or of another amount."""
     before = dict(budgets)
-    budgets.update(dict.fromkeys(budgets, 0))
+    budgets.update(dict.fromkeys(budgets, amount))
     try:
         yield
     finally:

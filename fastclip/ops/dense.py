@@ -31,13 +31,17 @@ from fastclip.ops.dense_sweeps import sweeps_loss
 
 LOSSES = ("clip", "siglip", "info_nce", "nt_xent", "mp_nce", "sup_con")
 ENTRIES: dict[tuple[str, str], int] = {
-    # by benchmarks/results/2026-11-29-cpu-losses-small.json: nowhere slower than S in tiles
+    # By hand, until `python -m fastclip.bench.small` has measured where tiles begin to be faster:
+    # a test then holds the table to the newest results.
     **{("cpu", loss): 2048 * 2048 for loss in LOSSES},
-    # A prediction from the number of launches; none was measured. `gpu_lab.sh --stage small` does.
+    # A prediction from the number of launches: no GPU has timed it. `benchmarks/gpu_lab.sh --stage
+    # small` does.
     **{("cuda", loss): 2048 * 2048 for loss in LOSSES},
 }
 """By device type and loss the entries of the largest S held whole; 16 MiB in float32."""
 
+# what offsets of 32 bits reach
+MOST_ENTRIES = 2**31 - 1
 # of a kernel's packed domains
 MOST_BLOCKS, MOST_DOMAINS = 15, 16
 
@@ -62,6 +66,11 @@ class Request(NamedTuple):
 def switched_off() -> AbstractContextManager[None]:
     """Inside, no S is held whole: memory is linear in the batch at every size."""
     return without(ENTRIES)
+
+
+def switched_on() -> AbstractContextManager[None]:
+    """Inside, S is held whole at every size."""
+    return without(ENTRIES, MOST_ENTRIES)
 
 
 def pairs_loss(

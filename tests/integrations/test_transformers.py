@@ -1,5 +1,6 @@
 """Hugging Face's CLIP and SigLIP with fastclip's loss."""
 
+import contextlib
 import copy
 import inspect
 import io
@@ -156,7 +157,89 @@ def test_a_patched_model_goes_to_another_process(tmp_path: Path) -> None:
         torch.testing.assert_close(texts, want.text_embeds)
 
 
-@pytest.mark.parametrize("kind", ["Siglip2", "CLIPSeg"])
+def small(kind: str) -> Any:
+    """A model of one layer a tower, by the name of its family."""
+    import transformers
+
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    tower["num_attention_heads"] = 2
+    text = {**tower, "vocab_size": 99, "max_position_embeddings": 16, "eos_token_id": 98}
+    config = getattr(transformers, f"{kind}Config")(
+        text_config=text,
+        vision_config={**tower, "image_size": 16, "num_patches": 16, "patch_size": 4},
+    )
+    torch.manual_seed(1)
+    return getattr(transformers, f"{kind}Model")(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["Siglip2", "MetaClip2"])
+def test_families_beside_clip_and_siglip_are_exchanged_whole(kind: str) -> None:
+    """Loss, gradients, embeddings and attention maps; by position as by name."""
+    generator = torch.Generator().manual_seed(3)
+    model = small(kind)
+    model.set_attn_implementation("eager")
+    texts = torch.randint(1, 98, (3, 8), generator=generator)
+    texts[:, -1] = 98
+    given: dict[str, Any] = {"pixel_values": torch.randn(3, 3, 16, 16, generator=generator)}
+    if kind == "Siglip2":
+        given = {
+            "pixel_values": torch.randn(3, 16, 48, generator=generator),
+            "pixel_attention_mask": torch.ones(3, 16, dtype=torch.int64),
+            "spatial_shapes": torch.tensor([[4, 4], [4, 4], [4, 2]]),
+        }
+        given["pixel_attention_mask"][2, 8:] = 0
+    options = {"return_loss": True, "output_attentions": True}
+    found = []
+    for handle in (contextlib.nullcontext(), fastclip.patch_transformers(model)):
+        model.zero_grad()
+        with handle, count_products() as count:
+            output = model(texts, **given, **options)
+            output.loss.backward()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        found.append((output, gradients))
+    (want, theirs), (got, ours) = found
+    assert count.calls > 0 and got.logits_per_image is None and type(got) is type(want)
+    for name in ("loss", "text_embeds", "image_embeds"):
+        torch.testing.assert_close(getattr(got, name), getattr(want, name), rtol=1e-5, atol=1e-6)
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-6)
+    for part in ("text_model_output", "vision_model_output"):
+        pairs = zip(getattr(got, part).attentions, getattr(want, part).attentions, strict=True)
+        for one, other in pairs:
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_dual_encoder_around_a_clip_tower_is_refused() -> None:
+    """Its loss would stay what it was."""
+    import transformers
+
+    clip = transformers_case("clip").model
+    bert = transformers.BertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    model = transformers.VisionTextDualEncoderModel(
+        vision_model=clip.vision_model,
+        text_model=transformers.BertModel(bert),
+    )
+    with pytest.raises(ValueError, match="loss of VisionTextDualEncoderModel cannot be replaced"):
+        fastclip.patch_transformers(model)
+
+
+def test_options_of_processes_are_checked() -> None:
+    model = transformers_case("clip").model
+    with pytest.raises(ValueError, match="leave out dist, or the logits"):
+        fastclip.patch_transformers(model, dist="gather", logits=True)
+    with pytest.raises(ValueError, match="dist is 'all'"):
+        fastclip.patch_transformers(model, dist="all")
+    with (
+        fastclip.patch_transformers(model, dist="gather"),
+        pytest.raises(ValueError, match="init_process_group first"),
+    ):
+        model(**inputs(), return_loss=True)
+
+
+@pytest.mark.parametrize("kind", ["CLIPSeg"])
 def test_a_loss_that_would_stay_is_refused(kind: str) -> None:
     import transformers
 

@@ -23,6 +23,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sogclr": {"variant": "sogclr", "gamma": 0.7, "full_first_epoch": True},
     "v1": {"variant": "v1", "gamma_epochs": 3},
     "v3": {"variant": "v3", "gamma_epochs": 4, "rho": 6.5},
+    "v3, constant gamma": {"variant": "v3", "gamma": 0.3, "rho": 2.0},
 }
 
 
@@ -48,23 +49,31 @@ def begin() -> dict[str, Tensor]:
     return {"images": images, "texts": texts, "log_scale": torch.tensor(2.0).double()}
 
 
-def features(weights: Mapping[str, Tensor], index: Tensor) -> list[Tensor]:
-    pairs = zip(data(), ("images", "texts"), strict=True)
-    return [nn.functional.normalize(raw[index] @ weights[name], dim=-1) for raw, name in pairs]
+def features(weights: Mapping[str, Tensor], step: int, rows: slice = slice(None)) -> list[Tensor]:
+    """Of a step's rows; each is another view of its sample, so that duplicates differ."""
+    generator = torch.Generator().manual_seed(100 + step)
+    found = []
+    for raw, name in zip(data(), ("images", "texts"), strict=True):
+        noise = torch.randn(BATCH, 6, generator=generator, dtype=torch.float64)
+        views = (raw[batch_of(step)] + noise / 3)[rows]
+        found.append(nn.functional.normalize(views @ weights[name], dim=-1))
+    return found
 
 
 class Definition:
     """The algorithm as the papers have it: exponentials, averages that are not logs, all pairs."""
 
-    def __init__(self, variant: str) -> None:
-        self.variant = variant
+    def __init__(self, name: str) -> None:
+        self.name, self.rho = name, VARIANTS[name].get("rho")
         self.u: list[dict[int, float]] = [{}, {}]
         self.weights = begin()
 
     def gamma(self, epoch: int) -> float:
-        if self.variant == "sogclr":
+        if self.name == "sogclr":
             return 1.0 if epoch == 0 else 0.7
-        over = {"v1": 3, "v3": 4}[self.variant]
+        if self.name == "v3, constant gamma":
+            return 0.3
+        over = {"v1": 3, "v3": 4}[self.name]
         if epoch >= over:
             return 0.2
         return 0.5 * (1 + math.cos(math.pi * epoch / over)) * (1 - 0.2) + 0.2
@@ -73,7 +82,7 @@ class Definition:
         """The gradients of the step, which is made."""
         index = batch_of(step)
         leaves = {name: value.clone().requires_grad_() for name, value in self.weights.items()}
-        x, y = features(leaves, index)
+        x, y = features(leaves, step)
         tau = 1 / leaves["log_scale"].exp()
         gamma, mean_g, mean_log_u = self.gamma(step // EPOCH), [], []
         for side, (own, other) in enumerate(((x, y), (y, x))):
@@ -89,9 +98,9 @@ class Definition:
             mean_g.append((g / (EPS + u)).mean())
             mean_log_u.append(u.log().mean())
         inner, outer = sum(mean_g) / 2, sum(mean_log_u) / 2
-        if self.variant == "v3":
+        if self.rho is not None:
             # the first term's value is the wrong one and its gradient the right one
-            value = tau * (outer + 6.5)
+            value = tau * (outer + self.rho)
             (tau.detach() * inner + value).backward()
         else:
             value = outer
@@ -126,9 +135,9 @@ def train(
     for step in steps:
         loss.set_epoch(step // EPOCH)
         leaves = {name: value.clone().requires_grad_() for name, value in weights.items()}
-        index = batch_of(step)[own]
         options = {"sizes": sizes} if world > 1 else {}
-        value = loss(*features(leaves, index), leaves["log_scale"].exp(), index, **options)
+        index, scale = batch_of(step)[own], leaves["log_scale"].exp()
+        value = loss(*features(leaves, step, own), scale, index, **options)
         value.backward()
         found = {}
         for key, leaf in leaves.items():
@@ -168,7 +177,7 @@ def test_fifty_steps_and_a_resume_between_are_as_defined(name: str) -> None:
     half = train(name, range(25))
     assert_as_defined(name, [half, train(name, range(25, STEPS), half)])
     moved = half["weights"]["log_scale"] != begin()["log_scale"]
-    assert bool(moved) == (name == "v3")
+    assert bool(moved) == ("v3" in name)
 
 
 def share(rank: int, folder: Path) -> None:
@@ -270,6 +279,19 @@ def test_low_precision_keeps_the_error_rule() -> None:
             assert ours.dtype == dtype
             error, limit = ((g.double() - want).abs().max() for g in (ours, eagers))
             assert error <= 2 * limit + 16 * torch.finfo(dtype).eps * want.abs().max()
+
+
+def test_it_is_traced_whole() -> None:
+    """What it remembers is changed in a compiled graph as without one."""
+    leaves, index, log_u = case(torch.float32)
+    plain, compiled = log_u.clone(), log_u.clone()
+    wanted = global_contrastive_loss(*leaves, index, plain, 0.3, rho=6.5)
+    function = torch.compile(global_contrastive_loss, fullgraph=True, backend="eager")
+    found = function(*leaves, index, compiled, 0.3, rho=6.5)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(compiled, plain)
+    gradients = (torch.autograd.grad(loss, leaves) for loss in (found, wanted))
+    torch.testing.assert_close(*gradients)
 
 
 def test_in_evaluation_nothing_is_remembered() -> None:

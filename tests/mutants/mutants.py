@@ -61,7 +61,10 @@ _REST: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("tl.where(p < 1.0, p, mantissa - 1.0)", "mantissa - 1.0"),
         ("tl.join(dot * weight, total * weight)", "tl.join(dot, total * weight)"),
         ("dot += tl.sum(slope * parts[part], 1)", "dot += tl.sum(slope, 1)"),
-        ("scalars_ptr + 2 * tl.program_id(0)\n    cos", "scalars_ptr\n    cos"),
+        (
+            "p_scalars = scalars_ptr + 2 * index\n        cos",
+            "p_scalars = scalars_ptr\n        cos",
+        ),
         ("slope * (weight * scale)[:, None]", "slope * weight[:, None]"),
     ],
     ("kernels/lean.py", LEAN): [
@@ -153,10 +156,10 @@ _REST: dict[tuple[str, str], list[tuple[str, str]]] = {
         ),
         ("loss = loss + 0 * logit_bias.sum()", "loss = loss + logit_bias.sum()"),
         ("if local_loss and (label_smoothing or not", "if local_loss and (label_smoothing and not"),
-        ("labels + num_logits * self.rank", "labels - num_logits * self.rank"),
+        ("labels + self._first_row(num", "labels - self._first_row(num"),
     ],
     ("fastclip/losses/clip.py", "tests/losses/test_distributed.py"): [
-        ("distill[self.rank * n : (self.rank + 1) * n]", "distill[:n]"),
+        ("distill[first : first + n]", "distill[:n]"),
         (
             "if self.local_loss:\n                    opt",
             "if not self.local_loss:\n                    opt",
@@ -208,7 +211,7 @@ _REST: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("range(iterations - 1)", "range(iterations)"),
     ],
     ("fastclip/losses/siglip.py", "tests/losses/test_distributed.py"): [
-        ("loss = total / n", "loss = total"),
+        ("loss = total / mean_rows", "loss = total"),
     ],
     ("fastclip/losses/siglip.py", MODULES + " -k siglip"): [
         ("else logits + logit_bias", "else logits - logit_bias"),

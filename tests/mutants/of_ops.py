@@ -4,6 +4,7 @@ from selections import (
     BORDERS,
     CPP,
     CUDA,
+    GLOBAL,
     MODULES,
     OPERATORS,
     OPS_ATTENTION,
@@ -92,7 +93,7 @@ OPS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ],
     ("fastclip/ops/schedule.py", OPERATORS): [
         ("return min(size, whole_tiles", "return max(size, whole_tiles"),
-        ("max(rows // STRIPS,", "max(rows // (2 * STRIPS),"),
+        ("narrow = max(rows // STRIPS,", "narrow = max(rows // (2 * STRIPS),"),
         ("LEAST_STRIP.get(device, 256))", "LEAST_STRIP.get(device, 256) // 2)"),
     ],
     # what is kept of it
@@ -161,7 +162,10 @@ OPS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("scale_PP[seen.domains] += share * dot", "scale_PP[seen.domains] += dot"),
         ("offset_PP[seen.domains] += share * total", "offset_PP[seen.domains] += total"),
         ("twice else columns.part(seen)", "twice else columns.part(slice(seen.stop - seen.start))"),
-        ("columns.part(seen.columns)", "columns.part(slice(len(seen.tile.y_SD)))"),
+        (
+            "columns.part(seen.columns),\n                    G_CQ",
+            "columns.part(slice(len(seen.tile.y_SD))),\n                    G_CQ",
+        ),
         ("self._first = False", "pass"),
         ("self.dx_ND if self.problem.is_triangle else None", "self.dx_ND"),
     ],
@@ -306,10 +310,10 @@ OPS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("SoftmaxStats(*(line[block] for", "SoftmaxStats(*(line for"),
     ],
     ("fastclip/ops/tiles/torch.py", SIM): [
-        ("G_CS.mul_((rows.weight * tile.scale)[:, None])", "G_CS.mul_(rows.weight[:, None])"),
+        (".mul_((rows.weight * tile.scale)[:, None])", ".mul_(rows.weight[:, None])"),
         ("columns.weight * tile.scale)", "columns.weight)"),
         ("S_CS.diagonal(offset=tile.diagonal)", "S_CS.diagonal(offset=-tile.diagonal)"),
-        ("tile.row_id_C[:, None] == tile", "tile.row_id_C[:, None] != tile"),
+        ("(tile.row_id_C[:, None] == tile", "(tile.row_id_C[:, None] != tile"),
         ("/ scale / scale, total", "/ scale, total"),
     ],
     ("fastclip/ops/tiles/torch.py", PRECISION): [
@@ -505,10 +509,10 @@ OPS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("counts[found] * there", "counts[found]"),
     ],
     ("fastclip/ops/candidates.py", RANKS + " and smoothed_grouped"): [
-        ("1 - classes.others", "classes.others"),
+        ("count = classes.others + 1", "count = classes.others"),
         (
-            "_of_all(d_sums, row_group, group_of_y, **",
-            "_of_all(d_sums, group_of_y, row_group, **",
+            "function(d_sums, row_group, group_of_y, **",
+            "function(d_sums, group_of_y, row_group, **",
         ),
     ],
     ("fastclip/ops/distillation.py", OPERATORS): [
@@ -521,6 +525,21 @@ OPS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("G_CN.mul_(d_row_N[rows, None])", "G_CN.mul_(d_row_N[:1, None])"),
         ("dscale_N.sum() / asked.scale", "dscale_N.sum() * asked.scale"),
         ("T_CN).mul_(self.teacher_scale)", "T_CN).mul_(self.scale)"),
+    ],
+    ("fastclip/ops/estimators.py", GLOBAL): [
+        ("torch.where(before == -math.inf, log_g, moved)", "moved"),
+        ("math.log1p(-gamma) if", "math.log(gamma) if"),
+        ("log_g + math.log(gamma)", "log_g"),
+        ("torch.where(after.isfinite(), after, before)", "after"),
+        ("_mean_of_equal(index, log_g).T", "log_g.T"),
+        ("(count[:, None] * parts)", "torch.full_like(total, parts)"),
+        ("    if store:\n", "    if True:\n"),
+    ],
+    ("fastclip/functional/global_contrastive.py", GLOBAL): [
+        ("math.log(pairs - 1)", "math.log(pairs)"),
+        ("(loss + rho) / scale", "loss / scale.detach() + rho / scale"),
+        ("weight * (log_g - fixed)", "(log_g - fixed)"),
+        ("(found.row_lse, found.column_lse)", "(found.column_lse, found.row_lse)"),
     ],
     ("fastclip/ops/attention.py", OPS_ATTENTION): [
         ("if t.stride(1) < t.stride(2):", "if t.stride(1) > t.stride(2):"),

@@ -93,7 +93,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="fastclip-mutants-") as folder:
         trees: queue.Queue[Path] = queue.Queue()
         for job in range(options.jobs):
-            trees.put(Path(shutil.copytree(ROOT, Path(folder, str(job)), ignore=LEFT_OUT)))
+            tree = Path(shutil.copytree(ROOT, Path(folder, str(job)), ignore=LEFT_OUT))
+            # some tests ask git for the files
+            subprocess.run(["git", "init", "-q"], cwd=tree, check=True)
+            trees.put(tree)
 
         def sound(tests: str) -> tuple[str, str]:
             tree = trees.get()

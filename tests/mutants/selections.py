@@ -20,6 +20,7 @@ ATTENTION = "tests/kernels/test_attention.py -k not same_bits and not ViT-L"
 ACCUMULATE = "tests/train/test_accumulate.py -k not two_ranks"
 ORDER = "tests/data/test_order.py tests/data/test_order_limits.py"
 CHECKPOINT = "tests/train/test_checkpoint.py"
+GLOBAL = "tests/losses/test_global_contrastive.py -k not two_processes and not traced"
 OPERATORS = "tests/ops/test_operators.py"
 BORDERS = "tests/ops/test_borders.py"
 OPS_ATTENTION = (

@@ -1,6 +1,8 @@
 """Duplicates of a batch: what the loader finds, what the loss makes of it, and what is refused."""
 
 import io
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +16,13 @@ from fastclip.data.order import Order
 from fastclip.data.samples import Sample
 from fastclip.data.training_samples import TrainingSamples, grouped_pairs
 from fastclip.functional import clip_loss, siglip_loss
-from fastclip.train.config import TrainConfig
+from fastclip.train.config import TrainConfig, parse
+from fastclip.train.log import read_metrics
+from fastclip.train.loop import train
 from fastclip.train.objective import ClipObjective
+from tests.conftest import jpeg
 from tests.ops.cases import unit
+from tests.train.test_ddp import torchrun
 
 
 class Duplicates:
@@ -92,3 +98,34 @@ def test_the_loss_takes_them(role: str, siglip: bool) -> None:
 def test_what_does_not_go_together_is_refused(flags: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainConfig.from_flat(train_data="x", **flags)
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(run)]
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_two_ranks_and_micro_batches_are_one_batch(
+    train_flags: list[str], tmp_path: Path, make_shard: Callable[..., Path]
+) -> None:
+    """Five captions for 32 images: duplicates are on one rank and on two."""
+    model = tmp_path / "tiny.json"
+    model.write_text(model.read_text().replace('"patch_dropout": 0.5', '"patch_dropout": 0.0'))
+    members = []
+    for i in range(32):
+        members.append((f"{i}.jpg", jpeg((i * 37 % 256, i * 91 % 256, i * 13 % 256))))
+        members.append((f"{i}.txt", f"caption number {i % 5}".encode()))
+    flags = [*train_flags, "--train-data", str(make_shard(members=members)), "--epochs", "1"]
+    flags[flags.index("--train-num-samples") + 1] = "32"
+    grouped = [*flags, "--group-duplicates", "excluded"]
+    plain, alone = (
+        train(parse([*given, "--name", name]))
+        for given, name in ((flags, "plain"), (grouped, "alone"))
+    )
+    parts = train(parse([*grouped, "--name", "parts", "--batch-size", "2", "--accum-freq", "4"]))
+    torchrun(*grouped, "--batch-size", "4", "--name", "pair")
+    pair = tmp_path / "logs" / "pair"
+    assert losses(alone) != pytest.approx(losses(plain), rel=1e-2)
+    assert losses(parts) == pytest.approx(losses(alone), rel=1e-5)
+    assert losses(pair) == pytest.approx(losses(alone), rel=1e-5)
