@@ -76,7 +76,7 @@ def finish(total: Tensor, coefficient: Tensor | None, partner: Tensor | None, ou
     rows, width = total.shape
     launch(
         finish_kernel,
-        triton.cdiv(rows, ROWS) * triton.cdiv(width, WIDTH),
+        -(-rows // ROWS) * -(-width // WIDTH),
         total,
         total if coefficient is None else coefficient,
         total if partner is None else partner,
@@ -98,7 +98,7 @@ def row_dot(a: Tensor, b: Tensor, out: Tensor) -> None:
     rows, width = a.shape
     launch(
         row_dot_kernel,
-        triton.cdiv(rows, ROWS),
+        -(-rows // ROWS),
         a,
         b,
         out,

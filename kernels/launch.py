@@ -5,7 +5,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,8 +93,11 @@ def launch(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
     for count in _counts:
         count[kernel.fn.__name__] += 1
     device = getattr(arguments[0], "base", arguments[0]).device
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        kernel[(programs,)](*arguments, **options)
+        return
     # Triton launches on the current device, whatever device the tensors are on
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    with torch.cuda.device(device):
         kernel[(programs,)](*arguments, **options)
 
 

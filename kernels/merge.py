@@ -141,7 +141,7 @@ def merge(
     dot = run_max.new_empty(lines if part_dot is not None else 0)
     launch(
         merge_kernel,
-        triton.cdiv(lines, MERGED_LINES),
+        -(-lines // MERGED_LINES),
         part_max,
         part_sum,
         part_max if part_dot is None else part_dot,
@@ -167,7 +167,7 @@ def rescale(
     columns = tiling.columns // tiling.parts
     launch(
         rescale_kernel,
-        triton.cdiv(r, RESCALED_ROWS) * triton.cdiv(s, columns),
+        -(-r // RESCALED_ROWS) * -(-s // columns),
         kept,
         out,
         part_max,

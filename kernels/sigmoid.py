@@ -343,7 +343,7 @@ def sigmoid(
     buffer of `similarity.room_for`.
     """
     r, s = x.shape[0], y.shape[0]
-    tiles_r, tiles_s = triton.cdiv(r, tiling.rows), triton.cdiv(s, tiling.columns)
+    tiles_r, tiles_s = -(-r // tiling.rows), -(-s // tiling.columns)
     row_sum = x.new_empty((tiles_s, r), dtype=torch.float32)
     scalars = row_sum.new_empty((tiles_r * tiles_s if out is not None else 0, 2))
     beyond = x.new_empty(tiles_r * tiles_s, dtype=torch.int32)

@@ -280,7 +280,7 @@ def statistics(
     `room_for`, only without `columns`, takes E; the row dots are then the rows' sums of E * cos.
     """
     r, s = x.shape[0], y.shape[0]
-    tiles_r, tiles_s = triton.cdiv(r, tiling.rows), triton.cdiv(s, tiling.columns)
+    tiles_r, tiles_s = -(-r // tiling.rows), -(-s // tiling.columns)
     row_max, row_sum = x.new_empty((2, tiles_s * tiling.parts, r), dtype=torch.float32)
     column_lines = (2, tiles_r, s) if columns else (2, 0, 0)
     column_max, column_sum = x.new_empty(column_lines, dtype=torch.float32)

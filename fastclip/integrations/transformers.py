@@ -225,7 +225,7 @@ def _with_maps(
 
 
 def _with_loss(
-    original: type[nn.Module],
+    original: Any,
     of_features: Callable[..., Tensor],
     logits: bool,
     loss_options: dict[str, Any],

@@ -32,12 +32,18 @@ class Implementation:
 
 
 @functools.cache
+def _is_installed(module: str) -> bool:
+    # the search takes longer than a launch
+    return importlib.util.find_spec(module) is not None
+
+
+@functools.cache
 def _compiler() -> bool:
     return "CC" in os.environ or any(map(shutil.which, ("cc", "gcc", "clang")))
 
 
 def _triton_unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not _is_installed("triton"):
         return "triton is not installed (torch brings it on Linux with CUDA)"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device.type != "cuda" and not interpreted:
@@ -74,7 +80,7 @@ def _cpp_unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | N
 
 
 def _flash_unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
-    if importlib.util.find_spec("flash_attn") is None:
+    if not _is_installed("flash_attn"):
         return "flash-attn is not installed"
     if device.type != "cuda":
         return f"it runs on CUDA devices, the inputs are on {device.type}"
