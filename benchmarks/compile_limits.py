@@ -17,11 +17,12 @@ COUNTED = ("instructions", "shuffles", "barriers", "loads", "spills")
 UNITS = ("issue", "exchange", "special")
 RESERVE = 1.05
 MOST_OF_PRODUCT = {"sigmoid_kernel": 0.4}
-REASON = "why"
+REASON, FAILS = "why", "fails"
 
 Row = dict[str, Any]
 """Instructions of an inside tile's epilogue by kind; `floor`, the largest share of the product's
 cycles that a unit needs for them; `spilled`, bytes of local memory; `why` of what is above the aim.
+Of what a version of Triton is known not to compile `fails` stands instead.
 """
 
 
@@ -45,8 +46,13 @@ def exceeded(report: Row, limits: dict[str, Row] | None = None) -> list[str]:
     return [
         f"{where}: {unit} {measured[unit]} above {limit}"
         for unit, limit in allowed.items()
-        if unit != REASON and measured[unit] > limit
+        if unit in measured and measured[unit] > limit
     ]
+
+
+def known_to_fail(version: str, architecture: int, name: str) -> bool:
+    """Whether the table has it that this version of Triton does not compile a kernel's variant."""
+    return FAILS in limits_of(version, architecture).get(name, {})
 
 
 def measurement(report: Row) -> Row:
@@ -94,6 +100,10 @@ def renew(reports: list[Row]) -> None:
     before = table.get(version, {})
     measured = {f"sm_{report['architecture']}" for report in reports}
     table[version] = {name: rows for name, rows in before.items() if name not in measured}
+    for architecture in measured:
+        failing = {n: r for n, r in before.get(architecture, {}).items() if FAILS in r}
+        if failing:
+            table[version][architecture] = failing
     for report in reports:
         architecture, name = f"sm_{report['architecture']}", name_of(report)
         found = measurement(report)

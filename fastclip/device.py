@@ -67,3 +67,10 @@ def driver_is_installed() -> bool:
 def available_cores() -> int:
     """The cores this process may run on: fewer than the machine has where it is bound to some."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def own_cores() -> int:
+    """This process's share of the cores; torchrun and DeepSpeed's launcher set how many share."""
+    counts = (os.environ.get(name) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
+    processes = next((int(value) for value in counts if value), 1)
+    return max(1, available_cores() // processes)

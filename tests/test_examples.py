@@ -153,6 +153,36 @@ def test_several_processes_have_the_whole_batchs_gradient() -> None:
     assert len(numbers(r"differs by ([\d.]+e[-+]\d+)", message)) == 2
 
 
+FRAMEWORKS = ("fsdp2", "trainer_accelerate", "trainer_lightning", "trainer_transformers")
+
+ONE_AFTER_THE_OTHER = """
+import runpy
+import torch.distributed as dist
+
+dist.init_process_group("gloo")
+end = dist.destroy_process_group
+# one group for all examples, each of which would make its own
+dist.init_process_group = dist.destroy_process_group = lambda *arguments, **options: None
+for name in {names}:
+    runpy.run_path(f"examples/{{name}}.py", run_name="__main__")
+end()
+"""
+
+
+@pytest.mark.dist
+def test_under_each_framework_it_is_the_whole_batchs_gradient(tmp_path: Path) -> None:
+    """One launch for all: what takes longest is to import them."""
+    for library in ("accelerate", "pytorch_lightning", "transformers"):
+        pytest.importorskip(library)
+    script = tmp_path / "all.py"
+    script.write_text(ONE_AFTER_THE_OTHER.format(names=FRAMEWORKS))
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    differences = numbers(r"differs by ([\d.]+e[-+]\d+)", run_example(*launcher, str(script)))
+    assert len(differences) == 2 * len(FRAMEWORKS) and max(differences) < 1e-5
+    for name in FRAMEWORKS:
+        assert len((ROOT / "examples" / f"{name}.py").read_text().splitlines()) < 60
+
+
 def test_the_hostfile_is_deepspeeds_format() -> None:
     lines = (ROOT / "examples" / "hostfile").read_text().splitlines()
     machines = [line for line in lines if not line.startswith("#")]

@@ -5,7 +5,6 @@ as bytes in the contract's order and parameters as numbers: nothing in the graph
 """
 
 import itertools
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -24,7 +23,7 @@ from fastclip.data.index import Fault
 from fastclip.data.loader import TrainingLoader, collate
 from fastclip.data.training_samples import TrainingSamples
 from fastclip.data.views import GRAY
-from fastclip.device import available_cores
+from fastclip.device import own_cores
 
 PREFETCH = 2
 # How DALI's own errors begin, whatever their type.
@@ -93,7 +92,7 @@ class DaliLoader(TrainingLoader):
                 'pixels, with a hue in YIQ: give TrainingSamples(..., pixels=False, hue="yiq")'
             )
         self.device = torch.device(device)
-        self.threads = threads or _own_cores()
+        self.threads = threads or own_cores()
         # built now, so that what is missing is reported before training begins
         self._idle: ViewPipeline | None = self._built()
 
@@ -185,13 +184,6 @@ class _Work:
             # before another is built, which may need its memory
             self.pipeline = None
             return None
-
-
-def _own_cores() -> int:
-    """This process's share of the cores; torchrun and DeepSpeed's launcher set how many share."""
-    counts = (os.environ.get(name) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
-    processes = next((int(value) for value in counts if value), 1)
-    return max(1, available_cores() // processes)
 
 
 class ViewPipeline:

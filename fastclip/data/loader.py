@@ -107,6 +107,7 @@ class TrainingLoader:
         rank, world_size: which part of each step's samples is loaded here.
 
     Attributes:
+        epoch_samples: of the data that an epoch is made of; the last may fill no step.
         identity: seed and hash of the counts, which must be the same for positions to mean the
             same samples.
 
@@ -148,6 +149,7 @@ class TrainingLoader:
                 f"an epoch of {length} samples does not fill one batch of {batch}; "
                 "lower --batch-size or give more data"
             )
+        self.epoch_samples = length
         self.samples = samples
         self.samples.board = ReadingBoard(workers)
         self.identity = {"seed": samples.order.seed, "counts": hash64(*samples.order.counts)}
@@ -227,6 +229,7 @@ def obey_parent_only(worker: int) -> None:
     if not hasattr(signal, "sigtimedwait"):
         return
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # blocked, so that it comes to the thread below, which sees from whom
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     parent = os.getppid()

@@ -73,6 +73,11 @@ def widened(value: Tensor, like: Tensor) -> Tensor:
 
 def on_device(name: str, value: Tensor, like: Tensor) -> Tensor:
     """`value` where the features are; as in torch's arithmetic a 0-d CPU tensor goes anywhere."""
+    if type(value).__name__ == "DTensor":
+        raise ValueError(
+            f"{name} is a DTensor; read it inside the model's forward, where FSDP has it whole, "
+            "and return it with the features"
+        )
     if value.device.type == "cpu" and value.ndim == 0:
         return value.to(like.device)
     if value.device != like.device:

@@ -143,7 +143,7 @@ def pairs_loss(
         hits: list[Tensor] | None = None if metrics is None else []
         sweeps = SweepsCall(way, matrix, request.reduction, _compute_dtype(x, request), bank, hits)
         loss = sweeps_loss(sweeps, table.leaf, None, x, y)
-        accuracy = None if not hits else hits[0].view(len(accuracies), n).float().mean(dim=1)
+        accuracy = None if not hits else hits[0].view(len(accuracies), n).to(loss.dtype).mean(dim=1)
     if metrics is not None and accuracy is not None:
         metrics.update(zip(accuracies, accuracy.unbind(), strict=True))
     return loss
@@ -229,7 +229,7 @@ def blocks_loss(
         dtype = _compute_dtype(first, request)
         sweeps = SweepsCall(way, matrix, request.reduction, dtype, None, hits)
         loss = sweeps_loss(sweeps, *leaves, *features)
-        accuracy = None if not hits else hits[0].float().mean() / (count - 1)
+        accuracy = None if not hits else hits[0].to(loss.dtype).mean() / (count - 1)
     if metrics is not None and accuracy is not None:
         metrics["accuracy"] = accuracy
     return loss

@@ -5,7 +5,7 @@
 | `config`, `options` | the configuration, and its sections of flags |
 | `loop`, `state` | the loop, and the value that it takes from step to step |
 | `start`, `training_data`, `classifier`, `layers` | built before the first step |
-| `run_directory`, `describe` | its name, its holder, what the run says of itself |
+| `run_directory`, `describe`, `summary` | its name, its holder, what the run says at its start and end |
 | `resume`, `saving`, `streams` | checkpoints read and written; the random streams in them |
 | `select_engine`, `engine`, `torch_engine` | forward, backward and update of a batch |
 | `zero`, `zero_config`, `zero_checkpoint` | the same by DeepSpeed |

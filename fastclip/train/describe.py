@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from fastclip.atomic import write_folder, write_text
 from fastclip.data.loader import TrainingLoader
@@ -16,6 +15,8 @@ from fastclip.models.clip import CONFIG_FILE, Model
 from fastclip.ops.backend import explain
 from fastclip.train.config import TrainConfig, to_yaml
 from fastclip.train.distributed import World
+from fastclip.train.optim import warmup_steps
+from fastclip.train.summary import labeled
 
 
 def write_description(
@@ -31,23 +32,77 @@ def write_description(
 
 
 def announce(
-    config: TrainConfig, world: World, model: nn.Module, loader: TrainingLoader, step: int
+    config: TrainConfig, world: World, model: Model, loader: TrainingLoader, run: Path, step: int
 ) -> None:
-    """Log the resolved configuration and what it amounts to."""
-    dtype = AUTOCAST_DTYPES[config.model.precision] or torch.float32
+    """Log what is trained, on what and how; the whole configuration is in the run directory."""
+    logger.info("\n".join(header(config, world, model, loader, run, step)))
+
+
+def header(
+    config: TrainConfig, world: World, model: Model, loader: TrainingLoader, run: Path, step: int
+) -> list[str]:
+    """The lines of it.
+
+    Args:
+        config: of the run.
+        world: this process among the others.
+        model: as it is trained.
+        loader: of the training data.
+        run: the run directory.
+        step: steps that a checkpoint has made already.
+    """
+    optim, data = config.optim, config.data
+    samples = optim.step_samples(world.size)
+    used = loader.steps_per_epoch * samples
+    total = optim.epochs * loader.steps_per_epoch
     # sharded parameters are empty here, and know how large they are
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.model.parameters())
     processes = f" x {world.size} processes" if world.size > 1 else ""
-    optim = config.optim
-    micro = f" in {optim.accum_freq} micro-batches" if optim.accum_freq > 1 else ""
-    lines = [
-        to_yaml(config).rstrip(),
-        f"model: {parameters / 1e6:.1f} M parameters on {world.device}{processes}",
-        f"batches: {optim.step_samples(world.size)} samples{micro}, {loader.steps_per_epoch} steps "
-        f"an epoch, {optim.epochs * loader.steps_per_epoch} in all, {step} done",
-    ]
-    for name, status, description in explain(
-        "sigmoid" if config.loss.siglip else "similarity", world.device, dtype
-    ):
-        lines.append(f"loss: {name}: {status} ({description})")
-    logger.info("\n".join(lines))
+    micro = f" x {optim.accum_freq} micro-batches" if optim.accum_freq > 1 else ""
+    parts = f" = {optim.batch_size}{micro}{processes}" if micro or processes else ""
+    count = data.loader_processes
+    loaders = f"{count} loader processes" if count else "loaded in this process"
+    left_over = loader.epoch_samples - used
+    dropped = f" ({left_over:,} samples an epoch fill no step)" if left_over else ""
+    continued = f", {step:,} of them made" if step else ""
+    warmup = f"{warmup_steps(optim, total):,} steps of warm-up"
+    if optim.warmup >= total:
+        warmup += f" (a tenth of the run, which --warmup {optim.warmup:,} would outlast)"
+    lines = {
+        "run": f"{run} (config.yaml has every setting)",
+        "data": f"{data.train_data}, {loader.epoch_samples:,} samples an epoch, {loaders}",
+        "model": f"{config.model.model}, {parameters / 1e6:.1f} M parameters, "
+        f"{config.model.precision} on {world.device}",
+        "loss": f"{_name_of_loss(config)}, computed by {_implementation(config, world)}",
+        "step": f"{samples:,} samples{parts}",
+        "length": f"{optim.epochs:,} epochs of {loader.steps_per_epoch:,} steps{dropped}, "
+        f"{total:,} steps in all{continued}",
+        "rate": f"{optim.lr:g} after {warmup}, then {optim.lr_scheduler}",
+    }
+    return [line for name, text in lines.items() for line in labeled(name, text)]
+
+
+def _name_of_loss(config: TrainConfig) -> str:
+    if config.loss.loss != "objective":
+        return f"{config.loss.loss} ({config.loss.global_variant})"
+    if config.model.objective == "clip" and config.loss.siglip:
+        return "siglip"
+    return config.model.objective
+
+
+def _implementation(config: TrainConfig, world: World) -> str:
+    """The one that computes the loss, and why a faster one does not."""
+    dtype = AUTOCAST_DTYPES[config.model.precision] or torch.float32
+    wanted = config.loss.loss_backend
+    if wanted != "auto":
+        return f"{wanted} (--loss-backend)"
+    chosen, missing = "", ""
+    rows = explain("sigmoid" if config.loss.siglip else "similarity", world.device, dtype)
+    for name, status, _ in rows:
+        if status == "used":
+            chosen = name
+            break
+        # on a CPU a GPU's kernels are not missed
+        if status.startswith("not available") and (name == "cpp") == (world.device.type == "cpu"):
+            missing += f"; {name} is {status}"
+    return chosen + missing

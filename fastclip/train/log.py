@@ -1,7 +1,9 @@
 """What a run writes down: metrics.jsonl, TensorBoard, sample ids, the loss plot."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,9 +24,6 @@ class RunLog:
         step: the step the run stands at; lines of later steps, which a killed run may have left,
             are dropped, so that a resumed run's file reads like an uninterrupted one's.
         config: says which of TensorBoard and wandb are wanted, and whether `samples` writes.
-
-    Raises:
-        ValueError: wandb is wanted and not installed.
     """
 
     def __init__(self, folder: Path, step: int, config: TrainConfig) -> None:
@@ -65,6 +64,21 @@ class RunLog:
             self._wandb.finish()
 
 
+def check_reporters(config: TrainConfig) -> None:
+    """Find out whether what --report-to names is installed, before anything is built.
+
+    Raises:
+        ValueError: it is not.
+    """
+    for name in sorted(config.log.reporters):
+        try:
+            import_module(name)
+        except ImportError as error:
+            raise ValueError(
+                f"--report-to {name} needs the package: pip install {name}; or --report-to none"
+            ) from error
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl; a last line cut short by a kill is left out."""
     return list(_read_lines(folder / METRICS_FILE))
@@ -78,15 +92,24 @@ def plot_loss(folder: Path) -> Path | None:
     from matplotlib import pyplot as plt
 
     lines = read_metrics(folder)
-    train = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-    validation = [(line["step"], line["val/loss"]) for line in lines if "val/loss" in line]
-    if len(train) < 2:
+    if sum("loss" in line for line in lines) < 2:
         return None
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot(*zip(*train, strict=True), linewidth=1, label="training")
-    if validation:
-        axes.plot(*zip(*validation, strict=True), "o-", markersize=3, label="validation")
-        axes.legend(frameon=False)
+    for prefix, name, marker in (("", "training", "-"), ("val/", "validation", "o-")):
+        points = [
+            (line["step"], line[f"{prefix}loss"]) for line in lines if f"{prefix}loss" in line
+        ]
+        if not points:
+            continue
+        (curve,) = axes.plot(*zip(*points, strict=True), marker, linewidth=1, markersize=3)
+        chances = [line[f"{prefix}chance_loss"] for line in lines if f"{prefix}chance_loss" in line]
+        # a loss grows with the batch it is of: only beside its own chance does it say anything
+        batch = f" (batches of {round(math.exp(chances[-1])):,})" if chances else ""
+        curve.set_label(name + batch)
+        if chances:
+            axes.axhline(chances[-1], color=curve.get_color(), linewidth=1, linestyle=":")
+    axes.plot([], [], color="gray", linewidth=1, linestyle=":", label="chance of that batch")
+    axes.legend(frameon=False)
     axes.set_xlabel("step")
     axes.set_ylabel("contrastive loss")
     axes.spines[["top", "right"]].set_visible(False)
@@ -98,10 +121,8 @@ def plot_loss(folder: Path) -> Path | None:
 
 
 def _start_wandb(folder: Path, config: TrainConfig) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise ValueError("--report-to wandb needs the package: pip install wandb") from error
+    import wandb
+
     return wandb.init(
         project="fastclip",
         id=config.log.name,

@@ -52,6 +52,7 @@ def _train(
     """The run directory, and the signals that ended it before its time."""
     state, evaluation, report = start(config, here, around)
     stopping = False
+    stop.training = True
     with report:
         while state.epoch < config.optim.epochs and not stopping:
             stopping = train_epoch(state, report, stop, watch)

@@ -65,12 +65,14 @@ def check_groups(saved: int, groups: Sequence[Any]) -> None:
         )
 
 
-def learning_rate(options: OptimOptions, step: int, total_steps: int) -> float:
-    """The rate of `step` (from 0): linear warm-up, then half a cosine to 0 or a constant.
+def warmup_steps(options: OptimOptions, total_steps: int) -> int:
+    """Those of --warmup; a tenth of a run that is no longer than they are."""
+    return options.warmup if options.warmup < total_steps else total_steps // 10
 
-    A warm-up longer than the whole run never ends, so it is cut at a tenth of the run.
-    """
-    warmup = options.warmup if options.warmup < total_steps else total_steps // 10
+
+def learning_rate(options: OptimOptions, step: int, total_steps: int) -> float:
+    """The rate of `step` (from 0): linear warm-up, then half a cosine to 0 or a constant."""
+    warmup = warmup_steps(options, total_steps)
     if step < warmup:
         return options.lr * (step + 1) / warmup
     if options.lr_scheduler == "const":

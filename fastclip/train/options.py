@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from fastclip.data.options import DataOptions
+from fastclip.device import own_cores
 from fastclip.flags import check_least, check_positive, flag, flag_name
 from fastclip.functional.global_contrastive import GAMMAS, RHO, check_options, check_variant
 from fastclip.models.options import SystemOptions
@@ -49,13 +50,21 @@ class TrainingDataOptions(DataOptions):
     text_augment: Literal["none", "weak", "strong"] = flag("none", defines_run=True)
     """weak: stop-words removed, often. strong: then a synonym, a swap or a deletion as well. The
     strong views of --objective are strong in any case."""
-    workers: int = flag(4, defines_run=False)
-    """Processes that load data; 0 loads in the training process. Does not change the samples."""
+    workers: int | None = flag(None, defines_run=False)
+    """Processes that load data, of each training process; 0 loads in the training process itself.
+    By default this process's share of the cores, at most 4. Does not change the samples."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_least(self, shuffle_window=1, workers=0)
         check_positive(self, "train_num_samples")
+
+    @property
+    def loader_processes(self) -> int:
+        """What --workers is, or comes to on this machine."""
+        if self.workers is not None:
+            return self.workers
+        return min(4, own_cores())
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
-"""What a run shows while it trains: the bar, metrics, hints, and notes on the data."""
+"""What a run shows while it trains: the bar, metrics, hints, notes on the data, a summary."""
 
 import logging
+import textwrap
+import time
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -16,6 +18,7 @@ from fastclip.train.health import Hints
 from fastclip.train.log import RunLog, plot_loss
 from fastclip.train.meter import Meter
 from fastclip.train.state import TrainState
+from fastclip.train.summary import LABEL, WIDTH, duration, labeled, summary
 
 
 @dataclass(frozen=True)
@@ -45,20 +48,25 @@ class Report:
         config = state.config
         self._first = state.world.is_first
         self._folder, self._engine = state.folder, state.engine
-        self._total, self._done = state.total_steps, state.step
+        self._total, self._done = state.total_steps, state.steps_done
         self._samples = state.step_samples
         self._log = RunLog(state.folder, state.step, config) if self._first else None
+        self._shown = False
         self._cut = _CutTexts()
         self._grouped = 0
         self._faults = FaultLog()
-        self._hints = Hints(state.engine.objective.chance(self._samples), config.optim.warmup)
+        self._chance = state.engine.objective.chance(self._samples)
+        self._hints = Hints(self._chance, config.optim.warmup)
+        self._state = state
 
     def __enter__(self) -> "Report":
+        # None: a bar where there is a terminal
         quiet = None if self._first else True
         self._bar = tqdm(
             total=self._total, initial=self._done, unit="step", disable=quiet, dynamic_ncols=True
         )
         self.meter = Meter(self._samples)
+        self._began = time.perf_counter()
         return self
 
     def __exit__(
@@ -71,13 +79,17 @@ class Report:
         if self._log is not None:
             self._log.close()
             plot_loss(self._folder)
+            if error is None:
+                logger.info("\n".join(summary(self._state, time.perf_counter() - self._began)))
         if self._faults.counts:
             # the places were shown when they came up
             logger.warning(f"skipped samples and shards: {self._faults.summary()}")
-        if self._cut.count:
-            logger.warning(f"note: {self._cut.count} texts were cut to the context")
-        if self._grouped:
-            logger.warning(f"note: {self._grouped} pairs in this process's batches were duplicates")
+        # other ranks' are like the first's
+        own = " in the first process's batches" if self._state.world.size > 1 else ""
+        if self._cut.count and self._first:
+            logger.warning(f"note: {self._cut.count} texts{own} were cut to the context")
+        if self._grouped and self._first:
+            logger.warning(f"note: {self._grouped} pairs{own} were duplicates")
         skipped = self._engine.skipped
         if skipped and self._first:
             logger.warning(f"float16 overflowed in {skipped} steps; skipped")
@@ -87,13 +99,17 @@ class Report:
         self._say(f"warning: {text}", logging.WARNING)
 
     def batch(self, state: TrainState, batches: list[dict[str, Any]]) -> None:
-        """Show what is wrong with the data of a step, before it is made."""
+        """Show two captions of the first step, and what is wrong with the data of each."""
+        if self._first and not self._shown:
+            self._shown = True
+            self._show_captions(batches)
         for fault in self._faults.add([f for batch in batches for f in batch["faults"]]):
             self._say(f"skipped {fault}", logging.WARNING)
         ids = [batch["group"] for batch in batches if "group" in batch]
         self._grouped += grouped_pairs(torch.cat(ids)) if ids else 0
         if self._cut.add(batches):
-            self._say(f"note: {self._cut.notice(state.model.tokenizer)}", logging.WARNING)
+            if self._first:
+                self._say(f"note: {self._cut.notice(state.model.tokenizer)}", logging.WARNING)
 
     def step(self, state: TrainState, batches: list[dict[str, Any]], result: StepResult) -> None:
         """Count a step that was made, and write its metrics where they are due."""
@@ -109,8 +125,19 @@ class Report:
         """Write the metrics of an evaluation; on the first rank."""
         assert self._log is not None
         self._log.metrics(state.step, metrics)
-        shown = (f"{name.removeprefix('val/')} {value:.4f}" for name, value in metrics.items())
-        self._say(f"epoch {state.epoch}: {'  '.join(shown)}")
+        lines = [f"epoch {state.epoch}, validation:"]
+        for name, value in metrics.items():
+            text = f"{name.removeprefix('val/')} {value:.4f}"
+            if len(lines[-1]) + 2 + len(text) > 80:
+                lines.append("   ")
+            lines[-1] += f"  {text}"
+        self._say("\n".join(lines))
+
+    def _show_captions(self, batches: list[dict[str, Any]]) -> None:
+        captions = [text for texts in batches[0].get("captions", ()) for text in texts[:1]][:2]
+        for text in captions:
+            # as the tokenizer gets it
+            self._say("\n".join(labeled("caption", textwrap.shorten(text, WIDTH - LABEL))))
 
     def _write_sample_ids(self, state: TrainState, batches: list[dict[str, Any]]) -> None:
         own = [key for batch in batches for key in batch["key"]]
@@ -128,6 +155,7 @@ class Report:
             "grad_norm": state.engine.norm.item(),
             "lr": result.rate,
             **({} if scale is None else {"logit_scale": scale}),
+            **({} if self._chance is None else {"chance_loss": self._chance}),
             "epoch": state.epoch + state.step_in_epoch / state.loader.steps_per_epoch,
             "loss_exchange_mib": result.received / 2**20,
             **self.meter.read(state.world.device),
@@ -138,14 +166,19 @@ class Report:
             self._say(f"hint: {hint}", logging.WARNING)
 
     def _show(self, step: int, values: dict[str, Any]) -> None:
-        text = (
-            f"loss {values['loss']:.3f}  {values['samples_per_second']:.0f} samples/s  "
-            f"data wait {values['data_wait']:.0%}  peak {values['peak_memory_gib']:.1f} GiB"
-        )
+        text = f"loss {values['loss']:.3f}  lr {values['lr']:.1e}  "
+        # one of the two, so that a line has room in 80 columns
+        if values["data_wait"] >= 0.1:
+            text += f"data wait {values['data_wait']:.0%}  "
+        elif "logit_scale" in values:
+            text += f"scale {values['logit_scale']:.1f}  "
+        speed = values["samples_per_second"]
+        text += f"{speed:.0f} samples/s"
         self._bar.set_postfix_str(text)
         if self._bar.disable:
-            # no terminal: lines for a log file instead of a bar
-            logger.info(f"step {step}/{self._bar.total}  {text}")
+            # lines for a log file instead of a bar, which has the time left itself
+            left = (self._total - self._state.steps_done) * self._samples / speed
+            logger.info(f"step {step}/{self._total}  {text}  {duration(left)} left")
 
     def _say(self, text: str, level: int = logging.INFO) -> None:
         # above the bar

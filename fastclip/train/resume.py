@@ -33,7 +33,7 @@ def read_resumed(
             )
         return None, None
     if config.checkpoint.resume == "latest" and not existing:
-        _note(world, f"{folder} holds no checkpoint yet; the run begins")
+        # said once the run has described itself: a name may be mistyped
         return None, None
     latest = _latest(folder, world) if existing else None
     path = latest if config.checkpoint.resume == "latest" else Path(config.checkpoint.resume)

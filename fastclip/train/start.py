@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fastclip.data.order import hash64
+from fastclip.messages import note
 from fastclip.models.build import build
 from fastclip.models.clip import Model
 from fastclip.train.classifier import begin_classifier, class_names
@@ -16,6 +17,7 @@ from fastclip.train.config import TrainConfig
 from fastclip.train.describe import announce, write_description
 from fastclip.train.distributed import World
 from fastclip.train.layers import exchange_layers
+from fastclip.train.log import check_reporters
 from fastclip.train.report import Report
 from fastclip.train.resume import check_same_data, read_resumed
 from fastclip.train.run_directory import hold
@@ -41,6 +43,7 @@ def start(
         The state before the next step, the evaluation where --val-data is given, and the report.
     """
     folder = Path(config.log.logs) / str(config.log.name)
+    check_reporters(config)
     # before anything is looked for in it: two starts of one name must not both begin
     hold(folder, world, around)
     path, resumed = read_resumed(config, folder, world)
@@ -70,7 +73,9 @@ def start(
     if world.is_first:
         state.checkpoints.mkdir(parents=True, exist_ok=True)
         write_description(folder, config, model, classes)
-        announce(config, world, model.model, loader, state.step)
+        announce(config, world, model, loader, folder, state.step)
+        if path is None and config.checkpoint.resume == "latest":
+            note(f"{state.checkpoints} holds no checkpoint: this is a new run; check --name")
     report = Report(state)
     # last, so that nothing else draws from these streams
     _start_streams(config, world, resumed)

@@ -1,4 +1,7 @@
-"""Being asked to stop: the run saves after the step under way and says so by its exit status."""
+"""Being asked to stop: the run saves after the step under way and says so by its exit status.
+
+SIGTERM and SIGUSR1 (which SLURM sends ahead of a time limit) ask for it, and Ctrl-C in a terminal.
+"""
 
 import os
 import signal
@@ -14,16 +17,21 @@ class StoppedError(RuntimeError):
 
 
 class StopSignals:
-    """Within the block SIGTERM and SIGUSR1 (which SLURM sends ahead of a time limit) are noted.
+    """Within the block the three are noted, SIGINT (Ctrl-C) once training has begun.
 
     A second one ends the process as if nobody listened. Outside the main thread Python hears no
     signals, and nothing is noted.
+
+    Attributes:
+        received: the signal that was noted.
+        training: whether there is something to save; before that Ctrl-C interrupts.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self.training = False
 
     def __enter__(self) -> "StopSignals":
         self._process = os.getpid()
@@ -43,7 +51,19 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         # loader processes inherit the handler, and must die when asked to
-        if self.received is not None or os.getpid() != self._process:
+        elsewhere = os.getpid() != self._process
+        if elsewhere and number == signal.SIGINT:
+            # the terminal sends it to all; the training process decides
+            return
+        if self.received is not None or elsewhere:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+        if number == signal.SIGINT:
+            if not self.training:
+                raise KeyboardInterrupt
+            # the step under way may be long; a handler may write, but not log
+            if os.environ.get("RANK", "0") == "0":
+                os.write(
+                    2, b"\nstopping: the run saves after this step; Ctrl-C again ends it now\n"
+                )
         self.received = signal.Signals(number)

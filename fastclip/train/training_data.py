@@ -67,7 +67,7 @@ def build_loader(
         "batch_size": config.optim.batch_size,
         "micro_batches": config.optim.accum_freq,
         "epoch_samples": data.train_num_samples,
-        "workers": data.workers,
+        "workers": data.loader_processes,
         "rank": world.rank,
         "world_size": world.size,
     }

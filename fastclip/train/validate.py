@@ -1,5 +1,6 @@
 """Evaluation during training."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -80,7 +81,7 @@ class Validator:
         """Metrics by name, each beginning with "val/"."""
         precision = self.config.model.precision
         images = embed_images(
-            self.model, self.source, workers=self.config.data.workers, precision=precision
+            self.model, self.source, workers=self.config.data.loader_processes, precision=precision
         )
         for place in () if self._reported else images.faults.places():
             logger.warning(f"skipped in validation: {place}")
@@ -88,7 +89,7 @@ class Validator:
         if isinstance(self.model.model, Classifier):
             metrics = evaluate_zeroshot(self.model, images, [], [])
         else:
-            metrics = {"loss": self._loss(images.features, images.texts)}
+            metrics = self._loss(images.features, images.texts)
             retrieval = evaluate_retrieval(self.model, images, k=(1, 5), precision=precision)
             metrics |= {name: value for name, value in retrieval.items() if "recall" in name}
             if self.classes and any(label is not None for label in images.labels):
@@ -96,8 +97,11 @@ class Validator:
         return {f"val/{name}": value for name, value in metrics.items()}
 
     @torch.no_grad()
-    def _loss(self, images: torch.Tensor, texts: list[tuple[str, ...]]) -> float:
-        """CLIP's or SigLIP's loss over batches of the training's size, with first captions."""
+    def _loss(self, images: torch.Tensor, texts: list[tuple[str, ...]]) -> dict[str, float]:
+        """The loss over batches of --batch-size with first captions, and CLIP's chance of these.
+
+        A step of the training may have more samples, and with them a larger loss.
+        """
         first = [own[0] for own in texts]
         features = embed_texts(self.model, first, precision=self.config.model.precision)
         model = self.model.model
@@ -110,4 +114,5 @@ class Validator:
         size = min(self.config.optim.batch_size, len(texts))
         starts = range(0, len(texts) - size + 1, size)
         losses = [function(images[i : i + size], features[i : i + size], *scalars) for i in starts]
-        return torch.stack(losses).mean().item()
+        found = {"loss": torch.stack(losses).mean().item()}
+        return found if self.config.loss.siglip else {**found, "chance_loss": math.log(size)}

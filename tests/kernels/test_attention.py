@@ -187,8 +187,11 @@ def test_rules_and_the_table_hold_plans() -> None:
 def test_resources() -> None:
     """No spills, shared memory within bounds, the right matrix instruction: no GPU needed."""
     code = (
-        "import json; from dataclasses import asdict; import fastclip.bench.compile_report as c;"
-        "print(json.dumps([asdict(r) for n in (80, 90, 100) for r in c._attention(n)]))"
+        "import json; from dataclasses import asdict\n"
+        "from fastclip.bench.compile_cases import attention_cases\n"
+        "from fastclip.bench.compile_report import compiled\n"
+        "found = [compiled(case) for n in (80, 90, 100) for case in attention_cases(n)]\n"
+        "print(json.dumps([asdict(report) for report in found]))"
     )
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(

@@ -49,7 +49,12 @@ def test_resources(reports: list[dict]) -> None:
     """Shared memory and registers within the architecture's, the right matrix instruction."""
     instruction = {80: "mma.sync", 86: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
     for report in reports:
-        assert report["spills"] == 0, report
+        limits = compile_limits.limits_of(report["triton"], report["architecture"])
+        stated = limits.get(compile_limits.name_of(report), {}).get("spilled", 0)
+        assert report["spills"] <= stated, report
+        # a candidate of the sweep may spill, and second launches
+        shipped = report["kernel"] in LEAN and "/walking/" not in report["variant"]
+        assert stated == 0 or not shipped, report
         assert report["shared"] <= report["shared_limit"], report
         assert report["registers"] <= 255, report
         on_tensor_cores = report["variant"].endswith(("16bit", "tf32"))
@@ -102,7 +107,8 @@ def test_a_limit_above_the_aim_says_why() -> None:
     for version, architectures in compile_limits.read().items():
         for architecture, rows in architectures.items():
             for name, row in rows.items():
-                above = row.get("floor", 0) > compile_limits.aim_of(name) or row["spilled"] > 0
+                above = row.get("floor", 0) > compile_limits.aim_of(name)
+                above |= row.get("spilled", 0) > 0 or compile_limits.FAILS in row
                 assert above == (compile_limits.REASON in row), (version, architecture, name)
 
 

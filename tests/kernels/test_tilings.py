@@ -109,7 +109,9 @@ def test_softplus_and_its_slope_over_their_range() -> None:
     x[:, 0], y[:, 0] = torch.linspace(-30, 30, 121), 1.0
     out = torch.full(similarity.room_for(121, 3), torch.nan)[:121, :3]
     one, tiling = torch.tensor(1.0), Tiling(16, 32, 16, 4, 1)
-    rows, dot, total = sigmoid.sigmoid(x, y, one, None, None, torch.ones(121), out, tiling)
+    rows, dot, total = sigmoid.sigmoid(
+        x, y, one, None, None, None, False, torch.ones(121), out, tiling
+    )
     z = x[:, :1].double().expand(121, 3)
     # an exponent of 43 is known to half of 43 eps
     torch.testing.assert_close(rows.double(), F.softplus(z, threshold=99).sum(1), rtol=4e-6, atol=0)
@@ -159,7 +161,7 @@ def test_products_that_leave_float32s_range_go_entry_by_entry(columns: int) -> N
     out = torch.full(similarity.room_for(70, columns), torch.nan)[:70, :columns]
     one, offset, weight = torch.tensor(1.0), torch.tensor(-1.0), torch.arange(70.0)
     tiling = Tiling(16, 64, 16, 4, 1, parts=1)
-    rows, dot, _ = sigmoid.sigmoid(x, y, one, offset, None, weight, out, tiling)
+    rows, dot, _ = sigmoid.sigmoid(x, y, one, offset, None, None, False, weight, out, tiling)
     z = x[:, :1].double().expand(70, columns) - 1
     # an exponent of 130 is known to half of 130 eps
     want = F.softplus(z, threshold=999).sum(1)

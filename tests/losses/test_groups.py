@@ -211,6 +211,21 @@ def test_groups_cost_no_product(name: str, products: int) -> None:
         assert count.products_of(N, columns, WIDTH) == products
 
 
+@pytest.mark.parametrize("name, role", CASES)
+def test_nothing_of_the_size_of_S_is_saved(name: str, role: str) -> None:
+    saved: list[int] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        saved.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        found(name, role, True, backend="torch", keep_bytes=0)
+    # no more than the features of both sides, which are fewer than the entries of S
+    blocks = {"nt_xent": 2, "mp_nce": 3}.get(name, 1)
+    assert 0 < max(saved) <= (blocks * N + EXTRA) * WIDTH < (blocks * N) ** 2
+
+
 def test_a_bank_has_ids_too() -> None:
     x, y, scale = LOSSES["info_nce"].leaves()
     for role in ("excluded", "positive"):

@@ -82,6 +82,18 @@ def test_minus_infinity_leaves_a_column_out(backend: str, keep_bytes: int | None
     assert column_bias.grad is not None and column_bias.grad[-2] == 0
 
 
+def test_nothing_of_the_size_of_S_is_saved() -> None:
+    saved: list[int] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        saved.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        clip_terms(*leaves(), backend="torch", keep_bytes=0)
+    assert 0 < max(saved) <= M * WIDTH < N * M
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_alone_with_positives_anywhere(backend: str) -> None:
     x, y, scale, _, column_bias = given = leaves()

@@ -159,3 +159,18 @@ def test_float16_gradients_travel_narrow_once_a_loss_scale_is_on(exchange: str) 
     for (dtype, *loss), count in received.items():
         more = 3 * 6 * 5 * 2 if dtype == torch.float16 and loss == ["siglip", "mean"] else 0
         assert count - more == received[torch.bfloat16, loss[0], loss[1]], (dtype, loss)
+
+
+@pytest.mark.parametrize(
+    "name, remedy", [("features", "to_local"), ("scale", "the model's forward")]
+)
+def test_a_dtensor_is_refused_with_the_remedy(name: str, remedy: str) -> None:
+    """Recognized by its type's name, as torch.distributed.tensor takes long to import."""
+    kind = type("DTensor", (torch.Tensor,), {})
+    features, scale = torch.eye(3), torch.ones(1)
+    if name == "features":
+        features = features.as_subclass(kind)
+    else:
+        scale = scale.as_subclass(kind)
+    with pytest.raises(ValueError, match=f"DTensor.*{remedy}"):
+        functional.clip_loss(features, torch.eye(3), scale)

@@ -20,6 +20,8 @@ from fastclip.ops import backend, kept
 from fastclip.ops.gemm import count_products
 from fastclip.ops.tiles.base import SoftmaxStats, Tile
 from fastclip.ops.tiles.cuda import CudaTiles
+from tests.losses.test_groups import CASES as GROUPS
+from tests.losses.test_groups import test_every_implementation_has_them as check_groups
 from tests.ops import test_kept
 from tests.ops.cases import (
     LOSSES,
@@ -122,6 +124,13 @@ def test_pairwise_coverage(case: dict) -> None:
 @pytest.mark.parametrize("name", LOSSES)
 def test_several_pieces_a_tile(name: str, dtype: torch.dtype) -> None:
     check(name, 300, 24, 14.3, dtype, extra=24, chunk=200)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name, role", GROUPS)
+def test_groups_and_weights(name: str, role: str, dtype: torch.dtype) -> None:
+    """Against the definitions, as the other implementations."""
+    check_groups(name, role, "cuda", dtype)
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -49,7 +49,7 @@ def test_two_ranks_equal_one_process_and_resume_exactly(flags: list[str], tmp_pa
     alone = train(parse([*flags, "--name", "alone", "--batch-size", "16"]))
     two = [*flags, "--batch-size", "8", "--save-every-steps", "30"]
     errors = torchrun(*two, "--name", "pair")
-    assert "x 2 processes" in errors and "batches: 16 samples" in errors
+    assert "16 samples = 8 x 2 processes" in errors and errors.count("caption   ") == 2
     pair = tmp_path / "logs" / "pair"
     ours, theirs = ([line["loss"] for line in read_metrics(run)] for run in (pair, alone))
     assert len(ours) == STEPS

@@ -57,7 +57,7 @@ def long_flags(train_flags: list[str]) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_saves_within_a_step(
     long_flags: list[str], start_training: Start, tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -69,6 +69,7 @@ def test_a_signal_saves_within_a_step(
     os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 75, errors[-2000:]
+    assert ("Ctrl-C again ends it now" in errors) == (number == signal.SIGINT)
     assert f"{number.name} received; resume with --name stopped --resume latest" in errors
     latest = checkpoint.find_latest(run / "checkpoints")
     assert latest is not None

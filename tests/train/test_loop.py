@@ -197,7 +197,7 @@ def test_a_run_without_a_checkpoint_begins_anew(
     (tmp_path / "logs" / "a" / "checkpoints").mkdir(parents=True)
     flags = [*train_flags, "--name", "a", "--epochs", "1"]
     assert main(["train", *flags, "--resume", "latest"]) == 0
-    assert "the run begins" in capsys.readouterr().err
+    assert "holds no checkpoint: this is a new run" in capsys.readouterr().err
 
 
 def test_branching_off_an_earlier_checkpoint_needs_another_name(
@@ -267,7 +267,10 @@ def test_float16_trains_with_a_loss_scale(train_flags: list[str]) -> None:
 
 
 def test_wandb_is_asked_for_by_name(
-    train_flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    train_flags: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     logged = []
     finished = []
@@ -290,6 +293,8 @@ def test_wandb_is_asked_for_by_name(
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert main(["train", *train_flags, "--name", "a", "--report-to", "wandb"]) == 1
     assert "pip install wandb" in capsys.readouterr().err
+    # before anything was built
+    assert not (tmp_path / "logs" / "a").exists()
 
 
 def test_a_checkpoint_of_another_model_is_refused(

@@ -1,0 +1,86 @@
+"""What is said of a run at its end: how long it took, how well it did, and what to do next."""
+
+import textwrap
+from typing import Any
+
+from fastclip.models import checkpoint
+from fastclip.train.log import read_metrics
+from fastclip.train.state import TrainState
+
+WIDTH, LABEL = 80, 10
+"""Columns of a line, and of them those of its label."""
+
+
+def summary(state: TrainState, seconds: float) -> list[str]:
+    """The lines of it, from the run's metrics.
+
+    Args:
+        state: of the run, after its last step.
+        seconds: since training began, evaluations and checkpoints included.
+    """
+    metrics = read_metrics(state.folder)
+    made = f"{state.steps_done:,} of {state.total_steps:,} steps"
+    speeds = [line["samples_per_second"] for line in metrics if "samples_per_second" in line]
+    # the first ones are slow
+    speed = f", {sorted(speeds)[len(speeds) // 2]:,.0f} samples/s" if speeds else ""
+    lines = {"done": f"{made} in {duration(seconds)}{speed}"}
+    losses = [line for line in metrics if "loss" in line]
+    if losses:
+        chance = losses[-1].get("chance_loss")
+        lines["loss"] = f"{losses[-1]['loss']:.3f}" + (f" (chance {chance:.3f})" if chance else "")
+    names = {name: None for line in metrics for name in line if name.startswith("val/")}
+    scores = [_best_and_last(metrics, name) for name in names if "chance" not in name]
+    saved = max(checkpoint.named(state.checkpoints, "epoch_"), key=checkpoint.step_of, default=None)
+    files = f"{state.folder}: loss.png, metrics.jsonl" + (
+        f", {saved.relative_to(state.folder)}" if saved else ""
+    )
+    run = state.folder
+    return [
+        *(line for name, text in lines.items() for line in labeled(name, text)),
+        *(f"{'' if index else 'scores':{LABEL}}{score}" for index, score in enumerate(scores)),
+        *labeled("files", files),
+        "next",
+        f"  fastclip eval retrieval --model {run} --data DATA",
+        f"  fastclip embed images DATA --model {run} -o features.npy",
+        f"  fastclip convert to-open-clip {run} model.pt",
+    ]
+
+
+def labeled(label: str, text: str) -> list[str]:
+    """The text beside its label, at most 80 columns wide; paths are not broken.
+
+    Examples:
+        >>> from fastclip.train.summary import labeled
+        >>> labeled("step", "128 samples")
+        ['step      128 samples']
+    """
+    return textwrap.wrap(
+        f"{label:{LABEL}}{text}",
+        WIDTH,
+        subsequent_indent=" " * LABEL,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def duration(seconds: float) -> str:
+    """As 1:02:03, or 2:03.
+
+    Examples:
+        >>> from fastclip.train.summary import duration
+        >>> duration(123.4), duration(3723)
+        ('2:03', '1:02:03')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _best_and_last(metrics: list[dict[str, Any]], name: str) -> str:
+    """A validation score's last value and, where another was better, the best."""
+    found = [(line[name], line["step"]) for line in metrics if name in line]
+    better = min if "loss" in name else max
+    best, step = better(found, key=lambda pair: pair[0])
+    last = found[-1][0]
+    before = "" if last == best else f" (best {best:.4f}, at step {step:,})"
+    return f"{name.removeprefix('val/')} {last:.4f}{before}"

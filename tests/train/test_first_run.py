@@ -1,0 +1,139 @@
+"""What a run says of itself: at its beginning, at its end, and when it is asked to stop."""
+
+import json
+import math
+import os
+import shlex
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib import pyplot
+
+from fastclip import device
+from fastclip.cli import main
+from fastclip.train import log
+from fastclip.train.config import parse
+from fastclip.train.log import plot_loss, read_metrics
+from fastclip.train.stop import StopSignals
+from fastclip.train.summary import WIDTH
+
+
+def said(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
+    assert main(["train", *flags]) == 0
+    return capsys.readouterr().err
+
+
+def test_a_run_says_what_it_is_and_how_it_went(
+    train_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*train_flags, "--train-num-samples", "70", "--warmup", "200", "--name", "a"]
+    text = said(capsys, *flags, "--val-data", "scenes", "--log-every-n-steps", "4")
+    lines = text.splitlines()
+    run = tmp_path / "logs" / "a"
+    labels = [line.split()[0] for line in lines[:16] if not line.startswith(" ")]
+    expected = ["run", "data", "model", "loss", "step", "length", "rate", "caption", "caption"]
+    assert labels[: len(expected)] == expected
+    for part in (
+        "scenes, 70 samples an epoch, loaded in this process",
+        "M parameters, fp32 on cpu",
+        "2 epochs of 8 steps (6 samples an epoch fill no step), 16 steps in all",
+        "0.0005 after 1 steps of warm-up (a tenth of the run, which --warmup",
+    ):
+        assert part in text
+    # the configuration is in the file alone
+    assert "aug_flip" not in text and "aug_flip" in (run / "config.yaml").read_text()
+    assert [line.split()[1] for line in lines if line.startswith("step ")][1:] == [
+        f"{step}/16" for step in (4, 8, 12, 16)
+    ]
+    assert "  lr 5.5e-06  " in text and " samples/s  0:00 left" in text
+    assert "  scale 14." in text or "  data wait " in text
+
+    metrics = read_metrics(run)
+    last = [line for line in metrics if "loss" in line][-1]["loss"]
+    scores = [line["val/loss"] for line in metrics if "val/loss" in line]
+    assert "16 of 16 steps in 0:" in text and f"{last:.3f} (chance {math.log(8):.3f})" in text
+    best = "" if scores[1] <= scores[0] else f" (best {scores[0]:.4f}, at step 8)"
+    assert f"scores    loss {scores[1]:.4f}{best}\n" in text
+    assert f"{run}: loss.png, metrics.jsonl" in text.replace("\n          ", " ")
+    # paths are not broken, and notes are sentences
+    wide = [line for line in lines if len(line) > WIDTH and str(tmp_path) not in line]
+    assert not [line for line in wide if not line.startswith("note: ")]
+
+    commands = text.partition("\nnext\n")[2].splitlines()[:3]
+    assert [shlex.split(line)[:2] for line in commands] == [
+        ["fastclip", "eval"],
+        ["fastclip", "embed"],
+        ["fastclip", "convert"],
+    ]
+    arguments = [
+        str(tmp_path / word) if word == "model.pt" else word
+        for word in shlex.split(commands[2])[1:]
+    ]
+    assert main(arguments) == 0 and (tmp_path / "model.pt").exists()
+
+
+def test_a_name_that_has_nothing_to_resume_is_said_below_the_rest(
+    train_flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*train_flags, "--epochs", "1", "--name", "typo", "--resume", "latest"]
+    text = said(capsys, *flags)
+    note = text.index("holds no checkpoint: this is a new run; check --name")
+    assert text.index("\nrate ") < note < text.index("\ncaption ")
+
+
+def test_steps_that_were_made_are_said(
+    train_flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    said(capsys, *train_flags, "--name", "a", "--epochs", "1")
+    text = said(capsys, *train_flags, "--name", "a", "--resume", "latest")
+    assert "16 steps in all, 8 of them made" in text and "16 of 16 steps" in text
+
+
+@pytest.mark.parametrize("cores, share, expected", [(2, 1, 2), (64, 8, 4), (2, 8, 1), (8, 4, 2)])
+def test_loader_processes_are_as_many_as_the_cores(
+    cores: int, share: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "available_cores", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(share))
+    assert parse([]).data.loader_processes == expected
+    assert parse(["--workers", "0"]).data.loader_processes == 0
+
+
+def test_curves_are_labeled_with_the_batch_they_are_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[dict[str, Any]] = [
+        {"step": step, "loss": 4.85, "chance_loss": math.log(128)} for step in (1, 2)
+    ]
+    lines.append({"step": 2, "val/loss": 3.4, "val/chance_loss": math.log(32)})
+    (tmp_path / log.METRICS_FILE).write_text("\n".join(map(json.dumps, lines)) + "\n")
+    drawn = []
+    monkeypatch.setattr(pyplot, "close", lambda figure: drawn.append(figure.axes[0]))
+    assert plot_loss(tmp_path) == tmp_path / "loss.png"
+    (axes,) = drawn
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == [
+        "training (batches of 128)",
+        "validation (batches of 32)",
+        "chance of that batch",
+    ]
+    levels = {
+        line.get_ydata()[0]
+        for line in axes.lines
+        if line.get_linestyle() == ":" and len(line.get_ydata())
+    }
+    assert levels == {math.log(128), math.log(32)}
+
+
+def test_ctrl_c_interrupts_until_there_is_something_to_save(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with StopSignals() as stop:
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        stop.training = True
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.received == signal.SIGINT
+    assert "the run saves after this step; Ctrl-C again ends it now" in capfd.readouterr().err
