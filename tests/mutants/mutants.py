@@ -8,6 +8,7 @@ from selections import (
     ATTENTION,
     CHECKPOINT,
     CLIP,
+    DENSE_KERNELS,
     LEAN,
     MODULES,
     ORDER,
@@ -35,6 +36,19 @@ _REST: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("kernels/attention_plans.py", "tests/kernels/test_attention.py -k tiles_cover"): [
         ("rest <= size // 2)", "rest < size // 2)"),
         ("max(rest // size, 1)", "max(rest // size, 2)"),
+    ],
+    ("kernels/dense.py", DENSE_KERNELS): [
+        ("total = total * tl.exp(top - anchor) + found", "total += found"),
+        ("keep = keep & tl.expand_dims(i_k >= first_negative, 1 - AXIS)", "pass"),
+        ("part = tl.where(b == c, 0.0, part / (blocks - 1))", "part = part / (blocks - 1)"),
+    ],
+    ("kernels/dense_gradient.py", DENSE_KERNELS): [
+        ('other=float("inf"))', "other=0.0)"),
+        (
+            "q = tl.load(planes_ptr + (PULL + b) * lines",
+            "q = tl.load(planes_ptr + (PULL + c) * lines",
+        ),
+        ("0.5 if matrix.symmetric else 1.0", "1.0"),
     ],
     ("kernels/similarity.py", TRITON): [
         ("anchor_s = (finite(anchor_s) - offset)", "anchor_s = (finite(anchor_s) + offset)"),

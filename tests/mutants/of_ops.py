@@ -11,10 +11,25 @@ from selections import (
     PRECISION,
     RANKS,
     SIM,
+    SWEEPS,
     TRITON,
 )
 
 OPS: dict[tuple[str, str], list[tuple[str, str]]] = {
+    # S whole
+    ("fastclip/ops/dense_torch.py", SWEEPS): [
+        ("(found + found.transpose(0, 1))", "(found + found)"),
+        ("sums_BB = sums_BB / 2", "pass"),
+        ("count = count.to(total.dtype)", "count = count.float()"),
+        ("(lines.lse, weight))\n", "(lines.lse, lines.weight))\n"),
+    ],
+    ("fastclip/ops/dense_sweeps.py", SWEEPS): [
+        ("rows = len(x_ND) if (any(needs)", "rows = len(x_ND) if (needs[0]"),
+        (
+            "up = Upstream(upstream, matrix.factor(call.reduction), divisor)",
+            "up = Upstream(upstream, matrix.factor(call.reduction), None)",
+        ),
+    ],
     # what S is
     ("fastclip/ops/problem.py", PRECISION): [
         ("layout.start(segment.block, 0))", "layout.start(0, 0))"),

@@ -8,6 +8,8 @@ OTHERS = "tests/losses/test_non_contrastive.py"
 RANKS = "tests/ops/test_distributed.py -k [3"
 CUDA = "tests/test_native_build.py -k library_alone and plain"
 CPP = "tests/ops/test_cpp.py -k pairwise"
+SWEEPS = "tests/ops/test_dense_sweeps.py -k each_input and torch or metrics and torch or float64"
+DENSE_KERNELS = "tests/ops/test_dense_sweeps.py -k (pairwise or metrics) and triton"
 TRITON = (
     "tests/kernels/test_tilings.py tests/kernels/test_triton.py"
     " -k (against_float64 and not siglip) or span or ties"
