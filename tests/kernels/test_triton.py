@@ -89,8 +89,10 @@ def test_precision_under_autocast(
 
     With features that are bf16 themselves the gradient has its own last rounding.
     """
+    # the smaller the scale, the more rows it takes until rounding averages out
+    rows = 1000 if scale < 100 else 500
     for dtype, limit in ((torch.float32, bound), (torch.bfloat16, 2.5e-3)):
-        case = LOSSES[name].make(500, 512, scale, correlation, seed=1).cast(dtype)
+        case = LOSSES[name].make(rows, 512, scale, correlation, seed=1).cast(dtype)
         want = theirs(name, case.cast(torch.bfloat16).double())[1]
         got = ours(name, case, autocast=True, backend="triton")[1]
         error = ((got.double() - want).norm() / want.norm()).item()
