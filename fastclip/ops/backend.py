@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 
 import torch
 
@@ -50,7 +51,21 @@ def _triton_unavailable_reason(device: torch.device, dtype: torch.dtype) -> str 
         return f"it runs on CUDA devices, the features are on {device.type}"
     if not interpreted and not _compiler():
         return "Triton builds its launcher with a C compiler: install gcc or clang, or set CC"
-    return _gpu_unavailable_reason(device, dtype)
+    reason = _gpu_unavailable_reason(device, dtype)
+    return reason or (None if interpreted else _old_triton(device))
+
+
+@functools.cache
+def _old_triton(device: torch.device) -> str | None:
+    """Why an older Triton does not serve a B200; by what `compile_report --triton` found."""
+    if torch.cuda.get_device_capability(device)[0] != 10:
+        return None
+    installed = version("triton")
+    if tuple(int(number) for number in installed.split(".")[:2]) >= (3, 8):
+        return None
+    return (
+        f"Triton {installed} cannot compile its kernels for this GPU, 3.8 can: update torch to 2.14"
+    )
 
 
 def _cuda_unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:

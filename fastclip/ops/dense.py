@@ -30,15 +30,16 @@ from fastclip.ops.dense_sweeps import Call as SweepsCall
 from fastclip.ops.dense_sweeps import sweeps_loss
 
 LOSSES = ("clip", "siglip", "info_nce", "nt_xent", "mp_nce", "sup_con")
+# S is saved for the backward: no more than 16 MiB in float32, whatever the time
+MOST_SAVED = 2048 * 2048
 ENTRIES: dict[tuple[str, str], int] = {
-    # By hand, until `python -m fastclip.bench.small` has measured where tiles begin to be faster:
-    # a test then holds the table to the newest results.
-    **{("cpu", loss): 2048 * 2048 for loss in LOSSES},
+    # by benchmarks/results/2026-11-29-cpu-whole.json: some losses gain up to 4096 rows
+    **{("cpu", loss): MOST_SAVED for loss in LOSSES},
     # A prediction from the number of launches: no GPU has timed it. `benchmarks/gpu_lab.sh --stage
     # small` does.
-    **{("cuda", loss): 2048 * 2048 for loss in LOSSES},
+    **{("cuda", loss): MOST_SAVED for loss in LOSSES},
 }
-"""By device type and loss the entries of the largest S held whole; 16 MiB in float32."""
+"""By device type and loss the entries of the largest S held whole."""
 
 # what offsets of 32 bits reach
 MOST_ENTRIES = 2**31 - 1

@@ -63,5 +63,6 @@ def test_the_table_is_the_measured_one(device: str) -> None:
     files = [file for file in every if records.read(file).settings["device"] == device]
     if not files:
         pytest.skip(f"no *-whole.json of a {device} in benchmarks/results: its limits are by hand")
-    found = small.limits(records.read(files[-1]).rows)
+    measured = small.limits(records.read(files[-1]).rows)
+    found = {loss: min(entries, dense.MOST_SAVED) for loss, entries in measured.items()}
     assert found == {loss: dense.ENTRIES[device, loss] for loss in dense.LOSSES}, files[-1]
