@@ -10,7 +10,7 @@ def constant_in_graphs(function: Function) -> Function:
     """Call it when a graph is traced, and keep what it returned.
 
     As `torch.compiler.assume_constant_result`, which imports the compiler to set this mark: that
-    takes nearly as long as importing torch, also where nothing is compiled.
+    takes nearly as long as importing torch, and small batches never need it.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function

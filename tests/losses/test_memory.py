@@ -13,6 +13,7 @@ CHILD = textwrap.dedent("""
     import ctypes, gc, json, re, sys
     import torch
     import torch.nn.functional as F
+    import torch._dynamo  # torch's operators load it when they are first called
     from fastclip import functional as losses
     from fastclip.ops import kept
 
