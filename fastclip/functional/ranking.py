@@ -114,29 +114,10 @@ def ranking_loss(
     """
     check_reduction(reduction)
     choice = Choice.checked(directions, partition_mode, hardness_mode, hardness_strength)
-    columns = _all_documents(query, documents)
     request = dense.Request(
         reduction, backend, chunk_bytes, keep_bytes, precision, dist, group, sizes
     )
-    if choice.is_plain(len(documents)):
-        small = dense.pairs_loss(
-            query, columns, logit_scale, request, both=choice.of_documents_to_queries
-        )
-        if small is not None:
-            return small
-    ranks = ranks_sharing(dist, group, sizes, query)
-    options: dict[str, Any] = {
-        "ranks": ranks,
-        "backend": backend,
-        "chunk_bytes": chunk_bytes,
-        "keep_bytes": keep_bytes,
-        "precision": precision,
-    }
-    if choice.is_one_direction(len(documents)) and reduction != "none":
-        total, _ = info_nce_sum(query, columns, logit_scale, maxima=False, **options)
-        return reduce_sum(total, reduction, ranks, len(query))
-    each = _each(query, documents, columns, logit_scale, choice, options)
-    return reduce(each, reduction, ranks)
+    return _of_choice(query, documents, logit_scale, choice, request)
 
 
 def mean_of_own_rows(
@@ -150,19 +131,8 @@ def mean_of_own_rows(
 
     Averaged over the processes, its gradient is that of the full batch as well.
     """
-    columns = _all_documents(query, documents)
-    if dist is None and choice.is_plain(len(documents)):
-        request = dense.Request("mean", "auto", None, None, "auto", None, None, None)
-        small = dense.pairs_loss(
-            query, columns, logit_scale, request, both=choice.of_documents_to_queries
-        )
-        if small is not None:
-            return small
-    options: dict[str, Any] = {"ranks": ranks_sharing(dist, None, None, query)}
-    if choice.is_one_direction(len(documents)):
-        total, _ = info_nce_sum(query, columns, logit_scale, maxima=False, **options)
-        return total / len(query)
-    return _each(query, documents, columns, logit_scale, choice, options).mean()
+    request = dense.Request("mean", "auto", None, None, "auto", dist, None, None)
+    return _of_choice(query, documents, logit_scale, choice, request, own_mean=True)
 
 
 @dataclass(frozen=True)
@@ -225,6 +195,38 @@ class Choice:
         return (
             len(self.directions) == 1 or self.partition_mode == "per_direction"
         ) and self.weighs(blocks) is None
+
+
+def _of_choice(
+    query: Tensor,
+    documents: Sequence[Tensor],
+    logit_scale: Tensor | float,
+    choice: Choice,
+    request: dense.Request,
+    own_mean: bool = False,
+) -> Tensor:
+    """The loss as the request has it, or the mean of this process's queries."""
+    columns = _all_documents(query, documents)
+    if choice.is_plain(len(documents)):
+        small = dense.pairs_loss(
+            query, columns, logit_scale, request, both=choice.of_documents_to_queries
+        )
+        if small is not None:
+            return small
+    reduction = request.reduction
+    ranks = ranks_sharing(request.dist, request.group, request.sizes, query)
+    options: dict[str, Any] = {
+        "ranks": ranks,
+        "backend": request.backend,
+        "chunk_bytes": request.chunk_bytes,
+        "keep_bytes": request.keep_bytes,
+        "precision": request.precision,
+    }
+    if choice.is_one_direction(len(documents)) and reduction != "none":
+        total, _ = info_nce_sum(query, columns, logit_scale, maxima=False, **options)
+        return total / len(query) if own_mean else reduce_sum(total, reduction, ranks, len(query))
+    each = _each(query, documents, columns, logit_scale, choice, options)
+    return each.mean() if own_mean else reduce(each, reduction, ranks)
 
 
 def _all_documents(query: Tensor, documents: Sequence[Tensor]) -> Tensor:

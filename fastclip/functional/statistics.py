@@ -1,4 +1,4 @@
-"""What softmax losses are made of, for losses of one's own."""
+"""What softmax losses are made of, for losses of your own."""
 
 from collections.abc import Sequence
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.distributed import ProcessGroup
 
 from fastclip import native
 from fastclip.kernels.dense_matrix import Matrix
@@ -60,8 +61,8 @@ class Request(NamedTuple):
     keep_bytes: int | None
     precision: str
     dist: str | None
-    group: object
-    sizes: object
+    group: ProcessGroup | None
+    sizes: Sequence[int] | None
 
 
 def switched_off() -> AbstractContextManager[None]:

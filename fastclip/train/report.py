@@ -46,26 +46,26 @@ class Report:
 
     def __init__(self, state: TrainState) -> None:
         config = state.config
-        self._first = state.world.is_first
-        self._folder, self._engine = state.folder, state.engine
-        self._total, self._done = state.total_steps, state.steps_done
-        self._samples = state.step_samples
+        self._state, self._first = state, state.world.is_first
         self._log = RunLog(state.folder, state.step, config) if self._first else None
         self._shown = False
         self._cut = _CutTexts()
         self._grouped = 0
         self._faults = FaultLog()
-        self._chance = state.engine.objective.chance(self._samples)
+        self._chance = state.engine.objective.chance(state.step_samples)
         self._hints = Hints(self._chance, config.optim.warmup)
-        self._state = state
 
     def __enter__(self) -> "Report":
         # None: a bar where there is a terminal
         quiet = None if self._first else True
         self._bar = tqdm(
-            total=self._total, initial=self._done, unit="step", disable=quiet, dynamic_ncols=True
+            total=self._state.total_steps,
+            initial=self._state.steps_done,
+            unit="step",
+            disable=quiet,
+            dynamic_ncols=True,
         )
-        self.meter = Meter(self._samples)
+        self.meter = Meter(self._state.step_samples)
         self._began = time.perf_counter()
         return self
 
@@ -78,7 +78,7 @@ class Report:
         self._bar.close()
         if self._log is not None:
             self._log.close()
-            plot_loss(self._folder)
+            plot_loss(self._state.folder)
             if error is None:
                 logger.info("\n".join(summary(self._state, time.perf_counter() - self._began)))
         if self._faults.counts:
@@ -90,7 +90,7 @@ class Report:
             logger.warning(f"note: {self._cut.count} texts{own} were cut to the context")
         if self._grouped and self._first:
             logger.warning(f"note: {self._grouped} pairs{own} were duplicates")
-        skipped = self._engine.skipped
+        skipped = self._state.engine.skipped
         if skipped and self._first:
             logger.warning(f"float16 overflowed in {skipped} steps; skipped")
 
@@ -177,8 +177,9 @@ class Report:
         self._bar.set_postfix_str(text)
         if self._bar.disable:
             # lines for a log file instead of a bar, which has the time left itself
-            left = (self._total - self._state.steps_done) * self._samples / speed
-            logger.info(f"step {step}/{self._total}  {text}  {duration(left)} left")
+            total = self._state.total_steps
+            left = (total - self._state.steps_done) * self._state.step_samples / speed
+            logger.info(f"step {step}/{total}  {text}  {duration(left)} left")
 
     def _say(self, text: str, level: int = logging.INFO) -> None:
         # above the bar

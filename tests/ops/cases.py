@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations, product
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -314,3 +315,50 @@ def pairwise(factors: dict[str, list], seed: int) -> Iterator[dict[str, Any]]:
                 best, covered = row, met
         missing -= covered
         yield best
+
+
+def check_kept_graph(name: str, case: Case) -> None:
+    """A graph gives the same gradients again; only the last backward overwrites S."""
+    leaves = [leaf.clone().requires_grad_() for leaf in case.leaves]
+    loss = LOSSES[name].run(leaves, case.static) * -3.0
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    with_graph = torch.autograd.grad(loss, leaves, create_graph=True)
+    last = torch.autograd.grad(loss, leaves)
+    for one, two, three in zip(first, with_graph, last, strict=True):
+        assert torch.equal(one, two) and torch.equal(one, three)
+    with pytest.raises(RuntimeError, match="backend='reference'"):
+        with_graph[0].sum().backward()
+
+
+def check_each_input_alone(name: str, reduction: str) -> int:
+    """Whatever else is frozen, and whatever the upstream gradients; the number of inputs."""
+    case = LOSSES[name].make(9, 5, 6.0, 0.3, seed=1, extra=2)
+    leaves = [leaf.clone().requires_grad_() for leaf in case.leaves]
+    oracle = LOSSES[name].oracle(*leaves, static=case.static)
+    wanted = theirs(name, case)[1:]
+    if reduction == "sum":
+        wanted = list(torch.autograd.grad(oracle.sum(), leaves, retain_graph=True))
+    weights = torch.arange(1.0, 1.0 + len(oracle))
+    if reduction == "none":
+        wanted = list(torch.autograd.grad((oracle * weights).sum(), leaves))
+    case = case.cast(torch.float32)
+    for index, want in enumerate(wanted):
+        alone = [leaf.clone() for leaf in case.leaves]
+        alone[index].requires_grad_()
+        loss = LOSSES[name].run(alone, case.static, reduction=reduction)
+        loss = (loss * weights).sum() if reduction == "none" else loss
+        (got,) = torch.autograd.grad(loss, alone[index])
+        torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=2e-5)
+    return len(wanted)
+
+
+def check_metrics(name: str) -> None:
+    """They are those of the operators in `torch`."""
+    case = LOSSES[name].make(90, 4, 3.0, 0.9, seed=1).cast(torch.float32)
+    found: list[dict[str, Tensor]] = [{}, {}]
+    LOSSES[name].run(case.leaves, case.static, metrics=found[0])
+    LOSSES[name].run(case.leaves, case.static, metrics=found[1], backend="torch")
+    assert found[0].keys() == found[1].keys() and found[0]
+    for key, value in found[0].items():
+        assert 0 < value < 1
+        torch.testing.assert_close(value, found[1][key])

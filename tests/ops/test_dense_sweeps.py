@@ -16,8 +16,11 @@ from fastclip.ops.gemm import count_products
 from tests.ops.cases import (
     LOSSES,
     Case,
+    check_each_input_alone,
     check_error_rule,
+    check_kept_graph,
     check_lines_far_apart,
+    check_metrics,
     check_nan_shows,
     check_same_bits,
     check_ties_and_zero_rows,
@@ -136,17 +139,7 @@ def test_same_bits_every_time(name: str, implementation: str) -> None:
 def test_a_kept_graph_gives_the_same_gradients_again(
     name: str, dtype: torch.dtype, implementation: str
 ) -> None:
-    """Only the last backward overwrites S."""
-    case = make(name).cast(dtype)
-    leaves = [leaf.clone().requires_grad_() for leaf in case.leaves]
-    loss = LOSSES[name].run(leaves, case.static) * -3.0
-    first = torch.autograd.grad(loss, leaves, retain_graph=True)
-    with_graph = torch.autograd.grad(loss, leaves, create_graph=True)
-    last = torch.autograd.grad(loss, leaves)
-    for one, two, three in zip(first, with_graph, last, strict=True):
-        assert torch.equal(one, two) and torch.equal(one, three)
-    with pytest.raises(RuntimeError, match="backend='reference'"):
-        with_graph[0].sum().backward()
+    check_kept_graph(name, make(name).cast(dtype))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -156,37 +149,13 @@ def test_a_kept_graph_gives_the_same_gradients_again(
     indirect=["implementation"],
 )
 def test_each_input_alone_has_its_gradient(name: str, reduction: str, implementation: str) -> None:
-    """Whatever else is frozen, and whatever the upstream gradients of the anchors."""
-    case = LOSSES[name].make(9, 5, 6.0, 0.3, seed=1, extra=2)
-    leaves = [leaf.clone().requires_grad_() for leaf in case.leaves]
-    oracle = LOSSES[name].oracle(*leaves, static=case.static)
-    wanted = theirs(name, case)[1:]
-    if reduction == "sum":
-        wanted = torch.autograd.grad(oracle.sum(), leaves, retain_graph=True)
-    weights = torch.arange(1.0, 1.0 + len(oracle))
-    if reduction == "none":
-        wanted = torch.autograd.grad((oracle * weights).sum(), leaves)
-    case = case.cast(torch.float32)
-    for index, want in enumerate(wanted):
-        alone = [leaf.clone() for leaf in case.leaves]
-        alone[index].requires_grad_()
-        loss = LOSSES[name].run(alone, case.static, reduction=reduction)
-        loss = (loss * weights).sum() if reduction == "none" else loss
-        (got,) = torch.autograd.grad(loss, alone[index])
-        torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=2e-5)
+    assert check_each_input_alone(name, reduction) > 0
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS, indirect=True)
 @pytest.mark.parametrize("name", ["clip", "clip_grouped", "info_nce_index", "nt_xent", "mp_nce"])
 def test_metrics_are_the_operators(name: str, implementation: str) -> None:
-    case = LOSSES[name].make(90, 4, 3.0, 0.9, seed=1).cast(torch.float32)
-    found: list[dict[str, Tensor]] = [{}, {}]
-    LOSSES[name].run(case.leaves, case.static, metrics=found[0])
-    LOSSES[name].run(case.leaves, case.static, metrics=found[1], backend="torch")
-    assert found[0].keys() == found[1].keys() and found[0]
-    for key, value in found[0].items():
-        assert 0 < value < 1
-        torch.testing.assert_close(value, found[1][key])
+    check_metrics(name)
 
 
 @pytest.mark.parametrize("implementation, name", EVERY, indirect=["implementation"])
