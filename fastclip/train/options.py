@@ -264,10 +264,21 @@ class CheckpointOptions:
     """Epochs between checkpoints."""
     save_every_steps: int | None = flag(None, defines_run=False)
     """Steps between further checkpoints, of which the newest two are kept."""
+    best_metric: str | None = flag(None, defines_run=False)
+    """Metric of the evaluation by which the best epoch is found, which RUN@best loads: the lowest
+    of a loss, the highest of all others. By default val/loss; of classifiers val/acc1."""
+    save_all: bool = flag(False, defines_run=False)
+    """Keep the checkpoints of all epochs. By default the newest and the best are kept."""
     delete_previous_checkpoint: bool = flag(False, defines_run=False)
-    """Keep only the newest epoch's checkpoint."""
+    """Keep the newest epoch's checkpoint alone, not the best."""
 
     def __post_init__(self) -> None:
+        if self.delete_previous_checkpoint and (self.save_all or self.best_metric):
+            other = "--save-all" if self.save_all else f"--best-metric {self.best_metric}"
+            raise ValueError(
+                f"--delete-previous-checkpoint keeps the newest alone, against {other}; leave one "
+                "of them out"
+            )
         check_least(self, save_frequency=1)
         check_positive(self, "save_every_steps")
 
