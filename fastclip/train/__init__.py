@@ -10,7 +10,7 @@
 | `select_engine`, `engine`, `torch_engine` | forward, backward and update of a batch |
 | `zero`, `zero_config`, `zero_checkpoint` | the same by DeepSpeed |
 | `objective`, `accumulate`, `optim`, `average` | outputs and loss, exact gradients, updates |
-| `validate` | evaluation at the ends of epochs |
+| `validate`, `held_out` | evaluation at the ends of epochs |
 | `report`, `meter`, `log`, `health` | bar, speed, files of metrics, hints and NaN |
 | `distributed`, `watch`, `stop` | several ranks, those that fail, signals |
 | `plan`, `costs`, `footprint` | `fastclip plan`: what a setting costs |

@@ -89,9 +89,14 @@ def _kept(config: TrainConfig) -> str:
     options = config.checkpoint
     if options.save_all:
         return "every epoch's checkpoint"
-    if options.delete_previous_checkpoint or not config.data.val_data:
+    if options.delete_previous_checkpoint or not _chooses(config):
         return "the newest epoch's checkpoint (--save-all: every epoch's)"
     return f"the newest epoch and the best by {best_metric(config)} (--save-all: every epoch)"
+
+
+def _chooses(config: TrainConfig) -> bool:
+    """Whether the evaluation has the metric that finds the best epoch."""
+    return bool(config.checkpoint.best_metric or config.data.val_data)
 
 
 def _name_of_loss(config: TrainConfig) -> str:

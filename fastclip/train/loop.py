@@ -128,9 +128,10 @@ def end_of_epoch(
     saved = False
     report.meter.pause()
     try:
-        due = not stopping and (state.epoch % config.log.val_frequency == 0 or last)
+        due = evaluation is not None and not stopping and (last or evaluation.is_due(state.epoch))
         if evaluation is not None and due:
-            metrics = evaluation(state.engine)
+            # at the end everything is measured
+            metrics = evaluation(state.engine, None if last else state.epoch)
             if metrics is not None:
                 report.evaluation(state, metrics)
     finally:

@@ -10,6 +10,8 @@ from fastclip.train.best import best_step, scores_of
 from fastclip.train.log import read_metrics
 from fastclip.train.state import TrainState
 
+# the beginnings of the names of metrics that an evaluation has
+_EVALUATED = ("val/", "zeroshot/", "retrieval/")
 WIDTH, LABEL = 80, 10
 """Columns of a line, and of them those of its label."""
 
@@ -31,7 +33,7 @@ def summary(state: TrainState, seconds: float) -> list[str]:
     if losses:
         chance = losses[-1].get("chance_loss")
         lines["loss"] = f"{losses[-1]['loss']:.3f}" + (f" (chance {chance:.3f})" if chance else "")
-    names = {name: None for line in metrics for name in line if name.startswith("val/")}
+    names = {name: None for line in metrics for name in line if name.startswith(_EVALUATED)}
     scores = [_best_and_last(metrics, name) for name in names if "chance" not in name]
     saved = max(checkpoint.named(state.checkpoints, "epoch_"), key=checkpoint.step_of, default=None)
     files = f"{state.folder}: loss.png, metrics.jsonl" + (
@@ -40,7 +42,7 @@ def summary(state: TrainState, seconds: float) -> list[str]:
     run = state.folder
     return [
         *(line for name, text in lines.items() for line in labeled(name, text)),
-        *(f"{'' if index else 'scores':{LABEL}}{score}" for index, score in enumerate(scores)),
+        *(line for i, score in enumerate(scores) for line in labeled("" if i else "scores", score)),
         *_best_checkpoint(run),
         *labeled("files", files),
         "next",
