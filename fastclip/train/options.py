@@ -84,9 +84,13 @@ class TrainingDataOptions(DataOptions):
         return parse_sources(self.retrieval_data, "--retrieval-data")
 
     @property
-    def evaluates(self) -> bool:
-        """Whether anything is evaluated while training."""
-        return bool(self.val_data or self.zeroshot_sources or self.retrieval_sources)
+    def evaluations(self) -> tuple[str, ...]:
+        """How the names of metrics begin, for each source that is evaluated while training."""
+        return (
+            *(["val/"] if self.val_data else []),
+            *(f"zeroshot/{name}/" for name in self.zeroshot_sources),
+            *(f"retrieval/{name}/" for name in self.retrieval_sources),
+        )
 
     @property
     def loader_processes(self) -> int:

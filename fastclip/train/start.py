@@ -116,7 +116,7 @@ def _begin_temperature(config: TrainConfig, model: Model) -> None:
 def _build_evaluation(
     config: TrainConfig, model: Model, classes: list[str], world: World
 ) -> Evaluation | None:
-    if not config.data.evaluates:
+    if not config.data.evaluations:
         return None
     if not world.is_first:
         return Evaluation(config, None)

@@ -16,7 +16,7 @@ class Evaluation:
             `Engine.weights` gives. None on other ranks than the first.
 
     Raises:
-        ValueError, FileNotFoundError: data cannot be read, or --best-metric is of none of them.
+        ValueError, FileNotFoundError: data cannot be read.
     """
 
     def __init__(self, config: TrainConfig, model: Model | None) -> None:
@@ -24,12 +24,6 @@ class Evaluation:
         self._best = config.checkpoint.best_metric
         self._of_weights = [] if model is None else held_out(config, model)
         self._of_average: list[HeldOut] = []
-        prefixes = [each.prefix for each in self._of_weights]
-        if self._best and prefixes and not self._best.startswith(tuple(prefixes)):
-            raise ValueError(
-                f"--best-metric {self._best} is measured on none of the data; give one whose name "
-                f"begins with {' or '.join(prefixes)}"
-            )
 
     def include(self, average: WeightAverage | None) -> None:
         """Evaluate the average as well, under names that end in "_ema"."""
