@@ -30,7 +30,7 @@ class EmbedConfig:
     data: Annotated[str, tyro.conf.Positional]
     """Images: as --train-data of `fastclip train`. Texts: a UTF-8 file, one text per line."""
     model: str
-    """A run directory (its latest checkpoint is used) or one of its checkpoints."""
+    """A run directory (its latest checkpoint is used), RUN@best, or one of its checkpoints."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """The .npy file, (rows, width) float32. After an interruption the same command resumes."""
     trust_checkpoint: bool = False

@@ -1,6 +1,8 @@
 """What the flags say of data, apart from its name."""
 
 import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -109,6 +111,40 @@ def parse_weights(text: str) -> dict[str, float]:
             )
         weights[name] = weight
     return weights
+
+
+def parse_sources(texts: Sequence[str], flag: str) -> dict[str, str]:
+    """Data by name, from NAME=DATA; data without a name are called by the last part of their path.
+
+    Args:
+        texts: what the flag was given.
+        flag: as it is typed, for messages.
+
+    Raises:
+        ValueError: a source is empty, or two have the same name.
+
+    Examples:
+        >>> from fastclip.data.options import parse_sources
+        >>> parse_sources(["coco=/data/a.json", "s3://b/val-{00..04}.tar"], "--retrieval-data")
+        {'coco': '/data/a.json', 'val': 's3://b/val-{00..04}.tar'}
+    """
+    sources: dict[str, str] = {}
+    for text in texts:
+        # variants of scenes and URLs have '=' too, behind a colon or a slash
+        named = re.fullmatch(r"([\w.-]+)=(.*)", text, re.DOTALL)
+        name, data = named.groups() if named else (_name_of(text), text)
+        if not name or not data or name in sources:
+            raise ValueError(
+                f"{flag} {' '.join(texts)}: give NAME=DATA with a name of its own for each"
+            )
+        sources[name] = data
+    return sources
+
+
+def _name_of(data: str) -> str:
+    """The last part of a path, up to its pattern or ending."""
+    last = data.split("::")[0].rstrip("/").rpartition("/")[2]
+    return re.split(r"[^\w-]", last, maxsplit=1)[0].rstrip("-_")
 
 
 def without_commands(values: dict[str, Any], origin: str) -> dict[str, Any]:

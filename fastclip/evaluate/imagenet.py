@@ -4,6 +4,7 @@ ImageNetV2 (Recht et al. 2019), ImageNet-Sketch (Wang et al. 2019), ImageNet-R (
 2021a), ImageNet-A (Hendrycks et al. 2021b) and ObjectNet (Barbu et al. 2019).
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from fastclip.data.index import IMAGE_EXTENSIONS
 from fastclip.evaluate.features import ImageFile
 
 VALIDATION = "imagenet"
+_WORDNET_ID = re.compile(r"n\d{8}")
 CLASSES = 1000
 # how many classes ImageNet-R and ImageNet-A have
 SUBSET_CLASSES = 200
@@ -63,6 +65,17 @@ def prompts() -> tuple[list[str], list[str]]:
 
     templates = [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
     return list(open_clip.IMAGENET_CLASSNAMES), templates
+
+
+def prompts_of(folders: Sequence[str]) -> tuple[list[str], list[str]] | None:
+    """Class names, in the order of the folders, and templates; None where one is no WordNet id."""
+    if not folders or not all(_WORDNET_ID.fullmatch(folder) for folder in folders):
+        return None
+    index = {name: row for row, name in enumerate(wordnet_ids())}
+    if not index.keys() >= set(folders):
+        return None
+    classes, templates = prompts()
+    return [classes[index[folder]] for folder in folders], templates
 
 
 def read_validation(root: Path) -> ShiftSet | None:

@@ -11,6 +11,7 @@ from fastclip.data.scenes import CLASSES, TEMPLATES
 from fastclip.data.shards import expand_shards
 from fastclip.data.sources import guess_type
 from fastclip.data.templates import DEFAULT_TEMPLATES, fill_template, read_lines
+from fastclip.evaluate import imagenet
 from fastclip.evaluate.features import ImageFeatures, embed_texts
 from fastclip.evaluate.retrieval import scores_of
 from fastclip.models.classifier import Classifier
@@ -127,13 +128,15 @@ def labeled(images: ImageFeatures) -> tuple[Tensor, Tensor]:
 def classes_of(data: str, dataset_type: str = "auto") -> tuple[list[str], list[str]] | None:
     """Class names and prompt templates: the scenes' own, folders' names, or from beside the data.
 
-    None where no file of class names is there. Templates default to "a photo of a {}.".
+    None where no file of class names is there. Templates default to "a photo of a {}."; folders
+    that WordNet ids name are ImageNet's, with its class names and templates.
     """
     kind = guess_type(data) if dataset_type == "auto" else dataset_type
     if kind == "scenes":
         return list(CLASSES), list(TEMPLATES)
     if kind == "imagefolder":
-        return class_names(Path(data.split("::")[0]).expanduser()), list(DEFAULT_TEMPLATES)
+        folders = class_names(Path(data.split("::")[0]).expanduser())
+        return imagenet.prompts_of(folders) or (folders, list(DEFAULT_TEMPLATES))
     first = expand_shards(data)[0] if kind == "webdataset" else data.split("::")[0]
     place = Path(first).expanduser()
     classes, templates = _find_beside(place, CLASS_FILES), _find_beside(place, TEMPLATE_FILES)

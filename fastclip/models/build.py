@@ -54,7 +54,8 @@ def build(
         FileNotFoundError: a file that they name does not exist.
     """
     # weights of a language model's tower or of a system find their places only in the whole
-    begin = Path(pretrained) if pretrained and Path(pretrained).exists() else None
+    given = checkpoint.best_named(Path(pretrained)) if pretrained else None
+    begin = given if given and given.exists() else None
     base = create(name, device, pretrained=None if begin else pretrained, siglip=siglip)
     if options.text_lm is not None:
         base = with_language_model(base, options)
@@ -137,7 +138,8 @@ def load(
 
     Args:
         path: a run directory as `fastclip train` writes it (its latest whole checkpoint is taken),
-            or one checkpoint file inside it.
+            or one checkpoint file inside it; RUN@best for the best by the metric of its
+            --best-metric.
         device: where the parameters are put.
         average: take the averaged weights of a run with --ema.
         trust_checkpoint: whether DeepSpeed's files may be read, which can run any code.

@@ -23,6 +23,7 @@ from fastclip.atomic import (
     prepare_text,
     publish,
     require_sums,
+    write_text,
 )
 from fastclip.bounded import read_object
 from fastclip.models import sharded
@@ -32,6 +33,8 @@ AVERAGE = "state_dict_ema"
 # what a loss remembers of each sample
 MEMORY = "loss_memory"
 _MANIFEST_KEYS = {"file", "bytes", "sha256"}
+# in a run directory, names its best checkpoint; and the end of a path that means that one
+BEST_FILE, BEST_SUFFIX = "best.json", "@best"
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
@@ -68,20 +71,25 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 def find_latest(folder: Path) -> Path | None:
     """The whole checkpoint with the highest step, or None; torn ones are skipped with a warning."""
-    found = []
-    for path in named(folder, ""):
-        try:
-            manifest = read_object(path.with_suffix(".json"))
-            found.append((int(manifest["step"]), path.name, path))
-        except (OSError, ValueError, KeyError, TypeError):
-            warnings.warn(
-                f"{path} has no valid manifest: it was not written completely", stacklevel=2
-            )
-    for _, _, path in sorted(found, reverse=True):
+    steps = steps_of(folder)
+    for path in sorted(steps, key=lambda path: (steps[path], path.name), reverse=True):
         if _is_whole(path):
             return path
         warnings.warn(f"{path} does not match its manifest; it is skipped", stacklevel=2)
     return None
+
+
+def steps_of(folder: Path, prefix: str = "") -> dict[Path, int]:
+    """The step of each checkpoint whose name begins so; those without a manifest are left out."""
+    found = {}
+    for path in named(folder, prefix):
+        try:
+            found[path] = step_of(path)
+        except (OSError, ValueError, KeyError, TypeError):
+            warnings.warn(
+                f"{path} has no valid manifest: it was not written completely", stacklevel=3
+            )
+    return found
 
 
 def _is_whole(path: Path) -> bool:
@@ -108,7 +116,8 @@ def named(folder: Path, prefix: str) -> list[Path]:
 
 
 def run_of(path: Path) -> Path:
-    """The run directory of a run directory or of a checkpoint inside it."""
+    """The run directory of a run directory or of a checkpoint inside it; see `best_named`."""
+    path = best_named(path)
     return path.parent.parent if _is_checkpoint(path) else path
 
 
@@ -117,17 +126,59 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def resolve(path: Path) -> Path:
-    """The checkpoint that a run directory (its latest) or a checkpoint's own path means.
+    """The checkpoint that a run directory (its latest), RUN@best or a checkpoint's own path means.
 
     Raises:
-        FileNotFoundError: the run has no whole checkpoint.
+        FileNotFoundError: the run has no whole checkpoint, or none that is known to be the best.
     """
+    path = best_named(path)
     if _is_checkpoint(path):
         return path
     latest = find_latest(path / "checkpoints")
     if latest is None:
         raise FileNotFoundError(f"{path / 'checkpoints'} holds no whole checkpoint")
     return latest
+
+
+def is_best(path: str | Path) -> bool:
+    """Whether a path means the best checkpoint of a run, as RUN@best."""
+    return str(path).endswith(BEST_SUFFIX) and not Path(path).exists()
+
+
+def best_named(path: Path) -> Path:
+    """The checkpoint that RUN@best means; any other path as it is.
+
+    Raises:
+        FileNotFoundError: no checkpoint of the run is known to be the best.
+        ValueError: the file that says which one is damaged.
+    """
+    if not is_best(path):
+        return path
+    run = path.with_name(path.name.removesuffix(BEST_SUFFIX))
+    file = run / BEST_FILE
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{file} does not exist: no checkpoint of {run} is known to be the best, which needs "
+            f"--val-data in training; give {run} for its newest"
+        )
+    name = read_object(file).get("checkpoint")
+    # a name alone: a run from elsewhere may not lead out of its own directory
+    if not isinstance(name, str) or Path(name).name != name:
+        raise ValueError(f"{file} names no checkpoint: {name!r}; give one of {run / 'checkpoints'}")
+    return run / "checkpoints" / name
+
+
+def write_best(run: Path, path: Path | None, **why: str | float | None) -> None:
+    """Note which checkpoint of a run is the best, and why; None: none is known to be.
+
+    Raises:
+        OSError: it could not be written; what was noted before still is.
+    """
+    if path is None:
+        (run / BEST_FILE).unlink(missing_ok=True)
+    else:
+        described = json.dumps({"checkpoint": path.name, **why}, indent=1)
+        write_text(run / BEST_FILE, described + "\n")
 
 
 def remove(path: Path) -> None:
@@ -140,7 +191,7 @@ def remove(path: Path) -> None:
 
 
 def step_of(path: Path) -> int:
-    """The step of a checkpoint that `find_latest` gave."""
+    """The step of a checkpoint that has a manifest."""
     return int(read_object(path.with_suffix(".json"))["step"])
 
 

@@ -6,7 +6,7 @@ from typing import NoReturn
 import torch
 
 from fastclip.bounded import read_object
-from fastclip.models import description
+from fastclip.models import checkpoint, description
 from fastclip.models.build import load
 from fastclip.models.clip import CONFIG_FILE, Model, build_checked, create, read_description
 
@@ -19,7 +19,7 @@ def is_run(name: str, pretrained: str | None = None) -> bool:
     """Whether `open_model` takes the name for a run of fastclip's, or for a checkpoint of one."""
     if pretrained is not None or name.startswith(_WITH_WEIGHTS) or name.endswith(".json"):
         return False
-    return "/" in name or Path(name).exists()
+    return "/" in name or Path(name).exists() or checkpoint.is_best(name)
 
 
 def open_model(
@@ -32,7 +32,8 @@ def open_model(
     """A trained model, its evaluation transform and its tokenizer, in evaluation mode.
 
     Args:
-        name: a run directory of `fastclip train` or one of its checkpoints; with `pretrained` an
+        name: a run directory of `fastclip train` (its latest checkpoint; with "@best" behind it its
+            best) or one of its checkpoints; with `pretrained` an
             open_clip model (`open_clip.list_models()`), one of fastclip's own configs or the
             path of a config file in open_clip's JSON format; or "hf-hub:ORG/NAME" or
             "local-dir:FOLDER", which hold open_clip_config.json and weights.

@@ -6,11 +6,11 @@
 | `loop`, `state` | the loop, and the value that it takes from step to step |
 | `start`, `training_data`, `classifier`, `layers` | built before the first step |
 | `run_directory`, `describe`, `summary` | its name, its holder, what is said at start and end |
-| `resume`, `saving`, `streams` | checkpoints read and written; the random streams in them |
+| `resume`, `saving`, `best`, `streams` | checkpoints read and written; the random streams in them |
 | `select_engine`, `engine`, `torch_engine` | forward, backward and update of a batch |
 | `zero`, `zero_config`, `zero_checkpoint` | the same by DeepSpeed |
 | `objective`, `accumulate`, `optim`, `average` | outputs and loss, exact gradients, updates |
-| `validate` | evaluation at the ends of epochs |
+| `validate`, `held_out` | evaluation at the ends of epochs |
 | `report`, `meter`, `log`, `health` | bar, speed, files of metrics, hints and NaN |
 | `distributed`, `watch`, `stop` | several ranks, those that fail, signals |
 | `plan`, `costs`, `footprint` | `fastclip plan`: what a setting costs |

@@ -57,9 +57,24 @@ class TrainConfig:
             raise ValueError(
                 "--group-duplicates is for --objective clip without --hard-negatives; leave it out"
             )
-        if objective == "simclr" and data.val_data:
+        if objective == "classify" and data.retrieval_data:
+            raise ValueError("--retrieval-data: a classifier has no texts; leave it out")
+        if self.checkpoint.best_metric and not data.evaluations:
             raise ValueError(
-                "--val-data: simclr has no classifier; evaluate what --finetune makes of it"
+                f"--best-metric {self.checkpoint.best_metric} needs an evaluation: give "
+                "--val-data, --zeroshot-data or --retrieval-data"
+            )
+        best = self.checkpoint.best_metric
+        # here, where all ranks find it
+        if best and data.evaluations and not best.startswith(data.evaluations):
+            raise ValueError(
+                f"--best-metric {best} is measured on none of the data; give one whose name begins "
+                f"with {' or '.join(data.evaluations)}"
+            )
+        if objective == "simclr" and data.evaluations:
+            raise ValueError(
+                "--val-data, --zeroshot-data, --retrieval-data: simclr has no classifier; evaluate "
+                "what --finetune makes of it"
             )
         if objective == "simclr" and (data.augment or data.aug_scale or data.aug_flip):
             raise ValueError(

@@ -13,6 +13,7 @@ from fastclip.messages import logger
 from fastclip.models.build import describe
 from fastclip.models.clip import CONFIG_FILE, Model
 from fastclip.ops.backend import explain
+from fastclip.train.best import best_metric
 from fastclip.train.config import TrainConfig, to_yaml
 from fastclip.train.distributed import World
 from fastclip.train.optim import warmup_steps
@@ -78,8 +79,24 @@ def header(
         "length": f"{optim.epochs:,} epochs of {loader.steps_per_epoch:,} steps{dropped}, "
         f"{total:,} steps in all{continued}",
         "rate": f"{optim.lr:g} after {warmup}, then {optim.lr_scheduler}",
+        "keeps": _kept(config),
     }
     return [line for name, text in lines.items() for line in labeled(name, text)]
+
+
+def _kept(config: TrainConfig) -> str:
+    """Which epochs' checkpoints."""
+    options = config.checkpoint
+    if options.save_all:
+        return "every epoch's checkpoint"
+    if options.delete_previous_checkpoint or not _chooses(config):
+        return "the newest epoch's checkpoint (--save-all: every epoch's)"
+    return f"the newest epoch and the best by {best_metric(config)} (--save-all: every epoch)"
+
+
+def _chooses(config: TrainConfig) -> bool:
+    """Whether the evaluation has the metric that finds the best epoch."""
+    return bool(config.checkpoint.best_metric or config.data.val_data)
 
 
 def _name_of_loss(config: TrainConfig) -> str:

@@ -12,7 +12,7 @@ from fastclip.train.health import NonFiniteError
 from fastclip.train.optim import learning_rate
 from fastclip.train.report import Report, StepResult
 from fastclip.train.run_directory import named
-from fastclip.train.saving import prune_epoch_checkpoints, prune_step_checkpoints, save
+from fastclip.train.saving import keep_newest_and_best, prune_step_checkpoints, save
 from fastclip.train.start import start
 from fastclip.train.state import TrainState
 from fastclip.train.stop import StoppedError, StopSignals
@@ -128,9 +128,10 @@ def end_of_epoch(
     saved = False
     report.meter.pause()
     try:
-        due = not stopping and (state.epoch % config.log.val_frequency == 0 or last)
+        due = evaluation is not None and not stopping and (last or evaluation.is_due(state.epoch))
         if evaluation is not None and due:
-            metrics = evaluation(state.engine)
+            # at the end everything is measured
+            metrics = evaluation(state.engine, None if last else state.epoch)
             if metrics is not None:
                 report.evaluation(state, metrics)
     finally:
@@ -138,5 +139,5 @@ def end_of_epoch(
         if state.epoch % config.checkpoint.save_frequency == 0 or last:
             saved = save(state, f"epoch_{state.epoch}", needed=last, warn=report.warn)
         report.meter.resume()
-    if saved and config.checkpoint.delete_previous_checkpoint and state.world.is_first:
-        prune_epoch_checkpoints(state.checkpoints, keep=state.epoch)
+    if saved and state.world.is_first:
+        keep_newest_and_best(state, report.warn)

@@ -6,7 +6,7 @@ What concerns one section alone is checked here, what concerns several in `confi
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from fastclip.data.options import DataOptions
+from fastclip.data.options import DataOptions, parse_sources
 from fastclip.device import own_cores
 from fastclip.flags import check_least, check_positive, flag, flag_name
 from fastclip.functional.global_contrastive import GAMMAS, RHO, check_options, check_variant
@@ -28,6 +28,17 @@ class TrainingDataOptions(DataOptions):
     """As --train-data; evaluated every --val-frequency epochs."""
     val_image_root: str | None = flag(None, defines_run=False)
     """As --image-root, for --val-data."""
+    zeroshot_data: tuple[str, ...] = flag((), defines_run=False)
+    """NAME=DATA of each labeled source on which zero-shot accuracy is measured while training,
+    every --zeroshot-frequency epochs: a folder with a folder of images a class, or shards with
+    classes.txt beside them. The metrics are called zeroshot/NAME/acc1 and so on."""
+    imagenet_val: str | None = flag(None, defines_run=False)
+    """open_clip's flag: ImageNet's validation images in folders called by WordNet ids; as
+    --zeroshot-data imagenet=DATA, with the class names and templates of CLIP's authors."""
+    retrieval_data: tuple[str, ...] = flag((), defines_run=False)
+    """NAME=DATA of each source on which retrieval is measured while training, every
+    --zeroshot-frequency epochs; DATA as for --train-data. The metrics are called
+    retrieval/NAME/text_retrieval_recall@1 and so on."""
     train_num_samples: int | None = flag(None, defines_run=True)
     """Samples an epoch; all by default (20,000 for scenes, 1,000 for synthetic)."""
     shuffle_window: int = flag(32768, defines_run=True)
@@ -58,6 +69,28 @@ class TrainingDataOptions(DataOptions):
         super().__post_init__()
         check_least(self, shuffle_window=1, workers=0)
         check_positive(self, "train_num_samples")
+        # reported now, not when they are opened
+        _ = self.zeroshot_sources, self.retrieval_sources
+
+    @property
+    def zeroshot_sources(self) -> dict[str, str]:
+        """What --zeroshot-data and --imagenet-val name, by name."""
+        imagenet = () if self.imagenet_val is None else (f"imagenet={self.imagenet_val}",)
+        return parse_sources((*imagenet, *self.zeroshot_data), "--zeroshot-data")
+
+    @property
+    def retrieval_sources(self) -> dict[str, str]:
+        """What --retrieval-data names, by name."""
+        return parse_sources(self.retrieval_data, "--retrieval-data")
+
+    @property
+    def evaluations(self) -> tuple[str, ...]:
+        """How the names of metrics begin, for each source that is evaluated while training."""
+        return (
+            *(["val/"] if self.val_data else []),
+            *(f"zeroshot/{name}/" for name in self.zeroshot_sources),
+            *(f"retrieval/{name}/" for name in self.retrieval_sources),
+        )
 
     @property
     def loader_processes(self) -> int:
@@ -264,10 +297,21 @@ class CheckpointOptions:
     """Epochs between checkpoints."""
     save_every_steps: int | None = flag(None, defines_run=False)
     """Steps between further checkpoints, of which the newest two are kept."""
+    best_metric: str | None = flag(None, defines_run=False)
+    """Metric of the evaluation by which the best epoch is found, which RUN@best loads: the lowest
+    of a loss, the highest of all others. By default val/loss; of classifiers val/acc1."""
+    save_all: bool = flag(False, defines_run=False)
+    """Keep the checkpoints of all epochs. By default the newest and the best are kept."""
     delete_previous_checkpoint: bool = flag(False, defines_run=False)
-    """Keep only the newest epoch's checkpoint."""
+    """Keep the newest epoch's checkpoint alone, not the best."""
 
     def __post_init__(self) -> None:
+        if self.delete_previous_checkpoint and (self.save_all or self.best_metric):
+            other = "--save-all" if self.save_all else f"--best-metric {self.best_metric}"
+            raise ValueError(
+                f"--delete-previous-checkpoint keeps the newest alone, against {other}; leave one "
+                "of them out"
+            )
         check_least(self, save_frequency=1)
         check_positive(self, "save_every_steps")
 
@@ -282,6 +326,8 @@ class LogOptions:
     """Directory that holds the run directories."""
     val_frequency: int = flag(1, defines_run=False)
     """Epochs between evaluations on --val-data."""
+    zeroshot_frequency: int = flag(1, defines_run=False)
+    """Epochs between evaluations on --zeroshot-data, --imagenet-val and --retrieval-data."""
     log_every_n_steps: int = flag(10, defines_run=False)
     """Steps between lines of metrics."""
     log_sample_ids: bool = flag(False, defines_run=False)
@@ -291,7 +337,7 @@ class LogOptions:
     none."""
 
     def __post_init__(self) -> None:
-        check_least(self, val_frequency=1, log_every_n_steps=1)
+        check_least(self, val_frequency=1, zeroshot_frequency=1, log_every_n_steps=1)
         unknown = self.reporters - {"tensorboard", "wandb"}
         if unknown:
             raise ValueError(

@@ -36,7 +36,8 @@ def read_resumed(
         # said once the run has described itself: a name may be mistyped
         return None, None
     latest = _latest(folder, world) if existing else None
-    path = latest if config.checkpoint.resume == "latest" else Path(config.checkpoint.resume)
+    named = checkpoint.best_named(Path(config.checkpoint.resume))
+    path = latest if config.checkpoint.resume == "latest" else named
     if path is None:
         raise FileNotFoundError(f"--resume latest: {folder} holds no whole checkpoint")
     resumed = _read(path, latest, config)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from fastclip.messages import logger
 from fastclip.models import checkpoint
+from fastclip.train.best import best_metric, best_step, scores_of
+from fastclip.train.log import read_metrics
 from fastclip.train.state import TrainState
 
 KEPT_STEP_CHECKPOINTS = 2
@@ -43,9 +45,41 @@ def prune_step_checkpoints(folder: Path) -> None:
     _delete(path for path in written[:-KEPT_STEP_CHECKPOINTS])
 
 
-def prune_epoch_checkpoints(folder: Path, keep: int) -> None:
-    """Delete all epoch checkpoints but that of epoch `keep`."""
-    _delete(p for p in checkpoint.named(folder, "epoch_") if p.stem != f"epoch_{keep}")
+def keep_newest_and_best(state: TrainState, warn: Callable[[str], None]) -> None:
+    """Note which epoch is the best, and delete what the newest replaces; after it was saved.
+
+    What was neither the newest nor the best before it stays: a run that kept all epochs, and is
+    resumed without `--save-all`, loses none of them but the one that is replaced.
+
+    Args:
+        state: of the run, on the first rank.
+        warn: receives the message of a failure that the run survives.
+    """
+    options, name = state.config.checkpoint, best_metric(state.config)
+    alone = options.delete_previous_checkpoint
+    found = checkpoint.steps_of(state.checkpoints, "epoch_")
+    paths = sorted(found, key=found.__getitem__)
+    # by the file, not by this process: a resumed run knows what was evaluated before
+    scores = {} if alone else scores_of(read_metrics(state.folder), name)
+    best = _best(paths, found, scores, name)
+    try:
+        value = None if best is None else scores[found[best]]
+        checkpoint.write_best(state.folder, best, metric=name, value=value)
+    except OSError as error:
+        warn(f"{checkpoint.BEST_FILE} could not be written: {error}; no checkpoint is deleted")
+        return
+    if not options.save_all:
+        before = {*paths[-2:-1], _best(paths[:-1], found, scores, name)}
+        _delete(path for path in before - {*paths[-1:], best} if path is not None)
+
+
+def _best(
+    paths: list[Path], steps: dict[Path, int], scores: dict[int, float], name: str
+) -> Path | None:
+    """The checkpoint with the best score, None where none has one."""
+    scored = {steps[path]: path for path in paths if steps[path] in scores}
+    step = best_step({step: scores[step] for step in scored}, name)
+    return None if step is None else scored[step]
 
 
 def _delete(paths: Iterable[Path]) -> None:

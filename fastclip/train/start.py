@@ -40,7 +40,8 @@ def start(
         around: is left when the run has ended.
 
     Returns:
-        The state before the next step, the evaluation where --val-data is given, and the report.
+        The state before the next step, the evaluation where there are data for one, and the
+        report.
     """
     folder = Path(config.log.logs) / str(config.log.name)
     check_reporters(config)
@@ -115,7 +116,7 @@ def _begin_temperature(config: TrainConfig, model: Model) -> None:
 def _build_evaluation(
     config: TrainConfig, model: Model, classes: list[str], world: World
 ) -> Evaluation | None:
-    if not config.data.val_data:
+    if not config.data.evaluations:
         return None
     if not world.is_first:
         return Evaluation(config, None)

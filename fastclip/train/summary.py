@@ -1,12 +1,17 @@
 """What is said of a run at its end: how long it took, how well it did, and what to do next."""
 
 import textwrap
+from pathlib import Path
 from typing import Any
 
+from fastclip.bounded import read_object
 from fastclip.models import checkpoint
+from fastclip.train.best import best_step, scores_of
 from fastclip.train.log import read_metrics
 from fastclip.train.state import TrainState
 
+# the beginnings of the names of metrics that an evaluation has
+_EVALUATED = ("val/", "zeroshot/", "retrieval/")
 WIDTH, LABEL = 80, 10
 """Columns of a line, and of them those of its label."""
 
@@ -28,7 +33,7 @@ def summary(state: TrainState, seconds: float) -> list[str]:
     if losses:
         chance = losses[-1].get("chance_loss")
         lines["loss"] = f"{losses[-1]['loss']:.3f}" + (f" (chance {chance:.3f})" if chance else "")
-    names = {name: None for line in metrics for name in line if name.startswith("val/")}
+    names = {name: None for line in metrics for name in line if name.startswith(_EVALUATED)}
     scores = [_best_and_last(metrics, name) for name in names if "chance" not in name]
     saved = max(checkpoint.named(state.checkpoints, "epoch_"), key=checkpoint.step_of, default=None)
     files = f"{state.folder}: loss.png, metrics.jsonl" + (
@@ -37,7 +42,8 @@ def summary(state: TrainState, seconds: float) -> list[str]:
     run = state.folder
     return [
         *(line for name, text in lines.items() for line in labeled(name, text)),
-        *(f"{'' if index else 'scores':{LABEL}}{score}" for index, score in enumerate(scores)),
+        *(line for i, score in enumerate(scores) for line in labeled("" if i else "scores", score)),
+        *_best_checkpoint(run),
         *labeled("files", files),
         "next",
         f"  fastclip eval retrieval --model {run} --data DATA",
@@ -76,11 +82,20 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def _best_checkpoint(run: Path) -> list[str]:
+    """Which it is, and how it is loaded; nothing where none is known."""
+    file = run / checkpoint.BEST_FILE
+    if not file.is_file():
+        return []
+    noted = read_object(file)
+    return labeled("best", f"{noted['checkpoint']} by {noted['metric']}: --model {run}@best")
+
+
 def _best_and_last(metrics: list[dict[str, Any]], name: str) -> str:
     """A validation score's last value and, where another was better, the best."""
-    found = [(line[name], line["step"]) for line in metrics if name in line]
-    better = min if "loss" in name else max
-    best, step = better(found, key=lambda pair: pair[0])
-    last = found[-1][0]
-    before = "" if last == best else f" (best {best:.4f}, at step {step:,})"
+    scores = scores_of(metrics, name)
+    step, last = best_step(scores, name), list(scores.values())[-1]
+    before = ""
+    if step is not None and scores[step] != last:
+        before = f" (best {scores[step]:.4f}, at step {step:,})"
     return f"{name.removeprefix('val/')} {last:.4f}{before}"

@@ -1,23 +1,10 @@
 """Evaluation during training."""
 
-import math
-from collections.abc import Callable
-from dataclasses import replace
-
-import torch
-
-from fastclip.data.sources import guess_type, open_source
-from fastclip.evaluate.features import embed_images, embed_texts
-from fastclip.evaluate.retrieval import evaluate_retrieval
-from fastclip.evaluate.zeroshot import classes_of, evaluate_zeroshot
-from fastclip.functional import clip_loss, siglip_loss
-from fastclip.messages import logger
-from fastclip.models.classifier import Classifier
 from fastclip.models.clip import Model
 from fastclip.train.average import WeightAverage
 from fastclip.train.config import TrainConfig
 from fastclip.train.engine import Engine
-from fastclip.train.objective import objective_of
+from fastclip.train.held_out import HeldOut, Retrieval, Validator, ZeroShot
 
 
 class Evaluation:
@@ -27,92 +14,69 @@ class Evaluation:
         config: names the data.
         model: what is evaluated; the trained one itself, or one that takes over the weights that
             `Engine.weights` gives. None on other ranks than the first.
+
+    Raises:
+        ValueError, FileNotFoundError: data cannot be read.
     """
 
     def __init__(self, config: TrainConfig, model: Model | None) -> None:
         self._config, self._model = config, model
-        self._validator = None if model is None else Validator(config, model)
-        self._of_average: Validator | None = None
+        self._best = config.checkpoint.best_metric
+        self._of_weights = [] if model is None else held_out(config, model)
+        self._of_average: list[HeldOut] = []
 
     def include(self, average: WeightAverage | None) -> None:
         """Evaluate the average as well, under names that end in "_ema"."""
         if self._model is not None and average is not None:
             averaged = self._model._replace(model=average.model)
-            self._of_average = Validator(self._config, averaged)
+            self._of_average = held_out(self._config, averaged)
 
-    def __call__(self, engine: Engine) -> dict[str, float] | None:
-        """Metrics by name on the first rank, None on others; called on all ranks."""
+    def is_due(self, epoch: int) -> bool:
+        """Whether anything is evaluated after so many epochs; the same on all ranks."""
+        data, log = self._config.data, self._config.log
+        further = data.zeroshot_sources or data.retrieval_sources
+        return bool(
+            (data.val_data and epoch % log.val_frequency == 0)
+            or (further and epoch % log.zeroshot_frequency == 0)
+        )
+
+    def __call__(self, engine: Engine, epoch: int | None = None) -> dict[str, float] | None:
+        """Metrics by name on the first rank, None on others; called on all ranks.
+
+        Args:
+            engine: has the weights.
+            epoch: measure what is due after so many; None for all.
+
+        Raises:
+            ValueError: data cannot be evaluated, or --best-metric is not among the metrics of its.
+        """
         weights = engine.weights()
-        if self._model is None or self._validator is None:
+        if self._model is None:
             return None
         if weights:
             self._model.model.load_state_dict(weights)
-        metrics = self._validator()
-        if self._of_average is not None:
-            metrics |= {f"{name}_ema": value for name, value in self._of_average().items()}
+        due = [each.prefix for each in self._of_weights if epoch is None or each.is_due(epoch)]
+        metrics: dict[str, float] = {}
+        for tests, ending in ((self._of_weights, ""), (self._of_average, "_ema")):
+            for each in tests:
+                if each.prefix in due:
+                    metrics |= {f"{name}{ending}": value for name, value in each().items()}
+        if self._best and self._best.startswith(tuple(due)) and self._best not in metrics:
+            raise ValueError(
+                f"--best-metric {self._best} was not measured, but {', '.join(metrics)}; name one "
+                "of these and resume the run, whose epoch is saved"
+            )
         return metrics
 
 
-class Validator:
-    """Loss over batches of the training's size, retrieval, and zero-shot where there are classes.
-
-    Raises:
-        ValueError, FileNotFoundError: --val-data cannot be read.
-    """
-
-    def __init__(self, config: TrainConfig, model: Model) -> None:
-        assert config.data.val_data is not None
-        self.config = config
-        self.model = model
-        kind = guess_type(config.data.val_data) or config.data.dataset_type
-        # --captions names what to train on; here each sample has its own
-        options = replace(
-            config.data,
-            dataset_type=kind,
-            image_root=config.data.val_image_root,
-            captions=None,
-        )
-        required = ("cls",) if config.model.objective == "classify" else ("txt",)
-        self.source = open_source(config.data.val_data, options, split="val", required=required)
-        self.classes = classes_of(config.data.val_data, kind)
-        self._reported = False
-
-    def __call__(self) -> dict[str, float]:
-        """Metrics by name, each beginning with "val/"."""
-        precision = self.config.model.precision
-        images = embed_images(
-            self.model, self.source, workers=self.config.data.loader_processes, precision=precision
-        )
-        for place in () if self._reported else images.faults.places():
-            logger.warning(f"skipped in validation: {place}")
-        self._reported = True
-        if isinstance(self.model.model, Classifier):
-            metrics = evaluate_zeroshot(self.model, images, [], [])
-        else:
-            metrics = self._loss(images.features, images.texts)
-            retrieval = evaluate_retrieval(self.model, images, k=(1, 5), precision=precision)
-            metrics |= {name: value for name, value in retrieval.items() if "recall" in name}
-            if self.classes and any(label is not None for label in images.labels):
-                metrics |= evaluate_zeroshot(self.model, images, *self.classes, precision=precision)
-        return {f"val/{name}": value for name, value in metrics.items()}
-
-    @torch.no_grad()
-    def _loss(self, images: torch.Tensor, texts: list[tuple[str, ...]]) -> dict[str, float]:
-        """The loss over batches of --batch-size with first captions, and CLIP's chance of these.
-
-        A step of the training may have more samples, and with them a larger loss.
-        """
-        first = [own[0] for own in texts]
-        features = embed_texts(self.model, first, precision=self.config.model.precision)
-        model = self.model.model
-        objective = objective_of(model, self.config)
-        scalars = [torch.tensor(objective.logit_scale(model.get_parameter))]
-        function: Callable[..., torch.Tensor] = clip_loss
-        if self.config.loss.siglip:
-            function = siglip_loss
-            scalars.append(model.get_parameter("logit_bias").cpu())
-        size = min(self.config.optim.batch_size, len(texts))
-        starts = range(0, len(texts) - size + 1, size)
-        losses = [function(images[i : i + size], features[i : i + size], *scalars) for i in starts]
-        found = {"loss": torch.stack(losses).mean().item()}
-        return found if self.config.loss.siglip else {**found, "chance_loss": math.log(size)}
+def held_out(config: TrainConfig, model: Model) -> list[HeldOut]:
+    """Everything that a run is evaluated on, of a model."""
+    data = config.data
+    return [
+        *([Validator(config, model)] if data.val_data else []),
+        *(ZeroShot(name, source, config, model) for name, source in data.zeroshot_sources.items()),
+        *(
+            Retrieval(name, source, config, model)
+            for name, source in data.retrieval_sources.items()
+        ),
+    ]

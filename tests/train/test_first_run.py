@@ -33,7 +33,18 @@ def test_a_run_says_what_it_is_and_how_it_went(
     lines = text.splitlines()
     run = tmp_path / "logs" / "a"
     labels = [line.split()[0] for line in lines[:16] if not line.startswith(" ")]
-    expected = ["run", "data", "model", "loss", "step", "length", "rate", "caption", "caption"]
+    expected = [
+        "run",
+        "data",
+        "model",
+        "loss",
+        "step",
+        "length",
+        "rate",
+        "keeps",
+        "caption",
+        "caption",
+    ]
     assert labels[: len(expected)] == expected
     for part in (
         "scenes, 70 samples an epoch, loaded in this process",

@@ -47,7 +47,7 @@ def test_killed_equals_uninterrupted(
     train_flags: list[str], start_training: Start, tmp_path: Path, workers: int
 ) -> None:
     flags = [*train_flags, "--train-num-samples", "800", "--workers", str(workers)]
-    flags += ["--save-every-steps", "7", "--log-sample-ids"]
+    flags += ["--save-every-steps", "7", "--log-sample-ids", "--save-all"]
     logs = tmp_path / "logs"
     whole = start_training(*flags, "--name", "whole")
     _, errors = whole.communicate(timeout=300)

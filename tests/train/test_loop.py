@@ -61,7 +61,7 @@ def test_a_run_leaves_what_it_promises(train_flags: list[str]) -> None:
 
 
 def test_a_run_loads_as_model_preprocess_tokenizer(train_flags: list[str]) -> None:
-    run = train(parse([*train_flags, "--name", "a"]))
+    run = train(parse([*train_flags, "--name", "a", "--save-all"]))
     model, preprocess, tokenizer = fastclip.load(run)
     assert not model.training
     saved = state_of(run, "epoch_2.pt")["state_dict"]
@@ -79,7 +79,7 @@ def test_a_run_loads_as_model_preprocess_tokenizer(train_flags: list[str]) -> No
 @pytest.mark.parametrize("precision", ["fp32", "amp_bf16"])
 def test_resumed_equals_uninterrupted(train_flags: list[str], precision: str) -> None:
     """From a step inside the first epoch and from an epoch's end, in one process."""
-    flags = [*train_flags, "--precision", precision, "--save-every-steps", "6"]
+    flags = [*train_flags, "--precision", precision, "--save-every-steps", "6", "--save-all"]
     whole = train(parse([*flags, "--name", "whole", "--log-sample-ids"]))
     for cut in ("step_00000006.pt", "epoch_1.pt"):
         source = whole / "checkpoints" / cut
@@ -203,7 +203,7 @@ def test_a_run_without_a_checkpoint_begins_anew(
 def test_branching_off_an_earlier_checkpoint_needs_another_name(
     train_flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = train(parse([*train_flags, "--name", "a"]))
+    run = train(parse([*train_flags, "--name", "a", "--save-all"]))
     early = str(run / "checkpoints" / "epoch_1.pt")
     assert main(["train", *train_flags, "--name", "a", "--resume", early]) == 1
     assert "has continued to epoch_2.pt" in capsys.readouterr().err

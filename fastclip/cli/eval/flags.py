@@ -19,7 +19,7 @@ from fastclip.evaluate.interpolation import has_two_heads
 from fastclip.evaluate.results import write_result
 from fastclip.evaluate.wds import expand_wds
 from fastclip.messages import logger
-from fastclip.models.checkpoint import run_of
+from fastclip.models.checkpoint import is_best, run_of
 from fastclip.models.clip import Model
 from fastclip.models.image_tower import ImageSystem
 from fastclip.models.open import is_run, open_model
@@ -31,7 +31,7 @@ class Evaluation(ABC):
     """Flags that every evaluation of a model has."""
 
     model: str
-    """A run directory (its latest checkpoint is used) or one of its checkpoints; an
+    """A run directory (its latest checkpoint is used), RUN@best, or one of its checkpoints; an
     open_clip model, with --pretrained; hf-hub:ORG/NAME, or local-dir:FOLDER of the same files."""
     pretrained: str | None = None
     """For an open_clip model: the name of its weights, or a checkpoint file."""
@@ -106,6 +106,9 @@ class Evaluation(ABC):
             model, pretrained, folder = _architecture(run), self.model, run / "eval"
         else:
             folder = Path("eval", re.sub(r"[^\w.-]+", "_", f"{model}_{pretrained}").strip("_"))
+        if is_best(self.model):
+            # beside the result of the newest checkpoint
+            name = f"{name}_best"
         if self.average:
             pretrained, name = f"{pretrained} (average)", f"{name}_average"
         output = self.output or folder / f"{name}.json"

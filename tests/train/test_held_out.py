@@ -1,0 +1,199 @@
+"""Zero-shot accuracy and retrieval while training."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import fastclip
+from fastclip.cli import main
+from fastclip.data.options import parse_sources
+from fastclip.data.sources import open_source
+from fastclip.evaluate import imagenet
+from fastclip.evaluate.features import embed_images
+from fastclip.evaluate.retrieval import evaluate_retrieval
+from fastclip.evaluate.zeroshot import classes_of, evaluate_zeroshot
+from fastclip.train.config import parse
+from fastclip.train.log import read_metrics
+from fastclip.train.loop import train
+from tests.conftest import jpeg
+
+MakeShard = Callable[..., Path]
+
+
+@pytest.fixture
+def flags(train_flags: list[str]) -> list[str]:
+    return [*train_flags, "--train-num-samples", "16", "--name", "a"]
+
+
+@pytest.fixture
+def shard(make_shard: MakeShard) -> Path:
+    """Twelve images of three classes, with captions."""
+    path = make_shard("val-00000.tar", samples=12)
+    (path.parent / "classes.txt").write_text("ant\ncat\ndog\n")
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder of images for each of two classes."""
+    for number, name in enumerate(("cup", "sofa")):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(3):
+            color = (40 * i, 100 * number, 50)
+            (tmp_path / "photos" / name / f"{i}.jpg").write_bytes(jpeg(color))
+    return tmp_path / "photos"
+
+
+def evaluations(run: Path, prefix: str) -> dict[int, dict[str, float]]:
+    """Step to the metrics whose names begin so."""
+    lines = [
+        (line["step"], {name: v for name, v in line.items() if name.startswith(prefix)})
+        for line in read_metrics(run)
+    ]
+    return {step: found for step, found in lines if found}
+
+
+def test_several_sources_are_measured_by_name_and_in_their_turn(
+    flags: list[str], shard: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sources = ["--zeroshot-data", f"pets={shard}", str(folder), "--retrieval-data", str(shard)]
+    every = "--epochs 5 --zeroshot-frequency 2 --val-data scenes --val-frequency 5 --ema 0.5"
+    best = ["--best-metric", "retrieval/val-00000/text_retrieval_recall@1", "--save-all"]
+    assert main(["train", *flags, *sources, *every.split(), *best]) == 0
+    run = Path(capsys.readouterr().out.strip())
+
+    # two steps an epoch; the last has everything
+    assert list(evaluations(run, "val/")) == [10]
+    for prefix in ("zeroshot/pets/", "zeroshot/photos/", "retrieval/val-00000/"):
+        assert list(evaluations(run, prefix)) == [4, 8, 10]
+    found = evaluations(run, "")[10]
+    assert {"zeroshot/pets/acc1_ema", "retrieval/val-00000/image_retrieval_recall@10"} <= set(found)
+
+    # equal to what the saved model scores afterwards
+    model = fastclip.load(run)
+    of_shard = embed_images(model, open_source(str(shard), split="val"))
+    of_folder = embed_images(model, open_source(str(folder), split="val"))
+    classes = (["ant", "cat", "dog"], ["a photo of a {}."])
+    expected = {
+        **{
+            f"zeroshot/pets/{k}": v for k, v in evaluate_zeroshot(model, of_shard, *classes).items()
+        },
+        **{
+            f"zeroshot/photos/{k}": v
+            for k, v in evaluate_zeroshot(model, of_folder, ["cup", "sofa"], classes[1]).items()
+        },
+        **{
+            f"retrieval/val-00000/{k}": v
+            for k, v in evaluate_retrieval(model, of_shard).items()
+            if "recall" in k
+        },
+    }
+    further = {name: v for name, v in found.items() if name.startswith(("zero", "retr"))}
+    assert {n: v for n, v in further.items() if not n.endswith("_ema")} == expected
+
+
+def test_the_summary_has_them_and_the_best_is_chosen_by_one(
+    flags: list[str], shard: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    best = ["--best-metric", "zeroshot/pets/acc1", "--epochs", "3"]
+    assert main(["train", *flags, "--zeroshot-data", f"pets={shard}", *best]) == 0
+    said = capsys.readouterr()
+    run = Path(said.out.strip())
+    scores = {step: v["zeroshot/pets/acc1"] for step, v in evaluations(run, "zero").items()}
+    assert list(scores) == [2, 4, 6]
+    epoch = 1 + list(scores.values()).index(max(scores.values()))
+    kept = {path.name for path in (run / "checkpoints").glob("*.pt")}
+    assert kept == {f"epoch_{epoch}.pt", "epoch_3.pt"}
+    summary = said.err.partition("\ndone ")[2]
+    assert f"scores    zeroshot/pets/acc1 {scores[6]:.4f}" in summary
+    assert f"best      epoch_{epoch}.pt by zeroshot/pets/acc1" in summary
+    assert "the newest epoch and the best by zeroshot/pets/acc1" in said.err
+
+
+def test_a_metric_that_is_not_measured(
+    flags: list[str], shard: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What can be known is said at once; the rest after the first epoch, which is not lost."""
+    source = ["--retrieval-data", f"pets={shard}"]
+    for given, name, says in (
+        ([], "val/loss", "needs an evaluation: give --val-data"),
+        (source, "val/loss", "whose name begins with retrieval/pets/"),
+    ):
+        assert main(["train", *flags, *given, "--best-metric", name]) == 1
+        assert says in capsys.readouterr().err.replace("\n", " ")
+    wrong = ["--best-metric", "retrieval/pets/recall@1"]
+    assert main(["train", *flags, *source, *wrong]) == 1
+    says = capsys.readouterr().err
+    assert "was not measured, but retrieval/pets/image_retrieval_recall@1, " in says
+    right = ["--best-metric", "retrieval/pets/image_retrieval_recall@1", "--resume", "latest"]
+    assert main(["train", *flags, *source, *right]) == 0
+    assert "resuming" in capsys.readouterr().err
+
+
+def test_imagenet_folders_have_its_names(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for wnid in ("n01443537", "n01440764"):
+        (tmp_path / "val" / wnid).mkdir(parents=True)
+        (tmp_path / "val" / wnid / "a.jpg").write_bytes(jpeg())
+    found = classes_of(str(tmp_path / "val"), "imagefolder")
+    assert found is not None and found[0] == ["tench", "goldfish"] and len(found[1]) == 80
+    # not every name of this form is one of the thousand
+    assert imagenet.prompts_of(["n00000001"]) is None and imagenet.prompts_of([]) is None
+    assert main(["train", *flags, "--imagenet-val", str(tmp_path / "val")]) == 0
+    run = Path(capsys.readouterr().out.strip())
+    assert len(evaluations(run, "zeroshot/imagenet/acc1")) == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("--zeroshot-data a=x.tar a=y.tar", "give NAME=DATA with a name of its own for each"),
+        ("--zeroshot-data imagenet=x --imagenet-val y", "give NAME=DATA with a name of its own"),
+        ("--retrieval-data a=", "give NAME=DATA"),
+        ("--retrieval-data missing.json", "missing.json"),
+        ("--zeroshot-data {}/shard-00000.tar", "put classes.txt beside it"),
+        ("--zeroshot-data scenes --objective simclr --strong-scale 0.5 1", "simclr has no"),
+        ("--retrieval-data scenes --objective classify", "a classifier has no texts"),
+        ("--zeroshot-frequency 0", "--zeroshot-frequency is 0; give at least 1"),
+    ],
+)
+def test_what_cannot_be_used_is_said_before_training(
+    flags: list[str],
+    make_shard: MakeShard,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    given: str,
+    says: str,
+) -> None:
+    make_shard()
+    assert main(["train", *flags, *given.format(tmp_path).split()]) == 1
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "logs" / "a" / "checkpoints").exists()
+
+
+def test_a_classifier_is_scored_on_its_own_classes(
+    flags: list[str], shard: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    classify = ["--objective", "classify", "--train-data", str(shard), "--train-num-samples", "12"]
+    run = train(parse([*flags, *classify, "--zeroshot-data", f"own={shard}"]))
+    assert set(evaluations(run, "zeroshot/own/")) == {1, 2}
+    other = ["--name", "b", "--zeroshot-data", str(folder)]
+    assert main(["train", *flags, *classify, *other]) == 1
+    assert "its classes are cup, sofa, ..., the classifier's ant" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "data"),
+    [
+        ("coco=/d/a.json", "coco", "/d/a.json"),
+        ("/d/coco-{00000..00004}.tar", "coco", "/d/coco-{00000..00004}.tar"),
+        ("scenes:objects=1", "scenes", "scenes:objects=1"),
+        ("https://h/x.tar?a=b", "x", "https://h/x.tar?a=b"),
+        ("imagenet/val/", "val", "imagenet/val/"),
+        ("v2=scenes:objects=1", "v2", "scenes:objects=1"),
+    ],
+)
+def test_names_of_sources(text: str, name: str, data: str) -> None:
+    assert parse_sources([text], "--retrieval-data") == {name: data}
