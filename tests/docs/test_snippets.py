@@ -4,11 +4,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import open_clip.loss
 import pytest
 import torch
 
-from fastclip.integrations.patch import MARK
+from fastclip.integrations.patch import PatchHandle
 from tests.docs.pages import READ, Page
 
 RUN = [page for page in READ if page.blocks("python")]
@@ -33,12 +32,19 @@ def given(make_shard: Callable[..., Path]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def unpatched() -> Iterator[None]:
-    """Pages show how open_clip is patched; no test after them shall find it so."""
+def unpatched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Pages show how libraries are patched; no test after them shall find them so."""
+    made: list[PatchHandle] = []
+    begin = PatchHandle.__init__
+
+    def remember(handle: PatchHandle) -> None:
+        begin(handle)
+        made.append(handle)
+
+    monkeypatch.setattr(PatchHandle, "__init__", remember)
     yield
-    for name in ("ClipLoss", "SigLipLoss", "DistillClipLoss"):
-        loss = getattr(open_clip.loss, name)
-        loss.forward = getattr(loss.forward, MARK, loss.forward)
+    for handle in reversed(made):
+        handle.undo()
 
 
 @pytest.mark.usefixtures("unpatched")

@@ -198,14 +198,18 @@ def test_opcheck(dtype: torch.dtype, compute_dtype: torch.dtype) -> None:
 
     statistics = "similarity_statistics"
     for columns, means in ((True, True), (True, False), (False, False)):
-        ids = None, None, None
-        check(statistics, x, y, scale, *ids, column_statistics=columns, means=means)
-    groups = None, group, torch.arange(7)
-    check(statistics, x, y, scale, *groups, column_statistics=True)
+        optional = (None,) * 5
+        check(statistics, x, y, scale, *optional, column_statistics=columns, means=means)
+    ids = group, torch.arange(7)
+    check(statistics, x, y, scale, None, None, None, *ids, column_statistics=True)
+    biases = (torch.rand(rows, dtype=dtype).requires_grad_() for rows in (5, 7))
+    check(statistics, x, y, scale, *biases, None, *ids, column_statistics=True)
     for needs in ((True, True, True), (True, False, False), (False, False, False)):
         inputs = [t if need else t.detach() for t, need in zip((x, y, scale), needs, strict=True)]
-        check("info_nce", *inputs, index, columns_with_gradient=6, needs=needs)
-        inputs = [inputs[0], inputs[1][:5], inputs[2], bias if needs[2] else None]
+        check("info_nce", *inputs, index, None, None, columns_with_gradient=6, needs=needs)
+        check("info_nce", *inputs, None, *ids, columns_with_gradient=6, needs=needs)
+        groups = (None, None) if needs[1] else (group, group)
+        inputs = [inputs[0], inputs[1][:5], inputs[2], bias if needs[2] else None, *groups]
         check("sigmoid_sum", *inputs, needs=(*needs, needs[2]))
         check("sigmoid_rows", *inputs)
         # only what is needed is made
@@ -214,7 +218,8 @@ def test_opcheck(dtype: torch.dtype, compute_dtype: torch.dtype) -> None:
         check("sigmoid_rows_backward", *inputs, upstream, needs=(*needs, needs[2]))
     z = torch.cat([x, x.detach()]).detach().requires_grad_()
     for offset in (table, None):
-        check("block_statistics", z, table, offset, domains=(0, 1))
+        check("block_statistics", z, table, offset, None, domains=(0, 1))
+    check("block_statistics", z, table, table, group, domains=(0, 1))
     labels = torch.tensor([1, 1, 2, 3, 3, 3, 3, 9, 9, 0])
     check("label_statistics", z, scale, labels, domains=(0,))
     teacher = [t.detach() for t in (x, y[:5], scale)]
