@@ -42,6 +42,8 @@ FLOAT32_VARIANTS = ("ids", "gradient")
 
 # these cost an inside tile what `ids` and `kept_ids` do, but registers: once, on Hopper, is enough
 LIKE_IDS = ("kept", "maxima", "offset", "out")
+UNBIASED = {"HAS_ROW_BIAS": False, "HAS_COLUMN_BIAS": False}
+BIASED = {"HAS_ROW_BIAS": True, "HAS_COLUMN_BIAS": True}
 # sequence lengths of towers, and whether causal
 TOWERS = ((50, False), (77, True), (197, False), (257, False), (577, False))
 
@@ -100,7 +102,7 @@ class Variant(NamedTuple):
 def variants() -> Iterator[Variant]:
     """What the launchers ask for. `ids` has all that costs registers at once."""
     plain = {"HAS_DIAGONAL": True, "HAS_IDS": False, "EVEN_D": True, "COLUMNS": True}
-    plain |= {"HAS_OFFSET": False}
+    plain |= {"HAS_OFFSET": False, **UNBIASED}
     all_at_once = {"HAS_IDS": True, "HAS_OFFSET": True, "EVEN_D": False}
     statistics: dict[str, dict[str, bool]] = {
         "both": {},
@@ -110,6 +112,7 @@ def variants() -> Iterator[Variant]:
         "kept_rows": {"KEEP": True, "COLUMNS": False},
         "kept_ids": {**all_at_once, "KEEP": True},
         "ids": {**all_at_once, "MAXIMA": True},
+        "biased": {**BIASED, "KEEP": True},
     }
     for name, flags_ in statistics.items():
         options = {**plain, "MAXIMA": False, "KEEP": False, **flags_}
@@ -120,6 +123,7 @@ def variants() -> Iterator[Variant]:
         "rows": {"COLUMNS": False},
         "frozen_scale": {"SCALARS": False},
         "ids": all_at_once,
+        "biased": BIASED,
     }
     for name, flags_ in gradient.items():
         options = {**plain, "SCALARS": True, **flags_}
@@ -128,6 +132,7 @@ def variants() -> Iterator[Variant]:
         "both": {},
         "offset": {"TOTAL": True},
         "rows": {"COLUMNS": False},
+        "biased": BIASED,
     }
     for name, flags_ in weighed.items():
         yield Variant("gradient", weigh.weigh_kernel, name, {**plain, "TOTAL": False, **flags_})
@@ -187,8 +192,11 @@ def _keeps_limits(variant: Variant, precision: str, architecture: int) -> bool:
     if precision == "ieee":
         # no matrix unit: alike everywhere
         return common and name in FLOAT32_VARIANTS and architecture == 80
-    # `odd` differs in the loads of the product; what is not timed a tile is looked at on Hopper
-    return name != "odd" and (architecture == 90 or (common and name not in LIKE_IDS))
+    # `odd` differs in the loads of the product, biases are rare; what is not timed a tile is looked
+    # at on Hopper
+    return name not in ("odd", "biased") and (
+        architecture == 90 or (common and name not in LIKE_IDS)
+    )
 
 
 def _constants(variant: Variant, tiling: Tiling, product: str, slots: int) -> dict[str, Any]:
@@ -226,8 +234,11 @@ def _rest(architecture: int) -> Iterator[Case]:
         (finish.row_dot_kernel, {"BLOCK_R": 16, "BLOCK_D": 128}),
         (merge.merge_kernel, {"HAS_OFFSET": True, "HAS_DOT": True, **MERGED}),
         (merge.rescale_kernel, {"BLOCK_R": 16, "BLOCK_S": 256}),
-        (flags.totals_kernel, {"HAS_OFFSET": True, "MAXIMA": True, **MERGED}),
-        (flags.factors_kernel, {"HAS_OFFSET": True, "BLOCK_R": 128, "BLOCK_S": 256}),
+        (flags.totals_kernel, {"HAS_OFFSET": True, "MAXIMA": True, **UNBIASED, **MERGED}),
+        (
+            flags.factors_kernel,
+            {"HAS_OFFSET": True, "BLOCK_R": 128, "BLOCK_S": 256, **UNBIASED},
+        ),
         (flagged.merge_flagged_kernel, {"HAS_OFFSET": True, **MERGED}),
     ]
     for kernel, constants in rest:

@@ -41,29 +41,33 @@ Tile make_tile(Address data, int64_t rows, int64_t columns, int64_t stride, Addr
     return tile;
 }
 
+Biases make_biases(Address row, Address column, Address row_sum, Address column_sum) {
+    return {at(row), at(column), at(row_sum), at(column_sum)};
+}
+
 void add_statistics(const Tile& tile, Address row_max, Address row_sum, Address column_max,
-                    Address column_sum, int threads) {
+                    Address column_sum, int threads, const Biases* biases) {
     const Running columns{at(column_max), at(column_sum)};
-    statistics(tile, {at(row_max), at(row_sum)}, column_max ? &columns : nullptr, threads);
+    statistics(tile, {at(row_max), at(row_sum)}, column_max ? &columns : nullptr, threads, biases);
 }
 
 void form_gradient(const Tile& tile, Address row_lse, Address row_weight, Address column_lse,
-                   Address column_weight, Address sums, int threads) {
+                   Address column_weight, Address sums, int threads, const Biases* biases) {
     const Lines columns{at(column_lse), at(column_weight)};
     gradient(tile, {at(row_lse), at(row_weight)}, column_lse ? &columns : nullptr, at<Sums>(sums),
-             threads);
+             threads, biases);
 }
 
 void form_exponentials(const Tile& tile, Address anchor, Address row_sum, Address column_sum,
-                       int threads) {
-    exponentials(tile, *at(anchor), at(row_sum), at(column_sum), threads);
+                       int threads, const Biases* biases) {
+    exponentials(tile, *at(anchor), at(row_sum), at(column_sum), threads, biases);
 }
 
 double weigh_exponentials(int64_t rows, int64_t columns, Address E, int64_t E_stride,
                           Address scale, Address u, Address v, Address out, int64_t out_stride,
-                          int threads) {
+                          int threads, const Biases* biases) {
     return weigh(rows, columns, at(E), E_stride, *at(scale), at(u), at(v), at(out), out_stride,
-                 threads);
+                 threads, biases);
 }
 
 void keep_rows(const Tile& tile, Address row_max, Address running_max, Address running_sum,
@@ -267,10 +271,14 @@ PYBIND11_MODULE(_native, module) {
     module.attr("ABI") = ABI;
     module.attr("VERSION") = FASTCLIP_VERSION;
     py::class_<Tile>(module, "Tile", py::module_local()).def(py::init(&make_tile));
-    module.def("statistics", &add_statistics, unlocked);
-    module.def("gradient", &form_gradient, unlocked);
-    module.def("exponentials", &form_exponentials, unlocked);
-    module.def("weigh", &weigh_exponentials, unlocked);
+    py::class_<Biases>(module, "Biases", py::module_local()).def(py::init(&make_biases));
+    const py::arg arg;
+    const py::arg_v biases = py::arg("biases") = static_cast<const Biases*>(nullptr);
+    module.def("statistics", &add_statistics, arg, arg, arg, arg, arg, arg, biases, unlocked);
+    module.def("gradient", &form_gradient, arg, arg, arg, arg, arg, arg, arg, biases, unlocked);
+    module.def("exponentials", &form_exponentials, arg, arg, arg, arg, arg, biases, unlocked);
+    module.def("weigh", &weigh_exponentials, arg, arg, arg, arg, arg, arg, arg, arg, arg, arg,
+               biases, unlocked);
     module.def("begin_rows", &keep_rows, unlocked);
     module.def("end_rows", &finish_rows, unlocked);
     module.def("sigmoid", &add_sigmoid, unlocked);

@@ -39,6 +39,8 @@ def flagged_statistics_kernel(
     scale_ptr,
     row_id_ptr,
     column_id_ptr,
+    row_bias_ptr,
+    column_bias_ptr,
     row_max_ptr,
     row_sum_ptr,
     column_max_ptr,
@@ -54,6 +56,8 @@ def flagged_statistics_kernel(
     programs,
     HAS_DIAGONAL: tl.constexpr,
     HAS_IDS: tl.constexpr,
+    HAS_ROW_BIAS: tl.constexpr,
+    HAS_COLUMN_BIAS: tl.constexpr,
     COLUMNS: tl.constexpr,
     TMA: tl.constexpr,
     EVEN_D: tl.constexpr,
@@ -86,9 +90,10 @@ def flagged_statistics_kernel(
             parts = parts_of(cos, PARTS)
             for part in tl.static_range(PARTS):
                 own_statistics(
-                    parts[part], scale, row_id_ptr, column_id_ptr, row_max_ptr, row_sum_ptr,
-                    row_max_ptr, column_max_ptr, column_sum_ptr, row_max_ptr, 0, rows, columns,
-                    diagonal, tile_r, tile_s * PARTS + part, HAS_DIAGONAL, HAS_IDS, COLUMNS,
+                    parts[part], scale, row_id_ptr, column_id_ptr, row_bias_ptr, column_bias_ptr,
+                    row_max_ptr, row_sum_ptr, row_max_ptr, column_max_ptr, column_sum_ptr,
+                    row_max_ptr, 0, rows, columns, diagonal, tile_r, tile_s * PARTS + part,
+                    HAS_DIAGONAL, HAS_IDS, HAS_ROW_BIAS, HAS_COLUMN_BIAS, COLUMNS,
                     False, EMULATE, BLOCK_R, BLOCK_S // PARTS,
                 )  # fmt: skip
 
@@ -145,6 +150,8 @@ def flagged_gradient_kernel(
     offset_ptr,
     row_id_ptr,
     column_id_ptr,
+    row_bias_ptr,
+    column_bias_ptr,
     row_lse_ptr,
     row_weight_ptr,
     column_lse_ptr,
@@ -153,6 +160,8 @@ def flagged_gradient_kernel(
     g_ptr,
     dot_ptr,
     sum_ptr,
+    by_row_ptr,
+    by_column_ptr,
     stride_x,
     stride_y,
     stride_g,
@@ -164,6 +173,8 @@ def flagged_gradient_kernel(
     HAS_DIAGONAL: tl.constexpr,
     HAS_IDS: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
+    HAS_ROW_BIAS: tl.constexpr,
+    HAS_COLUMN_BIAS: tl.constexpr,
     COLUMNS: tl.constexpr,
     TMA: tl.constexpr,
     EVEN_D: tl.constexpr,
@@ -198,11 +209,12 @@ def flagged_gradient_kernel(
             for part in tl.static_range(PARTS):
                 partial = index * PARTS + part
                 own_gradient(
-                    parts[part], scale, offset_ptr, row_id_ptr, column_id_ptr, row_lse_ptr,
-                    row_weight_ptr, column_lse_ptr, column_weight_ptr, g_ptr, dot_ptr + partial,
-                    sum_ptr + partial, stride_g, rows, columns, diagonal, tile_r,
-                    tile_s * PARTS + part, HAS_DIAGONAL, HAS_IDS, HAS_OFFSET, COLUMNS, True,
-                    EMULATE, BLOCK_R, BLOCK_S // PARTS,
+                    parts[part], scale, offset_ptr, row_id_ptr, column_id_ptr, row_bias_ptr,
+                    column_bias_ptr, row_lse_ptr, row_weight_ptr, column_lse_ptr,
+                    column_weight_ptr, g_ptr, dot_ptr + partial, sum_ptr + partial, by_row_ptr,
+                    by_column_ptr, stride_g, rows, columns, diagonal, tile_r,
+                    tile_s * PARTS + part, HAS_DIAGONAL, HAS_IDS, HAS_OFFSET, HAS_ROW_BIAS,
+                    HAS_COLUMN_BIAS, COLUMNS, True, EMULATE, BLOCK_R, BLOCK_S // PARTS,
                 )  # fmt: skip
 
 
@@ -210,7 +222,7 @@ def _options(logits: Logits, x: Any, tiling: Tiling) -> dict[str, Any]:
     """One kernel for what the usual way has several for: fewer to compile."""
     options = product_options(x, tiling)
     options["EVEN_D"] = options["TMA"]
-    return {**options, "HAS_DIAGONAL": True, "HAS_IDS": logits.ids is not None}
+    return {**options, **logits.options()}
 
 
 def statistics(
@@ -237,6 +249,7 @@ def statistics(
         y_in,
         logits.scale,
         *((x, x) if logits.ids is None else logits.ids),
+        *logits.lines(),
         *row_part,
         *column_part,
         flags,
@@ -279,9 +292,10 @@ def gradient(
     columns: tuple[Tensor, Tensor] | None,
     out: Tensor,
     scalars: tuple[Tensor, Tensor],
+    bias_sums: tuple[Tensor, Tensor],
     tiling: Tiling,
 ) -> None:
-    """What `lean.gradient` leaves of `out` and `scalars`, from (lse, weight) of the lines.
+    """What `lean.gradient` leaves of `out` and of sums, from (lse, weight) of the lines.
 
     The sides of its tiles are those of `lean.gradient`; its parts are the slots there.
     """
@@ -298,11 +312,13 @@ def gradient(
         y_in,
         *logits.scalars(),
         *((x, x) if logits.ids is None else logits.ids),
+        *logits.lines(),
         *rows,
         *(rows if columns is None else columns),
         raised,
         out,
         *scalars,
+        *bias_sums,
         x.stride(0),
         y.stride(0),
         out.stride(0),

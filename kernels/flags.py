@@ -23,7 +23,7 @@ VECTORS = [
     *("scale_ptr", "offset_ptr", "flag_ptr", "raised_ptr", "row_lse_ptr"),
     *("row_weight_ptr", "column_lse_ptr", "column_weight_ptr", "row_part_ptr", "column_part_ptr"),
     *("row_part_max_ptr", "column_part_max_ptr", "row_max_ptr", "row_sum_ptr"),
-    *("column_max_ptr", "column_sum_ptr"),
+    *("column_max_ptr", "column_sum_ptr", "row_bias_ptr", "column_bias_ptr", "spread_ptr"),
 ]
 
 # powers of two
@@ -40,11 +40,13 @@ def _totals(
     run_sum_ptr,
     flag_ptr,
     raised_ptr,
+    bias_ptr,
     anchor,
     offset,
     tiles,
     lines,
     first,
+    HAS_BIAS: tl.constexpr,
     MAXIMA: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_L: tl.constexpr,
@@ -71,6 +73,9 @@ def _totals(
 
     run_max = tl.load(run_max_ptr + i, mask=mask, other=float("-inf"))
     run_sum = tl.load(run_sum_ptr + i, mask=mask, other=0.0)
+    if HAS_BIAS:
+        # E has the line's own in it
+        offset -= finite(tl.load(bias_ptr + i, mask=mask, other=0.0))
     largest = (top + anchor) * LN2 + offset
     merged = tl.maximum(run_max, largest)
     below = finite(merged)
@@ -95,6 +100,9 @@ def totals_kernel(
     column_sum_ptr,
     scale_ptr,
     offset_ptr,
+    row_bias_ptr,
+    column_bias_ptr,
+    spread_ptr,
     flag_ptr,
     raised_ptr,
     row_tiles,
@@ -102,11 +110,13 @@ def totals_kernel(
     rows,
     columns,
     HAS_OFFSET: tl.constexpr,
+    HAS_ROW_BIAS: tl.constexpr,
+    HAS_COLUMN_BIAS: tl.constexpr,
     MAXIMA: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    anchor = anchor_without_offset(scale_ptr)
+    anchor = anchor_without_offset(scale_ptr, spread_ptr, HAS_ROW_BIAS or HAS_COLUMN_BIAS)
     offset = 0.0
     if HAS_OFFSET:
         offset = tl.load(offset_ptr)
@@ -115,13 +125,14 @@ def totals_kernel(
     if pid < of_rows:
         _totals(
             row_part_ptr, row_part_max_ptr, row_max_ptr, row_sum_ptr, flag_ptr, raised_ptr,
-            anchor, offset, column_tiles, rows, pid * BLOCK_L, MAXIMA, BLOCK_T, BLOCK_L,
+            row_bias_ptr, anchor, offset, column_tiles, rows, pid * BLOCK_L,
+            HAS_ROW_BIAS, MAXIMA, BLOCK_T, BLOCK_L,
         )  # fmt: skip
     else:
         _totals(
             column_part_ptr, column_part_max_ptr, column_max_ptr, column_sum_ptr, flag_ptr + rows,
-            raised_ptr, anchor, offset, row_tiles, columns, (pid - of_rows) * BLOCK_L,
-            MAXIMA, BLOCK_T, BLOCK_L,
+            raised_ptr, column_bias_ptr, anchor, offset, row_tiles, columns,
+            (pid - of_rows) * BLOCK_L, HAS_COLUMN_BIAS, MAXIMA, BLOCK_T, BLOCK_L,
         )  # fmt: skip
 
 
@@ -131,11 +142,13 @@ def _factors(
     weight_ptr,
     factor_ptr,
     raised_ptr,
+    bias_ptr,
     scale,
     anchor,
     offset,
     first,
     lines,
+    HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     i = first + tl.arange(0, BLOCK)
@@ -144,6 +157,9 @@ def _factors(
     weight = tl.load(weight_ptr + i, mask=mask, other=0.0)
     # nothing but entries that are left out, or padding
     empty = lse == float("-inf")
+    if HAS_BIAS:
+        # E has the line's own in it
+        offset -= finite(tl.load(bias_ptr + i, mask=mask, other=0.0))
     total = (lse - offset) * LOG2E - anchor
     unscaled = weight * tl.exp2(-total)
     factor = unscaled * scale
@@ -163,16 +179,21 @@ def factors_kernel(
     column_weight_ptr,
     scale_ptr,
     offset_ptr,
+    row_bias_ptr,
+    column_bias_ptr,
+    spread_ptr,
     u_ptr,
     v_ptr,
     raised_ptr,
     rows,
     columns,
     HAS_OFFSET: tl.constexpr,
+    HAS_ROW_BIAS: tl.constexpr,
+    HAS_COLUMN_BIAS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    anchor = anchor_without_offset(scale_ptr)
+    anchor = anchor_without_offset(scale_ptr, spread_ptr, HAS_ROW_BIAS or HAS_COLUMN_BIAS)
     scale = tl.load(scale_ptr)
     offset = 0.0
     if HAS_OFFSET:
@@ -181,13 +202,13 @@ def factors_kernel(
     tiles_r = tl.cdiv(rows, BLOCK_R)
     if pid < tiles_r:
         _factors(
-            row_lse_ptr, row_weight_ptr, u_ptr, raised_ptr + pid, scale, anchor, offset,
-            pid * BLOCK_R, rows, BLOCK_R,
+            row_lse_ptr, row_weight_ptr, u_ptr, raised_ptr + pid, row_bias_ptr, scale, anchor,
+            offset, pid * BLOCK_R, rows, HAS_ROW_BIAS, BLOCK_R,
         )  # fmt: skip
     else:
         _factors(
-            column_lse_ptr, column_weight_ptr, v_ptr, raised_ptr + pid, scale, anchor, offset,
-            (pid - tiles_r) * BLOCK_S, columns, BLOCK_S,
+            column_lse_ptr, column_weight_ptr, v_ptr, raised_ptr + pid, column_bias_ptr, scale,
+            anchor, offset, (pid - tiles_r) * BLOCK_S, columns, HAS_COLUMN_BIAS, BLOCK_S,
         )  # fmt: skip
 
 
@@ -217,6 +238,8 @@ def totals(
         found.column_max,
         *of_columns,
         *logits.scalars(),
+        *logits.lines(),
+        logits.spread(),
         flags,
         found.raised,
         found.column_sum.shape[0],
@@ -224,6 +247,7 @@ def totals(
         r,
         s,
         HAS_OFFSET=logits.offset is not None,
+        **logits.biased(),
         MAXIMA=maxima,
         BLOCK_T=MERGED_TILES,
         BLOCK_L=MERGED_LINES,
@@ -251,12 +275,15 @@ def factors(
         *rows,
         *(rows if columns is None else columns),
         *logits.scalars(),
+        *logits.lines(),
+        logits.spread(),
         u,
         v,
         raised,
         r,
         s,
         HAS_OFFSET=logits.offset is not None,
+        **logits.biased(),
         BLOCK_R=tiling.rows,
         BLOCK_S=tiling.columns,
     )

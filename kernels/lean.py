@@ -11,9 +11,15 @@ which lines that holds for: those outside [2^-80, 2^127) are flagged on the devi
 and bits depend on data alone. `exp2` on the device flushes to 0 below 2^-126: the sum of a line
 that is not flagged has lost less than 2^-46 of itself for each of its terms.
 
+With biases a of rows and b of columns, at most 0, S' has both in it: a line's own bias is the same
+for all of its entries and is taken from its log-sum-exp again (`flags.py`), so that one E serves
+rows and columns here too. A bias of -inf is 0 in E; its line is left out of the sums and of the
+shares in G that it would enter.
+
 c is max(|scale| log2(e) - 100, 0) + offset log2(e): at scales that training meets, up to 69, it is
 the offset's alone. A scale above 208 spans more than any anchor can serve; c is then infinite, no
-product is formed and every line is flagged.
+product is formed and every line is flagged. Finite biases widen that span by how far they reach
+down, and c is as much lower as keeps 100 powers of two above it at the most.
 
 A tile's parts are summed before they are stored: partial statistics are (tiles, lines).
 """
@@ -30,6 +36,7 @@ from fastclip.kernels.tile import (
     LEFT_OUT,
     LOG2E,
     NO_DIAGONAL,
+    biases,
     cosines,
     leave_out,
     over_rows,
@@ -43,6 +50,7 @@ NUMBERS = ["rows", "columns", "diagonal"]
 VECTORS = [
     *("scale_ptr", "offset_ptr", "row_id_ptr", "column_id_ptr", "row_sum_ptr"),
     *("column_sum_ptr", "row_max_ptr", "column_max_ptr", "raised_ptr", "dot_ptr", "sum_ptr"),
+    *("row_bias_ptr", "column_bias_ptr", "spread_ptr", "by_row_ptr", "by_column_ptr"),
 ]
 
 # powers of two: the anchor leaves 27 for sums above the largest entry it allows for
@@ -51,14 +59,19 @@ LARGEST_SPAN = tl.constexpr(600.0)
 
 
 @triton.jit
-def anchor_without_offset(scale_ptr):
+def anchor_without_offset(scale_ptr, spread_ptr, BIASED: tl.constexpr):
     """What is subtracted from scale * cos * log2(e): the anchor less the offset, in powers of two.
 
     Infinite where no anchor serves.
     """
     largest = tl.abs(tl.load(scale_ptr)) * LOG2E
-    anchor = tl.maximum(largest - BELOW_LARGEST, 0.0)
-    return tl.where(2.0 * largest > LARGEST_SPAN, float("inf"), anchor)
+    span = 2.0 * largest
+    if BIASED:
+        span += tl.load(spread_ptr) * LOG2E
+        anchor = largest - tl.minimum(0.5 * span, BELOW_LARGEST)
+    else:
+        anchor = tl.maximum(largest - BELOW_LARGEST, 0.0)
+    return tl.where(span > LARGEST_SPAN, float("inf"), anchor)
 
 
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=VECTORS)
@@ -68,6 +81,9 @@ def lean_statistics_kernel(
     scale_ptr,
     row_id_ptr,
     column_id_ptr,
+    row_bias_ptr,
+    column_bias_ptr,
+    spread_ptr,
     row_sum_ptr,
     column_sum_ptr,
     row_max_ptr,
@@ -83,6 +99,8 @@ def lean_statistics_kernel(
     diagonal,
     HAS_DIAGONAL: tl.constexpr,
     HAS_IDS: tl.constexpr,
+    HAS_ROW_BIAS: tl.constexpr,
+    HAS_COLUMN_BIAS: tl.constexpr,
     COLUMNS: tl.constexpr,
     MAXIMA: tl.constexpr,
     KEEP: tl.constexpr,
@@ -105,7 +123,7 @@ def lean_statistics_kernel(
         index = tl.program_id(0) + visit * tl.num_programs(0)
         tile_r, tile_s = tile_indices(index, rows, columns, BLOCK_R, BLOCK_S, GROUP)
         first_r = tile_r * BLOCK_R
-        anchor = anchor_without_offset(scale_ptr)
+        anchor = anchor_without_offset(scale_ptr, spread_ptr, HAS_ROW_BIAS or HAS_COLUMN_BIAS)
         # without an anchor there is nothing to form: all lines are flagged by sums of 0
         cos = cosines(
             x_ptr, y_ptr, stride_x, stride_y, rows, columns,
@@ -121,26 +139,46 @@ def lean_statistics_kernel(
         m_r = i_r < rows
         row_sum = tl.zeros((BLOCK_R,), dtype=tl.float32)
         row_max = tl.full((BLOCK_R,), float("-inf"), dtype=tl.float32)
+        if HAS_ROW_BIAS:
+            bias_r, counts_r = biases(row_bias_ptr, i_r, m_r)
         PART_S: tl.constexpr = BLOCK_S // PARTS
         for part in tl.static_range(PARTS):
             first_s = tile_s * BLOCK_S + part * PART_S
             i_s = first_s + tl.arange(0, PART_S)
             m_s = i_s < columns
             # rounded as one: S' may be a hundred times what is left of it
+            logits = parts[part] * scale - anchor
+            if HAS_ROW_BIAS:
+                logits += bias_r[:, None]
+            if HAS_COLUMN_BIAS:
+                bias_s, counts_s = biases(column_bias_ptr, i_s, m_s)
+                logits += bias_s[None, :]
             logits = leave_out(
-                parts[part] * scale - anchor, row_id_ptr, column_id_ptr, rows, columns, diagonal,
+                logits, row_id_ptr, column_id_ptr, rows, columns, diagonal,
                 i_r, i_s, first_r, first_s, HAS_DIAGONAL, HAS_IDS, float("-inf"), BLOCK_R, PART_S,
             )  # fmt: skip
             e = tl.exp2(logits)
-            row_sum += tl.sum(e, 1)
+            of_rows = e
+            if HAS_COLUMN_BIAS:
+                of_rows = tl.where(counts_s[None, :], e, 0.0)
+            row_sum += tl.sum(of_rows, 1)
             p_s = tile_r.to(tl.int64) * columns + i_s
             if COLUMNS:
-                column_sum = over_rows(e, BLOCK_R, PART_S, False, TRANSPOSE)
+                of_columns = e
+                if HAS_ROW_BIAS:
+                    of_columns = tl.where(counts_r[:, None], e, 0.0)
+                column_sum = over_rows(of_columns, BLOCK_R, PART_S, False, TRANSPOSE)
                 tl.store(column_sum_ptr + p_s, column_sum, mask=m_s)
             if MAXIMA:
-                row_max = tl.maximum(row_max, tl.max(logits, 1))
+                of_rows = logits
+                if HAS_COLUMN_BIAS:
+                    of_rows = tl.where(counts_s[None, :], logits, float("-inf"))
+                row_max = tl.maximum(row_max, tl.max(of_rows, 1))
                 if COLUMNS:
-                    column_max = over_rows(logits, BLOCK_R, PART_S, True, TRANSPOSE)
+                    of_columns = logits
+                    if HAS_ROW_BIAS:
+                        of_columns = tl.where(counts_r[:, None], logits, float("-inf"))
+                    column_max = over_rows(of_columns, BLOCK_R, PART_S, True, TRANSPOSE)
                     tl.store(column_max_ptr + p_s, column_max, mask=m_s)
             if KEEP:
                 o_e = tl.arange(0, BLOCK_R)[:, None] * stride_e + tl.arange(0, PART_S)[None, :]
@@ -160,12 +198,17 @@ def lean_gradient_kernel(
     offset_ptr,
     row_id_ptr,
     column_id_ptr,
+    row_bias_ptr,
+    column_bias_ptr,
+    spread_ptr,
     u_ptr,
     v_ptr,
     raised_ptr,
     g_ptr,
     dot_ptr,
     sum_ptr,
+    by_row_ptr,
+    by_column_ptr,
     stride_x,
     stride_y,
     stride_g,
@@ -176,6 +219,8 @@ def lean_gradient_kernel(
     HAS_DIAGONAL: tl.constexpr,
     HAS_IDS: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
+    HAS_ROW_BIAS: tl.constexpr,
+    HAS_COLUMN_BIAS: tl.constexpr,
     COLUMNS: tl.constexpr,
     SCALARS: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -206,7 +251,7 @@ def lean_gradient_kernel(
             first_r, tile_s * BLOCK_S,
             BLOCK_R, BLOCK_S, BLOCK_D, TMA, EVEN_D, PRECISION, EMULATE,
         )  # fmt: skip
-        anchor = anchor_without_offset(scale_ptr)
+        anchor = anchor_without_offset(scale_ptr, spread_ptr, HAS_ROW_BIAS or HAS_COLUMN_BIAS)
         scale = tl.load(scale_ptr)
         parts = parts_of(cos, PARTS)
         i_r = first_r + tl.arange(0, BLOCK_R)
@@ -214,17 +259,40 @@ def lean_gradient_kernel(
         u = tl.load(u_ptr + i_r)
         dot = tl.zeros((BLOCK_R,), dtype=tl.float32)
         total = tl.zeros((BLOCK_R,), dtype=tl.float32)
+        if HAS_ROW_BIAS:
+            bias_r, counts_r = biases(row_bias_ptr, i_r, i_r < rows)
+            by_row = tl.zeros((BLOCK_R,), dtype=tl.float32)
         PART_S: tl.constexpr = BLOCK_S // PARTS
         for part in tl.static_range(PARTS):
             first_s = tile_s * BLOCK_S + part * PART_S
             i_s = first_s + tl.arange(0, PART_S)
+            logits = parts[part] * (scale * LOG2E) - anchor
+            if HAS_ROW_BIAS:
+                logits += bias_r[:, None]
+            if HAS_COLUMN_BIAS:
+                bias_s, counts_s = biases(column_bias_ptr, i_s, i_s < columns)
+                logits += bias_s[None, :]
             logits = leave_out(
-                parts[part] * (scale * LOG2E) - anchor, row_id_ptr, column_id_ptr, rows, columns,
-                diagonal, i_r, i_s, first_r, first_s, HAS_DIAGONAL, HAS_IDS, LEFT_OUT,
-                BLOCK_R, PART_S,
+                logits, row_id_ptr, column_id_ptr, rows, columns, diagonal, i_r, i_s,
+                first_r, first_s, HAS_DIAGONAL, HAS_IDS, LEFT_OUT, BLOCK_R, PART_S,
             )  # fmt: skip
             g = tl.exp2(logits)
-            if COLUMNS:
+            if HAS_ROW_BIAS or HAS_COLUMN_BIAS:
+                of_rows = g * u[:, None]
+                if HAS_COLUMN_BIAS:
+                    of_rows = tl.where(counts_s[None, :], of_rows, 0.0)
+                    p_s = tile_r.to(tl.int64) * columns + i_s
+                    by_column = tl.sum(of_rows, 0) / scale
+                    tl.store(by_column_ptr + p_s, by_column, mask=i_s < columns)
+                if COLUMNS:
+                    of_columns = g * tl.load(v_ptr + i_s)[None, :]
+                    if HAS_ROW_BIAS:
+                        of_columns = tl.where(counts_r[:, None], of_columns, 0.0)
+                        by_row += tl.sum(of_columns, 1)
+                    g = of_rows + of_columns
+                else:
+                    g = of_rows
+            elif COLUMNS:
                 g *= u[:, None] + tl.load(v_ptr + i_s)[None, :]
             else:
                 g *= u[:, None]
@@ -235,6 +303,11 @@ def lean_gradient_kernel(
             o_g = tl.arange(0, BLOCK_R)[:, None] * stride_g + tl.arange(0, PART_S)[None, :]
             p_g = g_ptr + first_r.to(tl.int64) * stride_g + first_s + o_g
             tl.store(p_g, rounded(g, g_ptr, EMULATE))
+        if HAS_ROW_BIAS:
+            p_r = (tile_s * SLOTS).to(tl.int64) * rows + i_r
+            tl.store(by_row_ptr + p_r, by_row / scale, mask=i_r < rows)
+            for slot in tl.static_range(1, SLOTS):
+                tl.store(by_row_ptr + p_r + slot * rows, 0.0, mask=i_r < rows)
         if SCALARS:
             # the factors have the scale in them
             p_slot = index * SLOTS
@@ -245,6 +318,17 @@ def lean_gradient_kernel(
                 tl.store(dot_ptr + p_slot + slot, 0.0)
                 if HAS_OFFSET:
                     tl.store(sum_ptr + p_slot + slot, 0.0)
+
+
+class Biases(NamedTuple):
+    """Biases of a tile's lines, at most 0, and how far all of a call's reach down, 0-d.
+
+    Those of rows are there where its columns have statistics.
+    """
+
+    row: Tensor | None
+    column: Tensor | None
+    spread: Tensor
 
 
 class Logits(NamedTuple):
@@ -260,10 +344,25 @@ class Logits(NamedTuple):
     offset: Tensor | None
     ids: tuple[Tensor, Tensor] | None
     diagonal: int | None
+    biases: Biases | None = None
 
     def scalars(self) -> tuple[Tensor, Tensor]:
         """Scale and offset, as kernels take them."""
         return self.scale, self.scale if self.offset is None else self.offset
+
+    def lines(self) -> tuple[Tensor, Tensor]:
+        """Biases of rows and columns, as kernels take them."""
+        row, column, _ = self.biases or (None, None, None)
+        return self.scale if row is None else row, self.scale if column is None else column
+
+    def spread(self) -> Tensor:
+        """That of the biases, as kernels take it."""
+        return self.scale if self.biases is None else self.biases.spread
+
+    def biased(self) -> dict[str, bool]:
+        """Keyword arguments of kernels that know biases."""
+        row, column, _ = self.biases or (None, None, None)
+        return {"HAS_ROW_BIAS": row is not None, "HAS_COLUMN_BIAS": column is not None}
 
     def options(self) -> dict[str, bool]:
         """Keyword arguments of a kernel of this file."""
@@ -271,6 +370,7 @@ class Logits(NamedTuple):
             # always: a kernel less to compile
             "HAS_DIAGONAL": True,
             "HAS_IDS": self.ids is not None,
+            **self.biased(),
         }
 
 
@@ -312,6 +412,8 @@ def statistics(
         # the anchor has the offset in it
         logits.scale,
         *((x, x) if logits.ids is None else logits.ids),
+        *logits.lines(),
+        logits.spread(),
         row_sum,
         column_sum,
         row_max,
@@ -342,13 +444,16 @@ def gradient(
     columns: bool,
     out: Tensor,
     scalars: tuple[Tensor, Tensor],
+    bias_sums: tuple[Tensor, Tensor],
     slots: int,
     tiling: Tiling,
 ) -> None:
     """scale * G into `out` (R, S), in a buffer of `similarity.room_for`, but for flagged tiles.
 
     `factors` are those of `flags.factors`; `scalars` take each tile's sums of G * cos and, with
-    an offset, of G in the first of its `slots`, 0 in the others; empty where not wanted.
+    an offset, of G in the first of its `slots`, 0 in the others; empty where not wanted. So do
+    `bias_sums`: (column tiles * slots, R), the sums of the columns' shares of G over a tile's rows,
+    and (row tiles, S), those of the rows' shares over its columns.
     """
     x, y = logits.x, logits.y
     r, s = x.shape[0], y.shape[0]
@@ -362,9 +467,12 @@ def gradient(
         y_in,
         *logits.scalars(),
         *((x, x) if logits.ids is None else logits.ids),
+        *logits.lines(),
+        logits.spread(),
         *factors,
         out,
         *scalars,
+        *bias_sums,
         x.stride(0),
         y.stride(0),
         out.stride(0),

@@ -10,7 +10,8 @@ writes where another does: no atomics, no locks, bitwise reproducible. The gradi
 forms S again because storing it exactly would cost more traffic than the product.
 
 A tile's entries serve rows and columns; where its logits (the gradient: the log-sum-exps of its
-lines) span less than 96 powers of two, one exponential serves both.
+lines) span less than 96 powers of two, one exponential serves both. With biases, which the flagged
+tiles alone may have (`flagged.py`), an entry has a logit for each.
 """
 
 import torch
@@ -38,6 +39,7 @@ VECTORS = [
     *("scale_ptr", "offset_ptr", "row_id_ptr", "column_id_ptr", "row_lse_ptr", "row_weight_ptr"),
     *("column_lse_ptr", "column_weight_ptr", "row_max_ptr", "row_sum_ptr", "row_dot_ptr"),
     *("column_max_ptr", "column_sum_ptr", "dot_ptr", "sum_ptr"),
+    *("row_bias_ptr", "column_bias_ptr", "by_row_ptr", "by_column_ptr"),
 ]
 
 # powers of two: float32 spans 126, and 24 of them hold the terms that still count
@@ -51,6 +53,8 @@ def own_statistics(
     scale,
     row_id_ptr,
     column_id_ptr,
+    row_bias_ptr,
+    column_bias_ptr,
     row_max_ptr,
     row_sum_ptr,
     row_dot_ptr,
@@ -65,6 +69,8 @@ def own_statistics(
     tile_s,
     HAS_DIAGONAL: tl.constexpr,
     HAS_IDS: tl.constexpr,
+    HAS_ROW_BIAS: tl.constexpr,
+    HAS_COLUMN_BIAS: tl.constexpr,
     COLUMNS: tl.constexpr,
     KEEP: tl.constexpr,
     EMULATE: tl.constexpr,
@@ -79,14 +85,23 @@ def own_statistics(
         cos * scale, row_id_ptr, column_id_ptr, rows, columns, diagonal, i_r, i_s, first_r, first_s,
         HAS_DIAGONAL, HAS_IDS, float("-inf"), BLOCK_R, BLOCK_S,
     )  # fmt: skip
-    row_max = tl.max(logits, 1)
     p_r = tile_s.to(tl.int64) * rows + i_r
     m_r = i_r < rows
+    of_columns = logits
+    if HAS_ROW_BIAS:
+        row_bias = tl.load(row_bias_ptr + i_r, mask=m_r, other=0.0)
+        of_columns = logits + (row_bias * LOG2E)[:, None]
+    if HAS_COLUMN_BIAS:
+        column_bias = tl.load(column_bias_ptr + i_s, mask=i_s < columns, other=0.0)
+        logits += (column_bias * LOG2E)[None, :]
+    row_max = tl.max(logits, 1)
     if COLUMNS:
-        column_max = tl.max(logits, 0)
+        column_max = tl.max(of_columns, 0)
         top = tl.max(row_max, 0)
         low_r = tl.min(tl.where(row_max == float("-inf"), top, row_max), 0)
         low_s = tl.min(tl.where(column_max == float("-inf"), top, column_max), 0)
+        if HAS_ROW_BIAS or HAS_COLUMN_BIAS:
+            low_r = float("-inf")
         # NaN, and a tile that is left out whole, take the second way
         if top - tl.minimum(low_r, low_s) < SPAN:
             e = tl.exp2(logits - top)
@@ -94,7 +109,7 @@ def own_statistics(
             column_sum = tl.sum(e, 0) * tl.exp2(tl.minimum(top - column_max, SPAN))
         else:
             row_sum = tl.sum(tl.exp2(logits - finite(row_max)[:, None]), 1)
-            column_sum = tl.sum(tl.exp2(logits - finite(column_max)[None, :]), 0)
+            column_sum = tl.sum(tl.exp2(of_columns - finite(column_max)[None, :]), 0)
         p_s = tile_r.to(tl.int64) * columns + i_s
         m_s = i_s < columns
         tl.store(column_max_ptr + p_s, column_max, mask=m_s)
@@ -156,10 +171,10 @@ def statistics_kernel(
     parts = parts_of(cos, PARTS)
     for part in tl.static_range(PARTS):
         own_statistics(
-            parts[part], scale, row_id_ptr, column_id_ptr, row_max_ptr, row_sum_ptr, row_dot_ptr,
-            column_max_ptr, column_sum_ptr, e_ptr, stride_e, rows, columns, diagonal,
-            tile_r, tile_s * PARTS + part, HAS_DIAGONAL, HAS_IDS, COLUMNS, KEEP, EMULATE,
-            BLOCK_R, BLOCK_S // PARTS,
+            parts[part], scale, row_id_ptr, column_id_ptr, scale_ptr, scale_ptr, row_max_ptr,
+            row_sum_ptr, row_dot_ptr, column_max_ptr, column_sum_ptr, e_ptr, stride_e, rows,
+            columns, diagonal, tile_r, tile_s * PARTS + part, HAS_DIAGONAL, HAS_IDS, False, False,
+            COLUMNS, KEEP, EMULATE, BLOCK_R, BLOCK_S // PARTS,
         )  # fmt: skip
 
 
@@ -191,6 +206,8 @@ def own_gradient(
     offset_ptr,
     row_id_ptr,
     column_id_ptr,
+    row_bias_ptr,
+    column_bias_ptr,
     row_lse_ptr,
     row_weight_ptr,
     column_lse_ptr,
@@ -198,6 +215,8 @@ def own_gradient(
     g_ptr,
     p_dot,
     p_sum,
+    by_row_ptr,
+    by_column_ptr,
     stride_g,
     rows,
     columns,
@@ -207,6 +226,8 @@ def own_gradient(
     HAS_DIAGONAL: tl.constexpr,
     HAS_IDS: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
+    HAS_ROW_BIAS: tl.constexpr,
+    HAS_COLUMN_BIAS: tl.constexpr,
     COLUMNS: tl.constexpr,
     SCALARS: tl.constexpr,
     EMULATE: tl.constexpr,
@@ -233,7 +254,29 @@ def own_gradient(
     weight_r = tl.load(row_weight_ptr + i_r, mask=m_r, other=0.0)
     o_g = tl.arange(0, BLOCK_R)[:, None] * stride_g + tl.arange(0, BLOCK_S)[None, :]
     p_g = g_ptr + first_r.to(tl.int64) * stride_g + first_s + o_g
-    if COLUMNS:
+    if HAS_ROW_BIAS or HAS_COLUMN_BIAS:
+        below = -anchor_r[:, None]
+        if HAS_COLUMN_BIAS:
+            column_bias = tl.load(column_bias_ptr + i_s, mask=m_s, other=0.0)
+            below = (column_bias * LOG2E)[None, :] + below
+        g = tl.exp2(logits + below) * weight_r[:, None]
+        if HAS_COLUMN_BIAS:
+            p_s = tile_r.to(tl.int64) * columns + i_s
+            tl.store(by_column_ptr + p_s, tl.sum(g, 0), mask=m_s)
+        if COLUMNS:
+            anchor_s = tl.load(column_lse_ptr + i_s, mask=m_s, other=float("inf"))
+            below = -((finite(anchor_s) - offset) * LOG2E)[None, :]
+            if HAS_ROW_BIAS:
+                row_bias = tl.load(row_bias_ptr + i_r, mask=m_r, other=0.0)
+                below = (row_bias * LOG2E)[:, None] + below
+            weight_s = tl.load(column_weight_ptr + i_s, mask=m_s, other=0.0)
+            of_columns = tl.exp2(logits + below) * weight_s[None, :]
+            if HAS_ROW_BIAS:
+                p_r = tile_s.to(tl.int64) * rows + i_r
+                tl.store(by_row_ptr + p_r, tl.sum(of_columns, 1), mask=m_r)
+            g += of_columns
+        _emit(g, logits, scale, p_g, p_dot, p_sum, HAS_OFFSET, SCALARS, EMULATE)
+    elif COLUMNS:
         anchor_s = tl.load(column_lse_ptr + i_s, mask=m_s, other=float("inf"))
         anchor_s = (finite(anchor_s) - offset) * LOG2E
         weight_s = tl.load(column_weight_ptr + i_s, mask=m_s, other=0.0)

@@ -194,6 +194,13 @@ def leave_out(
 
 
 @triton.jit
+def biases(bias_ptr, i, mask):
+    """Biases of lines in powers of two, 0 for -inf, and which are not -inf."""
+    bias = tl.load(bias_ptr + i, mask=mask, other=0.0) * LOG2E
+    return finite(bias), bias != float("-inf")
+
+
+@triton.jit
 def any_raised(flag_ptr, flags, COUNT: tl.constexpr = 1024):
     """`flags` if any flag is raised, else 0: how far a walk over flagged tiles goes."""
     raised = tl.zeros((COUNT,), dtype=tl.int32)

@@ -150,8 +150,55 @@ struct Span {
     bool narrow() const { return low <= high && high - low < SPAN; }
 };
 
+// Two logits an entry: nothing is shared.
+void biased_statistics(const Tile& tile, const Biases& biases, int64_t begin, int64_t end,
+                       Running rows, const Running* columns, float* scratch) {
+    const Running strip_columns{scratch, scratch + tile.columns};
+    float row_max[STRIP], row_sum[STRIP];
+    for (; begin < end; begin += STRIP) {
+        Strip strip{tile, begin, least(STRIP, end - begin), {}};
+        const auto row_logit = [&](int64_t i, int64_t j, auto lanes) {
+            return lanes.load(strip.row(i) + j) * strip.scale[i] + lanes.load(biases.column + j);
+        };
+        for (int64_t i = 0; i < strip.rows; ++i) {
+            strip.scale[i] = leave_out(tile, begin + i, -INFINITE);
+            Floats greatest = all(-INFINITE), sum{};
+            along(tile.columns, [&](int64_t j, auto lanes) {
+                greatest = larger(lanes.inside(row_logit(i, j, lanes), -INFINITE), greatest);
+            });
+            row_max[i] = max_of(greatest);
+            const float anchor = finite(row_max[i]);
+            along(tile.columns, [&](int64_t j, auto lanes) {
+                sum += lanes.inside(exp(row_logit(i, j, lanes) - anchor), 0.0f);
+            });
+            row_sum[i] = sum_of(sum);
+        }
+        const Running own{rows.max + begin, rows.sum + begin};
+        merge_about(strip.rows, own, {row_max, row_sum}, nullptr, tile.offset);
+        if (!columns) continue;
+        const auto column_logit = [&](int64_t i, int64_t j, auto lanes) {
+            return lanes.load(strip.row(i) + j) * strip.scale[i] + biases.row[begin + i];
+        };
+        fill(strip_columns.max, tile.columns, -INFINITE);
+        fill(strip_columns.sum, tile.columns, 0.0f);
+        for (int64_t i = 0; i < strip.rows; ++i)
+            along(tile.columns, [&](int64_t j, auto lanes) {
+                float* const max = strip_columns.max + j;
+                lanes.store(max, larger(column_logit(i, j, lanes), lanes.load(max)));
+            });
+        for (int64_t i = 0; i < strip.rows; ++i)
+            along(tile.columns, [&](int64_t j, auto lanes) {
+                const Floats anchor = finite(lanes.load(strip_columns.max + j));
+                float* const sum = strip_columns.sum + j;
+                lanes.store(sum, lanes.load(sum) + exp(column_logit(i, j, lanes) - anchor));
+            });
+        merge_about(tile.columns, *columns, strip_columns, nullptr, tile.offset);
+    }
+}
+
 void statistics(const Tile& tile, int64_t begin, int64_t end, Running rows,
-                const Running* columns, float* scratch) {
+                const Running* columns, float* scratch, const Biases* biases) {
+    if (biases) return biased_statistics(tile, *biases, begin, end, rows, columns, scratch);
     float row_max[STRIP], row_sum[STRIP], anchor[STRIP];
     const Running strip_columns{scratch, scratch + tile.columns};
     for (; begin < end; begin += STRIP) {
@@ -267,14 +314,68 @@ void gradient_rows(const Tile& tile, int64_t begin, int64_t end, const Anchors& 
     }
 }
 
+// Adds sums of a strip's rows to those of all, and begins anew: a long sum of small terms would
+// lose them.
+void add_strip(int64_t n, float* sum, float* strip, float factor) {
+    along(n, [&](int64_t j, auto lanes) {
+        lanes.store(sum + j, lanes.load(sum + j) + lanes.load(strip + j) * factor);
+        lanes.store(strip + j, Floats{});
+    });
+}
+
+template <bool COLUMNS>
+void biased_gradient_rows(const Tile& tile, const Biases& biases, int64_t begin, int64_t end,
+                          const Anchors& rows, const Anchors& columns, float* strip, Sums* sums) {
+    double dots = 0, totals = 0;
+    fill(strip, tile.columns, 0.0f);
+    for (int64_t i = begin; i < end; ++i) {
+        const float scale = leave_out(tile, i, LEFT_OUT);
+        const float anchor = rows.anchor[i - begin], weight = rows.weight[i - begin];
+        const float bias = biases.row[i];
+        float* const row = tile.data + i * tile.stride;
+        Floats dot{}, total{}, of_columns{};
+        along(tile.columns, [&](int64_t j, auto lanes) {
+            const Floats logit = lanes.load(row + j) * scale;
+            Floats g = exp(logit + lanes.load(biases.column + j) - anchor) * weight;
+            lanes.store(strip + j, lanes.load(strip + j) + g);
+            if constexpr (COLUMNS) {
+                const Floats own = exp(logit + bias - lanes.load(columns.anchor + j)) *
+                                   lanes.load(columns.weight + j);
+                of_columns += lanes.inside(own, 0.0f);
+                g += own;
+            }
+            lanes.store(row + j, g);
+            g = lanes.inside(g, 0.0f);
+            total += g;
+            // what a table has left out is at -inf, and 0 * -inf would be NaN
+            dot += g * larger(logit, all(LEFT_OUT));
+        });
+        if (COLUMNS) biases.row_sum[i] += sum_of(of_columns) / tile.scale;
+        dots += sum_of(dot);
+        totals += sum_of(total);
+        if ((i - begin) % STRIP == STRIP - 1 || i == end - 1)
+            add_strip(tile.columns, biases.column_sum, strip, 1.0f / tile.scale);
+    }
+    if (!sums) return;
+    sums->dot += dots / tile.scale / tile.scale;
+    sums->total += totals / tile.scale;
+}
+
 void gradient(const Tile& tile, int64_t begin, int64_t end, Lines rows, const Lines* columns,
-              float* scratch, Sums* sums) {
+              float* scratch, Sums* sums, const Biases* biases) {
     const int64_t m = tile.columns, n = end - begin;
     const Anchors of_rows{scratch, scratch + n}, of_columns{scratch + 2 * n, scratch + 2 * n + m};
     of_rows.set({rows.lse + begin, rows.weight + begin}, n, tile);
+    if (columns) of_columns.set(*columns, m, tile);
+    if (biases) {
+        of_rows.make_finite(n);
+        if (columns) of_columns.make_finite(m);
+        auto sweep = columns ? biased_gradient_rows<true> : biased_gradient_rows<false>;
+        sweep(tile, *biases, begin, end, of_rows, of_columns, scratch + 2 * (n + m), sums);
+        return;
+    }
     Span span;
     if (columns) {
-        of_columns.set(*columns, m, tile);
         // no logit lies above its lines' log-sum-exps, so none is far above the lowest
         span.add(of_rows.anchor, n);
         span.add(of_columns.anchor, m);
@@ -294,9 +395,9 @@ void gradient(const Tile& tile, int64_t begin, int64_t end, Lines rows, const Li
     sweep(tile, begin, end, of_rows, span.low, of_columns, sums);
 }
 
-template <int R, bool COLUMNS>
+template <int R, bool COLUMNS, bool BIASED>
 void exponential_rows(const Strip& strip, int64_t first, float anchor, float* row_sum,
-                      float* column_sum) {
+                      float* column_sum, const Biases* biases) {
     Floats sum[R];
     for (int r = 0; r < R; ++r) sum[r] = Floats{};
     along(strip.tile.columns, [&](int64_t j, auto lanes) {
@@ -305,16 +406,22 @@ void exponential_rows(const Strip& strip, int64_t first, float anchor, float* ro
             float* const entry = strip.tile.data + (strip.begin + first + r) * strip.tile.stride + j;
             const Floats e = exp_or_infinite(lanes.load(entry) * strip.scale[first + r] - anchor);
             lanes.store(entry, e);
-            sum[r] += lanes.inside(e, 0.0f);
-            if (COLUMNS) column += e;
+            if constexpr (BIASED) {
+                sum[r] += lanes.inside(e * lanes.load(biases->column + j), 0.0f);
+                if (COLUMNS) column += e * biases->row[strip.begin + first + r];
+            } else {
+                sum[r] += lanes.inside(e, 0.0f);
+                if (COLUMNS) column += e;
+            }
         }
         if (COLUMNS) lanes.store(column_sum + j, column + lanes.load(column_sum + j));
     });
     for (int r = 0; r < R; ++r) row_sum[first + r] += sum_of(sum[r]);
 }
 
-void exponentials(const Tile& tile, int64_t begin, int64_t end, float anchor, float* row_sum,
-                  float* column_sum, float* scratch) {
+template <bool BIASED>
+void exponentials_of(const Tile& tile, int64_t begin, int64_t end, float anchor, float* row_sum,
+                     float* column_sum, float* scratch, const Biases* biases) {
     const float about = anchor - tile.offset;
     for (; begin < end; begin += STRIP) {
         Strip strip{tile, begin, least(STRIP, end - begin), {}};
@@ -325,9 +432,10 @@ void exponentials(const Tile& tile, int64_t begin, int64_t end, float anchor, fl
         in_groups(strip.rows, [&](int64_t i, auto count) {
             constexpr int R = decltype(count)::value;
             if (column_sum)
-                exponential_rows<R, true>(strip, i, about, row_sum + begin, scratch);
+                exponential_rows<R, true, BIASED>(strip, i, about, row_sum + begin, scratch, biases);
             else
-                exponential_rows<R, false>(strip, i, about, row_sum + begin, nullptr);
+                exponential_rows<R, false, BIASED>(strip, i, about, row_sum + begin, nullptr,
+                                                   biases);
         });
         if (!column_sum) continue;
         along(tile.columns, [&](int64_t j, auto lanes) {
@@ -336,8 +444,48 @@ void exponentials(const Tile& tile, int64_t begin, int64_t end, float anchor, fl
     }
 }
 
+void exponentials(const Tile& tile, int64_t begin, int64_t end, float anchor, float* row_sum,
+                  float* column_sum, float* scratch, const Biases* biases) {
+    (biases ? exponentials_of<true> : exponentials_of<false>)(tile, begin, end, anchor, row_sum,
+                                                              column_sum, scratch, biases);
+}
+
+double biased_weigh(int64_t rows, int64_t columns, const float* E, int64_t E_stride, float scale,
+                    const float* u, const float* v, float* out, int64_t out_stride, float* strip,
+                    const Biases& biases) {
+    double total = 0;
+    fill(strip, columns, 0.0f);
+    for (int64_t i = 0; i < rows; ++i) {
+        const float* const from = E + i * E_stride;
+        float* const to = out + i * out_stride;
+        Floats sum{}, of_columns{};
+        along(columns, [&](int64_t j, auto lanes) {
+            const Floats e = lanes.load(from + j);
+            // E with its bias first: by itself neither need be in range times the other's factor
+            Floats g = e * lanes.load(biases.column + j) * u[i];
+            lanes.store(strip + j, lanes.load(strip + j) + g);
+            if (v) {
+                const Floats own = lanes.inside(e * biases.row[i] * lanes.load(v + j), 0.0f);
+                of_columns += own;
+                g += own;
+            }
+            lanes.store(to + j, g * scale);
+            sum += lanes.inside(g, 0.0f);
+        });
+        biases.row_sum[i] += sum_of(of_columns);
+        total += sum_of(sum);
+        if (i % STRIP == STRIP - 1 || i == rows - 1)
+            add_strip(columns, biases.column_sum, strip, 1.0f);
+    }
+    return total;
+}
+
 double weigh(int64_t rows, int64_t columns, const float* E, int64_t E_stride, float scale,
-             const float* u, const float* v, float* out, int64_t out_stride) {
+             const float* u, const float* v, float* out, int64_t out_stride, float* scratch,
+             const Biases* biases) {
+    if (biases)
+        return biased_weigh(rows, columns, E, E_stride, scale, u, v, out, out_stride, scratch,
+                            *biases);
     double total = 0;
     for (int64_t i = 0; i < rows; ++i) {
         const float* const from = E + i * E_stride;

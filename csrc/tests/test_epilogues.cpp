@@ -33,13 +33,15 @@ namespace {
 using Line = std::vector<float>;
 constexpr float INF = std::numeric_limits<float>::infinity();
 
-// Random cosines in a matrix with a stride, entries left out by a diagonal or by ids.
+// Random cosines in a matrix with a stride, entries left out by a diagonal or by ids, or biases.
 struct Problem {
     int64_t rows, columns, stride;
     float scale, offset;
     Line data;
     std::vector<int32_t> row_id, column_id;
     int64_t diagonal = NO_DIAGONAL;
+    Line row_bias, column_bias;
+    mutable Line row_sum, column_sum;
 
     Problem(int64_t rows, int64_t columns, float scale, float offset = 0)
         : rows(rows), columns(columns), stride(columns + 3), scale(scale), offset(offset),
@@ -51,6 +53,24 @@ struct Problem {
     void use_ids() {
         for (int64_t i = 0; i < rows; ++i) row_id.push_back(static_cast<int32_t>(i % 7));
         for (int64_t j = 0; j < columns; ++j) column_id.push_back(static_cast<int32_t>(j % 11));
+    }
+    // both at most 0, as far apart as logarithms of frequencies; one of columns leaves it out
+    void use_biases() {
+        for (int64_t i = 0; i < rows; ++i) row_bias.push_back(-0.3f * static_cast<float>(i % 13));
+        for (int64_t j = 0; j < columns; ++j)
+            column_bias.push_back(j % 19 == 2 ? -INF : -0.5f * static_cast<float>(j % 17));
+    }
+    // With sums that begin at 0, as they are or, where exponentials are kept, theirs.
+    Biases biases(Line& row, Line& column, bool exponentials = false) const {
+        if (row_bias.empty()) return {};
+        row = row_bias, column = column_bias;
+        for (Line* const line : {&row, &column})
+            for (float& bias : *line) bias = exponentials ? std::exp(bias) : bias;
+        row_sum.assign(rows, 0.0f), column_sum.assign(columns, 0.0f);
+        return {row.data(), column.data(), row_sum.data(), column_sum.data()};
+    }
+    double bias(int64_t i, int64_t j, bool row) const {
+        return row_bias.empty() ? 0.0 : row ? column_bias[j] : row_bias[i];
     }
     Tile tile(Line& room) const {
         room = data;
@@ -67,16 +87,19 @@ struct Problem {
     }
     double cosine(int64_t i, int64_t j) const { return data[i * stride + j]; }
     double logit(int64_t i, int64_t j) const { return scale * cosine(i, j) + offset; }
+    // in a row's softmax, or a column's
+    double logit(int64_t i, int64_t j, bool row) const { return logit(i, j) + bias(i, j, row); }
 };
 
 double lse_of(const Problem& p, int64_t line, bool row) {
     std::vector<double> logits;
     for (int64_t k = 0; k < (row ? p.columns : p.rows); ++k) {
         const int64_t i = row ? line : k, j = row ? k : line;
-        if (!p.left_out(i, j)) logits.push_back(p.logit(i, j));
+        if (!p.left_out(i, j)) logits.push_back(p.logit(i, j, row));
     }
     if (logits.empty()) return -INF;
     const double max = *std::max_element(logits.begin(), logits.end());
+    if (max == -INF) return max;
     double sum = 0;
     for (double logit : logits) sum += std::exp(logit - max);
     return max + std::log(sum);
@@ -89,9 +112,11 @@ struct Found {
 
 Found statistics_of(const Problem& p, int threads) {
     Found found{Line(p.rows, -INF), Line(p.rows), Line(p.columns, -INF), Line(p.columns), {}, {}};
-    Line room;
+    Line room, row_bias, column_bias;
     const Running columns{found.column_max.data(), found.column_sum.data()};
-    statistics(p.tile(room), {found.row_max.data(), found.row_sum.data()}, &columns, threads);
+    const Biases biases = p.biases(row_bias, column_bias);
+    statistics(p.tile(room), {found.row_max.data(), found.row_sum.data()}, &columns, threads,
+               p.row_bias.empty() ? nullptr : &biases);
     return found;
 }
 
@@ -100,7 +125,7 @@ void check_statistics(const Problem& p, int threads) {
     for (int64_t i = 0; i < p.rows; ++i) {
         double greatest = -INF;
         for (int64_t j = 0; j < p.columns; ++j)
-            if (!p.left_out(i, j)) greatest = std::fmax(greatest, p.logit(i, j));
+            if (!p.left_out(i, j)) greatest = std::fmax(greatest, p.logit(i, j, true));
         const double size = std::fabs(p.scale) + 1;
         near(found.row_max[i], greatest, 1e-6 * size, "row max");
         near(std::log(found.row_sum[i]) + (found.row_sum[i] > 0 ? found.row_max[i] : 0),
@@ -109,6 +134,18 @@ void check_statistics(const Problem& p, int threads) {
     for (int64_t j = 0; j < p.columns; ++j)
         near(std::log(found.column_sum[j]) + (found.column_sum[j] > 0 ? found.column_max[j] : 0),
              lse_of(p, j, false), 2e-6 * (std::fabs(p.scale) + 1), "column lse");
+}
+
+// What was found of the biases' gradients.
+void check_sums(const Problem& p, const std::vector<double>& by_row,
+                const std::vector<double>& by_column) {
+    if (p.row_bias.empty()) return;
+    const double rounding = 2e-6 * (std::fabs(p.scale) + 1);
+    for (int64_t i = 0; i < p.rows; ++i)
+        near(p.row_sum[i], by_row[i], rounding * by_row[i] + 1e-30, "gradient by a row's bias");
+    for (int64_t j = 0; j < p.columns; ++j)
+        near(p.column_sum[j], by_column[j], rounding * by_column[j] + 1e-30,
+             "gradient by a column's bias");
 }
 
 void check_gradient(const Problem& p, bool both, int threads) {
@@ -124,14 +161,21 @@ void check_gradient(const Problem& p, bool both, int threads) {
     const Tile tile = p.tile(room);
     const Lines columns{column_lse.data(), column_weight.data()};
     Sums sums;
-    gradient(tile, {row_lse.data(), row_weight.data()}, both ? &columns : nullptr, &sums, threads);
+    Line row_bias, column_bias;
+    const Biases biases = p.biases(row_bias, column_bias);
+    gradient(tile, {row_lse.data(), row_weight.data()}, both ? &columns : nullptr, &sums, threads,
+             p.row_bias.empty() ? nullptr : &biases);
     double dot = 0, total = 0, size = 0;
+    std::vector<double> by_row(p.rows), by_column(p.columns);
     for (int64_t i = 0; i < p.rows; ++i) {
         for (int64_t j = 0; j < p.columns; ++j) {
             double want = 0;
             if (!p.left_out(i, j)) {
-                want = row_weight[i] * std::exp(p.logit(i, j) - row_lse[i]);
-                if (both) want += column_weight[j] * std::exp(p.logit(i, j) - column_lse[j]);
+                const double of_row = p.logit(i, j, true), of_column = p.logit(i, j, false);
+                if (of_row > -INF) want = row_weight[i] * std::exp(of_row - row_lse[i]);
+                by_column[j] += want;
+                const double own = column_weight[j] * std::exp(of_column - column_lse[j]);
+                if (both) want += own, by_row[i] += own;
             }
             dot += want * p.cosine(i, j);
             total += want;
@@ -144,21 +188,25 @@ void check_gradient(const Problem& p, bool both, int threads) {
     }
     near(sums.dot, dot, 3e-6 * size, "sum of G * cos");
     near(sums.total, total, 3e-6 * size, "sum of G");
+    check_sums(p, by_row, by_column);
 }
 
 void check_kept(const Problem& p, int threads) {
     const float anchor = std::fabs(p.scale) / 2;
     Line room, row_sum(p.rows, 1.0f), column_sum(p.columns, 2.0f), alone(p.rows, 1.0f), other;
-    exponentials(p.tile(room), anchor, row_sum.data(), column_sum.data(), threads);
-    exponentials(p.tile(other), anchor, alone.data(), nullptr, threads);
+    Line row_bias, column_bias;
+    const Biases weights = p.biases(row_bias, column_bias, true);
+    const Biases* const biases = p.row_bias.empty() ? nullptr : &weights;
+    exponentials(p.tile(room), anchor, row_sum.data(), column_sum.data(), threads, biases);
+    exponentials(p.tile(other), anchor, alone.data(), nullptr, threads, biases);
     expect(room == other && row_sum == alone, "sums of columns change nothing else");
     std::vector<double> rows(p.rows, 1.0), columns(p.columns, 2.0);
     for (int64_t i = 0; i < p.rows; ++i) {
         for (int64_t j = 0; j < p.columns; ++j) {
             const double e = p.left_out(i, j) ? 0 : std::exp(p.logit(i, j) - anchor);
             near(room[i * p.stride + j], e, 1e-6 * e * (std::fabs(p.scale) + 1) + 1e-37, "kept E");
-            rows[i] += e;
-            columns[j] += e;
+            rows[i] += e * std::exp(p.bias(i, j, true));
+            columns[j] += e * std::exp(p.bias(i, j, false));
         }
     }
     const double rounding = 2e-6 * (std::fabs(p.scale) + 1);
@@ -171,12 +219,17 @@ void check_kept(const Problem& p, int threads) {
     for (const float* const of_columns : {static_cast<const float*>(v.data()),
                                           static_cast<const float*>(nullptr)}) {
         const double total = weigh(p.rows, p.columns, room.data(), p.stride, p.scale, u.data(),
-                                   of_columns, G.data(), p.columns, threads);
+                                   of_columns, G.data(), p.columns, threads, biases);
         double want = 0, size = 0;
+        std::vector<double> by_row(p.rows), by_column(p.columns);
         for (int64_t i = 0; i < p.rows; ++i) {
             for (int64_t j = 0; j < p.columns; ++j) {
-                const double g = static_cast<double>(room[i * p.stride + j]) *
-                                 (u[i] + (of_columns ? v[j] : 0.0));
+                const double e = room[i * p.stride + j];
+                const double of_row = e * u[i] * std::exp(p.bias(i, j, true));
+                const double own = of_columns ? e * v[j] * std::exp(p.bias(i, j, false)) : 0.0;
+                const double g = of_row + own;
+                by_column[j] += of_row;
+                by_row[i] += own;
                 near(G[i * p.columns + j], p.scale * g, 1e-6 * std::fabs(p.scale * g) + 1e-37,
                      "G of kept E");
                 want += g;
@@ -184,6 +237,8 @@ void check_kept(const Problem& p, int threads) {
             }
         }
         near(total, want, 3e-6 * size, "sum of G of kept E");
+        check_sums(p, by_row, by_column);
+        p.biases(row_bias, column_bias, true);
     }
 }
 
@@ -334,7 +389,10 @@ int main() {
                     diagonal.diagonal = columns / 2 - 40;
                     grouped.use_ids();
                     grouped.diagonal = 0;
-                    for (const Problem& each : {p, diagonal, grouped}) {
+                    Problem biased = grouped;
+                    biased.use_biases();
+                    biased.offset = 2.0f;
+                    for (const Problem& each : {p, diagonal, grouped, biased}) {
                         check_statistics(each, threads);
                         check_gradient(each, true, threads);
                         check_gradient(each, false, threads);
@@ -355,6 +413,10 @@ int main() {
         check_statistics(large, 3);
         check_gradient(large, true, 3);
         check_sigmoid(large, 3);
+        check_kept(large, 3);
+        large.use_biases();
+        check_statistics(large, 3);
+        check_gradient(large, true, 3);
         check_kept(large, 3);
         check_exp();
         check_nan();

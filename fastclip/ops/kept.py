@@ -152,6 +152,10 @@ def anchor_of(problem: Problem) -> Tensor | None:
     offset_PP = torch.zeros_like(scale_PP) if problem.offset_PP is None else problem.offset_PP
     top, bottom = (offset_PP + scale_PP).max(), (offset_PP - scale_PP).min()
     span = top - bottom
+    for bias in (problem.row_bias, problem.column_bias):
+        # exponentials are weighed by those of biases, which must not vanish where S is high
+        if bias is not None and not _exponential_is_normal(bias):
+            return None
     reach = _reach(span.dtype)
     # far beyond what any anchor serves, nothing is tried
     if not span <= 6 * reach:
@@ -210,6 +214,12 @@ def _factors_in_range(factor: Tensor, least_scale: Tensor, greatest_scale: Tenso
     size = factor.abs()
     inside = (size * least_scale >= least) & (size * greatest_scale <= 1 / least)
     return bool((inside | (size == 0)).all())
+
+
+def _exponential_is_normal(bias: Tensor) -> bool:
+    """Whether the exponential of every bias that is not -inf is a normal number; they are <= 0."""
+    least = log(torch.finfo(bias.dtype).tiny)
+    return bool(((bias >= least) | (bias == -torch.inf)).all())
 
 
 def _reach(dtype: torch.dtype) -> float:

@@ -192,7 +192,7 @@ def gradient(
                 if keeps_products(problem.options):
                     chunk = _with_products(chunk, E_CQ)
                 elif given is None:
-                    totals = _weigh_by_tile(problem, chunk, E_CQ, rows, columns, G_CQ)
+                    totals = _weigh_by_tile(problem, chunk, E_CQ, rows, columns, G_CQ, biases)
                 elif usable[index]:
                     totals = _weigh(problem, chunk, E_CQ, *given, G_CQ, biases)
             if totals is not None:
@@ -253,7 +253,7 @@ def _weigh(
         for seen in chunk.visits:
             v_S = None if v_M is None or seen.columns is None else v_M[seen.columns]
             place = E_CQ[:, seen.in_G], seen.tile, u_N[chunk.rows], v_S, G_CQ[:, seen.in_G]
-            cast(BiasingTiles, problem.tiles).weigh_biased(*place)
+            cast(KeepingTiles, problem.tiles).weigh_biased(*place)
             _add_bias_sums(problem, chunk, seen, biases)
         return [G_CQ.new_zeros(()) for _ in chunk.visits]
     tiles = cast(KeepingTiles, problem.tiles)
@@ -277,11 +277,12 @@ def _weigh_by_tile(
     rows: LogSumExps,
     columns: LogSumExps | None,
     G_CQ: Tensor,
+    biases: tuple[Tensor, ...],
 ) -> list[Tensor]:
     """The same where the device decides which of it serves."""
-    tiles = cast(FlaggingTiles, problem.tiles)
-    return [
-        tiles.gradient_of_exponentials(
+    tiles, totals = cast(FlaggingTiles, problem.tiles), []
+    for seen in chunk.visits:
+        total = tiles.gradient_of_exponentials(
             seen.tile,
             rows.part(chunk.rows),
             None if columns is None or seen.columns is None else columns.part(seen.columns),
@@ -289,8 +290,9 @@ def _weigh_by_tile(
             G_CQ[:, seen.in_G],
             problem.offset_PP is not None,
         )
-        for seen in chunk.visits
-    ]
+        totals.append(total)
+        _add_bias_sums(problem, chunk, seen, biases)
+    return totals
 
 
 def info_nce(

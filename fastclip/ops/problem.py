@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastclip.ops.collectives import Ranks, rank_in
 from fastclip.ops.columns import Columns, Part, Segment, columns_of
-from fastclip.ops.numerics import away_from_zero
+from fastclip.ops.numerics import away_from_zero, finite
 from fastclip.ops.tiles.base import LogSumExps, Tile, Tiles
 from fastclip.ops.tiles.select import tiles_of
 
@@ -100,6 +100,10 @@ class Problem:
     Row i's positive is own column positive_index[i], or i. Left out of its negatives are the
     positive, columns whose id is the row's, and columns before `first_negative`; where S is
     symmetric, the rows of its own pair. Ids and biases of columns are those of all ranks.
+
+    Biases are at most 0: those of columns are less `column_top`, which all softmaxes of rows lack,
+    those of rows less `row_top`, which is of own rows alone. `bias_spread`: how far the finite ones
+    of both reach down.
     """
 
     options: Options
@@ -114,6 +118,9 @@ class Problem:
     column_id: Tensor | None = None
     row_bias: Tensor | None = None
     column_bias: Tensor | None = None
+    row_top: Tensor | None = None
+    column_top: Tensor | None = None
+    bias_spread: Tensor | None = None
 
     @property
     def is_biased(self) -> bool:
@@ -180,6 +187,7 @@ class Problem:
             tile = tile._replace(
                 row_bias_C=None if self.row_bias is None else self.row_bias[rows],
                 column_bias_S=None if self.column_bias is None else self.column_bias[columns],
+                bias_spread=self.bias_spread,
             )
         if self.row_id is None or self.column_id is None:
             return tile
@@ -248,14 +256,36 @@ def rectangle(
 
 def biased(asked: Problem, row_bias: Tensor | None, column_bias: Tensor | None) -> Problem:
     """The same with biases of own rows and columns."""
-    if row_bias is None and column_bias is None:
-        return asked
-    row_bias, column_bias = (
-        None if bias is None else bias.to(asked.tiles.dtype) for bias in (row_bias, column_bias)
-    )
+    dtype, spread = asked.tiles.dtype, asked.scale_PP.new_zeros(())
+    if row_bias is not None:
+        row_bias, top, depth = _below_top(row_bias.to(dtype))
+        asked, spread = replace(asked, row_bias=row_bias, row_top=top), spread + depth
     if column_bias is not None:
-        column_bias = asked.columns.of_all_ranks(column_bias)
-    return replace(asked, row_bias=row_bias, column_bias=column_bias)
+        column_bias, top, depth = _below_top(asked.columns.of_all_ranks(column_bias.to(dtype)))
+        asked, spread = replace(asked, column_bias=column_bias, column_top=top), spread + depth
+    return replace(asked, bias_spread=spread) if asked.is_biased else asked
+
+
+def _below_top(bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Biases less the greatest, that, and how far the finite ones reach down from it, 0-d.
+
+    -inf, which leaves a line out, stays.
+    """
+    if not len(bias):
+        return bias, bias.new_zeros(()), bias.new_zeros(())
+    top = finite(bias.amax())
+    bias = (bias - top).contiguous()
+    return bias, top, -finite(bias).amin()
+
+
+def raised(line: Tensor, top: Tensor | None) -> Tensor:
+    """Maxima or log-sum-exps with what the biases lack."""
+    return line if top is None else line + top
+
+
+def lowered(line: Tensor, top: Tensor | None) -> Tensor:
+    """The same without it again."""
+    return line if top is None else line - top
 
 
 def symmetric(

@@ -108,8 +108,8 @@ def similarity_statistics(
     biases = checks.check_biases(x, y, column_statistics, row_bias, column_bias)
     check_columns(ranks, y.shape[0])
     chosen = backends.choose("similarity", backend, x.device, compute_dtype)
-    if biases != (None, None) and chosen != "reference":
-        # the others' sweeps know none
+    if biases != (None, None) and chosen == "cuda":
+        # its sweeps know none
         chosen = "torch"
     options = problem.options(
         compute_dtype,
@@ -148,6 +148,8 @@ def _forward(
         asked = problem.biased(asked, row_bias, column_bias)
         collected = asked.columns.collect(asked.y_MD)
         rows, columns, kept_S = passes.statistics(asked, collected)
+        rows = rows._replace(max=problem.raised(rows.max, asked.column_top))
+        columns = columns._replace(max=problem.raised(columns.max, asked.row_top))
         factor, dtype = asked.scale_PP[0, 0], asked.tiles.dtype
         positive = asked.tiles.row_dot(asked.x_ND, asked.positives()).mul_(factor)
         if asked.paired:
@@ -194,8 +196,9 @@ def _gradient(
         columns = None
         if options.column_statistics:
             columns = asked.of_all_columns(LogSumExps(column_lse, d_column_lse))
+            columns = columns._replace(lse=problem.lowered(columns.lse, asked.row_top))
         needs = options.needs[0], options.needs[1], options.needs[2]
-        rows = LogSumExps(row_lse, d_row_lse)
+        rows = LogSumExps(problem.lowered(row_lse, asked.column_top), d_row_lse)
         found = passes.gradient(asked, collected, kept.Kept(*kept_S), rows, columns, needs)
         if means is not None:
             means.add_to(found)

@@ -15,7 +15,7 @@ namespace fastclip {
 
 // Raised with every change of a signature or of a meaning in these headers: a library that was
 // built before is then refused.
-constexpr int ABI = 5;
+constexpr int ABI = 6;
 
 constexpr int64_t NO_DIAGONAL = INT64_MIN;
 
@@ -47,20 +47,35 @@ struct Sums {
     double dot = 0, total = 0;
 };
 
+// Biases of a tile's rows and columns: a column's is added to S in the softmaxes of rows, a row's in
+// those of columns, so that an entry has two logits. -inf leaves a line out of them. To `row_sum` and
+// `column_sum` what G has by them is added: the columns' share of it over a row, the rows' over a
+// column. Where exponentials are kept, `row` and `column` are the biases' exponentials.
+struct Biases {
+    const float *row, *column;
+    float *row_sum, *column_sum;
+};
+
 // Merge a tile's rows into `rows`, and its columns into `columns` unless that is null.
-void statistics(const Tile& tile, Running rows, const Running* columns, int threads);
+void statistics(const Tile& tile, Running rows, const Running* columns, int threads,
+                const Biases* biases = nullptr);
 
 // G * scale in place of the cosines, G = a_i exp(S - lse_i) + b_j exp(S - lse_j).
-void gradient(const Tile& tile, Lines rows, const Lines* columns, Sums* sums, int threads);
+void gradient(const Tile& tile, Lines rows, const Lines* columns, Sums* sums, int threads,
+              const Biases* biases = nullptr);
 
 // E = exp(S - anchor) in place of the cosines, 0 where left out; its sums are added to `row_sum` and,
-// unless that is null, `column_sum`. E of logits far from the anchor is infinite or 0.
-void exponentials(const Tile& tile, float anchor, float* row_sum, float* column_sum, int threads);
+// unless that is null, `column_sum`. E of logits far from the anchor is infinite or 0. Sums alone are
+// weighed by biases.
+void exponentials(const Tile& tile, float anchor, float* row_sum, float* column_sum, int threads,
+                  const Biases* biases = nullptr);
 
 // scale * E_ij * (u_i + v_j), v null for 0; matrices of so many rows and columns with their strides.
-// Returns the sum of G, the same without the scale.
+// With biases u_i is weighed by the column's, v_j by the row's. Returns the sum of G, the same
+// without the scale.
 double weigh(int64_t rows, int64_t columns, const float* E, int64_t E_stride, float scale,
-             const float* u, const float* v, float* out, int64_t out_stride, int threads);
+             const float* u, const float* v, float* out, int64_t out_stride, int threads,
+             const Biases* biases = nullptr);
 
 // exp(S - row_max) in place of the cosines, with the maxima of this tile's rows; these rows are
 // merged into `running`, and sums of exp(S - running maximum) * cos into `dot`. No offset.

@@ -41,6 +41,7 @@ class Tile(NamedTuple):
     The entry (c, c + diagonal) is no negative, nor are entries whose row and column ids agree. With
     `positive_ids`, which the sigmoid loss alone has, those that agree are positives. A column bias
     is added in the rows' softmaxes, a row bias in the columns'; `BiasingTiles` alone know these.
+    bias_spread: how far the finite ones of the whole call reach down from 0.
     products_CS: room of an implementation that keeps products: `statistics` leaves x @ y.T there,
     in the accumulator's dtype, and `gradient` takes it from there and leaves it as it is.
     """
@@ -56,6 +57,7 @@ class Tile(NamedTuple):
     products_CS: Tensor | None = None
     row_bias_C: Tensor | None = None
     column_bias_S: Tensor | None = None
+    bias_spread: Tensor | None = None
 
     @property
     def crosses_diagonal(self) -> bool:
@@ -210,17 +212,20 @@ class KeepingTiles(Tiles, Protocol):
     ) -> Tensor:
         """G times the scale, scale * E * (u + v), into `out_CS`; the sum of G if `total`."""
 
+    def weigh_biased(
+        self, E_CS: Tensor, tile: Tile, u_C: Tensor, v_S: Tensor | None, out_CS: Tensor
+    ) -> None:
+        """`weigh`: scale * E * (u exp(column bias) + v exp(row bias)) into `out_CS`.
 
-class BiasingTiles(KeepingTiles, Protocol):
+        E is that of `exponentials`, whose sums alone are weighed by biases; they are at most 0.
+        """
+
+
+class BiasingTiles(Tiles, Protocol):
     """An implementation whose tiles can have biases."""
 
     bias_sums: tuple[Tensor | None, Tensor | None]
     """Of the last tile whose gradient was formed: by row bias, (C,), and by column bias, (S,)."""
-
-    def weigh_biased(
-        self, E_CS: Tensor, tile: Tile, u_C: Tensor, v_S: Tensor | None, out_CS: Tensor
-    ) -> None:
-        """`weigh`: scale * E * (u exp(column bias) + v exp(row bias)) into `out_CS`."""
 
 
 class FlaggingTiles(Tiles, Protocol):

@@ -7,7 +7,7 @@ Shape suffixes: C rows of a tile, S its columns, B those of a block, D feature w
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,34 @@ from fastclip.ops.tiles.torch import TorchTiles
 BLOCK_ENTRIES = 1 << 18
 # with fewer columns the products would run at a worse rate
 LEAST_COLUMNS = 256
+
+
+class Biases(NamedTuple):
+    """A tile's biases, and the sums of their gradients, which the library adds to."""
+
+    row_C: Tensor
+    column_S: Tensor
+    row_sum_C: Tensor
+    column_sum_S: Tensor
+
+    @classmethod
+    def of(cls, tile: Tile, exponentials: bool = False) -> "Biases | None":
+        """Those of a tile, 0 where one side has none; their exponentials where E is kept."""
+        if tile.row_bias_C is None and tile.column_bias_S is None:
+            return None
+        row_C, column_S = (
+            side.new_zeros(len(side), dtype=torch.float32) if bias is None else bias
+            for side, bias in ((tile.x_CD, tile.row_bias_C), (tile.y_SD, tile.column_bias_S))
+        )
+        if exponentials:
+            row_C, column_S = row_C.exp(), column_S.exp()
+        return cls(row_C, column_S, torch.zeros_like(row_C), torch.zeros_like(column_S))
+
+    def part(self, block: slice) -> Any:
+        """Those of some columns, as the library takes them."""
+        column_S, column_sum_S = self.column_S[block], self.column_sum_S[block]
+        lines = self.row_C, column_S, self.row_sum_C, column_sum_S
+        return native.library().Biases(*(line.data_ptr() for line in lines))
 
 
 class CppTiles(TorchTiles):
@@ -45,13 +73,18 @@ class CppTiles(TorchTiles):
         return self._buffer("G", rows, len(operand_SD), operand_SD.new_empty(0, dtype=self.dtype))
 
     def statistics(self, tile: Tile, rows: SoftmaxStats, columns: SoftmaxStats | None) -> None:
+        biases = Biases.of(tile)
         for block, part in _blocks(tile):
             S_CB = self._buffer("S", len(part.x_CD), len(part.y_SD), part.x_CD)
             of_columns = (
                 None if columns is None else SoftmaxStats(*(line[block] for line in columns))
             )
             self._native.statistics(
-                _cosines(part, S_CB), *_pair(rows), *_pair(of_columns), torch.get_num_threads()
+                _cosines(part, S_CB),
+                *_pair(rows),
+                *_pair(of_columns),
+                torch.get_num_threads(),
+                None if biases is None else biases.part(block),
             )
 
     def gradient(
@@ -66,6 +99,7 @@ class CppTiles(TorchTiles):
         if columns is not None:
             columns = LogSumExps(*(line.contiguous() for line in columns))
         sums = torch.zeros(2 if scalars else 0, dtype=torch.float64)
+        biases = Biases.of(tile)
         for block, part in _blocks(tile):
             of_columns = None if columns is None else LogSumExps(*(line[block] for line in columns))
             self._native.gradient(
@@ -74,7 +108,10 @@ class CppTiles(TorchTiles):
                 *_pair(of_columns),
                 sums.data_ptr() if scalars else 0,
                 torch.get_num_threads(),
+                None if biases is None else biases.part(block),
             )
+        if biases is not None:
+            self.bias_sums = biases.row_sum_C, biases.column_sum_S
         return self._scalars(sums)
 
     def exponentials(
@@ -85,6 +122,7 @@ class CppTiles(TorchTiles):
         column_sum_S: Tensor | None,
         out_CS: Tensor,
     ) -> None:
+        biases = Biases.of(tile, exponentials=True)
         for block, part in _blocks(tile):
             of_columns = 0 if column_sum_S is None else column_sum_S[block].data_ptr()
             self._native.exponentials(
@@ -93,6 +131,7 @@ class CppTiles(TorchTiles):
                 row_sum_C.data_ptr(),
                 of_columns,
                 torch.get_num_threads(),
+                None if biases is None else biases.part(block),
             )
 
     def weigh(
@@ -103,6 +142,25 @@ class CppTiles(TorchTiles):
         v_S: Tensor | None,
         out_CS: Tensor,
         total: bool,
+    ) -> Tensor:
+        return self._weigh(E_CS, scale, u_C, v_S, out_CS, None)
+
+    def weigh_biased(
+        self, E_CS: Tensor, tile: Tile, u_C: Tensor, v_S: Tensor | None, out_CS: Tensor
+    ) -> None:
+        biases = Biases.of(tile, exponentials=True)
+        assert biases is not None
+        self._weigh(E_CS, tile.scale, u_C, v_S, out_CS, biases.part(slice(None)))
+        self.bias_sums = biases.row_sum_C, biases.column_sum_S
+
+    def _weigh(
+        self,
+        E_CS: Tensor,
+        scale: Tensor,
+        u_C: Tensor,
+        v_S: Tensor | None,
+        out_CS: Tensor,
+        biases: Any,
     ) -> Tensor:
         scale = scale.float()
         found = self._native.weigh(
@@ -115,6 +173,7 @@ class CppTiles(TorchTiles):
             out_CS.data_ptr(),
             out_CS.stride(0),
             torch.get_num_threads(),
+            biases,
         )
         return scale.new_tensor(found)
 

@@ -116,14 +116,18 @@ class TorchTiles:
         self, E_CS: Tensor, tile: Tile, u_C: Tensor, v_S: Tensor | None, out_CS: Tensor
     ) -> None:
         by_row = by_column = None
-        torch.mul(E_CS, u_C[:, None], out=out_CS)
-        if tile.column_bias_S is not None:
-            out_CS.mul_(tile.column_bias_S.exp())
+        # E with its bias first: by itself neither need be in range times the other's factor
+        if tile.column_bias_S is None:
+            torch.mul(E_CS, u_C[:, None], out=out_CS)
+        else:
+            torch.mul(E_CS, tile.column_bias_S.exp(), out=out_CS).mul_(u_C[:, None])
             by_column = out_CS.sum(dim=0)
         if v_S is not None:
-            term_CS = torch.mul(E_CS, v_S, out=self._like("exp", E_CS))
-            if tile.row_bias_C is not None:
-                term_CS.mul_(tile.row_bias_C.exp()[:, None])
+            term_CS = self._like("exp", E_CS)
+            if tile.row_bias_C is None:
+                torch.mul(E_CS, v_S, out=term_CS)
+            else:
+                torch.mul(E_CS, tile.row_bias_C.exp()[:, None], out=term_CS).mul_(v_S)
                 by_row = term_CS.sum(dim=1)
             out_CS.add_(term_CS)
         out_CS.mul_(tile.scale)

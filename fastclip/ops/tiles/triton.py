@@ -15,7 +15,7 @@ import fastclip.kernels.sigmoid as sigmoid
 import fastclip.kernels.similarity as similarity
 import fastclip.kernels.weigh as weighing
 from fastclip.kernels.launch import Tiling, tiling
-from fastclip.kernels.lean import Logits
+from fastclip.kernels.lean import Biases, Logits
 from fastclip.ops.gemm import count_product, gradient_dtype
 from fastclip.ops.tiles.base import LogSumExps, SoftmaxStats, Tile
 
@@ -32,6 +32,7 @@ class TritonTiles:
         self.itemsize = self._gradient_dtype.itemsize
         self._buffer: Tensor | None = None
         self._begun: tuple[Tensor, Tensor, Tensor, Tiling] | None = None
+        self.bias_sums: tuple[Tensor | None, Tensor | None] = (None, None)
 
     def operand(self, features: Tensor) -> Tensor:
         return features if features.stride(1) == 1 else features.contiguous()
@@ -54,8 +55,8 @@ class TritonTiles:
         self, tile: Tile, rows: SoftmaxStats, columns: SoftmaxStats | None, kept_CS: Tensor | None
     ) -> None:
         self._count(tile)
-        logits = _logits(tile)
         only_rows = columns is None
+        logits = _logits(tile, only_rows)
         tiles = self._tiling(
             "statistics", tile, rows=only_rows, maxima=self.maxima, kept=kept_CS is not None
         )
@@ -73,14 +74,18 @@ class TritonTiles:
         scalars: bool,
     ) -> tuple[Tensor, Tensor]:
         self._count(tile)
-        logits, of_rows = _logits(tile), _lines(rows)
+        logits, of_rows = _logits(tile, columns is None), _lines(rows)
         of_columns = None if columns is None else _lines(columns)
         tiles, own = self._gradient_tilings(tile, rows=columns is None, frozen=not scalars)
         factors = flagging.factors(logits, of_rows, of_columns, tiles)
         found = dots, sums = _slots(tile, own)
         wanted = found if scalars else (dots[:0], sums[:0])
-        lean.gradient(logits, factors, columns is not None, out_CS, wanted, own.parts, tiles)
-        flagged.gradient(logits, factors[2], of_rows, of_columns, out_CS, found, own)
+        biases = _bias_slots(logits, own)
+        lean.gradient(
+            logits, factors, columns is not None, out_CS, wanted, biases, own.parts, tiles
+        )
+        flagged.gradient(logits, factors[2], of_rows, of_columns, out_CS, found, biases, own)
+        self._add_up(biases)
         dots, sums = wanted
         return dots.sum(), sums.sum()
 
@@ -93,16 +98,18 @@ class TritonTiles:
         out_CS: Tensor,
         total: bool,
     ) -> Tensor:
-        logits, of_rows = _logits(tile), _lines(rows)
+        logits, of_rows = _logits(tile, columns is None), _lines(rows)
         of_columns = None if columns is None else _lines(columns)
         tiles, own = self._gradient_tilings(tile, rows=columns is None)
         factors = flagging.factors(logits, of_rows, of_columns, tiles)
         found = _slots(tile, own)
         wanted = found[1] if total else found[1][:0]
+        biases = _bias_slots(logits, own)
         weighing.weigh(
-            E_CS, factors, tile.scale, columns is not None, out_CS, wanted, own.parts, tiles
+            E_CS, factors, logits, columns is not None, out_CS, wanted, biases, own.parts, tiles
         )
-        flagged.gradient(logits, factors[2], of_rows, of_columns, out_CS, found, own)
+        flagged.gradient(logits, factors[2], of_rows, of_columns, out_CS, found, biases, own)
+        self._add_up(biases)
         return wanted.sum()
 
     def begin_rows(self, tile: Tile) -> tuple[SoftmaxStats, Tensor]:
@@ -161,6 +168,10 @@ class TritonTiles:
         finishing.row_dot(self.operand(a_CD), self.operand(b_CD), out)
         return out
 
+    def _add_up(self, biases: tuple[Tensor, Tensor]) -> None:
+        by_row, by_column = (lines.sum(dim=0) if len(lines) else None for lines in biases)
+        self.bias_sums = by_row, by_column
+
     def _room(self, rows: int, columns: int, device: torch.device) -> Tensor:
         """(rows, columns) of the buffer that first holds E and then G; it only grows."""
         height, stride = similarity.room_for(rows, columns)
@@ -199,9 +210,14 @@ def _operands(
     return tile.x_CD, tile.y_SD, tile.scale, ids, diagonal
 
 
-def _logits(tile: Tile) -> Logits:
+def _logits(tile: Tile, only_rows: bool) -> Logits:
     x, y, scale, ids, diagonal = _operands(tile)
-    return Logits(x, y, scale, tile.offset, ids, diagonal)
+    biases = None
+    if tile.bias_spread is not None:
+        # that of a row enters its columns' softmaxes alone
+        of_rows = None if only_rows else tile.row_bias_C
+        biases = Biases(of_rows, tile.column_bias_S, tile.bias_spread)
+    return Logits(x, y, scale, tile.offset, ids, diagonal, biases)
 
 
 def _slots(tile: Tile, own: Tiling) -> tuple[Tensor, Tensor]:
@@ -209,6 +225,16 @@ def _slots(tile: Tile, own: Tiling) -> tuple[Tensor, Tensor]:
     slots = -(-len(tile.x_CD) // own.rows) * -(-len(tile.y_SD) // own.columns) * own.parts
     sums = tile.scale.new_empty(slots if tile.offset is not None else 0)
     return tile.scale.new_empty(slots), sums
+
+
+def _bias_slots(logits: Logits, own: Tiling) -> tuple[Tensor, Tensor]:
+    """Room for sums of G's shares over a tile's rows and columns; empty where not wanted."""
+    r, s = len(logits.x), len(logits.y)
+    tiles_r, tiles_s = -(-r // own.rows), -(-s // own.columns)
+    asked = logits.biased()
+    by_row = logits.scale.new_empty((tiles_s * own.parts if asked["HAS_ROW_BIAS"] else 0, r))
+    by_column = logits.scale.new_empty((tiles_r if asked["HAS_COLUMN_BIAS"] else 0, s))
+    return by_row, by_column
 
 
 def _lines(lines: LogSumExps) -> tuple[Tensor, Tensor]:
