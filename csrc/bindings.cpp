@@ -244,8 +244,9 @@ void add_cuda(py::module_ module) {
     module.def(
         "sigmoid",
         [](const Tile& tile, Address weight, Address row_sum, Place out, Address sums,
-           Address stream) {
-            cuda::sigmoid(tile, at(weight), at(row_sum), matrix(out), at(sums), at<void>(stream));
+           bool positive_ids, Address stream) {
+            cuda::sigmoid(tile, at(weight), at(row_sum), matrix(out), at(sums), positive_ids,
+                          at<void>(stream));
         },
         unlocked);
     module.def(
