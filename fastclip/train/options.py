@@ -32,9 +32,14 @@ class TrainingDataOptions(DataOptions):
     """NAME=DATA of each labeled source on which zero-shot accuracy is measured while training,
     every --zeroshot-frequency epochs: a folder with a folder of images a class, or shards with
     classes.txt beside them. The metrics are called zeroshot/NAME/acc1 and so on."""
+    val_num_samples: int | None = flag(None, defines_run=False)
+    """Evaluate on the first so many samples of --val-data alone."""
     imagenet_val: str | None = flag(None, defines_run=False)
     """open_clip's flag: ImageNet's validation images in folders called by WordNet ids; as
     --zeroshot-data imagenet=DATA, with the class names and templates of CLIP's authors."""
+    imagenet_v2: str | None = flag(None, defines_run=False)
+    """As --imagenet-val, for ImageNetV2, whose folders are called 0 to 999; as --zeroshot-data
+    imagenet-v2=DATA."""
     retrieval_data: tuple[str, ...] = flag((), defines_run=False)
     """NAME=DATA of each source on which retrieval is measured while training, every
     --zeroshot-frequency epochs; DATA as for --train-data. The metrics are called
@@ -68,14 +73,17 @@ class TrainingDataOptions(DataOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_least(self, shuffle_window=1, workers=0)
-        check_positive(self, "train_num_samples")
+        check_positive(self, "train_num_samples", "val_num_samples")
+        if self.val_num_samples is not None and self.val_data is None:
+            raise ValueError("--val-num-samples is for --val-data; leave it out")
         # reported now, not when they are opened
         _ = self.zeroshot_sources, self.retrieval_sources
 
     @property
     def zeroshot_sources(self) -> dict[str, str]:
-        """What --zeroshot-data and --imagenet-val name, by name."""
-        imagenet = () if self.imagenet_val is None else (f"imagenet={self.imagenet_val}",)
+        """What --zeroshot-data, --imagenet-val and --imagenet-v2 name, by name."""
+        published = {"imagenet": self.imagenet_val, "imagenet-v2": self.imagenet_v2}
+        imagenet = (f"{name}={data}" for name, data in published.items() if data is not None)
         return parse_sources((*imagenet, *self.zeroshot_data), "--zeroshot-data")
 
     @property
@@ -335,6 +343,10 @@ class LogOptions:
     report_to: str = flag("tensorboard", defines_run=False)
     """Where metrics go besides metrics.jsonl: tensorboard, wandb, both joined by a comma, or
     none."""
+    wandb_project_name: str = flag("fastclip", defines_run=False)
+    """With --report-to wandb: the project there."""
+    wandb_notes: str | None = flag(None, defines_run=False)
+    """With --report-to wandb: notes on the run."""
 
     def __post_init__(self) -> None:
         check_least(self, val_frequency=1, zeroshot_frequency=1, log_every_n_steps=1)

@@ -274,6 +274,7 @@ def test_wandb_is_asked_for_by_name(
 ) -> None:
     logged = []
     finished = []
+    asked = {}
 
     class Run:
         def log(self, values: dict[str, float], step: int) -> None:
@@ -283,10 +284,11 @@ def test_wandb_is_asked_for_by_name(
             finished.append(True)
 
     # a stand-in: the package itself wants an account and a network
-    standin = types.SimpleNamespace(init=lambda **options: Run())
+    standin = types.SimpleNamespace(init=lambda **options: asked.update(options) or Run())
     monkeypatch.setitem(sys.modules, "wandb", standin)
     flags = [*train_flags, "--epochs", "1", "--report-to", "tensorboard,wandb"]
-    run = train(parse([*flags, "--name", "b"]))
+    run = train(parse([*flags, "--name", "b", "--wandb-project-name", "p", "--wandb-notes", "n"]))
+    assert (asked["project"], asked["notes"], asked["name"]) == ("p", "n", "b")
     assert logged == [(line["step"], line["loss"]) for line in read_metrics(run)]
     assert finished and list((run / "tensorboard").iterdir())
 
