@@ -27,19 +27,37 @@ from fastclip.train.options import (
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 # the names of before of a field's values: read from files, refused on the command line
 OLD_VALUES = {"data_backend": {"torchvision": "cpu"}}
+# of `--help`; files are by section
+HEADINGS = {
+    "data": "What to train on, and how it is read and augmented.",
+    "model": "What is trained, and what it begins with.",
+    "loss": "What the loss is, how it is computed, and how processes share it.",
+    "optimization": "Batches and updates.",
+    "schedule": "How long, and the learning rate over that time.",
+    "checkpoint": "Saving and resuming.",
+    "evaluation": "What is measured while training.",
+    "device": "Devices, processes and precision.",
+    "reporting": "The run directory and what is written there.",
+}
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Train a CLIP model, or another system. Flag names are open_clip's where it has them."""
 
-    data: TrainingDataOptions = field(default_factory=TrainingDataOptions)
-    model: ModelOptions = field(default_factory=ModelOptions)
-    optim: OptimOptions = field(default_factory=OptimOptions)
-    loss: LossOptions = field(default_factory=LossOptions)
-    distributed: DistributedOptions = field(default_factory=DistributedOptions)
-    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
-    log: LogOptions = field(default_factory=LogOptions)
+    data: TrainingDataOptions = field(
+        default_factory=TrainingDataOptions, metadata={"heading": "data"}
+    )
+    model: ModelOptions = field(default_factory=ModelOptions, metadata={"heading": "model"})
+    optim: OptimOptions = field(default_factory=OptimOptions, metadata={"heading": "optimization"})
+    loss: LossOptions = field(default_factory=LossOptions, metadata={"heading": "loss"})
+    distributed: DistributedOptions = field(
+        default_factory=DistributedOptions, metadata={"heading": "device"}
+    )
+    checkpoint: CheckpointOptions = field(
+        default_factory=CheckpointOptions, metadata={"heading": "checkpoint"}
+    )
+    log: LogOptions = field(default_factory=LogOptions, metadata={"heading": "reporting"})
 
     def __post_init__(self) -> None:
         model, data = self.model, self.data
@@ -164,7 +182,7 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
         refuse_renamed(arguments, {f"{flag} {old}": f"{flag} {new}" for old, new in values.items()})
     given = [each for file in files for each in adapted(_flags_of(file))]
     given += adapted(arguments)
-    return TrainConfig.from_dict(parse_sections(TrainConfig, given, "fastclip train"))
+    return TrainConfig.from_dict(parse_sections(TrainConfig, given, "fastclip train", HEADINGS))
 
 
 def to_yaml(config: TrainConfig) -> str:

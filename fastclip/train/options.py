@@ -24,23 +24,23 @@ class TrainingDataOptions(DataOptions):
     like 'scenes:caption=dense,shift=style'. Several of one type are joined by '::'."""
     train_data_upsampling_factors: str | None = flag(None, defines_run=True)
     """How many times an epoch passes over each pattern of --train-data, e.g. 1::2.5."""
-    val_data: str | None = flag(None, defines_run=False)
+    val_data: str | None = flag(None, defines_run=False, heading="evaluation")
     """As --train-data; evaluated every --val-frequency epochs."""
-    val_image_root: str | None = flag(None, defines_run=False)
+    val_image_root: str | None = flag(None, defines_run=False, heading="evaluation")
     """As --image-root, for --val-data."""
-    zeroshot_data: tuple[str, ...] = flag((), defines_run=False)
+    zeroshot_data: tuple[str, ...] = flag((), defines_run=False, heading="evaluation")
     """NAME=DATA of each labeled source on which zero-shot accuracy is measured while training,
     every --zeroshot-frequency epochs: a folder with a folder of images a class, or shards with
     classes.txt beside them. The metrics are called zeroshot/NAME/acc1 and so on."""
-    val_num_samples: int | None = flag(None, defines_run=False)
+    val_num_samples: int | None = flag(None, defines_run=False, heading="evaluation")
     """Evaluate on the first so many samples of --val-data alone."""
-    imagenet_val: str | None = flag(None, defines_run=False)
+    imagenet_val: str | None = flag(None, defines_run=False, heading="evaluation")
     """open_clip's flag: ImageNet's validation images in folders called by WordNet ids; as
     --zeroshot-data imagenet=DATA, with the class names and templates of CLIP's authors."""
-    imagenet_v2: str | None = flag(None, defines_run=False)
+    imagenet_v2: str | None = flag(None, defines_run=False, heading="evaluation")
     """As --imagenet-val, for ImageNetV2, whose folders are called 0 to 999; as --zeroshot-data
     imagenet-v2=DATA."""
-    retrieval_data: tuple[str, ...] = flag((), defines_run=False)
+    retrieval_data: tuple[str, ...] = flag((), defines_run=False, heading="evaluation")
     """NAME=DATA of each source on which retrieval is measured while training, every
     --zeroshot-frequency epochs; DATA as for --train-data. The metrics are called
     retrieval/NAME/text_retrieval_recall@1 and so on."""
@@ -116,19 +116,21 @@ class ModelOptions(SystemOptions):
     """An open_clip model, a config shipped with fastclip, or a path to a JSON config."""
     pretrained: str | None = flag(None, defines_run=False)
     """Weights to start from: the name of open_clip weights, e.g. 'laion2b_s34b_b79k', or a path."""
-    precision: Literal["fp32", "amp", "amp_bf16"] = flag("amp_bf16", defines_run=True)
+    precision: Literal["fp32", "amp", "amp_bf16"] = flag(
+        "amp_bf16", defines_run=True, heading="device"
+    )
     """Precision of the towers: float32, float16 with a loss scale, or bfloat16. Parameters stay
     float32."""
-    grad_checkpointing: bool = flag(False, defines_run=True)
+    grad_checkpointing: bool = flag(False, defines_run=True, heading="device")
     """Recompute the towers' activations in the backward pass instead of keeping them."""
-    torchcompile: bool = flag(False, defines_run=True)
+    torchcompile: bool = flag(False, defines_run=True, heading="device")
     """Compile the towers with torch.compile."""
     attention: Literal["tower", "auto", "triton", "sdpa", "flash", "reference"] = flag(
-        "tower", defines_run=True
+        "tower", defines_run=True, heading="device"
     )
     """tower: the towers' own attention. Otherwise fastclip's under the same weights, by the fastest
     implementation that was measured (auto) or the one named."""
-    layer_norm: Literal["torch", "apex"] = flag("torch", defines_run=True)
+    layer_norm: Literal["torch", "apex"] = flag("torch", defines_run=True, heading="device")
     """The towers' layer norms: torch's, or apex's fused one where NVIDIA's apex is installed."""
 
 
@@ -141,7 +143,7 @@ class OptimOptions:
     accum_freq: int = flag(1, defines_run=True)
     """Micro-batches a step. Their gradient is exactly that of the whole batch, of every parameter;
     the towers run forward twice."""
-    epochs: int = flag(32, defines_run=True)
+    epochs: int = flag(32, defines_run=True, heading="schedule")
     """Passes over the data."""
     optimizer: Literal["adamw", "apex-adamw", "apex-lamb"] = flag("adamw", defines_run=True)
     """torch's fused AdamW, or apex's FusedAdam or FusedLAMB where NVIDIA's apex is installed."""
@@ -155,9 +157,9 @@ class OptimOptions:
     """Adam's epsilon."""
     wd: float = flag(0.2, defines_run=True)
     """Weight decay; norms, biases and the logit scale have none."""
-    warmup: int = flag(10000, defines_run=True)
+    warmup: int = flag(10000, defines_run=True, heading="schedule")
     """Steps of linear warm-up."""
-    lr_scheduler: Literal["cosine", "const"] = flag("cosine", defines_run=True)
+    lr_scheduler: Literal["cosine", "const"] = flag("cosine", defines_run=True, heading="schedule")
     """Learning-rate schedule after warm-up."""
     grad_clip_norm: float | None = flag(None, defines_run=True)
     """Maximum gradient norm; larger gradients are scaled down to it."""
@@ -332,9 +334,9 @@ class LogOptions:
     """Name of the run directory under --logs; by default the time and the model."""
     logs: str = flag("logs", defines_run=False)
     """Directory that holds the run directories."""
-    val_frequency: int = flag(1, defines_run=False)
+    val_frequency: int = flag(1, defines_run=False, heading="evaluation")
     """Epochs between evaluations on --val-data."""
-    zeroshot_frequency: int = flag(1, defines_run=False)
+    zeroshot_frequency: int = flag(1, defines_run=False, heading="evaluation")
     """Epochs between evaluations on --zeroshot-data, --imagenet-val and --retrieval-data."""
     log_every_n_steps: int = flag(10, defines_run=False)
     """Steps between lines of metrics."""
