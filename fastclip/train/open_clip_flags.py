@@ -65,11 +65,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("workers", text="by default the process's share of the cores, at most 4"),
     Flag("batch-size", text="128 by default, not 64"),
     *_same("epochs"),
-    Flag(
-        "epochs-cooldown",
-        "refused",
-        "the schedules here are cosine and const: give `--lr-scheduler cosine`",
-    ),
+    *_same("epochs-cooldown"),
     Flag("lr", text="5e-4 by default for every model"),
     Flag("beta1", text="0.9 by default for every model"),
     Flag("beta2", text="0.98 by default for every model; open_clip has 0.999 for ResNets"),
@@ -85,9 +81,8 @@ FLAGS: tuple[Flag, ...] = (
         "transformer",
     ),
     Flag("skip-scheduler", "renamed", becomes=("--lr-scheduler=const", "--warmup=0")),
-    Flag("lr-scheduler"),
-    Flag("lr-cooldown-end", "refused", "see `--epochs-cooldown`"),
-    Flag("lr-cooldown-power", "refused", "see `--epochs-cooldown`"),
+    Flag("lr-scheduler", text="further: `wsd`"),
+    *_same("lr-cooldown-end", "lr-cooldown-power"),
     *_same("save-frequency"),
     Flag(
         "save-most-recent", "no effect", "the newest checkpoint is kept; `--resume latest` finds it"

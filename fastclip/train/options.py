@@ -159,8 +159,19 @@ class OptimOptions:
     """Weight decay; norms, biases and the logit scale have none."""
     warmup: int = flag(10000, defines_run=True, heading="schedule")
     """Steps of linear warm-up."""
-    lr_scheduler: Literal["cosine", "const"] = flag("cosine", defines_run=True, heading="schedule")
-    """Learning-rate schedule after warm-up."""
+    lr_scheduler: Literal["cosine", "const", "const-cooldown", "wsd"] = flag(
+        "cosine", defines_run=True, heading="schedule"
+    )
+    """Learning-rate schedule after warm-up: half a cosine; constant; constant with a cooldown at
+    the end, in open_clip's form or (wsd: warmup, stable, decay) in that of Hagele et al. 2024."""
+    epochs_cooldown: int | None = flag(None, defines_run=True, heading="schedule")
+    """Epochs of the cooldown, the run's last ones; const-cooldown needs it, wsd has a fifth of the
+    run without."""
+    lr_cooldown_end: float = flag(0.0, defines_run=True, heading="schedule")
+    """Learning rate at the end of the cooldown."""
+    lr_cooldown_power: float | None = flag(None, defines_run=True, heading="schedule")
+    """Exponent p of the cooldown, at the share x of its steps: const-cooldown falls as (1 - x)^p,
+    by default 1, wsd as 1 - x^p, by default 0.5."""
     grad_clip_norm: float | None = flag(None, defines_run=True)
     """Maximum gradient norm; larger gradients are scaled down to it."""
     ema: float | None = flag(None, defines_run=True)
@@ -174,8 +185,38 @@ class OptimOptions:
     def __post_init__(self) -> None:
         check_least(self, batch_size=1, accum_freq=1, epochs=1, lr=0, wd=0, warmup=0)
         check_positive(self, "grad_clip_norm")
+        self._check_cooldown()
         if self.ema is not None and not 0 <= self.ema < 1:
             raise ValueError(f"--ema is {self.ema}; give one in [0, 1), e.g. 0.999")
+
+    def _check_cooldown(self) -> None:
+        names = "epochs_cooldown", "lr_cooldown_end", "lr_cooldown_power"
+        given = [each for each in fields(self) if each.name in names]
+        for each in given:
+            if getattr(self, each.name) != each.default and not self.cools_down:
+                raise ValueError(
+                    f"{flag_name(each.name)} is for --lr-scheduler const-cooldown and wsd, not "
+                    f"{self.lr_scheduler}; leave it out"
+                )
+        check_least(self, lr_cooldown_end=0)
+        check_positive(self, "epochs_cooldown", "lr_cooldown_power")
+        if self.lr_scheduler == "const-cooldown" and self.epochs_cooldown is None:
+            raise ValueError("--lr-scheduler const-cooldown needs --epochs-cooldown N")
+        if (self.epochs_cooldown or 0) > self.epochs:
+            raise ValueError(
+                f"--epochs-cooldown is {self.epochs_cooldown}; give at most --epochs, which is "
+                f"{self.epochs}"
+            )
+        if self.lr_cooldown_end > self.lr:
+            raise ValueError(
+                f"--lr-cooldown-end is {self.lr_cooldown_end:g}; give at most --lr, which is "
+                f"{self.lr:g}"
+            )
+
+    @property
+    def cools_down(self) -> bool:
+        """Whether the learning rate is constant until a cooldown."""
+        return self.lr_scheduler in ("const-cooldown", "wsd")
 
     def step_samples(self, processes: int) -> int:
         """Samples of a step over all processes."""

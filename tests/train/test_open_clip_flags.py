@@ -23,7 +23,8 @@ from tests.test_repo_shape import ROOT
 VALUES = {
     "device": "cpu",
     "opt": "adamw",
-    "lr-scheduler": "const",
+    "lr-scheduler": "const-cooldown",
+    "lr-cooldown-end": "0.25",
     "report-to": "wandb",
     "loss-dist-impl": "ring",
     "csv-separator": ",",
