@@ -20,6 +20,7 @@ from fastclip.ops.reductions import (
     reduce,
     reduce_sum,
     reduce_weighted,
+    reduce_weighted_sum,
     share_above,
     with_bias,
 )
@@ -269,12 +270,15 @@ def siglip_loss(
             row_group=row_group,
             column_group=column_group,
             positive_groups=positives is not None,
-            per_row=of_rows == "none",
+            per_row=reduction == "none",
+            weights=None if reduction == "none" else weights,
             ranks=ranks,
             backend=backend,
             chunk_bytes=chunk_bytes,
             precision=precision,
         )
+        if weights is not None and reduction != "none":
+            return reduce_weighted_sum(loss, weights, reduction, ranks)
     if weights is not None:
         return reduce_weighted(loss, weights, reduction, ranks)
     return reduce_sum(loss, reduction, ranks, image_features.shape[0])
@@ -385,6 +389,9 @@ def info_nce_loss(
     own = keys.shape[0]
     if positive_index is None and query.shape[0] > own:
         raise ValueError(f"{query.shape[0]} queries but only {own} keys; give positive_index")
+    above = None
+    if positives is not None:
+        above = logit_scale * above_group_mean(query, all_keys, *positives, ranks)
     if loss is None:
         options: dict[str, Any] = {
             "positive_index": positive_index,
@@ -399,7 +406,8 @@ def info_nce_loss(
             "keep_bytes": keep_bytes,
             "precision": precision,
         }
-        if of_rows == "none":
+        # one sum has its gradient in the forward, with weights or without
+        if reduction == "none":
             statistics = similarity.similarity_statistics(
                 query, all_keys, logit_scale, column_statistics=False, **options
             )
@@ -407,12 +415,15 @@ def info_nce_loss(
             if metrics is not None:
                 margin = statistics.positive.detach() - statistics.row_max
         else:
-            loss, margin = info_nce_sum(query, all_keys, logit_scale, **options)
+            loss, margin = info_nce_sum(query, all_keys, logit_scale, weights=weights, **options)
         if metrics is not None:
             metrics["accuracy"] = share_above(margin, torch.zeros_like(margin), ranks)
-        loss = reduce_sum(loss, of_rows, ranks, query.shape[0])
-    if positives is not None:
-        above = logit_scale * above_group_mean(query, all_keys, *positives, ranks)
+        if weights is not None and reduction != "none":
+            if above is not None:
+                loss = loss + (above.to(loss.dtype) * weights).sum()
+            return reduce_weighted_sum(loss, weights, reduction, ranks)
+        loss = reduce_sum(loss, reduction, ranks, query.shape[0])
+    if above is not None:
         loss = loss + reduce(above.to(loss.dtype), of_rows, ranks)
     return loss if weights is None else reduce_weighted(loss, weights, reduction, ranks)
 

@@ -1,6 +1,6 @@
 """The one-direction softmax loss, summed over rows, with its gradient in the forward.
 
-    loss = sum_i softplus(row_lse_i - positive_i)          (statistics as in `similarity.py`)
+    loss = sum_i w_i softplus(row_lse_i - positive_i)      (statistics as in `similarity.py`)
 
 A row's log-sum-exp is complete when its chunk has been seen, so the same product serves the
 statistics and G: three products of N x M x D forward and backward together, one without gradient.
@@ -11,6 +11,7 @@ Shape suffixes: N rows, M columns, D feature width.
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastclip.ops import backend as backends
@@ -34,6 +35,7 @@ def info_nce_sum(
     first_negative: int = 0,
     columns_with_gradient: int | None = None,
     maxima: bool = True,
+    weights: Tensor | None = None,
     ranks: Ranks | None = None,
     backend: str = "auto",
     chunk_bytes: int | None = None,
@@ -45,6 +47,7 @@ def info_nce_sum(
     Without `maxima` the second may be empty.
 
     Args:
+        weights: (N,), the rows' in the sum.
         x, y, scale: and all others as `fastclip.ops.similarity.similarity_statistics` has them.
 
     Raises:
@@ -75,7 +78,8 @@ def info_nce_sum(
         margin = found.row_max
         if maxima:
             margin = found.positive.detach() - margin
-        return softplus(found.row_lse - found.positive).sum(), margin
+        loss_N = softplus(found.row_lse - found.positive)
+        return (loss_N if weights is None else loss_N * weights).sum(), margin
     chunk = checks.chunk_argument(chunk_bytes)
     checks.check_pair(x, y, compute_dtype)
     ids = checks.check_positives(
@@ -83,18 +87,19 @@ def info_nce_sum(
     )
     scale = checks.as_scalar("logit_scale", scale, x)
     check_columns(ranks, y.shape[0])
-    checks.refuse_transforms(x, y, scale)
+    checks.refuse_transforms(x, y, scale, *(() if weights is None else (weights,)))
     options = problem.options(
         compute_dtype,
         chosen,
         chunk,
         ranks,
-        needs=wants_gradient(x, y, scale),
+        needs=wants_gradient(x, y, scale, weights),
         maxima=True,
         first_negative=first_negative,
         columns_with_gradient=-1 if columns_with_gradient is None else columns_with_gradient,
     )
-    loss, margin, *_ = _info_nce(x, y, scale, *ids, **options)
+    column_N1 = None if weights is None else weights[:, None]
+    loss, margin, *_ = _info_nce(x, y, scale, column_N1, *ids, **options)
     return loss, margin
 
 
@@ -102,6 +107,7 @@ def _forward(
     x: Tensor,
     y: Tensor,
     scale: Tensor,
+    weights_N1: Tensor | None,
     positive_index: Tensor | None,
     row_group: Tensor | None,
     column_group: Tensor | None,
@@ -110,8 +116,12 @@ def _forward(
     with checks.without_autocast(x.device):
         ids = positive_index, row_group, column_group
         asked = problem.rectangle(Options(**options), x, y, scale, None, *ids)
-        need_x, need_y, need_scale = options["needs"]
-        loss, margin, *gradients = passes.info_nce(asked, (need_x, need_y, need_scale))
+        need_x, need_y, need_scale, need_weights = options["needs"]
+        weights_N = None if weights_N1 is None else weights_N1[:, 0].to(asked.tiles.dtype)
+        needs = need_x, need_y, need_scale
+        loss_N, margin, *gradients = passes.info_nce(asked, needs, weights_N)
+    gradients.append(loss_N[:, None] if need_weights else None)
+    loss = loss_N.sum() if weights_N is None else torch.dot(loss_N, weights_N)
     return loss, margin, *(loss.new_empty(0) if g is None else g for g in gradients)
 
 
@@ -127,10 +137,10 @@ def _flop(shapes: Sequence[Any], options: Options) -> int:
 _info_nce = register(
     "info_nce",
     _forward,
-    inputs="x y scale positive_index? row_group? column_group?",
-    outputs=5,
+    inputs="x y scale weights? positive_index? row_group? column_group?",
+    outputs=6,
     record=Options,
     fake=_fake,
     flop=_flop,
-    gradients=3,
+    gradients=4,
 )

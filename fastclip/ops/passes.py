@@ -296,13 +296,14 @@ def _weigh_by_tile(
 
 
 def info_nce(
-    problem: Problem, needs: tuple[bool, bool, bool]
+    problem: Problem, needs: tuple[bool, bool, bool], weights_N: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Sum over rows of softplus(lse - positive), and its gradients: 3 products in all.
+    """Each row's softplus(lse - positive), and the gradients of their sum: 3 products in all.
 
     A chunk holds its rows whole (all columns come as one part), so their log-sum-exps are known
-    before the next chunk: one product serves statistics and gradient. Returns the sum, the rows'
-    margins (positive less the greatest negative), and dX, dY, dscale in the accumulator's dtype.
+    before the next chunk: one product serves statistics and gradient. Returns the losses, the rows'
+    margins (positive less the greatest negative), and dX, dY, dscale in the accumulator's dtype, of
+    a sum with `weights_N`, None for ones.
     """
     tiles, x_ND, y_MD = problem.tiles, problem.x_ND, problem.y_MD
     scale = problem.scale_PP[0, 0]
@@ -327,21 +328,25 @@ def info_nce(
             lse_C = of_chunk.lse()
             share_C = torch.exp(found.max - finite(lse_C))
             weight_C = torch.sigmoid(lse_C - positive_N[own])
+            if weights_N is not None:
+                weight_C *= weights_N[own]
             dot_N[own] = dot_C * share_C * weight_C
             if needs[0] or needs[1]:
                 G_CQ = products.room(chunk)
                 tiles.end_rows(share_C * weight_C * scale, G_CQ)
                 products.add(G_CQ, chunk)
-    products.end(part, exchange_dtype(y_MD.dtype, scaled=False))
+    products.end(part, exchange_dtype(y_MD.dtype, scaled=weights_N is not None))
 
     lse_N = rows.lse()
     loss_N = softplus(lse_N - positive_N)
     d_positive_N = -torch.sigmoid(lse_N - positive_N)
+    if weights_N is not None:
+        d_positive_N *= weights_N
     dx_ND, dy_MD = add_positives(problem, *products.totals(), d_positive_N * scale)
     dscale = None
     if needs[2]:
         dscale = dot_N.sum() + (d_positive_N * cosine_N).sum()
-    return loss_N.sum(), positive_N - rows.max, dx_ND, dy_MD, dscale
+    return loss_N, positive_N - rows.max, dx_ND, dy_MD, dscale
 
 
 def sigmoid(

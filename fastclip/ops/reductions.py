@@ -56,7 +56,14 @@ def reduce_weighted(loss: Tensor, weights: Tensor, reduction: str, ranks: Ranks 
     loss = loss * weights
     if reduction == "none":
         return loss
-    total, mass = global_sum(torch.stack((loss.sum(), weights.sum())), ranks).unbind()
+    return reduce_weighted_sum(loss.sum(), weights, reduction, ranks)
+
+
+def reduce_weighted_sum(
+    total: Tensor, weights: Tensor, reduction: str, ranks: Ranks | None
+) -> Tensor:
+    """`total`, this process's sum of losses with their weights, as "sum" or "mean"."""
+    total, mass = global_sum(torch.stack((total, weights.sum())), ranks).unbind()
     return total if reduction == "sum" else total / torch.where(mass == 0, 1.0, mass)
 
 

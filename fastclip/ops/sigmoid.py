@@ -2,9 +2,9 @@
 
     row_i = sum_{j != i} softplus(S_ij) + softplus(-S_ii)
 
-An entry's gradient depends on that entry alone, so a sum over rows has its gradient in the
-forward: three products of N x M x D forward and backward together. Rows with upstream gradients
-of their own (`reduction="none"`) are computed again in the backward: four.
+An entry's gradient depends on that entry alone, so a sum over rows, with weights or without, has
+its gradient in the forward: three products of N x M x D forward and backward together. Rows with
+upstream gradients of their own (`reduction="none"`) are computed again in the backward: four.
 
 Shape suffixes: N rows and columns of this process, D feature width.
 """
@@ -12,6 +12,7 @@ Shape suffixes: N rows and columns of this process, D feature width.
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastclip.ops import backend as backends
@@ -32,6 +33,7 @@ def sigmoid_loss(
     column_group: Tensor | None = None,
     positive_groups: bool = False,
     per_row: bool = False,
+    weights: Tensor | None = None,
     ranks: Ranks | None = None,
     backend: str = "auto",
     chunk_bytes: int | None = None,
@@ -46,6 +48,7 @@ def sigmoid_loss(
         row_group, column_group: (N,) ids; columns of a row's group other than its own are left out
             or, with `positive_groups`, positives.
         per_row: whether to return rows.
+        weights: (N,), the rows' in the sum; not with `per_row`.
         ranks: the processes whose rows and columns these are part of. A sum's gradient is formed
             in the forward, so its upstream gradient must be the same on all ranks.
         backend, chunk_bytes, precision: as `fastclip.ops.similarity.similarity_statistics`.
@@ -70,14 +73,16 @@ def sigmoid_loss(
                 compute_dtype, chosen, chunk, ranks, positive_groups=positive_groups
             )
             rows = reference.sigmoid_rows(x, y, scale, offset, *ids, Options(**options))
-        return rows if per_row else rows.sum()
+        return rows if per_row else (rows if weights is None else rows * weights).sum()
     inputs = x, y, scale, offset
-    checks.refuse_transforms(*(t for t in inputs if t is not None))
+    checks.refuse_transforms(*(t for t in (*inputs, weights) if t is not None))
     options = problem.options(compute_dtype, chosen, chunk, ranks, positive_groups=positive_groups)
     if per_row:
         of_rows: Tensor = _rows(*inputs, *ids, **options)
         return of_rows
-    total: Tensor = _sum(*inputs, *ids, **options | {"needs": wants_gradient(*inputs)})[0]
+    needs = {"needs": wants_gradient(*inputs, weights)}
+    column_N1 = None if weights is None else weights[:, None]
+    total: Tensor = _sum(*inputs, column_N1, *ids, **options | needs)[0]
     return total
 
 
@@ -92,8 +97,14 @@ def _sigmoid(
 
 
 def _forward_sum(*inputs: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
-    rows, *gradients = _sigmoid(inputs, None, options["needs"], Options(**options))
-    return rows.sum(), *(rows.new_empty(0) if g is None else g for g in gradients)
+    x, y, scale, offset, weights_N1, *ids = inputs
+    asked, weights_N = Options(**options), None
+    if weights_N1 is not None:
+        weights_N = weights_N1[:, 0].to(accumulator_dtype(asked.dtype))
+    rows_N, *gradients = _sigmoid((x, y, scale, offset, *ids), weights_N, asked.needs[:4], asked)
+    gradients.append(rows_N[:, None] if asked.needs[4] else None)
+    found = (rows_N.new_empty(0) if g is None else g for g in gradients)
+    return rows_N.sum() if weights_N is None else torch.dot(rows_N, weights_N), *found
 
 
 def _forward_rows(*inputs: Tensor | None, **options: Any) -> Tensor:
@@ -113,12 +124,12 @@ def _flop(shapes: Sequence[Any], options: Options) -> int:
 _sum = register(
     "sigmoid_sum",
     _forward_sum,
-    inputs="x y scale offset? row_group? column_group?",
-    outputs=5,
+    inputs="x y scale offset? weights? row_group? column_group?",
+    outputs=6,
     record=Options,
     fake=lambda inputs, options: [inputs[0].new_empty((), dtype=accumulator_dtype(options.dtype))],
     flop=_flop,
-    gradients=4,
+    gradients=5,
 )
 _rows = register(
     "sigmoid_rows",

@@ -248,6 +248,16 @@ def test_groups_cost_no_product(name: str, products: int) -> None:
         assert count.products_of(N, columns, WIDTH) == products
 
 
+@pytest.mark.parametrize("role", ["excluded", "positive"])
+@pytest.mark.parametrize("name, products", [("clip", 4), ("info_nce", 3), ("siglip", 3)])
+def test_weights_cost_no_product(name: str, products: int, role: str) -> None:
+    for reduction in ("mean", "sum"):
+        with count_products() as count:
+            found(name, role, True, backend="torch", keep_bytes=0, reduction=reduction)
+        columns = LOSSES[name].leaves()[1].shape[0]
+        assert count.products_of(N, columns, WIDTH) == products
+
+
 @pytest.mark.parametrize("name, role", CASES)
 def test_nothing_of_the_size_of_S_is_saved(name: str, role: str) -> None:
     saved: list[int] = []

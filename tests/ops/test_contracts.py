@@ -204,13 +204,19 @@ def test_opcheck(dtype: torch.dtype, compute_dtype: torch.dtype) -> None:
     check(statistics, x, y, scale, None, None, None, *ids, column_statistics=True)
     biases = (torch.rand(rows, dtype=dtype).requires_grad_() for rows in (5, 7))
     check(statistics, x, y, scale, *biases, None, *ids, column_statistics=True)
+    weights = torch.rand(5, 1, dtype=dtype).requires_grad_()
     for needs in ((True, True, True), (True, False, False), (False, False, False)):
         inputs = [t if need else t.detach() for t, need in zip((x, y, scale), needs, strict=True)]
-        check("info_nce", *inputs, index, None, None, columns_with_gradient=6, needs=needs)
-        check("info_nce", *inputs, None, *ids, columns_with_gradient=6, needs=needs)
+        for given in (None, weights) if all(needs) else (None,):
+            options = {"columns_with_gradient": 6, "needs": (*needs, given is weights)}
+            check("info_nce", *inputs, given, index, None, None, **options)
+            check("info_nce", *inputs, given, None, *ids, **options)
         groups = (None, None) if needs[1] else (group, group)
-        inputs = [inputs[0], inputs[1][:5], inputs[2], bias if needs[2] else None, *groups]
-        check("sigmoid_sum", *inputs, needs=(*needs, needs[2]))
+        inputs = [inputs[0], inputs[1][:5], inputs[2], bias if needs[2] else None]
+        for given in (None, weights) if all(needs) else (None,):
+            all_needs = *needs, needs[2], given is weights
+            check("sigmoid_sum", *inputs, given, *groups, needs=all_needs)
+        inputs += groups
         check("sigmoid_rows", *inputs)
         # only what is needed is made
         upstream = torch.ones(5, dtype=dtype)
