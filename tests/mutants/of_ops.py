@@ -321,6 +321,15 @@ OPS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("if (v[k][c] != LEFT_OUT) positive", "positive"),
         ("1u << (k * C + c)", "1u << (k + c * R)"),
         ("return sign * w[k] * __fdividef", "return w[k] * __fdividef"),
+        ("return v[k][c] + bias.column[c]; },", "return v[k][c] + bias.row[k]; },"),
+        ("biases.column[at.column + c] : 0.0f", "biases.column[c] : 0.0f"),
+        (".of(v[k][c] + bias.row[k])", ".of(v[k][c])"),
+        ("by_row[k] += of_columns", "by_row[k] += of_rows"),
+        ("to[at.down * tile.columns + j] = total", "to[j] = total"),
+    ],
+    ("fastclip/ops/tiles/cuda.py", "tests/ops/test_cuda.py -k biases"): [
+        ("row_C.new_empty((down, columns))", "row_C.new_empty((across, columns))"),
+        ("None if columns is None else by_row.sum(dim=0), by_column", "None, by_column"),
     ],
     ("csrc/cpu/kernels.cpp", LIBRARY): [
         ("set_group(tile, i, signs, -1.0f)", "set_group(tile, i, signs, 1.0f)"),
