@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,25 @@ class Mixture:
     def _find(self, shard: int) -> tuple[Source, int]:
         number = int(np.searchsorted(self._starts, shard, side="right")) - 1
         return self.sources[number], shard - int(self._starts[number])
+
+
+class FirstSamples:
+    """A source's first samples alone.
+
+    Args:
+        source: of any kind.
+        number: how many; all where it has fewer.
+    """
+
+    def __init__(self, source: Source, number: int) -> None:
+        self.parts = source.parts
+        starts = (0, *accumulate(source.counts))
+        self.counts = tuple(
+            min(count, max(0, number - start))
+            for start, count in zip(starts, source.counts, strict=False)
+        )
+        self.read, self.place = source.read, source.place
+        self.drain_faults = source.drain_faults
 
 
 def guess_type(data: str) -> DatasetType | None:
