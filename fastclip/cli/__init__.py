@@ -17,6 +17,7 @@ from fastclip.messages import logger, shown
 COMMANDS = {
     "train": "train a model from a configuration and flags",
     "eval": "score any model on a benchmark: zero-shot, retrieval, compositional, robustness",
+    "search": "find images by a text or by another image: a table and a picture",
     "embed": "write the features of images or texts to a .npy file",
     "data": "preview data: a contact sheet of images with captions",
     "check-data": "read and decode all of the shards: count the samples, report every fault",

@@ -14,4 +14,5 @@
 | `report`, `meter`, `log`, `health` | bar, speed, files of metrics, hints and NaN |
 | `distributed`, `watch`, `stop` | several ranks, those that fail, signals |
 | `plan`, `costs`, `footprint` | `fastclip plan`: what a setting costs |
+| `card` | what a run's files say of its model, for publishing |
 """
