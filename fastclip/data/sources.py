@@ -106,6 +106,11 @@ class FirstSamples:
         )
         self.read, self.place = source.read, source.place
         self.drain_faults = source.drain_faults
+        self._source = source
+
+    def digest(self) -> str:
+        """Of all, and of how many are read."""
+        return digest_of((self._source.digest(), str(sum(self.counts))))
 
 
 def guess_type(data: str) -> DatasetType | None:

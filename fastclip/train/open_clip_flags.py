@@ -155,8 +155,8 @@ FLAGS: tuple[Flag, ...] = (
     Flag("remote-sync-frequency", "refused", _SYNC),
     Flag("remote-sync-protocol", "refused", _SYNC),
     *_same("delete-previous-checkpoint"),
-    Flag("distill-model", "refused", "`fastclip.DistillClipLoss` is the loss, for your own script"),
-    Flag("distill-pretrained", "refused", "see `--distill-model`"),
+    Flag("distill-model", text="also with `--accum-freq`; stored: `--distill-embeddings`"),
+    *_same("distill-pretrained"),
     Flag(
         "use-bnb-linear", "refused", "int8 layers are not trained here; use `--precision amp_bf16`"
     ),
