@@ -109,8 +109,8 @@ class FirstSamples:
         self._source = source
 
     def digest(self) -> str:
-        """Of all, and of how many are read."""
-        return digest_of((self._source.digest(), str(sum(self.counts))))
+        """Of the source, and of how many of its samples there are."""
+        return digest_of([self._source.digest(), self.counts])
 
 
 def guess_type(data: str) -> DatasetType | None:
