@@ -9,7 +9,8 @@
 | `resume`, `saving`, `best`, `streams` | checkpoints read and written; the random streams in them |
 | `select_engine`, `engine`, `torch_engine` | forward, backward and update of a batch |
 | `zero`, `zero_config`, `zero_checkpoint` | the same by DeepSpeed |
-| `objective`, `accumulate`, `optim`, `average` | outputs and loss, exact gradients, updates |
+| `objective`, `teacher` | outputs and loss; a teacher's features |
+| `accumulate`, `optim`, `average` | exact gradients, updates |
 | `validate`, `held_out` | evaluation at the ends of epochs |
 | `report`, `meter`, `log`, `health` | bar, speed, files of metrics, hints and NaN |
 | `distributed`, `watch`, `stop` | several ranks, those that fail, signals |
