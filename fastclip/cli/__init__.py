@@ -8,6 +8,7 @@ import importlib
 import os
 import select
 import sys
+import warnings
 from collections.abc import Sequence
 
 from fastclip._version import __version__
@@ -52,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
     parser.add_argument("options", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     parsed = parser.parse_args(arguments)
+    # torch says so of an installation that needs none
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     with shown():
         return _run(parsed.command, parsed.options)
 
