@@ -103,6 +103,11 @@ SECTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ),
     ),
     (
+        "Features",
+        "",
+        ("fastclip.evaluate.search.search",),
+    ),
+    (
         "Heads",
         "",
         (

@@ -4,10 +4,12 @@ A command's module is imported when it is called, so `fastclip --version` needs 
 """
 
 import argparse
+import difflib
 import importlib
 import os
 import select
 import sys
+import textwrap
 import warnings
 from collections.abc import Sequence
 
@@ -17,6 +19,7 @@ from fastclip.messages import logger, shown
 COMMANDS = {
     "train": "train a model from a configuration and flags",
     "eval": "score any model on a benchmark: zero-shot, retrieval, compositional, robustness",
+    "search": "find images by a text or by another image: a table and a picture",
     "embed": "write the features of images or texts to a .npy file",
     "data": "preview data: a contact sheet of images with captions",
     "check-data": "read and decode all of the shards: count the samples, report every fault",
@@ -40,7 +43,11 @@ EXTRAS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the process's exit status: 0, 1 for an error, 2 for wrong usage."""
     width = max(map(len, COMMANDS))
-    listing = "\n".join(f"  {name:{width}}  {what}" for name, what in COMMANDS.items())
+    indent = " " * (width + 4)
+    listing = "\n".join(
+        textwrap.fill(f"  {name:{width}}  {what}", 80, subsequent_indent=indent)
+        for name, what in COMMANDS.items()
+    )
     parser = argparse.ArgumentParser(
         prog="fastclip",
         description="Contrastive image-text training: exact, in memory linear in the batch.",
@@ -50,9 +57,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"fastclip {__version__}")
     # DeepSpeed's launcher puts it in front of what it starts; the environment says the same
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
+    parser.add_argument("command", metavar="COMMAND", nargs="?")
     parser.add_argument("options", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     parsed = parser.parse_args(arguments)
+    if parsed.command is None:
+        parser.print_help(sys.stderr)
+        raise SystemExit(2)
+    if parsed.command not in COMMANDS:
+        near = difflib.get_close_matches(parsed.command, COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(COMMANDS)}"
+        parser.error(f"command {parsed.command!r} is unknown; {hint}")
     # torch says so of an installation that needs none
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     with shown():
