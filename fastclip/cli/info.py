@@ -77,8 +77,15 @@ def _entry(name: str, text: str) -> None:
     """A name and what is said of it, which begins in the same column everywhere."""
     start = f"{name:{_TEXT_COLUMN}}"
     indent = " " * _TEXT_COLUMN
-    whole = {"break_long_words": False, "break_on_hyphens": False}
-    print(textwrap.fill(start + text, _WIDTH, subsequent_indent=indent, **whole))
+    print(
+        textwrap.fill(
+            start + text,
+            _WIDTH,
+            subsequent_indent=indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    )
 
 
 def _data_backend(device: torch.device) -> str:

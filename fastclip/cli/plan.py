@@ -158,11 +158,12 @@ def report(plan: Plan, model: str) -> list[str]:
 
 def _filled(line: str) -> list[str]:
     """A line in as many as it takes; names and paths stay whole."""
-    whole = {"break_long_words": False, "break_on_hyphens": False}
     return (
         [line]
         if len(line) <= _WIDTH
-        else textwrap.wrap(line, _WIDTH, subsequent_indent="    ", **whole)
+        else textwrap.wrap(
+            line, _WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+        )
     )
 
 
