@@ -9,7 +9,7 @@ from fastclip.atomic import write_text
 from fastclip.bench import plots, records
 from fastclip.bench.kinds import KINDS, Group, number
 from fastclip.bench.records import Record
-from fastclip.bench.report import failures, ratio, table
+from fastclip.bench.report import failures, table, times
 
 BEGIN, END = "<!-- bench:losses -->", "<!-- /bench -->"
 PLOT = Path("docs", "performance.svg")
@@ -118,7 +118,7 @@ def section(record: Record, names: Sequence[str]) -> str:
                 "peak MiB",
                 "baseline",
                 "its ms",
-                "fastclip / it",
+                "× faster",
                 "its peak MiB",
             ),
             [line for group in groups if group.key[1] == sizes[-1] for line in _lines(group)],
@@ -131,7 +131,7 @@ def section(record: Record, names: Sequence[str]) -> str:
     ]
     if len(sizes) > 1:
         parts += [
-            "fastclip's time over that of the fastest baseline that ran, by rows:",
+            "How many times as fast as the fastest baseline that ran fastclip is, by rows:",
             table(("loss", *(f"{n:,}" for n in sizes)), list(_by_size(groups, sizes))),
         ]
     parts.append(_paragraph(_up_to(everything)))
@@ -160,7 +160,7 @@ def _paragraph(text: str) -> str:
 
 def _by_size(groups: Sequence[Group], sizes: Sequence[int]) -> Iterator[list[str]]:
     for name in dict.fromkeys(group.key[0] for group in groups):
-        best = {g.key[1]: ratio(g, g.baselines[0]) for g in groups if g.key[0] == name}
+        best = {g.key[1]: times(g, g.baselines[0]) for g in groups if g.key[0] == name}
         yield [f"`{name}_loss`", *(f"{best[n]} ×" if n in best else "" for n in sizes)]
 
 
@@ -172,12 +172,12 @@ def _lines(group: Group) -> list[list[str]]:
     own = [
         f"`{group.key[0]}_loss`",
         number(1e3 * ours["p50"]),
-        "" if share is None else f"{share:.0%}",
+        "" if share is None else "?" if share != share else f"{share:.0%}",
         _peak(ours.get("peak_bytes")),
     ]
     lines = []
     for baseline in group.baselines:
-        theirs = [number(1e3 * baseline["p50"]), f"{ratio(group, baseline)} ×"]
+        theirs = [number(1e3 * baseline["p50"]), f"{times(group, baseline)} ×"]
         lines.append([*own, baseline["baseline"], *theirs, _peak(baseline.get("peak_bytes"))])
         own = [""] * len(own)
     return lines
