@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from fastclip.data.faults import FaultLog
 from fastclip.data.training_samples import grouped_pairs
-from fastclip.messages import logger
+from fastclip.messages import counted, logger
 from fastclip.train.health import Hints
 from fastclip.train.log import RunLog, plot_loss
 from fastclip.train.meter import Meter
@@ -94,7 +94,7 @@ class Report:
             logger.warning(f"note: {self._grouped} pairs{own} were duplicates")
         skipped = self._state.engine.skipped
         if skipped and self._first:
-            logger.warning(f"float16 overflowed in {skipped} steps; skipped")
+            logger.warning(f"float16 overflowed in {counted(skipped, 'step')}; skipped")
 
     def warn(self, text: str) -> None:
         """Show a warning of this rank."""

@@ -9,6 +9,7 @@ from typing import Any
 from fastclip.bounded import read_object
 from fastclip.data.options import DataOptions
 from fastclip.data.sources import guess_type
+from fastclip.messages import counted
 from fastclip.models import checkpoint
 from fastclip.train.best import best_step, scores_of
 from fastclip.train.config import TrainConfig
@@ -32,7 +33,7 @@ def summary(state: TrainState, seconds: float, caption: str | None = None) -> li
         caption: of the data, for an example.
     """
     metrics = read_metrics(state.folder)
-    made = f"{state.steps_done:,} of {state.total_steps:,} steps"
+    made = f"{state.steps_done:,} of {counted(state.total_steps, 'step')}"
     speeds = [line["samples_per_second"] for line in metrics if "samples_per_second" in line]
     # the first ones are slow
     speed = f", {sorted(speeds)[len(speeds) // 2]:,.0f} samples/s" if speeds else ""

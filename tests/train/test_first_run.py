@@ -51,7 +51,7 @@ def test_a_run_says_what_it_is_and_how_it_went(
         "scenes, 70 samples an epoch, loaded in this process",
         "M parameters, fp32 on cpu",
         "2 epochs of 8 steps (6 samples an epoch fill no step), 16 steps in all",
-        "0.0005 after 1 steps of warm-up (a tenth of the run, which --warmup",
+        "0.0005 after 1 step of warm-up (a tenth of the run, which --warmup",
     ):
         assert part in text
     # the configuration is in the file alone
