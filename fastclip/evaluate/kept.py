@@ -24,7 +24,7 @@ from fastclip.data.regular import digest_of
 from fastclip.data.samples import Source
 from fastclip.evaluate.embed import Embedding, fingerprint, image_batches
 from fastclip.evaluate.features import Encoding
-from fastclip.messages import logger
+from fastclip.messages import counted, logger
 from fastclip.models.clip import Model
 
 # faults that may be gone at the next try, although the data are the same
@@ -131,7 +131,7 @@ def _announce(file: Path, count: int, changed: list[str]) -> None:
         are = " and ".join([", ".join(changed[:-1]), changed[-1]] if changed[1:] else changed)
         logger.info(f"changed since {file} was made: {are}; its features are computed again")
     else:
-        logger.info(f"features of {count:,} images: computed now, then kept in {file}")
+        logger.info(f"features of {counted(count, 'image')}: computed now, then kept in {file}")
 
 
 def _read(described: Path) -> dict[str, Any]:
