@@ -93,6 +93,7 @@ SECTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         (
             "fastclip.train.accumulate.accumulate",
             "fastclip.train.accumulate.refuse_batch_norm",
+            "fastclip.train.wrapped.accumulate_wrapped",
         ),
     ),
     (

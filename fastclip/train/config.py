@@ -109,10 +109,17 @@ class TrainConfig:
                 f"--sentence-sampling, --text-augment: {objective} trains without texts; "
                 "leave them out"
             )
-        if self.distributed.deepspeed and self.optim.optimizer != "adamw":
+        if self.distributed.sharded and self.optim.optimizer != "adamw":
             raise ValueError(
-                f"--optimizer {self.optim.optimizer}: ZeRO shards torch's AdamW; leave the flag "
-                "out with --deepspeed"
+                f"--optimizer {self.optim.optimizer}: ZeRO and FSDP2 shard torch's AdamW; leave "
+                "the flag out with --deepspeed and --fsdp"
+            )
+        if self.distributed.fsdp and model.torchcompile:
+            raise ValueError("--torchcompile does not work with --fsdp; leave one out")
+        if self.distributed.fsdp and model.text_lm_cache_bytes:
+            raise ValueError(
+                f"--text-lm-cache-bytes is {model.text_lm_cache_bytes}, but FSDP2's ranks must "
+                "run all layers together; leave it out with --fsdp"
             )
 
     def _check_distillation(self) -> None:

@@ -43,8 +43,7 @@ class Engine:
         self.objective = objective_of(self.model, config, samples)
         self.average: WeightAverage | None = None
         if self.objective.needs_teacher or config.optim.ema is not None:
-            decay = TEACHER_DECAY if config.optim.ema is None else config.optim.ema
-            self.average = WeightAverage(self.model, decay)
+            self._begin_average(TEACHER_DECAY if config.optim.ema is None else config.optim.ema)
         self._distilled = build_teacher(config, model, world.device, samples)
         if self._distilled is not None:
             assert isinstance(self.objective, ClipObjective)
@@ -65,6 +64,9 @@ class Engine:
             torch.tensor(model.preprocess_config[name], device=world.device).view(3, 1, 1) * 255
             for name in ("mean", "std")
         )
+
+    def _begin_average(self, decay: float) -> None:
+        self.average = WeightAverage(self.model, decay)
 
     def backward(self, batches: Sequence[dict[str, Any]]) -> Tensor:
         """Compute the loss, 0-d, and the gradient of all micro-batches together.
@@ -91,6 +93,10 @@ class Engine:
 
         All ranks must call this.
         """
+        return None
+
+    def averaged_weights(self) -> dict[str, Tensor] | None:
+        """As `weights`, of the average, where `average` does not hold them."""
         return None
 
     def save(self, path: Path, training: dict[str, Any]) -> None:

@@ -357,6 +357,8 @@ class DistributedOptions:
 
     device: str = flag("auto", defines_run=True)
     """"auto" (the GPU if there is one), "cpu", "cuda" or "cuda:1"."""
+    fsdp: bool = flag(False, defines_run=True)
+    """Train with torch's FSDP2, which shards parameters, gradients and optimizer."""
     deepspeed: bool = flag(False, defines_run=True)
     """Train with DeepSpeed's ZeRO, which shards optimizer, gradients and parameters."""
     deepspeed_config: str | None = flag(None, defines_run=True)
@@ -369,7 +371,17 @@ class DistributedOptions:
     """Seconds that a rank may wait for a batch before the run ends."""
 
     def __post_init__(self) -> None:
+        if self.fsdp and (self.deepspeed or self.deepspeed_config):
+            raise ValueError(
+                "--fsdp and --deepspeed shard the same parameters; leave one out, and with --fsdp "
+                "--deepspeed-config too"
+            )
         check_least(self, dead_rank_timeout=5, data_timeout=1)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the trained model is no whole one that could be evaluated."""
+        return self.fsdp or self.deepspeed
 
 
 @dataclass(frozen=True)

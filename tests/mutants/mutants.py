@@ -291,13 +291,13 @@ _REST: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("_MANIFEST_KEYS & read_object(beside)", "_MANIFEST_KEYS | read_object(beside)"),
         ("    require_whole(path)\n    try:", "    try:"),
         ("weights_only=True", "weights_only=False"),
-        ('if "zero" in content:', "if False:"),
+        ("if key in content:", "if False:"),
     ],
     ("fastclip/models/checkpoint.py", "tests/models/test_checkpoint_fuzz.py"): [
         ("        require_sums(path)\n", "        pass\n"),
     ],
     ("fastclip/models/checkpoint.py", "tests/models/test_sharded.py"): [
-        ("sharded.is_sharded(path) and not trust", "sharded.is_sharded(path) and trust"),
+        ("sharded.is_distributed(path) and not trust", "sharded.is_distributed(path) and trust"),
         ("{PARTIAL_SUFFIX, sharded.TEMPORARY_SUFFIX} &", "{PARTIAL_SUFFIX} &"),
         ("not path.is_dir() or sharded", "path.is_dir() and not sharded"),
     ],
