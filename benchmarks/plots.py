@@ -1,4 +1,4 @@
-"""Curves of results on logarithmic axes, in one style, each line named at its end.
+"""Curves of results on logarithmic axes and bars of ratios, in one style, each named at its end.
 
 Lines and letters have colors of medium brightness on no background, so that a light and a dark
 page serve.
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastclip.atomic import write_text
+from fastclip.bench.kinds import KINDS
 from fastclip.bench.records import Record
 
 OURS = "#e8612c"
@@ -31,6 +32,14 @@ class Panel:
     lines: dict[str, Points]
 
 
+@dataclass(frozen=True)
+class Bars:
+    """Times of baselines over fastclip's: a title, and of each bar its name, length and text."""
+
+    title: str
+    bars: list[tuple[str, float, str]]
+
+
 def draw(record: Record, folder: Path, stem: str) -> list[str]:
     """Draw a record's curves as SVG files in a folder; returns their names.
 
@@ -44,7 +53,7 @@ def draw(record: Record, folder: Path, stem: str) -> list[str]:
     return names
 
 
-def figure(panels: Sequence[Panel], path: Path) -> None:
+def figure(panels: Sequence[Panel | Bars], path: Path) -> None:
     """Draw panels side by side."""
     import matplotlib
 
@@ -66,21 +75,74 @@ def figure(panels: Sequence[Panel], path: Path) -> None:
             1, len(panels), figsize=(4.8 * len(panels), 3.2), squeeze=False, layout="constrained"
         )
         for panel, place in zip(panels, axes[0], strict=True):
-            _draw_panel(panel, place)
+            if isinstance(panel, Bars):
+                _draw_bars(panel, place)
+            else:
+                _draw_panel(panel, place)
         text = io.StringIO()
         made.savefig(text, format="svg", transparent=True, metadata={"Date": None})
         plt.close(made)
     write_text(path, text.getvalue())
 
 
-def loss_panels(record: Record, operator: str, width: int, names: Sequence[str]) -> list[Panel]:
-    """Time and peak memory of one loss against n, of the baselines named."""
+def loss_panels(
+    record: Record, operator: str, width: int, names: Sequence[str]
+) -> list[Panel | Bars]:
+    """How much faster each loss is at the largest n, and one loss's peak memory against n.
+
+    Args:
+        record: of losses.
+        operator: whose memory is drawn.
+        width: of the features.
+        names: the baselines whose memory is drawn.
+    """
     chosen = [
         row
         for row in record.rows
         if row["operator"] == operator and row["width"] == width and row["baseline"] in names
     ]
-    return _two(chosen, "n", "rows n", f"{operator}, D = {width}")
+    memory = _lines(chosen, "n", "peak_bytes", 2**-20)
+    panels: list[Panel | Bars] = []
+    n, bars = _faster(record, width)
+    if bars:
+        panels.append(Bars(f"× faster than the fastest baseline, {n:,} rows", bars))
+    if memory:
+        panels.append(Panel(f"{operator}_loss", "rows", "peak extra MiB", memory))
+    return panels
+
+
+def _faster(record: Record, width: int) -> tuple[int, list[tuple[str, float, str]]]:
+    """The largest n, and of each loss there the fastest baseline's time over fastclip's."""
+    groups = [group for group in KINDS["losses"].groups(record) if group.key[2] == width]
+    n = max((group.key[1] for group in groups if group.ours), default=0)
+    bars = []
+    for group in groups:
+        if group.key[1] == n and group.ours and group.baselines:
+            best = group.baselines[0]
+            ratio = best["p50"] / group.ours["p50"]
+            bars.append((f"{group.key[0]}_loss", ratio, f"{ratio:.1f} ×  {best['baseline']}"))
+    return n, bars
+
+
+def _draw_bars(bars: Bars, axes: Any) -> None:
+    """Downward in their order; a line where fastclip is no faster."""
+    names, lengths, texts = zip(*bars.bars, strict=True)
+    places = range(len(names))
+    axes.barh(places, lengths, color=OURS, height=0.62)
+    axes.set_yticks(places, names)
+    axes.invert_yaxis()
+    axes.axvline(1, color=INK, linewidth=0.8, linestyle="--")
+    # room for the texts beside the longest bar
+    axes.set_xlim(0, max(lengths) * 1.7)
+    axes.set_xticks(range(math.ceil(max(lengths)) + 1))
+    axes.set_title(bars.title)
+    for place, length, text in zip(places, lengths, texts, strict=True):
+        axes.annotate(
+            text, (length, place), (6, 0), textcoords="offset points", color=INK, va="center"
+        )
+    axes.tick_params(axis="y", length=0)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
 
 
 def _draw_panel(panel: Panel, axes: Any) -> None:

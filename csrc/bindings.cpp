@@ -80,8 +80,9 @@ void finish_rows(const Tile& tile, Address row_max, Address running_max, Address
     end_rows(tile, at(row_max), at(running_max), at(factor), at(out), out_stride, threads);
 }
 
-void add_sigmoid(const Tile& tile, Address weight, Address row_sum, Address sums, int threads) {
-    sigmoid(tile, at(weight), at(row_sum), at<Sums>(sums), threads);
+void add_sigmoid(const Tile& tile, Address weight, Address row_sum, Address sums, int threads,
+                 bool positive_ids) {
+    sigmoid(tile, at(weight), at(row_sum), at<Sums>(sums), threads, positive_ids);
 }
 
 void multiply(Address a, int64_t a_row, int64_t a_column, bool wide, Address b, int64_t b_row,
@@ -243,8 +244,9 @@ void add_cuda(py::module_ module) {
     module.def(
         "sigmoid",
         [](const Tile& tile, Address weight, Address row_sum, Place out, Address sums,
-           Address stream) {
-            cuda::sigmoid(tile, at(weight), at(row_sum), matrix(out), at(sums), at<void>(stream));
+           bool positive_ids, Address stream) {
+            cuda::sigmoid(tile, at(weight), at(row_sum), matrix(out), at(sums), positive_ids,
+                          at<void>(stream));
         },
         unlocked);
     module.def(

@@ -104,6 +104,11 @@ SECTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ),
     ),
     (
+        "Features",
+        "",
+        ("fastclip.evaluate.search.search",),
+    ),
+    (
         "Heads",
         "",
         (

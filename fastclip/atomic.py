@@ -1,7 +1,9 @@
 """Files that are written whole or not at all, and what vouches for them."""
 
+import errno
 import hashlib
 import os
+import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -69,6 +71,39 @@ def write_folder(folder: Path, write: Callable[[Path], Any]) -> None:
             target = folder / file.relative_to(made)
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(file, target)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder to fill, which is named `folder` once all is on the disk; before, nothing is.
+
+    Raises:
+        FileExistsError: something is there, other than an empty folder.
+    """
+    # "." has no name to write beside
+    folder = folder.absolute()
+    taken = f"{folder} exists and is not an empty folder; choose another"
+    if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
+        raise FileExistsError(taken)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # by process: of two that write the same, one gets the name
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}{PARTIAL_SUFFIX}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        yield partial
+        for path in (*partial.rglob("*"), partial):
+            flush(path)
+        try:
+            os.replace(partial, folder)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                raise
+            raise FileExistsError(taken) from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    flush(folder.parent)
 
 
 def prepare_text(path: Path, text: str) -> None:

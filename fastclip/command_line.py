@@ -6,6 +6,7 @@ docstrings of commands are broken in the source too, for its own width, and are 
 
 import ast
 import contextlib
+import difflib
 import inspect
 import itertools
 import re
@@ -17,9 +18,14 @@ from dataclasses import field, fields, is_dataclass, make_dataclass
 from types import MappingProxyType
 from typing import Any, TextIO, get_args, get_type_hints
 
-from fastclip.flags import ordered, sections
+from fastclip.flags import flag_name, headed
+from fastclip.messages import logger, shown
 
 _COLORS = re.compile(r"\x1b\[[\d;]*m")
+# an option, and not a negative number
+_OPTION = re.compile(r"--?[a-zA-Z][\w-]+")
+# what every command has
+_OF_ALL = {"--help"}
 
 
 def parse_flags(
@@ -39,6 +45,7 @@ def parse_flags(
     """
     import tyro
 
+    _refuse_unknown(arguments, kind, prog)
     for command in _dataclasses(kind):
         command.__doc__ = _as_paragraphs(command.__doc__)
         for part in (command, *_parts(command)):
@@ -52,11 +59,18 @@ def parse_flags(
         return tyro.cli(kind, args=list(arguments), prog=prog, description=description)
 
 
-def parse_sections(config: type, arguments: Sequence[str], prog: str) -> dict[str, dict[str, Any]]:
-    """The values of all flags of a configuration, by section and field.
+def parse_sections(
+    config: type, arguments: Sequence[str], prog: str, headings: Mapping[str, str]
+) -> dict[str, Any]:
+    """The values of all flags of a configuration, by name.
 
-    Flags have the fields' names alone; their help is by section. Values are of the fields' types
-    and not checked any further.
+    Flags have the fields' names alone. Values are of the fields' types and not checked any further.
+
+    Args:
+        config: a class of sections.
+        arguments: of the command line.
+        prog: the command as it is typed.
+        headings: of the help, in their order, each a word with a sentence.
 
     Raises:
         SystemExit: a flag is unknown or a value of the wrong type (said on standard error), or
@@ -67,21 +81,48 @@ def parse_sections(config: type, arguments: Sequence[str], prog: str) -> dict[st
     # flags of a section are named without the section
     bare: Any = tyro.conf.OmitArgPrefixes
     groups: list[Any] = []
-    for name, section in sections(config).items():
-        hints, texts = get_type_hints(section), help_texts(section)
+    flags = headed(config)
+    for heading, text in headings.items():
         members = [
             (
                 each.name,
-                hints[each.name],
-                field(default=each.default, metadata={"help": texts.get(each.name)}),
+                get_type_hints(section)[each.name],
+                field(default=each.default, metadata={"help": help_texts(section).get(each.name)}),
             )
-            for each in ordered(section)
+            for section, each in flags.pop(heading)
         ]
-        made: Any = make_dataclass(name, members, namespace={"__doc__": section.__doc__})
-        groups.append((name, bare[made], field(default_factory=made)))
+        made: Any = make_dataclass(heading, members, namespace={"__doc__": text})
+        groups.append((heading, bare[made], field(default_factory=made)))
+    assert not flags, f"no such heading: {', '.join(flags)}"
     whole: Any = make_dataclass(config.__name__, groups, namespace={"__doc__": config.__doc__})
     read: Any = parse_flags(whole, arguments, prog)
-    return {name: vars(getattr(read, name)) for name in sections(config)}
+    parts = [vars(getattr(read, heading)) for heading in headings]
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def _refuse_unknown(arguments: Sequence[str], kind: Any, prog: str) -> None:
+    """Report options that no part of the command has, each with the nearest that one has.
+
+    Raises:
+        SystemExit: there are such.
+    """
+    parts = {part for command in _dataclasses(kind) for part in (command, *_parts(command))}
+    known = {flag_name(each.name) for part in parts for each in fields(part)} | _OF_ALL
+    known |= {flag_name(f"no_{name[2:]}") for name in known}
+    problems = []
+    for argument in arguments:
+        given = argument.partition("=")[0]
+        name = "--" + given.lstrip("-").replace("_", "-")
+        unknown = name not in known or not given.startswith("--")
+        # tyro's own, which make scripts for a shell's completion
+        if not unknown or not _OPTION.fullmatch(given) or name.startswith("--tyro-"):
+            continue
+        near = difflib.get_close_matches(name, known, n=1)
+        problems.append(f"{given} is unknown" + (f"; did you mean {near[0]}?" if near else ""))
+    if problems:
+        with shown():
+            logger.error(f"{prog}: error: {'; '.join(problems)} ({prog} --help lists all options)")
+        raise SystemExit(2)
 
 
 def refuse_renamed(arguments: Sequence[str], renamed: Mapping[str, str]) -> None:

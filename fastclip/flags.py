@@ -10,15 +10,16 @@ from dataclasses import Field, field, fields
 from typing import Any, get_type_hints
 
 
-def flag(default: Any, *, defines_run: bool) -> Any:
+def flag(default: Any, *, defines_run: bool, heading: str | None = None) -> Any:
     """A field of a dataclass of flags.
 
     Args:
         default: its value where the flag is not given.
         defines_run: whether a resumed run must have the value of its beginning to continue as it
             would have. A change is noted then.
+        heading: under which `--help` lists it; None for that of its section.
     """
-    return field(default=default, metadata={"defines_run": defines_run})
+    return field(default=default, metadata={"defines_run": defines_run, "heading": heading})
 
 
 def sections(config: type) -> dict[str, type]:
@@ -30,6 +31,23 @@ def sections(config: type) -> dict[str, type]:
 def ordered(section: type) -> list[Field[Any]]:
     """The fields as `--help` lists them: the class's own before those that it inherits."""
     return sorted(fields(section), key=lambda each: each.name not in section.__annotations__)
+
+
+def headed(config: type) -> dict[str, list[tuple[type, Field[Any]]]]:
+    """The flags under each heading of `--help`, with the section that each is a field of.
+
+    Those of the section that a heading is for come first.
+    """
+    kinds = sections(config)
+    own: dict[str, list[tuple[type, Field[Any]]]] = {}
+    others: dict[str, list[tuple[type, Field[Any]]]] = {}
+    for part in fields(config):
+        for each in ordered(kinds[part.name]):
+            heading = each.metadata["heading"]
+            found = own if heading is None else others
+            name = heading or part.metadata["heading"]
+            found.setdefault(name, []).append((kinds[part.name], each))
+    return {name: own.get(name, []) + others.get(name, []) for name in own | others}
 
 
 def defining(config: type) -> list[str]:

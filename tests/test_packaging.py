@@ -104,7 +104,9 @@ def test_wheel_imports_and_holds_the_data_files(built: Path, tmp_path: Path) -> 
         for folder, package in ROOMS.items():
             name = name.replace(folder, f"fastclip/{package}") if name.startswith(folder) else name
         assert name in names, f"{name} is missing in the wheel"
-    assert any(name.endswith("licenses/LICENSE") for name in names)
+    for notice in ("LICENSE", "THIRD_PARTY_NOTICES.md"):
+        assert any(name.endswith(f"licenses/{notice}") for name in names)
+    assert wheel.stat().st_size <= 5e6, "a wheel is downloaded by everyone"
     top = {name.split("/")[0] for name in names}
     assert {name for name in top if not name.endswith(".dist-info")} == {"fastclip"}
 

@@ -29,7 +29,7 @@ def commands(workflow: dict[str, Any]) -> list[str]:
 
 
 def test_each_kind_is_there() -> None:
-    assert [path.stem for path in WORKFLOWS] == ["nightly", "release", "tests"]
+    assert [path.stem for path in WORKFLOWS] == ["nightly", "pages", "release", "tests"]
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)

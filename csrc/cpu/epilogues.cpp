@@ -145,12 +145,17 @@ void end_rows(const Tile& tile, const float* row_max, const float* running_max,
     });
 }
 
-void sigmoid(const Tile& tile, const float* weight, float* row_sum, Sums* sums, int threads) {
+void sigmoid(const Tile& tile, const float* weight, float* row_sum, Sums* sums, int threads,
+             bool positive_ids) {
     const Parts parts(tile.rows, tile.columns, threads);
     std::vector<Sums> of_parts(parts.count);
+    const bool is_signed = positive_ids && tile.row_id;
+    // the signs of one row, of each part
+    float* const room = scratch(is_signed ? parts.count * tile.columns : 0);
     run(parts.count, [&](int part) {
         kernels().sigmoid(tile, parts.begin(part), parts.end(part), weight, row_sum,
-                          own(of_parts, part, sums));
+                          own(of_parts, part, sums),
+                          is_signed ? room + part * tile.columns : nullptr);
     });
     add(of_parts, sums);
 }

@@ -18,25 +18,35 @@ inline Floats finite(Floats anchor) { return anchor == -INFINITE ? Floats{} : an
 inline Floats absolute(Floats v) { return (Floats)((Ints)v & 0x7fffffff); }
 
 template <class Id>
-void leave_out_ids(const Tile& tile, int64_t i, float* row, float value) {
+void set_where_ids_agree(const Tile& tile, int64_t i, float* row, float value) {
     const Id own = static_cast<const Id*>(tile.row_id)[i];
     const Id* const id = static_cast<const Id*>(tile.column_id);
     for (int64_t j = 0; j < tile.columns; ++j) row[j] = id[j] == own ? value : row[j];
 }
 
+// The entries of `row` whose column has the id of row i, if there are ids.
+void set_group(const Tile& tile, int64_t i, float* row, float value) {
+    if (tile.row_id && tile.id_bytes == 4) set_where_ids_agree<int32_t>(tile, i, row, value);
+    if (tile.row_id && tile.id_bytes == 8) set_where_ids_agree<int64_t>(tile, i, row, value);
+}
+
+// The column of row i's entry on the diagonal, or -1.
+int64_t crossing(const Tile& tile, int64_t i) {
+    const int64_t j = tile.diagonal == NO_DIAGONAL ? -1 : i + tile.diagonal;
+    return j < tile.columns ? j : -1;
+}
+
 // Where entries of row i are left out the row becomes logits, and these entries `value`. Returns
 // what the row is to be multiplied by.
 float leave_out(const Tile& tile, int64_t i, float value) {
-    const int64_t j = tile.diagonal == NO_DIAGONAL ? -1 : i + tile.diagonal;
-    const bool crossed = j >= 0 && j < tile.columns;
-    if (!crossed && !tile.row_id) return tile.scale;
+    const int64_t j = crossing(tile, i);
+    if (j < 0 && !tile.row_id) return tile.scale;
     float* const row = tile.data + i * tile.stride;
     along(tile.columns, [&](int64_t k, auto lanes) {
         lanes.store(row + k, lanes.load(row + k) * tile.scale);
     });
-    if (crossed) row[j] = value;
-    if (tile.row_id && tile.id_bytes == 4) leave_out_ids<int32_t>(tile, i, row, value);
-    if (tile.row_id && tile.id_bytes == 8) leave_out_ids<int64_t>(tile, i, row, value);
+    if (j >= 0) row[j] = value;
+    set_group(tile, i, row, value);
     return 1.0f;
 }
 
@@ -542,22 +552,34 @@ void end_rows(const Tile& tile, int64_t begin, int64_t end, const float* row_max
     }
 }
 
-template <bool GRADIENT>
+// 1 for a negative, -1 for a positive of the row's group. What is left out is as a negative.
+void set_signs(const Tile& tile, int64_t i, float* signs) {
+    fill(signs, tile.columns, 1.0f);
+    set_group(tile, i, signs, -1.0f);
+    if (const int64_t j = crossing(tile, i); j >= 0) signs[j] = 1.0f;
+}
+
+template <bool GRADIENT, bool SIGNED>
 void sigmoid_rows(const Tile& tile, int64_t begin, int64_t end, const float* weight,
-                  float* row_sum, Sums* sums) {
+                  float* row_sum, Sums* sums, float* signs) {
     double dots = 0, totals = 0;
+    Tile without_ids = tile;
+    without_ids.row_id = nullptr;
     for (int64_t i = begin; i < end; ++i) {
-        const float scale = leave_out(tile, i, LEFT_OUT);
+        const float scale = leave_out(SIGNED ? without_ids : tile, i, LEFT_OUT);
+        if (SIGNED) set_signs(tile, i, signs);
         float* const row = tile.data + i * tile.stride;
         const float w = GRADIENT ? weight[i] * tile.scale : 0.0f;
         Floats softplus{}, dot{}, total{};
         along(tile.columns, [&](int64_t j, auto lanes) {
             const Floats logit = lanes.load(row + j) * scale;
-            const Floats z = logit + tile.offset;
+            Floats z = logit + tile.offset;
+            if constexpr (SIGNED) z *= lanes.load(signs + j);
             const Floats e = exp(-absolute(z));
             softplus += lanes.inside(larger(z, Floats{}) + log1p(e), 0.0f);
             if constexpr (GRADIENT) {
                 Floats g = (z < 0.0f ? e : all(1.0f)) * w / (1.0f + e);
+                if constexpr (SIGNED) g *= lanes.load(signs + j);
                 lanes.store(row + j, g);
                 g = lanes.inside(g, 0.0f);
                 total += g;
@@ -577,8 +599,10 @@ void sigmoid_rows(const Tile& tile, int64_t begin, int64_t end, const float* wei
 }
 
 void sigmoid(const Tile& tile, int64_t begin, int64_t end, const float* weight, float* row_sum,
-             Sums* sums) {
-    (sums ? sigmoid_rows<true> : sigmoid_rows<false>)(tile, begin, end, weight, row_sum, sums);
+             Sums* sums, float* signs) {
+    auto sweep = sums ? sigmoid_rows<true, false> : sigmoid_rows<false, false>;
+    if (signs) sweep = sums ? sigmoid_rows<true, true> : sigmoid_rows<false, true>;
+    sweep(tile, begin, end, weight, row_sum, sums, signs);
 }
 
 }  // namespace

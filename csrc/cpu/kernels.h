@@ -32,8 +32,9 @@ struct Kernels {
     void (*end_rows)(const Tile&, int64_t begin, int64_t end, const float* row_max,
                      const float* running_max, const float* factor, float* out,
                      int64_t out_stride);
+    // `signs`: null, or room for as many as there are columns; entries whose ids agree are positives
     void (*sigmoid)(const Tile&, int64_t begin, int64_t end, const float* weight, float* row_sum,
-                    Sums* sums);
+                    Sums* sums, float* signs);
 };
 
 const Kernels& kernels();

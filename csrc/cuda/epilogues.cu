@@ -307,13 +307,20 @@ __global__ void __launch_bounds__(THREADS)
     store_sums(sums, at, dot, total, scale);
 }
 
-template <bool GRADIENT, class Out>
+// With SIGNED entries whose ids agree are positives.
+template <bool GRADIENT, bool SIGNED, class Out>
 __global__ void __launch_bounds__(THREADS)
     sigmoid_kernel(Tile tile, const float* weight, float* row_sum, Out* out, int64_t out_stride,
                    float* sums) {
     const Place at(tile);
     float v[R][C], line[R], w[R], dot = 0.0f, total = 0.0f;
-    logits(tile, at, LEFT_OUT, v);
+    logits<!SIGNED>(tile, at, LEFT_OUT, v);
+    static_assert(R * C <= 32, "a bit for each entry of a lane");
+    uint32_t positive = 0;
+    if constexpr (SIGNED)
+        where_ids_agree(tile, at, [&](int k, int c) {
+            if (v[k][c] != LEFT_OUT) positive |= 1u << (k * C + c);
+        });
     const Entries<Out> to(out, out_stride, at);
     const float scale = *tile.scale, offset = tile.offset ? *tile.offset : 0.0f;
     for (int k = 0; k < R; ++k) {
@@ -322,9 +329,10 @@ __global__ void __launch_bounds__(THREADS)
     }
     // one exponential gives softplus and sigmoid
     const auto entry = [&](int k, int c) {
-        const float z = v[k][c] + offset, e = exponential(-fabsf(z));
+        const float sign = positive >> (k * C + c) & 1u ? -1.0f : 1.0f;
+        const float z = sign * (v[k][c] + offset), e = exponential(-fabsf(z));
         line[k] += fmaxf(z, 0.0f) + log1pf(e);
-        return w[k] * __fdividef(z < 0.0f ? e : 1.0f, 1.0f + e);
+        return sign * w[k] * __fdividef(z < 0.0f ? e : 1.0f, 1.0f + e);
     };
     if constexpr (GRADIENT) {
         emit(to, v, scale, dot, total, entry);
@@ -384,15 +392,20 @@ void gradient(const Tile& tile, Lines rows, Lines columns, Matrix out, float* su
 }
 
 void sigmoid(const Tile& tile, const float* weight, float* row_sum, Matrix out, float* sums,
-             void* stream) {
+             bool positive_ids, void* stream) {
+    const bool is_signed = positive_ids && tile.row_id;
+    const auto queue = [&](auto kernel, auto* data, int64_t stride) {
+        launch("sigmoid", kernel, pieces(tile), stream, tile, weight, row_sum, data, stride, sums);
+    };
     if (!out.data) {
-        launch("sigmoid", sigmoid_kernel<false, float>, pieces(tile), stream, tile, weight,
-               row_sum, tile.data, tile.stride, sums);
+        queue(is_signed ? sigmoid_kernel<false, true, float> : sigmoid_kernel<false, false, float>,
+              tile.data, tile.stride);
         return;
     }
     with_gradient(out, [&](auto* data) {
-        launch("sigmoid", sigmoid_kernel<true, std::remove_pointer_t<decltype(data)>>,
-               pieces(tile), stream, tile, weight, row_sum, data, out.stride, sums);
+        using Out = std::remove_pointer_t<decltype(data)>;
+        queue(is_signed ? sigmoid_kernel<true, true, Out> : sigmoid_kernel<true, false, Out>, data,
+              out.stride);
     });
 }
 

@@ -64,8 +64,22 @@ inline __device__ int64_t id_at(const void* ids, int bytes, int64_t index) {
                       : static_cast<const int64_t*>(ids)[index];
 }
 
+// Calls `visit(k, c)` where ids agree; outside of the tile, where they are 0, as well.
+template <class Visit>
+__device__ void where_ids_agree(const Tile& tile, const Place& at, Visit&& visit) {
+    int64_t column_id[C];
+    for (int c = 0; c < C; ++c)
+        column_id[c] = c < at.columns ? id_at(tile.column_id, tile.id_bytes, at.column + c) : 0;
+    for (int k = 0; k < R; ++k) {
+        const int64_t row_id = k < at.rows ? id_at(tile.row_id, tile.id_bytes, at.row + k) : 0;
+        for (int c = 0; c < C; ++c)
+            if (row_id == column_id[c]) visit(k, c);
+    }
+}
+
 // scale * cos; `left_out` where an entry is left out or outside of the tile.
-inline __device__ void logits(const Tile& tile, const Place& at, float left_out, float (&v)[R][C]) {
+template <bool BY_IDS = true>
+__device__ void logits(const Tile& tile, const Place& at, float left_out, float (&v)[R][C]) {
     const Entries<float> cosines(tile.data, tile.stride, at);
     const float scale = *tile.scale;
     for (int k = 0; k < R; ++k) cosines.get(k, v[k]);
@@ -78,17 +92,8 @@ inline __device__ void logits(const Tile& tile, const Place& at, float left_out,
             for (int c = 0; c < C; ++c)
                 if (c - k == on_diagonal) v[k][c] = left_out;
     }
-    if (tile.row_id) {
-        int64_t column_id[C];
-        for (int c = 0; c < C; ++c)
-            column_id[c] =
-                c < at.columns ? id_at(tile.column_id, tile.id_bytes, at.column + c) : 0;
-        for (int k = 0; k < R; ++k) {
-            const int64_t row_id = k < at.rows ? id_at(tile.row_id, tile.id_bytes, at.row + k) : 0;
-            for (int c = 0; c < C; ++c)
-                if (row_id == column_id[c]) v[k][c] = left_out;
-        }
-    }
+    if (BY_IDS && tile.row_id)
+        where_ids_agree(tile, at, [&](int k, int c) { v[k][c] = left_out; });
     if (!at.whole) {
         for (int k = 0; k < R; ++k)
             for (int c = 0; c < C; ++c)

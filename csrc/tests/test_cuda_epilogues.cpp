@@ -127,9 +127,10 @@ struct Problem {
         }
         return made;
     }
-    bool left_out(int64_t i, int64_t j) const {
-        return j == i + diagonal || (!row_id.empty() && row_id[i] == column_id[j]);
+    bool same_id(int64_t i, int64_t j) const {
+        return !row_id.empty() && row_id[i] == column_id[j];
     }
+    bool left_out(int64_t i, int64_t j) const { return j == i + diagonal || same_id(i, j); }
     double cosine(int64_t i, int64_t j) const { return data[i * stride + j]; }
     double logit(int64_t i, int64_t j) const { return double{scale} * cosine(i, j) + offset; }
     // relative error of an exponential: of a logit in float32, and of the anchor's span
@@ -306,7 +307,8 @@ void check_gradient(const Problem& p, bool both, Type type, float loss_scale = 1
     check_sums(sums, dot, total, size, 2 * p.rounding());
 }
 
-void check_sigmoid(const Problem& p, Type type) {
+// Entries whose ids agree are left out or, with `positive_ids`, have -S and -G.
+void check_sigmoid(const Problem& p, Type type, bool positive_ids = false) {
     Line weight;
     for (int64_t i = 0; i < p.rows; ++i) weight.push_back(0.5f + 0.1f * float(i % 7));
     Memory room(0, 0, 1, Type::F32), other(p.rows, p.columns, p.columns + 1, type), spare = room;
@@ -315,26 +317,30 @@ void check_sigmoid(const Problem& p, Type type) {
     const int64_t across = tile.pieces_across();
     Line rows(across * p.rows), again(across * p.rows);
     Line sums(2 * across * tile.pieces_down() * cuda::WARPS);
-    cuda::sigmoid(tile, weight.data(), rows.data(), out.matrix(), sums.data(), nullptr);
+    cuda::sigmoid(tile, weight.data(), rows.data(), out.matrix(), sums.data(), positive_ids,
+                  nullptr);
     out.check_margin("G of the sigmoid");
-    cuda::sigmoid(p.tile(spare), weight.data(), again.data(), {}, nullptr, nullptr);
+    cuda::sigmoid(p.tile(spare), weight.data(), again.data(), {}, nullptr, positive_ids, nullptr);
     expect(rows == again, "other row sums without a gradient");
-    double dot = 0, total = 0;
+    double dot = 0, total = 0, size = 1e-9;
     for (int64_t i = 0; i < p.rows; ++i) {
         double softplus = 0, found = 0;
         for (int64_t a = 0; a < across; ++a) found += rows[a * p.rows + i];
         for (int64_t j = 0; j < p.columns; ++j) {
-            const double z = p.logit(i, j), kept = p.left_out(i, j) ? 0 : 1;
-            softplus += kept * (std::fmax(z, 0) + std::log1p(std::exp(-std::fabs(z))));
-            const double want = kept * weight[i] / (1 + std::exp(-z));
+            const bool same = p.same_id(i, j);
+            const double sign = positive_ids && same ? -1 : 1, z = sign * p.logit(i, j);
+            const bool kept = j != i + p.diagonal && (positive_ids || !same);
+            if (kept) softplus += std::fmax(z, 0) + std::log1p(std::exp(-std::fabs(z)));
+            const double want = kept ? sign * weight[i] / (1 + std::exp(-z)) : 0;
             near(out.at(i, j), p.scale * want,
                  std::fabs(p.scale * want) * (p.rounding() + out.rounding()) + 1e-30, "G");
             dot += want * p.cosine(i, j);
             total += want;
+            size += std::fabs(want);
         }
         near(found, softplus, p.rounding() * (softplus + 1e-3), "softplus");
     }
-    check_sums(sums, dot, total, total + 1e-9, 2 * p.rounding());
+    check_sums(sums, dot, total, size, 2 * p.rounding());
 }
 
 // Which lines have the call's anchor and which a maximum of their own; both serve.
@@ -518,6 +524,8 @@ int main() {
                 check_gradient(each, false, odd ? Type::BF16 : Type::F32);
                 if (!each.has_offset) check_rows(each, odd ? Type::F32 : Type::BF16);
                 check_sigmoid(each, odd ? Type::F32 : Type::BF16);
+                if (!each.row_id.empty())
+                    check_sigmoid(each, odd ? Type::BF16 : Type::F32, true);
             }
         }
     }

@@ -82,9 +82,10 @@ struct Problem {
         }
         return made;
     }
-    bool left_out(int64_t i, int64_t j) const {
-        return j == i + diagonal || (!row_id.empty() && row_id[i] == column_id[j]);
+    bool same_id(int64_t i, int64_t j) const {
+        return !row_id.empty() && row_id[i] == column_id[j];
     }
+    bool left_out(int64_t i, int64_t j) const { return j == i + diagonal || same_id(i, j); }
     double cosine(int64_t i, int64_t j) const { return data[i * stride + j]; }
     double logit(int64_t i, int64_t j) const { return scale * cosine(i, j) + offset; }
     // in a row's softmax, or a column's
@@ -259,28 +260,32 @@ void check_rows(const Problem& p, int threads) {
     }
 }
 
-void check_sigmoid(const Problem& p, int threads) {
+// Entries whose ids agree are left out or, with `positive_ids`, have -S and -G.
+void check_sigmoid(const Problem& p, int threads, bool positive_ids = false) {
     Line weight(p.rows, 0.7f), row_sum(p.rows), room, again(p.rows), other;
     Sums sums;
-    sigmoid(p.tile(room), weight.data(), row_sum.data(), &sums, threads);
-    sigmoid(p.tile(other), weight.data(), again.data(), nullptr, threads);
-    double dot = 0, total = 0;
+    sigmoid(p.tile(room), weight.data(), row_sum.data(), &sums, threads, positive_ids);
+    sigmoid(p.tile(other), weight.data(), again.data(), nullptr, threads, positive_ids);
+    double dot = 0, net = 0, total = 0;
     for (int64_t i = 0; i < p.rows; ++i) {
         double softplus = 0;
         for (int64_t j = 0; j < p.columns; ++j) {
-            const double z = p.logit(i, j), kept = p.left_out(i, j) ? 0 : 1;
-            softplus += kept * (std::fmax(z, 0) + std::log1p(std::exp(-std::fabs(z))));
-            const double want = kept * 0.7 / (1 + std::exp(-z));
+            const bool same = p.same_id(i, j);
+            const double sign = positive_ids && same ? -1 : 1, z = sign * p.logit(i, j);
+            const bool left_out = j == i + p.diagonal || (same && !positive_ids);
+            const double size = left_out ? 0 : 0.7 / (1 + std::exp(-z)), want = sign * size;
+            if (!left_out) softplus += std::fmax(z, 0) + std::log1p(std::exp(-std::fabs(z)));
             near(room[i * p.stride + j], p.scale * want,
                  2e-6 * std::fabs(p.scale * want) * (std::fabs(p.scale) + 1) + 1e-30, "G");
             dot += want * p.cosine(i, j);
-            total += want;
+            net += want;
+            total += size;
         }
         near(row_sum[i], softplus, 3e-6 * (softplus + 1), "softplus");
         near(again[i], softplus, 3e-6 * (softplus + 1), "softplus without a gradient");
     }
     near(sums.dot, dot, 3e-6 * (total + 1), "sum of G * cos");
-    near(sums.total, total, 3e-6 * (total + 1), "sum of G");
+    near(sums.total, net, 3e-6 * (total + 1), "sum of G");
 }
 
 // With scale 1 and a maximum of 0, E is the exponential of the tile itself.
@@ -404,6 +409,9 @@ int main() {
                     shifted.offset = -10.0f;
                     check_sigmoid(shifted, threads);
                     check_gradient(shifted, true, threads);
+                    shifted.use_ids();
+                    for (bool positive_ids : {false, true})
+                        check_sigmoid(shifted, threads, positive_ids);
                 }
             }
         }
@@ -414,6 +422,9 @@ int main() {
         check_gradient(large, true, 3);
         check_sigmoid(large, 3);
         check_kept(large, 3);
+        Problem grouped = large;
+        grouped.use_ids();
+        check_sigmoid(grouped, 3, true);
         large.use_biases();
         check_statistics(large, 3);
         check_gradient(large, true, 3);

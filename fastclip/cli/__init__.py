@@ -4,6 +4,7 @@ A command's module is imported when it is called, so `fastclip --version` needs 
 """
 
 import argparse
+import difflib
 import importlib
 import os
 import select
@@ -16,6 +17,7 @@ from fastclip.messages import logger, shown
 COMMANDS = {
     "train": "train a model from a configuration and flags",
     "eval": "score any model on a benchmark: zero-shot, retrieval, compositional, robustness",
+    "search": "find images by a text or by another image: a table and a picture",
     "embed": "write the features of images or texts to a .npy file",
     "data": "preview data: a contact sheet of images with captions",
     "check-data": "read and decode all of the shards: count the samples, report every fault",
@@ -49,9 +51,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"fastclip {__version__}")
     # DeepSpeed's launcher puts it in front of what it starts; the environment says the same
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
+    parser.add_argument("command", metavar="COMMAND", nargs="?")
     parser.add_argument("options", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     parsed = parser.parse_args(arguments)
+    if parsed.command is None:
+        parser.print_help(sys.stderr)
+        raise SystemExit(2)
+    if parsed.command not in COMMANDS:
+        near = difflib.get_close_matches(parsed.command, COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(COMMANDS)}"
+        parser.error(f"command {parsed.command!r} is unknown; {hint}")
     with shown():
         return _run(parsed.command, parsed.options)
 

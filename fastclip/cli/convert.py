@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from fastclip.cli.convert_models import FromOpenClip, ToHub, ToOpenClip, ToUniversal
 from fastclip.cli.convert_order import AroOrder
 from fastclip.command_line import parse_flags
 from fastclip.data.convert import convert_cifar10, convert_table
@@ -174,59 +175,6 @@ class Corrupt(Conversion):
         _report_faults("skipped", faults)
 
 
-@dataclass(frozen=True)
-class ToOpenClip(Conversion):
-    """Export a run's weights as an open_clip checkpoint, OUT.pt, and its architecture, OUT.json."""
-
-    source: Source
-    """A run directory, whose latest checkpoint is used, or a checkpoint."""
-    target: Target
-    """The .pt file."""
-    trust_checkpoint: bool = False
-    """Read a DeepSpeed checkpoint: pickles, which can run arbitrary code when they are loaded."""
-
-    def run(self) -> None:
-        from fastclip.models.convert import export_open_clip
-
-        export_open_clip(self.source, self.target, trust_checkpoint=self.trust_checkpoint)
-
-
-@dataclass(frozen=True)
-class FromOpenClip(Conversion):
-    """Import an open_clip checkpoint as a run directory, e.g. for `fastclip eval`."""
-
-    source: Source
-    """The checkpoint."""
-    target: Target
-    """Run directory to write."""
-    model: str | None = None
-    """Architecture of the checkpoint (required)."""
-
-    def run(self) -> None:
-        from fastclip.models.convert import import_open_clip
-
-        if self.model is None:
-            raise ValueError("from-open-clip needs --model, the checkpoint's architecture")
-        import_open_clip(self.source, self.model, self.target)
-
-
-@dataclass(frozen=True)
-class ToUniversal(Conversion):
-    """Convert a DeepSpeed checkpoint to its universal format, for any number of processes."""
-
-    source: Source
-    """A run directory, whose latest checkpoint is used, or a checkpoint."""
-    target: Target
-    """Folder for the universal checkpoint."""
-    trust_checkpoint: bool = False
-    """Read the checkpoint: pickles, which can run arbitrary code when they are loaded."""
-
-    def run(self) -> None:
-        from fastclip.models.convert import export_universal
-
-        export_universal(self.source, self.target, trust_checkpoint=self.trust_checkpoint)
-
-
 ConvertConfig = (
     Cifar10
     | Coco
@@ -235,6 +183,7 @@ ConvertConfig = (
     | Recaption
     | Corrupt
     | AroOrder
+    | ToHub
     | ToOpenClip
     | FromOpenClip
     | ToUniversal

@@ -10,6 +10,7 @@ import tyro
 from torch import Tensor
 
 from fastclip.bounded import ANNOTATIONS, read_text
+from fastclip.cli.model_flags import ModelFlags
 from fastclip.command_line import parse_flags
 from fastclip.data.faults import FaultLog
 from fastclip.data.options import DataOptions
@@ -18,23 +19,19 @@ from fastclip.device import choose_device
 from fastclip.evaluate.embed import Embedding, fingerprint, image_batches
 from fastclip.evaluate.features import text_batches
 from fastclip.messages import logger
-from fastclip.models.build import load
 
 
-@dataclass(frozen=True)
-class EmbedConfig:
+@dataclass(frozen=True, kw_only=True)
+class EmbedConfig(ModelFlags):
     """Write normalized features, one row per image or text, in the order of the data."""
 
     kind: Annotated[Literal["images", "texts"], tyro.conf.Positional]
     """Type of the data."""
     data: Annotated[str, tyro.conf.Positional]
-    """Images: as --train-data of `fastclip train`. Texts: a UTF-8 file, one text per line."""
-    model: str
-    """A run directory (its latest checkpoint is used), RUN@best, or one of its checkpoints."""
+    """Images: as --train-data of `fastclip train`, or a folder of images. Texts: a UTF-8 file, one
+    text per line."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """The .npy file, (rows, width) float32. After an interruption the same command resumes."""
-    trust_checkpoint: bool = False
-    """Read a DeepSpeed checkpoint: pickles, which can run arbitrary code when they are loaded."""
     batch_size: int = 256
     """Images or texts per batch."""
     workers: int = 2
@@ -54,9 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     config = parse_flags(EmbedConfig, arguments, "fastclip embed")
     if config.output.suffix != ".npy":
         raise ValueError(f"--output {config.output} must end in .npy")
-    model = load(
-        config.model, choose_device(config.device), trust_checkpoint=config.trust_checkpoint
-    )
+    model = config.open(choose_device(config.device))
     faults = FaultLog()
     options: dict[str, Any] = {"batch_size": config.batch_size, "precision": config.precision}
     batches: Callable[[int], Iterator[tuple[int, Tensor]]]
@@ -94,6 +89,8 @@ def main(arguments: Sequence[str]) -> int:
         "kind": config.kind,
         "rows": count,
     }
+    if config.pretrained is not None:
+        identity["pretrained"] = config.pretrained
     Embedding(config.output, count, identity).run(batches, progress=True)
     if faults.counts:
         logger.warning(f"rows of NaN: {faults.report()}")

@@ -2,13 +2,14 @@
 
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from fastclip.data.index import MAX_MEMBER_BYTES, Fault
-from fastclip.data.regular import open_regular
+from fastclip.data.regular import digest_of, open_regular, state_of
 from fastclip.data.samples import Sample, UnreadableSample, decode, open_image
 
 # Tables are cut into stretches of this many rows, which the order shuffles as it does shards: long
@@ -94,6 +95,15 @@ class ImageFiles(ABC):
     def drain_faults(self) -> list[Fault]:
         """Faults lie in single samples only."""
         return []
+
+    def digest(self) -> str:
+        """Of all paths, and of the files' sizes and times."""
+        return digest_of(self._states())
+
+    def _states(self) -> Iterator[tuple[str, str, tuple[int, int] | None]]:
+        for path in map(self.path_of, range(self.count)):
+            found = self._find(path)
+            yield path, str(found), state_of(found) if found else None
 
     def check_paths(self) -> None:
         """Look for some of the images.

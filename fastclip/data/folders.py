@@ -1,7 +1,8 @@
-"""ImageFolder: one folder a class, captions from prompt templates."""
+"""ImageFolder: one folder a class, captions from prompt templates; and folders of images alone."""
 
 import os
 from array import array
+from collections.abc import Iterator
 from pathlib import Path
 
 from fastclip.data.files import ImageFiles
@@ -59,6 +60,58 @@ class FolderSource(ImageFiles):
     def label_of(self, index: int) -> int:
         """The class's index."""
         return self._labels[index]
+
+
+class TreeSource(ImageFiles):
+    """Every image below a folder, also of folders in it: neither captions nor labels.
+
+    Args:
+        folder: searched without following links to folders; hidden files are left out.
+
+    Raises:
+        ValueError: there is no image. FileNotFoundError: there is no such folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._paths = Strings()
+        for path in image_paths(folder):
+            self._paths.append(path)
+        if not len(self._paths):
+            raise ValueError(
+                f"{folder} holds no images (.jpg, .jpeg, .png, .webp); if it holds shards, name "
+                f"them, e.g. '{folder}/{{00000..00009}}.tar'"
+            )
+        super().__init__(str(folder), len(self._paths), (folder,))
+
+    def path_of(self, index: int) -> str:
+        """The image's path below the folder."""
+        return self._paths[index]
+
+    def texts_of(self, index: int) -> tuple[str, ...]:
+        """There are none."""
+        return ()
+
+
+def image_paths(folder: Path) -> Iterator[str]:
+    """The paths of all images below a folder, relative to it, each folder's in order.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"{folder} does not exist or is not a folder")
+    for place, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        below = os.path.relpath(place, folder)
+        for name in sorted(files):
+            if _is_image(name):
+                yield name if below == os.curdir else f"{below}/{name}"
+
+
+def has_classes_alone(folder: Path) -> bool:
+    """Whether a folder has images, all of them in `FOLDER/CLASS NAME/`, as `FolderSource` wants."""
+    depths = {path.count("/") for path in image_paths(folder)}
+    return depths == {1}
 
 
 def class_names(folder: Path) -> list[str]:

@@ -5,6 +5,7 @@ from PIL import Image
 
 from fastclip.data.index import Fault
 from fastclip.data.order import hash64
+from fastclip.data.regular import digest_of
 from fastclip.data.samples import Sample
 from fastclip.data.scenes import (
     NEGATIVE_KINDS,
@@ -115,6 +116,10 @@ class SceneSource:
         """Nothing can be damaged here."""
         return []
 
+    def digest(self) -> str:
+        """Of what the images are made from."""
+        return digest_of([type(self).__name__, *sorted(vars(self).items())])
+
 
 class SyntheticSource:
     """Images of noise with a caption of its own each, for trying a machine out.
@@ -144,6 +149,10 @@ class SyntheticSource:
     def drain_faults(self) -> list[Fault]:
         """Nothing can be damaged here."""
         return []
+
+    def digest(self) -> str:
+        """Of what the images are made from."""
+        return digest_of([type(self).__name__, *sorted(vars(self).items())])
 
 
 def open_scenes(

@@ -46,7 +46,7 @@ class DataOptions:
     """Column of a table with the paths of images."""
     csv_caption_key: str = flag("title", defines_run=True)
     """Column of a table with captions; rows with the same path are captions of one image."""
-    csv_separator: str = flag("\t", defines_run=True)
+    csv_separator: str = flag("\\t", defines_run=True)
     """Character between the columns of a table; \\t is a tab."""
     image_root: str | None = flag(None, defines_run=True)
     """Folder that a table's paths are relative to; by default the table's folder."""
@@ -65,7 +65,7 @@ class DataOptions:
     def __post_init__(self) -> None:
         # reported now, not when the first sample is read
         _ = self.caption_weights
-        # a shell passes '\t' on as two characters
+        # a shell passes '\t' on as two characters, and help shows these
         if self.csv_separator == "\\t":
             object.__setattr__(self, "csv_separator", "\t")
         if len(self.csv_separator) != 1 or self.csv_separator in '"\r\n':

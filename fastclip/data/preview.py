@@ -28,7 +28,7 @@ def contact_sheet(
         raise ValueError(f"columns is {columns}; use 1 or more")
     margin, line_height = 8, 14
     font = ImageFont.load_default()
-    texts = [_wrapped(caption, font, size) for caption in captions]
+    texts = [wrapped(caption, font, size) for caption in captions]
     rows = [texts[i : i + columns] for i in range(0, len(texts), columns)]
     heights = [size + 4 + line_height * max(map(len, row)) + margin for row in rows]
     width = margin + columns * (size + margin)
@@ -47,10 +47,14 @@ def contact_sheet(
     return sheet
 
 
-def _wrapped(
-    text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int
-) -> list[str]:
-    """The text in lines of at most width pixels, long words broken."""
+def wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """The text in lines of at most so many pixels, long words broken.
+
+    Args:
+        text: of any length; blanks and line breaks part its words.
+        font: that it is drawn in.
+        width: of a line, in pixels.
+    """
     lines = [""]
     for word in text.split():
         joined = f"{lines[-1]} {word}".strip()

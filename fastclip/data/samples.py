@@ -69,6 +69,10 @@ class Source(Protocol):
 
     def drain_faults(self) -> list[Fault]: ...
 
+    def digest(self) -> str:
+        """What changes when other images are read: of files their names, sizes and times."""
+        ...
+
 
 class UnreadableSample(Exception):
     """One sample cannot be used; the run continues with another."""
@@ -149,14 +153,20 @@ class SampleReader:
 
     Args:
         required: extensions a sample must have besides an image.
-        captions: see `fastclip.data.shards.ShardSource`.
+        captions, optional_texts: see `fastclip.data.shards.ShardSource`.
 
     Attributes:
         required: what an index must be asked for.
     """
 
-    def __init__(self, required: tuple[str, ...], captions: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        required: tuple[str, ...],
+        captions: tuple[str, ...] = (),
+        optional_texts: bool = False,
+    ) -> None:
         self.captions = captions
+        self.optional_texts = optional_texts and not captions and "txt" not in required
         if captions:
             # any of them will do; where there are several, only reading shows which
             members = {"txt" if name == "txt" else "json" for name in captions}
@@ -174,9 +184,9 @@ class SampleReader:
         """
         image = _image_extension(files)
         limits = {image: MAX_MEMBER_BYTES, "cls": MAX_LABEL_BYTES + 1}
-        if "txt" in self.required or "txt" in self.captions:
+        if "txt" in self.required or "txt" in self.captions or self.optional_texts:
             limits["txt"] = MAX_TEXT_BYTES + 1
-        if "txt" in self.required or self.captions:
+        if "txt" in self.required or self.captions or self.optional_texts:
             limits["json"] = MAX_TEXT_BYTES
         contents = {}
         for extension, limit in limits.items():
@@ -199,7 +209,11 @@ class SampleReader:
         image, encoded = self.image(contents, where, pixels=pixels)
         sample = Sample(key, image, (), encoded=encoded)
         sample.where = f"{where}.{_image_extension(contents)}"
-        self.add_texts(sample, contents, where)
+        try:
+            self.add_texts(sample, contents, where)
+        except UnreadableSample:
+            if not self.optional_texts:
+                raise
         sample.label = self.label(contents, where)
         return sample
 

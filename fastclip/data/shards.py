@@ -11,7 +11,7 @@ from braceexpand import braceexpand
 from fastclip.bounded import read_text
 from fastclip.data.index import MAX_PLACES, Fault, ShardIndex, index_file
 from fastclip.data.order import DEFAULT_WINDOW
-from fastclip.data.regular import open_regular
+from fastclip.data.regular import digest_of, open_regular, state_of
 from fastclip.data.remote import (
     FetchError,
     ShardCache,
@@ -84,6 +84,8 @@ class ShardSource:
         required: extensions a sample must have besides an image, e.g. ("txt",) or ("cls",).
         captions: sources of captions to keep apart: "txt", and keys of KEY.json that hold a text
             or a list of texts. A sample then needs a caption of one of these only.
+        optional_texts: read captions where there are some, although none are required; a damaged
+            one is left out.
         cache: where remote shards are kept; by default fastclip's folder of the user's cache.
 
     Attributes:
@@ -102,11 +104,12 @@ class ShardSource:
         required: tuple[str, ...] = ("txt",),
         cache: ShardCache | None = None,
         captions: tuple[str, ...] = (),
+        optional_texts: bool = False,
     ) -> None:
         parts = _expand_parts(pattern)
         self.names = [name for part in parts for name in part]
         self.parts = tuple(len(part) for part in parts)
-        self._reader = SampleReader(required, captions)
+        self._reader = SampleReader(required, captions, optional_texts)
         self.cache = cache or ShardCache()
         self.counts: tuple[int, ...] = ()
         self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
@@ -147,6 +150,11 @@ class ShardSource:
         """The faults found in shards since the last call (not those of single samples)."""
         faults, self._faults = self._faults, []
         return faults
+
+    def digest(self) -> str:
+        """Of the shards' names and numbers of samples, and of local ones their sizes and times."""
+        local = (None if is_remote(name) else state_of(name) for name in self.names)
+        return digest_of(zip(self.names, self.counts, local, strict=True))
 
     def _count(self, shard: int, declared: dict[str, int]) -> int:
         name = self.names[shard]

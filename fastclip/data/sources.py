@@ -3,14 +3,21 @@
 import math
 import os
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 
-from fastclip.data.folders import FolderSource, holds_image_folders
+from fastclip.data.folders import (
+    FolderSource,
+    TreeSource,
+    has_classes_alone,
+    holds_image_folders,
+)
 from fastclip.data.generated import SceneSource, SyntheticSource, open_scenes
 from fastclip.data.index import Fault
 from fastclip.data.options import DataOptions, DatasetType
+from fastclip.data.regular import digest_of
 from fastclip.data.remote import ShardCache, is_remote
 from fastclip.data.samples import Sample, Source
 from fastclip.data.shards import ShardSource, refuse_commands
@@ -73,9 +80,32 @@ class Mixture:
         """The faults of all."""
         return [fault for source in self.sources for fault in source.drain_faults()]
 
+    def digest(self) -> str:
+        """Of all, in their order."""
+        return digest_of(source.digest() for source in self.sources)
+
     def _find(self, shard: int) -> tuple[Source, int]:
         number = int(np.searchsorted(self._starts, shard, side="right")) - 1
         return self.sources[number], shard - int(self._starts[number])
+
+
+class FirstSamples:
+    """A source's first samples alone.
+
+    Args:
+        source: of any kind.
+        number: how many; all where it has fewer.
+    """
+
+    def __init__(self, source: Source, number: int) -> None:
+        self.parts = source.parts
+        starts = (0, *accumulate(source.counts))
+        self.counts = tuple(
+            min(count, max(0, number - start))
+            for start, count in zip(starts, source.counts, strict=False)
+        )
+        self.read, self.place = source.read, source.place
+        self.drain_faults = source.drain_faults
 
 
 def guess_type(data: str) -> DatasetType | None:
@@ -110,6 +140,7 @@ def open_source(
     count: int | None = None,
     required: tuple[str, ...] = ("txt",),
     negatives: bool = False,
+    optional_texts: bool = False,
 ) -> Source:
     """The samples that `data` names.
 
@@ -120,8 +151,10 @@ def open_source(
         options: how to read it; None for the defaults.
         split: which scenes or noise, where `data` does not say.
         count: how many scenes or noise images; of no meaning for the others.
-        required: extensions a shard's sample must have besides an image.
+        required: extensions a shard's sample must have besides an image. With none at all a folder
+            may hold images anywhere, without folders of classes.
         negatives: have the scenes' own hard negatives made, which takes time.
+        optional_texts: read captions of shards where there are some, although none are required.
 
     Returns:
         A source: `counts` has the number of samples of each shard, `read(shard, index)` gives one,
@@ -139,6 +172,8 @@ def open_source(
     options = options or DataOptions()
     refuse_commands(data)
     kind = guess_type(data) if options.dataset_type == "auto" else options.dataset_type
+    if kind is None and not required and all(map(_is_folder, data.split("::"))):
+        kind = "imagefolder"
     if kind is None or (kind == "webdataset" and os.path.isdir(data)):
         raise ValueError(_unrecognized(data))
     if options.captions and kind not in ("webdataset", "scenes"):
@@ -149,7 +184,7 @@ def open_source(
     if kind == "webdataset":
         cache = ShardCache(options.cache_dir, options.cache_bytes)
         captions = tuple(options.caption_weights)
-        return ShardSource(data, required, cache, captions)
+        return ShardSource(data, required, cache, captions, optional_texts)
     sources: list[Source] = []
     for part in data.split("::"):
         if kind == "scenes":
@@ -157,7 +192,7 @@ def open_source(
             captions = tuple(options.caption_weights)
             sources.append(open_scenes(part, split, number, captions, negatives))
         else:
-            sources.append(_open_one(part, kind, options, split, count))
+            sources.append(_open_one(part, kind, options, split, count, required))
     classes = {tuple(source.classes) for source in sources if isinstance(source, FolderSource)}
     if len(classes) > 1:
         raise ValueError(f"the folders of {data} hold different classes, so their labels differ")
@@ -220,12 +255,23 @@ def _guess_part(part: str) -> DatasetType | None:
     return "webdataset" if shards else None
 
 
+def _is_folder(part: str) -> bool:
+    return os.path.isdir(os.path.expanduser(part))
+
+
 def _open_one(
-    part: str, kind: DatasetType, options: DataOptions, split: str, count: int | None
+    part: str,
+    kind: DatasetType,
+    options: DataOptions,
+    split: str,
+    count: int | None,
+    required: tuple[str, ...],
 ) -> Source:
     if kind == "synthetic":
         return SyntheticSource(split, count or SYNTHETIC)
     path = Path(part).expanduser()
+    if kind == "imagefolder" and not required and not has_classes_alone(path):
+        return TreeSource(path)
     if kind == "imagefolder":
         return FolderSource(
             path, read_lines(Path(options.templates).expanduser()) if options.templates else None

@@ -67,6 +67,14 @@ class Embedding:
             )
         return int(state["done"])
 
+    def discard_other(self) -> None:
+        """Delete what a former run has begun, if it is of something else."""
+        try:
+            self.done()
+        except (ValueError, KeyError):
+            self.partial.unlink(missing_ok=True)
+            self.progress.unlink(missing_ok=True)
+
     def run(self, batches: Callable[[int], Iterator[tuple[int, Tensor]]], progress: bool) -> Path:
         """Write the rows that are missing, then give the file its name.
 
@@ -124,7 +132,11 @@ def image_batches(
     precision: str,
     faults: FaultLog,
 ) -> Iterator[tuple[int, Tensor]]:
-    """(row, normalized features) of a source's samples in order; NaN rows for unreadable ones."""
+    """(row, normalized features) of a source's samples in order; NaN rows for unreadable ones.
+
+    Raises:
+        ValueError: features of a readable image are not finite.
+    """
     device = next(model.model.parameters()).device
     samples = EvaluationSamples(source, model.preprocess)
     loader: DataLoader[Any] = DataLoader(
@@ -145,6 +157,18 @@ def image_batches(
             rows = torch.full((len(batch), width), torch.nan)
             if readable:
                 images = torch.stack([batch[i]["image"] for i in readable]).to(device)
-                rows[readable] = normalized(towers.encode_image(images))
+                encoded = normalized(towers.encode_image(images))
+                _require_finite(encoded, [batch[i]["key"] for i in readable])
+                rows[readable] = encoded
             yield start, rows
             start += len(batch)
+
+
+def _require_finite(features: Tensor, keys: list[str]) -> None:
+    """A row of NaN would say that the image is unreadable."""
+    for key, finite in zip(keys, features.isfinite().all(dim=1).tolist(), strict=True):
+        if not finite:
+            raise ValueError(
+                f"the model's features of {key} are not finite: its weights are broken, or too "
+                "large for --precision"
+            )

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -127,6 +128,18 @@ def embed_files(model: Model, files: Sequence[ImageFile], encoding: Encoding) ->
     _require_all(len(distinct), faults, "unreadable")
     features = torch.cat([batch["features"] for batch in batches])
     return features[[distinct[file] for file in files]]
+
+
+@torch.no_grad()
+def embed_pictures(
+    model: Model, pictures: Sequence[Image.Image], *, precision: str = "fp32"
+) -> Tensor:
+    """Image features of a few images in memory, (len(pictures), D) float32, normalized."""
+    device = next(model.model.parameters()).device
+    towers: Any = model.model
+    pixels = torch.stack([model.preprocess(picture) for picture in pictures]).to(device)
+    with evaluating(model.model), autocast(device, precision):
+        return normalized(towers.encode_image(pixels))
 
 
 def _require_all(count: int, bad: list[str], what: str) -> None:

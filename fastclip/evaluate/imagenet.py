@@ -68,10 +68,15 @@ def prompts() -> tuple[list[str], list[str]]:
 
 
 def prompts_of(folders: Sequence[str]) -> tuple[list[str], list[str]] | None:
-    """Class names, in the order of the folders, and templates; None where one is no WordNet id."""
-    if not folders or not all(_WORDNET_ID.fullmatch(folder) for folder in folders):
-        return None
-    index = {name: row for row, name in enumerate(wordnet_ids())}
+    """Class names, in the order of the folders, and templates; None of other folders.
+
+    ImageNet's are called by WordNet ids, ImageNetV2's by class indices, all from 0 to 999.
+    """
+    index = {str(row): row for row in range(CLASSES)}
+    if set(folders) != index.keys():
+        if not folders or not all(_WORDNET_ID.fullmatch(folder) for folder in folders):
+            return None
+        index = {name: row for row, name in enumerate(wordnet_ids())}
     if not index.keys() >= set(folders):
         return None
     classes, templates = prompts()

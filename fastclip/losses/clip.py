@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from fastclip.functional import Exchange, clip_loss, info_nce_loss
-from fastclip.ops.checks import checked_sizes
+from fastclip.ops.checks import GroupRole, check_group_role, checked_sizes
 from fastclip.ops.collectives import average_gradient, check_exchange, gather_rows, scale_gradient
 from fastclip.ops.distillation import distillation
 
@@ -43,6 +43,8 @@ class ClipLoss(nn.Module):
         sizes: rows of every process, where they differ; None: equally many. Needs
             gather_with_grad. With local_loss the value is then the own pairs' sum times
             world_size / all rows, so that its average over the processes is the full batch's.
+        group_role: of the ids that a call is given: "excluded": pairs of one id are no negatives of
+            each other; "positive": they are positives.
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
         chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
         keep_bytes: bytes for exponentials the backward reuses; None: 64 MiB on CPUs, 1 GiB on GPUs.
@@ -77,12 +79,14 @@ class ClipLoss(nn.Module):
         dist: Exchange = "gather",
         group: ProcessGroup | None = None,
         sizes: Sequence[int] | None = None,
+        group_role: GroupRole = "excluded",
         backend: str = "auto",
         chunk_bytes: int | None = None,
         keep_bytes: int | None = None,
     ) -> None:
         super().__init__()
         check_exchange(dist)
+        check_group_role(group_role)
         if use_horovod:
             raise ValueError("use_horovod=True: Horovod is not supported, use torch.distributed")
         self.sizes = checked_sizes(sizes, world_size)
@@ -105,6 +109,7 @@ class ClipLoss(nn.Module):
         self.label_smoothing = label_smoothing
         self.dist: Exchange = dist
         self.group = group
+        self.group_role: GroupRole = group_role
         self.backend = backend
         self.chunk_bytes = chunk_bytes
         self.keep_bytes = keep_bytes
@@ -154,6 +159,9 @@ class ClipLoss(nn.Module):
         logit_scale: Tensor,
         logit_bias: Tensor | None = None,
         output_dict: bool = False,
+        *,
+        row_group: Tensor | None = None,
+        column_group: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """The loss, 0-d, or {"contrastive_loss": loss} with output_dict.
 
@@ -163,6 +171,8 @@ class ClipLoss(nn.Module):
             logit_scale: 0-d or (1,), exponentiated.
             logit_bias: 0-d, (1,) or None; cancels in this loss.
             output_dict: whether to return a dictionary.
+            row_group, column_group: (N,) and (M,) integer ids of the images and texts, both or
+                neither; `group_role` says what one id in both means.
         """
         features = image_features, text_features
         options: dict[str, Any] = {
@@ -171,11 +181,15 @@ class ClipLoss(nn.Module):
             "keep_bytes": self.keep_bytes,
         }
         if self.world_size > 1 and self.local_loss and not self.gather_with_grad:
+            if row_group is not None or column_group is not None:
+                raise ValueError("local_loss with groups needs gather_with_grad=True")
             loss = self._rows_alone(*features, logit_scale, options)
             if logit_bias is not None:
                 loss = loss + 0 * logit_bias.sum()
         else:
             options["label_smoothing"] = self.label_smoothing
+            options |= {"row_group": row_group, "column_group": column_group}
+            options["group_role"] = self.group_role
             if self.world_size > 1:
                 options |= {"dist": self.dist, "group": self.group, "sizes": self.sizes}
                 if self.local_loss:
@@ -350,6 +364,8 @@ class DistillClipLoss(ClipLoss):
         sizes: rows of every process, where they differ; None: equally many. Needs
             gather_with_grad. With local_loss the value is then the own pairs' sum times
             world_size / all rows, so that its average over the processes is the full batch's.
+        group_role: of the ids that a call is given: "excluded": pairs of one id are no negatives of
+            each other in the contrastive loss; "positive": they are positives.
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
         chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
         keep_bytes: bytes for exponentials the backward reuses; None: 64 MiB on CPUs, 1 GiB on GPUs.
@@ -379,6 +395,9 @@ class DistillClipLoss(ClipLoss):
         dist_text_features: Tensor,
         dist_logit_scale: Tensor,
         output_dict: bool = False,
+        *,
+        row_group: Tensor | None = None,
+        column_group: Tensor | None = None,
     ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
         """The contrastive loss and the cross-entropy under the teacher's softmax, 0-d each.
 
@@ -388,8 +407,16 @@ class DistillClipLoss(ClipLoss):
             dist_image_features, dist_text_features: (N, E), the teacher's, normalized.
             dist_logit_scale: 0-d or (1,), the teacher's, exponentiated.
             output_dict: whether to return {"contrastive_loss": ..., "distill_loss": ...}.
+            row_group, column_group: (N,) integer ids of the images and texts, both or neither;
+                `group_role` says what one id in both means.
         """
-        contrastive = super().forward(image_features, text_features, logit_scale)
+        contrastive = super().forward(
+            image_features,
+            text_features,
+            logit_scale,
+            row_group=row_group,
+            column_group=column_group,
+        )
         assert isinstance(contrastive, Tensor)
         row, column = distillation(
             self._gather(image_features),

@@ -7,7 +7,7 @@ from torch.distributed import ProcessGroup
 
 from fastclip.functional import Exchange, info_nce_loss
 from fastclip.losses.memory_bank import memory_bank
-from fastclip.ops.checks import check_positive
+from fastclip.ops.checks import GroupRole, check_group_role, check_positive
 from fastclip.ops.collectives import check_exchange
 
 
@@ -23,6 +23,8 @@ class InfoNCELoss(nn.Module):
             then one process's rows, the loss is that of all, and gradients averaged over the
             processes (DDP) are the full batch's.
         group: the process group; None: the default one.
+        group_role: of the ids that a call is given: "excluded": pairs of one id are no negatives of
+            each other; "positive": they are positives.
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
         chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
         keep_bytes: bytes for exponentials the backward reuses; None: 64 MiB on CPUs, 1 GiB on GPUs.
@@ -49,12 +51,14 @@ class InfoNCELoss(nn.Module):
         in_batch: bool = True,
         dist: Exchange | None = None,
         group: ProcessGroup | None = None,
+        group_role: GroupRole = "excluded",
         backend: str = "auto",
         chunk_bytes: int | None = None,
         keep_bytes: int | None = None,
     ) -> None:
         super().__init__()
         check_exchange(dist)
+        check_group_role(group_role)
         check_positive("temperature", temperature)
         self.temperature = temperature
         self.memory_bank = memory_bank(memory_bank_size)
@@ -64,18 +68,30 @@ class InfoNCELoss(nn.Module):
         self.options: dict[str, Any] = {
             "dist": dist,
             "group": group,
+            "group_role": group_role,
             "backend": backend,
             "chunk_bytes": chunk_bytes,
             "keep_bytes": keep_bytes,
         }
 
-    def forward(self, query: Tensor, keys: Tensor, positive_index: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        positive_index: Tensor | None = None,
+        *,
+        row_group: Tensor | None = None,
+        column_group: Tensor | None = None,
+    ) -> Tensor:
         """The loss, 0-d.
 
         Args:
             query: (N, D), normalized.
             keys: (M, D), normalized.
             positive_index: (N,) integers, the queries' positives; None: query i's is key i.
+            row_group, column_group: (N,) and (M,) integer ids of queries and keys, with a bank of K
+                rows (M + K,); both or neither, without positive_index. `group_role` says what one
+                id in both means.
         """
         bank = None if self.memory_bank is None else self.memory_bank.bank
         loss = info_nce_loss(
@@ -85,6 +101,8 @@ class InfoNCELoss(nn.Module):
             positive_index,
             bank=bank,
             in_batch=self.in_batch,
+            row_group=row_group,
+            column_group=column_group,
             **self.options,
         )
         if self.memory_bank is not None and self.training:

@@ -90,12 +90,19 @@ class MPNCELoss(nn.Module):
             "keep_bytes": keep_bytes,
         }
 
-    def forward(self, features: Sequence[Tensor], domains: Sequence[int]) -> Tensor:
+    def forward(
+        self,
+        features: Sequence[Tensor],
+        domains: Sequence[int],
+        *,
+        row_group: Tensor | None = None,
+    ) -> Tensor:
         """The mean over all anchors, 0-d.
 
         Args:
             features: B >= 2 blocks, each (N, D), normalized, in the same pair order.
             domains: the domain of each block, e.g. [0, 0, 0, 1] for three views and a text.
+            row_group: (N,) integer ids; rows of other pairs of a pair's id are no negatives.
         """
         scale = torch.exp(-self.log_temperature)
         weight: Tensor | list[list[float]] | None = self.pair_weight
@@ -107,6 +114,7 @@ class MPNCELoss(nn.Module):
             scale[self.index],
             (-self.offset * scale)[self.index],
             pair_weight=weight,
+            row_group=row_group,
             **self.options,
         )
 

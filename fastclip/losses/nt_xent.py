@@ -8,7 +8,7 @@ from torch.distributed import ProcessGroup, is_initialized
 
 from fastclip.functional import Exchange, info_nce_loss, nt_xent_loss
 from fastclip.losses.memory_bank import memory_bank
-from fastclip.ops.checks import check_positive
+from fastclip.ops.checks import GroupRole, check_group_role, check_positive
 from fastclip.ops.collectives import check_exchange
 
 
@@ -28,6 +28,8 @@ class NTXentLoss(nn.Module):
             the full batch.
         dist: "gather" brings all processes' features at once, "ring" one's after the other.
         group: the process group; None: the default one.
+        group_role: of the ids that a call is given: "excluded": samples of one id are no negatives
+            of each other; "positive": they are positives.
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
         chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
         keep_bytes: bytes for exponentials the backward reuses; None: 64 MiB on CPUs, 1 GiB on GPUs.
@@ -52,12 +54,14 @@ class NTXentLoss(nn.Module):
         *,
         dist: Exchange = "gather",
         group: ProcessGroup | None = None,
+        group_role: GroupRole = "excluded",
         backend: str = "auto",
         chunk_bytes: int | None = None,
         keep_bytes: int | None = None,
     ) -> None:
         super().__init__()
         check_exchange(dist)
+        check_group_role(group_role)
         check_positive("temperature", temperature)
         self.temperature = temperature
         self.memory_bank = memory_bank(memory_bank_size)
@@ -69,22 +73,30 @@ class NTXentLoss(nn.Module):
         self.gather_distributed = gather_distributed
         self.dist: Exchange = dist
         self.group = group
+        self.group_role: GroupRole = group_role
 
-    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+    def forward(self, out0: Tensor, out1: Tensor, *, row_group: Tensor | None = None) -> Tensor:
         """The loss, 0-d.
 
         Args:
             out0, out1: (N, D), two views of the same samples.
+            row_group: (N,) integer ids of the samples, without a bank; `group_role` says what
+                samples of one id are.
+
+        Raises:
+            ValueError: ids beside a bank, whose rows have none.
         """
         out0, out1 = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
         if self.memory_bank is None:
-            shared: dict[str, Any] = {}
+            shared: dict[str, Any] = {"row_group": row_group, "group_role": self.group_role}
             if self.gather_distributed and is_initialized():
-                shared = {"dist": self.dist, "group": self.group}
+                shared |= {"dist": self.dist, "group": self.group}
             loss = nt_xent_loss(
                 out0, out1, self.temperature, reduction="none", **shared, **self.options
             ).mean()
         else:
+            if row_group is not None:
+                raise ValueError("row_group needs memory_bank_size=0: a bank's rows have no ids")
             bank = self.memory_bank.bank
             scale = 1 / self.temperature
             loss = info_nce_loss(out0, out1, scale, bank=bank, in_batch=False, **self.options)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from fastclip.functional import siglip_loss
-from fastclip.ops.checks import checked_sizes
+from fastclip.ops.checks import GroupRole, check_group_role, check_groups, checked_sizes
 from fastclip.ops.collectives import ranks_of
 from fastclip.ops.sigmoid import sigmoid_loss
 
@@ -31,6 +31,8 @@ class SigLipLoss(nn.Module):
         sizes: rows of every process, where they differ; None: equally many. The value is then the
             own rows' sum times world_size / all rows, so that its average over the processes is
             the full batch's.
+        group_role: of the ids that a call is given: "excluded": pairs of one id are no negatives of
+            each other; "positive": they are positives.
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
         chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
 
@@ -57,10 +59,12 @@ class SigLipLoss(nn.Module):
         *,
         group: ProcessGroup | None = None,
         sizes: Sequence[int] | None = None,
+        group_role: GroupRole = "excluded",
         backend: str = "auto",
         chunk_bytes: int | None = None,
     ) -> None:
         super().__init__()
+        check_group_role(group_role)
         if dist_impl is not None and dist_impl not in _EXCHANGES:
             raise ValueError(f"dist_impl is {dist_impl!r}; use one of {', '.join(_EXCHANGES)}")
         if chunk_size < 0:
@@ -72,6 +76,7 @@ class SigLipLoss(nn.Module):
         self.dist_impl = dist_impl or "gather"
         self.chunk_size = chunk_size
         self.group = group
+        self.group_role: GroupRole = group_role
         self.backend = backend
         self.chunk_bytes = chunk_bytes
 
@@ -116,6 +121,9 @@ class SigLipLoss(nn.Module):
         logit_scale: Tensor,
         logit_bias: Tensor | None,
         output_dict: bool = False,
+        *,
+        row_group: Tensor | None = None,
+        column_group: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """The loss, 0-d, or {"contrastive_loss": loss} with output_dict.
 
@@ -124,12 +132,22 @@ class SigLipLoss(nn.Module):
             logit_scale: 0-d or (1,), exponentiated.
             logit_bias: 0-d, (1,) or None.
             output_dict: whether to return a dictionary.
+            row_group, column_group: (N,) integer ids of the images and texts, both or neither;
+                `group_role` says what one id in both means.
         """
-        options: dict[str, Any] = {"backend": self.backend, "chunk_bytes": self.chunk_bytes}
+        options: dict[str, Any] = {
+            "row_group": row_group,
+            "column_group": column_group,
+            "backend": self.backend,
+            "chunk_bytes": self.chunk_bytes,
+        }
         if self.world_size == 1:
+            options["group_role"] = self.group_role
             loss = siglip_loss(image_features, text_features, logit_scale, logit_bias, **options)
         else:
             n = image_features.shape[0]
+            ids = {"row_group": (row_group, n), "column_group": (column_group, n)}
+            options["positive_groups"] = check_groups(self.group_role, ids, image_features)
             ranks = ranks_of(_EXCHANGES[self.dist_impl], self.group, self.sizes, n)
             # the value is the own rows', as in open_clip; its gradient reaches all texts
             total = sigmoid_loss(

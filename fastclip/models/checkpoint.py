@@ -36,6 +36,8 @@ _NO_AVERAGE = "holds no averaged weights: its run had no --ema"
 _MANIFEST_KEYS = {"file", "bytes", "sha256"}
 # in a run directory, names its best checkpoint; and the end of a path that means that one
 BEST_FILE, BEST_SUFFIX = "best.json", "@best"
+# open_clip's name of the weights in a folder of the Hugging Face Hub
+HUB_WEIGHTS = "open_clip_model.safetensors"
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
@@ -117,8 +119,13 @@ def named(folder: Path, prefix: str) -> list[Path]:
 
 
 def run_of(path: Path) -> Path:
-    """The run directory of a run directory or of a checkpoint inside it; see `best_named`."""
+    """The run directory of a run directory or of a checkpoint inside it; see `best_named`.
+
+    Of a folder as of the Hugging Face Hub, and of the weights in it, it is that folder.
+    """
     path = best_named(path)
+    if path.name == HUB_WEIGHTS:
+        return path.parent
     return path.parent.parent if _is_checkpoint(path) else path
 
 
@@ -129,12 +136,16 @@ def _is_checkpoint(path: Path) -> bool:
 def resolve(path: Path) -> Path:
     """The checkpoint that a run directory (its latest), RUN@best or a checkpoint's own path means.
 
+    Of a folder as of the Hugging Face Hub, it is the weights in it.
+
     Raises:
         FileNotFoundError: the run has no whole checkpoint, or none that is known to be the best.
     """
     path = best_named(path)
     if _is_checkpoint(path):
         return path
+    if (path / HUB_WEIGHTS).is_file():
+        return path / HUB_WEIGHTS
     latest = find_latest(path / "checkpoints")
     if latest is None:
         raise FileNotFoundError(f"{path / 'checkpoints'} holds no whole checkpoint")

@@ -18,6 +18,8 @@ from fastclip.models import description
 from fastclip.models.checkpoint import read_weights, require_whole
 
 CONFIG_FILE = "open_clip_config.json"
+# of a language model of Hugging Face's, its architecture
+LM_CONFIG_FILE = "config.json"
 # in there, beside what open_clip reads: what makes a system of the towers
 SYSTEM = "fastclip_cfg"
 
@@ -170,7 +172,8 @@ def build_checked(
         described: what an `open_clip_config.json` holds.
         origin: the file, for messages.
         device: where the parameters are put.
-        folder: where tokenizers of Hugging Face's kind are; None for the one that is named.
+        folder: where tokenizers of Hugging Face's kind are, and a language model's config.json
+            where there is one; None for those that are named.
         weights: a checkpoint file of open_clip; None for random weights.
 
     Raises:
@@ -182,6 +185,11 @@ def build_checked(
         raise ValueError(f"{origin}: preprocess_cfg must be an object")
     if folder is not None and config["text_cfg"].get("hf_tokenizer_name"):
         config["text_cfg"]["hf_tokenizer_name"] = str(folder)
+    if folder is not None and config["text_cfg"].get("hf_model_name"):
+        beside = folder / LM_CONFIG_FILE
+        if beside.is_file():
+            description.require_harmless(read_object(beside), str(beside))
+            config["text_cfg"]["hf_model_name"] = str(folder)
     if weights is not None:
         require_whole(weights)
     with _registered(config) as name:

@@ -9,9 +9,12 @@ import torch
 from fastclip.atomic import write_text, writing
 from fastclip.models import checkpoint, sharded
 from fastclip.models.clip import CONFIG_FILE, create, describe, read_description, system_of
+from fastclip.models.weights import write_safetensors
 
 
-def export_open_clip(source: Path, target: Path, *, trust_checkpoint: bool = False) -> None:
+def export_open_clip(
+    source: Path, target: Path, *, average: bool = False, trust_checkpoint: bool = False
+) -> Path | None:
     """Write the weights of a run as a checkpoint that open_clip loads, of any of its towers.
 
     The architecture goes beside it, e.g. of `model.pt` to `model.json`, and open_clip reads both:
@@ -19,18 +22,23 @@ def export_open_clip(source: Path, target: Path, *, trust_checkpoint: bool = Fal
 
     Args:
         source: a run directory (its latest checkpoint is used) or one of its checkpoints.
-        target: the .pt file to write; the architecture is written if the source is in a run.
+        target: the file to write, safetensors if it ends in .safetensors, else torch's format;
+            the architecture is written if the source is in a run.
+        average: take the averaged weights of a run with --ema.
         trust_checkpoint: whether DeepSpeed's files may be read, which can run any code.
+
+    Returns:
+        The file of the architecture; None where the source is in no run.
 
     Raises:
         FileNotFoundError: there is no checkpoint. FileExistsError: one of the files is there.
-        ValueError: the checkpoint is not trusted, or is not an open_clip model.
+        ValueError: the checkpoint is not trusted, has no average, or is not an open_clip model.
     """
     described = target.with_suffix(".json")
     if there := [path for path in (target, described) if path.exists()]:
         raise FileExistsError(f"{there[0]} exists; choose another name")
     if target == described:
-        raise ValueError(f"{target} is for weights; choose a name that ends in .pt")
+        raise ValueError(f"{target} is for weights; choose a name that ends in .safetensors or .pt")
     path = checkpoint.resolve(source)
     run = checkpoint.run_of(path)
     if (run / CONFIG_FILE).is_file() and system_of(run):
@@ -39,14 +47,19 @@ def export_open_clip(source: Path, target: Path, *, trust_checkpoint: bool = Fal
             "its language model; fastclip.load reads it"
         )
     content = checkpoint.read(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
     kept: dict[str, Any] = {name: content[name] for name in ("epoch", "name") if name in content}
-    weights = checkpoint.read_weights(path, trust=trust_checkpoint)
+    weights = checkpoint.read_weights(path, average=average, trust=trust_checkpoint)
+    target.parent.mkdir(parents=True, exist_ok=True)
     with writing(target) as file:
-        torch.save({**kept, "state_dict": weights}, file)
-    if (run / CONFIG_FILE).is_file():
-        architecture = read_description(run).get("model_cfg")
-        write_text(described, json.dumps(architecture, indent=2) + "\n")
+        if target.suffix == ".safetensors":
+            write_safetensors(file, weights, {name: str(value) for name, value in kept.items()})
+        else:
+            torch.save({**kept, "state_dict": weights}, file)
+    if not (run / CONFIG_FILE).is_file():
+        return None
+    architecture = read_description(run).get("model_cfg")
+    write_text(described, json.dumps(architecture, indent=2) + "\n")
+    return described
 
 
 def import_open_clip(source: Path, model: str, run: Path) -> Path:

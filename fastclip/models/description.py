@@ -95,6 +95,22 @@ def harmless(config: Any) -> Any:
     return [harmless(item) for item in config] if isinstance(config, list) else config
 
 
+def require_harmless(config: Any, origin: str) -> None:
+    """Refuse a language model's configuration that names code, as `harmless` leaves it out.
+
+    Raises:
+        ValueError: it does.
+    """
+    parts = config if isinstance(config, dict) else dict(enumerate(config))
+    for key, value in parts.items():
+        if isinstance(key, str) and _names_code(key):
+            raise ValueError(
+                f"{origin} has {key}, which may name code and is not allowed; take it out"
+            )
+        if isinstance(value, dict | list):
+            require_harmless(value, origin)
+
+
 def _names_code(key: str) -> bool:
     named = ("auto_map", "quantization_config", "trust_remote_code", "custom_pipelines")
     # attn_implementation and its kin may name kernels of a hub

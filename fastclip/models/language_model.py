@@ -112,15 +112,19 @@ class LanguageModelTower(nn.Module):
                 "layers together; leave it out, or use --deepspeed-config ds_zero2"
             )
         real = tokens >= 0
-        # one read by the host; most texts are far shorter than the context
-        longest = int(real.sum(1).max())
-        if self.max_length is not None and longest > self.max_length:
-            raise ValueError(
-                f"a text has {longest} tokens and the language model takes {self.max_length}; cut "
-                "it by a shorter --context-length"
-            )
-        tokens, real = tokens[:, :longest], real[:, :longest]
-        states = self.cache.fetch(tokens, self.language_model.states)
+        if torch.compiler.is_exporting():
+            # a graph for texts of any length
+            states = self.language_model.states(tokens)
+        else:
+            # one read by the host; most texts are far shorter than the context
+            longest = int(real.sum(1).max())
+            if self.max_length is not None and longest > self.max_length:
+                raise ValueError(
+                    f"a text has {longest} tokens and the language model takes {self.max_length}; "
+                    "cut it by a shorter --context-length"
+                )
+            tokens, real = tokens[:, :longest], real[:, :longest]
+            states = self.cache.fetch(tokens, self.language_model.states)
         states = self.language_model(tokens, states)
         if self.pooling == "mean":
             pooled = states.masked_fill(~real[..., None], 0).sum(1) / real.sum(1, keepdim=True)

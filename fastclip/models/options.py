@@ -67,25 +67,27 @@ class SystemOptions:
     """Width of the projectors' output; by default as in the paper."""
     separate_projectors: bool = flag(False, defines_run=True)
     """Separate projectors for strong views."""
-    extra_weight: float | None = flag(None, defines_run=True)
+    extra_weight: float | None = flag(None, defines_run=True, heading="loss")
     """Weight of the term that is added to the CLIP loss; by default as in the paper: 0.2 for
     swalip, 1 for the others."""
-    label_smoothing: float = flag(0.0, defines_run=True)
+    label_smoothing: float = flag(0.0, defines_run=True, heading="loss")
     """Mass of the target that is spread over all candidates; for siamlip to rocket, in the loss of
     the strong views."""
 
-    pair_loss: Literal["mp-nce", "info-nce", "sup-con"] = flag("mp-nce", defines_run=True)
+    pair_loss: Literal["mp-nce", "info-nce", "sup-con"] = flag(
+        "mp-nce", defines_run=True, heading="loss"
+    )
     """uniclip: loss over views and texts. info-nce compares each pair of blocks separately; sup-con
     has positives in each other's denominators, and a single scale."""
-    pair_weight: tuple[float, float, float] | None = flag(None, defines_run=True)
+    pair_weight: tuple[float, float, float] | None = flag(None, defines_run=True, heading="loss")
     """uniclip: weights of the image-image, image-text and text-text positives; by default each kind
     contributes equally."""
     augmentation_encoder: bool = flag(True, defines_run=True)
     """uniclip: the image head receives the augmentation parameters of each view."""
-    shared_similarity: bool = flag(False, defines_run=True)
+    shared_similarity: bool = flag(False, defines_run=True, heading="loss")
     """uniclip: a single temperature and offset for all pairs instead of one for each kind."""
 
-    hard_negatives: int = flag(0, defines_run=True)
+    hard_negatives: int = flag(0, defines_run=True, heading="loss")
     """False captions per image: further negatives of all images (NegCLIP); for clip."""
 
     text_lm: str | None = flag(None, defines_run=True)

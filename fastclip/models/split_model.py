@@ -187,6 +187,18 @@ class SplitModel(nn.Module):
         for layer in self._trained:
             layer.checkpointed = enable
 
+    def plain_state(self) -> dict[str, Tensor]:
+        """The model's state dictionary under the names that it had before it was cut."""
+        layers = [n for n, module in self.model.named_modules() if isinstance(module, _Layer)]
+        state: dict[str, Tensor] = self.model.state_dict()
+        for layer in layers:
+            wrapped = f"{layer}.layer."
+            state = {
+                name.replace(wrapped, f"{layer}.", 1) if name.startswith(wrapped) else name: value
+                for name, value in state.items()
+            }
+        return state
+
     def _run(self, tokens: Tensor) -> Tensor:
         real = tokens >= 0
         # RoBERTa and its kin count positions of tokens that are not padding

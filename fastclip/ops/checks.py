@@ -152,6 +152,16 @@ def check_ids(name: str, ids: Tensor, rows: int, device: torch.device) -> None:
         raise ValueError(f"{name} is on {ids.device}, the features on {device}")
 
 
+def check_group_role(role: str) -> None:
+    """Groups have a role that the losses know.
+
+    Raises:
+        ValueError: another one.
+    """
+    if role not in GROUP_ROLES:
+        raise ValueError(f"group_role is {role!r}; use one of {', '.join(GROUP_ROLES)}")
+
+
 def check_groups(
     role: str, ids: dict[str, tuple[Tensor | None, int]], features: Tensor, refused: str = ""
 ) -> bool:
@@ -166,8 +176,7 @@ def check_groups(
     Raises:
         ValueError: as above, or the loss has no such role.
     """
-    if role not in GROUP_ROLES:
-        raise ValueError(f"group_role is {role!r}; use one of {', '.join(GROUP_ROLES)}")
+    check_group_role(role)
     if role == "positive" and refused:
         raise ValueError(f"group_role is 'positive'; use 'excluded': {refused}")
     given = {name: group for name, (group, _) in ids.items() if group is not None}

@@ -2,7 +2,7 @@
 
 | rooms | what |
 | --- | --- |
-| `config`, `options` | the configuration, and its sections of flags |
+| `config`, `options`, `open_clip_flags` | the configuration, its sections of flags, open_clip's |
 | `loop`, `state` | the loop, and the value that it takes from step to step |
 | `start`, `training_data`, `classifier`, `layers` | built before the first step |
 | `run_directory`, `describe`, `summary` | its name, its holder, what is said at start and end |
@@ -17,4 +17,5 @@
 | `report`, `meter`, `log`, `health` | bar, speed, files of metrics, hints and NaN |
 | `distributed`, `watch`, `stop` | several ranks, those that fail, signals |
 | `plan`, `costs`, `footprint` | `fastclip plan`: what a setting costs |
+| `card` | what a run's files say of its model, for publishing |
 """

@@ -13,6 +13,7 @@ from fastclip.bounded import read_yaml
 from fastclip.command_line import parse_sections, refuse_renamed
 from fastclip.data.options import without_commands
 from fastclip.flags import arrange, flag_name, ordered, sections
+from fastclip.train.open_clip_flags import adapted, is_foreign
 from fastclip.train.options import (
     CheckpointOptions,
     DistributedOptions,
@@ -26,19 +27,37 @@ from fastclip.train.options import (
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 # the names of before of a field's values: read from files, refused on the command line
 OLD_VALUES = {"data_backend": {"torchvision": "cpu"}}
+# of `--help`; files are by section
+HEADINGS = {
+    "data": "What to train on, and how it is read and augmented.",
+    "model": "What is trained, and what it begins with.",
+    "loss": "What the loss is, how it is computed, and how processes share it.",
+    "optimization": "Batches and updates.",
+    "schedule": "How long, and the learning rate over that time.",
+    "checkpoint": "Saving and resuming.",
+    "evaluation": "What is measured while training.",
+    "device": "Devices, processes and precision.",
+    "reporting": "The run directory and what is written there.",
+}
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Train a CLIP model, or another system. Flag names are open_clip's where it has them."""
 
-    data: TrainingDataOptions = field(default_factory=TrainingDataOptions)
-    model: ModelOptions = field(default_factory=ModelOptions)
-    optim: OptimOptions = field(default_factory=OptimOptions)
-    loss: LossOptions = field(default_factory=LossOptions)
-    distributed: DistributedOptions = field(default_factory=DistributedOptions)
-    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
-    log: LogOptions = field(default_factory=LogOptions)
+    data: TrainingDataOptions = field(
+        default_factory=TrainingDataOptions, metadata={"heading": "data"}
+    )
+    model: ModelOptions = field(default_factory=ModelOptions, metadata={"heading": "model"})
+    optim: OptimOptions = field(default_factory=OptimOptions, metadata={"heading": "optimization"})
+    loss: LossOptions = field(default_factory=LossOptions, metadata={"heading": "loss"})
+    distributed: DistributedOptions = field(
+        default_factory=DistributedOptions, metadata={"heading": "device"}
+    )
+    checkpoint: CheckpointOptions = field(
+        default_factory=CheckpointOptions, metadata={"heading": "checkpoint"}
+    )
+    log: LogOptions = field(default_factory=LogOptions, metadata={"heading": "reporting"})
 
     def __post_init__(self) -> None:
         model, data = self.model, self.data
@@ -154,9 +173,12 @@ class TrainConfig:
 def parse(arguments: Sequence[str]) -> TrainConfig:
     """The configuration of a command line, which may hold `--config FILE` or `--config RECIPE`.
 
+    open_clip's flags are taken too, see `fastclip.train.open_clip_flags`.
+
     Raises:
         ValueError: the file has an unknown key; the message names the nearest known one. Or a
-            flag's value has been renamed; the message names the new one.
+            flag's value has been renamed, or an open_clip flag is none here; the message says what
+            to write instead.
         FileNotFoundError: there is no such file or recipe.
         ValueError: a value is of the right type and impossible, e.g. no epochs.
         SystemExit: a flag is unknown or a value of the wrong type (said on standard error).
@@ -165,8 +187,9 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     for name, values in OLD_VALUES.items():
         flag = flag_name(name)
         refuse_renamed(arguments, {f"{flag} {old}": f"{flag} {new}" for old, new in values.items()})
-    given = [each for file in files for each in _flags_of(file)]
-    return TrainConfig.from_dict(parse_sections(TrainConfig, given + arguments, "fastclip train"))
+    given = [each for file in files for each in adapted(_flags_of(file))]
+    given += adapted(arguments)
+    return TrainConfig.from_dict(parse_sections(TrainConfig, given, "fastclip train", HEADINGS))
 
 
 def to_yaml(config: TrainConfig) -> str:
@@ -219,13 +242,23 @@ def _flags_of(file: Path) -> list[str]:
     if not isinstance(values, dict):
         raise ValueError(f"{file} must be a list of `key: value` lines")
     values = without_commands(values, str(file))
+    # an open_clip switch that is off says nothing
+    foreign = {key: value for key, value in values.items() if is_foreign(str(key))}
+    flags = _as_flags({key: value for key, value in foreign.items() if value is not False})
+    own = {key: value for key, value in values.items() if key not in foreign}
+    for section in _arrange(own, str(file)).values():
+        flags += _as_flags(section)
+    return flags
+
+
+def _as_flags(values: Mapping[Any, Any]) -> list[str]:
+    """Values by name as they are typed."""
     flags: list[str] = []
-    for section in _arrange(values, str(file)).values():
-        for name, value in section.items():
-            flag = flag_name(name)
-            if isinstance(value, bool):
-                flags.append(flag if value else "--no-" + flag[2:])
-            else:
-                flags.append(flag)
-                flags += [str(item) for item in (value if isinstance(value, list) else [value])]
+    for name, value in values.items():
+        flag = flag_name(str(name))
+        if isinstance(value, bool):
+            flags.append(flag if value else "--no-" + flag[2:])
+        else:
+            flags.append(flag)
+            flags += [str(item) for item in (value if isinstance(value, list) else [value])]
     return flags

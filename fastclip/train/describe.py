@@ -16,7 +16,8 @@ from fastclip.ops.backend import explain
 from fastclip.train.best import best_metric
 from fastclip.train.config import TrainConfig, to_yaml
 from fastclip.train.distributed import World
-from fastclip.train.optim import warmup_steps
+from fastclip.train.optim import cooldown_steps, warmup_steps
+from fastclip.train.options import OptimOptions
 from fastclip.train.summary import labeled
 
 
@@ -78,10 +79,15 @@ def header(
         "step": f"{samples:,} samples{parts}",
         "length": f"{optim.epochs:,} epochs of {loader.steps_per_epoch:,} steps{dropped}, "
         f"{total:,} steps in all{continued}",
-        "rate": f"{optim.lr:g} after {warmup}, then {optim.lr_scheduler}",
+        "rate": f"{optim.lr:g} after {warmup}, then {optim.lr_scheduler}{_cooldown(optim, total)}",
         "keeps": _kept(config),
     }
     return [line for name, text in lines.items() for line in labeled(name, text)]
+
+
+def _cooldown(optim: OptimOptions, total: int) -> str:
+    steps = cooldown_steps(optim, total)
+    return f", the last {steps:,} steps down to {optim.lr_cooldown_end:g}" if steps else ""
 
 
 def _kept(config: TrainConfig) -> str:

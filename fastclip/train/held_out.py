@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from fastclip.data.sources import guess_type, open_source
+from fastclip.data.samples import Source
+from fastclip.data.sources import FirstSamples, guess_type, open_source
 from fastclip.data.templates import read_lines
 from fastclip.evaluate.features import ImageFeatures, embed_images, embed_texts
 from fastclip.evaluate.retrieval import evaluate_retrieval
@@ -54,7 +55,7 @@ class HeldOut(ABC):
         self.kind = guess_type(data) or config.data.dataset_type
         # --captions names what to train on; here each sample has its own
         options = replace(config.data, dataset_type=self.kind, image_root=image_root, captions=None)
-        self.source = open_source(data, options, split="val", required=required)
+        self.source: Source = open_source(data, options, split="val", required=required)
         self._reported = False
 
     def is_due(self, epoch: int) -> bool:
@@ -108,6 +109,8 @@ class Validator(HeldOut):
             required=("cls",) if config.model.objective == "classify" else ("txt",),
             image_root=data.val_image_root,
         )
+        if data.val_num_samples is not None:
+            self.source = FirstSamples(self.source, data.val_num_samples)
         self.classes = classes_of(data.val_data, self.kind)
 
     def measure(self, images: ImageFeatures) -> dict[str, float]:

@@ -124,7 +124,8 @@ def _start_wandb(folder: Path, config: TrainConfig) -> Any:
     import wandb
 
     return wandb.init(
-        project="fastclip",
+        project=config.log.wandb_project_name,
+        notes=config.log.wandb_notes,
         id=config.log.name,
         name=config.log.name,
         dir=str(folder),

@@ -70,15 +70,38 @@ def warmup_steps(options: OptimOptions, total_steps: int) -> int:
     return options.warmup if options.warmup < total_steps else total_steps // 10
 
 
+def cooldown_steps(options: OptimOptions, total_steps: int) -> int:
+    """The last steps of a run, of a schedule that cools down."""
+    if not options.cools_down:
+        return 0
+    if options.epochs_cooldown is None:
+        return total_steps // 5
+    return total_steps * options.epochs_cooldown // options.epochs
+
+
 def learning_rate(options: OptimOptions, step: int, total_steps: int) -> float:
-    """The rate of `step` (from 0): linear warm-up, then half a cosine to 0 or a constant."""
+    """The rate of `step`, from 0: of nothing but these, so that a resumed run has the same.
+
+    Linear warm-up, then half a cosine to 0, or a constant that may cool down in the last steps: as
+    open_clip's (1 - x)^p, or as 1 - x^p, which with p = 1/2 Hagele et al. 2024 find the best
+    (arXiv:2405.18392, section 3).
+    """
     warmup = warmup_steps(options, total_steps)
     if step < warmup:
         return options.lr * (step + 1) / warmup
-    if options.lr_scheduler == "const":
+    if options.lr_scheduler == "cosine":
+        progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+        return 0.5 * (1 + math.cos(math.pi * progress)) * options.lr
+    cooldown = cooldown_steps(options, total_steps)
+    if step < total_steps - cooldown or cooldown == 0:
         return options.lr
-    progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
-    return 0.5 * (1 + math.cos(math.pi * progress)) * options.lr
+    progress = min(1.0, (step - (total_steps - cooldown)) / cooldown)
+    power = options.lr_cooldown_power
+    if options.lr_scheduler == "wsd":
+        left = 1 - progress ** (0.5 if power is None else power)
+    else:
+        left = (1 - progress) ** (1.0 if power is None else power)
+    return options.lr_cooldown_end + left * (options.lr - options.lr_cooldown_end)
 
 
 def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:

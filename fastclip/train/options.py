@@ -24,18 +24,23 @@ class TrainingDataOptions(DataOptions):
     like 'scenes:caption=dense,shift=style'. Several of one type are joined by '::'."""
     train_data_upsampling_factors: str | None = flag(None, defines_run=True)
     """How many times an epoch passes over each pattern of --train-data, e.g. 1::2.5."""
-    val_data: str | None = flag(None, defines_run=False)
+    val_data: str | None = flag(None, defines_run=False, heading="evaluation")
     """As --train-data; evaluated every --val-frequency epochs."""
-    val_image_root: str | None = flag(None, defines_run=False)
+    val_image_root: str | None = flag(None, defines_run=False, heading="evaluation")
     """As --image-root, for --val-data."""
-    zeroshot_data: tuple[str, ...] = flag((), defines_run=False)
+    zeroshot_data: tuple[str, ...] = flag((), defines_run=False, heading="evaluation")
     """NAME=DATA of each labeled source on which zero-shot accuracy is measured while training,
     every --zeroshot-frequency epochs: a folder with a folder of images a class, or shards with
     classes.txt beside them. The metrics are called zeroshot/NAME/acc1 and so on."""
-    imagenet_val: str | None = flag(None, defines_run=False)
+    val_num_samples: int | None = flag(None, defines_run=False, heading="evaluation")
+    """Evaluate on the first so many samples of --val-data alone."""
+    imagenet_val: str | None = flag(None, defines_run=False, heading="evaluation")
     """open_clip's flag: ImageNet's validation images in folders called by WordNet ids; as
     --zeroshot-data imagenet=DATA, with the class names and templates of CLIP's authors."""
-    retrieval_data: tuple[str, ...] = flag((), defines_run=False)
+    imagenet_v2: str | None = flag(None, defines_run=False, heading="evaluation")
+    """As --imagenet-val, for ImageNetV2, whose folders are called 0 to 999; as --zeroshot-data
+    imagenet-v2=DATA."""
+    retrieval_data: tuple[str, ...] = flag((), defines_run=False, heading="evaluation")
     """NAME=DATA of each source on which retrieval is measured while training, every
     --zeroshot-frequency epochs; DATA as for --train-data. The metrics are called
     retrieval/NAME/text_retrieval_recall@1 and so on."""
@@ -68,14 +73,17 @@ class TrainingDataOptions(DataOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_least(self, shuffle_window=1, workers=0)
-        check_positive(self, "train_num_samples")
+        check_positive(self, "train_num_samples", "val_num_samples")
+        if self.val_num_samples is not None and self.val_data is None:
+            raise ValueError("--val-num-samples is for --val-data; leave it out")
         # reported now, not when they are opened
         _ = self.zeroshot_sources, self.retrieval_sources
 
     @property
     def zeroshot_sources(self) -> dict[str, str]:
-        """What --zeroshot-data and --imagenet-val name, by name."""
-        imagenet = () if self.imagenet_val is None else (f"imagenet={self.imagenet_val}",)
+        """What --zeroshot-data, --imagenet-val and --imagenet-v2 name, by name."""
+        published = {"imagenet": self.imagenet_val, "imagenet-v2": self.imagenet_v2}
+        imagenet = (f"{name}={data}" for name, data in published.items() if data is not None)
         return parse_sources((*imagenet, *self.zeroshot_data), "--zeroshot-data")
 
     @property
@@ -108,19 +116,21 @@ class ModelOptions(SystemOptions):
     """An open_clip model, a config shipped with fastclip, or a path to a JSON config."""
     pretrained: str | None = flag(None, defines_run=False)
     """Weights to start from: the name of open_clip weights, e.g. 'laion2b_s34b_b79k', or a path."""
-    precision: Literal["fp32", "amp", "amp_bf16"] = flag("amp_bf16", defines_run=True)
+    precision: Literal["fp32", "amp", "amp_bf16"] = flag(
+        "amp_bf16", defines_run=True, heading="device"
+    )
     """Precision of the towers: float32, float16 with a loss scale, or bfloat16. Parameters stay
     float32."""
-    grad_checkpointing: bool = flag(False, defines_run=True)
+    grad_checkpointing: bool = flag(False, defines_run=True, heading="device")
     """Recompute the towers' activations in the backward pass instead of keeping them."""
-    torchcompile: bool = flag(False, defines_run=True)
+    torchcompile: bool = flag(False, defines_run=True, heading="device")
     """Compile the towers with torch.compile."""
     attention: Literal["tower", "auto", "triton", "sdpa", "flash", "reference"] = flag(
-        "tower", defines_run=True
+        "tower", defines_run=True, heading="device"
     )
     """tower: the towers' own attention. Otherwise fastclip's under the same weights, by the fastest
     implementation that was measured (auto) or the one named."""
-    layer_norm: Literal["torch", "apex"] = flag("torch", defines_run=True)
+    layer_norm: Literal["torch", "apex"] = flag("torch", defines_run=True, heading="device")
     """The towers' layer norms: torch's, or apex's fused one where NVIDIA's apex is installed."""
 
 
@@ -133,7 +143,7 @@ class OptimOptions:
     accum_freq: int = flag(1, defines_run=True)
     """Micro-batches a step. Their gradient is exactly that of the whole batch, of every parameter;
     the towers run forward twice."""
-    epochs: int = flag(32, defines_run=True)
+    epochs: int = flag(32, defines_run=True, heading="schedule")
     """Passes over the data."""
     optimizer: Literal["adamw", "apex-adamw", "apex-lamb"] = flag("adamw", defines_run=True)
     """torch's fused AdamW, or apex's FusedAdam or FusedLAMB where NVIDIA's apex is installed."""
@@ -147,10 +157,21 @@ class OptimOptions:
     """Adam's epsilon."""
     wd: float = flag(0.2, defines_run=True)
     """Weight decay; norms, biases and the logit scale have none."""
-    warmup: int = flag(10000, defines_run=True)
+    warmup: int = flag(10000, defines_run=True, heading="schedule")
     """Steps of linear warm-up."""
-    lr_scheduler: Literal["cosine", "const"] = flag("cosine", defines_run=True)
-    """Learning-rate schedule after warm-up."""
+    lr_scheduler: Literal["cosine", "const", "const-cooldown", "wsd"] = flag(
+        "cosine", defines_run=True, heading="schedule"
+    )
+    """Learning-rate schedule after warm-up: half a cosine; constant; constant with a cooldown at
+    the end, in open_clip's form or (wsd: warmup, stable, decay) in that of Hagele et al. 2024."""
+    epochs_cooldown: int | None = flag(None, defines_run=True, heading="schedule")
+    """Epochs of the cooldown, the run's last ones; const-cooldown needs it, wsd has a fifth of the
+    run without."""
+    lr_cooldown_end: float = flag(0.0, defines_run=True, heading="schedule")
+    """Learning rate at the end of the cooldown."""
+    lr_cooldown_power: float | None = flag(None, defines_run=True, heading="schedule")
+    """Exponent p of the cooldown, at the share x of its steps: const-cooldown falls as (1 - x)^p,
+    by default 1, wsd as 1 - x^p, by default 0.5."""
     grad_clip_norm: float | None = flag(None, defines_run=True)
     """Maximum gradient norm; larger gradients are scaled down to it."""
     ema: float | None = flag(None, defines_run=True)
@@ -164,8 +185,38 @@ class OptimOptions:
     def __post_init__(self) -> None:
         check_least(self, batch_size=1, accum_freq=1, epochs=1, lr=0, wd=0, warmup=0)
         check_positive(self, "grad_clip_norm")
+        self._check_cooldown()
         if self.ema is not None and not 0 <= self.ema < 1:
             raise ValueError(f"--ema is {self.ema}; give one in [0, 1), e.g. 0.999")
+
+    def _check_cooldown(self) -> None:
+        names = "epochs_cooldown", "lr_cooldown_end", "lr_cooldown_power"
+        given = [each for each in fields(self) if each.name in names]
+        for each in given:
+            if getattr(self, each.name) != each.default and not self.cools_down:
+                raise ValueError(
+                    f"{flag_name(each.name)} is for --lr-scheduler const-cooldown and wsd, not "
+                    f"{self.lr_scheduler}; leave it out"
+                )
+        check_least(self, lr_cooldown_end=0)
+        check_positive(self, "epochs_cooldown", "lr_cooldown_power")
+        if self.lr_scheduler == "const-cooldown" and self.epochs_cooldown is None:
+            raise ValueError("--lr-scheduler const-cooldown needs --epochs-cooldown N")
+        if (self.epochs_cooldown or 0) > self.epochs:
+            raise ValueError(
+                f"--epochs-cooldown is {self.epochs_cooldown}; give at most --epochs, which is "
+                f"{self.epochs}"
+            )
+        if self.lr_cooldown_end > self.lr:
+            raise ValueError(
+                f"--lr-cooldown-end is {self.lr_cooldown_end:g}; give at most --lr, which is "
+                f"{self.lr:g}"
+            )
+
+    @property
+    def cools_down(self) -> bool:
+        """Whether the learning rate is constant until a cooldown."""
+        return self.lr_scheduler in ("const-cooldown", "wsd")
 
     def step_samples(self, processes: int) -> int:
         """Samples of a step over all processes."""
@@ -336,9 +387,9 @@ class LogOptions:
     """Name of the run directory under --logs; by default the time and the model."""
     logs: str = flag("logs", defines_run=False)
     """Directory that holds the run directories."""
-    val_frequency: int = flag(1, defines_run=False)
+    val_frequency: int = flag(1, defines_run=False, heading="evaluation")
     """Epochs between evaluations on --val-data."""
-    zeroshot_frequency: int = flag(1, defines_run=False)
+    zeroshot_frequency: int = flag(1, defines_run=False, heading="evaluation")
     """Epochs between evaluations on --zeroshot-data, --imagenet-val and --retrieval-data."""
     log_every_n_steps: int = flag(10, defines_run=False)
     """Steps between lines of metrics."""
@@ -347,6 +398,10 @@ class LogOptions:
     report_to: str = flag("tensorboard", defines_run=False)
     """Where metrics go besides metrics.jsonl: tensorboard, wandb, both joined by a comma, or
     none."""
+    wandb_project_name: str = flag("fastclip", defines_run=False)
+    """With --report-to wandb: the project there."""
+    wandb_notes: str | None = flag(None, defines_run=False)
+    """With --report-to wandb: notes on the run."""
 
     def __post_init__(self) -> None:
         check_least(self, val_frequency=1, zeroshot_frequency=1, log_every_n_steps=1)

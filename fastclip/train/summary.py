@@ -11,7 +11,7 @@ from fastclip.train.log import read_metrics
 from fastclip.train.state import TrainState
 
 # the beginnings of the names of metrics that an evaluation has
-_EVALUATED = ("val/", "zeroshot/", "retrieval/")
+EVALUATED = ("val/", "zeroshot/", "retrieval/")
 WIDTH, LABEL = 80, 10
 """Columns of a line, and of them those of its label."""
 
@@ -33,7 +33,7 @@ def summary(state: TrainState, seconds: float) -> list[str]:
     if losses:
         chance = losses[-1].get("chance_loss")
         lines["loss"] = f"{losses[-1]['loss']:.3f}" + (f" (chance {chance:.3f})" if chance else "")
-    names = {name: None for line in metrics for name in line if name.startswith(_EVALUATED)}
+    names = {name: None for line in metrics for name in line if name.startswith(EVALUATED)}
     scores = [_best_and_last(metrics, name) for name in names if "chance" not in name]
     saved = max(checkpoint.named(state.checkpoints, "epoch_"), key=checkpoint.step_of, default=None)
     files = f"{state.folder}: loss.png, metrics.jsonl" + (

@@ -59,6 +59,38 @@ def test_wrong_usage_is_status_2(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("command", "message"),
     [
+        ("trian", "fastclip: error: command 'trian' is unknown; did you mean 'train'?"),
+        ("xyzzy", "command 'xyzzy' is unknown; use one of train, eval, "),
+        (
+            "train --batchsize=3",
+            "--batchsize is unknown; did you mean --batch-size? (fastclip train",
+        ),
+        ("train -lr -1", "-lr is unknown; did you mean --lr?"),
+        ("train --lock-img --no-lock-txt", "--no-lock-txt is unknown; did you mean --no-lock-"),
+        ("eval zeroshot --modle x", "--modle is unknown; did you mean --model?"),
+        ("eval zeroshot --csv-imgkey x", "--csv-imgkey is unknown; did you mean --csv-img-key?"),
+        ("bench losses --qqq 3", "fastclip bench: error: --qqq is unknown (fastclip bench"),
+    ],
+)
+def test_a_mistyped_word_is_answered_with_the_nearest(
+    command: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(command.split())
+    assert stop.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_alone_it_prints_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([])
+    text = capsys.readouterr().err
+    assert "commands:" in text and all(f"\n  {command} " in text for command in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
         ("eval zeroshot --model x --csv-separator ab", "--csv-separator is 'ab'"),
         ("embed images scenes --model x -o a.npy --cache-bytes 0", "--cache-bytes is 0"),
         ("data preview scenes --captions short=0", "--captions 'short=0'"),

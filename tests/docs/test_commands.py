@@ -12,6 +12,7 @@ import tyro
 
 from fastclip import cli
 from fastclip.train.config import parse
+from fastclip.train.open_clip_flags import FLAGS
 from tests.docs.pages import READ, Page
 from tests.test_repo_shape import ROOT, tracked
 
@@ -23,7 +24,7 @@ SOURCES = "".join(
 )
 COMMANDS = [(page, words) for page in READ for words in page.commands()]
 # other programs' flags that the prose names
-FOREIGN = {"help", "logdir", "shm-size"}
+FOREIGN = {"help", "logdir", "shm-size", *(flag.name for flag in FLAGS if flag.status != "same")}
 
 
 class Parsed(BaseException):

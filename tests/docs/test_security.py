@@ -21,6 +21,10 @@ HELD = {
         f"{DESCRIPTION}::test_no_description_makes_a_tokenizer_run_code",
         f"{DESCRIPTION}::test_unknown_keys_and_forms_are_refused",
     ],
+    "`.safetensors`": ["models/test_hub.py::test_a_pickle_under_the_name_of_safetensors"],
+    "`config.json` of a language model": [
+        "models/test_hub.py::test_a_language_model_beside_the_description_names_no_code"
+    ],
     "checkpoints of DeepSpeed's": ["models/test_sharded.py::test_nothing_runs_unasked"],
     "checkpoints of FSDP2's": [
         "models/test_distributed_checkpoint.py::test_a_description_runs_nothing",

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fastclip import functional, native
 from fastclip.ops.gemm import count_products
+from fastclip.ops.tiles import cpp as cpp_tiles
+from fastclip.ops.tiles.torch import TorchTiles
 from tests.ops import group_oracles
 from tests.ops.cases import unit, views
 
@@ -179,7 +181,10 @@ def test_every_implementation_has_them(
 ) -> None:
     """Within roundings of features and gradients, and of logits up to the scale in float32."""
     got = found(name, role, True, dtype, backend=backend, precision="input")
-    want = wanted(name, role, True, dtype=dtype)
+    within_roundings(got, wanted(name, role, True, dtype=dtype), dtype)
+
+
+def within_roundings(got: list[Tensor], want: list[Tensor], dtype: torch.dtype) -> None:
     for mine, other in zip(got, want, strict=True):
         size = max(other.abs().max().item(), 0.1)
         roundings = 8 * torch.finfo(mine.dtype).eps + 8 * SCALE * torch.finfo(torch.float32).eps
@@ -187,6 +192,38 @@ def test_every_implementation_has_them(
             # products with G in bfloat16
             roundings += torch.finfo(dtype).eps
         assert (mine.double() - other).abs().max() <= roundings * size
+
+
+def check_positives_of_a_tile(backend: str, dtype: torch.dtype, ids: torch.dtype) -> None:
+    """SigLIP's, at the borders of what an implementation works on at a time, by its own sweep."""
+    n, groups = 150, torch.arange(150, dtype=ids) % 40
+    leaves = [*views(2, n, WIDTH, 3, 0.5), torch.tensor(SCALE), torch.tensor(-6.0)]
+    given = [leaf.to(dtype).requires_grad_() for leaf in leaves]
+    wide = [leaf.detach().double().requires_grad_() for leaf in given]
+    options = {"row_group": groups, "column_group": groups, "group_role": "positive"}
+    with pytest.MonkeyPatch.context() as patched:
+        # a sweep that is left to torch's fails
+        patched.setattr(TorchTiles, "_logits", None)
+        loss = functional.siglip_loss(
+            *given, backend=backend, chunk_bytes=n * 70 * 4, precision="input", **options
+        )
+        got = [loss, *torch.autograd.grad(loss, given)]
+        with torch.no_grad():
+            alone = functional.siglip_loss(*given, backend=backend, precision="input", **options)
+    value = group_oracles.siglip(*wide, (groups, groups), "positive").sum() / n
+    within_roundings(got, [value, *torch.autograd.grad(value, wide)], dtype)
+    within_roundings([alone], [value], dtype)
+
+
+@pytest.mark.parametrize("ids", [torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", [name for name in LOW if name != "auto"])
+def test_positives_of_a_tile(
+    backend: str, dtype: torch.dtype, ids: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpp_tiles, "BLOCK_ENTRIES", 1 << 12)
+    monkeypatch.setattr(cpp_tiles, "LEAST_COLUMNS", 16)
+    check_positives_of_a_tile(backend, dtype, ids)
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])

@@ -3,8 +3,8 @@
 from selections import (
     BORDERS,
     CPP,
-    CUDA,
     GLOBAL,
+    LIBRARY,
     MODULES,
     OPERATORS,
     OPS_ATTENTION,
@@ -302,7 +302,7 @@ OPS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("parts * (ALIGNED - 1)", "0"),
         ("-widest % ALIGNED if exact", "0 if exact"),
     ],
-    ("csrc/cuda/epilogues.cu", CUDA): [
+    ("csrc/cuda/epilogues.cu", LIBRARY): [
         ("return sum >= LEAST_SUM && sum < LARGEST_SUM;", "return sum > 0 && sum < LARGEST_SUM;"),
         ("return sum >= LEAST_SUM && sum < LARGEST_SUM;", "return sum >= LEAST_SUM;"),
         ("at.rows ? anchor : -INFINITE", "anchor"),
@@ -317,6 +317,16 @@ OPS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("exponential(v[k][c], anchor) * (u[k] + w[c])", "exponential(v[k][c], anchor) * u[k]"),
         ("exponential(0.5f * (max - about))", "sqrtf(exponential(max - about))"),
         ("(blockIdx.x - (is_row ? 0 : of_rows)) * LANES", "blockIdx.x * LANES"),
+        ("logits<!SIGNED>(tile", "logits<true>(tile"),
+        ("if (v[k][c] != LEFT_OUT) positive", "positive"),
+        ("1u << (k * C + c)", "1u << (k + c * R)"),
+        ("return sign * w[k] * __fdividef", "return w[k] * __fdividef"),
+    ],
+    ("csrc/cpu/kernels.cpp", LIBRARY): [
+        ("set_group(tile, i, signs, -1.0f)", "set_group(tile, i, signs, 1.0f)"),
+        ("if (const int64_t j = crossing(tile, i); j >= 0) signs[j] = 1.0f;", ""),
+        ("leave_out(SIGNED ? without_ids : tile, i", "leave_out(tile, i"),
+        ("if constexpr (SIGNED) g *= lanes.load(signs + j);", ""),
     ],
     ("fastclip/ops/tiles/cpp.py", CPP): [
         ("tile.diagonal - start", "tile.diagonal + start"),

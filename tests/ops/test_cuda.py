@@ -21,6 +21,7 @@ from fastclip.ops.gemm import count_products
 from fastclip.ops.tiles.base import SoftmaxStats, Tile
 from fastclip.ops.tiles.cuda import CudaTiles
 from tests.losses.test_groups import CASES as GROUPS
+from tests.losses.test_groups import check_positives_of_a_tile
 from tests.losses.test_groups import test_every_implementation_has_them as check_groups
 from tests.ops import test_kept
 from tests.ops.cases import (
@@ -131,6 +132,12 @@ def test_several_pieces_a_tile(name: str, dtype: torch.dtype) -> None:
 def test_groups_and_weights(name: str, role: str, dtype: torch.dtype) -> None:
     """Against the definitions, as the other implementations."""
     check_groups(name, role, "cuda", dtype)
+
+
+@pytest.mark.parametrize("ids", [torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_positives_of_a_tile(dtype: torch.dtype, ids: torch.dtype) -> None:
+    check_positives_of_a_tile("cuda", dtype, ids)
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -12,7 +12,7 @@ import yaml
 from fastclip.cli import main
 from fastclip.command_line import help_texts
 from fastclip.flags import defining, flatten, ordered, sections
-from fastclip.train.config import RECIPES, TrainConfig, parse, to_yaml
+from fastclip.train.config import HEADINGS, RECIPES, TrainConfig, parse, to_yaml
 
 
 def test_flags_are_open_clips() -> None:
@@ -223,21 +223,30 @@ def shown(width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 def test_help_is_grouped_and_begins_with_data_and_model(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = shown(100, monkeypatch, capsys)
-    headings = re.findall(r"^ (\w+) options$", re.sub(r" +$", "", text, flags=re.M), flags=re.M)
-    assert headings == list(sections(TrainConfig))
-    for heading, first in (
-        ("data", "--train-data"),
-        ("model", "--model"),
-        ("optim", "--batch-size"),
-    ):
-        after = text[text.index(f" {heading} options") :]
-        assert re.search(r"^  (--[a-z]\S+)", after, flags=re.M)[1] == first
-    for name, section in sections(TrainConfig).items():
-        for field in fields(section):
-            place = re.search(rf"^  --{field.name.replace('_', '-')}[ ,]", text, flags=re.M)
-            heading = re.findall(r"^ (\w+) options", text[: place.start()], flags=re.M)[-1]
-            assert heading == name, field.name
+    text = shown(80, monkeypatch, capsys)
+    parts = re.split(r"(?m)^ (\w+) options *$", text)
+    under = dict(zip(parts[1::2], parts[2::2], strict=True))
+    assert list(under) == list(HEADINGS) and len(HEADINGS) == 9
+    flags = {
+        heading: re.findall(r"^  --([a-z][\w-]*)", part, flags=re.M)
+        for heading, part in under.items()
+    }
+    first = {"data": "train-data", "model": "model", "optimization": "batch-size"}
+    first |= {"loss": "loss", "schedule": "epochs", "checkpoint": "resume"}
+    first |= {"evaluation": "val-data", "device": "device", "reporting": "name"}
+    assert {heading: each[0] for heading, each in flags.items()} == first
+    listed = [name.replace("-", "_") for each in flags.values() for name in each]
+    assert sorted(listed) == sorted(flatten(TrainConfig()))
+    for heading, sentence in HEADINGS.items():
+        assert sentence in " ".join(under[heading].split())
+
+
+def test_help_fits_its_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = shown(80, monkeypatch, capsys)
+    assert "\t" not in text and r"\t is a tab. (default: '\t')" in " ".join(text.split())
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_a_file_of_when_data_could_be_commands(tmp_path: Path, logged: Callable[[], str]) -> None:

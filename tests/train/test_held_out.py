@@ -8,12 +8,14 @@ import pytest
 import fastclip
 from fastclip.cli import main
 from fastclip.data.options import parse_sources
-from fastclip.data.sources import open_source
+from fastclip.data.sources import FirstSamples, open_source
 from fastclip.evaluate import imagenet
 from fastclip.evaluate.features import embed_images
 from fastclip.evaluate.retrieval import evaluate_retrieval
 from fastclip.evaluate.zeroshot import classes_of, evaluate_zeroshot
+from fastclip.models.clip import create
 from fastclip.train.config import parse
+from fastclip.train.held_out import Validator
 from fastclip.train.log import read_metrics
 from fastclip.train.loop import train
 from tests.conftest import jpeg
@@ -140,6 +142,12 @@ def test_imagenet_folders_have_its_names(
     found = classes_of(str(tmp_path / "val"), "imagefolder")
     assert found is not None and found[0] == ["tench", "goldfish"] and len(found[1]) == 80
     # not every name of this form is one of the thousand
+    # ImageNetV2's folders, in the order of their names as text
+    folders = sorted(map(str, range(1000)))
+    names, templates = imagenet.prompts_of(folders) or ([], [])
+    everything = imagenet.prompts()
+    assert names == [everything[0][int(folder)] for folder in folders]
+    assert templates == everything[1] and imagenet.prompts_of(folders[:999]) is None
     assert imagenet.prompts_of(["n00000001"]) is None and imagenet.prompts_of([]) is None
     assert main(["train", *flags, "--imagenet-val", str(tmp_path / "val")]) == 0
     run = Path(capsys.readouterr().out.strip())
@@ -197,3 +205,20 @@ def test_a_classifier_is_scored_on_its_own_classes(
 )
 def test_names_of_sources(text: str, name: str, data: str) -> None:
     assert parse_sources([text], "--retrieval-data") == {name: data}
+
+
+def test_the_first_samples_alone_are_validated(flags: list[str], shard: Path) -> None:
+    few = ["--val-data", f"{shard}::{shard}", "--val-num-samples", "13", "--epochs", "1"]
+    validator = Validator(parse([*flags, *few]), create(parse(flags).model.model))
+    assert validator.source.counts == (12, 1) and validator.source.parts == (1, 1)
+    images = embed_images(validator.model, validator.source, workers=0)
+    assert len(images.features) == 13
+    twice = embed_images(
+        validator.model, open_source(f"{shard}::{shard}", split="val"), workers=0
+    ).features
+    assert images.features.equal(twice[:13])
+    assert FirstSamples(validator.source, 50).counts == (12, 1)
+    with pytest.raises(ValueError, match="--val-num-samples is for --val-data"):
+        parse([*flags, "--val-num-samples", "3"])
+    with pytest.raises(ValueError, match="--val-num-samples is 0; give a positive"):
+        parse([*flags, "--val-data", "scenes", "--val-num-samples", "0"])

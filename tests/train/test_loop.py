@@ -76,10 +76,13 @@ def test_a_run_loads_as_model_preprocess_tokenizer(train_flags: list[str]) -> No
     assert not identical(dict(earlier.model.state_dict()), dict(saved))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "amp_bf16"])
-def test_resumed_equals_uninterrupted(train_flags: list[str], precision: str) -> None:
+@pytest.mark.parametrize(("precision", "schedule"), [("fp32", "cosine"), ("amp_bf16", "wsd")])
+def test_resumed_equals_uninterrupted(
+    train_flags: list[str], precision: str, schedule: str
+) -> None:
     """From a step inside the first epoch and from an epoch's end, in one process."""
     flags = [*train_flags, "--precision", precision, "--save-every-steps", "6", "--save-all"]
+    flags += ["--lr-scheduler", schedule]
     whole = train(parse([*flags, "--name", "whole", "--log-sample-ids"]))
     for cut in ("step_00000006.pt", "epoch_1.pt"):
         source = whole / "checkpoints" / cut
@@ -90,6 +93,8 @@ def test_resumed_equals_uninterrupted(train_flags: list[str], precision: str) ->
         ours, theirs = state_of(resumed, "epoch_2.pt"), state_of(whole, "epoch_2.pt")
         for key in ("state_dict", "optimizer", "rng", "data", "step"):
             assert identical(ours[key], theirs[key]), key
+        rates = [[line["lr"] for line in read_metrics(run)] for run in (whole, resumed)]
+        assert rates[1] and rates[0][-len(rates[1]) :] == rates[1]
         tail = (resumed / "samples.jsonl").read_text()
         assert tail and (whole / "samples.jsonl").read_text().endswith(tail)
 
@@ -274,6 +279,7 @@ def test_wandb_is_asked_for_by_name(
 ) -> None:
     logged = []
     finished = []
+    asked = {}
 
     class Run:
         def log(self, values: dict[str, float], step: int) -> None:
@@ -283,10 +289,11 @@ def test_wandb_is_asked_for_by_name(
             finished.append(True)
 
     # a stand-in: the package itself wants an account and a network
-    standin = types.SimpleNamespace(init=lambda **options: Run())
+    standin = types.SimpleNamespace(init=lambda **options: asked.update(options) or Run())
     monkeypatch.setitem(sys.modules, "wandb", standin)
     flags = [*train_flags, "--epochs", "1", "--report-to", "tensorboard,wandb"]
-    run = train(parse([*flags, "--name", "b"]))
+    run = train(parse([*flags, "--name", "b", "--wandb-project-name", "p", "--wandb-notes", "n"]))
+    assert (asked["project"], asked["notes"], asked["name"]) == ("p", "n", "b")
     assert logged == [(line["step"], line["loss"]) for line in read_metrics(run)]
     assert finished and list((run / "tensorboard").iterdir())
 

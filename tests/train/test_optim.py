@@ -1,7 +1,11 @@
 """The schedule and the optimizer's groups."""
 
 import math
+import re
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -71,6 +75,96 @@ def test_schedule_by_hand() -> None:
     assert learning_rate(options, 20, 12) == pytest.approx(0)
     constant = OptimOptions(lr=1.0, warmup=4, lr_scheduler="const")
     assert learning_rate(constant, 11, 12) == 1.0
+
+
+SCHEDULES = {
+    "cosine": {"lr_scheduler": "cosine"},
+    "const": {"lr_scheduler": "const"},
+    "cooldown": {"lr_scheduler": "const-cooldown", "epochs_cooldown": 3},
+    "cooldown power end": {
+        "lr_scheduler": "const-cooldown",
+        "epochs_cooldown": 7,
+        "lr_cooldown_power": 2.5,
+        "lr_cooldown_end": 1e-4,
+    },
+    "cooldown all": {"lr_scheduler": "const-cooldown", "epochs_cooldown": 10},
+    "wsd": {"lr_scheduler": "wsd"},
+    "wsd power end": {
+        "lr_scheduler": "wsd",
+        "epochs_cooldown": 4,
+        "lr_cooldown_power": 1.5,
+        "lr_cooldown_end": 3e-4,
+    },
+}
+
+
+def definition(steps: int, warmup: int, options: OptimOptions) -> np.ndarray:
+    """All rates of a run, by array, in float64."""
+    step = np.arange(steps, dtype=np.float64)
+    peak, end, kind = options.lr, options.lr_cooldown_end, options.lr_scheduler
+    share = {"const-cooldown": (options.epochs_cooldown or 0) / options.epochs, "wsd": 0.2}
+    if options.epochs_cooldown is not None:
+        share["wsd"] = options.epochs_cooldown / options.epochs
+    if kind == "cosine":
+        rates = peak * np.cos(np.pi / 2 * (step - warmup) / (steps - warmup)) ** 2
+    elif kind == "const":
+        rates = np.full(steps, peak)
+    else:
+        down = share[kind] * steps
+        x = np.clip(1 - (steps - step) / down, 0, 1)
+        power = options.lr_cooldown_power or {"const-cooldown": 1, "wsd": 0.5}[kind]
+        weight = (1 - x) ** power if kind == "const-cooldown" else 1 - x**power
+        rates = weight * peak + (1 - weight) * end
+    return np.where(step < warmup, peak * (step + 1) / warmup, rates)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize(("steps", "warmup"), [(50, 5), (1000, 1), (200, 60)])
+def test_schedules_are_their_definitions(name: str, steps: int, warmup: int) -> None:
+    options = OptimOptions(lr=2e-3, epochs=10, warmup=warmup, **SCHEDULES[name])
+    found = [learning_rate(options, step, steps) for step in range(steps)]
+    np.testing.assert_allclose(found, definition(steps, warmup, options), rtol=1e-12, atol=1e-18)
+    # past the end it stays where it is
+    last = learning_rate(options, steps, steps)
+    assert last == learning_rate(options, steps + 7, steps)
+    if options.lr_scheduler != "const":
+        assert last == pytest.approx(options.lr_cooldown_end, abs=1e-18)
+
+
+@pytest.mark.parametrize("name", ["cosine", "const", "cooldown", "cooldown power end"])
+def test_schedules_are_open_clips(name: str) -> None:
+    from open_clip_train import scheduler as theirs
+
+    options = OptimOptions(lr=2e-3, epochs=10, warmup=8, **SCHEDULES[name])
+    holder = SimpleNamespace(param_groups=[{}])
+    given = holder, options.lr, options.warmup, 100
+    if options.lr_scheduler == "const-cooldown":
+        power = options.lr_cooldown_power or 1.0
+        cooldown = 10 * (options.epochs_cooldown or 0)
+        rate = theirs.const_lr_cooldown(*given, cooldown, power, options.lr_cooldown_end)
+    else:
+        rate = {"cosine": theirs.cosine_lr, "const": theirs.const_lr}[name](*given)
+    assert [learning_rate(options, step, 100) for step in range(100)] == pytest.approx(
+        [rate(step) for step in range(100)], rel=1e-12
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"epochs_cooldown": 2}, "--epochs-cooldown is for --lr-scheduler const-cooldown and wsd"),
+        ({"lr_scheduler": "const", "lr_cooldown_power": 1}, "--lr-cooldown-power is for"),
+        ({"lr_scheduler": "const-cooldown"}, "const-cooldown needs --epochs-cooldown N"),
+        ({"lr_scheduler": "wsd", "epochs_cooldown": 33}, "give at most --epochs, which is 32"),
+        ({"lr_scheduler": "wsd", "epochs_cooldown": 0}, "--epochs-cooldown is 0; give a positive"),
+        ({"lr_scheduler": "wsd", "lr_cooldown_power": 0}, "--lr-cooldown-power is 0; give a pos"),
+        ({"lr_scheduler": "wsd", "lr_cooldown_end": 1}, "give at most --lr, which is 0.0005"),
+        ({"lr_scheduler": "wsd", "lr_cooldown_end": -1}, "--lr-cooldown-end is -1; give at least"),
+    ],
+)
+def test_what_no_schedule_can_do(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        OptimOptions(**given)
 
 
 def test_a_warmup_longer_than_the_run_is_cut() -> None:

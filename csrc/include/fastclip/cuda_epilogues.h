@@ -73,9 +73,10 @@ void end_rows(const Tile& tile, const float* part_max, const float* row_max, con
 // null, takes each warp's sums of G * cos, and behind these its sums of G.
 void gradient(const Tile& tile, Lines rows, Lines columns, Matrix out, float* sums, void* stream);
 
-// Each piece's row sums of softplus(S); unless `out.data` is null G * scale and sums as above.
+// Each piece's row sums of softplus(S); unless `out.data` is null G * scale and sums as above. With
+// `positive_ids` entries whose ids agree have -S and -G.
 void sigmoid(const Tile& tile, const float* weight, float* row_sum, Matrix out, float* sums,
-             void* stream);
+             bool positive_ids, void* stream);
 
 // out = total + coefficient_i * partner_i, rounded once; total is float32, out may be its memory.
 void finish(int64_t rows, int64_t width, Matrix total, const float* coefficient, Matrix partner,

@@ -15,7 +15,7 @@ namespace fastclip {
 
 // Raised with every change of a signature or of a meaning in these headers: a library that was
 // built before is then refused.
-constexpr int ABI = 6;
+constexpr int ABI = 7;
 
 constexpr int64_t NO_DIAGONAL = INT64_MIN;
 
@@ -86,8 +86,10 @@ void end_rows(const Tile& tile, const float* row_max, const float* running_max,
               const float* factor, float* out, int64_t out_stride, int threads);
 
 // Add softplus(S) to `row_sum`; with `sums`, G * scale in place of the cosines,
-// G = weight_i sigmoid(S).
-void sigmoid(const Tile& tile, const float* weight, float* row_sum, Sums* sums, int threads);
+// G = weight_i sigmoid(S). With `positive_ids` entries whose ids agree are not left out: they have
+// -S in place of S, and -G in place of G.
+void sigmoid(const Tile& tile, const float* weight, float* row_sum, Sums* sums, int threads,
+             bool positive_ids = false);
 
 // The instruction set in use ("avx512", "avx2", "neon", "baseline"), and those that this machine
 // can use, best first, null at the end.

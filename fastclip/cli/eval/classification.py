@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastclip.cli.eval.flags import DataEvaluation, set_head_weight
+from fastclip.cli.eval.flags import DataEvaluation
+from fastclip.cli.model_flags import set_head_weight
 from fastclip.data.templates import DEFAULT_TEMPLATES, read_lines
 from fastclip.evaluate.interpolation import (
     accuracy_by_head_weight,

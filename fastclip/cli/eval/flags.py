@@ -1,7 +1,6 @@
 """What all evaluations have in common: the model, how it encodes, and where the result goes."""
 
 import json
-import re
 import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
@@ -11,36 +10,24 @@ from typing import Annotated, Any, ClassVar, Literal
 import tyro
 
 from fastclip.bounded import read_yaml
+from fastclip.cli.model_flags import ModelFlags
 from fastclip.data.options import DataOptions
 from fastclip.data.sources import open_source
 from fastclip.evaluate import sharing
 from fastclip.evaluate.features import Encoding, ImageFeatures, embed_images
-from fastclip.evaluate.interpolation import has_two_heads
 from fastclip.evaluate.results import write_result
 from fastclip.evaluate.wds import expand_wds
 from fastclip.messages import logger
 from fastclip.models.checkpoint import is_best, run_of
 from fastclip.models.clip import Model
 from fastclip.models.image_tower import ImageSystem
-from fastclip.models.open import is_run, open_model
 from fastclip.train.distributed import world
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation(ABC):
+class Evaluation(ModelFlags, ABC):
     """Flags that every evaluation of a model has."""
 
-    model: str
-    """A run directory (its latest checkpoint is used), RUN@best, or one of its checkpoints; an
-    open_clip model, with --pretrained; hf-hub:ORG/NAME, or local-dir:FOLDER of the same files."""
-    pretrained: str | None = None
-    """For an open_clip model: the name of its weights, or a checkpoint file."""
-    average: bool = False
-    """Evaluate the averaged weights of a run with --ema."""
-    trust_checkpoint: bool = False
-    """Read a DeepSpeed checkpoint: pickles, which can run arbitrary code when they are loaded."""
-    head_weight: float | None = None
-    """For a model with weak and strong heads: the weight of the weak head in the similarity."""
     batch_size: int = 256
     """Images per batch."""
     workers: int = 2
@@ -82,17 +69,13 @@ class Evaluation(ABC):
     def run(self) -> int:
         """Measure the model on all ranks; the first prints the metrics and writes the result."""
         with world(self.device) as here, sharing.together():
-            options = (self.pretrained, self.average, self.trust_checkpoint)
-            model = open_model(self.model, here.device, *options)
+            model = self.open(here.device)
             if not self.suits(model):
                 raise ValueError(
                     f"{self.model} was trained without language: there is nothing for "
                     f"{type(self).__name__.lower()} to compare images with"
                 )
-            given = {}
-            if self.head_weight is not None:
-                set_head_weight(model, self.head_weight)
-                given = {"head_weight": self.head_weight}
+            given = {} if self.head_weight is None else {"head_weight": self.head_weight}
             metrics = {**self.measure(model), **given}
             if here.is_first:
                 self._report(metrics)
@@ -101,17 +84,14 @@ class Evaluation(ABC):
     def _report(self, metrics: dict[str, Any]) -> None:
         print(json.dumps(metrics, indent=2))
         model, pretrained, name = self.model, self.pretrained or "", self.name
-        if is_run(self.model, self.pretrained):
-            run = run_of(Path(self.model))
-            model, pretrained, folder = _architecture(run), self.model, run / "eval"
-        else:
-            folder = Path("eval", re.sub(r"[^\w.-]+", "_", f"{model}_{pretrained}").strip("_"))
+        if self.is_run:
+            model, pretrained = _architecture(run_of(Path(self.model))), self.model
         if is_best(self.model):
             # beside the result of the newest checkpoint
             name = f"{name}_best"
         if self.average:
             pretrained, name = f"{pretrained} (average)", f"{name}_average"
-        output = self.output or folder / f"{name}.json"
+        output = self.output or self.folder("eval") / f"{name}.json"
         write_result(
             output,
             dataset=self.dataset,
@@ -171,19 +151,6 @@ class DataEvaluation(Evaluation):
         if images.faults.counts and sharing.is_first():
             logger.warning(f"skipped: {images.faults.report()}")
         return images
-
-
-def set_head_weight(model: Model, weight: float) -> None:
-    """Set the weak head's share in the similarity of a model with weak and strong heads.
-
-    Raises:
-        ValueError: the share is outside [0, 1], or the model has no two heads.
-    """
-    if not 0 <= weight <= 1:
-        raise ValueError(f"--head-weight is {weight}; give one in [0, 1]")
-    if not has_two_heads(model):
-        raise ValueError("--head-weight: the model has no weak and strong heads; leave it out")
-    model.model.get_buffer("head_weight").fill_(weight)
 
 
 def _architecture(run: Path) -> str:

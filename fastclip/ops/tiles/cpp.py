@@ -208,9 +208,6 @@ class CppTiles(TorchTiles):
     def sigmoid(
         self, tile: Tile, weight_C: Tensor, out_CS: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if tile.positive_ids:
-            # the library's sweep knows ids that are left out alone
-            return super().sigmoid(tile, weight_C, out_CS)
         weight_C = weight_C.contiguous()
         row_C = torch.zeros_like(weight_C)
         sums = torch.zeros(0 if out_CS is None else 2, dtype=torch.float64)
@@ -225,6 +222,7 @@ class CppTiles(TorchTiles):
                 row_C.data_ptr(),
                 0 if out_CS is None else sums.data_ptr(),
                 torch.get_num_threads(),
+                tile.positive_ids,
             )
         return row_C, *self._scalars(sums)
 

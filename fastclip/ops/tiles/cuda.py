@@ -19,7 +19,6 @@ from torch import Tensor
 from fastclip import native
 from fastclip.ops.gemm import gradient_dtype, product
 from fastclip.ops.tiles.base import LogSumExps, SoftmaxStats, Tile
-from fastclip.ops.tiles.torch import TorchTiles
 
 # csrc/include/fastclip/cuda_epilogues.h has the same numbers
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -118,9 +117,6 @@ class CudaTiles:
         self, tile: Tile, weight_C: Tensor, out_CS: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         tile = _wide(tile)
-        if tile.positive_ids:
-            # the sweep knows ids that are left out alone
-            return TorchTiles(self.dtype).sigmoid(tile, weight_C, out_CS)
         weight_C = weight_C.contiguous()
         room_CS = out_CS if self._in_place else None
         cosines = self._cosines(tile, self._products(tile) if room_CS is None else room_CS)
@@ -134,6 +130,7 @@ class CudaTiles:
             row_PC.data_ptr(),
             _place(out_CS),
             sums.data_ptr(),
+            tile.positive_ids,
         )
         return row_PC.sum(dim=0), *self._scalars(sums)
 

@@ -1,0 +1,156 @@
+"""Features of a data set that are computed once and kept, and computed again when they must be."""
+
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.lib.format import open_memmap
+from numpy.typing import NDArray
+from PIL import Image
+
+from fastclip._version import __version__
+from fastclip.atomic import write_text
+from fastclip.bounded import read_object
+from fastclip.data.faults import FaultLog
+from fastclip.data.regular import digest_of
+from fastclip.data.samples import Source
+from fastclip.evaluate.embed import Embedding, fingerprint, image_batches
+from fastclip.evaluate.features import Encoding
+from fastclip.messages import logger
+from fastclip.models.clip import Model
+
+# faults that may be gone at the next try, although the data are the same
+_PASSING = {"shard not fetched", "shard not readable", "unreadable image file"}
+
+
+@dataclass(frozen=True)
+class KeptFeatures:
+    """Image features of a data set in a file.
+
+    features: (N, D) float32, normalized, a memory map; rows of unreadable images are NaN.
+    readable: the number of the others.
+    """
+
+    features: NDArray[np.float32]
+    readable: int
+
+
+def keep_features(
+    model: Model, source: Source, file: Path, encoding: Encoding, *, name: str
+) -> KeptFeatures:
+    """The features of a source's images, out of a file if it has them.
+
+    Beside FILE.npy, FILE.json says what they are of: the model and its weights, the preprocessing,
+    the precision, the data's files with their sizes and times, and fastclip's version. If any of
+    these is different now, all is computed again, and the log says what has changed; also after
+    faults that may be gone, such as a shard that could not be fetched. Stopped, the computation is
+    resumed. Of several processes that want the same file one computes it.
+
+    Args:
+        file: ends in .npy; its folder is made.
+        name: of the model, as the user gave it.
+
+    Raises:
+        ValueError: no image can be read, or the model's features are not finite.
+        OSError: the file cannot be written.
+    """
+    identity = {
+        "model": name,
+        "weights": fingerprint(model.model),
+        "preprocessing": preprocessing_digest(model.preprocess),
+        "precision": encoding.precision,
+        "data": source.digest(),
+        "version": __version__,
+    }
+    count = sum(source.counts)
+    described = file.with_suffix(".json")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(file.parent):
+        before = _read(described)
+        changed = [part for part, value in identity.items() if before.get(part) != value]
+        if not changed and (features := _load(file, count)) is not None:
+            return KeptFeatures(features, before["readable"])
+        _announce(file, count, changed if before else [])
+        # what described the old features must never be beside the new ones
+        described.unlink(missing_ok=True)
+        embedding = Embedding(file, count, identity)
+        embedding.discard_other()
+        faults = FaultLog()
+        batches = partial(
+            image_batches,
+            model,
+            source,
+            batch_size=encoding.batch_size,
+            workers=encoding.workers,
+            precision=encoding.precision,
+            faults=faults,
+        )
+        embedding.run(batches, progress=encoding.progress)
+        if faults.counts:
+            logger.warning(f"left out: {faults.report()}")
+        features = open_memmap(file, mode="r")
+        readable = int(np.isfinite(features[:, 0]).sum())
+        if not readable:
+            raise ValueError(f"none of {count:,} images can be read: {faults.summary()}")
+        if not _PASSING & faults.counts.keys():
+            write_text(described, json.dumps({**identity, "readable": readable}, indent=1) + "\n")
+    return KeptFeatures(features, readable)
+
+
+def preprocessing_digest(preprocess: Callable[[Any], torch.Tensor]) -> str:
+    """A digest of what a transform makes of a fixed image: which pixels a tower sees."""
+    shape = (600, 900, 3)
+    noise = np.random.PCG64(0).random_raw(np.prod(shape) // 8).view(np.uint8).reshape(shape)
+    pixels = preprocess(Image.fromarray(noise)).contiguous()
+    return digest_of([tuple(pixels.shape), pixels.dtype, pixels.numpy().tobytes()])
+
+
+def _announce(file: Path, count: int, changed: list[str]) -> None:
+    if changed:
+        are = " and ".join([", ".join(changed[:-1]), changed[-1]] if changed[1:] else changed)
+        logger.info(f"changed since {file} was made: {are}; its features are computed again")
+    else:
+        logger.info(f"features of {count:,} images: computed now, then kept in {file}")
+
+
+def _read(described: Path) -> dict[str, Any]:
+    """What the features are said to be of; empty where nothing is, or nothing that can be read."""
+    try:
+        content = read_object(described)
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content.get("readable"), int) else {}
+
+
+def _load(file: Path, count: int) -> NDArray[np.float32] | None:
+    """The features; None where they are damaged or missing."""
+    # a named pipe, which a run from elsewhere may hold, would be waited for
+    if not file.is_file():
+        return None
+    try:
+        features = open_memmap(file, mode="r")
+    except (OSError, ValueError, EOFError):
+        return None
+    whole = features.ndim == 2 and len(features) == count and features.dtype == np.float32
+    return features if whole else None
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold a folder; another process that wants it waits."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        # some file systems have no locks; of theirs two at a time must not be started
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
