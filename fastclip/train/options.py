@@ -66,6 +66,9 @@ class TrainingDataOptions(DataOptions):
     text_augment: Literal["none", "weak", "strong"] = flag("none", defines_run=True)
     """weak: stop-words removed, often. strong: then a synonym, a swap or a deletion as well. The
     strong views of --objective are strong in any case."""
+    caption_views: Literal["single", "multi"] = flag("single", defines_run=True)
+    """single: all of a sample's texts in a step are augmentations of one caption. multi: each is of
+    a caption drawn for it, where a sample has several."""
     workers: int | None = flag(None, defines_run=False)
     """Processes that load data, of each training process; 0 loads in the training process itself.
     By default this process's share of the cores, at most 4. Does not change the samples."""
