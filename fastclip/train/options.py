@@ -143,6 +143,9 @@ class OptimOptions:
 
     batch_size: int = flag(128, defines_run=True)
     """Samples a micro-batch of one process; times --accum-freq and the processes, of a step."""
+    global_batch: int | None = flag(None, defines_run=False)
+    """Samples of a step, over all processes, that the other settings are meant for; recipes say it.
+    A run with another number is warned, and trains."""
     accum_freq: int = flag(1, defines_run=True)
     """Micro-batches a step. Their gradient is exactly that of the whole batch, of every parameter;
     the towers run forward twice."""
@@ -187,7 +190,7 @@ class OptimOptions:
 
     def __post_init__(self) -> None:
         check_least(self, batch_size=1, accum_freq=1, epochs=1, lr=0, wd=0, warmup=0)
-        check_positive(self, "grad_clip_norm")
+        check_positive(self, "grad_clip_norm", "global_batch")
         self._check_cooldown()
         if self.ema is not None and not 0 <= self.ema < 1:
             raise ValueError(f"--ema is {self.ema}; give one in [0, 1), e.g. 0.999")
