@@ -37,6 +37,9 @@ EXTRAS = {
     "nvidia": "dali",
     "transformers": "recaption",
     "spacy": "tagger",
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
+    "onnxscript": "onnx",
 }
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from fastclip.cli.convert_models import FromOpenClip, ToHub, ToOpenClip, ToUniversal
+from fastclip.cli.convert_models import FromOpenClip, ToHub, ToOnnx, ToOpenClip, ToUniversal
 from fastclip.cli.convert_order import AroOrder
 from fastclip.command_line import parse_flags
 from fastclip.data.convert import convert_cifar10, convert_table
@@ -185,6 +185,7 @@ ConvertConfig = (
     | Corrupt
     | AroOrder
     | ToHub
+    | ToOnnx
     | ToOpenClip
     | FromOpenClip
     | ToUniversal

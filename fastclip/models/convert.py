@@ -101,7 +101,7 @@ def export_universal(source: Path, target: Path, *, trust_checkpoint: bool = Fal
         ValueError: the checkpoint is not a folder of DeepSpeed's, or is not trusted.
     """
     path = checkpoint.resolve(source)
-    if not sharded.is_sharded(path):
+    if not sharded.is_sharded(path) or sharded.is_distributed(path):
         raise ValueError(f"{path} is not DeepSpeed's: it resumes on any number of processes")
     checkpoint.require_trust(path, trust_checkpoint)
     sharded.to_universal(path, target)

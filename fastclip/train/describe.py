@@ -127,6 +127,9 @@ def _name_of_loss(config: TrainConfig) -> str:
         return f"{config.loss.loss} ({config.loss.global_variant})"
     if config.model.objective == "clip" and config.loss.siglip:
         return "siglip"
+    if config.loss.distills:
+        stored = " and ".join(config.loss.distill_embeddings or ())
+        return f"clip, distilled from {config.loss.distill_model or stored}"
     return config.model.objective
 
 

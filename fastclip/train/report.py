@@ -49,6 +49,7 @@ class Report:
         self._state, self._first = state, state.world.is_first
         self._log = RunLog(state.folder, state.step, config) if self._first else None
         self._shown = False
+        self._caption: str | None = None
         self._cut = _CutTexts()
         self._grouped = 0
         self._faults = FaultLog()
@@ -80,7 +81,8 @@ class Report:
             self._log.close()
             plot_loss(self._state.folder)
             if error is None:
-                logger.info("\n".join(summary(self._state, time.perf_counter() - self._began)))
+                seconds = time.perf_counter() - self._began
+                logger.info("\n".join(summary(self._state, seconds, self._caption)))
         if self._faults.counts:
             # the places were shown when they came up
             logger.warning(f"skipped samples and shards: {self._faults.summary()}")
@@ -135,6 +137,7 @@ class Report:
 
     def _show_captions(self, batches: list[dict[str, Any]]) -> None:
         captions = [text for texts in batches[0].get("captions", ()) for text in texts[:1]][:2]
+        self._caption = next(iter(captions), None)
         for text in captions:
             # as the tokenizer gets it
             self._say("\n".join(labeled("caption", textwrap.shorten(text, WIDTH - LABEL))))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fastclip.bench import compare, plots, readme, records, report
+from fastclip.bench import compare, measured, plots, records, report
 from fastclip.bench.kinds import KINDS, number
 from fastclip.cli import main
 from tests.test_repo_shape import ROOT
@@ -80,7 +80,7 @@ def test_failures_are_reported(tmp_path: Path) -> None:
     record = records.read(changed(tmp_path, "x.json", row=fail))
     message = "fastclip failed where a baseline ran, at: siglip n = 8,192 D = 512."
     assert message in report.markdown([record])
-    page = " ".join(readme.section(record, ["x.json"]).split())
+    page = " ".join(measured.section(record, ["x.json"]).split())
     assert message in page and "open_clip for clip of 8,192 rows (out of memory)" in page
     # at no size, though it ran for another loss
     assert "pytorch_metric_learning for nt_xent (not tried beyond 256)" in page
@@ -180,37 +180,38 @@ def test_other_benchmarks_and_rows_are_refused(tmp_path: Path) -> None:
         compare.compare(losses, other)
 
 
-def test_the_readme_is_made_of_committed_results() -> None:
-    """After `fastclip bench report FILES --readme README.md` nothing is left to change."""
-    text = (ROOT / "README.md").read_text()
-    names = readme.named(text)
-    content = readme.section(readme.merge([ROOT / name for name in names]), names)
-    assert text == readme.replaced(text, content)
-    assert f"]({readme.PLOT.as_posix()})" in text and (ROOT / readme.PLOT).is_file()
+def test_the_page_is_made_of_committed_results() -> None:
+    """After `fastclip bench report FILES --page docs/benchmarks.md` nothing is left to change."""
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    names = measured.named(text)
+    content = measured.section(measured.merge([ROOT / name for name in names]), names)
+    assert text == measured.replaced(text, content)
+    front = (ROOT / "README.md").read_text()
+    assert f"]({measured.PLOT.as_posix()})" in front and (ROOT / measured.PLOT).is_file()
 
 
-def test_a_readme_is_written_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_page_is_written_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "README.md"
-    page.write_text(f"before\n\n{readme.BEGIN}\nold\n{readme.END}\n\nafter\n")
+    page.write_text(f"before\n\n{measured.BEGIN}\nold\n{measured.END}\n\nafter\n")
     shutil.copy(LOSSES, tmp_path / "r.json")
-    assert main(["bench", "report", str(tmp_path / "r.json"), "--readme", str(page)]) == 0
+    assert main(["bench", "report", str(tmp_path / "r.json"), "--page", str(page)]) == 0
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert "`r.json`" in text and "| `clip_loss` | 887 |" in text
     assert "| `clip_loss` | 1.42 × | 1.46 × |" in text
-    assert "open_clip compiled" in (tmp_path / readme.PLOT).read_text()
+    assert "open_clip compiled" in (tmp_path / measured.PLOT).read_text()
     # again, from the files that it names
-    assert main(["bench", "report", "--readme", str(page)]) == 0
+    assert main(["bench", "report", "--page", str(page)]) == 0
     assert page.read_text() == text
     page.write_text("nothing")
-    assert main(["bench", "report", str(tmp_path / "r.json"), "--readme", str(page)]) == 1
-    assert readme.BEGIN in capsys.readouterr().err and page.read_text() == "nothing"
+    assert main(["bench", "report", str(tmp_path / "r.json"), "--page", str(page)]) == 1
+    assert measured.BEGIN in capsys.readouterr().err and page.read_text() == "nothing"
 
 
 def test_one_table_is_of_one_machine(tmp_path: Path) -> None:
     other = changed(tmp_path, "x.json", environment={"device": "another"})
     with pytest.raises(ValueError, match="one machine"):
-        readme.merge([LOSSES, other])
+        measured.merge([LOSSES, other])
 
 
 def test_curves_are_against_rows_and_widths(tmp_path: Path) -> None:
@@ -228,10 +229,10 @@ def test_curves_are_against_rows_and_widths(tmp_path: Path) -> None:
 
 
 def test_the_same_plot_has_the_same_bytes(tmp_path: Path) -> None:
-    panels = plots.loss_panels(records.read(LOSSES), "clip", 512, readme.SHOWN)
+    panels = plots.loss_panels(records.read(LOSSES), "clip", 512, measured.SHOWN)
     speed, memory = panels
     assert isinstance(speed, plots.Bars) and isinstance(memory, plots.Panel)
-    assert set(memory.lines) == set(readme.SHOWN)
+    assert set(memory.lines) == set(measured.SHOWN)
     rows = [r for r in records.read(LOSSES).rows if (r["operator"], r["n"]) == ("clip", 8192)]
     times = {row["baseline"]: row["p50"] for row in rows}
     ratio = times["open_clip compiled"] / times["fastclip"]  # the fastest, as the table has it

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -206,7 +207,9 @@ def test_eval_on_scenes_and_what_it_says_of_mistakes(
 
 
 @pytest.mark.slow
-def test_quickstart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quickstart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A tenth of the real one: every file is there, and the scores leave chance behind."""
     assert main(["quickstart", "--logs", str(tmp_path), "--samples", "2560"]) == 0
     output = capsys.readouterr().out
@@ -216,6 +219,9 @@ def test_quickstart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (folder / "retrieval.png").stat().st_size > 20_000
     result = json.loads((folder / "eval" / "zeroshot_retrieval_scenes.json").read_text())
     assert result["metrics"]["image_retrieval_recall@5"] > 0.02
+    monkeypatch.chdir(tmp_path)
+    command = output.partition("search it")[2].splitlines()[0]
+    assert main(shlex.split(command)[1:]) == 0 and Path("search.png").is_file()
 
 
 def test_bench_prints_ratios_and_writes_json(

@@ -26,6 +26,10 @@ HELD = {
         "models/test_hub.py::test_a_language_model_beside_the_description_names_no_code"
     ],
     "checkpoints of DeepSpeed's": ["models/test_sharded.py::test_nothing_runs_unasked"],
+    "checkpoints of FSDP2's": [
+        "models/test_distributed_checkpoint.py::test_a_description_runs_nothing",
+        "models/test_distributed_checkpoint.py::test_what_torch_would_unpickle_is_refused",
+    ],
     "data named by a command": [
         f"{REMOTE}::test_commands_are_refused",
         f"{REMOTE}::test_nothing_of_the_data_starts_a_program",
@@ -42,6 +46,9 @@ HELD = {
     "Without one, a `.pt` file's own checksums": [FUZZ],
     "A `.pt` file that names a DeepSpeed folder": [
         f"{CHECKPOINT}::test_a_file_names_no_folder_to_unpickle"
+    ],
+    "A folder that is FSDP2's by its files": [
+        "models/test_distributed_checkpoint.py::test_no_folder_is_trusted_by_half"
     ],
     "No file is written through a link": [
         "test_atomic.py::test_no_file_is_written_through_a_link",

@@ -22,20 +22,20 @@ class ReportConfig:
     """Folder for report.md and its plots."""
     markdown: Path | None = None
     """Markdown file to write instead of --output's report.md, with the plots beside it."""
-    readme: Path | None = None
+    page: Path | None = None
     """File whose text between <!-- bench:losses --> and <!-- /bench --> is updated, with the plot
-    docs/performance.svg beside it. Without PATHs, from the files that the text names."""
+    docs/performance.svg of its checkout. Without PATHs, from the files that the text names."""
 
     def run(self) -> int:
         """Read all files first, then write."""
-        import fastclip.bench.readme as readme
+        import fastclip.bench.measured as measured
         import fastclip.bench.records as records
         import fastclip.bench.report as report
 
-        if self.readme is not None:
+        if self.page is not None:
             if self.output is not None or self.markdown is not None:
-                raise ValueError("--readme writes the README alone; leave out --output, --markdown")
-            readme.update(self.readme, self.files)
+                raise ValueError("--page writes that page alone; leave out --output, --markdown")
+            measured.update(self.page, self.files)
             return 0
         if self.output is not None and self.markdown is not None:
             raise ValueError("--output and --markdown are two places; give one")

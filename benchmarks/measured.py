@@ -1,4 +1,4 @@
-"""The README's table of losses, made of committed results."""
+"""The table of losses on a page, made of committed results."""
 
 import re
 import textwrap
@@ -17,19 +17,20 @@ PLOT = Path("docs", "performance.svg")
 SHOWN = ("fastclip", "open_clip", "open_clip compiled")
 
 
-def update(readme: Path, files: Sequence[Path] = ()) -> None:
-    """Write the section between the markers anew, and the plot for the first screen.
+def update(page: Path, files: Sequence[Path] = ()) -> None:
+    """Write the section between the markers anew, and the README's plot of the same results.
 
     Args:
-        readme: the file; the plot's path is relative to its folder.
+        page: the file, in a checkout's first folder or in its docs/.
         files: results; none means those that the section names.
 
     Raises:
         ValueError: there are no markers, or no files.
         FileNotFoundError: a file does not exist.
     """
-    text = readme.read_text()
-    root = readme.resolve().parent
+    text = page.read_text()
+    folder = page.resolve().parent
+    root = folder.parent if folder.name == PLOT.parent.name else folder
     chosen = [Path(file).resolve() for file in files] or [root / name for name in named(text)]
     merged = merge(chosen)
     names = [_relative(file, root) for file in chosen]
@@ -38,11 +39,11 @@ def update(readme: Path, files: Sequence[Path] = ()) -> None:
     if panels:
         (root / PLOT).parent.mkdir(exist_ok=True)
         plots.figure(panels, root / PLOT)
-    write_text(readme, new)
+    write_text(page, new)
 
 
 def named(text: str) -> list[str]:
-    """The files that a README's section names, relative to it."""
+    """The files that a page's section names, relative to the checkout."""
     found = re.findall(r"`([^`\s]+\.json)`", _cut(text)[1])
     if not found:
         raise ValueError(f"the text after {BEGIN} names no JSON file; give files")
@@ -50,7 +51,7 @@ def named(text: str) -> list[str]:
 
 
 def replaced(text: str, content: str) -> str:
-    """The README's text with another section."""
+    """The page's text with another section."""
     head, _, tail = _cut(text)
     return f"{head}\n{content}\n{tail}"
 
@@ -226,17 +227,17 @@ def _left_out(groups: Sequence[Group]) -> str:
 def _cut(text: str) -> tuple[str, str, str]:
     """The text up to the first marker, between, and from the second on."""
     if text.count(BEGIN) != 1 or END not in text.split(BEGIN)[1]:
-        raise ValueError(f"the README needs {BEGIN} once, and {END} after it")
+        raise ValueError(f"the page needs {BEGIN} once, and {END} after it")
     head, rest = text.split(BEGIN)
     old, tail = rest.split(END, maxsplit=1)
     return head + BEGIN, old, END + tail
 
 
 def _relative(file: Path, root: Path) -> str:
-    """A file's name in the README.
+    """A file's name on the page.
 
     Raises:
-        ValueError: it lies elsewhere than under the README's folder.
+        ValueError: it lies outside the checkout.
     """
     try:
         return file.relative_to(root).as_posix()
