@@ -205,9 +205,9 @@ void add_cuda(py::module_ module) {
     module.def(
         "statistics",
         [](const Tile& tile, Address row_max, Address row_sum, Address column_max,
-           Address column_sum, bool maxima, Address stream) {
+           Address column_sum, bool maxima, const Biases* biases, Address stream) {
             cuda::statistics(tile, {at(row_max), at(row_sum)}, {at(column_max), at(column_sum)},
-                             maxima, at<void>(stream));
+                             maxima, biases, at<void>(stream));
         },
         unlocked);
     module.def(
@@ -235,9 +235,10 @@ void add_cuda(py::module_ module) {
     module.def(
         "gradient",
         [](const Tile& tile, Address row_lse, Address row_weight, Address column_lse,
-           Address column_weight, Place out, Address sums, Address stream) {
+           Address column_weight, Place out, Address sums, const Biases* biases,
+           Address stream) {
             cuda::gradient(tile, {at(row_lse), at(row_weight)},
-                           {at(column_lse), at(column_weight)}, matrix(out), at(sums),
+                           {at(column_lse), at(column_weight)}, matrix(out), at(sums), biases,
                            at<void>(stream));
         },
         unlocked);

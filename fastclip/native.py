@@ -15,7 +15,7 @@ import torch
 
 from fastclip._version import __version__
 
-ABI = 7
+ABI = 8
 """csrc/include/fastclip/epilogues.h has the same number."""
 HOW_TO_BUILD_CUDA = "install nvcc 12.8 or newer, or set CUDACXX"
 HOW_TO_BUILD = "pip install again with a C++ compiler (gcc 11 or clang 14, or newer)"

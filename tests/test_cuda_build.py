@@ -195,7 +195,7 @@ def test_a_lane_moves_four_entries_at_a_time(tmp_path: Path) -> None:
     subprocess.run([NVCC, *flags, str(source), "-o", str(ptx)], check=True)
     kernels = re.findall(r"\.entry (\w+)(.*?)^}", ptx.read_text(), re.DOTALL | re.MULTILINE)
     sweeps = [(name, text) for name, text in kernels if "merge" not in name]
-    assert len(sweeps) == len(kernels) - 1 == 15
+    assert len(sweeps) == len(kernels) - 1 == 21
     for name, text in sweeps:
         reads_only = re.search("statistics_kernel|sigmoid_kernelILb0", name)
         assert len(re.findall(r"ld\.global[\w.]*\.v4\.", text)) == 8, name
@@ -268,7 +268,8 @@ def test_what_is_missing_is_reported(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert (native.cuda_unavailable_reason() is None) == (message is None)
     assert main(["info"]) == 0
-    assert f"  cuda      {native.cuda_unavailable_reason() or 'built'}\n" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert f" cuda {native.cuda_unavailable_reason() or 'built'} operators on " in said
     gpu = torch.device("cuda")
     if message is None:
         assert backend.choose("similarity", "cuda", gpu, torch.bfloat16) == "cuda"

@@ -69,25 +69,26 @@ struct Sums {
         return __all_sync(ALL_LANES, served);
     }
 
-    // About each line's own maximum.
-    __device__ void about_maxima(const float (&v)[R][C]) {
+    // About each line's own maximum; an entry's logits in its row's softmax and in its column's.
+    template <class OfRow, class OfColumn>
+    __device__ void about_maxima(OfRow&& of_row, OfColumn&& of_column) {
         float line[R];
         for (int k = 0; k < R; ++k)
-            line[k] = fmaxf(fmaxf(v[k][0], v[k][1]), fmaxf(v[k][2], v[k][3]));
+            line[k] = fmaxf(fmaxf(of_row(k, 0), of_row(k, 1)), fmaxf(of_row(k, 2), of_row(k, 3)));
         row_max = lines_over_lanes(line, Larger{});
         if (COLUMNS) {
             for (int c = 0; c < C; ++c) {
-                column_max[c] = v[0][c];
-                for (int k = 1; k < R; ++k) column_max[c] = fmaxf(column_max[c], v[k][c]);
+                column_max[c] = of_column(0, c);
+                for (int k = 1; k < R; ++k) column_max[c] = fmaxf(column_max[c], of_column(k, c));
                 column_sum[c] = 0.0f;
                 for (int k = 0; k < R; ++k)
-                    column_sum[c] += exponential(v[k][c], finite(column_max[c]));
+                    column_sum[c] += exponential(of_column(k, c), finite(column_max[c]));
             }
         }
         for (int k = 0; k < R; ++k) {
             const float anchor = finite(of_line(row_max, k));
             line[k] = 0.0f;
-            for (int c = 0; c < C; ++c) line[k] += exponential(v[k][c], anchor);
+            for (int c = 0; c < C; ++c) line[k] += exponential(of_row(k, c), anchor);
         }
         row_sum = lines_over_lanes(line, Plus{});
     }
@@ -96,17 +97,35 @@ struct Sums {
     static __device__ bool in_range(float sum) { return sum >= LEAST_SUM && sum < LARGEST_SUM; }
 };
 
-template <bool COLUMNS>
+// The biases of a lane's rows and columns, 0 outside of the tile.
+struct OwnBiases {
+    float row[R], column[C];
+
+    __device__ OwnBiases(const Biases& biases, const Place& at) {
+        for (int k = 0; k < R; ++k) row[k] = k < at.rows ? biases.row[at.row + k] : 0.0f;
+        for (int c = 0; c < C; ++c) column[c] = c < at.columns ? biases.column[at.column + c] : 0.0f;
+    }
+};
+
+// Biased, an entry has two logits, and every line is about its own maximum.
+template <bool COLUMNS, bool BIASED>
 __global__ void __launch_bounds__(THREADS)
-    statistics_kernel(Tile tile, Running rows, Running columns, bool maxima) {
+    statistics_kernel(Tile tile, Biases biases, Running rows, Running columns, bool maxima) {
     const Place at(tile);
     const float anchor = shared_anchor(tile);
     float v[R][C];
     Sums<COLUMNS> found;
     logits(tile, at, -INFINITE, v);
     // no memory is read again for it: a warp decides by itself
-    const bool own = maxima || !found.about(anchor, v, at);
-    if (own) found.about_maxima(v);
+    const bool own = BIASED || maxima || !found.about(anchor, v, at);
+    if constexpr (BIASED) {
+        const OwnBiases bias(biases, at);
+        found.about_maxima([&](int k, int c) { return v[k][c] + bias.column[c]; },
+                           [&](int k, int c) { return v[k][c] + bias.row[k]; });
+    } else if (own) {
+        const auto logit = [&](int k, int c) { return v[k][c]; };
+        found.about_maxima(logit, logit);
+    }
     if constexpr (COLUMNS) {
         alignas(Vector<float>) __shared__ float shared_max[WARPS][TILE_COLUMNS];
         alignas(Vector<float>) __shared__ float shared_sum[WARPS][TILE_COLUMNS];
@@ -269,10 +288,23 @@ __device__ void store_sums(float* sums, const Place& at, float dot, float total,
     sums[int64_t{gridDim.x} * WARPS + at.warp()] = total;
 }
 
-template <bool COLUMNS, class Out>
+// A column's sum over the warps, each of which has that of its rows, to the piece's workspace.
+__device__ void store_columns(const float (&sum)[C], const Tile& tile, const Place& at,
+                              float* to) {
+    __shared__ float of_warp[WARPS][TILE_COLUMNS];
+    for (int c = 0; c < C; ++c) of_warp[warp_index()][lane_index() * C + c] = sum[c];
+    __syncthreads();
+    const int64_t j = at.across * TILE_COLUMNS + threadIdx.x;
+    if (threadIdx.x >= TILE_COLUMNS || j >= tile.columns) return;
+    float total = 0.0f;
+    for (int w = 0; w < WARPS; ++w) total += of_warp[w][threadIdx.x];
+    to[at.down * tile.columns + j] = total;
+}
+
+template <bool COLUMNS, bool BIASED, class Out>
 __global__ void __launch_bounds__(THREADS)
     gradient_kernel(Tile tile, Lines rows, Lines columns, Out* out, int64_t out_stride,
-                    float* sums) {
+                    float* sums, Biases biases) {
     const Place at(tile);
     float v[R][C], dot = 0.0f, total = 0.0f;
     logits(tile, at, LEFT_OUT, v);
@@ -281,15 +313,15 @@ __global__ void __launch_bounds__(THREADS)
     // a lane has one row's, and gives it to the others
     const Weighted own = weighted(rows, at.row, own_line(), at.rows, offset);
     Weighted of_column[C];
-    if constexpr (COLUMNS) {
+    if constexpr (COLUMNS)
+        for (int c = 0; c < C; ++c)
+            of_column[c] = weighted(columns, at.column, c, at.columns, offset);
+    if constexpr (COLUMNS && !BIASED) {
         const float anchor = shared_anchor(tile);
         bool served = true;
         const float own_factor = own.factor(anchor, served);
         float u[R], w[C];
-        for (int c = 0; c < C; ++c) {
-            of_column[c] = weighted(columns, at.column, c, at.columns, offset);
-            w[c] = of_column[c].factor(anchor, served);
-        }
+        for (int c = 0; c < C; ++c) w[c] = of_column[c].factor(anchor, served);
         if (__all_sync(ALL_LANES, served)) {
             for (int k = 0; k < R; ++k) u[k] = of_line(own_factor, k);
             emit(to, v, scale, dot, total,
@@ -301,9 +333,26 @@ __global__ void __launch_bounds__(THREADS)
     Weighted of_row[R];
     for (int k = 0; k < R; ++k)
         of_row[k] = {finite(of_line(own.anchor, k)), of_line(own.weight, k)};
-    emit(to, v, scale, dot, total, [&](int k, int c) {
-        return of_row[k].of(v[k][c]) + (COLUMNS ? of_column[c].of(v[k][c]) : 0.0f);
-    });
+    if constexpr (BIASED) {
+        const OwnBiases bias(biases, at);
+        float by_row[R] = {}, by_column[C] = {};
+        emit(to, v, scale, dot, total, [&](int k, int c) {
+            const float of_rows = of_row[k].of(v[k][c] + bias.column[c]);
+            const float of_columns = COLUMNS ? of_column[c].of(v[k][c] + bias.row[k]) : 0.0f;
+            by_column[c] += of_rows;
+            by_row[k] += of_columns;
+            return of_rows + of_columns;
+        });
+        store_columns(by_column, tile, at, biases.column_sum);
+        if constexpr (COLUMNS) {
+            const float of_line = lines_over_lanes(by_row, Plus{});
+            if (at.stores_line()) biases.row_sum[at.line(tile)] = of_line;
+        }
+    } else {
+        emit(to, v, scale, dot, total, [&](int k, int c) {
+            return of_row[k].of(v[k][c]) + (COLUMNS ? of_column[c].of(v[k][c]) : 0.0f);
+        });
+    }
     store_sums(sums, at, dot, total, scale);
 }
 
@@ -359,9 +408,12 @@ void with_gradient(Matrix out, Work&& work) {
 
 }  // namespace
 
-void statistics(const Tile& tile, Running rows, Running columns, bool maxima, void* stream) {
-    launch("statistics", columns.max ? statistics_kernel<true> : statistics_kernel<false>,
-           pieces(tile), stream, tile, rows, columns, maxima);
+void statistics(const Tile& tile, Running rows, Running columns, bool maxima, const Biases* biases,
+                void* stream) {
+    auto kernel = columns.max ? statistics_kernel<true, false> : statistics_kernel<false, false>;
+    if (biases) kernel = columns.max ? statistics_kernel<true, true> : statistics_kernel<false, true>;
+    launch("statistics", kernel, pieces(tile), stream, tile, biases ? *biases : Biases{}, rows,
+           columns, maxima);
 }
 
 void begin_rows(const Tile& tile, Running rows, float* row_dot, void* stream) {
@@ -382,12 +434,17 @@ void end_rows(const Tile& tile, const float* part_max, const float* row_max, con
     });
 }
 
-void gradient(const Tile& tile, Lines rows, Lines columns, Matrix out, float* sums, void* stream) {
+void gradient(const Tile& tile, Lines rows, Lines columns, Matrix out, float* sums,
+              const Biases* biases, void* stream) {
     with_gradient(out, [&](auto* data) {
         using Out = std::remove_pointer_t<decltype(data)>;
-        auto kernel = columns.lse ? gradient_kernel<true, Out> : gradient_kernel<false, Out>;
+        auto kernel = columns.lse ? gradient_kernel<true, false, Out>
+                                  : gradient_kernel<false, false, Out>;
+        if (biases)
+            kernel = columns.lse ? gradient_kernel<true, true, Out>
+                                 : gradient_kernel<false, true, Out>;
         launch("gradient", kernel, pieces(tile), stream, tile, rows, columns, data, out.stride,
-               sums);
+               sums, biases ? *biases : Biases{});
     });
 }
 

@@ -69,7 +69,7 @@ struct Memory {
     }
 };
 
-// Random cosines, entries left out by a diagonal or by ids.
+// Random cosines, entries left out by a diagonal or by ids, or biases.
 struct Problem {
     int64_t rows, columns, stride;
     float scale;
@@ -79,6 +79,7 @@ struct Problem {
     std::vector<int32_t> row_id, column_id;
     std::vector<int64_t> long_row_id, long_column_id;
     int64_t diagonal;
+    Line row_bias, column_bias;
 
     Problem(int64_t rows, int64_t columns, int64_t stride, float scale)
         : rows(rows), columns(columns), stride(stride), scale(scale), data(rows * stride),
@@ -109,6 +110,18 @@ struct Problem {
         }
         return other;
     }
+    // as far apart as logarithms of frequencies; some leave a line out
+    Problem with_biases() const {
+        Problem other = *this;
+        for (int64_t i = 0; i < rows; ++i)
+            other.row_bias.push_back(i % 23 == 4 ? -INF : -0.3f * float(i % 13));
+        for (int64_t j = 0; j < columns; ++j)
+            other.column_bias.push_back(j % 19 == 2 ? -INF : -0.5f * float(j % 17));
+        return other;
+    }
+    Biases biases(float* row_sum = nullptr, float* column_sum = nullptr) const {
+        return {row_bias.data(), column_bias.data(), row_sum, column_sum};
+    }
     cuda::Tile tile(Memory& room) const {
         room = Memory(rows, columns, stride, Type::F32);
         for (int64_t i = 0; i < rows; ++i)
@@ -133,6 +146,11 @@ struct Problem {
     bool left_out(int64_t i, int64_t j) const { return j == i + diagonal || same_id(i, j); }
     double cosine(int64_t i, int64_t j) const { return data[i * stride + j]; }
     double logit(int64_t i, int64_t j) const { return double{scale} * cosine(i, j) + offset; }
+    // in a row's softmax, or a column's
+    double logit(int64_t i, int64_t j, bool row) const {
+        if (row_bias.empty()) return logit(i, j);
+        return logit(i, j) + (row ? column_bias[j] : row_bias[i]);
+    }
     // relative error of an exponential: of a logit in float32, and of the anchor's span
     double rounding() const { return 4e-7 * (std::fabs(scale) + std::fabs(offset) + 8); }
 };
@@ -141,7 +159,7 @@ double max_of(const Problem& p, int64_t line, bool row) {
     double max = -INF;
     for (int64_t k = 0; k < (row ? p.columns : p.rows); ++k) {
         const int64_t i = row ? line : k, j = row ? k : line;
-        if (!p.left_out(i, j)) max = std::fmax(max, p.logit(i, j));
+        if (!p.left_out(i, j)) max = std::fmax(max, p.logit(i, j, row));
     }
     return max;
 }
@@ -151,7 +169,7 @@ double lse_of(const Problem& p, int64_t line, bool row) {
     double sum = 0;
     for (int64_t k = 0; k < (row ? p.columns : p.rows); ++k) {
         const int64_t i = row ? line : k, j = row ? k : line;
-        if (!p.left_out(i, j)) sum += std::exp(p.logit(i, j) - max);
+        if (!p.left_out(i, j) && max > -INF) sum += std::exp(p.logit(i, j, row) - max);
     }
     return max == -INF ? -INF : max + std::log(sum);
 }
@@ -178,8 +196,9 @@ Found statistics_of(const std::vector<Problem>& tiles, bool both, bool maxima) {
         const cuda::Tile tile = p.tile(room);
         const int64_t across = tile.pieces_across(), down = tile.pieces_down();
         Statistics rows(across * p.rows), columns(down * p.columns);
+        const Biases biases = p.biases();
         cuda::statistics(tile, rows.running(), both ? columns.running() : Running{}, maxima,
-                         nullptr);
+                         p.row_bias.empty() ? nullptr : &biases, nullptr);
         cuda::Partials of_columns{};
         if (both)
             of_columns = {down, p.columns, columns.running(), found.columns.running()};
@@ -264,6 +283,25 @@ void check_sums(const Line& sums, double dot, double total, double size, double 
     near(found[1], total, size * rounding, "sum of G");
 }
 
+// A sum, and that of its terms' sizes.
+struct Sum {
+    double sum = 0, size = 0;
+
+    void add(double term) {
+        sum += term;
+        size += std::fabs(term);
+    }
+};
+
+// What the pieces found, (pieces, lines), over all of them.
+void check_lines_sum(const Line& pieces, const Sum* want, int64_t lines, double rounding,
+                     const std::string& what) {
+    std::vector<double> found(lines);
+    for (size_t k = 0; k < pieces.size(); ++k) found[k % lines] += pieces[k];
+    for (int64_t line = 0; line < lines; ++line)
+        near(found[line], want[line].sum, rounding * want[line].size + 1e-30, what);
+}
+
 // Some lines have no weight.
 void check_gradient(const Problem& p, bool both, Type type, float loss_scale = 1.0f) {
     Line row_lse, row_weight, column_lse, column_weight;
@@ -281,17 +319,23 @@ void check_gradient(const Problem& p, bool both, Type type, float loss_scale = 1
     Memory& out = type == Type::F32 ? room : other;
     Line sums(2 * tile.pieces_across() * tile.pieces_down() * cuda::WARPS);
     const Lines columns{column_lse.data(), column_weight.data()};
+    Line row_sum(tile.pieces_across() * p.rows), column_sum(tile.pieces_down() * p.columns);
+    const Biases biases = p.biases(row_sum.data(), column_sum.data());
     cuda::gradient(tile, {row_lse.data(), row_weight.data()}, both ? columns : Lines{},
-                   out.matrix(), sums.data(), nullptr);
+                   out.matrix(), sums.data(), p.row_bias.empty() ? nullptr : &biases, nullptr);
     out.check_margin("G");
     double dot = 0, total = 0, size = 1e-9 * loss_scale;
+    std::vector<Sum> by_row(p.rows), by_column(p.columns);
     for (int64_t i = 0; i < p.rows; ++i) {
         for (int64_t j = 0; j < p.columns; ++j) {
             double want = 0, terms = 0;
+            const double of_row = p.logit(i, j, true), of_column = p.logit(i, j, false);
             if (!p.left_out(i, j)) {
-                terms = want = row_weight[i] * std::exp(p.logit(i, j) - row_lse[i]);
-                const double other = column_weight[j] * std::exp(p.logit(i, j) - column_lse[j]);
-                if (both) want += other;
+                if (of_row > -INF) terms = want = row_weight[i] * std::exp(of_row - row_lse[i]);
+                by_column[j].add(want);
+                double other = 0;
+                if (of_column > -INF) other = column_weight[j] * std::exp(of_column - column_lse[j]);
+                if (both) want += other, by_row[i].add(other);
                 if (both) terms += std::fabs(other);
             }
             dot += want * p.cosine(i, j);
@@ -305,6 +349,10 @@ void check_gradient(const Problem& p, bool both, Type type, float loss_scale = 1
         }
     }
     check_sums(sums, dot, total, size, 2 * p.rounding());
+    if (p.row_bias.empty()) return;
+    check_lines_sum(row_sum, by_row.data(), p.rows, 2 * p.rounding(), "gradient by a row's bias");
+    check_lines_sum(column_sum, by_column.data(), p.columns, 2 * p.rounding(),
+                    "gradient by a column's bias");
 }
 
 // Entries whose ids agree are left out or, with `positive_ids`, have -S and -G.
@@ -403,7 +451,7 @@ void check_nan() {
         Memory room(0, 0, 1, Type::F32);
         const cuda::Tile tile = p.tile(room);
         cuda::gradient(tile, {row_lse.data(), weight.data()}, {lse.data(), weight.data()},
-                       room.matrix(), nullptr, nullptr);
+                       room.matrix(), nullptr, nullptr, nullptr);
         for (int64_t j = 0; j < p.columns; ++j) {
             expect(std::isnan(room.at(3, j)) == (spoilt_line || j == 5), "NaN in a gradient");
             expect(!std::isnan(room.at(4, j)), "NaN in another row's gradient");
@@ -513,6 +561,8 @@ int main() {
                 p.with_ids(3, 2, true),
                 p.with_ids(1, 1, false),
                 p.with_diagonal(1).with_offset(-10.0f),
+                p.with_biases().with_diagonal(3),
+                p.with_biases().with_ids(7, 11, false).with_offset(2.0f),
             };
             for (size_t which = 0; which < std::size(cases); ++which) {
                 // the first scale with all, the others with a third; types of G in turn
@@ -522,6 +572,8 @@ int main() {
                 check_statistics(each);
                 check_gradient(each, true, odd ? Type::F32 : Type::BF16);
                 check_gradient(each, false, odd ? Type::BF16 : Type::F32);
+                // the losses that have these have no biases
+                if (!each.row_bias.empty()) continue;
                 if (!each.has_offset) check_rows(each, odd ? Type::F32 : Type::BF16);
                 check_sigmoid(each, odd ? Type::F32 : Type::BF16);
                 if (!each.row_id.empty())

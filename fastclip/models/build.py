@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from fastclip.models import checkpoint
 from fastclip.models.classifier import Classifier
@@ -23,6 +22,7 @@ from fastclip.models.clip import (
 from fastclip.models.clip import describe as describe_towers
 from fastclip.models.image_tower import load_image_tower
 from fastclip.models.language_model import LanguageModelTower, with_language_model
+from fastclip.models.lock import lock_towers
 from fastclip.models.options import SystemOptions
 from fastclip.models.rocket import Rocket
 from fastclip.models.simclr import SimCLR
@@ -59,8 +59,7 @@ def build(
     base = create(name, device, pretrained=None if begin else pretrained, siglip=siglip)
     if options.text_lm is not None:
         base = with_language_model(base, options)
-    if options.lock_image:
-        lock_image(base.model, options)
+    lock_towers(base.model, options)
     width = describe_towers(name, base)["model_cfg"]["embed_dim"]
     built = _wrap(base, width, device, options, classes)
     if begin:
@@ -71,21 +70,6 @@ def build(
         path = checkpoint.resolve(Path(options.finetune))
         load_image_tower(base.model, checkpoint.read_weights(path, trust=trust_checkpoint))
     return built
-
-
-def lock_image(model: nn.Module, options: SystemOptions) -> None:
-    """Freeze the image tower of an open_clip model but for its last groups of layers."""
-    # open_clip's own freezing of statistics takes timm's normalizations for plain ones, and drops
-    # the activations that they hold
-    model.lock_image_tower(unlocked_groups=options.lock_image_unlocked_groups)  # type: ignore[operator]
-    if not options.lock_image_freeze_bn_stats:
-        return
-    from timm.layers import freeze_batch_norm_2d
-
-    for parent in list(model.visual.modules()):  # type: ignore[union-attr]
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.BatchNorm2d) and not child.weight.requires_grad:
-                setattr(parent, name, freeze_batch_norm_2d(child))
 
 
 def _wrap(

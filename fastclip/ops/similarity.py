@@ -108,9 +108,6 @@ def similarity_statistics(
     biases = checks.check_biases(x, y, column_statistics, row_bias, column_bias)
     check_columns(ranks, y.shape[0])
     chosen = backends.choose("similarity", backend, x.device, compute_dtype)
-    if biases != (None, None) and chosen == "cuda":
-        # its sweeps know none
-        chosen = "torch"
     options = problem.options(
         compute_dtype,
         chosen,

@@ -11,8 +11,8 @@
 | `fsdp`, `shard` | the same by FSDP2 |
 | `zero`, `zero_config` | the same by DeepSpeed |
 | `sharded_checkpoint` | folders that all ranks write |
-| `objective`, `accumulate`, `wrapped` | outputs and loss, exact gradients |
-| `optim`, `average` | updates |
+| `objective`, `teacher` | outputs and loss; a teacher's features |
+| `accumulate`, `wrapped`, `optim`, `average` | exact gradients, updates |
 | `validate`, `held_out` | evaluation at the ends of epochs |
 | `report`, `meter`, `log`, `health` | bar, speed, files of metrics, hints and NaN |
 | `distributed`, `watch`, `stop` | several ranks, those that fail, signals |

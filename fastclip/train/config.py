@@ -72,6 +72,8 @@ class TrainConfig:
             )
         if self.loss.loss == "global":
             self._check_global()
+        if self.loss.distills:
+            self._check_distillation()
         if self.loss.group_duplicates and (objective != "clip" or model.hard_negatives):
             raise ValueError(
                 "--group-duplicates is for --objective clip without --hard-negatives; leave it out"
@@ -118,6 +120,22 @@ class TrainConfig:
             raise ValueError(
                 f"--text-lm-cache-bytes is {model.text_lm_cache_bytes}, but FSDP2's ranks must "
                 "run all layers together; leave it out with --fsdp"
+            )
+
+    def _check_distillation(self) -> None:
+        """Refuse what a teacher does not go with."""
+        name = "--distill-model" if self.loss.distill_model else "--distill-embeddings"
+        if self.model.objective != "clip" or self.loss.siglip or self.loss.loss == "global":
+            raise ValueError(
+                f"{name} is for the softmax loss of --objective clip, without --siglip and --loss "
+                "global; leave it out"
+            )
+        data = self.data
+        varied = data.sentence_sampling or data.text_augment != "none" or data.captions
+        if self.loss.distill_embeddings and varied:
+            raise ValueError(
+                "--distill-embeddings has one text a sample: leave out --captions, "
+                "--sentence-sampling and --text-augment"
             )
 
     def _check_global(self) -> None:

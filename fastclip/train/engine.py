@@ -18,7 +18,8 @@ from fastclip.train.average import TEACHER_DECAY, WeightAverage
 from fastclip.train.config import TrainConfig
 from fastclip.train.distributed import World
 from fastclip.train.health import NOTHING, NonFiniteError, first_non_finite
-from fastclip.train.objective import objective_of
+from fastclip.train.objective import ClipObjective, objective_of
+from fastclip.train.teacher import build_teacher
 
 
 class Engine:
@@ -43,6 +44,10 @@ class Engine:
         self.average: WeightAverage | None = None
         if self.objective.needs_teacher or config.optim.ema is not None:
             self._begin_average(TEACHER_DECAY if config.optim.ema is None else config.optim.ema)
+        self._distilled = build_teacher(config, model, world.device, samples)
+        if self._distilled is not None:
+            assert isinstance(self.objective, ClipObjective)
+            self.objective.teacher_scale = self._distilled.logit_scale
         self.norm = torch.zeros(())
         self.skipped = 0
         refuse_batch_norm(self.model, config.optim.accum_freq)
@@ -134,6 +139,8 @@ class Engine:
 
     def _taught(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """A teacher's features of a micro-batch."""
+        if self._distilled is not None:
+            return self._distilled(Engine._inputs(self, batch))
         if not self.objective.needs_teacher:
             return {}
         assert self.average is not None

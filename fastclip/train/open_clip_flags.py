@@ -102,7 +102,9 @@ FLAGS: tuple[Flag, ...] = (
         "refused",
         "give `--finetune` the checkpoint or the run directory to take the image tower from",
     ),
-    *_same("lock-image", "lock-image-unlocked-groups", "lock-image-freeze-bn-stats"),
+    *_same("lock-image"),
+    Flag("lock-image-unlocked-groups", text="also for open_clip's own ResNets"),
+    *_same("lock-image-freeze-bn-stats"),
     Flag("image-mean", "refused", "images are normalized as the model's weights were trained"),
     Flag("image-std", "refused", "images are normalized as the model's weights were trained"),
     Flag("image-interpolation", "refused", "images are resized as the model's weights expect"),
@@ -144,11 +146,8 @@ FLAGS: tuple[Flag, ...] = (
         "leave `CUDA_VISIBLE_DEVICES` as it is: each process takes the GPU of its `LOCAL_RANK`",
     ),
     *_same("seed", "grad-clip-norm"),
-    Flag(
-        "lock-text", "refused", "with `--text-lm` the last `--text-lm-unfrozen` layers are trained"
-    ),
-    Flag("lock-text-unlocked-layers", "refused", "see `--lock-text`"),
-    Flag("lock-text-freeze-layer-norm", "refused", "see `--lock-text`"),
+    *_same("lock-text", "lock-text-unlocked-layers"),
+    Flag("lock-text-freeze-layer-norm", text="for Hugging Face towers; others need no flag"),
     Flag("log-every-n-steps", text="10 by default, not 100"),
     Flag("coca-caption-loss-weight", "refused", _COCA),
     Flag("coca-contrastive-loss-weight", "refused", _COCA),
@@ -156,8 +155,8 @@ FLAGS: tuple[Flag, ...] = (
     Flag("remote-sync-frequency", "refused", _SYNC),
     Flag("remote-sync-protocol", "refused", _SYNC),
     *_same("delete-previous-checkpoint"),
-    Flag("distill-model", "refused", "`fastclip.DistillClipLoss` is the loss, for your own script"),
-    Flag("distill-pretrained", "refused", "see `--distill-model`"),
+    Flag("distill-model", text="also with `--accum-freq`; stored: `--distill-embeddings`"),
+    *_same("distill-pretrained"),
     Flag(
         "use-bnb-linear", "refused", "int8 layers are not trained here; use `--precision amp_bf16`"
     ),

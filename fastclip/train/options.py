@@ -260,6 +260,18 @@ class LossOptions:
     --objective clip. By default they are negatives."""
     group_by: Literal["caption", "image"] = flag("caption", defines_run=True)
     """With --group-duplicates: duplicates have the same text, or the same image file."""
+    distill_model: str | None = flag(None, defines_run=True)
+    """Teacher whose softmax over a batch's pairs is a target besides the pairs themselves: as
+    --model, of the same image size and tokens."""
+    distill_pretrained: str | None = flag(None, defines_run=True)
+    """The teacher's weights, as --pretrained."""
+    distill_embeddings: tuple[str, str] | None = flag(None, defines_run=True)
+    """Instead of --distill-model: the teacher's stored features of images and of texts, .npy files
+    of one row a sample in the order of the data, e.g. 'images-{000..041}.npy' 'texts.npy'."""
+    distill_logit_scale: float | None = flag(None, defines_run=True)
+    """With --distill-embeddings: the teacher's logit scale, exponentiated, e.g. 100."""
+    distill_weight: float = flag(1.0, defines_run=True)
+    """Weight of the distillation term, which is added to the contrastive one."""
     siglip: bool = flag(False, defines_run=True)
     """The sigmoid loss; the model gets a logit bias."""
     local_loss: bool = flag(False, defines_run=False)
@@ -276,6 +288,7 @@ class LossOptions:
 
     def __post_init__(self) -> None:
         self._check_global()
+        self._check_distillation()
         if not self.gather_with_grad:
             raise ValueError(
                 "--no-gather-with-grad is not the full batch's gradient; leave the flag out"
@@ -287,6 +300,29 @@ class LossOptions:
             raise ValueError(
                 f"--loss-backend {self.loss_backend} is unknown; use auto or {', '.join(known)}"
             )
+
+    def _check_distillation(self) -> None:
+        """Refuse half of a teacher, and two."""
+        stored = self.distill_embeddings
+        if (self.distill_model is None) != (self.distill_pretrained is None):
+            raise ValueError(
+                "--distill-model and --distill-pretrained name a teacher together; give both"
+            )
+        if self.distill_model is not None and stored is not None:
+            raise ValueError("--distill-model and --distill-embeddings are two teachers; give one")
+        if (stored is None) != (self.distill_logit_scale is None):
+            raise ValueError(
+                "--distill-embeddings needs --distill-logit-scale, and that is for it alone; give "
+                "both"
+            )
+        if self.distill_weight != 1 and not self.distills:
+            raise ValueError("--distill-weight is for --distill-model and --distill-embeddings")
+        check_positive(self, "distill_logit_scale", "distill_weight")
+
+    @property
+    def distills(self) -> bool:
+        """Whether there is a teacher."""
+        return self.distill_model is not None or self.distill_embeddings is not None
 
     def _check_global(self) -> None:
         """Refuse options of global losses that are out of range, or that nothing would use."""

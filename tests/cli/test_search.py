@@ -99,10 +99,19 @@ def test_an_image_finds_itself_first(capsys: pytest.CaptureFixture[str]) -> None
     assert search("--image", "photos/2.jpg", "--image", "photos/4.jpg", "--data", "photos") == 0
     first, second, _ = capsys.readouterr().out.split("\n\n")
     for shown, name in ((first, "2.jpg"), (second, "4.jpg")):
-        title, _, best, *others = shown.splitlines()
+        title, header, best, *others = shown.splitlines()
+        assert header.split() == ["score", "image"]
         assert title == f"photos/{name}" and best.split() == ["1", "1.000", name]
         # all five, although eight is the default
         assert len(others) == 4
+
+
+def test_embed_writes_the_same_features() -> None:
+    assert search("red", "--data", "photos") == 0
+    model = "--model tiny.json --pretrained w.pt --workers 0"
+    assert main(f"embed images photos {model} -o features.npy".split()) == 0
+    (file,) = Path("search/tiny.json_w.pt").glob("*.npy")
+    assert np.array_equal(np.load("features.npy"), np.load(file))
 
 
 @pytest.mark.parametrize("kind", ["shard", "table", "classes", "wds"])

@@ -321,6 +321,15 @@ OPS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("if (v[k][c] != LEFT_OUT) positive", "positive"),
         ("1u << (k * C + c)", "1u << (k + c * R)"),
         ("return sign * w[k] * __fdividef", "return w[k] * __fdividef"),
+        ("return v[k][c] + bias.column[c]; },", "return v[k][c] + bias.row[k]; },"),
+        ("biases.column[at.column + c] : 0.0f", "biases.column[c] : 0.0f"),
+        (".of(v[k][c] + bias.row[k])", ".of(v[k][c])"),
+        ("by_row[k] += of_columns", "by_row[k] += of_rows"),
+        ("to[at.down * tile.columns + j] = total", "to[j] = total"),
+    ],
+    ("fastclip/ops/tiles/cuda.py", "tests/ops/test_cuda.py -k biases"): [
+        ("row_C.new_empty((down, columns))", "row_C.new_empty((across, columns))"),
+        ("None if columns is None else by_row.sum(dim=0), by_column", "None, by_column"),
     ],
     ("csrc/cpu/kernels.cpp", LIBRARY): [
         ("set_group(tile, i, signs, -1.0f)", "set_group(tile, i, signs, 1.0f)"),
@@ -541,15 +550,15 @@ OPS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ),
     ],
     ("fastclip/ops/distillation.py", OPERATORS): [
-        ("torch.zeros_like(lse_N) if", "torch.ones_like(lse_N) if"),
+        ("torch.zeros_like(lse) if", "torch.ones_like(lse) if"),
     ],
     ("fastclip/ops/distillation.py", MODULES + " -k distillation"): [
         ("row, column = lse_N - mean_N", "row, column = lse_N + mean_N"),
         ("weighted.mul_(shrink)", "weighted.mul_(1)"),
         ("torch.exp(maximum - found)", "torch.exp(found - maximum)"),
-        ("G_CN.mul_(d_row_N[rows, None])", "G_CN.mul_(d_row_N[:1, None])"),
+        ("G_CM.mul_(d_row_N[rows, None])", "G_CM.mul_(d_row_N[:1, None])"),
         ("dscale_N.sum() / asked.scale", "dscale_N.sum() * asked.scale"),
-        ("T_CN).mul_(self.teacher_scale)", "T_CN).mul_(self.scale)"),
+        ("T_CM).mul_(self.teacher_scale)", "T_CM).mul_(self.scale)"),
     ],
     ("fastclip/ops/estimators.py", GLOBAL): [
         ("torch.where(before == -math.inf, log_g, moved)", "moved"),

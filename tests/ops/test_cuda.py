@@ -20,10 +20,11 @@ from fastclip.ops import backend, kept
 from fastclip.ops.gemm import count_products
 from fastclip.ops.tiles.base import SoftmaxStats, Tile
 from fastclip.ops.tiles.cuda import CudaTiles
+from fastclip.ops.tiles.torch import TorchTiles
 from tests.losses.test_groups import CASES as GROUPS
 from tests.losses.test_groups import check_positives_of_a_tile
 from tests.losses.test_groups import test_every_implementation_has_them as check_groups
-from tests.ops import test_kept
+from tests.ops import test_biases, test_kept
 from tests.ops.cases import (
     LOSSES,
     check_error_rule,
@@ -132,6 +133,28 @@ def test_several_pieces_a_tile(name: str, dtype: torch.dtype) -> None:
 def test_groups_and_weights(name: str, role: str, dtype: torch.dtype) -> None:
     """Against the definitions, as the other implementations."""
     check_groups(name, role, "cuda", dtype)
+
+
+@pytest.mark.parametrize("keep_bytes", [0, None])
+@pytest.mark.parametrize("kind", test_biases.KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_biases_are_the_definitions(dtype: torch.dtype, kind: str, keep_bytes: int | None) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        # a sweep that is left to torch's fails
+        patched.setattr(TorchTiles, "_logits", None)
+        test_biases.test_every_implementation_has_them("cuda", dtype, kind, keep_bytes)
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        test_biases.test_maxima_have_them,
+        test_biases.test_a_bias_far_below_does_not_vanish,
+        test_biases.test_only_columns_have_biases_or_only_rows,
+    ],
+)
+def test_biases_as_elsewhere(test: Callable[[str], None]) -> None:
+    test("cuda")
 
 
 @pytest.mark.parametrize("ids", [torch.int32, torch.int64])

@@ -18,6 +18,7 @@ from fastclip.train.config import parse
 from fastclip.train.log import plot_loss, read_metrics
 from fastclip.train.stop import StopSignals
 from fastclip.train.summary import WIDTH
+from tests.conftest import jpeg
 
 
 def said(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
@@ -50,7 +51,7 @@ def test_a_run_says_what_it_is_and_how_it_went(
         "scenes, 70 samples an epoch, loaded in this process",
         "M parameters, fp32 on cpu",
         "2 epochs of 8 steps (6 samples an epoch fill no step), 16 steps in all",
-        "0.0005 after 1 steps of warm-up (a tenth of the run, which --warmup",
+        "0.0005 after 1 step of warm-up (a tenth of the run, which --warmup",
     ):
         assert part in text
     # the configuration is in the file alone
@@ -74,8 +75,8 @@ def test_a_run_says_what_it_is_and_how_it_went(
 
     commands = text.partition("\nnext\n")[2].splitlines()[:3]
     assert [shlex.split(line)[:2] for line in commands] == [
+        ["fastclip", "search"],
         ["fastclip", "eval"],
-        ["fastclip", "embed"],
         ["fastclip", "convert"],
     ]
     arguments = [
@@ -83,6 +84,45 @@ def test_a_run_says_what_it_is_and_how_it_went(
         for word in shlex.split(commands[2])[1:]
     ]
     assert main(arguments) == 0 and (tmp_path / "model.pt").exists()
+
+
+@pytest.mark.parametrize("with_val", [False, True])
+def test_the_search_that_is_printed_runs(
+    with_val: bool,
+    train_flags: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In a table with names, columns and folders that have to be quoted or said."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path("my photos")
+    for name in ("train", "val"):
+        (folder / name).mkdir(parents=True)
+        lines = ["where;what"]
+        for number in range(9):
+            (folder / name / f"{number}.jpg").write_bytes(jpeg((number * 20, 9, 9)))
+            lines.append(f'{number}.jpg;- it\'s "{name}" number {number}, in many more words')
+        Path(f"my {name}.csv").write_text("\n".join(lines))
+    flags = ["--train-data", "my train.csv", "--image-root", str(folder / "train")]
+    flags += "--csv-img-key where --csv-caption-key what --csv-separator ;".split()
+    if with_val:
+        flags += ["--val-data", "my val.csv", "--val-image-root", str(folder / "val")]
+    flags += ["--train-num-samples", "9", "--epochs", "1", "--name", "a b"]
+    text = said(capsys, *train_flags, *flags)
+    command = shlex.split(text.partition("\nnext\n")[2].splitlines()[0])
+    assert command[:2] == ["fastclip", "search"] and command[2].startswith('it\'s "train" num')
+    assert main(command[1:]) == 0
+    found = capsys.readouterr().out
+    assert ('"val"' if with_val else '"train"') in found.partition("caption\n")[2]
+    assert Path("search.png").is_file()
+
+
+def test_a_run_without_language_is_not_searched_by_text(
+    train_flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = said(capsys, *train_flags, "--objective", "simclr", "--epochs", "1", "--name", "s")
+    assert "\nnext\n" in text and "fastclip search" not in text
 
 
 def test_a_name_that_has_nothing_to_resume_is_said_below_the_rest(

@@ -47,8 +47,10 @@ struct Matrix {
 };
 
 // Statistics of each piece's rows and, unless `columns.max` is null, columns, without the offset.
-// Without `maxima` an anchor that serves may stand in a maximum's place.
-void statistics(const Tile& tile, Running rows, Running columns, bool maxima, void* stream);
+// Without `maxima` an anchor that serves may stand in a maximum's place. Biases are null or as in
+// epilogues.h.
+void statistics(const Tile& tile, Running rows, Running columns, bool maxima, const Biases* biases,
+                void* stream);
 
 // Statistics of each piece's rows by their maxima; exp(S - maximum of the piece's row) in place of
 // the cosines, and the rows' sums of that times cos.
@@ -70,8 +72,10 @@ void end_rows(const Tile& tile, const float* part_max, const float* row_max, con
               Matrix out, void* stream);
 
 // G * scale into `out`, float32 (also in place) or bf16; `columns.lse` may be null. `sums`, unless
-// null, takes each warp's sums of G * cos, and behind these its sums of G.
-void gradient(const Tile& tile, Lines rows, Lines columns, Matrix out, float* sums, void* stream);
+// null, takes each warp's sums of G * cos, and behind these its sums of G. What G has by biases goes
+// to their `column_sum` and, where columns count, `row_sum`, of each piece as statistics do.
+void gradient(const Tile& tile, Lines rows, Lines columns, Matrix out, float* sums,
+              const Biases* biases, void* stream);
 
 // Each piece's row sums of softplus(S); unless `out.data` is null G * scale and sums as above. With
 // `positive_ids` entries whose ids agree have -S and -G.

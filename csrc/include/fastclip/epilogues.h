@@ -15,7 +15,7 @@ namespace fastclip {
 
 // Raised with every change of a signature or of a meaning in these headers: a library that was
 // built before is then refused.
-constexpr int ABI = 7;
+constexpr int ABI = 8;
 
 constexpr int64_t NO_DIAGONAL = INT64_MIN;
 

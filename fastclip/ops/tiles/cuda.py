@@ -11,7 +11,7 @@ Shape suffixes: C rows of a tile, S its columns, P pieces of a line, D feature w
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,31 @@ from fastclip.ops.tiles.base import LogSumExps, SoftmaxStats, Tile
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # rows of S and G begin aligned for cuBLAS and for loads of four entries
 ALIGNED_ENTRIES = 16
+
+
+class _Biases(NamedTuple):
+    """A tile's biases, and room for what each piece finds of their gradients."""
+
+    row_C: Tensor
+    column_S: Tensor
+    row_sum_PC: Tensor
+    column_sum_PS: Tensor
+
+    @classmethod
+    def of(cls, tile: Tile, down: int = 0, across: int = 0) -> "_Biases | None":
+        """Those of a tile in so many pieces, 0 where one side has none."""
+        if tile.row_bias_C is None and tile.column_bias_S is None:
+            return None
+        rows, columns = len(tile.x_CD), len(tile.y_SD)
+        row_C, column_S = (
+            tile.scale.new_zeros(size) if bias is None else bias
+            for size, bias in ((rows, tile.row_bias_C), (columns, tile.column_bias_S))
+        )
+        room = row_C.new_empty((across, rows)), row_C.new_empty((down, columns))
+        return cls(row_C, column_S, *room)
+
+    def described(self) -> Any:
+        return native.library().Biases(*_addresses(self))
 
 
 class CudaTiles:
@@ -41,6 +66,7 @@ class CudaTiles:
         self._library = native.library().cuda
         self._pool: dict[str, Tensor] = {}
         self._begun: tuple[Any, Tensor, Tensor] | None = None
+        self.bias_sums: tuple[Tensor | None, Tensor | None] = (None, None)
 
     def operand(self, features: Tensor) -> Tensor:
         return features if features.stride(1) == 1 else features.contiguous()
@@ -62,7 +88,16 @@ class CudaTiles:
         if columns is not None:
             of_columns = tile.scale.new_empty((2, down, len(tile.y_SD)))
         columns_at = (0, 0) if of_columns is None else _addresses(of_columns)
-        self._queue("statistics", tile, cosines, *_addresses(of_rows), *columns_at, self.maxima)
+        biases = _Biases.of(tile)
+        self._queue(
+            "statistics",
+            tile,
+            cosines,
+            *_addresses(of_rows),
+            *columns_at,
+            self.maxima,
+            None if biases is None else biases.described(),
+        )
         self._merge(tile, (of_rows, rows), (of_columns, columns))
 
     def gradient(
@@ -82,6 +117,7 @@ class CudaTiles:
         if columns is not None:
             columns = LogSumExps(*(line.contiguous() for line in columns))
         sums = self._room_for_sums(cosines, tile, scalars)
+        biases = _Biases.of(tile, *cosines.pieces)
         self._queue(
             "gradient",
             tile,
@@ -90,7 +126,11 @@ class CudaTiles:
             *((0, 0) if columns is None else _addresses(columns)),
             _place(out_CS),
             sums.data_ptr() if scalars else 0,
+            None if biases is None else biases.described(),
         )
+        if biases is not None:
+            by_row, by_column = biases.row_sum_PC, biases.column_sum_PS
+            self.bias_sums = None if columns is None else by_row.sum(dim=0), by_column.sum(dim=0)
         return self._scalars(sums)
 
     def begin_rows(self, tile: Tile) -> tuple[SoftmaxStats, Tensor]:
