@@ -85,10 +85,10 @@ def test_a_run_says_what_it_is_and_how_it_went(
         ["fastclip", "convert"],
     ]
     arguments = [
-        str(tmp_path / word) if word == "model.pt" else word
+        str(tmp_path / word) if word == "a-exported" else word
         for word in shlex.split(commands[2])[1:]
     ]
-    assert main(arguments) == 0 and (tmp_path / "model.pt").exists()
+    assert main(arguments) == 0 and (tmp_path / "a-exported").is_dir()
 
 
 @pytest.mark.parametrize("with_val", [False, True])
