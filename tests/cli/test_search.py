@@ -194,7 +194,16 @@ def test_preprocessing_is_known_by_its_pixels(
     np.testing.assert_allclose(features[0], want, atol=1e-6)
 
 
-@pytest.mark.parametrize("damage", ["cut", "bytes", "undescribed", "description", "other rows"])
+class Writes:
+    """Unpickled it writes a file."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.write_text, (Path("written"), "text")
+
+
+@pytest.mark.parametrize(
+    "damage", ["cut", "bytes", "undescribed", "description", "other rows", "pickle", "pipe"]
+)
 def test_damaged_features_are_computed_again(damage: str, rows_encoded: list[int]) -> None:
     assert search("red", "--data", "photos") == 0
     (file,) = Path("search/tiny.json_w.pt").glob("*.npy")
@@ -207,10 +216,16 @@ def test_damaged_features_are_computed_again(damage: str, rows_encoded: list[int
         described.unlink()
     elif damage == "description":
         described.write_text(described.read_text()[:50])
-    else:
+    elif damage == "other rows":
         np.save(file, np.load(file)[:3])
+    elif damage == "pickle":
+        np.save(file, np.array([Writes()] * 5, dtype=object), allow_pickle=True)
+    else:
+        file.unlink()
+        os.mkfifo(file)
     assert search("red", "--data", "photos") == 0
     assert len(rows_encoded) == 2 and file.read_bytes() == whole
+    assert not Path("written").exists()
 
 
 def test_stopped_it_resumes(
@@ -234,6 +249,29 @@ def test_stopped_it_resumes(
     assert search(*flags) == 0 and rows_encoded == [0, 1, 2, 3, 4]
     (file,) = Path("search/tiny.json_w.pt").glob("*.npy")
     assert sorted(p.suffix for p in file.parent.iterdir()) == [".json", ".npy"]
+
+
+def test_a_description_never_stands_beside_other_features(
+    rows_encoded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after the new features and before their description, and the old images are back."""
+    flags = ["red", "--data", "photos"]
+    assert search(*flags) == 0
+    (file,) = Path("search/tiny.json_w.pt").glob("*.npy")
+    features, image = file.read_bytes(), Path("photos/3.jpg")
+    content, state = image.read_bytes(), image.stat()
+    image.write_bytes(jpeg((1, 2, 3), size=48))
+
+    def killed(path: Path, text: str) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kept, "write_text", killed)
+        assert search(*flags) == 1 and file.read_bytes() != features
+    image.write_bytes(content)
+    os.utime(image, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert search(*flags) == 0 and file.read_bytes() == features
+    assert len(rows_encoded) == 3
 
 
 def test_of_two_at_once_one_computes(rows_encoded: list[int], logged: Callable[[], str]) -> None:
