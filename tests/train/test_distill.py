@@ -102,8 +102,11 @@ def test_the_engine_computes_open_clips_loss(
     wanted = contrastive + 0.5 * term
     wanted.backward()
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-6)
+    # float32 sums in another order, through towers: of a tensor, not of each entry
     for name, parameter in model.model.named_parameters():
-        torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-4, atol=1e-6)
+        assert parameter.grad is not None
+        error = (ours[name] - parameter.grad).norm() / parameter.grad.norm()
+        assert error <= 1e-5, (name, error)
     # the teacher is no part of what is saved, and stays as it was
     assert not any("teacher" in name for name in model.model.state_dict())
     assert engine.objective.chance(8) is None
