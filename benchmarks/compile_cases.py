@@ -41,7 +41,7 @@ FLOAT32_VARIANTS = ("ids", "gradient")
 
 
 # these cost an inside tile what `ids` and `kept_ids` do, but registers: once, on Hopper, is enough
-LIKE_IDS = ("kept", "maxima", "offset", "out")
+LIKE_IDS = ("kept", "maxima", "offset", "out", "biased")
 UNBIASED = {"HAS_ROW_BIAS": False, "HAS_COLUMN_BIAS": False}
 BIASED = {"HAS_ROW_BIAS": True, "HAS_COLUMN_BIAS": True}
 # sequence lengths of towers, and whether causal
@@ -89,6 +89,7 @@ class Variant(NamedTuple):
         asked = self.constants
         found = {
             "ids": asked["HAS_IDS"],
+            "biased": asked["HAS_COLUMN_BIAS"],
             "offset": asked["HAS_OFFSET"],
             "rows": not asked["COLUMNS"],
             "kept": asked.get("KEEP", False),
@@ -192,11 +193,10 @@ def _keeps_limits(variant: Variant, precision: str, architecture: int) -> bool:
     if precision == "ieee":
         # no matrix unit: alike everywhere
         return common and name in FLOAT32_VARIANTS and architecture == 80
-    # `odd` differs in the loads of the product, biases are rare; what is not timed a tile is looked
-    # at on Hopper
-    return name not in ("odd", "biased") and (
-        architecture == 90 or (common and name not in LIKE_IDS)
-    )
+    # `odd` differs in the loads of the product; what is not timed a tile is looked at on Hopper
+    # and biases, which have tilings of their own there, on Blackwell
+    once = name in LIKE_IDS and (name, architecture) != ("biased", 100)
+    return name != "odd" and (architecture == 90 or (common and not once))
 
 
 def _constants(variant: Variant, tiling: Tiling, product: str, slots: int) -> dict[str, Any]:
@@ -211,7 +211,7 @@ def _constants(variant: Variant, tiling: Tiling, product: str, slots: int) -> di
         "FLATTEN": tiling.walkers > 0,
         "PRECISION": product,
         "SLOTS": slots,
-        "STEP": min(weigh.STEP, tiling.rows),
+        "STEP": weigh.step_of(tiling.rows, variant.name == "biased"),
     }
 
 

@@ -17,14 +17,14 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether kernels run under Triton's interpreter; fixed when Triton is imported."""
 
 VARIANTS = {
-    "statistics": {"ids", "kept", "maxima", "rows"},
-    "gradient": {"frozen", "ids", "offset", "rows"},
+    "statistics": {"biased", "ids", "kept", "maxima", "rows"},
+    "gradient": {"biased", "frozen", "ids", "offset", "rows"},
     "sigmoid": {"ids", "loss"},
     "own_statistics": {"ids", "kept", "rows"},
     "own_gradient": {"ids", "offset", "rows"},
 }
 """What may be asked of a kernel beyond the plain one: what ids say of entries, exponentials kept,
-maxima; rows only; no sums for scale and offset; an offset; the loss without a gradient.
+maxima; rows only; biases; no sums for scale and offset; an offset; the loss without a gradient.
 """
 
 TILINGS_FILE = Path(__file__).with_name("tilings.json")

@@ -224,6 +224,7 @@ def lean_gradient_kernel(
     COLUMNS: tl.constexpr,
     SCALARS: tl.constexpr,
     SLOTS: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
     FLATTEN: tl.constexpr,
     TMA: tl.constexpr,
     EVEN_D: tl.constexpr,
@@ -282,7 +283,7 @@ def lean_gradient_kernel(
                 if HAS_COLUMN_BIAS:
                     of_rows = tl.where(counts_s[None, :], of_rows, 0.0)
                     p_s = tile_r.to(tl.int64) * columns + i_s
-                    by_column = tl.sum(of_rows, 0) / scale
+                    by_column = over_rows(of_rows, BLOCK_R, PART_S, False, TRANSPOSE) / scale
                     tl.store(by_column_ptr + p_s, by_column, mask=i_s < columns)
                 if COLUMNS:
                     of_columns = g * tl.load(v_ptr + i_s)[None, :]
@@ -485,6 +486,7 @@ def gradient(
         COLUMNS=columns,
         SCALARS=scalars[0].numel() > 0,
         SLOTS=slots,
+        TRANSPOSE=tiling.transpose,
         FLATTEN=walk,
         **product_options(x_in, tiling),
     )

@@ -20,8 +20,8 @@ VECTORS = [
     *("scale_ptr", "raised_ptr", "sum_ptr"),
     *("row_bias_ptr", "column_bias_ptr", "by_row_ptr", "by_column_ptr"),
 ]
-# rows that are worked on at a time: registers hold those of one step
-STEP = 16
+# rows that are worked on at a time: registers hold those of one step and, with biases, as many sums
+STEP, BIASED_STEP = 16, 8
 
 
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=VECTORS)
@@ -62,7 +62,8 @@ def weigh_kernel(
         total = tl.zeros((STEP,), dtype=tl.float32)
         if HAS_COLUMN_BIAS:
             _, counts_s = biases(column_bias_ptr, i_s, i_s < columns)
-            by_column = tl.zeros((BLOCK_S,), dtype=tl.float32)
+            # over rows a step apart: warps then add up once a tile, not once a step
+            by_column = tl.zeros((STEP, BLOCK_S), dtype=tl.float32)
         for step in tl.static_range(BLOCK_R // STEP):
             first_r = tile_r * BLOCK_R + step * STEP
             i_r = first_r + tl.arange(0, STEP)
@@ -78,7 +79,7 @@ def weigh_kernel(
                 g = e * factor
                 if HAS_COLUMN_BIAS:
                     g = tl.where(counts_s[None, :], g, 0.0)
-                    by_column += tl.sum(g, 0)
+                    by_column += g
                 if COLUMNS:
                     of_columns = e * tl.load(v_ptr + i_s)[None, :]
                     if HAS_ROW_BIAS:
@@ -100,8 +101,8 @@ def weigh_kernel(
             tl.store(p_g, rounded(g, g_ptr, EMULATE))
         if HAS_COLUMN_BIAS:
             p_s = tile_r.to(tl.int64) * columns + i_s
-            by_column /= tl.load(scale_ptr)
-            tl.store(by_column_ptr + p_s, by_column, mask=i_s < columns)
+            of_tile = tl.sum(by_column, 0) / tl.load(scale_ptr)
+            tl.store(by_column_ptr + p_s, of_tile, mask=i_s < columns)
         if TOTAL:
             p_slot = sum_ptr + tl.program_id(0) * SLOTS
             tl.store(p_slot, tl.sum(total, 0) / tl.load(scale_ptr))
@@ -149,6 +150,11 @@ def weigh(
         BLOCK_R=tiling.rows,
         BLOCK_S=tiling.columns,
         GROUP=tiling.group,
-        STEP=min(STEP, tiling.rows),
+        STEP=step_of(tiling.rows, logits.biases is not None),
         num_warps=tiling.warps,
     )
+
+
+def step_of(rows: int, biased: bool) -> int:
+    """How many of a tile's rows the kernel works on at a time."""
+    return min(BIASED_STEP if biased else STEP, rows)

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 
+from fastclip.bounded import parse_json
 from fastclip.models import checkpoint
 from fastclip.models.classifier import Classifier
 from fastclip.models.clip import (
     CONFIG_FILE,
     SYSTEM,
     Model,
+    build_checked,
     build_described,
     create,
     load_weights,
@@ -28,6 +30,7 @@ from fastclip.models.rocket import Rocket
 from fastclip.models.simclr import SimCLR
 from fastclip.models.system import PREFIX, System
 from fastclip.models.uniclip import UniClip
+from fastclip.models.weights import read_facts
 
 
 def build(
@@ -123,7 +126,8 @@ def load(
     Args:
         path: a run directory as `fastclip train` writes it (its latest whole checkpoint is taken),
             or one checkpoint file inside it; RUN@best for the best by the metric of its
-            --best-metric.
+            --best-metric; a folder of `fastclip convert to-hub`, or a .safetensors file of
+            `fastclip convert to-open-clip`.
         device: where the parameters are put.
         average: take the averaged weights of a run with --ema.
         trust_checkpoint: whether DeepSpeed's files may be read, which can run any code.
@@ -152,6 +156,12 @@ def load(
     """
     path = Path(path)
     run = checkpoint.run_of(path)
+    if alone := _described_inside(path):
+        built = build_checked(alone, str(path), device)
+        weights = checkpoint.read_weights(path, average=average)
+        load_weights(built.model, weights, str(path))
+        built.model.eval()
+        return built
     if not (run / CONFIG_FILE).is_file():
         raise FileNotFoundError(
             f"{run / CONFIG_FILE} does not exist: {path} is not a run directory of fastclip train"
@@ -171,6 +181,17 @@ def load(
     load_weights(built.model, state, str(found))
     built.model.eval()
     return built
+
+
+def _described_inside(path: Path) -> dict[str, Any]:
+    """The description in a file of safetensors that is in no run; nothing of other paths."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return {}
+    if (checkpoint.run_of(path) / CONFIG_FILE).is_file():
+        return {}
+    text = read_facts(path).get(CONFIG_FILE, "{}")
+    described = parse_json(text, str(path))
+    return described if isinstance(described, dict) else {}
 
 
 def class_names(path: Path) -> list[str]:

@@ -109,6 +109,10 @@ class TrainConfig:
                 f"--sentence-sampling, --text-augment: {objective} trains without texts; "
                 "leave them out"
             )
+        if data.caption_views == "multi" and model.views[1] < 2:
+            raise ValueError(
+                f"--caption-views multi: {objective} has one text of a sample at most; leave it out"
+            )
         if self.distributed.sharded and self.optim.optimizer != "adamw":
             raise ValueError(
                 f"--optimizer {self.optim.optimizer}: ZeRO and FSDP2 shard torch's AdamW; leave "

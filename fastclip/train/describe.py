@@ -9,7 +9,7 @@ import torch
 from fastclip.atomic import write_folder, write_text
 from fastclip.data.loader import TrainingLoader
 from fastclip.device import AUTOCAST_DTYPES
-from fastclip.messages import counted, logger
+from fastclip.messages import counted, logger, note
 from fastclip.models.build import describe
 from fastclip.models.clip import CONFIG_FILE, Model
 from fastclip.ops.backend import explain
@@ -38,6 +38,20 @@ def announce(
 ) -> None:
     """Log what is trained, on what and how; the whole configuration is in the run directory."""
     logger.info("\n".join(header(config, world, model, loader, run, step)))
+    warn_of_batch(config.optim, world.size)
+
+
+def warn_of_batch(optim: OptimOptions, processes: int) -> None:
+    """Say that a run has another global batch than its settings are meant for."""
+    samples, meant = optim.step_samples(processes), optim.global_batch
+    if meant is None or samples == meant:
+        return
+    each, left = divmod(meant, optim.batch_size * optim.accum_freq)
+    start = "" if left else f"start {counted(each, 'process', 'processes')}, "
+    note(
+        f"the settings are meant for {counted(meant, 'sample')} a step, this run has {samples:,}; "
+        f"{start}change --batch-size or --accum-freq, or choose --lr and --warmup for this batch"
+    )
 
 
 def header(

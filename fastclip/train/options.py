@@ -66,6 +66,9 @@ class TrainingDataOptions(DataOptions):
     text_augment: Literal["none", "weak", "strong"] = flag("none", defines_run=True)
     """weak: stop-words removed, often. strong: then a synonym, a swap or a deletion as well. The
     strong views of --objective are strong in any case."""
+    caption_views: Literal["single", "multi"] = flag("single", defines_run=True)
+    """single: all of a sample's texts in a step are augmentations of one caption. multi: each is of
+    a caption drawn for it, where a sample has several."""
     workers: int | None = flag(None, defines_run=False)
     """Processes that load data, of each training process; 0 loads in the training process itself.
     By default this process's share of the cores, at most 4. Does not change the samples."""
@@ -140,6 +143,9 @@ class OptimOptions:
 
     batch_size: int = flag(128, defines_run=True)
     """Samples a micro-batch of one process; times --accum-freq and the processes, of a step."""
+    global_batch: int | None = flag(None, defines_run=False)
+    """Samples of a step, over all processes, that the other settings are meant for; recipes say it.
+    A run with another number is warned, and trains."""
     accum_freq: int = flag(1, defines_run=True)
     """Micro-batches a step. Their gradient is exactly that of the whole batch, of every parameter;
     the towers run forward twice."""
@@ -184,7 +190,7 @@ class OptimOptions:
 
     def __post_init__(self) -> None:
         check_least(self, batch_size=1, accum_freq=1, epochs=1, lr=0, wd=0, warmup=0)
-        check_positive(self, "grad_clip_norm")
+        check_positive(self, "grad_clip_norm", "global_batch")
         self._check_cooldown()
         if self.ema is not None and not 0 <= self.ema < 1:
             raise ValueError(f"--ema is {self.ema}; give one in [0, 1), e.g. 0.999")

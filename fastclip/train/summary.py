@@ -48,7 +48,8 @@ def summary(state: TrainState, seconds: float, caption: str | None = None) -> li
     files = f"{state.folder}: loss.png, metrics.jsonl" + (
         f", {saved.relative_to(state.folder)}" if saved else ""
     )
-    run = state.folder
+    run, model = state.folder, state.config.model
+    plain = model.objective == "clip" and model.text_lm is None
     return [
         *(line for name, text in lines.items() for line in labeled(name, text)),
         *(line for i, score in enumerate(scores) for line in labeled("" if i else "scores", score)),
@@ -57,7 +58,8 @@ def summary(state: TrainState, seconds: float, caption: str | None = None) -> li
         "next",
         *_search_command(state.config, run, caption),
         f"  fastclip eval retrieval --model {run} --data DATA",
-        f"  fastclip convert to-open-clip {run} model.pt",
+        # what open_clip cannot express leaves as ONNX
+        f"  fastclip convert {'to-hub' if plain else 'to-onnx'} {run} {run.name}-exported",
     ]
 
 

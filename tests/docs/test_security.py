@@ -38,6 +38,9 @@ HELD = {
         f"{DESCRIPTION}::test_a_hub_description_is_checked_alike",
         f"{DESCRIPTION}::test_code_beside_a_named_tokenizer_or_tower_is_refused_unasked",
     ],
+    "features that `fastclip search` has kept": [
+        "cli/test_search.py::test_damaged_features_are_computed_again"
+    ],
     "`--config` files": ["test_bounded.py::test_yaml_that_is_refused"],
     "A checkpoint with a manifest": [
         f"{CHECKPOINT}::test_what_differs_from_its_manifest_is_refused_by_path",

@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import re
 import shlex
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,13 @@ import pytest
 from matplotlib import pyplot
 
 from fastclip import device
+from fastclip.bounded import read_yaml
 from fastclip.cli import main
 from fastclip.train import log
-from fastclip.train.config import parse
+from fastclip.train.config import RECIPES, parse
+from fastclip.train.describe import warn_of_batch
 from fastclip.train.log import plot_loss, read_metrics
+from fastclip.train.options import OptimOptions
 from fastclip.train.stop import StopSignals
 from fastclip.train.summary import WIDTH
 from tests.conftest import jpeg
@@ -80,10 +85,10 @@ def test_a_run_says_what_it_is_and_how_it_went(
         ["fastclip", "convert"],
     ]
     arguments = [
-        str(tmp_path / word) if word == "model.pt" else word
+        str(tmp_path / word) if word == "a-exported" else word
         for word in shlex.split(commands[2])[1:]
     ]
-    assert main(arguments) == 0 and (tmp_path / "model.pt").exists()
+    assert main(arguments) == 0 and (tmp_path / "a-exported").is_dir()
 
 
 @pytest.mark.parametrize("with_val", [False, True])
@@ -132,6 +137,39 @@ def test_a_name_that_has_nothing_to_resume_is_said_below_the_rest(
     text = said(capsys, *flags)
     note = text.index("holds no checkpoint: this is a new run; check --name")
     assert text.index("\nrate ") < note < text.index("\ncaption ")
+
+
+@pytest.mark.parametrize(
+    ("meant", "processes", "says"),
+    [
+        (None, 1, ""),
+        (64, 4, ""),
+        (64, 1, "note: the settings are meant for 64 samples a step, this run has 16; start 4 pro"),
+        (16, 2, "for 16 samples a step, this run has 32; start 1 process, change --batch-size"),
+        (
+            65,
+            1,
+            "this run has 16; change --batch-size or --accum-freq, or choose --lr and --warmup",
+        ),
+    ],
+)
+def test_another_global_batch_than_the_recipes_is_said(
+    meant: int | None, processes: int, says: str, logged: Callable[[], str]
+) -> None:
+    warn_of_batch(OptimOptions(batch_size=8, accum_freq=2, global_batch=meant), processes)
+    text = logged()
+    assert says in text and bool(text) == bool(says)
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_of_a_global_batch_say_how_many_gpus(recipe: Path) -> None:
+    """The number is in a comment beside it: 4,096 in steps of 128 are 32 GPUs."""
+    values, text = read_yaml(recipe), recipe.read_text()
+    if "global_batch" not in values:
+        return
+    gpus, left = divmod(values["global_batch"], values["batch_size"] * values.get("accum_freq", 1))
+    (comment,) = re.findall(r"(#.*)\nglobal_batch:", text)
+    assert left == 0 and f"{gpus} GPUs" in comment
 
 
 def test_steps_that_were_made_are_said(

@@ -192,7 +192,7 @@ class TritonTiles:
 
     def _tiling(self, kernel: str, tile: Tile, **asked: bool) -> Tiling:
         x, y = tile.x_CD, tile.y_SD
-        asked["ids"] = tile.row_id_C is not None
+        asked |= {"ids": tile.row_id_C is not None, "biased": tile.bias_spread is not None}
         variant = frozenset(word for word, wanted in asked.items() if wanted)
         return tiling(kernel, variant, x.dtype, x.device, x.shape[0] * y.shape[0])
 
