@@ -118,9 +118,9 @@ def measure(
     sizes: Sequence[int],
     width: int,
     settings: CollectiveSettings,
-    add: Callable[[list[CollectiveRow]], None],
+    add: Callable[[list[CollectiveRow]], None] = lambda rows: None,
 ) -> list[CollectiveRow]:
-    """Start `world` processes and have them measure all losses at all sizes.
+    """Start `world` processes that measure all losses at all sizes; `add` receives each one's rows.
 
     Raises:
         ValueError: there are not as many GPUs.

@@ -71,9 +71,9 @@ FLAGS: tuple[Flag, ...] = (
     Flag("beta2", text="0.98 by default for every model; open_clip has 0.999 for ResNets"),
     Flag("eps", text="1e-6 by default for every model; open_clip has 1e-8 for ResNets"),
     *_same("wd"),
-    Flag("momentum", "refused", "it is for timm's optimizers; leave it out: AdamW has `--beta1`"),
+    *_same("momentum"),
     Flag("warmup", text="a warm-up longer than the run is cut to a tenth of it"),
-    Flag("opt", "renamed", becomes=("--optimizer",)),
+    Flag("opt", "renamed", "`timm/NAME` too", becomes=("--optimizer",)),
     Flag(
         "use-bn-sync",
         "refused",

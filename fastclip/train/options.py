@@ -151,8 +151,11 @@ class OptimOptions:
     the towers run forward twice."""
     epochs: int = flag(32, defines_run=True, heading="schedule")
     """Passes over the data."""
-    optimizer: Literal["adamw", "apex-adamw", "apex-lamb"] = flag("adamw", defines_run=True)
-    """torch's fused AdamW, or apex's FusedAdam or FusedLAMB where NVIDIA's apex is installed."""
+    optimizer: str = flag("adamw", defines_run=True)
+    """adamw: torch's fused AdamW. apex-adamw, apex-lamb: apex's FusedAdam and FusedLAMB, where
+    NVIDIA's apex is installed. timm/NAME, e.g. timm/lion: one of timm's."""
+    momentum: float | None = flag(None, defines_run=True)
+    """With timm/NAME: the momentum of optimizers that have one, e.g. timm/sgd; by default 0.9."""
     lr: float = flag(5e-4, defines_run=True)
     """Learning rate after warm-up."""
     beta1: float = flag(0.9, defines_run=True)
@@ -192,8 +195,20 @@ class OptimOptions:
         check_least(self, batch_size=1, accum_freq=1, epochs=1, lr=0, wd=0, warmup=0)
         check_positive(self, "grad_clip_norm", "global_batch")
         self._check_cooldown()
+        self._check_optimizer()
         if self.ema is not None and not 0 <= self.ema < 1:
             raise ValueError(f"--ema is {self.ema}; give one in [0, 1), e.g. 0.999")
+
+    def _check_optimizer(self) -> None:
+        own = "adamw", "apex-adamw", "apex-lamb"
+        if self.optimizer not in own and not self.optimizer.startswith("timm/"):
+            raise ValueError(
+                f"--optimizer {self.optimizer} is unknown; use one of {', '.join(own)} or timm/NAME"
+            )
+        if self.momentum is not None and self.optimizer in own:
+            raise ValueError(f"--momentum is for --optimizer timm/NAME, not {self.optimizer}")
+        if self.momentum is not None and not 0 <= self.momentum < 1:
+            raise ValueError(f"--momentum is {self.momentum}; give one in [0, 1)")
 
     def _check_cooldown(self) -> None:
         names = "epochs_cooldown", "lr_cooldown_end", "lr_cooldown_power"

@@ -78,9 +78,11 @@ def _search_command(config: TrainConfig, run: Path, caption: str | None) -> list
         options["image_root"] = config.data.val_image_root
         options["dataset_type"] = "auto" if guess_type(data) else config.data.dataset_type
     words = ["fastclip", "search", text, "--data", data, "--model", str(run)]
-    for each in fields(DataOptions):
-        if options[each.name] != each.default:
-            words += [f"--{each.name.replace('_', '-')}", str(options[each.name])]
+    # not the fields' defaults, of which one is written out for the help
+    usual = DataOptions()
+    for name, value in options.items():
+        if value != getattr(usual, name):
+            words += [f"--{name.replace('_', '-')}", str(value)]
     if config.distributed.deepspeed:
         words.append("--trust-checkpoint")
     return [f"  {shlex.join(words)}"]

@@ -13,7 +13,13 @@ from fastclip.models.clip import Model, load_weights
 from fastclip.train.config import TrainConfig
 from fastclip.train.distributed import World
 from fastclip.train.engine import Engine
-from fastclip.train.optim import build_optimizer, check_groups, clamp, gradient_norm
+from fastclip.train.optim import (
+    build_optimizer,
+    check_groups,
+    clamp,
+    configured,
+    gradient_norm,
+)
 from fastclip.train.wrapped import accumulate_wrapped
 
 
@@ -114,10 +120,7 @@ class TorchEngine(Engine):
         origin = f"the checkpoint ({self.config.model.model})"
         load_weights(self.model, content["state_dict"], origin)
         self._load_beside(content)
-        options = [
-            {key: value for key, value in group.items() if key != "params"}
-            for group in self.optimizer.param_groups
-        ]
+        options = [configured(group) for group in self.optimizer.param_groups]
         check_groups(len(content["optimizer"]["param_groups"]), self.optimizer.param_groups)
         self.optimizer.load_state_dict(content["optimizer"])
         # moments from the checkpoint, decay rates and the like from the configuration

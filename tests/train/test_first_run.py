@@ -84,6 +84,8 @@ def test_a_run_says_what_it_is_and_how_it_went(
         ["fastclip", "eval"],
         ["fastclip", "convert"],
     ]
+    # what is as by default is not printed
+    assert "--csv" not in commands[0]
     arguments = [
         str(tmp_path / word) if word == "a-exported" else word
         for word in shlex.split(commands[2])[1:]
