@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from fastclip.bench import records
-from fastclip.bench.attention_parts import HEADS, SDPA, SHAPES, WIDTH, inputs_of, say, split
+from fastclip.bench.attention_parts import HEADS, SDPA, SHAPES, WIDTH, inputs_of, split
 from fastclip.bench.runner import (
     Row,
     Settings,
@@ -38,7 +36,7 @@ class AttentionRow(Row):
 
 def baselines(
     settings: Settings,
-    output: Path | None,
+    add: Callable[[list["AttentionRow"]], None],
     tokens: int,
     shapes: Sequence[tuple[int, bool]] = SHAPES,
     flex: bool = True,
@@ -47,16 +45,15 @@ def baselines(
 ) -> list[AttentionRow]:
     """Every implementation forward, and forward and backward, in interleaved rounds.
 
-    `output`, a JSON file, has after every length what was measured until then.
+    `add` receives the rows of each length.
     """
     rows: list[AttentionRow] = []
     for length, causal in shapes:
-        say("length", length)
         batch = max(tokens // length, 1)
         qkv = inputs_of(batch, length, heads, width, settings.dtype, settings.device)
-        rows += _measure(qkv, causal, settings, flex)
-        if output is not None:
-            records.write(output, "attention", settings, rows, settings.device, tokens=tokens)
+        found = _measure(qkv, causal, settings, flex)
+        rows += found
+        add(found)
         del qkv
     return rows
 
@@ -112,7 +109,6 @@ def _measure(qkv: Tensor, causal: bool, settings: Settings, flex: bool) -> list[
     for row in rows:
         if row.p50 and ours:
             row.ratio = row.p50 / ours
-        say(line_of(row))
     return rows
 
 
@@ -169,16 +165,3 @@ def _flex(causal: bool) -> Callable[..., Tensor]:
 
     masks: dict[int, Any] = {}
     return run
-
-
-def line_of(row: AttentionRow) -> str:
-    """One line of the table."""
-    if row.p50 is None:
-        return f"{row.n:4} {row.baseline:20} {row.status}"
-    spread = f"[{row.p20 * 1e3:.3f}, {row.p80 * 1e3:.3f}]"  # type: ignore[operator]
-    return (
-        f"{row.n:4}{'c' if row.causal else ' '} {row.baseline:20} "
-        f"forward {row.forward * 1e3:7.3f} ms  "  # type: ignore[operator]
-        f"both {row.p50 * 1e3:7.3f} ms {spread}  {row.ratio:.2f}x  "
-        f"{(row.peak_bytes or 0) >> 20} MiB  error {row.error:.1e}"
-    )

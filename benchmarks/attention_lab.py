@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 
-from fastclip.bench.attention import baselines, line_of
+from fastclip.bench.attention import baselines
 from fastclip.bench.attention_check import check
 from fastclip.bench.attention_parts import SHAPES
 from fastclip.bench.attention_sweep import sweep
 from fastclip.bench.runner import Settings
+from fastclip.bench.screen import Rows
 
 
 def main() -> None:
@@ -40,8 +41,9 @@ def main() -> None:
     if given.baselines or not (given.check or given.sweep):
         settings = Settings(torch.bfloat16, rounds=given.rounds, warmup=3, device=given.device)
         file = given.output / "attention.json" if given.output else None
-        rows = baselines(settings, file, given.tokens, shapes, given.flex)
-        print(*map(line_of, rows), sep="\n", flush=True)
+        more = {"tokens": given.tokens}
+        with Rows("attention", settings, given.device, file, **more) as rows:
+            baselines(settings, rows.add, given.tokens, shapes, given.flex)
     if not right:
         raise SystemExit("the check failed")
 

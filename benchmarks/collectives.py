@@ -6,7 +6,8 @@ are counted at torch.distributed's own functions, on our side and on open_clip's
 bandwidth-optimal algorithm brings over the wire to one process.
 """
 
-import sys
+import itertools
+import signal
 import tempfile
 import time
 import warnings
@@ -98,34 +99,28 @@ def implementations(operator: str, rank: int, world: int) -> dict[str, Callable[
     return {**found, **{f"open_clip {exchange}": siglip(exchange) for exchange in exchange_names}}
 
 
-HEADER = (
-    f"{'loss':7} {'ranks':>5} {'n each':>6} {'D':>5}  {'':17}{'KiB in':>8} {'p20':>9} {'p50':>9}"
-    f" {'p80':>9} {'/ ours':>7} {'saved MiB':>9} {'error':>8}"
-)
-
-
 def run(
     names: Sequence[str],
     worlds: Sequence[int],
     sizes: Sequence[int],
     width: int,
     settings: CollectiveSettings,
+    add: Callable[[list[CollectiveRow]], None],
 ) -> list[CollectiveRow]:
-    """Measure and print every loss, world and size."""
-    print(HEADER)
-    rows: list[CollectiveRow] = []
-    for world in worlds:
-        for row in measure(names, world, sizes, width, settings):
-            rows.append(row)
-            print(_line(row))
-        sys.stdout.flush()
-    return rows
+    """Measure every loss, world and size; `add` receives the rows of each."""
+    worlds_rows = [measure(names, world, sizes, width, settings, add) for world in worlds]
+    return [row for rows in worlds_rows for row in rows]
 
 
 def measure(
-    names: Sequence[str], world: int, sizes: Sequence[int], width: int, settings: CollectiveSettings
+    names: Sequence[str],
+    world: int,
+    sizes: Sequence[int],
+    width: int,
+    settings: CollectiveSettings,
+    add: Callable[[list[CollectiveRow]], None] = lambda rows: None,
 ) -> list[CollectiveRow]:
-    """Start `world` processes and have them measure all losses at all sizes.
+    """Start `world` processes that measure all losses at all sizes; `add` receives each one's rows.
 
     Raises:
         ValueError: there are not as many GPUs.
@@ -137,9 +132,23 @@ def measure(
     threads = max(torch.get_num_threads() // world, 1)
     with tempfile.TemporaryDirectory(prefix="fastclip-bench-") as folder:
         arguments = (world, tuple(names), tuple(sizes), width, settings, threads, folder)
-        torch.multiprocessing.spawn(_work, arguments, nprocs=world)
-        found = torch.load(Path(folder) / "rows.pt", weights_only=True)
-    return [CollectiveRow(**row) for row in found]
+        processes: Any = torch.multiprocessing.spawn(
+            _work, arguments, nprocs=world, join=False, daemon=True
+        )
+        rows: list[CollectiveRow] = []
+        over, taken = False, 0
+        try:
+            while not over:
+                over = processes.join(timeout=0.5)
+                for file in sorted(Path(folder).glob("*.pt"))[taken:]:
+                    found = [CollectiveRow(**row) for row in torch.load(file, weights_only=True)]
+                    rows += found
+                    add(found)
+                    taken += 1
+        finally:
+            for process in processes.processes:
+                process.kill()
+    return rows
 
 
 @contextmanager
@@ -206,6 +215,8 @@ def _work(
     threads: int,
     folder: str,
 ) -> None:
+    # Ctrl-C reaches all processes of a terminal; the first ends the others
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     on_gpu = settings.device == "cuda"
     device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
     if on_gpu:
@@ -215,12 +226,13 @@ def _work(
     warnings.filterwarnings("ignore", "torch.distributed.nn", FutureWarning)
     store = dist.FileStore(f"{folder}/store", world)
     dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world)
-    rows = []
-    for name in names:
-        for n in sizes:
-            rows += _measure(name, n, width, settings, device)
-    if rank == 0:
-        torch.save([asdict(row) for row in rows], f"{folder}/rows.pt")
+    for number, (name, n) in enumerate(itertools.product(names, sizes)):
+        rows = _measure(name, n, width, settings, device)
+        if rank == 0:
+            # whole under its name at once: the first process is waiting for it
+            file = Path(folder, f"{number:04d}")
+            torch.save([asdict(row) for row in rows], file)
+            file.rename(file.with_suffix(".pt"))
     dist.destroy_process_group()
 
 
@@ -284,12 +296,3 @@ def _timed(loss: Loss, inputs: Inputs, device: torch.device) -> float:
     elapsed = torch.tensor(time.perf_counter() - started, dtype=torch.float64, device=device)
     dist.all_reduce(elapsed, dist.ReduceOp.MAX)
     return elapsed.item()
-
-
-def _line(row: CollectiveRow) -> str:
-    start = f"{row.operator:7} {row.ranks:5} {row.n:6} {row.width:5}  {row.baseline:17}"
-    if row.p20 is None or row.p50 is None or row.p80 is None:
-        return start + row.status
-    times = " ".join(f"{1e3 * seconds:9.2f}" for seconds in (row.p20, row.p50, row.p80))
-    received, saved = (row.received_bytes or 0) / 2**10, (row.saved_bytes or 0) / 2**20
-    return start + f"{received:8.1f} {times} {row.ratio:7.2f} {saved:9.2f} {row.error:8.1e}"

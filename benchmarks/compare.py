@@ -4,7 +4,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fastclip.bench.kinds import KINDS
 from fastclip.bench.records import Record
+from fastclip.messages import counted
 
 # What is compared, where it is not the median time.
 _MEASURED = {"memory": "bytes kept for the backward", "data": "images a second"}
@@ -16,13 +18,13 @@ class Pair:
 
     Attributes:
         key: what names it.
-        ratio: the later value over the earlier; see `measured`.
-        least, greatest: from the later 20th percentile over the earlier 80th to the later 80th
-            over the earlier 20th; equal where a file has no spread.
+        times: how many times better the later value is; see `measured`.
+        least, greatest: what the 20th and 80th percentiles of both allow at least and at most;
+            equal where a file has no spread.
     """
 
     key: tuple[Any, ...]
-    ratio: float
+    times: float
     least: float
     greatest: float
 
@@ -56,7 +58,8 @@ def differences(before: Record, after: Record, across_devices: bool = False) -> 
     for what in ("environment", "settings"):
         one, other = (getattr(record, what) for record in (before, after))
         # a setting that only one version knows is not a difference of the two measurements
-        for name in (name for name in one if name in other and name not in ("device", "date")):
+        apart = ("device", "date", "load_average")
+        for name in (name for name in one if name in other and name not in apart):
             if one[name] != other[name]:
                 yield f"{name} is {one[name]} in {before.name}, {other[name]} in {after.name}"
 
@@ -73,10 +76,12 @@ def compare(before: Record, after: Record) -> list[Pair]:
         if key not in earlier:
             continue
         old, field = earlier[key], _field(before)
-        spread = [new[field] / old[field]] * 2
+        values_of = [(old[field], new[field])] * 3
         if all(row.get(p) for row in (new, old) for p in ("p20", "p80")):
-            spread = [new["p20"] / old["p80"], new["p80"] / old["p20"]]
-        pairs.append(Pair(key, new[field] / old[field], *spread))
+            values_of[1:] = [(old["p20"], new["p80"]), (old["p80"], new["p20"])]
+        more_is_better = KINDS[before.benchmark].more_is_better
+        times, *spread = (b / a if more_is_better else a / b for a, b in values_of)
+        pairs.append(Pair(key, times, min(spread), max(spread)))
     if not pairs:
         raise ValueError(f"{before.name} and {after.name} have no row in common")
     return pairs
@@ -110,14 +115,21 @@ def _name(key: tuple[Any, ...]) -> str:
     return " ".join(map(str, key))
 
 
-def lines(pairs: Sequence[Pair]) -> list[str]:
-    """A table: ratio, spread, and a mark where it leaves out 1."""
-    names = [_name(pair.key) for pair in pairs]
-    wide = max(map(len, names))
-    found = [f"{'':{wide}}  {'B / A':>7}  {'spread':^15}"]
-    for name, pair in zip(names, pairs, strict=True):
-        mark = "  differs" if pair.differs else ""
+# names up to so many characters stand in their row's line
+_LONGEST = 44
+
+
+def lines(pairs: Sequence[Pair], benchmark: str) -> list[str]:
+    """A table: how many times better B is, the spread, and a mark where it leaves out 1."""
+    wide = min(max(len(_name(pair.key)) for pair in pairs), _LONGEST)
+    found = [f"{'':{wide}} {f'B {KINDS[benchmark].better}':>10} {'spread':^15}".rstrip()]
+    for pair in pairs:
+        name = _name(pair.key)
+        if len(name) > wide:
+            found.append(name)
+            name = ""
+        mark = " differs" if pair.differs else ""
         spread = f"{pair.least:.3f} .. {pair.greatest:.3f}"
-        found.append(f"{name:{wide}}  {pair.ratio:7.3f}  {spread:^15}{mark}".rstrip())
-    found.append(f"{sum(pair.differs for pair in pairs)} of {len(pairs)} differ beyond the spread")
-    return found
+        found.append(f"{name:{wide}} {pair.times:10.3f} {spread:^15}{mark}".rstrip())
+    changed = sum(pair.differs for pair in pairs)
+    return [*found, f"{changed} of {counted(len(pairs), 'row')} beyond the spread"]

@@ -9,7 +9,6 @@ of one is under way while another is measured.
 """
 
 import math
-import sys
 import tempfile
 import time
 from argparse import Namespace
@@ -71,8 +70,8 @@ class DataRow:
     status: str = "ok"
 
 
-def run(settings: DataSettings) -> list[DataRow]:
-    """Measure all loaders that are installed, and print a table."""
+def run(settings: DataSettings, add: Callable[[list[DataRow]], None]) -> list[DataRow]:
+    """Measure all loaders that are installed, a task's in turn; `add` receives each task's."""
     source = ShardSource(settings.shards)
     if any(map(is_remote, source.names)):
         raise ValueError(
@@ -84,8 +83,17 @@ def run(settings: DataSettings) -> list[DataRow]:
             f"{settings.batch_size}; give more, or lower --batch-size"
         )
     rows: list[DataRow] = []
+    for task in dict.fromkeys(task for task, _ in LOADERS):
+        found = _measure(task, settings, source)
+        rows += found
+        add(found)
+    return rows
+
+
+def _measure(task: str, settings: DataSettings, source: ShardSource) -> list[DataRow]:
+    rows: list[DataRow] = []
     epochs: list[tuple[DataRow, Epoch]] = []
-    for (task, name), build in LOADERS.items():
+    for name, build in ((name, build) for (t, name), build in LOADERS.items() if t == task):
         row = DataRow(task, name)
         rows.append(row)
         try:
@@ -101,36 +109,24 @@ def run(settings: DataSettings) -> list[DataRow]:
             row.status = f"failed: {str(error).strip().splitlines()[-1]}"[:80]
             continue
         epochs.append((row, epoch))
-    rates: dict[str, list[float]] = {f"{row.task} {row.loader}": [] for row in rows}
+    rates: dict[str, list[float]] = {row.loader: [] for row in rows}
     for _ in range(settings.rounds):
         for row, epoch in epochs:
             started = time.perf_counter()
             images = _load(epoch(), settings.device)
             rate = images / (time.perf_counter() - started)
-            rates[f"{row.task} {row.loader}"].append(rate)
+            rates[row.loader].append(rate)
     for row, _ in epochs:
-        found = rates[f"{row.task} {row.loader}"]
+        found = rates[row.loader]
         row.p20, row.p50, row.p80 = (quantile(found, q) for q in (0.2, 0.5, 0.8))
+    (own,) = (row for row in rows if row.loader == OWN)
     for row in rows:
-        (own,) = (r for r in rows if r.task == row.task and r.loader == OWN)
         if row.p50 is not None and own.p50 is not None:
             row.ratio = row.p50 / own.p50
-    _print(rows)
     return rows
 
 
 OWN = "fastclip, torchvision"
-
-
-def _print(rows: list[DataRow]) -> None:
-    print(f"{'task':7} {'loader':34} {'p20':>7} {'p50':>7} {'p80':>7} {'/ ours':>7}   images/s")
-    for row in rows:
-        if row.p50 is None:
-            print(f"{row.task:7} {row.loader:34} {row.status}")
-            continue
-        rates = f"{row.p20:7.0f} {row.p50:7.0f} {row.p80:7.0f}"
-        print(f"{row.task:7} {row.loader:34} {rates} {row.ratio:7.2f}")
-    sys.stdout.flush()
 
 
 def _load(batches: Iterator[Any], device: str) -> int:

@@ -35,6 +35,7 @@ from fastclip.bench import (
 from fastclip.bench.ceilings import ceilings
 from fastclip.bench.losses import OPERATORS, run
 from fastclip.bench.runner import MATMUL, Row, Settings
+from fastclip.bench.screen import Rows
 from fastclip.messages import logger
 
 CHECKERS = 12
@@ -87,11 +88,12 @@ def summary(rows: list[Row]) -> list[str]:
     """A line for each loss and size: times, share of the bare products' speed, and baselines.
 
     `host` is the time in which the host queued the work, `runs` the kernels, copies and fills;
-    after a baseline's name stands its time over fastclip's, and open_clip's host time and runs.
+    after a baseline's name stands how many times as fast fastclip is, and open_clip's host time and
+    runs.
     """
     lines = [
         f"{'loss':9} {'n':>6} {'D':>5} {'ms':>8} {'host':>6} {'runs':>5} {'share':>5} {'MiB':>7}"
-        "  baselines: time / ours"
+        "  fastclip is × faster than"
     ]
     for ours in (row for row in rows if row.baseline == "fastclip" and row.p50 is not None):
         beside = [
@@ -178,33 +180,27 @@ def losses_part(output: Path, seconds: float, quick: bool) -> bool:
     """All losses beside their baselines, the sizes that matter most first."""
     began, well = time.monotonic(), True
     settings = Settings(dtype=torch.bfloat16, autocast=True, rounds=10, device="cuda")
-    rows: list[Row] = []
     clocks: list[str | None] = []
-    for n, width in [(4096, 512)] if quick else PLAN:
-        left = max(seconds - (time.monotonic() - began), 0.0)
-        here = replace(settings, compiled=(n, width) == COMPILED_AT)
+    with Rows("losses", settings, "cuda", output / "losses.json", clocks=clocks) as rows:
 
-        def save(found: list[Row], before: tuple[Row, ...] = tuple(rows)) -> None:
+        def add(found: list[Row]) -> None:
             clocks.append(gpu_clocks())
-            every = [*before, *found]
-            file = output / "losses.json"
-            records.write(file, "losses", settings, every, "cuda", clocks=clocks)
+            rows.add(found)
 
-        found, wrong = run(list(OPERATORS), [n], [width], here, left, save)
-        rows += found
-        well = well and not wrong
-    print("\n".join(summary(rows)))
+        for n, width in [(4096, 512)] if quick else PLAN:
+            left = max(seconds - (time.monotonic() - began), 0.0)
+            here = replace(settings, compiled=(n, width) == COMPILED_AT)
+            _, wrong = run(list(OPERATORS), [n], [width], here, add, left)
+            well = well and not wrong
+    print("\n".join(summary(rows.rows)))
     return well
 
 
 def small_part(output: Path, seconds: float, quick: bool) -> bool:
     """Up to which size S is held whole: both ways of each loss, the limits printed."""
     settings = small.settings_for("cuda", rounds=3 if quick else 10)
-
-    def save(found: list[Row]) -> None:
-        records.write(output / "small.json", "losses", settings, found, "cuda")
-
-    small.run(small.SIZES[:3] if quick else small.SIZES, settings, save)
+    with Rows("losses", settings, "cuda", output / "small.json") as rows:
+        small.run(small.SIZES[:3] if quick else small.SIZES, settings, rows.add)
     return True
 
 
@@ -252,8 +248,8 @@ def attention_part(output: Path, seconds: float, quick: bool) -> bool:
     settings = Settings(torch.bfloat16, rounds=15, warmup=3, device="cuda")
     tokens = 1 << (14 if quick else 18)
     # flex attention compiles for minutes
-    rows = attention.baselines(settings, output / "attention.json", tokens, flex=False)
-    print("\n".join(map(attention.line_of, rows)))
+    with Rows("attention", settings, "cuda", output / "attention.json", tokens=tokens) as rows:
+        attention.baselines(settings, rows.add, tokens, flex=False)
     return True
 
 

@@ -1,4 +1,7 @@
-"""What the rows of each benchmark mean: which stand side by side, and how a row is read."""
+"""What the rows of each benchmark mean: which stand side by side, and how a row is read.
+
+Ratios have one direction everywhere: above 1, fastclip is better.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +24,9 @@ class Kind:
         name: the field that distinguishes them.
         ours: the name of fastclip's row; others that begin like it are fastclip's too.
         measured: the field that is compared.
-        columns: what is shown of a row besides group and name.
+        columns: what a report shows of a row besides group and name; heads have the unit after a
+            comma.
+        screen: what `fastclip bench` prints of it, in 80 columns.
         ignored: names that are no baselines.
         more_is_better: of what is compared.
     """
@@ -32,16 +37,40 @@ class Kind:
     ours: str
     measured: str
     columns: tuple[Column, ...]
+    screen: tuple[Column, ...]
     ignored: tuple[str, ...] = ()
     more_is_better: bool = False
 
+    @property
+    def unit(self) -> str:
+        """Of what is compared, as it is shown."""
+        return {"peak_bytes": "MiB", "p50": "images/s" if self.more_is_better else "ms"}[
+            self.measured
+        ]
+
+    @property
+    def better(self) -> str:
+        """The head of `Group.times`."""
+        return "× less" if self.measured == "peak_bytes" else "× faster"
+
     def groups(self, record: Record) -> Iterator["Group"]:
-        """The rows of a record, side by side, in the file's order."""
-        found: dict[tuple[Any, ...], list[Row]] = {}
+        """The rows of a record, side by side, in the file's order.
+
+        A row that was compared has `times`, see `Group.times`; a matmul share that cannot be is
+        NaN.
+        """
+        found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+        most = most_share(record.settings)
         for row in record.rows:
-            found.setdefault(tuple(row[field] for field in self.group), []).append(row)
+            doubtful = (row.get("matmul_share") or 0.0) > most
+            read = {**row, "matmul_share": math.nan} if doubtful else dict(row)
+            found.setdefault(tuple(row[field] for field in self.group), []).append(read)
         for key, rows in found.items():
-            yield Group(self, key, rows)
+            group = Group(self, key, rows)
+            for row in rows:
+                if row is not group.ours and row[self.name] not in self.ignored:
+                    row["times"] = group.times(row)
+            yield group
 
 
 @dataclass(frozen=True)
@@ -50,7 +79,7 @@ class Group:
 
     kind: Kind
     key: tuple[Any, ...]
-    rows: list[Row]
+    rows: list[dict[str, Any]]
 
     @property
     def ours(self) -> Row | None:
@@ -92,6 +121,11 @@ class Group:
         bound = spread or self.value(ours)
         return [row for row in self.baselines if self.value(row) <= bound]
 
+    @property
+    def doubtful(self) -> bool:
+        """Whether a matmul share cannot be, see `most_share`."""
+        return any(row.get("matmul_share") != row.get("matmul_share") for row in self.rows)
+
     def is_baseline(self, row: Row) -> bool:
         """Whether it is somebody else's."""
         name = row[self.kind.name]
@@ -101,12 +135,13 @@ class Group:
         """What is compared; None where it was not measured."""
         return row.get(self.kind.measured)
 
-    def ratio(self, row: Row) -> float | None:
-        """What is compared, fastclip's over this row's: below 1, fastclip takes less."""
+    def times(self, row: Row) -> float | None:
+        """How many times as fast as this row fastclip is, or how many times less it needs."""
         ours = self.ours
-        if ours is None or not self.value(row):
+        if ours is None or not self.value(row) or not self.value(ours):
             return None
-        return self.value(ours) / self.value(row)
+        ratio = self.value(row) / self.value(ours)
+        return 1 / ratio if self.kind.more_is_better else ratio
 
     @property
     def place(self) -> str:
@@ -147,97 +182,149 @@ def mebibytes(field: str) -> Callable[[Row], str]:
 
 
 def plain(field: str, form: str) -> Callable[[Row], str]:
-    """A cell in Python's format."""
-    return lambda row: "" if row.get(field) is None else format(row[field], form)
+    """A cell in Python's format; "?" for what cannot be."""
+
+    def cell(row: Row) -> str:
+        value = row.get(field)
+        return "" if value is None else "?" if value != value else format(value, form)
+
+    return cell
+
+
+def most_share(settings: Mapping[str, Any]) -> float:
+    """A matmul share above this says that the machine was busy, not how much was saved.
+
+    Of the products that are counted fastclip computes half at the least. On a CPU they are of
+    float32, and hardware may have those of 16 bits many times as fast.
+    """
+    narrow = settings.get("autocast") or "16" in str(settings.get("dtype"))
+    return 30.0 if narrow else 4.0
+
+
+UNRELIABLE = (
+    "? is a matmul share that cannot be: the machine was busy with something else. No time "
+    "beside it is reliable; measure again."
+)
+
+
+def _spread(row: Row) -> str:
+    """Half of what lies between the 20th and the 80th percentile, in percent of the median."""
+    if any(not row.get(name) for name in ("p20", "p50", "p80")):
+        return ""
+    return f"{50 * (row['p80'] - row['p20']) / row['p50']:.0f}"
+
+
+def _times(row: Row) -> str:
+    return number(row.get("times"))
 
 
 def _same_bits(row: Row) -> str:
     return {None: "", True: "same", False: "vary"}[row.get("repeatable")]
 
 
-_TIMES = tuple((name, milliseconds(name)) for name in ("p20", "p50", "p80"))
-
-_COSTS = (
-    ("MiB", mebibytes("peak_bytes")),
-    ("error", plain("error", ".1e")),
-    ("bits", _same_bits),
-)
+_TIMES = tuple((f"{name}, ms", milliseconds(name)) for name in ("p20", "p50", "p80"))
+_FASTER: Column = ("fastclip, × faster", _times)
+_MEDIAN: tuple[Column, ...] = (("fwd+bwd, ms", milliseconds("p50")), ("±, %", _spread), _FASTER)
+_FORWARD: Column = ("forward, ms", milliseconds("forward"))
+_PEAK: Column = ("peak, MiB", mebibytes("peak_bytes"))
+_ERROR: Column = ("dX, error", plain("error", ".1e"))
+_SHARE: Column = ("matmul, share", plain("matmul_share", ".0%"))
 
 KINDS = {
     "losses": Kind(
-        "Losses, forward and backward, ms",
+        "Losses, forward and backward",
         ("operator", "n", "width"),
         "baseline",
         "fastclip",
         "p50",
-        (
-            ("forward", milliseconds("forward")),
-            *_TIMES,
-            ("matmul", plain("matmul_share", ".0%")),
-            *_COSTS,
-        ),
+        (_FORWARD, *_TIMES, _FASTER, _SHARE, _PEAK, _ERROR, ("bits", _same_bits)),
+        (_FORWARD, *_MEDIAN, _SHARE, _PEAK, _ERROR),
         ignored=("bare products",),
     ),
     "attention": Kind(
-        "Attention of short sequences, forward and backward, ms",
+        "Attention of short sequences, forward and backward",
         ("n", "width", "causal"),
         "baseline",
         "fastclip",
         "p50",
-        (
-            ("forward", milliseconds("forward")),
-            *_TIMES,
-            *_COSTS,
-        ),
+        (_FORWARD, *_TIMES, _FASTER, _PEAK, ("dQ, error", _ERROR[1]), ("bits", _same_bits)),
+        (_FORWARD, *_MEDIAN, _PEAK, ("dQ, error", _ERROR[1])),
     ),
     "data": Kind(
-        "Loading, images a second",
+        "Loading",
         ("task",),
         "loader",
         "fastclip, torchvision",
         "p50",
-        tuple((name, plain(name, ",.0f")) for name in ("p20", "p50", "p80")),
+        (
+            *((f"{name}, images/s", plain(name, ",.0f")) for name in ("p20", "p50", "p80")),
+            _FASTER,
+        ),
+        (("median, images/s", plain("p50", ",.0f")), *_MEDIAN[1:]),
         more_is_better=True,
     ),
     "train-step": Kind(
-        "A whole training step, ms",
+        "A whole training step",
         ("model", "batch_size"),
         "baseline",
         "fastclip",
         "p50",
         (
             *_TIMES,
+            _FASTER,
             ("samples/s", plain("samples_per_second", ",.1f")),
-            ("speed", plain("ratio", ".3f")),
-            ("MiB", mebibytes("peak_bytes")),
+            _PEAK,
             ("loss", plain("loss", ".4f")),
-            ("differs", plain("loss_difference", ".1e")),
+            ("differs from open_clip's, relative", plain("loss_difference", ".1e")),
+        ),
+        (
+            ("a step, ms", milliseconds("p50")),
+            ("±, %", _spread),
+            ("rate, samples/s", plain("samples_per_second", ",.1f")),
+            _FASTER,
+            _PEAK,
+            ("loss, differs", plain("loss_difference", ".1e")),
         ),
     ),
     "memory": Kind(
-        "Memory of the losses, MiB",
+        "Memory of the losses",
         ("operator", "n", "width"),
         "baseline",
         "fastclip",
         "peak_bytes",
         (
-            ("saved", mebibytes("saved_bytes")),
-            ("its exponent", plain("saved_exponent", ".2f")),
-            ("peak", mebibytes("peak_bytes")),
-            ("its exponent", plain("peak_exponent", ".2f")),
+            ("kept, MiB", mebibytes("saved_bytes")),
+            ("its exponent in n", plain("saved_exponent", ".2f")),
+            ("peak, MiB", mebibytes("peak_bytes")),
+            ("its exponent in n", plain("peak_exponent", ".2f")),
+            ("fastclip, × less", _times),
+        ),
+        (
+            ("kept, MiB", mebibytes("saved_bytes")),
+            ("grows, n to the", plain("saved_exponent", ".2f")),
+            _PEAK,
+            ("grows, n to the", plain("peak_exponent", ".2f")),
+            ("fastclip, × less", _times),
         ),
     ),
     "collectives": Kind(
-        "Losses over several processes, forward and backward, ms",
+        "Losses over several processes, forward and backward",
         ("operator", "ranks", "n", "width"),
         "baseline",
         "fastclip gather",
         "p50",
         (
-            ("MiB received", mebibytes("received_bytes")),
+            ("received, MiB", mebibytes("received_bytes")),
             *_TIMES,
-            ("MiB saved", mebibytes("saved_bytes")),
-            ("error", plain("error", ".1e")),
+            _FASTER,
+            ("kept, MiB", mebibytes("saved_bytes")),
+            _ERROR,
+        ),
+        (
+            ("received, MiB", mebibytes("received_bytes")),
+            *_MEDIAN,
+            ("kept, MiB", mebibytes("saved_bytes")),
+            _ERROR,
         ),
     ),
 }

@@ -12,7 +12,6 @@ A size's scaling exponent is the power of n by which bytes grew since the size b
 """
 
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -51,17 +50,14 @@ class MemoryRow:
     peak_exponent: float | None = None
 
 
-HEADER = (
-    f"{'loss':9} {'n':>7} {'D':>5}  {'':27}{'saved MiB':>10} {'exponent':>9} {'peak MiB':>9}"
-    f" {'exponent':>9}"
-)
-
-
 def run(
-    names: Sequence[str], sizes: Sequence[int], widths: Sequence[int], settings: Settings
+    names: Sequence[str],
+    sizes: Sequence[int],
+    widths: Sequence[int],
+    settings: Settings,
+    add: Callable[[list[MemoryRow]], None],
 ) -> list[MemoryRow]:
-    """Measure losses and baselines at every size, smallest first, and print rows as they come."""
-    print(HEADER)
+    """Measure losses and baselines at every size, smallest first; `add` receives each size's."""
     rows: list[MemoryRow] = []
     for name in names:
         for width in widths:
@@ -72,9 +68,8 @@ def run(
                 for row in measured:
                     _compare(row, before.get(row.baseline))
                     before[row.baseline] = row
-                    rows.append(row)
-                    print(_line(row))
-                sys.stdout.flush()
+                rows += measured
+                add(measured)
     return rows
 
 
@@ -131,15 +126,3 @@ def _compare(row: MemoryRow, before: MemoryRow | None) -> None:
         now, then = getattr(row, f"{name}_bytes"), getattr(before, f"{name}_bytes")
         if now and then and ratio:
             setattr(row, f"{name}_exponent", math.log(now / then) / ratio)
-
-
-def _line(row: MemoryRow) -> str:
-    start = f"{row.operator:9} {row.n:7} {row.width:5}  {row.baseline:27}"
-    if row.status != "ok":
-        return start + row.status
-    cells = []
-    saved, peak = (row.saved_bytes, row.saved_exponent), (row.peak_bytes, row.peak_exponent)
-    for size, exponent in (saved, peak):
-        cells.append("" if size is None else f"{size / 2**20:.2f}")
-        cells.append("" if exponent is None else f"{exponent:.2f}")
-    return start + f"{cells[0]:>10} {cells[1]:>9} {cells[2]:>9} {cells[3]:>9}"

@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 
 import fastclip
-from fastclip.bench import records
-from fastclip.bench.losses import format_row
 from fastclip.bench.runner import (
     Row,
     Settings,
@@ -25,6 +23,7 @@ from fastclip.bench.runner import (
     quantile,
     reset_peak,
 )
+from fastclip.bench.screen import Rows
 
 MINI_BATCH = 32
 OURS, THEIRS = "fastclip", "sentence-transformers"
@@ -90,12 +89,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args(arguments)
-    records.prepare(options.output)
     settings = Settings(rounds=options.rounds, warmup=1)
-    rows = measure(options.n, options.width, settings)
-    for row in rows:
-        print(format_row(row))
-    records.write(options.output, "losses", settings, rows, settings.device)
+    with Rows("losses", settings, settings.device, options.output) as rows:
+        rows.add(measure(options.n, options.width, settings))
 
 
 if __name__ == "__main__":

@@ -96,13 +96,22 @@ def prepare(path: Path | None) -> None:
 
 
 def write(
-    path: Path, benchmark: str, settings: Any, rows: Sequence[Any], device: str, **more: Any
+    path: Path,
+    benchmark: str,
+    settings: Any,
+    rows: Sequence[Any],
+    device: str,
+    load_average: float | None = None,
+    **more: Any,
 ) -> None:
-    """Write rows and settings, dataclasses both, with the environment in front."""
+    """Write rows and settings, dataclasses both, with the environment in front.
+
+    `load_average` is the machine's when the run began.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "benchmark": benchmark,
-        "environment": environment(device),
+        "environment": {**environment(device), "load_average": load_average},
         "settings": {name: _plain(value) for name, value in asdict(settings).items()},
         **more,
         "results": [asdict(row) for row in rows],
@@ -119,6 +128,12 @@ def read(path: Path) -> Record:
     """
     try:
         content = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"there is no file {path}; give a JSON file that `fastclip bench ... --output` wrote"
+        ) from error
+    except IsADirectoryError as error:
+        raise ValueError(f"{path} is a folder; give a JSON file in it") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a text; give a JSON file of `fastclip bench`") from error
     except json.JSONDecodeError as error:

@@ -1,12 +1,14 @@
 """The Markdown report of results: fastclip beside the best baseline, and every row."""
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fastclip.atomic import write_text
-from fastclip.bench import plots
-from fastclip.bench.kinds import KINDS, Group, Kind, Row, number
+from fastclip.bench import plots, screen
+from fastclip.bench.kinds import KINDS, UNRELIABLE, Group, Kind, Row, number
 from fastclip.bench.records import Record
+from fastclip.messages import counted
 
 # What is reported of settings, where it is there.
 _SETTINGS = ("dtype", "autocast", "precision", "grad_clip_norm", "scale", "rounds", "steps")
@@ -30,6 +32,21 @@ def markdown(records: Sequence[Record], images: dict[int, list[str]] | None = No
         parts += [f"## {kind.title}", stamp(record), *_beside_the_best(record, kind)]
         parts += [f"![{kind.title}]({name})" for name in (images or {}).get(index, [])]
         parts += ["All rows:", _all_rows(record, kind)]
+        if any(group.doubtful for group in kind.groups(record)):
+            parts.append(UNRELIABLE)
+    return "\n\n".join(part for part in parts if part)
+
+
+def printed(records: Sequence[Record]) -> str:
+    """The same for a terminal, in as many columns as `fastclip bench` prints."""
+    parts = []
+    for record in records:
+        kind = KINDS[record.benchmark]
+        groups = list(kind.groups(record))
+        rows = [line for group in groups for line in screen.lines(group)]
+        texts = [stamp(record), as_good(groups)]
+        parts += [kind.title, *(textwrap.fill(text, screen.WIDTH) for text in texts)]
+        parts += ["\n".join([*screen.heads(kind), *rows, *screen.closing(groups)])]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -41,9 +58,11 @@ def stamp(record: Record) -> str:
     ]
     settings = [f"{name} {record.settings[name]}" for name in _SETTINGS if _said(record, name)]
     threads = there.get("threads", "an unknown number of")
-    where = f"{there.get('device', 'unknown device')}, {threads} thread{'s' * (threads != 1)}"
-    when = str(there.get("date", "no date"))[:10]
-    return f"`{record.name}`: {when}, {where}; {', '.join([*versions, *settings])}."
+    threads = counted(threads, "thread") if isinstance(threads, int) else f"{threads} threads"
+    where = f"{there.get('device', 'unknown device')}, {threads}"
+    when, load = str(there.get("date", "no date"))[:10], there.get("load_average")
+    at_start = [] if load is None else [f"load average {load} at the start"]
+    return f"`{record.name}`: {when}, {where}; {', '.join([*versions, *settings, *at_start])}."
 
 
 def _said(record: Record, name: str) -> bool:
@@ -51,7 +70,8 @@ def _said(record: Record, name: str) -> bool:
 
 
 def _beside_the_best(record: Record, kind: Kind) -> Iterator[str]:
-    header = [*_heads(kind), "fastclip", "best baseline", "its", "fastclip / it"]
+    unit = kind.unit
+    header = [*_heads(kind), f"fastclip, {unit}", "best baseline", f"its {unit}", kind.better]
     groups, lines = list(kind.groups(record)), []
     for group in groups:
         ours = group.ours
@@ -60,7 +80,7 @@ def _beside_the_best(record: Record, kind: Kind) -> Iterator[str]:
         cells = [*_key_cells(group), _compared(group, ours)]
         if group.baselines:
             best = group.baselines[0]
-            cells += [best[kind.name], _compared(group, best), ratio(group, best)]
+            cells += [best[kind.name], _compared(group, best), times(group, best)]
         else:
             cells += ["none ran", "", ""]
         lines.append(cells)
@@ -77,7 +97,7 @@ def as_good(groups: Sequence[Group]) -> str:
     places = []
     for group in groups:
         if group.as_good:
-            those = ", ".join(f"{row[kind.name]} {ratio(group, row)}" for row in group.as_good)
+            those = ", ".join(f"{times(group, row)} for {row[kind.name]}" for row in group.as_good)
             places.append(f"{group.place} ({those})")
     failed = failures(groups)
     if not any(group.ours and group.baselines for group in groups):
@@ -88,7 +108,7 @@ def as_good(groups: Sequence[Group]) -> str:
     result = (
         "needs as little, or less" if memory else "is as fast, within fastclip's spread, or faster"
     )
-    return f"A baseline {result} (fastclip / it) at: {'; '.join(places)}.{failed}"
+    return f"A baseline {result} ({kind.better}) at: {'; '.join(places)}.{failed}"
 
 
 def failures(groups: Sequence[Group]) -> str:
@@ -97,9 +117,9 @@ def failures(groups: Sequence[Group]) -> str:
     return f" fastclip failed where a baseline ran, at: {alone}." if alone else ""
 
 
-def ratio(group: Group, row: Row) -> str:
-    """What fastclip takes over what a baseline takes, as a cell."""
-    found = group.ratio(row)
+def times(group: Group, row: Row) -> str:
+    """How many times as fast as a baseline fastclip is, or how many times less it needs."""
+    found = group.times(row)
     return "" if found is None else f"{found:.2f}"
 
 

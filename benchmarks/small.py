@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from fastclip.bench import records
-from fastclip.bench.losses import OPERATORS, format_row
+from fastclip.bench.losses import OPERATORS
 from fastclip.bench.runner import (
     MORE_ROUNDS,
     SHORT_STEP,
@@ -27,6 +26,7 @@ from fastclip.bench.runner import (
     leaves,
     quantile,
 )
+from fastclip.bench.screen import Rows
 from fastclip.ops import dense
 
 SIZES = (16, 64, 256, 512, 1024, 2048, 3072, 4096)
@@ -84,17 +84,18 @@ def limits(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 
 
 def run(
-    sizes: Sequence[int], settings: Settings, save: Callable[[list[Row]], None]
+    sizes: Sequence[int], settings: Settings, add: Callable[[list[Row]], None]
 ) -> dict[str, int]:
-    """Measure all losses, the small sizes first; print rows and return the limits."""
+    """Measure all losses, the small sizes first; `add` receives the rows of each.
+
+    Prints the limits and returns them.
+    """
     rows: list[Row] = []
     for n in sizes:
         for operator in OPERATORS.values():
             measured = measure(operator, n, WIDTH[settings.device], settings)
             rows += measured
-            save(rows)
-            for row in measured:
-                print(format_row(row), flush=True)
+            add(measured)
     found = limits([vars(row) for row in rows])
     for name, entries in found.items():
         print(f"({settings.device!r}, {name!r}): {round(entries**0.5)}**2")
@@ -116,13 +117,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="rows")
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args(arguments)
-    records.prepare(options.output)
     settings = settings_for(options.device, options.rounds)
-
-    def save(rows: list[Row]) -> None:
-        records.write(options.output, "losses", settings, rows, options.device)
-
-    run(options.sizes, settings, save)
+    with Rows("losses", settings, options.device, options.output) as rows:
+        run(options.sizes, settings, rows.add)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ checks loss and norm for NaN.
 """
 
 import math
-import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -303,31 +302,16 @@ TRAINERS: dict[str, Callable[[str, Batch, StepSettings], Call]] = {
     PATCHED: _patched,
 }
 
-HEADER = (
-    f"{'model':16} {'batch':>5}  {'trainer':27} {'p20':>9} {'p50':>9} {'p80':>9} {'samples/s':>9}"
-    f" {'speed':>6} {'MiB':>7} {'loss':>8} {'differs':>8}"
-)
 
-
-def run(towers: Sequence[tuple[str, int]], settings: StepSettings) -> list[StepRow]:
-    """Measure every (model, batch size), and print a table as it comes."""
-    print(HEADER)
+def run(
+    towers: Sequence[tuple[str, int]],
+    settings: StepSettings,
+    add: Callable[[list[StepRow]], None],
+) -> list[StepRow]:
+    """Measure every (model, batch size); `add` receives the rows of each."""
     rows = []
     for model, batch_size in towers:
         found = measure(model, batch_size, settings)
         rows += found
-        for row in found:
-            print(_line(row))
-        sys.stdout.flush()
+        add(found)
     return rows
-
-
-def _line(row: StepRow) -> str:
-    start = f"{row.model:16} {row.batch_size:5}  {row.baseline:27}"
-    if row.p20 is None or row.p50 is None or row.p80 is None:
-        return f"{start} {row.status}"
-    times = " ".join(f"{1e3 * seconds:9.2f}" for seconds in (row.p20, row.p50, row.p80))
-    ratio = f"{row.ratio:6.3f}" if row.ratio is not None else " " * 6
-    peak = f"{row.peak_bytes / 2**20:7.0f}" if row.peak_bytes is not None else " " * 7
-    apart = f"{row.loss_difference:8.1e}" if row.loss_difference is not None else ""
-    return f"{start} {times} {row.samples_per_second:9.1f} {ratio} {peak} {row.loss:8.4f} {apart}"

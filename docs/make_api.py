@@ -30,6 +30,7 @@ SECTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
             "fastclip.functional.mp_nce_loss = fastclip.functional.blocks",
             "fastclip.functional.nt_xent_loss = fastclip.functional.blocks",
             "fastclip.functional.sup_con_loss = fastclip.functional.blocks",
+            "fastclip.functional.distillation_loss = fastclip.functional.distillation",
             "fastclip.functional.global_contrastive_loss = fastclip.functional.global_contrastive",
             "fastclip.functional.ranking_loss = fastclip.functional.ranking",
             "fastclip.functional.similarity_statistics = fastclip.functional.statistics",
@@ -92,6 +93,7 @@ SECTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         (
             "fastclip.train.accumulate.accumulate",
             "fastclip.train.accumulate.refuse_batch_norm",
+            "fastclip.train.wrapped.accumulate_wrapped",
         ),
     ),
     (

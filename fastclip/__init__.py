@@ -70,7 +70,17 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'fastclip' has no attribute {name!r}")
     if _LAZY[name] == __name__:
         return importlib.import_module(f"{__name__}.{name}")
-    return getattr(importlib.import_module(_LAZY[name]), name)
+    try:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith(__name__):
+            raise
+        # losses need torch alone; this is somebody who has that and wants a model
+        raise ModuleNotFoundError(
+            f"fastclip.{name} needs the package {error.name!r}, which is not installed: "
+            "pip install 'fastclip-kernels[train]'",
+            name=error.name,
+        ) from error
 
 
 def __dir__() -> list[str]:

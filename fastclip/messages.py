@@ -25,6 +25,11 @@ def _make_printable(record: logging.LogRecord) -> bool:
 logger.addFilter(_make_printable)
 
 
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """A number with its noun, as in "1 step" and "2,000 steps"; the plural by default ends in s."""
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
 def note(text: str) -> None:
     """Report what is the same on all ranks: the first does."""
     if os.environ.get("RANK", "0") == "0":

@@ -159,12 +159,19 @@ for name in ("SigLipLoss", "MPNCELoss", "InfoNCELoss", "NTXentLoss", "SupConLoss
 from fastclip.cli import main
 assert main(["info"]) == 0
 assert main(["train"]) == 1
+try:
+    fastclip.load
+except ModuleNotFoundError as error:
+    assert error.name in sys.modules and sys.modules[error.name] is None
+    print(error)
 """
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
     assert "pip install 'fastclip-kernels[train]'" in result.stderr
+    assert "fastclip.load needs the package '" in result.stdout
+    assert "pip install 'fastclip-kernels[train]'" in result.stdout
 
 
 def test_a_loss_does_not_wait_for_the_compiler(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ import importlib
 import os
 import select
 import sys
+import textwrap
+import warnings
 from collections.abc import Sequence
 
 from fastclip._version import __version__
@@ -35,13 +37,20 @@ EXTRAS = {
     "nvidia": "dali",
     "transformers": "recaption",
     "spacy": "tagger",
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
+    "onnxscript": "onnx",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the process's exit status: 0, 1 for an error, 2 for wrong usage."""
     width = max(map(len, COMMANDS))
-    listing = "\n".join(f"  {name:{width}}  {what}" for name, what in COMMANDS.items())
+    indent = " " * (width + 4)
+    listing = "\n".join(
+        textwrap.fill(f"  {name:{width}}  {what}", 80, subsequent_indent=indent)
+        for name, what in COMMANDS.items()
+    )
     parser = argparse.ArgumentParser(
         prog="fastclip",
         description="Contrastive image-text training: exact, in memory linear in the batch.",
@@ -61,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         near = difflib.get_close_matches(parsed.command, COMMANDS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(COMMANDS)}"
         parser.error(f"command {parsed.command!r} is unknown; {hint}")
+    # torch says so of an installation that needs none
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     with shown():
         return _run(parsed.command, parsed.options)
 

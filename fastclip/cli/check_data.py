@@ -2,6 +2,7 @@
 
 import json
 import os
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from fastclip.data.remote import ShardCache, is_remote
 from fastclip.data.samples import SampleReader
 from fastclip.data.shards import expand_shards
 from fastclip.device import available_cores
+from fastclip.messages import counted
 
 
 @dataclass(frozen=True)
@@ -76,11 +78,12 @@ def table(report: Report) -> str:
         lines.extend(" " * (width + 15) + place for place in others)
     if lines:
         lines.insert(0, f"{'fault':{width}}  {'count':>11}  first places")
-    lines.append(
-        f"{report.samples:,} samples in {report.shards:,} shards, {report.good:,} of them good; "
-        f"{report.bytes / 1e6:,.1f} MB in {report.seconds:.1f} s, "
+    whole = (
+        f"{counted(report.samples, 'sample')} in {counted(report.shards, 'shard')}, "
+        f"{report.good:,} of them good; {report.bytes / 1e6:,.1f} MB in {report.seconds:.1f} s, "
         f"{report.samples / report.seconds:,.0f} samples/s"
     )
+    lines.append(textwrap.fill(whole, 80))
     return "\n".join(lines)
 
 

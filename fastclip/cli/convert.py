@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from fastclip.cli.convert_models import FromOpenClip, ToHub, ToOpenClip, ToUniversal
+from fastclip.cli.convert_models import FromOpenClip, ToHub, ToOnnx, ToOpenClip, ToUniversal
 from fastclip.cli.convert_order import AroOrder
 from fastclip.command_line import parse_flags
 from fastclip.data.convert import convert_cifar10, convert_table
@@ -19,7 +19,7 @@ from fastclip.data.imagenet_captions import CAPTION_PARTS, convert_imagenet_capt
 from fastclip.data.options import DataOptions
 from fastclip.data.recaption import CaptionOptions, recaption_shards
 from fastclip.data.tables import open_coco, open_csv
-from fastclip.messages import logger
+from fastclip.messages import counted, logger
 
 Source = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
 Target = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
@@ -143,8 +143,9 @@ class Recaption(Conversion):
     def run(self) -> None:
         done = recaption_shards(self.source, self.target, self.options, device=self.device)
         logger.info(
-            f"{done.captions} captions for {done.samples} samples in {done.shards} shards; "
-            f"{done.finished} were there, {done.busy} are being written by other processes"
+            f"{counted(done.captions, 'caption')} for {counted(done.samples, 'sample')} in "
+            f"{counted(done.shards, 'shard')}; {done.finished} were there, {done.busy} are being "
+            "written by other processes"
         )
         _report_faults("without a new caption", done.faults)
 
@@ -184,6 +185,7 @@ ConvertConfig = (
     | Corrupt
     | AroOrder
     | ToHub
+    | ToOnnx
     | ToOpenClip
     | FromOpenClip
     | ToUniversal
@@ -211,7 +213,7 @@ def _convert_table(table: ImageFiles, prefix: str, flags: Coco | Csv) -> None:
 
 
 def _report(split: str, counts: list[int]) -> None:
-    logger.info(f"{split}: {sum(counts)} samples in {len(counts)} shards")
+    logger.info(f"{split}: {counted(sum(counts), 'sample')} in {counted(len(counts), 'shard')}")
 
 
 def _report_faults(what: str, faults: FaultLog) -> None:

@@ -69,6 +69,45 @@ class ToHub:
 
 
 @dataclass(frozen=True)
+class ToOnnx:
+    """Export a run's encoders as image.onnx and text.onnx, for batches of any size.
+
+    Features are normalized; the metadata of the files has the logit scale and bias, and how images
+    are prepared. Needs the extra onnx. For example:
+
+    fastclip convert to-onnx logs/first@best first-onnx
+    """
+
+    source: Run
+    """A run directory, whose latest checkpoint is used, RUN@best, a checkpoint, or a folder made by
+    to-hub."""
+    target: Folder
+    """Folder to make."""
+    check: bool = True
+    """Compare the features with onnxruntime's before the folder appears."""
+    average: bool = False
+    """Take the averaged weights of a run with --ema."""
+    trust_checkpoint: bool = False
+    """Read a DeepSpeed checkpoint: pickles, which can run arbitrary code when they are loaded."""
+
+    def run(self) -> None:
+        """Export, and say which encoders there are."""
+        from fastclip.models.export_onnx import TOLERANCE, export_onnx
+
+        names = export_onnx(
+            self.source,
+            self.target,
+            check=self.check,
+            average=self.average,
+            trust_checkpoint=self.trust_checkpoint,
+        )
+        if "text" not in names:
+            logger.info("the model was trained without texts: there is no text.onnx")
+        checked = f", equal to onnxruntime's within {TOLERANCE:.0e}" if self.check else ""
+        logger.info(f"features of {' and '.join(names)}{checked}")
+
+
+@dataclass(frozen=True)
 class ToOpenClip:
     """Export a run's weights for open_clip, OUT.safetensors or OUT.pt, and OUT.json beside them.
 

@@ -2,56 +2,90 @@
 
 import importlib.metadata
 import platform
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from fastclip import __version__, native
 from fastclip.device import cuda_unavailable_reason
 from fastclip.integrations import apex
-from fastclip.ops.backend import ENVIRONMENT_VARIABLE, IMPLEMENTATIONS, explain
+from fastclip.messages import counted
+from fastclip.ops.backend import ENVIRONMENT_VARIABLE, IMPLEMENTATIONS, choose, explain
 
 PACKAGES = (
     *("torch", "triton", "open_clip_torch", "timm", "torchvision", "transformers", "deepspeed"),
     *("nvidia-dali-cuda130", "numpy", "pillow", "simplejpeg", "tyro"),
 )
 
+_WIDTH, _TEXT_COLUMN = 80, 23
+
 
 def main(arguments: Sequence[str]) -> int:
     """Print the report; takes no options."""
     if arguments:
-        print("usage: fastclip info")
+        print(
+            "usage: fastclip info\n\nPrint versions, devices, and what each operator uses and why."
+        )
         return 0 if arguments[0] in ("-h", "--help") else 2
-    print(f"fastclip {__version__}, Python {platform.python_version()}, {platform.platform()}")
-    print("\npackages")
-    for package in PACKAGES:
-        print(f"  {package:20} {_version(package)}")
-    print("\ndevices")
-    vectors = torch.backends.cpu.get_cpu_capability()
-    print(f"  cpu       {torch.get_num_threads()} threads, {vectors}")
     devices = [torch.device("cpu")]
     reason = cuda_unavailable_reason()
-    for index in range(0 if reason else torch.cuda.device_count()):
+    gpus = range(0 if reason else torch.cuda.device_count())
+    if gpus:
+        devices.insert(0, torch.device("cuda", 0))
+    used = [choose("similarity", "auto", device, torch.float32) for device in devices]
+    names = [f"{name} ({device.type})" for name, device in zip(used, devices, strict=True)]
+    print(f"losses on this machine use: {', '.join(names) if gpus else used[0]}")
+    print(f"fastclip {__version__}, Python {platform.python_version()}, {platform.platform()}")
+    _section("packages", ((package, _version(package)) for package in PACKAGES))
+    vectors = torch.backends.cpu.get_cpu_capability()
+    listed = [("cpu", f"{counted(torch.get_num_threads(), 'thread')}, {vectors}")]
+    for index in gpus:
         gpu = torch.cuda.get_device_properties(index)
         memory = f"{gpu.total_memory / 2**30:.0f} GiB"
-        print(f"  cuda:{index}    {gpu.name}, {memory}, sm_{gpu.major}{gpu.minor}")
-        devices.append(torch.device("cuda", index))
+        listed.append((f"cuda:{index}", f"{gpu.name}, {memory}, sm_{gpu.major}{gpu.minor}"))
     if reason:
-        print(f"  cuda      not used: {reason}")
-    print("\nnative library (FASTCLIP_NATIVE=off leaves it unused)")
-    print(f"  cpu       {native.unavailable_reason() or _instructions()}")
-    print(f"  cuda      {native.cuda_unavailable_reason() or 'built'}")
-    print(f"\noperators ({ENVIRONMENT_VARIABLE} or backend= chooses another)")
-    for operator in IMPLEMENTATIONS:
-        for device in {device.type: device for device in devices}.values():
-            for name, status, description in explain(operator, device, torch.float32):
-                print(f"  {operator} on {device.type:5} {name:10} {status} ({description})")
-    print("\nfused layer norm and optimizers (--layer-norm, --optimizer)")
-    print(f"  apex      {apex.unavailable_reason() or 'available'}")
-    print("\ndata (--data-backend chooses another)")
-    for device in {device.type: device for device in devices}.values():
-        print(f"  decoding and augmenting for {device.type:5} {_data_backend(device)}")
+        listed.append(("cuda", f"not used: {reason}"))
+    _section("devices", listed)
+    library = [("cpu", native.unavailable_reason() or _instructions())]
+    library.append(("cuda", native.cuda_unavailable_reason() or "built"))
+    _section("native library (FASTCLIP_NATIVE=off leaves it unused)", library)
+    for device in devices:
+        print(f"\noperators on {device.type} ({ENVIRONMENT_VARIABLE} or backend= chooses another)")
+        # several operators have the same implementations for the same reasons
+        alike: dict[tuple[tuple[str, str, str], ...], list[str]] = {}
+        for operator in IMPLEMENTATIONS:
+            alike.setdefault(tuple(explain(operator, device, torch.float32)), []).append(operator)
+        for rows, operators in alike.items():
+            print(f"  {', '.join(operators)}")
+            for name, status, description in rows:
+                _entry(f"    {name}", f"{status} ({description})")
+    apex_reason = apex.unavailable_reason() or "available"
+    _section("fused layer norm and optimizers (--layer-norm, --optimizer)", [("apex", apex_reason)])
+    loading = [(f"for {device.type}", _data_backend(device)) for device in devices]
+    _section("decoding and augmenting (--data-backend chooses another)", loading)
     return 0
+
+
+def _section(title: str, entries: Iterable[tuple[str, str]]) -> None:
+    print(f"\n{title}")
+    for name, text in entries:
+        _entry(f"  {name}", text)
+
+
+def _entry(name: str, text: str) -> None:
+    """A name and what is said of it, which begins in the same column everywhere."""
+    start = f"{name:{_TEXT_COLUMN}}"
+    indent = " " * _TEXT_COLUMN
+    print(
+        textwrap.fill(
+            start + text,
+            _WIDTH,
+            subsequent_indent=indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    )
 
 
 def _data_backend(device: torch.device) -> str:

@@ -17,8 +17,9 @@ class ModelFlags:
     """Flags of every command that uses a trained model."""
 
     model: str
-    """A run directory (its latest checkpoint is used), RUN@best, or one of its checkpoints; an
-    open_clip model, with --pretrained; hf-hub:ORG/NAME, or local-dir:FOLDER of the same files."""
+    """A run directory (its latest checkpoint is used), RUN@best, or one of its checkpoints; a
+    folder of `fastclip convert to-hub`; an open_clip model, with --pretrained; hf-hub:ORG/NAME, or
+    local-dir:FOLDER of the same files."""
     pretrained: str | None = None
     """For an open_clip model: the name of its weights, or a checkpoint file."""
     average: bool = False
@@ -30,8 +31,10 @@ class ModelFlags:
 
     @property
     def is_run(self) -> bool:
-        """Whether the model is a run or a checkpoint of fastclip's."""
-        return is_run(self.model, self.pretrained)
+        """Whether the model is of a run directory; exported weights are of none."""
+        if not is_run(self.model, self.pretrained):
+            return False
+        return (run_of(Path(self.model)) / "checkpoints").is_dir()
 
     def open(self, device: torch.device) -> Model:
         """The model, in evaluation mode.

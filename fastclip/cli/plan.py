@@ -1,11 +1,13 @@
 """`fastclip plan`: one setting for a global batch on so many GPUs, and what it costs."""
 
+import shlex
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from fastclip.command_line import parse_flags
-from fastclip.messages import logger
+from fastclip.messages import counted, logger
 from fastclip.train.plan import (
     Plan,
     Request,
@@ -17,17 +19,20 @@ from fastclip.train.plan import (
     reasons,
 )
 
+_WIDTH = 80
+# what machines for training have, in most clouds
+_GPUS_OF_A_NODE = 8
 ENGINE_WORDS = {
     "torch": "torch: one process, or data-parallel ones",
-    "zero1": "DeepSpeed, ZeRO stage 1: Adam's state divided by the GPUs",
-    "zero2": "DeepSpeed, ZeRO stage 2: Adam's state and gradients divided by the GPUs",
-    "zero3": "DeepSpeed, ZeRO stage 3: Adam's state, gradients and parameters divided by the GPUs",
+    "zero1": "DeepSpeed, ZeRO stage 1: Adam's state divided over the GPUs",
+    "zero2": "DeepSpeed, ZeRO stage 2: Adam's state and gradients divided",
+    "zero3": "DeepSpeed, ZeRO stage 3: Adam's state, gradients, parameters divided",
 }
 
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """Choose settings for training at a global batch, and compute their cost.
+    """Choose settings for training at a global batch, compute their cost, and print the command.
 
     Bytes and FLOP are computed, not measured: neither a GPU nor data is needed.
     """
@@ -91,23 +96,21 @@ def report(plan: Plan, model: str) -> list[str]:
     """The lines of a plan."""
     request, footprint = plan.request, plan.footprint
     k, alone = plan.micro_batches, request.gpus == 1
-    flags = f"--batch-size {plan.micro_batch} --accum-freq {k} --precision {request.precision}"
-    flags += " --grad-checkpointing" if plan.checkpointing else ""
-    flags += " --siglip" if request.loss == "siglip" else ""
-    flags += " --loss-dist-impl ring" if plan.dist == "ring" and not alone else ""
-    if plan.engine != "torch":
-        flags += f" --deepspeed --deepspeed_config ds_{plan.engine}"
+    typed = _broken(command(plan, model))
     lines = [
-        f"{model}, global batch {request.batch:,} on {request.gpus:,} x {request.memory:g} GiB: "
-        f"{request.rows:,} samples a GPU (computed, not measured)",
+        f"{model} (computed, not measured)",
+        f"global batch {request.batch:,} on {request.gpus:,} x {request.memory:g} GiB: "
+        f"{counted(request.rows, 'sample')} a GPU",
         "",
         "setting",
         f"  engine         {ENGINE_WORDS[plan.engine]}",
-        f"  micro-batch    {plan.micro_batch:,} samples, {k:,} a step"
+        f"  micro-batch    {counted(plan.micro_batch, 'sample')}, {k:,} a step"
         + (": exact accumulation, towers run forward twice" if k > 1 else ""),
         f"  checkpointing  {'on' if plan.checkpointing else 'off'}",
         f"  loss           {request.loss}" + ("" if alone else f', dist="{plan.dist}"'),
-        f"  flags          {flags}",
+        "",
+        f"command{_where(request.gpus)}",
+        *typed,
         "",
         "why",
         *(f"  {reason}" for reason in reasons(plan)),
@@ -145,11 +148,79 @@ def report(plan: Plan, model: str) -> list[str]:
             most = largest_batch(footprint, request, one_pass=one_pass)
             fewest = fewest_gpus(footprint, request, one_pass=one_pass)
             lines.append(
-                f"  {words:18} largest batch on {request.gpus:,} GPUs: {most:,}; fewest GPUs for "
-                f"{request.batch:,}: {'none' if fewest is None else f'{fewest:,}'}"
+                f"  {words:18} largest batch on {counted(request.gpus, 'GPU')}: {most:,}; "
+                f"fewest GPUs: {'none' if fewest is None else f'{fewest:,}'}"
             )
     if footprint.has_batch_norm:
         lines.append("  the model has batch normalization: no accumulation")
+    return [part for line in lines for part in ([line] if line in typed else _filled(line))]
+
+
+def _filled(line: str) -> list[str]:
+    """A line in as many as it takes; names and paths stay whole."""
+    return (
+        [line]
+        if len(line) <= _WIDTH
+        else textwrap.wrap(
+            line, _WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+        )
+    )
+
+
+def command(plan: Plan, model: str) -> list[str]:
+    """The words that start training so: the launcher's, then the trainer's."""
+    request = plan.request
+    words = [*_launcher(plan), "train", "--train-data", "DATA", "--model", model]
+    words += ["--batch-size", str(plan.micro_batch), "--accum-freq", str(plan.micro_batches)]
+    words += ["--precision", request.precision]
+    words += ["--grad-checkpointing"] * plan.checkpointing
+    words += ["--siglip"] * (request.loss == "siglip")
+    words += ["--loss-dist-impl", "ring"] * (plan.dist == "ring" and request.gpus > 1)
+    if plan.engine != "torch":
+        words += ["--deepspeed", "--deepspeed_config", f"ds_{plan.engine}"]
+    return words
+
+
+def _launcher(plan: Plan) -> list[str]:
+    gpus, nodes = plan.request.gpus, _nodes(plan.request.gpus)
+    if plan.engine != "torch":
+        where = ["--num_gpus", str(gpus)] if nodes == 1 else ["--hostfile", "HOSTFILE"]
+        return ["deepspeed", *where, "--module", "fastclip.cli"]
+    if gpus == 1:
+        return ["fastclip"]
+    more = ["--nnodes", str(nodes), "--rdzv_backend", "c10d", "--rdzv_endpoint", "NODE:29500"]
+    each = ["--nproc_per_node", str(gpus // nodes)]
+    return ["torchrun", *each, *more * (nodes > 1), "-m", "--", "fastclip.cli"]
+
+
+def _nodes(gpus: int) -> int:
+    """Machines with the same number of GPUs each, 8 at most."""
+    return gpus // max(each for each in range(1, _GPUS_OF_A_NODE + 1) if gpus % each == 0)
+
+
+def _where(gpus: int) -> str:
+    nodes = _nodes(gpus)
+    return (
+        "" if nodes == 1 else f", on each of {nodes:,} nodes with {counted(gpus // nodes, 'GPU')}"
+    )
+
+
+def _broken(words: Sequence[str]) -> list[str]:
+    """A command in lines for a shell, flags beside their values."""
+    parts: list[str] = []
+    for word in map(shlex.quote, words):
+        # a value stands with its flag
+        if parts and parts[-1].startswith("--") and " " not in parts[-1] and word[0] != "-":
+            parts[-1] += f" {word}"
+        else:
+            parts.append(word)
+    lines = [f"  {parts[0]}"]
+    for part in parts[1:]:
+        if len(lines[-1]) + len(part) + 3 > _WIDTH:
+            lines[-1] += " \\"
+            lines.append(f"    {part}")
+        else:
+            lines[-1] += f" {part}"
     return lines
 
 

@@ -1,5 +1,6 @@
 """`fastclip quickstart`: train and evaluate a small model on the embedded data."""
 
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,6 +87,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{label:30} {score:7.1%}  {guess:7.1%}")
     print(f"\nloss curve          {run}/loss.png")
     print(f"retrieved examples  {run}/retrieval.png")
+    print(f"search it           fastclip search 'a small red star' --model {shlex.quote(str(run))}")
     print(f"use it              model, preprocess, tokenizer = fastclip.load({str(run)!r})")
     print(f"took {(time.monotonic() - started) / 60:.1f} minutes")
     return 0

@@ -138,7 +138,8 @@ def table(query: str, found: Sequence[tuple[float, Sample]]) -> list[str]:
     """
     keys = [cut(sample.key, _KEY, keep_end=True) for _, sample in found]
     column = max([_columns(key) for key in keys], default=0)
-    lines = [cut(query, _WIDTH), f"{'':4}{'score':>7}  {'image':{column}}  caption"]
+    named = "  caption" if any(sample.texts for _, sample in found) else ""
+    lines = [cut(query, _WIDTH), f"{'':4}{'score':>7}  {'image':{column}}{named}".rstrip()]
     for place, ((score, sample), key) in enumerate(zip(found, keys, strict=True), 1):
         blank = " " * (column - _columns(key))
         caption = cut(next(iter(sample.texts), ""), _WIDTH - column - 15)

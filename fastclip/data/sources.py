@@ -106,6 +106,11 @@ class FirstSamples:
         )
         self.read, self.place = source.read, source.place
         self.drain_faults = source.drain_faults
+        self._source = source
+
+    def digest(self) -> str:
+        """Of the source, and of how many of its samples there are."""
+        return digest_of([self._source.digest(), self.counts])
 
 
 def guess_type(data: str) -> DatasetType | None:

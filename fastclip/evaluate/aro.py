@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastclip.data.files import image_size
+from fastclip.evaluate.aro_relations import SYMMETRIC_RELATIONS
 from fastclip.evaluate.choices import Accuracy, Choice, accuracy, first, score_choices, strict
 from fastclip.evaluate.entries import find_parts, read_entries
 from fastclip.evaluate.features import Encoding, ImageFile
@@ -43,12 +44,14 @@ def evaluate_aro(
         parts: of `PARTS`; by default those that are there.
 
     Returns:
-        "relation_macro", the mean over all relations that occur, "attribution_macro", the mean over
-        pairs of attributes with 25 cases or more (absent where there is none), "relation_micro" and
-        "attribution_micro", the share of all cases, for which the true caption must score strictly
-        higher; "coco_order" and "flickr30k_order", the share of cases whose caption scores highest,
-        where ties count as right, for a shuffled caption can be the same; "ties", the share of
-        cases in which another caption scores the same, and "cases", by part.
+        "relation_macro", the published mean over relations that are not `SYMMETRIC_RELATIONS`
+        (absent where there is none), "relation_macro_all", the mean over all that occur,
+        "attribution_macro", the mean over pairs of attributes with 25 cases or more (absent where
+        there is none), "relation_micro" and "attribution_micro", the share of all cases, for which
+        the true caption must score strictly higher; "coco_order" and "flickr30k_order", the share
+        of cases whose caption scores highest, where ties count as right, for a shuffled caption can
+        be the same; "ties", the share of cases in which another caption scores the same, and
+        "cases", by part.
 
     Raises:
         ValueError: a part is unknown or malformed, a box has no area in its image, or images are
@@ -66,9 +69,13 @@ def evaluate_aro(
             continue
         cases = visual_genome_cases(path, _GROUPS[part])
         found[part] = accuracy(cases, score_choices(model, cases, encoding), strict)
-        macro = found[part].macro(PAIR_CASES if part == "attribution" else 1)
-        if macro is not None:
-            metrics[f"{part}_macro"] = macro
+        macros = {"attribution_macro": found[part].macro(PAIR_CASES)}
+        if part == "relation":
+            macros = {
+                "relation_macro": found[part].macro(apart=SYMMETRIC_RELATIONS),
+                "relation_macro_all": found[part].macro(),
+            }
+        metrics |= {name: value for name, value in macros.items() if value is not None}
         metrics[f"{part}_micro"] = found[part].micro
     metrics["ties"] = {part: own.ties for part, own in found.items()}
     metrics["cases"] = {part: sum(own.cases.values()) for part, own in found.items()}
@@ -76,7 +83,7 @@ def evaluate_aro(
 
 
 def visual_genome_cases(path: Path, group: str) -> list[Choice]:
-    """The cases of a file with regions; one that goes over its image's edge is cut there.
+    """The cases of a file with regions; what one has beyond its image's edge is black.
 
     Args:
         group: the field that cases are grouped by, a text or a list of texts.
@@ -91,8 +98,10 @@ def visual_genome_cases(path: Path, group: str) -> list[Choice]:
         if image not in sizes:
             sizes[image] = _size_of(image)
         size = sizes[image]
-        box = _box_of(entry, size)
-        if size and (box[0] >= box[2] or box[1] >= box[3]):
+        box = _box_of(entry)
+        if size and (
+            max(box[0], 0) >= min(box[2], size[0]) or max(box[1], 0) >= min(box[3], size[1])
+        ):
             raise ValueError(
                 f"{path}, entry {number}: the box {[entry[key] for key in _BOX]} (x, y, width, "
                 f"height) has no area in {image}, which is {size} pixels (width, height); "
@@ -134,10 +143,10 @@ def _size_of(image: Path) -> tuple[int, int] | None:
         return None
 
 
-def _box_of(entry: dict[str, Any], size: tuple[int, int] | None) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of a region, inside the image where its size is known."""
+def _box_of(entry: dict[str, Any]) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of a region, which may reach beyond the image.
+
+    Pillow's crop, which the authors use, makes black of what is not there.
+    """
     x, y, w, h = (entry[key] for key in _BOX)
-    left, top, right, bottom = round(x), round(y), round(x + w), round(y + h)
-    if size is None:
-        return left, top, right, bottom
-    return max(left, 0), max(top, 0), min(right, size[0]), min(bottom, size[1])
+    return round(x), round(y), round(x + w), round(y + h)

@@ -1,7 +1,7 @@
 """Choosing the true text of an image among false ones, as benchmarks of composition ask for it."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from statistics import fmean
@@ -44,9 +44,13 @@ class Accuracy:
     micro: float
     ties: float
 
-    def macro(self, at_least: int = 1) -> float | None:
-        """The mean over groups of so many cases or more; None where there is no such group."""
-        shares = [share for name, share in self.by_group.items() if self.cases[name] >= at_least]
+    def macro(self, at_least: int = 1, apart: Collection[str] = ()) -> float | None:
+        """The mean over groups of so many cases or more, but for those `apart`; None of none."""
+        shares = [
+            share
+            for name, share in self.by_group.items()
+            if self.cases[name] >= at_least and name not in apart
+        ]
         return fmean(shares) if shares else None
 
 

@@ -1,7 +1,9 @@
 """Features of a whole data set in a .npy file, resumable."""
 
+import errno
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +83,9 @@ class Embedding:
         Args:
             batches: from a first row on, yields (row, features (B, D)) in order.
             progress: whether to draw a bar.
+
+        Raises:
+            OSError: the disk has no room for all rows; nothing is left behind.
         """
         done = self.done()
         if self.partial.is_symlink():
@@ -93,6 +98,7 @@ class Embedding:
                 self.partial.unlink(missing_ok=True)
                 shape = (self.count, features.shape[1])
                 rows = open_memmap(self.partial, mode="w+", dtype=np.float32, shape=shape)
+                self._reserve()
             done = start + len(features)
             rows[start:done] = features.numpy()
             bar.update(len(features))
@@ -105,6 +111,23 @@ class Embedding:
         self.partial.rename(self.output)
         self.progress.unlink()
         return self.output
+
+    def _reserve(self) -> None:
+        """Take the room on the disk now: without it a write to mapped memory kills the process."""
+        if not hasattr(os, "posix_fallocate"):
+            return
+        size = self.partial.stat().st_size
+        try:
+            with self.partial.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                # a file system that reserves nothing
+                return
+            self.partial.unlink()
+            raise OSError(
+                f"{self.partial} needs {size:,} bytes: {error.strerror}; make room"
+            ) from error
 
     def _save(self, rows: np.memmap, done: int) -> None:
         # rows first: the count may never be ahead of them

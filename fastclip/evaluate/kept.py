@@ -24,7 +24,7 @@ from fastclip.data.regular import digest_of
 from fastclip.data.samples import Source
 from fastclip.evaluate.embed import Embedding, fingerprint, image_batches
 from fastclip.evaluate.features import Encoding
-from fastclip.messages import logger
+from fastclip.messages import counted, logger
 from fastclip.models.clip import Model
 
 # faults that may be gone at the next try, although the data are the same
@@ -60,7 +60,7 @@ def keep_features(
 
     Raises:
         ValueError: no image can be read, or the model's features are not finite.
-        OSError: the file cannot be written.
+        OSError: the file cannot be written, or the disk has no room for it.
     """
     identity = {
         "model": name,
@@ -72,12 +72,14 @@ def keep_features(
     }
     count = sum(source.counts)
     described = file.with_suffix(".json")
-    file.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(file.parent)
     with _alone(file.parent):
         before = _read(described)
         changed = [part for part, value in identity.items() if before.get(part) != value]
         if not changed and (features := _load(file, count)) is not None:
             return KeptFeatures(features, before["readable"])
+        if not os.access(file.parent, os.W_OK):
+            raise _refused(file.parent, "it is not writable")
         _announce(file, count, changed if before else [])
         # what described the old features must never be beside the new ones
         described.unlink(missing_ok=True)
@@ -113,12 +115,23 @@ def preprocessing_digest(preprocess: Callable[[Any], torch.Tensor]) -> str:
     return digest_of([tuple(pixels.shape), pixels.dtype, pixels.numpy().tobytes()])
 
 
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _refused(folder, str(error.strerror)) from error
+
+
+def _refused(folder: Path, why: str) -> OSError:
+    return OSError(f"{folder} cannot hold features: {why}; give another folder with --features")
+
+
 def _announce(file: Path, count: int, changed: list[str]) -> None:
     if changed:
         are = " and ".join([", ".join(changed[:-1]), changed[-1]] if changed[1:] else changed)
         logger.info(f"changed since {file} was made: {are}; its features are computed again")
     else:
-        logger.info(f"features of {count:,} images: computed now, then kept in {file}")
+        logger.info(f"features of {counted(count, 'image')}: computed now, then kept in {file}")
 
 
 def _read(described: Path) -> dict[str, Any]:
@@ -150,7 +163,11 @@ def _alone(folder: Path) -> Iterator[None]:
     try:
         # some file systems have no locks; of theirs two at a time must not be started
         with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logger.info(f"another process computes features in {folder}: waiting for it")
+                fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
         os.close(handle)

@@ -41,7 +41,10 @@ _ALL = (
             "Visual Genome images, which go to images/; coco_order.json and flickr30k_order.json, "
             "lists of {image_path, caption_options: [true, 4 perturbations]}, are optional"
         ),
-        metric="relation_macro and attribution_macro; coco_order and flickr30k_order",
+        metric=(
+            "relation_macro (without symmetric relations) and attribution_macro; coco_order and "
+            "flickr30k_order"
+        ),
         chance={"relation": 0.5, "attribution": 0.5, "coco_order": 0.2, "flickr30k_order": 0.2},
     ),
     Benchmark(

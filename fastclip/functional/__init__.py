@@ -14,6 +14,7 @@ is the same on all.
 """
 
 from fastclip.functional.blocks import mp_nce_loss, nt_xent_loss, sup_con_loss
+from fastclip.functional.distillation import distillation_loss
 from fastclip.functional.global_contrastive import global_contrastive_loss
 from fastclip.functional.pairs import clip_loss, info_nce_loss, siglip_loss
 from fastclip.functional.ranking import ranking_loss
@@ -26,6 +27,7 @@ __all__ = [
     "Exchange",
     "attention",
     "clip_loss",
+    "distillation_loss",
     "global_contrastive_loss",
     "info_nce_loss",
     "mp_nce_loss",

@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
+from fastclip.bounded import parse_json
 from fastclip.models import checkpoint
 from fastclip.models.classifier import Classifier
 from fastclip.models.clip import (
     CONFIG_FILE,
     SYSTEM,
     Model,
+    build_checked,
     build_described,
     create,
     load_weights,
@@ -23,11 +24,13 @@ from fastclip.models.clip import (
 from fastclip.models.clip import describe as describe_towers
 from fastclip.models.image_tower import load_image_tower
 from fastclip.models.language_model import LanguageModelTower, with_language_model
+from fastclip.models.lock import lock_towers
 from fastclip.models.options import SystemOptions
 from fastclip.models.rocket import Rocket
 from fastclip.models.simclr import SimCLR
 from fastclip.models.system import PREFIX, System
 from fastclip.models.uniclip import UniClip
+from fastclip.models.weights import read_facts
 
 
 def build(
@@ -59,8 +62,7 @@ def build(
     base = create(name, device, pretrained=None if begin else pretrained, siglip=siglip)
     if options.text_lm is not None:
         base = with_language_model(base, options)
-    if options.lock_image:
-        lock_image(base.model, options)
+    lock_towers(base.model, options)
     width = describe_towers(name, base)["model_cfg"]["embed_dim"]
     built = _wrap(base, width, device, options, classes)
     if begin:
@@ -71,21 +73,6 @@ def build(
         path = checkpoint.resolve(Path(options.finetune))
         load_image_tower(base.model, checkpoint.read_weights(path, trust=trust_checkpoint))
     return built
-
-
-def lock_image(model: nn.Module, options: SystemOptions) -> None:
-    """Freeze the image tower of an open_clip model but for its last groups of layers."""
-    # open_clip's own freezing of statistics takes timm's normalizations for plain ones, and drops
-    # the activations that they hold
-    model.lock_image_tower(unlocked_groups=options.lock_image_unlocked_groups)  # type: ignore[operator]
-    if not options.lock_image_freeze_bn_stats:
-        return
-    from timm.layers import freeze_batch_norm_2d
-
-    for parent in list(model.visual.modules()):  # type: ignore[union-attr]
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.BatchNorm2d) and not child.weight.requires_grad:
-                setattr(parent, name, freeze_batch_norm_2d(child))
 
 
 def _wrap(
@@ -139,7 +126,8 @@ def load(
     Args:
         path: a run directory as `fastclip train` writes it (its latest whole checkpoint is taken),
             or one checkpoint file inside it; RUN@best for the best by the metric of its
-            --best-metric.
+            --best-metric; a folder of `fastclip convert to-hub`, or a .safetensors file of
+            `fastclip convert to-open-clip`.
         device: where the parameters are put.
         average: take the averaged weights of a run with --ema.
         trust_checkpoint: whether DeepSpeed's files may be read, which can run any code.
@@ -168,6 +156,12 @@ def load(
     """
     path = Path(path)
     run = checkpoint.run_of(path)
+    if alone := _described_inside(path):
+        built = build_checked(alone, str(path), device)
+        weights = checkpoint.read_weights(path, average=average)
+        load_weights(built.model, weights, str(path))
+        built.model.eval()
+        return built
     if not (run / CONFIG_FILE).is_file():
         raise FileNotFoundError(
             f"{run / CONFIG_FILE} does not exist: {path} is not a run directory of fastclip train"
@@ -187,6 +181,17 @@ def load(
     load_weights(built.model, state, str(found))
     built.model.eval()
     return built
+
+
+def _described_inside(path: Path) -> dict[str, Any]:
+    """The description in a file of safetensors that is in no run; nothing of other paths."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return {}
+    if (checkpoint.run_of(path) / CONFIG_FILE).is_file():
+        return {}
+    text = read_facts(path).get(CONFIG_FILE, "{}")
+    described = parse_json(text, str(path))
+    return described if isinstance(described, dict) else {}
 
 
 def class_names(path: Path) -> list[str]:

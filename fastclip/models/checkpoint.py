@@ -2,8 +2,8 @@
 
 `step_00000120.pt` is written under another name, flushed to the disk and renamed; then the
 manifest `step_00000120.json` with its size and SHA-256 follows in the same way. A file without a
-matching manifest is torn and never chosen. Training with DeepSpeed leaves folders instead, see
-`sharded.py`.
+matching manifest is torn and never chosen. Training with DeepSpeed or FSDP2 leaves folders instead,
+see `sharded.py`.
 """
 
 import json
@@ -32,6 +32,7 @@ from fastclip.models import sharded
 AVERAGE = "state_dict_ema"
 # what a loss remembers of each sample
 MEMORY = "loss_memory"
+_NO_AVERAGE = "holds no averaged weights: its run had no --ema"
 _MANIFEST_KEYS = {"file", "bytes", "sha256"}
 # in a run directory, names its best checkpoint; and the end of a path that means that one
 BEST_FILE, BEST_SUFFIX = "best.json", "@best"
@@ -107,7 +108,7 @@ def _is_whole(path: Path) -> bool:
 def named(folder: Path, prefix: str) -> list[Path]:
     """The checkpoints whose names begin so, with or without a manifest, in order of their names.
 
-    They are files (.pt), or folders where the training was DeepSpeed's.
+    They are files (.pt), or folders where the training was DeepSpeed's or FSDP2's.
     """
     found = [p for p in folder.glob(f"{prefix}*") if p.suffix == ".pt" or p.is_dir()]
     # others are being written, or converted for the time of a start
@@ -209,7 +210,7 @@ def step_of(path: Path) -> int:
 def read(path: Path) -> dict[str, Any]:
     """The content of a checkpoint, on the CPU; never runs code from the file.
 
-    Of a folder of DeepSpeed's it is the part without parameters and optimizer.
+    Of a folder it is the part without parameters and optimizer.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -220,10 +221,11 @@ def read(path: Path) -> dict[str, Any]:
     content = _load(path)
     if not isinstance(content, dict) or "state_dict" not in content:
         raise ValueError(f"{path} is not a checkpoint: it has no 'state_dict'")
-    if "zero" in content:
-        raise ValueError(
-            f"{path} is a file with the state of a DeepSpeed folder; give the folder itself"
-        )
+    for key, kind in (("zero", "a DeepSpeed"), ("fsdp", "an FSDP2")):
+        if key in content:
+            raise ValueError(
+                f"{path} is a file with the state of {kind} folder; give the folder itself"
+            )
     return content
 
 
@@ -240,10 +242,12 @@ def read_weights(path: Path, *, average: bool = False, trust: bool = False) -> d
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, holds no weights or no average, or is not trusted.
     """
+    if sharded.is_distributed(path):
+        return _read_distributed(path, average)
     if average:
         content = read(path)
         if AVERAGE not in content:
-            raise ValueError(f"{path} holds no averaged weights: its run had no --ema")
+            raise ValueError(f"{path} {_NO_AVERAGE}")
         return content[AVERAGE]
     if sharded.is_sharded(path):
         require_trust(path, trust)
@@ -255,13 +259,26 @@ def read_weights(path: Path, *, average: bool = False, trust: bool = False) -> d
     return {name.removeprefix("module."): value for name, value in weights.items()}
 
 
+def _read_distributed(path: Path, average: bool) -> dict[str, Tensor]:
+    """As `read_weights`, of a folder of FSDP2's, which need not be trusted."""
+    # its imports take a while
+    from fastclip.models import distributed_checkpoint
+
+    sharded.require_whole(path)
+    saved = read(path)["fsdp"]
+    if average and not saved["averaged"]:
+        raise ValueError(f"{path} {_NO_AVERAGE}")
+    wanted = distributed_checkpoint.AVERAGE if average else distributed_checkpoint.MODEL
+    return distributed_checkpoint.export(path, wanted) | saved["buffers"]
+
+
 def require_trust(path: Path, trust: bool) -> None:
     """Refuse a folder of DeepSpeed's that is not trusted.
 
     Raises:
         ValueError: it is not.
     """
-    if sharded.is_sharded(path) and not trust:
+    if sharded.is_sharded(path) and not sharded.is_distributed(path) and not trust:
         raise ValueError(
             f"{path} is DeepSpeed's: its files are pickles, which can run arbitrary code when they "
             "are loaded; if you trust its origin, add --trust-checkpoint (trust_checkpoint=True)"

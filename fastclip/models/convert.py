@@ -22,8 +22,9 @@ def export_open_clip(
 
     Args:
         source: a run directory (its latest checkpoint is used) or one of its checkpoints.
-        target: the file to write, safetensors if it ends in .safetensors, else torch's format;
-            the architecture is written if the source is in a run.
+        target: the file to write, safetensors if it ends in .safetensors, which `fastclip.load`
+            reads without the run, else torch's format; the architecture is written if the source
+            is in a run.
         average: take the averaged weights of a run with --ema.
         trust_checkpoint: whether DeepSpeed's files may be read, which can run any code.
 
@@ -50,9 +51,12 @@ def export_open_clip(
     kept: dict[str, Any] = {name: content[name] for name in ("epoch", "name") if name in content}
     weights = checkpoint.read_weights(path, average=average, trust=trust_checkpoint)
     target.parent.mkdir(parents=True, exist_ok=True)
+    facts = {name: str(value) for name, value in kept.items()}
+    if (run / CONFIG_FILE).is_file():
+        facts[CONFIG_FILE] = json.dumps(read_description(run))
     with writing(target) as file:
         if target.suffix == ".safetensors":
-            write_safetensors(file, weights, {name: str(value) for name, value in kept.items()})
+            write_safetensors(file, weights, facts)
         else:
             torch.save({**kept, "state_dict": weights}, file)
     if not (run / CONFIG_FILE).is_file():
@@ -101,7 +105,7 @@ def export_universal(source: Path, target: Path, *, trust_checkpoint: bool = Fal
         ValueError: the checkpoint is not a folder of DeepSpeed's, or is not trusted.
     """
     path = checkpoint.resolve(source)
-    if not sharded.is_sharded(path):
+    if not sharded.is_sharded(path) or sharded.is_distributed(path):
         raise ValueError(f"{path} is not DeepSpeed's: it resumes on any number of processes")
     checkpoint.require_trust(path, trust_checkpoint)
     sharded.to_universal(path, target)

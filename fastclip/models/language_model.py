@@ -129,7 +129,7 @@ class LanguageModelTower(nn.Module):
         if self.pooling == "mean":
             pooled = states.masked_fill(~real[..., None], 0).sum(1) / real.sum(1, keepdim=True)
         else:
-            pooled = states[torch.arange(len(states), device=states.device), real.sum(1) - 1]
+            pooled = states[torch.arange(states.shape[0], device=states.device), real.sum(1) - 1]
         return self.projection(pooled)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -31,12 +31,20 @@ _USERS: dict[str, tuple[str, ...]] = {
         ("pair_loss", "pair_weight", "augmentation_encoder", "shared_similarity"), ("uniclip",)
     ),
     "hard_negatives": ("clip",),
-    "text_lm": ("clip", "uniclip", "slip", *CROSSED),
+    **dict.fromkeys(("text_lm", "lock_text"), ("clip", "uniclip", "slip", *CROSSED)),
     **dict.fromkeys(
         ("classes", "label_source", "label_case_sensitive", "classifier"), ("classify",)
     ),
 }
-_FROM_ZERO = ("strong_views", "lock_image_unlocked_groups", "text_lm_cache_bytes", "hard_negatives")
+_FROM_ZERO = (
+    "strong_views",
+    "lock_image_unlocked_groups",
+    "lock_text_unlocked_layers",
+    "text_lm_cache_bytes",
+    "hard_negatives",
+)
+# what the flags that begin so are for
+_PREFIXES = {"text_lm_": "text_lm", "lock_image_": "lock_image", "lock_text_": "lock_text"}
 
 
 @dataclass(frozen=True)
@@ -108,6 +116,14 @@ class SystemOptions:
     """With --lock-image: number of last groups of layers that are still trained."""
     lock_image_freeze_bn_stats: bool = flag(False, defines_run=True)
     """With --lock-image: freeze the running statistics of batch normalization too."""
+    lock_text: bool = flag(False, defines_run=True)
+    """Freeze the text tower."""
+    lock_text_unlocked_layers: int = flag(0, defines_run=True)
+    """With --lock-text: number of last groups of layers that are still trained; the projection is
+    one, each layer before it another."""
+    lock_text_freeze_layer_norm: bool = flag(False, defines_run=True)
+    """With --lock-text: freeze the layer norms of a Hugging Face text tower too; those of other
+    towers are frozen in any case."""
 
     classes: str | None = flag(None, defines_run=True)
     """classify: file of class names, one per line in the order of the labels."""
@@ -133,7 +149,7 @@ class SystemOptions:
             users = _USERS.get(field.name)
             if users is not None and objective not in users:
                 raise ValueError(f"{flag} is for {', '.join(users)}, not {objective}; leave it out")
-            for prefix, needed in (("text_lm_", "text_lm"), ("lock_image_", "lock_image")):
+            for prefix, needed in _PREFIXES.items():
                 if field.name.startswith(prefix) and not getattr(self, needed):
                     raise ValueError(f"{flag} needs --{needed.replace('_', '-')}; leave it out")
             # fractions have bounds of their own
@@ -152,6 +168,11 @@ class SystemOptions:
             )
         if self.extra_weight is not None and not 0 < self.extra_weight < math.inf:
             raise ValueError(f"--extra-weight is {self.extra_weight}; give a positive number")
+        if self.lock_text and self.text_lm is not None:
+            raise ValueError(
+                "--lock-text: of --text-lm the last --text-lm-unfrozen layers are trained; leave "
+                "--lock-text out"
+            )
         if self.context_length is not None and self.text_lm is None:
             raise ValueError(
                 "--context-length is for --text-lm; of other text towers it is in --model's config"
@@ -173,6 +194,9 @@ class SystemOptions:
             lock_image=False,
             lock_image_unlocked_groups=0,
             lock_image_freeze_bn_stats=False,
+            lock_text=False,
+            lock_text_unlocked_layers=0,
+            lock_text_freeze_layer_norm=False,
         )
 
     @property

@@ -1,10 +1,11 @@
-"""Checkpoints of sharded training: folders of DeepSpeed's files beside fastclip's own plain state.
+"""Checkpoints of sharded training: folders of the ranks' files beside fastclip's own plain state.
 
-`step_00000120/` holds DeepSpeed's files (each rank's share of optimizer and parameters) and
-training.pt. The manifest `step_00000120.json` beside it has the size and SHA-256 of every file; a
-folder without a matching one is torn and never chosen.
+`step_00000120/` holds each rank's share of optimizer and parameters, in DeepSpeed's files or in
+those of torch's distributed checkpoints (`distributed_checkpoint.py`), and training.pt. The
+manifest `step_00000120.json` beside it has the size and SHA-256 of every file; a folder without a
+matching one is torn and never chosen.
 
-DeepSpeed's own files are pickles: reading them runs what is in them. training.pt is not.
+DeepSpeed's own files are pickles: reading them runs what is in them. The others are not read so.
 """
 
 import argparse
@@ -22,6 +23,8 @@ from fastclip.atomic import describe, require_sums, write_text
 from fastclip.bounded import read_object
 
 TRAINING = "training.pt"
+METADATA = ".metadata"
+"""Of torch's distributed checkpoints: what is in which file."""
 TEMPORARY_SUFFIX = ".universal"
 """Of a copy that is made to resume with another number of processes."""
 
@@ -33,20 +36,23 @@ def read_training(path: Path) -> dict[str, Any]:
         What was given to `write`.
 
     Raises:
-        FileNotFoundError, ValueError: the folder is not a checkpoint of DeepSpeed's, or damaged.
+        FileNotFoundError, ValueError: the folder is not such a checkpoint, or damaged.
     """
     file = path / TRAINING
     if not file.is_file():
         raise FileNotFoundError(
-            f"{file} does not exist: {path} is not a checkpoint of a DeepSpeed run"
+            f"{file} does not exist: {path} is not a checkpoint of a DeepSpeed or FSDP2 run"
         )
     _require_described(path, file)
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-        return dict(content)
+        content = dict(torch.load(file, map_location="cpu", weights_only=True))
     # torch raises many kinds of errors on damaged input
     except Exception as error:
         raise ValueError(f"{file} cannot be read as a checkpoint: {error}") from error
+    # by the files: what is trusted, and what need not be, is decided by them
+    if is_distributed(path) != ("fsdp" in content):
+        raise ValueError(f"{path} mixes files of DeepSpeed and of FSDP2; take another checkpoint")
+    return content
 
 
 def verify(path: Path) -> bool:
@@ -176,6 +182,11 @@ def to_universal(path: Path, target: Path) -> None:
 def is_sharded(path: Path) -> bool:
     """Whether a path is such a folder."""
     return (path / TRAINING).is_file()
+
+
+def is_distributed(path: Path) -> bool:
+    """Whether a checkpoint folder is of FSDP2, in the format of torch's distributed checkpoints."""
+    return (path / METADATA).is_file()
 
 
 def is_universal(path: Path) -> bool:

@@ -259,6 +259,10 @@ class System(nn.Module):
         """The scale of image-text logits for the log, of parameters by name; None without one."""
         return None
 
+    def image_text_bias(self, parameter: Callable[[str], Tensor]) -> float | None:
+        """The bias of image-text logits, beside `logit_scale`; None without one."""
+        return None
+
     def chance(self, samples: int) -> float | None:
         """The loss of a system that distinguishes nothing, where it is known."""
         return None

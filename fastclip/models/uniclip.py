@@ -114,7 +114,7 @@ class UniClipCriterion(Criterion):
         if params is None or not self.uses_augmentation:
             params = self.no_augmentation
         encoded = self.augmentation_encoder(params.to(features.dtype))
-        return self.image_head(features, encoded.expand(len(features), -1))
+        return self.image_head(features, encoded.expand(features.shape[0], -1))
 
     @property
     def logit_scale(self) -> Tensor:
@@ -207,6 +207,14 @@ class UniClip(TwoTowers):
         """See `System.logit_scale`."""
         entry = int(self.criterion.pair[IMAGE, TEXT])
         return parameter(PREFIX + "log_temperature")[entry].neg().exp().item()
+
+    def image_text_bias(self, parameter: Callable[[str], Tensor]) -> float | None:
+        """See `System.image_text_bias`."""
+        if self.criterion.offset is None:
+            return None
+        entry = int(self.criterion.pair[IMAGE, TEXT])
+        offset = parameter(PREFIX + "offset")[entry].item()
+        return -offset * self.logit_scale(parameter)
 
 
 def _check_weight(weight: tuple[float, float, float], pair_loss: str) -> None:

@@ -1,6 +1,7 @@
 """Weights alone, as safetensors: tensors by name and a few texts, which cannot hold code."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import IO
 
 from torch import Tensor
@@ -27,3 +28,18 @@ def write_safetensors(
         alone[name] = tensor.clone() if storage in seen else tensor
         seen.add(storage)
     file.write(save(alone, {"format": "pt", **(facts or {})}))
+
+
+def read_facts(path: Path) -> dict[str, str]:
+    """The texts that a file of safetensors has beside its weights.
+
+    Raises:
+        ValueError: it is damaged, or another kind of file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as content:
+            return dict(content.metadata() or {})
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read as safetensors: {error}") from error

@@ -8,8 +8,11 @@
 | `run_directory`, `describe`, `summary` | its name, its holder, what is said at start and end |
 | `resume`, `saving`, `best`, `streams` | checkpoints read and written; the random streams in them |
 | `select_engine`, `engine`, `torch_engine` | forward, backward and update of a batch |
-| `zero`, `zero_config`, `zero_checkpoint` | the same by DeepSpeed |
-| `objective`, `accumulate`, `optim`, `average` | outputs and loss, exact gradients, updates |
+| `fsdp`, `shard` | the same by FSDP2 |
+| `zero`, `zero_config` | the same by DeepSpeed |
+| `sharded_checkpoint` | folders that all ranks write |
+| `objective`, `teacher` | outputs and loss; a teacher's features |
+| `accumulate`, `wrapped`, `optim`, `average` | exact gradients, updates |
 | `validate`, `held_out` | evaluation at the ends of epochs |
 | `report`, `meter`, `log`, `health` | bar, speed, files of metrics, hints and NaN |
 | `distributed`, `watch`, `stop` | several ranks, those that fail, signals |

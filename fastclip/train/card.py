@@ -136,7 +136,7 @@ def _training(given: dict[str, Any], content: dict[str, Any], average: bool) -> 
         "batch size per process": given.get("batch_size", UNKNOWN),
         **known,
         **steps,
-        "weights": "moving average (--ema)" if average else "last of the training",
+        "weights": "moving average (--ema)" if average else "as trained",
     }
 
 

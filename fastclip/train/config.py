@@ -72,6 +72,8 @@ class TrainConfig:
             )
         if self.loss.loss == "global":
             self._check_global()
+        if self.loss.distills:
+            self._check_distillation()
         if self.loss.group_duplicates and (objective != "clip" or model.hard_negatives):
             raise ValueError(
                 "--group-duplicates is for --objective clip without --hard-negatives; leave it out"
@@ -107,10 +109,37 @@ class TrainConfig:
                 f"--sentence-sampling, --text-augment: {objective} trains without texts; "
                 "leave them out"
             )
-        if self.distributed.deepspeed and self.optim.optimizer != "adamw":
+        if data.caption_views == "multi" and model.views[1] < 2:
             raise ValueError(
-                f"--optimizer {self.optim.optimizer}: ZeRO shards torch's AdamW; leave the flag "
-                "out with --deepspeed"
+                f"--caption-views multi: {objective} has one text of a sample at most; leave it out"
+            )
+        if self.distributed.sharded and self.optim.optimizer != "adamw":
+            raise ValueError(
+                f"--optimizer {self.optim.optimizer}: ZeRO and FSDP2 shard torch's AdamW; leave "
+                "the flag out with --deepspeed and --fsdp"
+            )
+        if self.distributed.fsdp and model.torchcompile:
+            raise ValueError("--torchcompile does not work with --fsdp; leave one out")
+        if self.distributed.fsdp and model.text_lm_cache_bytes:
+            raise ValueError(
+                f"--text-lm-cache-bytes is {model.text_lm_cache_bytes}, but FSDP2's ranks must "
+                "run all layers together; leave it out with --fsdp"
+            )
+
+    def _check_distillation(self) -> None:
+        """Refuse what a teacher does not go with."""
+        name = "--distill-model" if self.loss.distill_model else "--distill-embeddings"
+        if self.model.objective != "clip" or self.loss.siglip or self.loss.loss == "global":
+            raise ValueError(
+                f"{name} is for the softmax loss of --objective clip, without --siglip and --loss "
+                "global; leave it out"
+            )
+        data = self.data
+        varied = data.sentence_sampling or data.text_augment != "none" or data.captions
+        if self.loss.distill_embeddings and varied:
+            raise ValueError(
+                "--distill-embeddings has one text a sample: leave out --captions, "
+                "--sentence-sampling and --text-augment"
             )
 
     def _check_global(self) -> None:

@@ -9,7 +9,7 @@ import torch
 from fastclip.atomic import write_folder, write_text
 from fastclip.data.loader import TrainingLoader
 from fastclip.device import AUTOCAST_DTYPES
-from fastclip.messages import logger
+from fastclip.messages import counted, logger, note
 from fastclip.models.build import describe
 from fastclip.models.clip import CONFIG_FILE, Model
 from fastclip.ops.backend import explain
@@ -38,6 +38,20 @@ def announce(
 ) -> None:
     """Log what is trained, on what and how; the whole configuration is in the run directory."""
     logger.info("\n".join(header(config, world, model, loader, run, step)))
+    warn_of_batch(config.optim, world.size)
+
+
+def warn_of_batch(optim: OptimOptions, processes: int) -> None:
+    """Say that a run has another global batch than its settings are meant for."""
+    samples, meant = optim.step_samples(processes), optim.global_batch
+    if meant is None or samples == meant:
+        return
+    each, left = divmod(meant, optim.batch_size * optim.accum_freq)
+    start = "" if left else f"start {counted(each, 'process', 'processes')}, "
+    note(
+        f"the settings are meant for {counted(meant, 'sample')} a step, this run has {samples:,}; "
+        f"{start}change --batch-size or --accum-freq, or choose --lr and --warmup for this batch"
+    )
 
 
 def header(
@@ -63,22 +77,25 @@ def header(
     micro = f" x {optim.accum_freq} micro-batches" if optim.accum_freq > 1 else ""
     parts = f" = {optim.batch_size}{micro}{processes}" if micro or processes else ""
     count = data.loader_processes
-    loaders = f"{count} loader processes" if count else "loaded in this process"
+    loaders = (
+        counted(count, "loader process", "loader processes") if count else "loaded in this process"
+    )
     left_over = loader.epoch_samples - used
-    dropped = f" ({left_over:,} samples an epoch fill no step)" if left_over else ""
+    fill = "fills" if left_over == 1 else "fill"
+    dropped = f" ({counted(left_over, 'sample')} an epoch {fill} no step)" if left_over else ""
     continued = f", {step:,} of them made" if step else ""
-    warmup = f"{warmup_steps(optim, total):,} steps of warm-up"
+    warmup = f"{counted(warmup_steps(optim, total), 'step')} of warm-up"
     if optim.warmup >= total:
         warmup += f" (a tenth of the run, which --warmup {optim.warmup:,} would outlast)"
     lines = {
         "run": f"{run} (config.yaml has every setting)",
-        "data": f"{data.train_data}, {loader.epoch_samples:,} samples an epoch, {loaders}",
+        "data": f"{data.train_data}, {counted(loader.epoch_samples, 'sample')} an epoch, {loaders}",
         "model": f"{config.model.model}, {parameters / 1e6:.1f} M parameters, "
         f"{config.model.precision} on {world.device}",
         "loss": f"{_name_of_loss(config)}, computed by {_implementation(config, world)}",
-        "step": f"{samples:,} samples{parts}",
-        "length": f"{optim.epochs:,} epochs of {loader.steps_per_epoch:,} steps{dropped}, "
-        f"{total:,} steps in all{continued}",
+        "step": f"{counted(samples, 'sample')}{parts}",
+        "length": f"{counted(optim.epochs, 'epoch')} of {counted(loader.steps_per_epoch, 'step')}"
+        f"{dropped}, {counted(total, 'step')} in all{continued}",
         "rate": f"{optim.lr:g} after {warmup}, then {optim.lr_scheduler}{_cooldown(optim, total)}",
         "keeps": _kept(config),
     }
@@ -110,6 +127,9 @@ def _name_of_loss(config: TrainConfig) -> str:
         return f"{config.loss.loss} ({config.loss.global_variant})"
     if config.model.objective == "clip" and config.loss.siglip:
         return "siglip"
+    if config.loss.distills:
+        stored = " and ".join(config.loss.distill_embeddings or ())
+        return f"clip, distilled from {config.loss.distill_model or stored}"
     return config.model.objective
 
 

@@ -44,6 +44,14 @@ class World:
             model, device_ids=ids, gradient_as_bucket_view=True
         )
 
+    def join_alone(self) -> None:
+        """Make a process group of one, where there is none: what shards parameters wants one."""
+        if not dist.is_initialized():
+            os.environ.setdefault("LOCAL_RANK", "0")
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            store = dist.HashStore()
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=WAIT)
+
     def gather(self, value: Any) -> list[Any]:
         """One small value (tensors, numbers, text, nested) of every rank, on all ranks."""
         if self.size == 1:

@@ -18,7 +18,8 @@ from fastclip.train.average import TEACHER_DECAY, WeightAverage
 from fastclip.train.config import TrainConfig
 from fastclip.train.distributed import World
 from fastclip.train.health import NOTHING, NonFiniteError, first_non_finite
-from fastclip.train.objective import objective_of
+from fastclip.train.objective import ClipObjective, objective_of
+from fastclip.train.teacher import build_teacher
 
 
 class Engine:
@@ -42,8 +43,11 @@ class Engine:
         self.objective = objective_of(self.model, config, samples)
         self.average: WeightAverage | None = None
         if self.objective.needs_teacher or config.optim.ema is not None:
-            decay = TEACHER_DECAY if config.optim.ema is None else config.optim.ema
-            self.average = WeightAverage(self.model, decay)
+            self._begin_average(TEACHER_DECAY if config.optim.ema is None else config.optim.ema)
+        self._distilled = build_teacher(config, model, world.device, samples)
+        if self._distilled is not None:
+            assert isinstance(self.objective, ClipObjective)
+            self.objective.teacher_scale = self._distilled.logit_scale
         self.norm = torch.zeros(())
         self.skipped = 0
         refuse_batch_norm(self.model, config.optim.accum_freq)
@@ -60,6 +64,9 @@ class Engine:
             torch.tensor(model.preprocess_config[name], device=world.device).view(3, 1, 1) * 255
             for name in ("mean", "std")
         )
+
+    def _begin_average(self, decay: float) -> None:
+        self.average = WeightAverage(self.model, decay)
 
     def backward(self, batches: Sequence[dict[str, Any]]) -> Tensor:
         """Compute the loss, 0-d, and the gradient of all micro-batches together.
@@ -86,6 +93,10 @@ class Engine:
 
         All ranks must call this.
         """
+        return None
+
+    def averaged_weights(self) -> dict[str, Tensor] | None:
+        """As `weights`, of the average, where `average` does not hold them."""
         return None
 
     def save(self, path: Path, training: dict[str, Any]) -> None:
@@ -128,6 +139,8 @@ class Engine:
 
     def _taught(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """A teacher's features of a micro-batch."""
+        if self._distilled is not None:
+            return self._distilled(Engine._inputs(self, batch))
         if not self.objective.needs_teacher:
             return {}
         assert self.average is not None

@@ -7,11 +7,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastclip.functional import clip_loss, global_contrastive_loss, siglip_loss
+from fastclip.functional import (
+    clip_loss,
+    distillation_loss,
+    global_contrastive_loss,
+    siglip_loss,
+)
 from fastclip.losses.global_contrastive import GlobalContrastiveLoss
 from fastclip.models.system import System
 from fastclip.train.config import TrainConfig
 from fastclip.train.optim import LOGIT_SCALE_MAX
+from fastclip.train.teacher import IMAGE, TEXT
 
 Bounds = Mapping[str, tuple[float, float]]
 
@@ -79,6 +85,8 @@ class ClipObjective:
         self.siglip, self.label_smoothing = config.loss.siglip, config.model.label_smoothing
         self.hard_negatives = config.model.hard_negatives
         self.group_role = config.loss.group_duplicates
+        self.teacher_scale: float | None = None
+        self.distill_weight = config.loss.distill_weight
         self.bounds: dict[str, tuple[float, float]] = {"logit_scale": (0.0, LOGIT_SCALE_MAX)}
         if getattr(model, "logit_bias", None) is not None:
             self.bounds["logit_bias"] = (-math.inf, math.inf)
@@ -115,7 +123,25 @@ class ClipObjective:
             exchange |= {"row_group": ids, "column_group": ids, "group_role": self.group_role}
         if self.siglip:
             return siglip_loss(*inputs, **exchange)
-        return clip_loss(*inputs, label_smoothing=self.label_smoothing, **exchange)
+        loss = clip_loss(*inputs, label_smoothing=self.label_smoothing, **exchange)
+        if IMAGE in output:
+            loss = loss + self.distill_weight * self._distillation(output, exchange)
+        return loss
+
+    def _distillation(self, output: Mapping[str, Tensor], exchange: Mapping[str, Any]) -> Tensor:
+        """The cross-entropy under the teacher's softmax, of the true pairs."""
+        assert self.teacher_scale is not None
+        return distillation_loss(
+            output["image_features"],
+            output["text_features"],
+            output["logit_scale"],
+            output[IMAGE],
+            output[TEXT],
+            self.teacher_scale,
+            # chunked everywhere: two matrices at a time, no fused kernel
+            backend="reference" if exchange.get("backend") == "reference" else "auto",
+            dist=exchange.get("dist"),
+        )
 
     def exact(self, output: dict[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
         """See `Objective.exact`; a ratio of 1 and a difference of 0 carry the gradient."""
@@ -131,7 +157,8 @@ class ClipObjective:
 
     def chance(self, samples: int) -> float | None:
         """See `Objective.chance`."""
-        return None if self.siglip or self.hard_negatives else math.log(samples)
+        added = self.siglip or self.hard_negatives or self.teacher_scale is not None
+        return None if added else math.log(samples)
 
 
 class GlobalObjective(ClipObjective):

@@ -71,9 +71,9 @@ FLAGS: tuple[Flag, ...] = (
     Flag("beta2", text="0.98 by default for every model; open_clip has 0.999 for ResNets"),
     Flag("eps", text="1e-6 by default for every model; open_clip has 1e-8 for ResNets"),
     *_same("wd"),
-    Flag("momentum", "refused", "it is for timm's optimizers; leave it out: AdamW has `--beta1`"),
+    *_same("momentum"),
     Flag("warmup", text="a warm-up longer than the run is cut to a tenth of it"),
-    Flag("opt", "renamed", becomes=("--optimizer",)),
+    Flag("opt", "renamed", "`timm/NAME` too", becomes=("--optimizer",)),
     Flag(
         "use-bn-sync",
         "refused",
@@ -102,7 +102,9 @@ FLAGS: tuple[Flag, ...] = (
         "refused",
         "give `--finetune` the checkpoint or the run directory to take the image tower from",
     ),
-    *_same("lock-image", "lock-image-unlocked-groups", "lock-image-freeze-bn-stats"),
+    *_same("lock-image"),
+    Flag("lock-image-unlocked-groups", text="also for open_clip's own ResNets"),
+    *_same("lock-image-freeze-bn-stats"),
     Flag("image-mean", "refused", "images are normalized as the model's weights were trained"),
     Flag("image-std", "refused", "images are normalized as the model's weights were trained"),
     Flag("image-interpolation", "refused", "images are resized as the model's weights expect"),
@@ -144,11 +146,8 @@ FLAGS: tuple[Flag, ...] = (
         "leave `CUDA_VISIBLE_DEVICES` as it is: each process takes the GPU of its `LOCAL_RANK`",
     ),
     *_same("seed", "grad-clip-norm"),
-    Flag(
-        "lock-text", "refused", "with `--text-lm` the last `--text-lm-unfrozen` layers are trained"
-    ),
-    Flag("lock-text-unlocked-layers", "refused", "see `--lock-text`"),
-    Flag("lock-text-freeze-layer-norm", "refused", "see `--lock-text`"),
+    *_same("lock-text", "lock-text-unlocked-layers"),
+    Flag("lock-text-freeze-layer-norm", text="for Hugging Face towers; others need no flag"),
     Flag("log-every-n-steps", text="10 by default, not 100"),
     Flag("coca-caption-loss-weight", "refused", _COCA),
     Flag("coca-contrastive-loss-weight", "refused", _COCA),
@@ -156,8 +155,8 @@ FLAGS: tuple[Flag, ...] = (
     Flag("remote-sync-frequency", "refused", _SYNC),
     Flag("remote-sync-protocol", "refused", _SYNC),
     *_same("delete-previous-checkpoint"),
-    Flag("distill-model", "refused", "`fastclip.DistillClipLoss` is the loss, for your own script"),
-    Flag("distill-pretrained", "refused", "see `--distill-model`"),
+    Flag("distill-model", text="also with `--accum-freq`; stored: `--distill-embeddings`"),
+    *_same("distill-pretrained"),
     Flag(
         "use-bnb-linear", "refused", "int8 layers are not trained here; use `--precision amp_bf16`"
     ),

@@ -1,5 +1,6 @@
 """Optimizer and learning-rate schedule."""
 
+import difflib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from fastclip.integrations import apex
 from fastclip.train.options import OptimOptions
 
 LOGIT_SCALE_MAX = math.log(100)
+_CONFIGURED = ("lr", "lr_factor", "betas", "eps", "weight_decay", "momentum", "fused")
 
 
 def build_optimizer(
@@ -26,7 +28,8 @@ def build_optimizer(
             weight decay, whose "lr_factor" is its rate by that of the others.
 
     Raises:
-        ValueError: it is one of apex's, and apex is not there.
+        ValueError: it is one of apex's, and apex is not there; or one that timm has not, or that
+            needs second derivatives.
     """
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
@@ -48,8 +51,38 @@ def build_optimizer(
     }
     if options.optimizer == "adamw":
         return torch.optim.AdamW(groups, **made, fused=True)
+    if options.optimizer.startswith("timm/"):
+        return _of_timm(options, groups, made)
     name = {"apex-adamw": "FusedAdam", "apex-lamb": "FusedLAMB"}[options.optimizer]
     return apex.optimizer(name, groups, **made)
+
+
+def _of_timm(
+    options: OptimOptions, groups: Sequence[dict[str, Any]], made: Mapping[str, Any]
+) -> torch.optim.Optimizer:
+    """One of timm's; each takes of the rates and decays what it has."""
+    from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+
+    name = options.optimizer.removeprefix("timm/")
+    known: list[str] = [str(each) for each in list_optimizers()]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+        hint = f"; near names: {', '.join(near)}" if near else ""
+        raise ValueError(f"--optimizer timm/{name}: timm has none of that name{hint}")
+    if get_optimizer_info(name).second_order:
+        raise ValueError(
+            f"--optimizer timm/{name} needs second derivatives, which the losses have not; use "
+            "another"
+        )
+    further = dict(made)
+    if options.momentum is not None:
+        further["momentum"] = options.momentum
+    return create_optimizer_v2(list(groups), name, weight_decay=options.wd, **further)
+
+
+def configured(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What the flags say of a group of parameters; the rest of it is the optimizer's state."""
+    return {key: group[key] for key in _CONFIGURED if key in group}
 
 
 def check_groups(saved: int, groups: Sequence[Any]) -> None:

@@ -66,6 +66,9 @@ class TrainingDataOptions(DataOptions):
     text_augment: Literal["none", "weak", "strong"] = flag("none", defines_run=True)
     """weak: stop-words removed, often. strong: then a synonym, a swap or a deletion as well. The
     strong views of --objective are strong in any case."""
+    caption_views: Literal["single", "multi"] = flag("single", defines_run=True)
+    """single: all of a sample's texts in a step are augmentations of one caption. multi: each is of
+    a caption drawn for it, where a sample has several."""
     workers: int | None = flag(None, defines_run=False)
     """Processes that load data, of each training process; 0 loads in the training process itself.
     By default this process's share of the cores, at most 4. Does not change the samples."""
@@ -140,13 +143,19 @@ class OptimOptions:
 
     batch_size: int = flag(128, defines_run=True)
     """Samples a micro-batch of one process; times --accum-freq and the processes, of a step."""
+    global_batch: int | None = flag(None, defines_run=False)
+    """Samples of a step, over all processes, that the other settings are meant for; recipes say it.
+    A run with another number is warned, and trains."""
     accum_freq: int = flag(1, defines_run=True)
     """Micro-batches a step. Their gradient is exactly that of the whole batch, of every parameter;
     the towers run forward twice."""
     epochs: int = flag(32, defines_run=True, heading="schedule")
     """Passes over the data."""
-    optimizer: Literal["adamw", "apex-adamw", "apex-lamb"] = flag("adamw", defines_run=True)
-    """torch's fused AdamW, or apex's FusedAdam or FusedLAMB where NVIDIA's apex is installed."""
+    optimizer: str = flag("adamw", defines_run=True)
+    """adamw: torch's fused AdamW. apex-adamw, apex-lamb: apex's FusedAdam and FusedLAMB, where
+    NVIDIA's apex is installed. timm/NAME, e.g. timm/lion: one of timm's."""
+    momentum: float | None = flag(None, defines_run=True)
+    """With timm/NAME: the momentum of optimizers that have one, e.g. timm/sgd; by default 0.9."""
     lr: float = flag(5e-4, defines_run=True)
     """Learning rate after warm-up."""
     beta1: float = flag(0.9, defines_run=True)
@@ -184,10 +193,22 @@ class OptimOptions:
 
     def __post_init__(self) -> None:
         check_least(self, batch_size=1, accum_freq=1, epochs=1, lr=0, wd=0, warmup=0)
-        check_positive(self, "grad_clip_norm")
+        check_positive(self, "grad_clip_norm", "global_batch")
         self._check_cooldown()
+        self._check_optimizer()
         if self.ema is not None and not 0 <= self.ema < 1:
             raise ValueError(f"--ema is {self.ema}; give one in [0, 1), e.g. 0.999")
+
+    def _check_optimizer(self) -> None:
+        own = "adamw", "apex-adamw", "apex-lamb"
+        if self.optimizer not in own and not self.optimizer.startswith("timm/"):
+            raise ValueError(
+                f"--optimizer {self.optimizer} is unknown; use one of {', '.join(own)} or timm/NAME"
+            )
+        if self.momentum is not None and self.optimizer in own:
+            raise ValueError(f"--momentum is for --optimizer timm/NAME, not {self.optimizer}")
+        if self.momentum is not None and not 0 <= self.momentum < 1:
+            raise ValueError(f"--momentum is {self.momentum}; give one in [0, 1)")
 
     def _check_cooldown(self) -> None:
         names = "epochs_cooldown", "lr_cooldown_end", "lr_cooldown_power"
@@ -260,6 +281,18 @@ class LossOptions:
     --objective clip. By default they are negatives."""
     group_by: Literal["caption", "image"] = flag("caption", defines_run=True)
     """With --group-duplicates: duplicates have the same text, or the same image file."""
+    distill_model: str | None = flag(None, defines_run=True)
+    """Teacher whose softmax over a batch's pairs is a target besides the pairs themselves: as
+    --model, of the same image size and tokens."""
+    distill_pretrained: str | None = flag(None, defines_run=True)
+    """The teacher's weights, as --pretrained."""
+    distill_embeddings: tuple[str, str] | None = flag(None, defines_run=True)
+    """Instead of --distill-model: the teacher's stored features of images and of texts, .npy files
+    of one row a sample in the order of the data, e.g. 'images-{000..041}.npy' 'texts.npy'."""
+    distill_logit_scale: float | None = flag(None, defines_run=True)
+    """With --distill-embeddings: the teacher's logit scale, exponentiated, e.g. 100."""
+    distill_weight: float = flag(1.0, defines_run=True)
+    """Weight of the distillation term, which is added to the contrastive one."""
     siglip: bool = flag(False, defines_run=True)
     """The sigmoid loss; the model gets a logit bias."""
     local_loss: bool = flag(False, defines_run=False)
@@ -276,6 +309,7 @@ class LossOptions:
 
     def __post_init__(self) -> None:
         self._check_global()
+        self._check_distillation()
         if not self.gather_with_grad:
             raise ValueError(
                 "--no-gather-with-grad is not the full batch's gradient; leave the flag out"
@@ -287,6 +321,29 @@ class LossOptions:
             raise ValueError(
                 f"--loss-backend {self.loss_backend} is unknown; use auto or {', '.join(known)}"
             )
+
+    def _check_distillation(self) -> None:
+        """Refuse half of a teacher, and two."""
+        stored = self.distill_embeddings
+        if (self.distill_model is None) != (self.distill_pretrained is None):
+            raise ValueError(
+                "--distill-model and --distill-pretrained name a teacher together; give both"
+            )
+        if self.distill_model is not None and stored is not None:
+            raise ValueError("--distill-model and --distill-embeddings are two teachers; give one")
+        if (stored is None) != (self.distill_logit_scale is None):
+            raise ValueError(
+                "--distill-embeddings needs --distill-logit-scale, and that is for it alone; give "
+                "both"
+            )
+        if self.distill_weight != 1 and not self.distills:
+            raise ValueError("--distill-weight is for --distill-model and --distill-embeddings")
+        check_positive(self, "distill_logit_scale", "distill_weight")
+
+    @property
+    def distills(self) -> bool:
+        """Whether there is a teacher."""
+        return self.distill_model is not None or self.distill_embeddings is not None
 
     def _check_global(self) -> None:
         """Refuse options of global losses that are out of range, or that nothing would use."""
@@ -321,6 +378,8 @@ class DistributedOptions:
 
     device: str = flag("auto", defines_run=True)
     """"auto" (the GPU if there is one), "cpu", "cuda" or "cuda:1"."""
+    fsdp: bool = flag(False, defines_run=True)
+    """Train with torch's FSDP2, which shards parameters, gradients and optimizer."""
     deepspeed: bool = flag(False, defines_run=True)
     """Train with DeepSpeed's ZeRO, which shards optimizer, gradients and parameters."""
     deepspeed_config: str | None = flag(None, defines_run=True)
@@ -333,7 +392,17 @@ class DistributedOptions:
     """Seconds that a rank may wait for a batch before the run ends."""
 
     def __post_init__(self) -> None:
+        if self.fsdp and (self.deepspeed or self.deepspeed_config):
+            raise ValueError(
+                "--fsdp and --deepspeed shard the same parameters; leave one out, and with --fsdp "
+                "--deepspeed-config too"
+            )
         check_least(self, dead_rank_timeout=5, data_timeout=1)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the trained model is no whole one that could be evaluated."""
+        return self.fsdp or self.deepspeed
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from fastclip.data.faults import FaultLog
 from fastclip.data.training_samples import grouped_pairs
-from fastclip.messages import logger
+from fastclip.messages import counted, logger
 from fastclip.train.health import Hints
 from fastclip.train.log import RunLog, plot_loss
 from fastclip.train.meter import Meter
@@ -49,6 +49,7 @@ class Report:
         self._state, self._first = state, state.world.is_first
         self._log = RunLog(state.folder, state.step, config) if self._first else None
         self._shown = False
+        self._caption: str | None = None
         self._cut = _CutTexts()
         self._grouped = 0
         self._faults = FaultLog()
@@ -80,7 +81,8 @@ class Report:
             self._log.close()
             plot_loss(self._state.folder)
             if error is None:
-                logger.info("\n".join(summary(self._state, time.perf_counter() - self._began)))
+                seconds = time.perf_counter() - self._began
+                logger.info("\n".join(summary(self._state, seconds, self._caption)))
         if self._faults.counts:
             # the places were shown when they came up
             logger.warning(f"skipped samples and shards: {self._faults.summary()}")
@@ -92,7 +94,7 @@ class Report:
             logger.warning(f"note: {self._grouped} pairs{own} were duplicates")
         skipped = self._state.engine.skipped
         if skipped and self._first:
-            logger.warning(f"float16 overflowed in {skipped} steps; skipped")
+            logger.warning(f"float16 overflowed in {counted(skipped, 'step')}; skipped")
 
     def warn(self, text: str) -> None:
         """Show a warning of this rank."""
@@ -135,6 +137,7 @@ class Report:
 
     def _show_captions(self, batches: list[dict[str, Any]]) -> None:
         captions = [text for texts in batches[0].get("captions", ()) for text in texts[:1]][:2]
+        self._caption = next(iter(captions), None)
         for text in captions:
             # as the tokenizer gets it
             self._say("\n".join(labeled("caption", textwrap.shorten(text, WIDTH - LABEL))))

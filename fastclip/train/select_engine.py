@@ -1,4 +1,4 @@
-"""Which engine trains: torch's, or DeepSpeed's."""
+"""Which engine trains: torch's, whole or sharded, or DeepSpeed's."""
 
 from fastclip.models.clip import Model
 from fastclip.train.config import TrainConfig
@@ -14,4 +14,9 @@ def build_engine(model: Model, config: TrainConfig, world: World, samples: int =
         from fastclip.train.zero import DeepSpeedEngine
 
         return DeepSpeedEngine(model, config, world, samples)
+    if config.distributed.fsdp:
+        # its imports take a while
+        from fastclip.train.fsdp import FSDPEngine
+
+        return FSDPEngine(model, config, world, samples)
     return TorchEngine(model, config, world, samples)

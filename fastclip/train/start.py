@@ -120,7 +120,7 @@ def _build_evaluation(
         return None
     if not world.is_first:
         return Evaluation(config, None)
-    if config.distributed.deepspeed:
+    if config.distributed.sharded:
         # the engine shards or rounds the model's own parameters
         lasting = config.model.lasting()
         siglip = config.loss.siglip

@@ -1,7 +1,6 @@
 """Training by torch alone: one process, or data-parallel ones."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,17 @@ from torch import Tensor, nn
 from fastclip.device import AUTOCAST_DTYPES
 from fastclip.models import checkpoint
 from fastclip.models.clip import Model, load_weights
-from fastclip.train.accumulate import accumulate
 from fastclip.train.config import TrainConfig
 from fastclip.train.distributed import World
 from fastclip.train.engine import Engine
-from fastclip.train.optim import build_optimizer, check_groups, clamp, gradient_norm
+from fastclip.train.optim import (
+    build_optimizer,
+    check_groups,
+    clamp,
+    configured,
+    gradient_norm,
+)
+from fastclip.train.wrapped import accumulate_wrapped
 
 
 class TorchEngine(Engine):
@@ -23,31 +28,30 @@ class TorchEngine(Engine):
 
     def __init__(self, model: Model, config: TrainConfig, world: World, samples: int = 0) -> None:
         super().__init__(model, config, world, samples)
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.parameters: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.model, config.optim, config.own_rates)
-        self._parallel: Any = world.wrap(self.model)
+        self._parallel = self._wrap()
         compiled = config.model.torchcompile
-        self._towers = torch.compile(self._parallel) if compiled else self._parallel
+        self._towers: Any = torch.compile(self._parallel) if compiled else self._parallel
         scaled = AUTOCAST_DTYPES[config.model.precision] == torch.float16
         self._scaler = torch.amp.GradScaler(world.device.type, enabled=scaled)
         self._overflowed = False
 
     def backward(self, batches: Sequence[dict[str, Any]]) -> Tensor:
         """See `Engine.backward`; the gradients, unscaled, are in the parameters."""
-        # data-parallel gradients stay in the buckets that they are reduced in
-        self.optimizer.zero_grad(set_to_none=self.world.size == 1)
-        loss = accumulate(
+        self._clear_gradients()
+        loss = accumulate_wrapped(
+            self._parallel,
             self._forward,
             batches,
             self._whole_loss,
             shared=self.objective.shared,
             constant=self._taught,
             scale_loss=self._scaler.scale,
-            context=self._reduce_once,
         )
+        self._take_gradients()
         self._scaler.unscale_(self.optimizer)
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        self.norm = gradient_norm(gradients)
+        self.norm = self._gradient_norm()
         overflow = not torch.isfinite(self.norm)
         if not torch.isfinite(loss) or (overflow and not self._scaler.is_enabled()):
             self._refuse(loss, batches)
@@ -59,11 +63,19 @@ class TorchEngine(Engine):
         with self._autocast:
             return self.objective.outputs(self._towers, self._inputs(batch))
 
-    def _reduce_once(self, last: bool) -> AbstractContextManager[Any]:
-        """Gradients are averaged over the ranks with the last micro-batch's backward."""
-        if last or self.world.size == 1:
-            return nullcontext()
-        return self._parallel.no_sync()
+    def _wrap(self) -> nn.Module:
+        """The model with gradients averaged over the processes."""
+        return self.world.wrap(self.model)
+
+    def _clear_gradients(self) -> None:
+        # data-parallel gradients stay in the buckets that they are reduced in
+        self.optimizer.zero_grad(set_to_none=self.world.size == 1)
+
+    def _take_gradients(self) -> None:
+        """Bring what the backward left to the parameters that the optimizer has."""
+
+    def _gradient_norm(self) -> Tensor:
+        return gradient_norm([p.grad for p in self.parameters if p.grad is not None])
 
     def update(self, rate: float) -> None:
         """See `Engine.update`."""
@@ -99,15 +111,16 @@ class TorchEngine(Engine):
 
     def load(self, path: Path, content: dict[str, Any]) -> None:
         """See `Engine.load`."""
+        if "fsdp" in content:
+            raise ValueError(
+                "the checkpoint is of a run with --fsdp; resume with it, on any number of processes"
+            )
         if "state_dict" not in content:
             raise ValueError("the checkpoint is DeepSpeed's; resume with --deepspeed")
         origin = f"the checkpoint ({self.config.model.model})"
         load_weights(self.model, content["state_dict"], origin)
         self._load_beside(content)
-        options = [
-            {key: value for key, value in group.items() if key != "params"}
-            for group in self.optimizer.param_groups
-        ]
+        options = [configured(group) for group in self.optimizer.param_groups]
         check_groups(len(content["optimizer"]["param_groups"]), self.optimizer.param_groups)
         self.optimizer.load_state_dict(content["optimizer"])
         # moments from the checkpoint, decay rates and the like from the configuration

@@ -120,6 +120,7 @@ def _captions(data: TrainingDataOptions, system: SystemOptions) -> CaptionSampli
         weights=tuple(data.caption_weights.items()),
         sentences=data.sentence_sampling,
         views=(made[data.text_augment](), *(TextAugmentation.strong(),) * further),
+        redraw=data.caption_views == "multi",
         negatives=system.hard_negatives,
     )
 

@@ -50,14 +50,20 @@ class Evaluation:
         Raises:
             ValueError: data cannot be evaluated, or --best-metric is not among the metrics of its.
         """
-        weights = engine.weights()
+        weights, averaged = engine.weights(), engine.averaged_weights()
         if self._model is None:
             return None
-        if weights:
-            self._model.model.load_state_dict(weights)
+        # a model of its own takes over one after the other
+        of_average = self._of_weights if averaged else self._of_average
         due = [each.prefix for each in self._of_weights if epoch is None or each.is_due(epoch)]
         metrics: dict[str, float] = {}
-        for tests, ending in ((self._of_weights, ""), (self._of_average, "_ema")):
+        tests: list[HeldOut]
+        for tests, ending, taken in (
+            (self._of_weights, "", weights),
+            (of_average, "_ema", averaged),
+        ):
+            if taken:
+                self._model.model.load_state_dict(taken)
             for each in tests:
                 if each.prefix in due:
                     metrics |= {f"{name}{ending}": value for name, value in each().items()}

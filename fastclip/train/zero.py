@@ -17,19 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastclip.device import AUTOCAST_DTYPES
 from fastclip.models import sharded
 from fastclip.models.clip import Model
-from fastclip.train import zero_checkpoint
-from fastclip.train.accumulate import accumulate
+from fastclip.train import sharded_checkpoint
 from fastclip.train.config import TrainConfig
-from fastclip.train.distributed import WAIT, World
+from fastclip.train.distributed import World
 from fastclip.train.engine import Engine
 from fastclip.train.health import NOTHING
 from fastclip.train.optim import build_optimizer, check_groups
+from fastclip.train.wrapped import accumulate_wrapped
 from fastclip.train.zero_config import resolve
 
 
@@ -55,7 +54,7 @@ class DeepSpeedEngine(Engine):
         )
         deepspeed = _import_deepspeed(world)
         super().__init__(model, config, world, samples)
-        _join_alone(world)
+        world.join_alone()
         self._shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
         _make_viewable(self.model)
         self._dtype = AUTOCAST_DTYPES[config.model.precision] or torch.float32
@@ -88,21 +87,14 @@ class DeepSpeedEngine(Engine):
             self._exact = {
                 name: self._full(self.model.get_parameter(name)) for name in self.objective.bounds
             }
-        scale = self._zero.loss_scale
-        reduction = (
-            self._engine.coalesce_grad_reduction() if len(batches) > 1 else contextlib.nullcontext()
+        loss = accumulate_wrapped(
+            self._engine,
+            self._forward,
+            batches,
+            self._whole_loss,
+            shared=self.objective.shared,
+            constant=self._taught,
         )
-        with reduction:
-            loss = accumulate(
-                self._forward,
-                batches,
-                self._whole_loss,
-                shared=self.objective.shared,
-                constant=self._taught,
-                # DeepSpeed scales each backward; gradients of float16 features need it before
-                scale_loss=lambda value: value * scale,
-                backward=lambda value: self._engine.backward(value / scale, scale_wrt_gas=False),
-            )
         self.norm = self._gradient_norm()
         # the norm is the same on all ranks, so all of them come here or none
         if not torch.isfinite(self.norm):
@@ -139,7 +131,7 @@ class DeepSpeedEngine(Engine):
         """Write a checkpoint folder; all ranks must call this.
 
         Args:
-            path: the folder, without suffix; see `zero_checkpoint`.
+            path: the folder, without suffix; see `sharded_checkpoint`.
             training: plain state to store beside it; must hold "step".
 
         Raises:
@@ -164,7 +156,7 @@ class DeepSpeedEngine(Engine):
             "frozen": [n for n, p in self.model.named_parameters() if not p.requires_grad],
         }
         training = {**training, "zero": own, **self._state_beside()}
-        zero_checkpoint.write(path, training, self.world, write_shares)
+        sharded_checkpoint.write(path, training, self.world, write_shares)
 
     def load(self, path: Path, content: dict[str, Any]) -> None:
         """See `Engine.load`; called on all ranks.
@@ -182,9 +174,10 @@ class DeepSpeedEngine(Engine):
             OSError: it was to be converted for another number of processes, and could not be.
         """
         if "zero" not in content:
+            flag = "with --fsdp" if "fsdp" in content else "without it"
             raise ValueError(
-                "the checkpoint is of a run without --deepspeed; resume without it, or begin with "
-                "the checkpoint's weights: --pretrained"
+                f"the checkpoint is of a run without --deepspeed; resume {flag}, or begin with the "
+                "checkpoint's weights: --pretrained"
             )
         saved = content["zero"]
         if saved["shapes"] != self._shapes:
@@ -332,15 +325,6 @@ def _import_deepspeed(world: World) -> Any:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel(logging.WARNING)
     return deepspeed
-
-
-def _join_alone(world: World) -> None:
-    """DeepSpeed wants a process group also for a single process."""
-    if not dist.is_initialized():
-        os.environ.setdefault("LOCAL_RANK", "0")
-        backend = "nccl" if world.device.type == "cuda" else "gloo"
-        store = dist.HashStore()
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=WAIT)
 
 
 def _make_viewable(model: nn.Module) -> None:

@@ -15,7 +15,7 @@ def test_rows_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     file = tmp_path / "attention.json"
     flags = f"--lengths 50 77 --tokens 100 --rounds 2 --no-flex --device cpu --output {file}"
     assert main(["bench", "attention", *flags.split()]) == 0
-    assert "77c fastclip" in capsys.readouterr().out
+    assert "\nn = 77 D = 64 causal\n  fastclip " in capsys.readouterr().out
     rows = json.loads(file.read_text())["results"]
     ours = [row for row in rows if row["baseline"] == "fastclip"]
     assert [(row["n"], row["causal"]) for row in ours] == [(50, False), (77, True)]

@@ -7,7 +7,7 @@ import torch
 
 from fastclip.bench import ceilings, check, gpu_lab, losses, runner
 from fastclip.bench.losses import OPERATORS
-from fastclip.bench.runner import MATMUL, Settings, interleave, measure
+from fastclip.bench.runner import MATMUL, Row, Settings, interleave, measure
 
 FEW = Settings(rounds=1, warmup=1, compiled=False)
 
@@ -34,9 +34,10 @@ def test_losses_are_timed_without_bare_products(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_rows_are_saved_after_each_loss() -> None:
-    saved = []
-    rows, _ = losses.run(["clip", "siglip"], [64], [16], FEW, save=lambda r: saved.append(len(r)))
-    assert len(saved) == 2 and saved[0] < saved[1] == len(rows)
+    saved: list[list[Row]] = []
+    rows, _ = losses.run(["clip", "siglip"], [64], [16], FEW, saved.append)
+    assert [found[0].operator for found in saved] == ["clip", "siglip"]
+    assert [*saved[0], *saved[1]] == rows
 
 
 @pytest.mark.slow

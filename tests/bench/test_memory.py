@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fastclip.bench import memory
+from fastclip.bench import memory, screen
 from fastclip.bench.losses import OPERATORS
 from fastclip.bench.runner import Settings
 from fastclip.cli import main
@@ -20,7 +20,8 @@ DENSE = ("open_clip", "cross_entropy", "lightly", "dense", "pytorch_metric_learn
 def test_saved_bytes_are_linear(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Features' gradients at most, which are as large as the features, and a few lines of rows."""
     sizes = [64, 128, 256]
-    rows = memory.run([name], sizes, [WIDTH], SETTINGS)
+    with screen.Rows("memory", SETTINGS, "cpu", None) as kept:
+        rows = memory.run([name], sizes, [WIDTH], SETTINGS, kept.add)
     for row in rows:
         if row.baseline == "fastclip":
             assert row.saved_bytes is not None

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fastclip.bench import compare, plots, readme, records, report
+from fastclip.bench import compare, measured, plots, records, report
 from fastclip.bench.kinds import KINDS, number
 from fastclip.cli import main
 from tests.test_repo_shape import ROOT
@@ -47,7 +47,8 @@ def test_fastclip_stands_beside_the_best_baseline(tmp_path: Path) -> None:
     text = target.read_text()
     assert "2026-11-24, Intel(R) Xeon(R) Processor, 2 cores, 2 threads" in text
     assert "torch 2.14.1+cu130" in text
-    assert "| clip | 8,192 | 512 | 887 | open_clip compiled | 1,300 | 0.68 |" in text
+    assert "| loss | n | D | fastclip, ms | best baseline | its ms | × faster |" in text
+    assert "| clip | 8,192 | 512 | 887 | open_clip compiled | 1,300 | 1.46 |" in text
     assert "missing: it runs on CUDA only" in text
     assert "No baseline that ran is as fast" in text
     plots = sorted(path.name for path in target.parent.glob("*.svg"))
@@ -64,8 +65,8 @@ def test_baselines_that_are_as_fast_are_named(tmp_path: Path) -> None:
             row["p50"] = 0.2
 
     text = report.markdown([records.read(changed(tmp_path, "x.json", row=quicken))])
-    assert "or faster (fastclip / it) at: clip n = 4,096 D = 512 (open_clip 1.17)." in text
-    assert "| clip | 4,096 | 512 | 234 | open_clip | 200 | 1.17 |" in text
+    assert "or faster (× faster) at: clip n = 4,096 D = 512 (0.86 for open_clip)." in text
+    assert "| clip | 4,096 | 512 | 234 | open_clip | 200 | 0.86 |" in text
 
 
 def test_failures_are_reported(tmp_path: Path) -> None:
@@ -79,7 +80,7 @@ def test_failures_are_reported(tmp_path: Path) -> None:
     record = records.read(changed(tmp_path, "x.json", row=fail))
     message = "fastclip failed where a baseline ran, at: siglip n = 8,192 D = 512."
     assert message in report.markdown([record])
-    page = " ".join(readme.section(record, ["x.json"]).split())
+    page = " ".join(measured.section(record, ["x.json"]).split())
     assert message in page and "open_clip for clip of 8,192 rows (out of memory)" in page
     # at no size, though it ran for another loss
     assert "pytorch_metric_learning for nt_xent (not tried beyond 256)" in page
@@ -99,7 +100,7 @@ def test_loading_is_better_the_more_it_loads() -> None:
     record = records.read(RESULTS / "2026-11-24-cpu-loading.json")
     (strong, plain) = KINDS["data"].groups(record)
     assert strong.baselines[0]["loader"] == "torchvision's transforms"
-    assert plain.ratio(plain.baselines[0]) > 1 and not plain.as_good
+    assert plain.times(plain.baselines[0]) > 1 and not plain.as_good
 
 
 @pytest.mark.parametrize(
@@ -132,9 +133,10 @@ def test_files_compare_row_by_row(tmp_path: Path, capsys: pytest.CaptureFixture[
         ["siglip", "4096", "512", "fastclip"],
         ["siglip", "8192", "512", "fastclip"],
     ]
-    assert {words[4] for words in marked} == {"2.000"}
+    # B takes twice as long: it is 0.5 times as fast
+    assert {words[4] for words in marked} == {"0.500"}
     timed = [row for row in json.loads(LOSSES.read_text())["results"] if row["p50"]]
-    assert f"2 of {len(timed)} differ beyond the spread" in message.out
+    assert f"2 of {len(timed)} rows beyond the spread" in message.out
 
 
 def test_a_row_that_fails_in_one_file_is_warned_of(
@@ -151,10 +153,10 @@ def test_a_row_that_fails_in_one_file_is_warned_of(
         f"clip 8192 512 fastclip ran in {LOSSES.name} alone; in later.json: out of" in message.err
     )
     assert message.err.count("ran in") == 1
-    assert f"B / A: median time, later.json over {LOSSES.name}" in message.out
+    assert f"A: {LOSSES.name}\nB: later.json\nby median time; above 1, B" in message.out
     loading = str(RESULTS / "2026-11-24-cpu-loading.json")
     assert main(["bench", "compare", loading, loading]) == 0
-    assert "B / A: images a second" in capsys.readouterr().out
+    assert "by images a second; above 1, B is better" in capsys.readouterr().out
 
 
 def test_other_devices_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,37 +180,38 @@ def test_other_benchmarks_and_rows_are_refused(tmp_path: Path) -> None:
         compare.compare(losses, other)
 
 
-def test_the_readme_is_made_of_committed_results() -> None:
-    """After `fastclip bench report FILES --readme README.md` nothing is left to change."""
-    text = (ROOT / "README.md").read_text()
-    names = readme.named(text)
-    content = readme.section(readme.merge([ROOT / name for name in names]), names)
-    assert text == readme.replaced(text, content)
-    assert f"]({readme.PLOT.as_posix()})" in text and (ROOT / readme.PLOT).is_file()
+def test_the_page_is_made_of_committed_results() -> None:
+    """After `fastclip bench report FILES --page docs/benchmarks.md` nothing is left to change."""
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    names = measured.named(text)
+    content = measured.section(measured.merge([ROOT / name for name in names]), names)
+    assert text == measured.replaced(text, content)
+    front = (ROOT / "README.md").read_text()
+    assert f"]({measured.PLOT.as_posix()})" in front and (ROOT / measured.PLOT).is_file()
 
 
-def test_a_readme_is_written_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_page_is_written_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "README.md"
-    page.write_text(f"before\n\n{readme.BEGIN}\nold\n{readme.END}\n\nafter\n")
+    page.write_text(f"before\n\n{measured.BEGIN}\nold\n{measured.END}\n\nafter\n")
     shutil.copy(LOSSES, tmp_path / "r.json")
-    assert main(["bench", "report", str(tmp_path / "r.json"), "--readme", str(page)]) == 0
+    assert main(["bench", "report", str(tmp_path / "r.json"), "--page", str(page)]) == 0
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert "`r.json`" in text and "| `clip_loss` | 887 |" in text
-    assert "| `clip_loss` | 0.70 × | 0.68 × |" in text
-    assert "open_clip compiled" in (tmp_path / readme.PLOT).read_text()
+    assert "| `clip_loss` | 1.42 × | 1.46 × |" in text
+    assert "open_clip compiled" in (tmp_path / measured.PLOT).read_text()
     # again, from the files that it names
-    assert main(["bench", "report", "--readme", str(page)]) == 0
+    assert main(["bench", "report", "--page", str(page)]) == 0
     assert page.read_text() == text
     page.write_text("nothing")
-    assert main(["bench", "report", str(tmp_path / "r.json"), "--readme", str(page)]) == 1
-    assert readme.BEGIN in capsys.readouterr().err and page.read_text() == "nothing"
+    assert main(["bench", "report", str(tmp_path / "r.json"), "--page", str(page)]) == 1
+    assert measured.BEGIN in capsys.readouterr().err and page.read_text() == "nothing"
 
 
 def test_one_table_is_of_one_machine(tmp_path: Path) -> None:
     other = changed(tmp_path, "x.json", environment={"device": "another"})
     with pytest.raises(ValueError, match="one machine"):
-        readme.merge([LOSSES, other])
+        measured.merge([LOSSES, other])
 
 
 def test_curves_are_against_rows_and_widths(tmp_path: Path) -> None:
@@ -226,10 +229,10 @@ def test_curves_are_against_rows_and_widths(tmp_path: Path) -> None:
 
 
 def test_the_same_plot_has_the_same_bytes(tmp_path: Path) -> None:
-    panels = plots.loss_panels(records.read(LOSSES), "clip", 512, readme.SHOWN)
+    panels = plots.loss_panels(records.read(LOSSES), "clip", 512, measured.SHOWN)
     speed, memory = panels
     assert isinstance(speed, plots.Bars) and isinstance(memory, plots.Panel)
-    assert set(memory.lines) == set(readme.SHOWN)
+    assert set(memory.lines) == set(measured.SHOWN)
     rows = [r for r in records.read(LOSSES).rows if (r["operator"], r["n"]) == ("clip", 8192)]
     times = {row["baseline"]: row["p50"] for row in rows}
     ratio = times["open_clip compiled"] / times["fastclip"]  # the fastest, as the table has it

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -132,12 +133,17 @@ def test_info_names_versions_devices_and_reasons(capsys: pytest.CaptureFixture[s
     output = capsys.readouterr().out
     assert "open_clip_torch" in output and "cuda" in output
     used = "torch" if native.unavailable_reason() else "cpp"
-    assert f"similarity on cpu   {used:10} used" in output
-    assert "attention on cpu   sdpa       used" in output
+    # where there is a GPU, its implementation comes first
+    first, *lines = output.splitlines()
+    assert first == f"losses on this machine use: {used}" or torch.cuda.is_available()
+    assert "  similarity, symmetric, sigmoid\n    triton " in output
+    assert f"    {used:19}used (" in output and "    sdpa               used (" in output
+    assert [line for line in lines if len(line) > 80] == []
+    output = " ".join(output.split())
     assert "native library" in output and "apex" in output
-    assert f"  cuda      {native.cuda_unavailable_reason() or 'built'}\n" in output
-    assert "similarity on cpu   cuda       not available: it runs on CUDA devices" in output
-    assert "reference  on request" in output
+    assert f" cuda {native.cuda_unavailable_reason() or 'built'} " in output
+    assert " cuda not available: it runs on CUDA devices" in output
+    assert "reference on request" in output
 
 
 def test_eval_on_shards(
@@ -201,7 +207,9 @@ def test_eval_on_scenes_and_what_it_says_of_mistakes(
 
 
 @pytest.mark.slow
-def test_quickstart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quickstart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A tenth of the real one: every file is there, and the scores leave chance behind."""
     assert main(["quickstart", "--logs", str(tmp_path), "--samples", "2560"]) == 0
     output = capsys.readouterr().out
@@ -211,6 +219,9 @@ def test_quickstart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (folder / "retrieval.png").stat().st_size > 20_000
     result = json.loads((folder / "eval" / "zeroshot_retrieval_scenes.json").read_text())
     assert result["metrics"]["image_retrieval_recall@5"] > 0.02
+    monkeypatch.chdir(tmp_path)
+    command = output.partition("search it")[2].splitlines()[0]
+    assert main(shlex.split(command)[1:]) == 0 and Path("search.png").is_file()
 
 
 def test_bench_prints_ratios_and_writes_json(
@@ -266,6 +277,7 @@ def test_bench_times_nothing_that_fails_its_check(
 
 def test_a_baseline_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     import fastclip.bench.losses as losses
+    from fastclip.bench import screen
     from fastclip.bench.runner import Baseline, Operator, Settings, measure
 
     def no_memory(inputs):
@@ -287,7 +299,7 @@ def test_a_baseline_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None
     assert status["hungry"] == "out of memory"
     assert status["broken"].startswith("failed: ZeroDivisionError")
     assert status["small"] == "not tried beyond 8"
-    assert all(losses.format_row(row) for row in rows)
+    assert screen.lines(*screen.grouped("losses", Settings(), rows))
 
 
 def test_a_baseline_that_fails_later_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,12 @@
 """`fastclip search`: what is found, printed and drawn, and when features are computed again."""
 
+import errno
+import fcntl
 import json
+import os
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -99,10 +103,19 @@ def test_an_image_finds_itself_first(capsys: pytest.CaptureFixture[str]) -> None
     assert search("--image", "photos/2.jpg", "--image", "photos/4.jpg", "--data", "photos") == 0
     first, second, _ = capsys.readouterr().out.split("\n\n")
     for shown, name in ((first, "2.jpg"), (second, "4.jpg")):
-        title, _, best, *others = shown.splitlines()
+        title, header, best, *others = shown.splitlines()
+        assert header.split() == ["score", "image"]
         assert title == f"photos/{name}" and best.split() == ["1", "1.000", name]
         # all five, although eight is the default
         assert len(others) == 4
+
+
+def test_embed_writes_the_same_features() -> None:
+    assert search("red", "--data", "photos") == 0
+    model = "--model tiny.json --pretrained w.pt --workers 0"
+    assert main(f"embed images photos {model} -o features.npy".split()) == 0
+    (file,) = Path("search/tiny.json_w.pt").glob("*.npy")
+    assert np.array_equal(np.load("features.npy"), np.load(file))
 
 
 @pytest.mark.parametrize("kind", ["shard", "table", "classes", "wds"])
@@ -181,7 +194,16 @@ def test_preprocessing_is_known_by_its_pixels(
     np.testing.assert_allclose(features[0], want, atol=1e-6)
 
 
-@pytest.mark.parametrize("damage", ["cut", "bytes", "undescribed", "description", "other rows"])
+class Writes:
+    """Unpickled it writes a file."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.write_text, (Path("written"), "text")
+
+
+@pytest.mark.parametrize(
+    "damage", ["cut", "bytes", "undescribed", "description", "other rows", "pickle", "pipe"]
+)
 def test_damaged_features_are_computed_again(damage: str, rows_encoded: list[int]) -> None:
     assert search("red", "--data", "photos") == 0
     (file,) = Path("search/tiny.json_w.pt").glob("*.npy")
@@ -194,10 +216,16 @@ def test_damaged_features_are_computed_again(damage: str, rows_encoded: list[int
         described.unlink()
     elif damage == "description":
         described.write_text(described.read_text()[:50])
-    else:
+    elif damage == "other rows":
         np.save(file, np.load(file)[:3])
+    elif damage == "pickle":
+        np.save(file, np.array([Writes()] * 5, dtype=object), allow_pickle=True)
+    else:
+        file.unlink()
+        os.mkfifo(file)
     assert search("red", "--data", "photos") == 0
     assert len(rows_encoded) == 2 and file.read_bytes() == whole
+    assert not Path("written").exists()
 
 
 def test_stopped_it_resumes(
@@ -223,7 +251,30 @@ def test_stopped_it_resumes(
     assert sorted(p.suffix for p in file.parent.iterdir()) == [".json", ".npy"]
 
 
-def test_of_two_at_once_one_computes(rows_encoded: list[int]) -> None:
+def test_a_description_never_stands_beside_other_features(
+    rows_encoded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after the new features and before their description, and the old images are back."""
+    flags = ["red", "--data", "photos"]
+    assert search(*flags) == 0
+    (file,) = Path("search/tiny.json_w.pt").glob("*.npy")
+    features, image = file.read_bytes(), Path("photos/3.jpg")
+    content, state = image.read_bytes(), image.stat()
+    image.write_bytes(jpeg((1, 2, 3), size=48))
+
+    def killed(path: Path, text: str) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kept, "write_text", killed)
+        assert search(*flags) == 1 and file.read_bytes() != features
+    image.write_bytes(content)
+    os.utime(image, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert search(*flags) == 0 and file.read_bytes() == features
+    assert len(rows_encoded) == 3
+
+
+def test_of_two_at_once_one_computes(rows_encoded: list[int], logged: Callable[[], str]) -> None:
     source = open_source("photos", split="val", required=())
     found: list[np.ndarray] = []
     model = opened()
@@ -233,8 +284,17 @@ def test_of_two_at_once_one_computes(rows_encoded: list[int]) -> None:
         found.append(keep_features(model, source, file, Encoding(2), name="tiny").features)
 
     threads = [threading.Thread(target=get) for _ in range(3)]
+    Path("features").mkdir()
+    handle = os.open("features", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
     for thread in threads:
         thread.start()
+    said = ""
+    while said.count("another process computes features in features: waiting for it") < 3:
+        said += logged()
+        time.sleep(0.01)
+    assert not found
+    os.close(handle)
     for thread in threads:
         thread.join()
     assert rows_encoded == [0, 2, 4] and len(found) == 3
@@ -304,6 +364,40 @@ def test_a_picture_is_replaced_by_the_next_alone(capsys: pytest.CaptureFixture[s
     assert Path("found.png").read_bytes() == before
 
 
+def test_a_full_disk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Writing to memory that is mapped would end in a bus error."""
+
+    def full(handle: int, offset: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        assert search("red", "--data", "photos") == 1
+    shown = capsys.readouterr()
+    assert "npy.partial needs 448 bytes: No space left on device; make room" in shown.err
+    assert not list(Path("search/tiny.json_w.pt").iterdir())
+    assert search("red", "--data", "photos") == 0
+
+
+def test_a_folder_that_cannot_be_written_to(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Features that are there already are found all the same."""
+    flags = ["red", "--data", "photos", "--features", "kept"]
+    access = os.access
+
+    def refusing(path: Path, mode: int) -> bool:
+        return Path(path).name != "kept" and access(path, mode)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", refusing)
+        assert search(*flags) == 1
+    assert "kept cannot hold features: it is not writable; give another" in capsys.readouterr().err
+    assert search(*flags) == 0
+    monkeypatch.setattr(os, "access", refusing)
+    assert search(*flags) == 0
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -321,7 +415,7 @@ def test_a_picture_is_replaced_by_the_next_alone(capsys: pytest.CaptureFixture[s
         (["red", "-o", "folder.png"], "folder.png exists and is no picture of fastclip search"),
         (["red", "--data", "empty"], "empty holds no images"),
         (["red", "--data", "nothing"], "cannot recognize 'nothing' as data"),
-        (["red", "--features", "tiny.json"], "tiny.json"),
+        (["red", "--features", "tiny.json"], "tiny.json cannot hold features: File exists; give"),
     ],
 )
 def test_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

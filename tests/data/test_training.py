@@ -1,12 +1,17 @@
 """Flags of data on their way through training and evaluation."""
 
 import json
+import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from fastclip.cli import main
+from fastclip.data.samples import Sample
+from fastclip.train import training_data
 from fastclip.train.config import parse, to_yaml
 from tests.conftest import jpeg
 from tests.train.conftest import TINY_MODEL
@@ -92,6 +97,28 @@ def test_dali_trains_on_the_same_samples_and_resumes(
     own = [*flags, "--data-backend", "dali", "--logs", f"{tmp_path}/dali"]
     assert main(["train", *own, "--resume", "latest", "--save-every-steps", "3"]) == 0
     assert (tmp_path / "dali" / "a" / "samples.jsonl").read_text() == losses["dali"]
+
+
+@pytest.mark.parametrize("views", [None, "single", "multi"])
+def test_texts_are_of_one_caption_or_of_one_each(views: str | None) -> None:
+    """By default of one. Words of one caption begin alike, whatever is left of them."""
+    sample = Sample("a", Image.new("RGB", (8, 8)), ("qza qzb qzc qzd", "vxa vxb vxc vxd"))
+    config = parse("--objective rocket --train-data scenes".split())
+    if views:
+        data = replace(config.data, caption_views=views)
+        config = replace(config, data=data)
+    sampling = training_data._captions(config.data, config.model)
+    assert len(sampling.views) == 3
+    drawn = [sampling.draw(sample, random.Random(seed)).texts for seed in range(40)]
+    kinds = [{word[0] for text in texts for word in text.split()} for texts in drawn]
+    assert {len(kind) for kind in kinds} == ({1, 2} if views == "multi" else {1})
+    # both captions are drawn
+    assert set().union(*kinds) == {"q", "v"}
+
+
+def test_several_captions_need_several_texts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("train --train-data scenes --caption-views multi".split()) == 1
+    assert "--caption-views multi: clip has one text" in capsys.readouterr().err
 
 
 def test_caption_flags(

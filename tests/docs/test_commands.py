@@ -63,7 +63,8 @@ def _launcher(words: list[str], parsed: Callable[[Sequence[str]], Any]) -> None:
     if "fastclip.cli" in words:
         config = parsed(words[words.index("fastclip.cli") + 1 :])
         if words[0] == "deepspeed":
-            assert config.distributed.deepspeed, "started by deepspeed, but without --deepspeed"
+            given = any(getattr(part, "deepspeed", False) for part in vars(config).values())
+            assert given, "started by deepspeed, but without --deepspeed"
         return
     _script(words, parsed)
 

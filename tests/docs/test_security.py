@@ -26,6 +26,10 @@ HELD = {
         "models/test_hub.py::test_a_language_model_beside_the_description_names_no_code"
     ],
     "checkpoints of DeepSpeed's": ["models/test_sharded.py::test_nothing_runs_unasked"],
+    "checkpoints of FSDP2's": [
+        "models/test_distributed_checkpoint.py::test_a_description_runs_nothing",
+        "models/test_distributed_checkpoint.py::test_what_torch_would_unpickle_is_refused",
+    ],
     "data named by a command": [
         f"{REMOTE}::test_commands_are_refused",
         f"{REMOTE}::test_nothing_of_the_data_starts_a_program",
@@ -33,6 +37,9 @@ HELD = {
     "`hf-hub:` models": [
         f"{DESCRIPTION}::test_a_hub_description_is_checked_alike",
         f"{DESCRIPTION}::test_code_beside_a_named_tokenizer_or_tower_is_refused_unasked",
+    ],
+    "features that `fastclip search` has kept": [
+        "cli/test_search.py::test_damaged_features_are_computed_again"
     ],
     "`--config` files": ["test_bounded.py::test_yaml_that_is_refused"],
     "A checkpoint with a manifest": [
@@ -42,6 +49,9 @@ HELD = {
     "Without one, a `.pt` file's own checksums": [FUZZ],
     "A `.pt` file that names a DeepSpeed folder": [
         f"{CHECKPOINT}::test_a_file_names_no_folder_to_unpickle"
+    ],
+    "A folder that is FSDP2's by its files": [
+        "models/test_distributed_checkpoint.py::test_no_folder_is_trusted_by_half"
     ],
     "No file is written through a link": [
         "test_atomic.py::test_no_file_is_written_through_a_link",

@@ -213,4 +213,4 @@ def test_every_room_is_on_the_map() -> None:
 
 
 def test_the_front_page_is_short() -> None:
-    assert len(README.text.splitlines()) <= 200
+    assert len(README.text.splitlines()) <= 150

@@ -5,12 +5,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from fastclip.cli.eval.compositional import Aro
 from fastclip.evaluate.aro import PAIR_CASES, evaluate_aro, order_cases, visual_genome_cases
-from fastclip.evaluate.choices import score_choices
-from fastclip.evaluate.features import Encoding
+from fastclip.evaluate.aro_relations import SYMMETRIC_RELATIONS
+from fastclip.evaluate.choices import Choice, score_choices
+from fastclip.evaluate.features import Encoding, ImageFile
 from tests.evaluate.planned import BLUE, GREEN, RED, Color, paint, planned_model, write_json
 
 MODEL = planned_model(
@@ -50,6 +53,8 @@ def test_by_hand(tmp_path: Path) -> None:
         relation("gray", "ash", "on"),
         relation("green", "red", "behind", "green"),
         relation("gray", "green", "under"),
+        relation("blue", "red", "near"),
+        relation("red", "blue", "around"),
     ]
     pairs = [
         # 25 cases, of which 10 are right; 24 and all right: no share in the macro mean
@@ -74,20 +79,21 @@ def test_by_hand(tmp_path: Path) -> None:
         flickr30k_order=flickr,
     )
     assert evaluate_aro(MODEL, tmp_path, Encoding()) == {
-        # on 1 of 3, behind 1 of 1, under 1 of 1
+        # on 1 of 3, behind 1 of 1, under 1 of 1; near and around, which are symmetric, 0 and 1
         "relation_macro": pytest.approx(7 / 9),
-        "relation_micro": pytest.approx(3 / 5),
+        "relation_macro_all": pytest.approx((7 / 3 + 1) / 5),
+        "relation_micro": pytest.approx(4 / 7),
         "attribution_macro": pytest.approx((10 / 25 + 1) / 2),
         "attribution_micro": pytest.approx(60 / 75),
         "coco_order": pytest.approx(2 / 3),
         "flickr30k_order": 0,
         "ties": {
-            "relation": pytest.approx(1 / 5),
+            "relation": pytest.approx(1 / 7),
             "attribution": 0,
             "coco_order": pytest.approx(1 / 3),
             "flickr30k_order": 0,
         },
-        "cases": {"relation": 5, "attribution": 75, "coco_order": 3, "flickr30k_order": 1},
+        "cases": {"relation": 7, "attribution": 75, "coco_order": 3, "flickr30k_order": 1},
     }
 
 
@@ -127,9 +133,6 @@ def test_the_region_is_cut_out(tmp_path: Path) -> None:
     boxes = [
         ((0, 0, 8, 8), (0, 0, 8, 8), "red"),
         ((8, 2, 8, 3), (8, 2, 16, 5), "blue"),
-        # over the edges, where black would be added
-        ((-5, -2, 10, 30), (0, 0, 5, 8), "red"),
-        ((9, 0, 100, 8), (9, 0, 16, 8), "blue"),
         ((8.4, 0.6, 4.0, 4.0), (8, 1, 12, 5), "blue"),
     ]
     entries = [
@@ -143,6 +146,37 @@ def test_the_region_is_cut_out(tmp_path: Path) -> None:
     assert metrics["relation_macro"] == 1
     # only pure colors are as near to their word as this
     assert all(scores[0] > 0.98 for scores in score_choices(MODEL, cases, Encoding()))
+
+
+def test_what_lies_beyond_the_image_is_black(tmp_path: Path) -> None:
+    """Half of the region, on the left and above: what the model sees is half as bright."""
+    lay_out(tmp_path)
+    boxes = [((-8, 0, 16, 8), (-8, 0, 8, 8)), ((0, -8, 8, 16), (0, -8, 8, 8))]
+    entries = [region("red", box, "red", "blue", relation_name="on") for box, _ in boxes]
+    write_json(tmp_path / "visual_genome_relation.json", entries)
+    cases = visual_genome_cases(tmp_path / "visual_genome_relation.json", "relation_name")
+    assert [case.image.box for case in cases] == [box for _, box in boxes]
+    means: list[float] = []
+
+    def seen(image: Image.Image) -> Any:
+        means.append(np.asarray(image).mean())
+        return MODEL.preprocess(image)
+
+    whole = Choice(ImageFile(cases[0].image.path, WHOLE), cases[0].texts)
+    score_choices(MODEL._replace(preprocess=seen), [*cases, whole], Encoding())
+    assert means == pytest.approx([means[-1] / 2] * 2 + means[-1:]) and means[-1] > 0
+
+
+def test_the_published_mean_needs_relations_with_a_direction(tmp_path: Path) -> None:
+    assert len(SYMMETRIC_RELATIONS) == 157
+    assert all(name == name.strip() and "\n" not in name for name in SYMMETRIC_RELATIONS)
+    assert {
+        "near",
+        "on the other side of",
+    } < SYMMETRIC_RELATIONS and "on" not in SYMMETRIC_RELATIONS
+    lay_out(tmp_path, visual_genome_relation=[relation("red", "blue", "near")])
+    metrics = evaluate_aro(MODEL, tmp_path, Encoding())
+    assert "relation_macro" not in metrics and metrics["relation_macro_all"] == 1
 
 
 @pytest.mark.parametrize("box", [(0, 0, 0, 8), (8, 0, 4, 4), (0, -9, 8, 9), (4, 4, -2, 2)])

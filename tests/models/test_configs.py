@@ -11,7 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastclip.functional import clip_loss
 from fastclip.models import clip
-from fastclip.models.build import build, lock_image
+from fastclip.models.build import build
+from fastclip.models.lock import lock_image
 from fastclip.models.options import SystemOptions
 from fastclip.train.accumulate import refuse_batch_norm
 from fastclip.train.config import parse

@@ -119,3 +119,39 @@ def test_mistakes(run: Path, model_config: str, tmp_path: Path) -> None:
     torch.save({"epoch": 1}, tmp_path / "no.pt")
     with pytest.raises(ValueError, match="holds no state dictionary"):
         checkpoint.read_weights(tmp_path / "no.pt")
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "pt"])
+def test_what_open_clip_needs_is_printed(
+    ending: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / f"printed-{ending}.{ending}"
+    assert main(["convert", "to-open-clip", str(run), str(target)]) == 0
+    said = capsys.readouterr().err
+    lines = [line for line in said.splitlines() if line.startswith("open_clip.")]
+    scope = {"open_clip": open_clip}
+    exec("\n".join([*lines[:-1], f"model = {lines[-1]}[0]"]), scope)
+    model, preprocess, _ = fastclip.load(run)
+    assert identical(dict(scope["model"].state_dict()), dict(model.state_dict()))
+    if ending == "safetensors":
+        # without the run
+        alone, again, tokenizer = fastclip.load(target)
+        assert identical(dict(alone.state_dict()), dict(model.state_dict()))
+        assert repr(again.transforms) == repr(preprocess.transforms)
+        assert tokenizer(["x"]).shape == (1, TINY_MODEL["text_cfg"]["context_length"])
+
+
+def test_weights_that_do_not_describe_themselves(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    path = tmp_path / "run" / "checkpoints" / "w.safetensors"
+    path.parent.mkdir(parents=True)
+    save_file({"a": torch.ones(1)}, path)
+    with pytest.raises(FileNotFoundError, match="is not a run directory"):
+        fastclip.load(path)
+    save_file({"a": torch.ones(1)}, path, {CONFIG_FILE: '{"model_cfg": {"embed_dim": 1}}'})
+    with pytest.raises(ValueError, match="describes no model"):
+        fastclip.load(path)
+    path.write_bytes(b"torn")
+    with pytest.raises(ValueError, match="cannot be read as safetensors"):
+        fastclip.load(path)

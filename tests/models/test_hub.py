@@ -190,6 +190,19 @@ def test_the_average_and_what_holds_it(make_run: Callable[..., Path], tmp_path: 
         assert all(torch.equal(found[name], average[name]) for name in average)
 
 
+def test_commands_take_the_folder_and_write_beside(
+    make_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export_hub(make_run(), tmp_path / "hub")
+    before = sorted(path.name for path in (tmp_path / "hub").iterdir())
+    monkeypatch.chdir(tmp_path)
+    few = ["--num-samples", "20", "--workers", "0"]
+    assert main(["eval", "zeroshot", "--model", "hub", *few]) == 0
+    written = json.loads((tmp_path / "eval" / "hub" / "zeroshot_scenes.json").read_text())
+    assert (written["model"], written["pretrained"]) == ("hub", "")
+    assert sorted(path.name for path in (tmp_path / "hub").iterdir()) == before
+
+
 CARD = """\
 | architecture | tiny.json |
 | image size | 16 |

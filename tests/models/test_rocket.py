@@ -14,6 +14,7 @@ from fastclip.models.options import SystemOptions
 from fastclip.models.rocket import Rocket
 from fastclip.models.system import Features, Outputs
 from fastclip.train.accumulate import accumulate
+from fastclip.train.config import parse
 from tests.models.harness import (
     WIDTH,
     Batch,
@@ -170,7 +171,8 @@ def slow_loss(system: Rocket, batch: Batch, teacher: Rocket | None, options: dic
     if term is None:
         return loss
     if term == "swalip":
-        return loss + 0.2 * slow_swapped(strong["image"], strong["text"], scale)
+        swapped = slow_swapped(strong["image"], strong["text"], scale)
+        return loss + options.get("term_weight", 0.2) * swapped
 
     own = options.get("separate_projectors", False)
     pairs = [(0, 0)] + [(a, b) for a in range(1, count + 1) for b in range(1, count + 1)]
@@ -191,11 +193,12 @@ def slow_loss(system: Rocket, batch: Batch, teacher: Rocket | None, options: dic
         x |= {f"text{i}": teacher.towers.encode_text(v) for i, v in enumerate(batch["texts"])}
         z = through(q, "projectors", x, 1, "plain")
     terms = []
+    weight = options.get("term_weight", 1.0)
     for a, b in pairs:
         for one, other in ((f"image{a}", f"text{b}"), (f"text{b}", f"image{a}")):
             cosines = (unit(predicted[one]) * unit(z[other].detach())).sum(1)
             terms.append((2 - 2 * cosines).mean())
-    return loss + sum(terms) / len(terms)
+    return loss + weight * sum(terms) / len(terms)
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +230,26 @@ def test_loss_and_gradients_are_those_of_the_formulas(
     system, teacher = build(case, tmp_path)
     batch = views_of(BATCH, system)
     assert_equal(loss_and_gradients(system, batch, teacher, backend="reference"), expected[case])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "weight"), [("siamlip", 1.0), ("byolip", 1.0), ("barlip", 1.0), ("swalip", 0.2)]
+)
+def test_recipes_weigh_their_terms_as_the_published_commands(
+    recipe: str, weight: float, tmp_path: Path
+) -> None:
+    """Those sum CLIP's two directions, twice our mean, and add the term; AdamW sees no factor."""
+    options = parse(["--config", recipe, "--train-data", "scenes"]).model
+    made = {"term": recipe, "label_smoothing": options.label_smoothing}
+    system = make(tmp_path, **made, term_weight=options.extra_weight)
+    teacher = make(tmp_path, seed=3, **made) if system.needs_teacher else None
+    batch = views_of(BATCH, system)
+    clip, one = (slow_loss(system, batch, teacher, {**made, "term_weight": w}) for w in (0.0, 1.0))
+    published = 2 * clip + weight * (one - clip)
+    trained = {n: p for n, p in system.named_parameters() if p.requires_grad}
+    grads = torch.autograd.grad(published / 2, list(trained.values()))
+    expected = {"loss": published.detach() / 2, **dict(zip(trained, grads, strict=True))}
+    assert_equal(loss_and_gradients(system, batch, teacher, backend="reference"), expected)
 
 
 @pytest.mark.dist

@@ -83,8 +83,8 @@ _REST: dict[tuple[str, str], list[tuple[str, str]]] = {
     ],
     ("kernels/lean.py", LEAN): [
         ("tl.maximum(largest - BELOW_LARGEST, 0.0)", "largest - BELOW_LARGEST"),
-        ("tl.where(2.0 * largest > LARGEST_SPAN", "tl.where(2.0 * largest < -1.0"),
-        ("row_sum += tl.sum(e, 1)", "row_sum = tl.sum(e, 1)"),
+        ("tl.where(span > LARGEST_SPAN", "tl.where(span < -1.0"),
+        ("row_sum += tl.sum(of_rows, 1)", "row_sum = tl.sum(of_rows, 1)"),
         (
             "tl.store(dot_ptr + p_slot, tl.sum(dot, 0) / scale)",
             "tl.store(dot_ptr + p_slot, tl.sum(dot, 0))",
@@ -285,19 +285,19 @@ _REST: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("if AVERAGE not in content:", "if AVERAGE in content:"),
         ("return content[AVERAGE]", 'return content["state_dict"]'),
         ("partial.unlink(missing_ok=True)\n", "pass\n"),
-        ("sorted(found, reverse=True)", "sorted(found)"),
+        ("path.name), reverse=True)", "path.name))"),
         ('describe(path)["sha256"] ==', 'describe(path)["sha256"] !='),
         ("elif not _is_whole(path):", "elif _is_whole(path):"),
         ("_MANIFEST_KEYS & read_object(beside)", "_MANIFEST_KEYS | read_object(beside)"),
         ("    require_whole(path)\n    try:", "    try:"),
         ("weights_only=True", "weights_only=False"),
-        ('if "zero" in content:', "if False:"),
+        ("if key in content:", "if False:"),
     ],
     ("fastclip/models/checkpoint.py", "tests/models/test_checkpoint_fuzz.py"): [
         ("        require_sums(path)\n", "        pass\n"),
     ],
     ("fastclip/models/checkpoint.py", "tests/models/test_sharded.py"): [
-        ("sharded.is_sharded(path) and not trust", "sharded.is_sharded(path) and trust"),
+        ("sharded.is_distributed(path) and not trust", "sharded.is_distributed(path) and trust"),
         ("{PARTIAL_SUFFIX, sharded.TEMPORARY_SUFFIX} &", "{PARTIAL_SUFFIX} &"),
         ("not path.is_dir() or sharded", "path.is_dir() and not sharded"),
     ],

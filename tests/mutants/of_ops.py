@@ -550,15 +550,15 @@ OPS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ),
     ],
     ("fastclip/ops/distillation.py", OPERATORS): [
-        ("torch.zeros_like(lse_N) if", "torch.ones_like(lse_N) if"),
+        ("torch.zeros_like(lse) if", "torch.ones_like(lse) if"),
     ],
     ("fastclip/ops/distillation.py", MODULES + " -k distillation"): [
         ("row, column = lse_N - mean_N", "row, column = lse_N + mean_N"),
         ("weighted.mul_(shrink)", "weighted.mul_(1)"),
         ("torch.exp(maximum - found)", "torch.exp(found - maximum)"),
-        ("G_CN.mul_(d_row_N[rows, None])", "G_CN.mul_(d_row_N[:1, None])"),
+        ("G_CM.mul_(d_row_N[rows, None])", "G_CM.mul_(d_row_N[:1, None])"),
         ("dscale_N.sum() / asked.scale", "dscale_N.sum() * asked.scale"),
-        ("T_CN).mul_(self.teacher_scale)", "T_CN).mul_(self.scale)"),
+        ("T_CM).mul_(self.teacher_scale)", "T_CM).mul_(self.scale)"),
     ],
     ("fastclip/ops/estimators.py", GLOBAL): [
         ("torch.where(before == -math.inf, log_g, moved)", "moved"),

@@ -171,6 +171,24 @@ def test_impossible_values(flag: str, capsys: pytest.CaptureFixture[str]) -> Non
         TrainConfig.from_flat(save_every_steps=0)
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--deepspeed", "--fsdp and --deepspeed shard the same parameters; leave one out"),
+        ("--deepspeed-config ds_zero1", "leave one out, and with --fsdp --deepspeed-config too"),
+        ("--torchcompile", "--torchcompile does not work with --fsdp; leave one out"),
+        ("--optimizer apex-lamb", "--optimizer apex-lamb: ZeRO and FSDP2 shard torch's AdamW"),
+        (
+            "--text-lm m --text-lm-cache-bytes 9",
+            "--text-lm-cache-bytes is 9, but FSDP2's ranks must run all",
+        ),
+    ],
+)
+def test_what_does_not_go_with_fsdp(flags: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse(["--fsdp", *flags.split()])
+
+
 def test_what_is_said_of_data_is_checked_before_anything_is_built() -> None:
     with pytest.raises(ValueError, match="--csv-separator is 'ab'; give one character"):
         parse(["--csv-separator", "ab"])

@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import re
 import shlex
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,16 @@ import pytest
 from matplotlib import pyplot
 
 from fastclip import device
+from fastclip.bounded import read_yaml
 from fastclip.cli import main
 from fastclip.train import log
-from fastclip.train.config import parse
+from fastclip.train.config import RECIPES, parse
+from fastclip.train.describe import warn_of_batch
 from fastclip.train.log import plot_loss, read_metrics
+from fastclip.train.options import OptimOptions
 from fastclip.train.stop import StopSignals
 from fastclip.train.summary import WIDTH
+from tests.conftest import jpeg
 
 
 def said(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
@@ -50,7 +56,7 @@ def test_a_run_says_what_it_is_and_how_it_went(
         "scenes, 70 samples an epoch, loaded in this process",
         "M parameters, fp32 on cpu",
         "2 epochs of 8 steps (6 samples an epoch fill no step), 16 steps in all",
-        "0.0005 after 1 steps of warm-up (a tenth of the run, which --warmup",
+        "0.0005 after 1 step of warm-up (a tenth of the run, which --warmup",
     ):
         assert part in text
     # the configuration is in the file alone
@@ -74,15 +80,56 @@ def test_a_run_says_what_it_is_and_how_it_went(
 
     commands = text.partition("\nnext\n")[2].splitlines()[:3]
     assert [shlex.split(line)[:2] for line in commands] == [
+        ["fastclip", "search"],
         ["fastclip", "eval"],
-        ["fastclip", "embed"],
         ["fastclip", "convert"],
     ]
+    # what is as by default is not printed
+    assert "--csv" not in commands[0]
     arguments = [
-        str(tmp_path / word) if word == "model.pt" else word
+        str(tmp_path / word) if word == "a-exported" else word
         for word in shlex.split(commands[2])[1:]
     ]
-    assert main(arguments) == 0 and (tmp_path / "model.pt").exists()
+    assert main(arguments) == 0 and (tmp_path / "a-exported").is_dir()
+
+
+@pytest.mark.parametrize("with_val", [False, True])
+def test_the_search_that_is_printed_runs(
+    with_val: bool,
+    train_flags: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In a table with names, columns and folders that have to be quoted or said."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path("my photos")
+    for name in ("train", "val"):
+        (folder / name).mkdir(parents=True)
+        lines = ["where;what"]
+        for number in range(9):
+            (folder / name / f"{number}.jpg").write_bytes(jpeg((number * 20, 9, 9)))
+            lines.append(f'{number}.jpg;- it\'s "{name}" number {number}, in many more words')
+        Path(f"my {name}.csv").write_text("\n".join(lines))
+    flags = ["--train-data", "my train.csv", "--image-root", str(folder / "train")]
+    flags += "--csv-img-key where --csv-caption-key what --csv-separator ;".split()
+    if with_val:
+        flags += ["--val-data", "my val.csv", "--val-image-root", str(folder / "val")]
+    flags += ["--train-num-samples", "9", "--epochs", "1", "--name", "a b"]
+    text = said(capsys, *train_flags, *flags)
+    command = shlex.split(text.partition("\nnext\n")[2].splitlines()[0])
+    assert command[:2] == ["fastclip", "search"] and command[2].startswith('it\'s "train" num')
+    assert main(command[1:]) == 0
+    found = capsys.readouterr().out
+    assert ('"val"' if with_val else '"train"') in found.partition("caption\n")[2]
+    assert Path("search.png").is_file()
+
+
+def test_a_run_without_language_is_not_searched_by_text(
+    train_flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = said(capsys, *train_flags, "--objective", "simclr", "--epochs", "1", "--name", "s")
+    assert "\nnext\n" in text and "fastclip search" not in text
 
 
 def test_a_name_that_has_nothing_to_resume_is_said_below_the_rest(
@@ -92,6 +139,39 @@ def test_a_name_that_has_nothing_to_resume_is_said_below_the_rest(
     text = said(capsys, *flags)
     note = text.index("holds no checkpoint: this is a new run; check --name")
     assert text.index("\nrate ") < note < text.index("\ncaption ")
+
+
+@pytest.mark.parametrize(
+    ("meant", "processes", "says"),
+    [
+        (None, 1, ""),
+        (64, 4, ""),
+        (64, 1, "note: the settings are meant for 64 samples a step, this run has 16; start 4 pro"),
+        (16, 2, "for 16 samples a step, this run has 32; start 1 process, change --batch-size"),
+        (
+            65,
+            1,
+            "this run has 16; change --batch-size or --accum-freq, or choose --lr and --warmup",
+        ),
+    ],
+)
+def test_another_global_batch_than_the_recipes_is_said(
+    meant: int | None, processes: int, says: str, logged: Callable[[], str]
+) -> None:
+    warn_of_batch(OptimOptions(batch_size=8, accum_freq=2, global_batch=meant), processes)
+    text = logged()
+    assert says in text and bool(text) == bool(says)
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_of_a_global_batch_say_how_many_gpus(recipe: Path) -> None:
+    """The number is in a comment beside it: 4,096 in steps of 128 are 32 GPUs."""
+    values, text = read_yaml(recipe), recipe.read_text()
+    if "global_batch" not in values:
+        return
+    gpus, left = divmod(values["global_batch"], values["batch_size"] * values.get("accum_freq", 1))
+    (comment,) = re.findall(r"(#.*)\nglobal_batch:", text)
+    assert left == 0 and f"{gpus} GPUs" in comment
 
 
 def test_steps_that_were_made_are_said(

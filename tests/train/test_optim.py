@@ -14,6 +14,7 @@ from fastclip.train.optim import (
     LOGIT_SCALE_MAX,
     build_optimizer,
     clamp,
+    configured,
     gradient_norm,
     learning_rate,
 )
@@ -179,6 +180,40 @@ def test_only_matrices_decay() -> None:
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
     assert [id(p) for p in decayed["params"]] == [id(model.linear.weight)]
     assert len(plain["params"]) == 4
+
+
+@pytest.mark.parametrize("name", ["sgd", "lion", "lamb", "adamw"])
+def test_optimizers_of_timm(name: str) -> None:
+    model = Towers()
+    options = OptimOptions(optimizer=f"timm/{name}", wd=0.3, momentum=0.7, beta2=0.95, lr=0.1)
+    made = build_optimizer(model, options, {"logit_scale": 0.01})
+    kind, *_ = (each for each in type(made).__mro__ if each.__name__.lower() == name)
+    assert kind.__module__.startswith(("timm.optim", "torch.optim"))
+    groups = made.param_groups
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0, 0.0]
+    assert groups[2]["lr"] == 0.01 and groups[2]["lr_factor"] == pytest.approx(0.1)
+    assert groups[0].get("momentum", 0.7) == 0.7
+    assert groups[0].get("betas", (0.9, 0.95)) == (0.9, 0.95)
+    assert set(configured(groups[0])) <= {"lr", "betas", "eps", "weight_decay", "momentum", "fused"}
+    before = model.linear.weight.clone()
+    (model.linear(torch.ones(2, 3)).sum() * model.logit_scale).backward()
+    made.step()
+    assert not before.equal(model.linear.weight)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"optimizer": "lion"}, "--optimizer lion is unknown; use one of adamw, apex-adamw"),
+        ({"optimizer": "timm/loin"}, "timm has none of that name; near names: lion"),
+        ({"optimizer": "timm/adahessian"}, "timm/adahessian needs second derivatives"),
+        ({"momentum": 0.9}, "--momentum is for --optimizer timm/NAME, not adamw"),
+        ({"optimizer": "timm/sgd", "momentum": 1.0}, "--momentum is 1.0; give one in [0, 1)"),
+    ],
+)
+def test_optimizers_that_there_are_not(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build_optimizer(Towers(), OptimOptions(**given))
 
 
 def test_the_scale_is_clamped() -> None:

@@ -1,6 +1,7 @@
 """The planner's formulas against counted things, and its choices."""
 
 import json
+import shlex
 from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
@@ -279,11 +280,52 @@ def test_what_is_asked_for_is_kept() -> None:
     assert choose(replace(vit(), has_batch_norm=True), Request(64, 2**20)) is None
 
 
+def command_of(output: str) -> str:
+    """What a plan says to run, as a shell reads it."""
+    typed = output.split("\ncommand")[1].split("\n\n")[0].split("\n", 1)[1]
+    return typed.replace("\\\n", "")
+
+
+@pytest.mark.parametrize(
+    ("flags", "launcher"),
+    [
+        ("--gpus 1 --batch 8", "fastclip"),
+        ("--gpus 6 --batch 12", "torchrun --nproc_per_node 6 -m -- fastclip.cli"),
+        (
+            "--gpus 12 --batch 24",
+            "torchrun --nproc_per_node 6 --nnodes 2 --rdzv_backend c10d --rdzv_endpoint NODE:29500"
+            " -m -- fastclip.cli",
+        ),
+        ("--gpus 8 --batch 8 --engine zero1", "deepspeed --num_gpus 8 --module fastclip.cli"),
+        (
+            "--gpus 64 --batch 64 --engine zero3",
+            "deepspeed --hostfile HOSTFILE --module fastclip.cli",
+        ),
+    ],
+)
+def test_the_launcher(
+    flags: str, launcher: str, plain_model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", *flags.split(), "--model", plain_model]) == 0
+    output = capsys.readouterr().out
+    words = shlex.split(command_of(output))
+    size = len(launcher.split())
+    assert words[: size + 1] == [*launcher.split(), "train"]
+    parse(words[size + 1 :])
+    # a path may be longer than the screen
+    lines = [line for line in output.splitlines() if plain_model not in line]
+    assert all(len(line) <= 80 for line in lines), lines
+
+
 def test_the_command(plain_model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main("plan --gpus 64 --batch 1000000 --model ViT-B-16".split()) == 0
     output = capsys.readouterr().out
-    assert "15,625 samples a GPU (computed, not measured)" in output
-    assert "flags          --batch-size 625 --accum-freq 25 --precision amp_bf16" in output
+    assert "ViT-B-16 (computed, not measured)\nglobal batch 1,000,000 on 64 x 80" in output
+    assert " 15,625 samples a GPU\n" in output
+    assert (
+        "command, on each of 8 nodes with 8 GPUs\n  torchrun --nproc_per_node 8 --nnodes 8"
+        in output
+    )
     assert "one pass with checkpointing needs" in output and 'dist="gather"' in output
     assert "largest batch on 64 GPUs" in output and "GiB of inputs" in output
 
@@ -295,8 +337,10 @@ def test_the_command(plain_model: str, capsys: pytest.CaptureFixture[str]) -> No
     # the flags are the trainer's
     asked = "--gpus 8 --batch 8192 --engine zero2 --dist ring --loss siglip --model".split()
     assert main(["plan", *asked, plain_model]) == 0
-    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("  flags")]
-    config = parse(line.split()[1:])
+    words = shlex.split(command_of(capsys.readouterr().out))
+    assert words[:6] == ["deepspeed", "--num_gpus", "8", "--module", "fastclip.cli", "train"]
+    config = parse(words[6:])
+    assert config.model.model == plain_model and config.data.train_data == "DATA"
     assert config.optim.step_samples(8) == 8192
     assert config.loss.siglip and config.loss.loss_dist_impl == "ring"
     assert config.distributed.deepspeed_config == "ds_zero2"

@@ -73,6 +73,10 @@ def make(objective: str, folder: Path, here: World, double: bool, **flags: Any) 
         from fastclip.train.zero import DeepSpeedEngine
 
         return DeepSpeedEngine(model, config, here)
+    if config.distributed.fsdp:
+        from fastclip.train.fsdp import FSDPEngine
+
+        return FSDPEngine(model, config, here)
     engine = TorchEngine(model, config, here)
     if double:
         engine._mean, engine._std = engine._mean.double(), engine._std.double()
@@ -155,6 +159,8 @@ def test_ranks_and_zero_are_one_process(folder: Path) -> None:
         losses = steps(plain, ALONE)
         for stage in found["zero"]:
             assert found["zero"][stage] == pytest.approx(losses, rel=SAME_FLOAT), stage
+        if objective != "byolip":
+            assert found["fsdp"] == pytest.approx(losses, rel=SAME_FLOAT)
         assert 2 in found["zero"] and (3 in found["zero"]) == (objective == "uniclip")
         if objective not in THOROUGH:
             continue
@@ -164,7 +170,8 @@ def test_ranks_and_zero_are_one_process(folder: Path) -> None:
         exact, used = found["scales"]
         assert used == pytest.approx(exact, rel=1e-6)
     refused = torch.load(folder / "byolip.pt")["refused"]
-    assert "byolip's teacher averages whole parameters, which ZeRO-3 shards" in refused
+    assert "byolip's teacher averages whole parameters, which ZeRO-3 shards" in refused[0]
+    assert "byolip's teacher is a whole model, which --fsdp has not" in refused[1]
     averaged = torch.load(folder / "byolip.pt")["average"]
     alone = make("byolip", folder, ALONE, False, batch_size=2 * BATCH)
     steps(alone, ALONE)
@@ -190,7 +197,7 @@ def launch(folder: Path) -> None:
 
 
 def work(objective: str, folder: Path, here: World) -> dict[str, Any]:
-    result: dict[str, Any] = {"zero": {}}
+    result: dict[str, Any] = {"zero": {}, "refused": []}
     engine = make(objective, folder, here, True, batch_size=BATCH // 2, accum_freq=2)
     result["ranks"] = steps(engine, here, 2)
     result["weights"] = engine.model.state_dict()
@@ -200,12 +207,17 @@ def work(objective: str, folder: Path, here: World) -> dict[str, Any]:
         try:
             engine = make(objective, folder, here, False, **sharded)
         except ValueError as error:
-            result["refused"] = str(error)
+            result["refused"].append(str(error))
             continue
         result["zero"][stage] = steps(engine, here, 2)
         if engine.average is not None:
             result["average"] = engine.average.state_dict()
             check_saved(engine, here, folder)
+    try:
+        engine = make(objective, folder, here, False, **{**micro, "deepspeed": False, "fsdp": True})
+        result["fsdp"] = steps(engine, here, 2)
+    except ValueError as error:
+        result["refused"].append(str(error))
     if objective not in THOROUGH:
         return result
     rounded = {**micro, "deepspeed_config": "ds_zero2", "precision": "amp_bf16"}

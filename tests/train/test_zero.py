@@ -17,7 +17,7 @@ import torch
 
 from fastclip.models import checkpoint, sharded
 from fastclip.models.clip import create
-from fastclip.train import zero_checkpoint
+from fastclip.train import sharded_checkpoint
 from fastclip.train.config import TrainConfig
 from fastclip.train.distributed import World, world
 from fastclip.train.health import NonFiniteError
@@ -149,6 +149,9 @@ def train_part(stage: int, folder: Path, here: World) -> dict[str, Any]:
     engine = make(stage, folder, here, grad_checkpointing=True, **micro)
     result["accumulated"] = steps(engine, here, 0, 5, MICRO_BATCHES)
     check_non_finite(engine, here)
+    engine._engine.gradient_accumulation_steps = lambda: 2
+    with pytest.raises(ValueError, match="has gradient_accumulation_steps 2, and would divide"):
+        engine.backward(batches(0, here, MICRO_BATCHES))
     for precision in ("fp32", "amp_bf16", *(["amp"] if has_float16() else [])):
         check_scale(make(stage, folder, here, precision=precision), here)
     return result
@@ -333,7 +336,7 @@ def test_a_torn_folder_is_not_whole(tmp_path: Path) -> None:
         torch.save({"a": torch.ones(3)}, folder / "part.pt")
         return [folder / "part.pt"]
 
-    zero_checkpoint.write(path, {"step": 7}, here, share)
+    sharded_checkpoint.write(path, {"step": 7}, here, share)
     assert sharded.verify(path)
     assert checkpoint.step_of(path) == 7
     assert sharded.read_training(path)["step"] == 7

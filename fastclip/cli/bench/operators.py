@@ -15,9 +15,10 @@ LossName = Literal["clip", "info_nce", "siglip", "nt_xent", "mp_nce", "sup_con"]
 class LossConfig:
     """Measure losses beside their baselines: time, peak memory, error, repeatability.
 
-    Columns: milliseconds forward alone, and forward and backward (20th, 50th and 80th
-    percentile); this median over fastclip's; the matmul share, which is the time of the matrix
-    products alone over this median; peak extra MiB; the relative error of dX against float64;
+    Columns: milliseconds forward alone, and forward and backward (the median; ±, half of what
+    lies between the 20th and 80th percentile); how many times as fast as this row fastclip is;
+    the matmul share, which is the time of the matrix products alone over this median; peak extra
+    MiB; the relative error of dX against float64. --output has every row after each size, and
     whether its bits repeat.
     """
 
@@ -46,15 +47,14 @@ class LossConfig:
 
     def run(self) -> int:
         """Measure, print, write."""
-        import fastclip.bench.records as records
         from fastclip.bench.losses import run
         from fastclip.bench.runner import Settings
+        from fastclip.bench.screen import Rows
 
         if self.quick:
             small = {"n": (256, 512, 1024), "width": (128,), "rounds": 3, "compiled": False}
             return replace(self, **small, quick=False).run()  # type: ignore[arg-type]
         _check(self.n, self.width, self.rounds)
-        records.prepare(self.output)
         settings = Settings(
             dtype=getattr(torch, self.dtype),
             autocast=self.autocast,
@@ -63,9 +63,8 @@ class LossConfig:
             device=place(self.device),
             compiled=self.compiled,
         )
-        rows, wrong = run(self.loss, self.n, self.width, settings)
-        if self.output is not None and rows:
-            records.write(self.output, "losses", settings, rows, settings.device)
+        with Rows("losses", settings, settings.device, self.output) as rows:
+            _, wrong = run(self.loss, self.n, self.width, settings, rows.add)
         return 1 if wrong else 0
 
 
@@ -73,8 +72,8 @@ class LossConfig:
 class AttentionConfig:
     """Measure attention of short sequences beside torch's, every backend of it, and flash-attn.
 
-    A row is a sequence length and an implementation: milliseconds forward, and forward and
-    backward (median, 20th and 80th percentile); this median over fastclip's; peak
+    Columns: milliseconds forward, and forward and backward (the median; ±, half of what lies
+    between the 20th and 80th percentile); how many times as fast as this row fastclip is; peak
     extra MiB; the relative error of dQ against float64. bf16, twelve heads 64 wide.
     """
 
@@ -95,9 +94,9 @@ class AttentionConfig:
 
     def run(self) -> int:
         """Measure, print, write."""
-        import fastclip.bench.records as records
         from fastclip.bench.attention import SHAPES, baselines
         from fastclip.bench.runner import Settings
+        from fastclip.bench.screen import Rows
 
         if self.quick:
             small = {"lengths": (50, 77), "tokens": 400, "rounds": 3, "flex": False}
@@ -112,10 +111,10 @@ class AttentionConfig:
         tokens = default if self.tokens is None else self.tokens
         if min(tokens, self.rounds) < 1:
             raise ValueError("--tokens and --rounds must be positive")
-        records.prepare(self.output)
         settings = Settings(torch.bfloat16, rounds=self.rounds, warmup=3, device=device)
         shapes = [known[length] for length in self.lengths]
-        baselines(settings, self.output, tokens, shapes, self.flex)
+        with Rows("attention", settings, device, self.output, tokens=tokens) as rows:
+            baselines(settings, rows.add, tokens, shapes, self.flex)
         return 0
 
 
@@ -123,8 +122,9 @@ class AttentionConfig:
 class MemoryConfig:
     """Measure the losses' memory against the batch: bytes kept for the backward, and the peak.
 
-    Columns: MiB that autograd keeps, the inputs left out; their scaling exponent in n since the
-    size before; peak extra MiB, and its exponent.
+    Columns: MiB that autograd keeps, the inputs left out; the power of n by which they grew since
+    the size before; peak extra MiB, and its power; how many times less than this row's peak
+    fastclip's is.
     """
 
     loss: tuple[LossName, ...] = ("clip", "info_nce", "siglip", "nt_xent", "mp_nce", "sup_con")
@@ -148,15 +148,14 @@ class MemoryConfig:
 
     def run(self) -> int:
         """Measure, print, write."""
-        import fastclip.bench.records as records
         from fastclip.bench.memory import run
         from fastclip.bench.runner import Settings
+        from fastclip.bench.screen import Rows
 
         if self.quick:
             small = {"n": (256, 512, 1024), "width": (128,), "compiled": False}
             return replace(self, **small, quick=False).run()  # type: ignore[arg-type]
         _check(self.n, self.width, 1)
-        records.prepare(self.output)
         settings = Settings(
             dtype=getattr(torch, self.dtype),
             autocast=self.autocast,
@@ -164,9 +163,8 @@ class MemoryConfig:
             device=place(self.device),
             compiled=self.compiled,
         )
-        rows = run(self.loss, self.n, self.width, settings)
-        if self.output is not None:
-            records.write(self.output, "memory", settings, rows, settings.device)
+        with Rows("memory", settings, settings.device, self.output) as rows:
+            run(self.loss, self.n, self.width, settings, rows.add)
         return 0
 
 
@@ -174,10 +172,11 @@ class MemoryConfig:
 class CollectivesConfig:
     """Measure losses over several processes beside open_clip: bytes, time, memory, error.
 
-    Columns: KiB that a process receives, forward and backward; milliseconds of the slowest process
-    (20th, 50th and 80th percentile); this median over that of fastclip's gather; MiB kept for the
-    backward; the relative error of dX against one process in float64. Processes are real: NCCL on
-    GPUs, else gloo, whose times on one machine say nothing of a network.
+    Columns: MiB that a process receives, forward and backward; milliseconds of the slowest process
+    (the median; ±, half of what lies between the 20th and 80th percentile); how many times as fast
+    as this row fastclip's gather is; MiB kept for the backward; the relative error of dX against
+    one process in float64. Processes are real: NCCL on GPUs, else gloo, whose times on one machine
+    say nothing of a network.
     """
 
     loss: tuple[Literal["clip", "siglip"], ...] = ("clip", "siglip")
@@ -199,8 +198,8 @@ class CollectivesConfig:
 
     def run(self) -> int:
         """Measure, print, write."""
-        import fastclip.bench.records as records
         from fastclip.bench.collectives import CollectiveSettings, run
+        from fastclip.bench.screen import Rows
 
         if self.quick:
             small = {"n": (128,), "width": 64, "rounds": 3}
@@ -209,15 +208,13 @@ class CollectivesConfig:
             raise ValueError(f"--ranks is {self.ranks}; give 2 or more")
         if not self.n or min(*self.n, self.width, self.rounds) < 1:
             raise ValueError("--n, --width and --rounds must be positive")
-        records.prepare(self.output)
         device = self.device
         if device == "auto":
             enough = torch.cuda.device_count() >= max(self.ranks)
             device = "cuda" if enough and choose_device("auto").type == "cuda" else "cpu"
         settings = CollectiveSettings(rounds=self.rounds, device=device)
-        rows = run(self.loss, self.ranks, self.n, self.width, settings)
-        if self.output is not None:
-            records.write(self.output, "collectives", settings, rows, device)
+        with Rows("collectives", settings, device, self.output) as rows:
+            run(self.loss, self.ranks, self.n, self.width, settings, rows.add)
         return 0
 
 

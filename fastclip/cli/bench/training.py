@@ -15,9 +15,10 @@ from fastclip.device import choose_device
 class TrainStepConfig:
     """Measure a whole training step beside the open_clip loop, with the same weights and batch.
 
-    Columns: milliseconds a step (20th, 50th and 80th percentile); samples a second; the speedup
-    over open_clip; peak MiB above weights and optimizer; the loss after the first call, and its
-    difference from open_clip. Rows are fastclip's engine; the open_clip loop with AdamW as its
+    Columns: milliseconds a step (the median; ±, half of what lies between the 20th and 80th
+    percentile); samples a second; how many times as fast as this row fastclip is; peak MiB above
+    weights and optimizer; the relative difference of the loss after the first call from
+    open_clip's. Rows are fastclip's engine; the open_clip loop with AdamW as its
     trainer makes it, with torch's fused AdamW, and with fastclip's loss (`patch_open_clip`).
     """
 
@@ -42,7 +43,7 @@ class TrainStepConfig:
 
     def run(self) -> int:
         """Measure, print, write."""
-        import fastclip.bench.records as records
+        from fastclip.bench.screen import Rows
         from fastclip.bench.train_step import StepSettings, run
 
         if self.quick:
@@ -51,14 +52,12 @@ class TrainStepConfig:
         towers = [_tower(text) for text in self.towers]
         if min(1 if self.steps is None else self.steps, self.rounds) < 1 or self.warmup < 0:
             raise ValueError("--steps and --rounds must be positive, --warmup at least 0")
-        records.prepare(self.output)
         device = place(self.device)
         settings = StepSettings(
             self.precision, self.grad_clip_norm, self.steps, self.rounds, self.warmup, device
         )
-        rows = run(towers, settings)
-        if self.output is not None:
-            records.write(self.output, "train-step", settings, rows, device)
+        with Rows("train-step", settings, device, self.output) as rows:
+            run(towers, settings, rows.add)
         return 0
 
 
@@ -76,7 +75,8 @@ class DataConfig:
     """Measure loading beside its baselines, images a second from shards to batches of views.
 
     strong: two views each of a strong augmentation. plain: one view, augmented as in open_clip.
-    A baseline that is not installed is a row that says so.
+    Columns: images a second (the median; ±, half of what lies between the 20th and 80th
+    percentile); how many times as fast as this row fastclip is.
     """
 
     data: Annotated[str | None, tyro.conf.Positional] = None
@@ -99,8 +99,9 @@ class DataConfig:
 
     def run(self) -> int:
         """Measure, print, write."""
-        import fastclip.bench.records as records
+        from fastclip.bench import records
         from fastclip.bench.data import DataSettings, run, write_photographs
+        from fastclip.bench.screen import Rows
 
         batch_size, rounds = (16, 3) if self.quick else (self.batch_size, self.rounds)
         if min(self.size, batch_size, self.workers, rounds) < 1:
@@ -112,9 +113,8 @@ class DataConfig:
             settings = DataSettings(
                 shards, self.size, batch_size, self.workers, rounds, str(device)
             )
-            rows = run(settings)
-        if self.output is not None:
             # where they lie is nobody's business
             named = replace(settings, shards=Path(settings.shards).name)
-            records.write(self.output, "data", named, rows, device.type)
+            with Rows("data", named, device.type, self.output) as rows:
+                run(settings, rows.add)
         return 0

@@ -13,7 +13,7 @@ from fastclip.messages import logger
 class ReportConfig:
     """Make Markdown tables and plots of JSON files: fastclip beside the best baseline of each size.
 
-    Sizes where a baseline is as fast are named. Without --output the tables are printed.
+    Sizes where a baseline is as fast are named. Without --output it is printed, in 80 columns.
     """
 
     files: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
@@ -22,20 +22,20 @@ class ReportConfig:
     """Folder for report.md and its plots."""
     markdown: Path | None = None
     """Markdown file to write instead of --output's report.md, with the plots beside it."""
-    readme: Path | None = None
+    page: Path | None = None
     """File whose text between <!-- bench:losses --> and <!-- /bench --> is updated, with the plot
-    docs/performance.svg beside it. Without PATHs, from the files that the text names."""
+    docs/performance.svg of its checkout. Without PATHs, from the files that the text names."""
 
     def run(self) -> int:
         """Read all files first, then write."""
-        import fastclip.bench.readme as readme
+        import fastclip.bench.measured as measured
         import fastclip.bench.records as records
         import fastclip.bench.report as report
 
-        if self.readme is not None:
+        if self.page is not None:
             if self.output is not None or self.markdown is not None:
-                raise ValueError("--readme writes the README alone; leave out --output, --markdown")
-            readme.update(self.readme, self.files)
+                raise ValueError("--page writes that page alone; leave out --output, --markdown")
+            measured.update(self.page, self.files)
             return 0
         if self.output is not None and self.markdown is not None:
             raise ValueError("--output and --markdown are two places; give one")
@@ -44,7 +44,7 @@ class ReportConfig:
         found = [records.read(file) for file in self.files]
         target = self.output / "report.md" if self.output is not None else self.markdown
         if target is None:
-            print(report.markdown(found))
+            print(report.printed(found))
         else:
             report.write(found, target)
             print(f"{target} has the tables and plots")
@@ -53,11 +53,12 @@ class ReportConfig:
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """Compare two JSON files of one part, row by row: B's value over A's, with the spread.
+    """Compare two JSON files of one part, row by row: how many times better B is, with the spread.
 
-    The value is the median time; of `memory` the bytes kept, which have no spread, and of `data`
-    the images a second. The spread is from B's 20th percentile over A's 80th to B's 80th over A's
-    20th; a row whose spread leaves out 1 is marked. Rows that ran in one file alone are warned of.
+    Above 1, B is faster, by the median time, or of `data` the images a second; of `memory` it keeps
+    less, and there is no spread. The spread is what the 20th and 80th percentiles of both allow at
+    least and at most; a row whose spread leaves out 1 is marked. Rows that ran in one file alone
+    are warned of.
     """
 
     before: Annotated[Path, tyro.conf.Positional]
@@ -78,6 +79,8 @@ class CompareConfig:
         pairs = compare.compare(before, after)
         for warning in compare.failures(before, after):
             logger.warning(f"warning: {warning}")
-        print(f"B / A: {compare.measured(after)}, {after.name} over {before.name}")
-        print("\n".join(compare.lines(pairs)))
+        print(
+            f"A: {before.name}\nB: {after.name}\nby {compare.measured(after)}; above 1, B is better"
+        )
+        print("\n".join(compare.lines(pairs, after.benchmark)))
         return 0

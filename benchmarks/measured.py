@@ -1,4 +1,4 @@
-"""The README's table of losses, made of committed results."""
+"""The table of losses on a page, made of committed results."""
 
 import re
 import textwrap
@@ -9,7 +9,7 @@ from fastclip.atomic import write_text
 from fastclip.bench import plots, records
 from fastclip.bench.kinds import KINDS, Group, number
 from fastclip.bench.records import Record
-from fastclip.bench.report import failures, ratio, table
+from fastclip.bench.report import failures, table, times
 
 BEGIN, END = "<!-- bench:losses -->", "<!-- /bench -->"
 PLOT = Path("docs", "performance.svg")
@@ -17,19 +17,20 @@ PLOT = Path("docs", "performance.svg")
 SHOWN = ("fastclip", "open_clip", "open_clip compiled")
 
 
-def update(readme: Path, files: Sequence[Path] = ()) -> None:
-    """Write the section between the markers anew, and the plot for the first screen.
+def update(page: Path, files: Sequence[Path] = ()) -> None:
+    """Write the section between the markers anew, and the README's plot of the same results.
 
     Args:
-        readme: the file; the plot's path is relative to its folder.
+        page: the file, in a checkout's first folder or in its docs/.
         files: results; none means those that the section names.
 
     Raises:
         ValueError: there are no markers, or no files.
         FileNotFoundError: a file does not exist.
     """
-    text = readme.read_text()
-    root = readme.resolve().parent
+    text = page.read_text()
+    folder = page.resolve().parent
+    root = folder.parent if folder.name == PLOT.parent.name else folder
     chosen = [Path(file).resolve() for file in files] or [root / name for name in named(text)]
     merged = merge(chosen)
     names = [_relative(file, root) for file in chosen]
@@ -38,11 +39,11 @@ def update(readme: Path, files: Sequence[Path] = ()) -> None:
     if panels:
         (root / PLOT).parent.mkdir(exist_ok=True)
         plots.figure(panels, root / PLOT)
-    write_text(readme, new)
+    write_text(page, new)
 
 
 def named(text: str) -> list[str]:
-    """The files that a README's section names, relative to it."""
+    """The files that a page's section names, relative to the checkout."""
     found = re.findall(r"`([^`\s]+\.json)`", _cut(text)[1])
     if not found:
         raise ValueError(f"the text after {BEGIN} names no JSON file; give files")
@@ -50,7 +51,7 @@ def named(text: str) -> list[str]:
 
 
 def replaced(text: str, content: str) -> str:
-    """The README's text with another section."""
+    """The page's text with another section."""
     head, _, tail = _cut(text)
     return f"{head}\n{content}\n{tail}"
 
@@ -118,7 +119,7 @@ def section(record: Record, names: Sequence[str]) -> str:
                 "peak MiB",
                 "baseline",
                 "its ms",
-                "fastclip / it",
+                "× faster",
                 "its peak MiB",
             ),
             [line for group in groups if group.key[1] == sizes[-1] for line in _lines(group)],
@@ -131,7 +132,7 @@ def section(record: Record, names: Sequence[str]) -> str:
     ]
     if len(sizes) > 1:
         parts += [
-            "fastclip's time over that of the fastest baseline that ran, by rows:",
+            "How many times as fast as the fastest baseline that ran fastclip is, by rows:",
             table(("loss", *(f"{n:,}" for n in sizes)), list(_by_size(groups, sizes))),
         ]
     parts.append(_paragraph(_up_to(everything)))
@@ -160,7 +161,7 @@ def _paragraph(text: str) -> str:
 
 def _by_size(groups: Sequence[Group], sizes: Sequence[int]) -> Iterator[list[str]]:
     for name in dict.fromkeys(group.key[0] for group in groups):
-        best = {g.key[1]: ratio(g, g.baselines[0]) for g in groups if g.key[0] == name}
+        best = {g.key[1]: times(g, g.baselines[0]) for g in groups if g.key[0] == name}
         yield [f"`{name}_loss`", *(f"{best[n]} ×" if n in best else "" for n in sizes)]
 
 
@@ -172,12 +173,12 @@ def _lines(group: Group) -> list[list[str]]:
     own = [
         f"`{group.key[0]}_loss`",
         number(1e3 * ours["p50"]),
-        "" if share is None else f"{share:.0%}",
+        "" if share is None else "?" if share != share else f"{share:.0%}",
         _peak(ours.get("peak_bytes")),
     ]
     lines = []
     for baseline in group.baselines:
-        theirs = [number(1e3 * baseline["p50"]), f"{ratio(group, baseline)} ×"]
+        theirs = [number(1e3 * baseline["p50"]), f"{times(group, baseline)} ×"]
         lines.append([*own, baseline["baseline"], *theirs, _peak(baseline.get("peak_bytes"))])
         own = [""] * len(own)
     return lines
@@ -226,17 +227,17 @@ def _left_out(groups: Sequence[Group]) -> str:
 def _cut(text: str) -> tuple[str, str, str]:
     """The text up to the first marker, between, and from the second on."""
     if text.count(BEGIN) != 1 or END not in text.split(BEGIN)[1]:
-        raise ValueError(f"the README needs {BEGIN} once, and {END} after it")
+        raise ValueError(f"the page needs {BEGIN} once, and {END} after it")
     head, rest = text.split(BEGIN)
     old, tail = rest.split(END, maxsplit=1)
     return head + BEGIN, old, END + tail
 
 
 def _relative(file: Path, root: Path) -> str:
-    """A file's name in the README.
+    """A file's name on the page.
 
     Raises:
-        ValueError: it lies elsewhere than under the README's folder.
+        ValueError: it lies outside the checkout.
     """
     try:
         return file.relative_to(root).as_posix()
