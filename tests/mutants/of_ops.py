@@ -193,7 +193,7 @@ OPS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("if needs[0] or needs[1]:", "if needs[1]:"),
     ],
     ("fastclip/ops/passes.py", "tests/ops/test_exchange_dtype.py"): [
-        ("scaled=False", "scaled=True"),
+        ("scaled=weights_N is not None", "scaled=True"),
         ("scaled=upstream_N is not None", "scaled=True"),
     ],
     ("fastclip/ops/passes.py", "tests/ops/test_checks.py -k travel"): [
@@ -479,7 +479,7 @@ OPS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("-1 if columns_with_gradient is None else columns_with_gradient", "-1"),
     ],
     ("fastclip/ops/info_nce.py", PRECISION + " and info_nce"): [
-        ("found.row_lse - found.positive).sum()", "found.row_lse - found.positive).mean()"),
+        ("loss_N * weights).sum(), margin", "loss_N * weights).mean(), margin"),
         (
             "maxima=True,\n        first_negative=first_negative,",
             "maxima=True,\n        first_negative=0,",
@@ -489,7 +489,7 @@ OPS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("margin = found.positive.detach() - margin", "margin = found.positive.detach() + margin"),
     ],
     ("fastclip/ops/sigmoid.py", PRECISION + " and siglip"): [
-        ("return rows if per_row else rows.sum()", "return rows if per_row else rows.mean()"),
+        ("rows * weights).sum()", "rows * weights).mean()"),
     ],
     ("fastclip/ops/sigmoid.py", "tests/ops/test_contracts.py tests/ops/test_borders.py -k flop"): [
         ("* (1 + sum(options.needs[:2]))", "* sum(options.needs[:2])"),
