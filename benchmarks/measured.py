@@ -106,10 +106,10 @@ def section(record: Record, names: Sequence[str]) -> str:
         _paragraph(
             f"Measured on {there['device']}, {there.get('threads', '?')} threads, "
             f"torch {there.get('torch', '?')}, {precision}, {str(there['date'])[:10]}, "
-            "forward and backward, medians of "
-            f"{how['rounds']} rounds (14 times as many below 2 ms) of all baselines in turn "
-            f"({', '.join(f'`{name}`' for name in names)}; `fastclip bench losses` measures your "
-            f"machine). {sizes[-1]:,} rows of width {width}; peak is peak extra memory:"
+            "forward and backward. All baselines run in turn; times are medians of "
+            f"{how['rounds']} rounds, 14 times as many below 2 ms "
+            f"({', '.join(f'`{name}`' for name in names)}). `fastclip bench losses` measures your "
+            f"machine. With {sizes[-1]:,} rows of width {width}, peak being peak extra memory:"
         ),
         table(
             (
@@ -118,21 +118,21 @@ def section(record: Record, names: Sequence[str]) -> str:
                 "matmul",
                 "peak MiB",
                 "baseline",
-                "its ms",
+                "baseline ms",
                 "× faster",
-                "its peak MiB",
+                "baseline peak MiB",
             ),
             [line for group in groups if group.key[1] == sizes[-1] for line in _lines(group)],
         ),
         _paragraph(
-            "matmul is the time of dense matrix products alone, as a share of fastclip's time: "
-            "near 100 %, fastclip is matmul-bound; where it computes fewer products, the share can "
+            "matmul is the time of dense matrix products alone, as a share of fastclip's time. "
+            "Near 100 %, fastclip is matmul-bound; where it computes fewer products, the share can "
             "be above 100 %."
         ),
     ]
     if len(sizes) > 1:
         parts += [
-            "How many times as fast as the fastest baseline that ran fastclip is, by rows:",
+            "The same ratio against the fastest baseline that ran, by number of rows:",
             table(("loss", *(f"{n:,}" for n in sizes)), list(_by_size(groups, sizes))),
         ]
     parts.append(_paragraph(_up_to(everything)))
