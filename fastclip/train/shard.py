@@ -64,8 +64,8 @@ def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None = None) 
 
     All processes begin with the first one's parameters and buffers. A process holds its rows of
     each float32 parameter; the whole ones of a block are there while it runs forward or backward.
-    Parameters without dimensions (a logit scale) are not sharded, and their gradients not averaged,
-    see `unsharded`.
+    Parameters without dimensions (a logit scale) are not sharded, and their gradients are left for
+    the caller to average.
 
     Args:
         model: on the mesh's device; becomes an `FSDPModule`.
