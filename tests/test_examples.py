@@ -89,7 +89,7 @@ def run_example(*command: str) -> str:
             text=True,
             timeout=200,
         )
-        # gloo's threads abort a process that closes its group once in a while, under torch alone too
+        # under torch alone too, gloo's threads now and then abort a process that closes its group
         if "exitcode: -6" not in done.stderr:
             break
     assert done.returncode == 0, done.stderr[-2000:]
