@@ -28,6 +28,7 @@ SECTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
             "fastclip.functional.siglip_loss = fastclip.functional.pairs",
             "fastclip.functional.info_nce_loss = fastclip.functional.pairs",
             "fastclip.functional.mp_nce_loss = fastclip.functional.blocks",
+            "fastclip.functional.mil_nce_loss = fastclip.functional.blocks",
             "fastclip.functional.nt_xent_loss = fastclip.functional.blocks",
             "fastclip.functional.sup_con_loss = fastclip.functional.blocks",
             "fastclip.functional.distillation_loss = fastclip.functional.distillation",

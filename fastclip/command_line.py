@@ -7,6 +7,7 @@ docstrings of commands are broken in the source too, for its own width, and are 
 import ast
 import contextlib
 import difflib
+import functools
 import inspect
 import itertools
 import re
@@ -18,7 +19,7 @@ from dataclasses import field, fields, is_dataclass, make_dataclass
 from types import MappingProxyType
 from typing import Any, TextIO, get_args, get_type_hints
 
-from fastclip.flags import flag_name, headed
+from fastclip.flags import flag_name, headed, sections
 from fastclip.messages import logger, shown
 
 _COLORS = re.compile(r"\x1b\[[\d;]*m")
@@ -82,11 +83,12 @@ def parse_sections(
     bare: Any = tyro.conf.OmitArgPrefixes
     groups: list[Any] = []
     flags = headed(config)
+    types = {section: get_type_hints(section) for section in sections(config).values()}
     for heading, text in headings.items():
         members = [
             (
                 each.name,
-                get_type_hints(section)[each.name],
+                types[section][each.name],
                 field(default=each.default, metadata={"help": help_texts(section).get(each.name)}),
             )
             for section, each in flags.pop(heading)
@@ -145,7 +147,8 @@ def refuse_renamed(arguments: Sequence[str], renamed: Mapping[str, str]) -> None
             raise ValueError(f"{old} has been renamed; write {new}")
 
 
-def help_texts(kind: type) -> dict[str, str]:
+@functools.cache
+def help_texts(kind: type) -> Mapping[str, str]:
     """The string under each field, inherited ones included, as one line."""
     texts: dict[str, str] = {}
     for base in reversed([base for base in kind.__mro__ if is_dataclass(base)]):

@@ -13,7 +13,7 @@ the processes, do not average them. All processes call alike; the upstream gradi
 is the same on all.
 """
 
-from fastclip.functional.blocks import mp_nce_loss, nt_xent_loss, sup_con_loss
+from fastclip.functional.blocks import mil_nce_loss, mp_nce_loss, nt_xent_loss, sup_con_loss
 from fastclip.functional.distillation import distillation_loss
 from fastclip.functional.global_contrastive import global_contrastive_loss
 from fastclip.functional.pairs import clip_loss, info_nce_loss, siglip_loss
@@ -30,6 +30,7 @@ __all__ = [
     "distillation_loss",
     "global_contrastive_loss",
     "info_nce_loss",
+    "mil_nce_loss",
     "mp_nce_loss",
     "nt_xent_loss",
     "packed_attention",

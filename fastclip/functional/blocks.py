@@ -1,4 +1,4 @@
-"""Losses among the rows of one side, blocks of views and texts: MP-NCE, NT-Xent, SupCon."""
+"""Losses among the rows of one side, views and texts: MP-NCE, MIL-NCE, NT-Xent, SupCon."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +21,7 @@ from fastclip.ops.reductions import (
     reduce_weighted,
     share_above,
 )
-from fastclip.ops.symmetric import block_statistics
+from fastclip.ops.symmetric import BlockStatistics, block_statistics
 
 _PAIRS_WEIGHTS = (
     "MP-NCE weighs each pair of an anchor and a positive, a group's mean has one weight"
@@ -118,23 +118,16 @@ def mp_nce_loss(
     like, count = features[0], max(domains) + 1
     ranks = ranks_sharing(dist, group, sizes, like)
     if loss is None:
-        scale = checks.as_table("logit_scale", logit_scale, count, like)
-        offset = None
-        if logit_offset is not None:
-            offset = checks.as_table("logit_offset", logit_offset, count, like)
-            # tables may hold more domains than the blocks have
-            size = min(len(scale), len(offset))
-            scale, offset = scale[:size, :size], offset[:size, :size]
         weight = pair_weight
         if isinstance(weight, Tensor):
             weight = checks.as_table("pair_weight", weight, count, like)
         elif weight is not None and min(len(weight), *map(len, weight)) < count:
             raise ValueError(f"pair_weight is {weight}; give (P, P) for P = {count} domains")
-        lse, top, positive = block_statistics(
-            concatenate(features),
+        lse, top, positive = _statistics(
+            features,
             domains,
-            scale,
-            offset,
+            logit_scale,
+            logit_offset,
             pair_group=row_group,
             maxima=metrics is not None,
             ranks=ranks,
@@ -160,6 +153,97 @@ def mp_nce_loss(
         loss = torch.cat([torch.stack(terms).mean(dim=0) for terms in losses])
         loss = reduce(loss, of_anchors, ranks, blocks)
     return loss if weights is None else reduce_weighted(loss, weights, reduction, ranks)
+
+
+def mil_nce_loss(
+    features: Sequence[Tensor],
+    domains: Sequence[int],
+    logit_scale: Tensor | float,
+    logit_offset: Tensor | float | None = None,
+    *,
+    row_group: Tensor | None = None,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    backend: str = "auto",
+    chunk_bytes: int | None = None,
+    keep_bytes: int | None = None,
+    precision: str = "auto",
+    dist: Exchange | None = None,
+    group: ProcessGroup | None = None,
+    sizes: Sequence[int] | None = None,
+) -> Tensor:
+    """MIL-NCE over several views and texts (Miech et al. 2020, eq. 1, for each anchor).
+
+    With s_ij, P(i) and N(i) as of `mp_nce_loss`, an anchor's loss is
+
+        -log(sum_{p in P(i)} exp(s_ip) / (sum_{p in P(i)} exp(s_ip) + sum_{n in N(i)} exp(s_in))):
+
+    the positives count together, so that one good one is enough, and are in each other's
+    denominators. With one positive it is MP-NCE.
+
+    Args:
+        features: B >= 2 blocks, each (N, D), normalized, of any one floating-point dtype, in the
+            same pair order.
+        domains: the domain of each block, e.g. [0, 0, 0, 1] for three views and a text.
+        logit_scale, logit_offset: (P, P) tensors for P domains, the entry (a, b) read with
+            a <= b; a number, and None for offset 0, stand for a full table.
+        row_group: (N,) integer ids of the pairs, of all processes; rows of other pairs of a row's
+            group are no negatives, e.g. duplicates.
+        weights: (B * N,) floating point >= 0, the anchors' in block order; the mean is then
+            sum(w * loss) / sum(w), 0 where all are 0. They may have a gradient.
+        reduction: "mean" or "sum" over the B * N anchors; "none": (B * N,) in block order,
+            with their weights.
+        backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
+        chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
+        keep_bytes: bytes for exponentials the backward reuses; None: 64 MiB on CPUs, 1 GiB on GPUs.
+        precision: "auto" follows autocast, "input" computes in the features' dtype.
+        dist: None, or "gather" or "ring" where processes share the loss: features are this
+            process's rows, the loss is that of all, averaged gradients (DDP) are the full batch's.
+        group: the process group; None: the default one.
+        sizes: rows of every process; None: equally many.
+
+    Returns:
+        The loss, 0-d or (B * N,), float32 (float64 for float64 features).
+
+    Raises:
+        ValueError: shapes, dtypes, devices or options do not fit, e.g. blocks of different shapes.
+
+    Examples:
+        >>> import torch
+        >>> from fastclip.functional import mil_nce_loss, mp_nce_loss
+        >>> good, poor = torch.eye(3), torch.eye(3).roll(1, 0)
+        >>> blocks = [good, good, poor]  # to an anchor of the first, one positive is good
+        >>> for loss in (mil_nce_loss, mp_nce_loss):
+        ...     print(loss(blocks, [0, 0, 1], 9.0, reduction="none")[0])
+        tensor(0.6934)
+        tensor(4.8471)
+    """
+    check_reduction(reduction)
+    features, domains = list(features), [int(d) for d in domains]
+    checks.check_blocks(features, domains)
+    weights = checks.anchor_weights(weights, features[0], len(domains))
+    ranks = ranks_sharing(dist, group, sizes, features[0])
+    lse, _, positive = _statistics(
+        features,
+        domains,
+        logit_scale,
+        logit_offset,
+        pair_group=row_group,
+        ranks=ranks,
+        backend=backend,
+        chunk_bytes=chunk_bytes,
+        keep_bytes=keep_bytes,
+        precision=precision,
+    )
+    positives: list[list[Tensor]] = [[] for _ in domains]
+    for index, couple in enumerate(couples(len(domains))):
+        for block in couple:
+            positives[block].append(positive[index])
+    together = torch.cat([torch.stack(each).logsumexp(dim=0) for each in positives])
+    loss = softplus(lse - together)
+    if weights is not None:
+        return reduce_weighted(loss, weights, reduction, ranks)
+    return reduce(loss, reduction, ranks, len(domains))
 
 
 def nt_xent_loss(
@@ -330,3 +414,22 @@ def sup_con_loss(
     sums = global_sum(torch.stack((loss.sum(), has_positive.sum().to(loss))), ranks)
     total, anchors = sums.unbind()
     return total / anchors.detach().clamp(min=1) if reduction == "mean" else total
+
+
+def _statistics(
+    features: list[Tensor],
+    domains: list[int],
+    logit_scale: Tensor | float,
+    logit_offset: Tensor | float | None,
+    **options: Any,
+) -> BlockStatistics:
+    """`block_statistics` of blocks, with tables as the losses take them."""
+    like, count = features[0], max(domains) + 1
+    scale = checks.as_table("logit_scale", logit_scale, count, like)
+    offset = None
+    if logit_offset is not None:
+        offset = checks.as_table("logit_offset", logit_offset, count, like)
+        # tables may hold more domains than the blocks have
+        size = min(len(scale), len(offset))
+        scale, offset = scale[:size, :size], offset[:size, :size]
+    return block_statistics(concatenate(features), domains, scale, offset, **options)

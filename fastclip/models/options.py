@@ -82,14 +82,15 @@ class SystemOptions:
     """Mass of the target that is spread over all candidates; for siamlip to rocket, in the loss of
     the strong views."""
 
-    pair_loss: Literal["mp-nce", "info-nce", "sup-con"] = flag(
+    pair_loss: Literal["mp-nce", "info-nce", "mil-nce", "sup-con"] = flag(
         "mp-nce", defines_run=True, heading="loss"
     )
-    """uniclip: loss over views and texts. info-nce compares each pair of blocks separately; sup-con
-    has positives in each other's denominators, and a single scale."""
+    """uniclip: loss over views and texts. info-nce compares each pair of blocks separately; mil-nce
+    sums an anchor's positives inside the logarithm; sup-con has positives in each other's
+    denominators, and a single scale."""
     pair_weight: tuple[float, float, float] | None = flag(None, defines_run=True, heading="loss")
-    """uniclip: weights of the image-image, image-text and text-text positives; by default each kind
-    contributes equally."""
+    """uniclip with mp-nce or info-nce: weights of image-image, image-text and text-text positives;
+    by default each kind contributes equally."""
     augmentation_encoder: bool = flag(True, defines_run=True)
     """uniclip: the image head receives the augmentation parameters of each view."""
     shared_similarity: bool = flag(False, defines_run=True, heading="loss")

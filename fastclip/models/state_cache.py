@@ -29,6 +29,9 @@ class StateCache:
         self.hits = self.misses = self.bytes = 0
         # in the order of their last use
         self._states: dict[Any, Tensor] = {}
+        if limit:
+            # here, and not as a decorator: it loads torch's compiler, which takes seconds
+            self._fetch = torch.compiler.disable(self._look_up)
 
     def __reduce__(self) -> Any:
         return StateCache, (self.limit,)
@@ -48,8 +51,7 @@ class StateCache:
         """
         return self._fetch(tokens, compute) if self.limit else compute(tokens)
 
-    @torch.compiler.disable
-    def _fetch(self, tokens: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+    def _look_up(self, tokens: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
         device = tokens.device.type
         # another precision has other states
         precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastclip.data.augment import PARAMS, AugmentationParams
-from fastclip.functional import clip_loss, mp_nce_loss, sup_con_loss
+from fastclip.functional import clip_loss, mil_nce_loss, mp_nce_loss, sup_con_loss
 from fastclip.losses.mp_nce import balanced_pair_weight
 from fastclip.models.options import SystemOptions
 from fastclip.models.system import PREFIX, Criterion, Features, TwoTowers, View
@@ -33,8 +33,8 @@ class UniClipCriterion(Criterion):
         width: of the towers' features.
         output: of the common space; by default `width`.
         pair_loss: "mp-nce"; or its ablations "info-nce", CLIP's loss of each two blocks by
-            themselves, and "sup-con", with positives in each other's denominators and one
-            temperature.
+            themselves, "mil-nce", where an anchor's positives count together and have no weights,
+            and "sup-con", with positives in each other's denominators and one temperature.
         pair_weight: weights of image-image, image-text and text-text positives in the mean over
             all; None for weights under which each kind present contributes alike.
         augmentation_encoder: False leaves the image head as it is but gives it no augmentation.
@@ -48,7 +48,7 @@ class UniClipCriterion(Criterion):
         offset: (3,), or None where it would cancel.
 
     Raises:
-        ValueError: a weight is negative, that of image-text is 0, or sup-con is given any.
+        ValueError: a weight is negative, that of image-text is 0, or `pair_loss` takes none.
     """
 
     no_augmentation: Tensor
@@ -88,7 +88,7 @@ class UniClipCriterion(Criterion):
         self.bounds = {"log_temperature": (-math.log(MAX_SCALE), math.inf)}
         self.offset: nn.Parameter | None = None
         # a constant cancels in a softmax, so offsets count only where one mixes domain pairs
-        if pair_loss == "mp-nce" and not shared:
+        if pair_loss in ("mp-nce", "mil-nce") and not shared:
             self.offset = nn.Parameter(torch.zeros(pairs))
             self.bounds["offset"] = (-math.inf, math.inf)
 
@@ -105,7 +105,12 @@ class UniClipCriterion(Criterion):
         blocks = [self.project_image(rows, params) for rows, params in views]
         blocks += [self.text_head(rows) for rows in features.texts]
         domains = [IMAGE] * len(features.images) + [TEXT] * len(features.texts)
-        losses = {"mp-nce": self._mp_nce, "info-nce": self._info_nce, "sup-con": self._sup_con}
+        losses = {
+            "mp-nce": self._mp_nce,
+            "info-nce": self._info_nce,
+            "mil-nce": self._mil_nce,
+            "sup-con": self._sup_con,
+        }
         normalized = [F.normalize(block, dim=-1) for block in blocks]
         return losses[self.pair_loss](normalized, domains, exchange)
 
@@ -124,10 +129,18 @@ class UniClipCriterion(Criterion):
     def _mp_nce(
         self, blocks: Sequence[Tensor], domains: Sequence[int], exchange: dict[str, Any]
     ) -> Tensor:
-        scale = self.logit_scale
-        offset = None if self.offset is None else -self.offset[self.pair] * scale
         weight = self._weights(domains)
-        return mp_nce_loss(blocks, domains, scale, offset, pair_weight=weight, **exchange)
+        return mp_nce_loss(blocks, domains, *self._tables(), pair_weight=weight, **exchange)
+
+    def _mil_nce(
+        self, blocks: Sequence[Tensor], domains: Sequence[int], exchange: dict[str, Any]
+    ) -> Tensor:
+        return mil_nce_loss(blocks, domains, *self._tables(), **exchange)
+
+    def _tables(self) -> tuple[Tensor, Tensor | None]:
+        """Scales and offsets of the logits, (2, 2) each."""
+        scale = self.logit_scale
+        return scale, None if self.offset is None else -self.offset[self.pair] * scale
 
     def _info_nce(
         self, blocks: Sequence[Tensor], domains: Sequence[int], exchange: dict[str, Any]
@@ -218,8 +231,8 @@ class UniClip(TwoTowers):
 
 
 def _check_weight(weight: tuple[float, float, float], pair_loss: str) -> None:
-    if pair_loss == "sup-con":
-        raise ValueError(f"pair_weight is {weight}, and has no part in sup-con; leave it out")
+    if pair_loss in ("mil-nce", "sup-con"):
+        raise ValueError(f"pair_weight is {weight}, and has no part in {pair_loss}; leave it out")
     if not (min(weight) >= 0 and weight[1] > 0 and math.isfinite(sum(weight))):
         raise ValueError(
             f"pair_weight is {weight}; give three numbers of 0 or more; the second, of "

@@ -347,3 +347,18 @@ def test_a_wrong_gradient_at_a_measured_size_is_reported(
 def test_bench_refuses_sizes_that_make_no_blocks(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "losses", "--n", "66"]) == 1
     assert "multiples of 4" in capsys.readouterr().err
+
+
+def test_a_mistyped_flag_is_answered_before_torchs_compiler_is_loaded() -> None:
+    """Which takes longer to import than everything else together."""
+    code = """
+import sys
+from fastclip.cli import main
+try:
+    main(["train", "--batchsize", "4"])
+except SystemExit:
+    print("torch._dynamo" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "did you mean --batch-size?" in done.stderr
+    assert done.stdout.strip() == "False"

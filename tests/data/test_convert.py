@@ -90,7 +90,7 @@ def test_command_line(
 ) -> None:
     target = str(tmp_path / "out")
     assert main(["convert", "cifar10", str(small_cifar10), target]) == 0
-    assert "train: 36 samples in 1 shards" in capsys.readouterr().err
+    assert "train: 36 samples in 1 shard" in capsys.readouterr().err
     # nothing is overwritten, and a source that is not there is explained
     assert main(["convert", "cifar10", str(small_cifar10), target]) == 1
     assert "exists" in capsys.readouterr().err

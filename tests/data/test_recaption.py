@@ -213,7 +213,7 @@ def test_all_members_are_kept_and_every_fault_is_reported(
     assert run(source, out, "--model", blip) == 0
     printed = capsys.readouterr()
     assert printed.out.strip() == str(out)
-    assert "4 captions for 9 samples in 1 shards" in printed.err
+    assert "4 captions for 9 samples in 1 shard" in printed.err
     for reported in (
         "2 damaged JSON",
         "1 corrupt image",

@@ -6,6 +6,7 @@ float64: the two sums differ in order alone, by far less than 1e-10.
 import functools
 import math
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "shared weighted": {"shared_similarity": True, "pair_weight": (0.5, 2.0, 7.0)},
     "info-nce": {"pair_loss": "info-nce"},
     "info-nce weighted": {"pair_loss": "info-nce", "pair_weight": (0.5, 2.0, 7.0)},
+    "mil-nce": {"pair_loss": "mil-nce"},
+    "mil-nce shared": {"pair_loss": "mil-nce", "shared_similarity": True},
     "sup-con": {"pair_loss": "sup-con"},
     "nothing": {
         "pair_loss": "info-nce",
@@ -36,6 +39,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
 }
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
+# sample, modality, view, feature
+Point = tuple[int, str, int, Tensor]
 
 
 def begin(folder: Path, views: tuple[int, int] = (3, 1), **options: Any) -> UniClip:
@@ -80,11 +85,18 @@ def image_head(p: dict[str, Tensor], feature: Tensor, params: Tensor) -> Tensor:
     return p["image_head.project.weight"] @ feature
 
 
+def mil_nce(points: list[Point], logit: Callable[[int, int], Tensor], i: int) -> Tensor:
+    """An anchor's loss: all its positives over all others."""
+    others = [j for j in range(len(points)) if j != i]
+    good = sum(logit(i, j).exp() for j in others if points[j][0] == points[i][0])
+    return -(good / sum(logit(i, j).exp() for j in others)).log()
+
+
 def slow_loss(system: UniClip, batch: harness.Batch, options: dict[str, Any]) -> Tensor:
     """A loop over all anchors and their positives."""
     p = dict(system.criterion.named_parameters())
     neutral = AugmentationParams.identity(50, 40).encode(50, 40).double()
-    points: list[tuple[int, str, int, Tensor]] = []
+    points: list[Point] = []
     for view, image in enumerate(batch["images"]):
         for sample, feature in enumerate(system.towers.encode_image(image)):
             conditioned = options.get("augmentation_encoder", True)
@@ -107,6 +119,8 @@ def slow_loss(system: UniClip, batch: harness.Batch, options: dict[str, Any]) ->
         offset = p["offset"][pair] if "offset" in p else 0.0
         return (x @ y - offset) / temperature
 
+    if kind == "mil-nce":
+        return torch.stack([mil_nce(points, logit, i) for i in range(len(points))]).mean()
     terms: dict[str, list[Tensor]] = {k: [] for k in kinds}
     for i, (sample, a, _, _) in enumerate(points):
         for j, (other, b, view, _) in enumerate(points):
@@ -173,7 +187,7 @@ def test_micro_batches_are_one_batch(variant: str, tmp_path: Path) -> None:
     torch.testing.assert_close({"loss": loss, **found}, want, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("pair_loss", ["mp-nce", "info-nce", "sup-con"])
+@pytest.mark.parametrize("pair_loss", ["mp-nce", "info-nce", "mil-nce", "sup-con"])
 def test_the_exchange_reaches_the_loss(pair_loss: str, tmp_path: Path) -> None:
     system = build(tmp_path, pair_loss=pair_loss)
     output = system(draw(4))
@@ -183,7 +197,7 @@ def test_the_exchange_reaches_the_loss(pair_loss: str, tmp_path: Path) -> None:
         system.loss(output, backend="other")
 
 
-@pytest.mark.parametrize("variant", ["full", "info-nce", "sup-con"])
+@pytest.mark.parametrize("variant", ["full", "info-nce", "mil-nce", "sup-con"])
 def test_in_low_precision(variant: str, tmp_path: Path) -> None:
     """Under autocast, and as ZeRO has it: rounded parameters, but for what is held in bounds."""
     batch = draw(8)
@@ -231,7 +245,12 @@ def test_it_begins_as_plain_projections_with_clips_scale(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     "options, pairs, offsets",
-    [({}, 3, 3), ({"shared_similarity": True}, 1, 0), ({"pair_loss": "info-nce"}, 3, 0)],
+    [
+        ({}, 3, 3),
+        ({"shared_similarity": True}, 1, 0),
+        ({"pair_loss": "info-nce"}, 3, 0),
+        ({"pair_loss": "mil-nce"}, 3, 3),
+    ],
 )
 def test_temperatures_are_learned_one_a_domain_pair_and_bounded(
     options: dict[str, Any], pairs: int, offsets: int, tmp_path: Path
@@ -277,5 +296,6 @@ def test_mistakes_are_reported(tmp_path: Path) -> None:
     for weight in ((1.0, 0.0, 0.0), (-1.0, 1.0, 1.0), (1.0, math.inf, 1.0)):
         with pytest.raises(ValueError, match=r"pair_weight is .*give three numbers of 0 or more"):
             UniClipCriterion(4, pair_weight=weight)
-    with pytest.raises(ValueError, match="no part in sup-con; leave it out"):
-        UniClipCriterion(4, pair_weight=(1.0, 1.0, 1.0), pair_loss="sup-con")
+    for pair_loss in ("mil-nce", "sup-con"):
+        with pytest.raises(ValueError, match=f"no part in {pair_loss}; leave it out"):
+            UniClipCriterion(4, pair_weight=(1.0, 1.0, 1.0), pair_loss=pair_loss)

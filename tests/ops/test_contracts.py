@@ -230,16 +230,18 @@ def test_opcheck(dtype: torch.dtype, compute_dtype: torch.dtype) -> None:
     check("label_statistics", z, scale, labels, domains=(0,))
     teacher = [t.detach() for t in (x, y[:5], scale)]
     student = (x, y[:5].detach().requires_grad_(), scale)
-    torch.library.opcheck(
-        distillation._distillation._opoverload,
-        (*student, *teacher),
-        {
-            "dtype": compute_dtype,
-            "teacher_dtype": compute_dtype,
-            "chunk_bytes": 0,
-            "needs": (),
-        },
-    )
+    for columns in (True, False):
+        torch.library.opcheck(
+            distillation._distillation._opoverload,
+            (*student, *teacher),
+            {
+                "dtype": compute_dtype,
+                "teacher_dtype": compute_dtype,
+                "chunk_bytes": 0,
+                "columns": columns,
+                "needs": (),
+            },
+        )
     upstream = torch.tensor(2.0, dtype=dtype)
     torch.library.opcheck(ops.apply_upstream.default, (x.detach(), upstream, x.detach()))
 

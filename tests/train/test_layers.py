@@ -48,7 +48,7 @@ def test_without_apex_the_flags_say_how_to_get_it(
 
 
 def test_zero_keeps_torchs_optimizer() -> None:
-    with pytest.raises(ValueError, match="ZeRO shards torch's AdamW"):
+    with pytest.raises(ValueError, match="ZeRO and FSDP2 shard torch's AdamW"):
         TrainConfig.from_flat(deepspeed=True, optimizer="apex-adamw")
 
 

@@ -64,7 +64,7 @@ class SceneMeaning:
         >>> from fastclip.data.scenes import caption_claims, render, sample_scene
         >>> from fastclip.data.scenes.meaning import SceneMeaning
         >>> scene = sample_scene(12, objects=2)
-        >>> text, claims = caption_claims(scene)
+        >>> text, claims = caption_claims(scene, "short")
         >>> meaning = SceneMeaning(scene, claims, render(scene))
         >>> gray = AugmentationParams(top=0, left=0, height=64, width=64, gray=True)
         >>> meaning.is_true_of(gray, "yiq")
