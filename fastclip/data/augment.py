@@ -7,13 +7,16 @@ and go to a model that wants to know its augmentation (UniCLIP, Lee et al. 2022,
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 COLOR_STEPS = ("brightness", "contrast", "saturation", "hue")
+# How colors are turned: about the gray axis, as DALI does, or as torchvision does.
+Hue = Literal["yiq", "hsv"]
 
 # What each entry of an encoded vector holds; see `AugmentationParams.encode`.
 PARAM_NAMES = (
@@ -26,6 +29,8 @@ PARAMS = len(PARAM_NAMES)
 
 # Factors are drawn on this grid: float32 then holds them, less one or not, exactly.
 _GRID = 4096
+# So often a step that may not be used is drawn before it is left out.
+ATTEMPTS = 32
 
 
 @dataclass(frozen=True)
@@ -213,7 +218,11 @@ class AugmentationParams:
 
 
 def draw_view(
-    augmentation: Augmentation, width: int, height: int, rng: random.Random
+    augmentation: Augmentation,
+    width: int,
+    height: int,
+    rng: random.Random,
+    allowed: Callable[[AugmentationParams], bool] | None = None,
 ) -> AugmentationParams:
     """Draw the parameters of a view.
 
@@ -224,6 +233,9 @@ def draw_view(
         augmentation: what the view may be.
         width, height: of the image, in pixels.
         rng: what is drawn from.
+        allowed: whether a view may be used; None for any view. The crop, the flip, the jitter and
+            each later step is drawn again until the view so far may be used, and left out after
+            32 draws without success. The image as it is must be allowed.
 
     Returns:
         The parameters, from which `fastclip.data.views.render_view` makes the pixels.
@@ -234,9 +246,34 @@ def draw_view(
         >>> params = draw_view(Augmentation.strong(224), 640, 480, random.Random(0))
         >>> 0 < params.width <= 640, 0 < params.height <= 480
         (True, True)
+        >>> strong = Augmentation.strong(224)
+        >>> draw_view(strong, 640, 480, random.Random(0), lambda view: not view.flip).flip
+        False
     """
+    a = augmentation
+    # each gives what differs from the image as it is
+    steps: tuple[Callable[[], dict[str, Any]], ...] = (
+        lambda: _draw_crop(a, width, height, rng),
+        lambda: {"flip": True} if rng.random() < a.flip else {},
+        lambda: _draw_jitter(a, rng) if rng.random() < a.jitter else {},
+        lambda: {"gray": True} if rng.random() < a.gray else {},
+        lambda: {"sigma": _on_grid(rng.uniform(*a.sigma))} if rng.random() < a.blur else {},
+        lambda: {"solarize": 128} if rng.random() < a.solarize else {},
+    )
+    view: dict[str, Any] = {"top": 0, "left": 0, "height": height, "width": width}
+    for step in steps:
+        for _ in range(ATTEMPTS):
+            drawn = step()
+            if not drawn or allowed is None or allowed(AugmentationParams(**view | drawn)):
+                view |= drawn
+                break
+    return AugmentationParams(**view)
+
+
+def _draw_crop(
+    augmentation: Augmentation, width: int, height: int, rng: random.Random
+) -> dict[str, int]:
     least, greatest = augmentation.ratio
-    box = None
     for _ in range(10):
         area = width * height * rng.uniform(*augmentation.scale)
         ratio = math.exp(rng.uniform(math.log(least), math.log(greatest)))
@@ -245,39 +282,21 @@ def draw_view(
         if 0 < crop_width <= width and 0 < crop_height <= height:
             top = int(rng.random() * (height - crop_height + 1))
             left = int(rng.random() * (width - crop_width + 1))
-            box = (top, left, crop_height, crop_width)
             break
-    if box is None:
+    else:
         crop_width = max(1, min(width, round(height * greatest)))
         crop_height = max(1, min(height, round(width / least)))
-        box = ((height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width)
-    flip = rng.random() < augmentation.flip
-    jitter, factors, order = False, [1.0, 1.0, 1.0, 0.0], [0, 1, 2, 3]
-    if rng.random() < augmentation.jitter:
-        *strengths, hue = augmentation.jitter_strength
-        factors = [_on_grid(rng.uniform(max(0.0, 1 - s), 1 + s)) for s in strengths]
-        factors.append(_on_grid(rng.uniform(-hue, hue)))
-        rng.shuffle(order)
-        jitter = True
-    gray = rng.random() < augmentation.gray
-    sigma = 0.0
-    if rng.random() < augmentation.blur:
-        sigma = _on_grid(rng.uniform(*augmentation.sigma))
-    solarize = 128 if rng.random() < augmentation.solarize else 256
-    top, left, crop_height, crop_width = box
-    return AugmentationParams(
-        top,
-        left,
-        crop_height,
-        crop_width,
-        flip,
-        jitter,
-        **dict(zip(COLOR_STEPS, factors, strict=True)),
-        order=tuple(order),
-        gray=gray,
-        sigma=sigma,
-        solarize=solarize,
-    )
+        top, left = (height - crop_height) // 2, (width - crop_width) // 2
+    return {"top": top, "left": left, "height": crop_height, "width": crop_width}
+
+
+def _draw_jitter(augmentation: Augmentation, rng: random.Random) -> dict[str, Any]:
+    *strengths, hue = augmentation.jitter_strength
+    factors = [_on_grid(rng.uniform(max(0.0, 1 - s), 1 + s)) for s in strengths]
+    factors.append(_on_grid(rng.uniform(-hue, hue)))
+    order = list(range(len(COLOR_STEPS)))
+    rng.shuffle(order)
+    return {"jitter": True, "order": tuple(order), **dict(zip(COLOR_STEPS, factors, strict=True))}
 
 
 def blur_radius(sigma: float) -> int:

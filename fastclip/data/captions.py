@@ -107,7 +107,8 @@ class CaptionSampling:
         for _ in self.views[1:]:
             captions.append(self._draw_caption(pools, rng) if self.redraw else captions[0])
         pairs = zip(self.views, captions, strict=True)
-        texts = tuple(view.augment(caption, rng) for view, caption in pairs)
+        structure = sample.meaning.structure if sample.meaning else frozenset()
+        texts = tuple(view.augment(caption, rng, structure) for view, caption in pairs)
         if not self.negatives:
             return DrawnCaptions(texts)
         known = [*texts, *captions, *sample.texts]

@@ -12,12 +12,15 @@ from fastclip.data.scenes import (
     QUALITIES,
     SHIFTS,
     SPLITS,
-    caption,
+    Claim,
+    Mention,
+    caption_claims,
     class_index,
     hard_negatives,
     render,
     sample_scene,
 )
+from fastclip.data.scenes.meaning import SceneMeaning
 
 SCENE_PIXELS = 64
 SYNTHETIC_PIXELS = 224
@@ -92,16 +95,23 @@ class SceneSource:
         seed = hash64(index)
         shift = self.shifts[hash64(index, 1) % len(self.shifts)]
         scene = sample_scene(index, split=self.split, shift=shift, objects=self.objects)
-        texts = tuple(caption(scene, name, seed) for name in self.captions or (self.quality,))
-        sample = Sample(
-            f"{self.split}{index:08d}", render(scene, SCENE_PIXELS), texts, class_index(scene)
-        )
+        described = [caption_claims(scene, name, seed) for name in self.captions or (self.quality,)]
+        texts = tuple(text for text, _ in described)
+        image = render(scene, SCENE_PIXELS)
+        sample = Sample(f"{self.split}{index:08d}", image, texts, class_index(scene))
+        said = [claim for _, claims in described for claim in claims]
         if self.captions:
             sample.captions = {n: (text,) for n, text in zip(self.captions, texts, strict=True)}
         if self.negatives:
             sample.negatives = tuple(
                 text for kind in NEGATIVE_KINDS for text in hard_negatives(scene, kind, seed)
             )
+            # a view of which the short caption is false could show what a negative says
+            said += caption_claims(scene, "short", seed)[1]
+        if sample.label is not None:
+            [only] = scene.objects
+            said.append(Claim((Mention(only.color, only.shape),)))
+        sample.meaning = SceneMeaning(scene, tuple(said), image)
         return sample
 
     def place(self, shard: int) -> str:

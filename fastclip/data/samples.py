@@ -11,6 +11,7 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from fastclip.data.augment import AugmentationParams, Hue
 from fastclip.data.complexity import too_complex
 from fastclip.data.index import IMAGE_EXTENSIONS, MAX_MEMBER_BYTES, Fault
 
@@ -28,6 +29,28 @@ _NO_IMAGE = Image.new("RGB", (1, 1))
 _Contents = dict[str, bytes]
 
 
+class Meaning(Protocol):
+    """What a sample's texts and class say, known to the source that made them.
+
+    Augmentation asks it, so that all that is said stays true.
+
+    """
+
+    @property
+    def structure(self) -> frozenset[str]:
+        """Words, in lower case, that say how the others of a text belong together."""
+        ...
+
+    def is_true_of(self, view: AugmentationParams, hue: Hue) -> bool:
+        """Whether all that is said is true of a view; it is of the image as it is.
+
+        Args:
+            view: of the image.
+            hue: "yiq" or "hsv", as its colors are turned.
+        """
+        ...
+
+
 @dataclass
 class Sample:
     """One image with its captions.
@@ -40,6 +63,7 @@ class Sample:
         captions: the captions of each source that was asked for and is there, by its name.
         negatives: false captions that the data bring.
         where: the image's file or member, for messages.
+        meaning: what texts and class say, where that is known.
     """
 
     key: str
@@ -50,6 +74,7 @@ class Sample:
     captions: dict[str, tuple[str, ...]] = field(default_factory=dict)
     negatives: tuple[str, ...] = ()
     where: str = ""
+    meaning: Meaning | None = None
 
 
 class Source(Protocol):

@@ -130,22 +130,29 @@ class TextAugmentation:
         """As weak, then a synonym, an exchange or dropped words (Fini et al. 2023)."""
         return cls(stop_words=0.8, synonym=0.4, swap=0.4, deletion=0.2)
 
-    def augment(self, text: str, rng: random.Random) -> str:
+    def augment(
+        self, text: str, rng: random.Random, structure: frozenset[str] = frozenset()
+    ) -> str:
         """The text, augmented; empty only where it was. White space stays where nothing changes.
 
         Args:
             text: a caption.
             rng: what is drawn from.
+            structure: words, in lower case, that say how the others belong together, as "above"
+                does in "a star above a ring": none is dropped, and in a text with two of them or
+                more no words are exchanged.
         """
         if self.clean:
             text = clean(text) or text
         weights = [getattr(self, name) for name in _OPERATIONS]
+        if structure and sum(_bare(word) in structure for word in text.split()) > 1:
+            weights[_OPERATIONS.index("swap")] = 0
         operation = rng.choices(_OPERATIONS, weights)[0] if any(weights) else "identity"
         without = rng.random() < self.stop_words
         words = text.split()
         if (without or operation == "synonym") and looks_english(text):
             if without:
-                words = _without_stop_words(words)
+                words = _without_stop_words(words, structure)
             if operation == "synonym":
                 synonyms = common_synonyms() if self.synonyms is None else self.synonyms
                 _replace_words(words, synonyms, self.synonym_words, rng)
@@ -153,7 +160,11 @@ class TextAugmentation:
             for _ in range(self.swap_pairs):
                 _swap_words(words, rng)
         elif operation == "deletion" and len(words) > 1:
-            kept = [word for word in words if rng.random() >= self.deletion_rate]
+            kept = [
+                word
+                for word in words
+                if rng.random() >= self.deletion_rate or _bare(word) in structure
+            ]
             words = kept or [rng.choice(words)]
         return text if words == text.split() else " ".join(words)
 
@@ -187,9 +198,15 @@ def _parts(token: str) -> tuple[str, str, str]:
     return token.partition(token.strip(PUNCTUATION) or token)
 
 
-def _without_stop_words(words: list[str]) -> list[str]:
+def _bare(token: str) -> str:
+    """The token's word in lower case, without punctuation around it."""
+    return token.strip(PUNCTUATION).lower()
+
+
+def _without_stop_words(words: list[str], structure: frozenset[str]) -> list[str]:
     # words with punctuation on them stay, and with it the ends of sentences
-    kept = [word for word in words if word.lower().replace("’", "'") not in STOP_WORDS]
+    dropped = STOP_WORDS - structure if structure else STOP_WORDS
+    kept = [word for word in words if word.lower().replace("’", "'") not in dropped]
     return kept if any(word.strip(PUNCTUATION) for word in kept) else words
 
 

@@ -7,6 +7,7 @@ A batch is never short: a sample that cannot be read is replaced by one that a h
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from hashlib import blake2b
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fastclip.data.augment import Augmentation, draw_view
+from fastclip.data.augment import Augmentation, Hue, draw_view
 from fastclip.data.captions import CaptionSampling
 from fastclip.data.index import Fault
 from fastclip.data.jpeg import decode_pixels, portable, trim
@@ -24,7 +25,7 @@ from fastclip.data.labels import LabelSource
 from fastclip.data.order import Order, hash64
 from fastclip.data.samples import Sample, Source, UnreadableSample, decode
 from fastclip.data.tokens import Tokenizer, tokenize
-from fastclip.data.views import Hue, render_view
+from fastclip.data.views import render_view
 from fastclip.data.watchdog import ReadingBoard
 
 REPLACEMENT_ATTEMPTS = 32
@@ -153,8 +154,12 @@ class TrainingSamples(Dataset[dict[str, Any]]):
     ) -> dict[str, Any]:
         """What a batch has of all but the sample's texts."""
         width, height = sample.image.size
+        allowed = None
+        if sample.meaning and (self.tokenizer is not None or self.labels is not None):
+            # the model receives what is said: no view may make it false
+            allowed = partial(sample.meaning.is_true_of, hue=self.hue)
         draws = [
-            draw_view(view, width, height, self._stream(epoch, position, 2, number))
+            draw_view(view, width, height, self._stream(epoch, position, 2, number), allowed)
             for number, view in enumerate(self.views)
         ]
         prepared: dict[str, Any] = {

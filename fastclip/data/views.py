@@ -8,7 +8,6 @@ Each step rounds and clamps to 8 bits, as image libraries do; so their order mat
 """
 
 import math
-from typing import Literal
 
 import numpy as np
 import torch
@@ -16,15 +15,13 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastclip.data.augment import COLOR_STEPS, AugmentationParams, blur_radius
+from fastclip.data.augment import COLOR_STEPS, AugmentationParams, Hue, blur_radius
 from fastclip.data.jpeg import as_tensor
 
 # ITU-R BT.601, as Pillow, torchvision and DALI use it
 GRAY = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 # Of the NTSC color space: luma, and two axes of color that a turn of the hue mixes
 RGB_TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
-
-Hue = Literal["yiq", "hsv"]
 
 
 def render_view(image: Tensor, params: AugmentationParams, size: int, hue: Hue = "yiq") -> Tensor:
@@ -59,16 +56,10 @@ def render_view(image: Tensor, params: AugmentationParams, size: int, hue: Hue =
     if not (p.jitter or p.gray or p.sigma or p.solarize < 256):
         return view.contiguous()
     pixels = view.numpy().astype(np.float32, order="C")
-    if p.jitter:
-        for step in p.order:
-            pixels = _color_step(pixels, COLOR_STEPS[step], params, hue)
-    if p.gray:
-        pixels = saturate(pixels, 0.0)
+    pixels = recolor(pixels, params, hue)
     if p.sigma:
         pixels = blur(pixels, p.sigma)
-    if p.solarize < 256:
-        pixels = np.where(pixels >= p.solarize, 255 - pixels, pixels)
-    return torch.from_numpy(pixels.astype(np.uint8))
+    return torch.from_numpy(solarize(pixels, p.solarize).astype(np.uint8))
 
 
 def replay(
@@ -105,6 +96,19 @@ def replay(
     if isinstance(params, Tensor):
         params = AugmentationParams.decode(params, pixels.shape[2], pixels.shape[1])
     return render_view(pixels, params, size, hue)
+
+
+def recolor(pixels: np.ndarray, params: AugmentationParams, hue: Hue) -> np.ndarray:
+    """Color jitter and gray, those that a view has."""
+    if params.jitter:
+        for step in params.order:
+            pixels = _color_step(pixels, COLOR_STEPS[step], params, hue)
+    return saturate(pixels, 0.0) if params.gray else pixels
+
+
+def solarize(pixels: np.ndarray, least: int) -> np.ndarray:
+    """Levels from `least` on inverted."""
+    return np.where(pixels >= least, 255 - pixels, pixels) if least < 256 else pixels
 
 
 def brighten(pixels: np.ndarray, factor: float) -> np.ndarray:

@@ -14,7 +14,9 @@ from PIL import Image
 
 from fastclip.data import dali
 from fastclip.data.augment import Augmentation, AugmentationParams
+from fastclip.data.generated import SceneSource
 from fastclip.data.jpeg import as_tensor, is_whole_jpeg
+from fastclip.data.loader import TrainingLoader
 from fastclip.data.order import Order
 from fastclip.data.shards import ShardSource
 from fastclip.data.training_samples import TrainingSamples
@@ -164,6 +166,19 @@ def test_only_dalis_own_errors_are_taken_for_bad_images(
     monkeypatch.setattr(dali.ViewPipeline, "feed", failing)
     with pytest.raises(MemoryError, match="no memory"):
         list(build_loader("dali", pattern, (STRONG,), 8).batches(0))
+
+
+def test_scenes_keep_what_is_said_of_them_in_both() -> None:
+    """The draws, which their captions restrict, are the same; so are the views."""
+    source, views = SceneSource("train", 64), (Augmentation(64), Augmentation.strong(64))
+    batches = []
+    for pixels, kind in ((True, TrainingLoader), (False, dali.DaliLoader)):
+        samples = TrainingSamples(source, Order(source.counts, 0), views, tokenize, pixels=pixels)
+        batches.append(list(kind(samples, 32).batches(0)))
+    for ours, theirs in zip(*batches, strict=True):
+        assert torch.equal(ours["params"], theirs["params"])
+        for a, b in zip(ours["images"], theirs["images"], strict=True):
+            assert mean_apart(a, b).max() <= 1.5
 
 
 def test_samples_of_the_other_pipeline_are_refused(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ PALETTE_RGB: dict[str, dict[str, RGB]] = {
     },
 }
 
-_PLAIN: dict[str, RGB] = {
+PLAIN_RGB: dict[str, RGB] = {
     "white": (250, 250, 250),
     "gray": (140, 140, 140),
     "black": (20, 20, 20),
@@ -69,6 +69,8 @@ _PLAIN: dict[str, RGB] = {
 # The two tones of a patterned background: light, middling and dark pairs.
 _TONES = ((242, 206), (214, 176), (150, 116), (84, 52), (46, 22))
 _SAMPLE_KEY, _TILE_KEY, _NOISE_KEY = 101, 102, 103
+# Numbers that a background takes from a scene's stream, before the objects do.
+_BACKGROUND_DRAWS = 3
 
 
 @cache
@@ -294,8 +296,8 @@ def _tile(kind: str, variant: int, size: int) -> Image.Image:
     """A background of twice the image's side, to cut images from."""
     stream = Stream(_TILE_KEY, sum(kind.encode()), variant)
     jitter = [stream.uniform(-2.5, 2.5) for _ in range(3)]
-    if kind in _PLAIN:
-        plain = tuple(min(255, round(x + j)) for x, j in zip(_PLAIN[kind], jitter, strict=True))
+    if kind in PLAIN_RGB:
+        plain = tuple(min(255, round(x + j)) for x, j in zip(PLAIN_RGB[kind], jitter, strict=True))
         return Image.new("RGB", (2 * size, 2 * size), plain)
     first, second = _TONES[variant % len(_TONES)]
     if kind == "gradient":
@@ -345,6 +347,25 @@ def _corrupted(image: Image.Image, kind: str, severity: int, seed: int) -> Image
     return Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8))
 
 
+def _paints(scene: Scene, stream: Stream) -> list[tuple[RGB, int]]:
+    """Each object's color and the seed of its texture."""
+    paints = []
+    for obj in scene.objects:
+        jitter = [stream.below(2 * TINT_JITTER + 1) - TINT_JITTER for _ in range(3)]
+        levels = zip(PALETTE_RGB[scene.palette][obj.color], jitter, strict=True)
+        red, green, blue = (min(255, max(0, level + j)) for level, j in levels)
+        paints.append(((red, green, blue), stream.bits()))
+    return paints
+
+
+def object_colors(scene: Scene) -> list[RGB]:
+    """The color that `render` gives each object: the palette's, tinted."""
+    stream = Stream(_SAMPLE_KEY, scene.seed)
+    for _ in range(_BACKGROUND_DRAWS):
+        stream.bits()
+    return [color for color, _ in _paints(scene, stream)]
+
+
 def render(scene: Scene, size: int = 64) -> Image.Image:
     """The scene as an RGB image of size x size pixels, the same for equal arguments.
 
@@ -369,13 +390,8 @@ def render(scene: Scene, size: int = 64) -> Image.Image:
         )
     stream = Stream(_SAMPLE_KEY, scene.seed)
     image = _background(scene, size, stream)
-    palette = PALETTE_RGB[scene.palette]
-    for obj in scene.objects:
-        jitter = [stream.below(2 * TINT_JITTER + 1) - TINT_JITTER for _ in range(3)]
-        red, green, blue = (
-            min(255, max(0, level + j)) for level, j in zip(palette[obj.color], jitter, strict=True)
-        )
-        _draw_object(image, scene, obj, (red, green, blue), stream.bits())
+    for obj, (color, seed) in zip(scene.objects, _paints(scene, stream), strict=True):
+        _draw_object(image, scene, obj, color, seed)
     if scene.corruption is not None:
         image = _corrupted(image, scene.corruption, scene.severity, stream.bits())
     return image
