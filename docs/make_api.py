@@ -64,6 +64,7 @@ SECTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
             "fastclip.losses.non_contrastive.prediction_loss",
             "fastclip.losses.non_contrastive.cross_correlation_loss",
             "fastclip.losses.non_contrastive.swapped_assignment_loss",
+            "fastclip.losses.non_contrastive.prototype_assignment_loss",
             "fastclip.losses.non_contrastive.assignments",
         ),
     ),

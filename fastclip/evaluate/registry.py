@@ -1,5 +1,6 @@
 """The benchmarks that are files on disk: what they need, where it is from, what guessing scores."""
 
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,7 +129,7 @@ def require(name: str, root: Path) -> Path:
 
 
 def describe(benchmark: Benchmark) -> str:
-    """The entry as text."""
+    """The entry as text, in lines of at most 80 columns where words allow it."""
     chance = benchmark.chance
     parts = chance if isinstance(chance, Mapping) else {"": chance}
     lines = {
@@ -139,7 +140,18 @@ def describe(benchmark: Benchmark) -> str:
     }
     return "\n".join(
         [
-            f"{benchmark.name}: {benchmark.title}",
-            *(f"  {name + ':':8} {text}" for name, text in lines.items()),
+            _wrapped(f"{benchmark.name}: ", benchmark.title),
+            *(_wrapped(f"  {name + ':':8} ", text) for name, text in lines.items()),
         ]
+    )
+
+
+def _wrapped(label: str, text: str) -> str:
+    indent = " " * (len(label) if label.startswith(" ") else 2)
+    return textwrap.fill(
+        label + text,
+        80,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
     )

@@ -1,8 +1,9 @@
 """What the improved baselines add to CLIP's loss (Fini et al. 2023; papers' names in brackets).
 
-    prediction_loss         one modality's prediction of the other (SiamLIP, BYOLIP)
-    cross_correlation_loss  the cross-correlation of two embeddings is the identity (BarLIP)
-    swapped_assignment_loss soft assignments of one view predicted from another (SwALIP)
+    prediction_loss            one modality's prediction of the other (SiamLIP, BYOLIP)
+    cross_correlation_loss     the cross-correlation of two embeddings is the identity (BarLIP)
+    swapped_assignment_loss    soft assignments of one view predicted from another (SwALIP)
+    prototype_assignment_loss  soft assignments to learned prototypes (SwALIP's first version)
 
 Functions of features. With `dist` several processes share a batch, as in `fastclip.functional`:
 every rank returns the mean over all rows, and its gradients are W times the full batch's, which
@@ -226,9 +227,7 @@ def swapped_assignment_loss(
         raise ValueError(f"got {len(images)} image and {len(texts)} text views; give two of each")
     for view in (*images, *texts):
         _check_alike(images[0], view, ("a view", "another"))
-    check_positive("epsilon", epsilon)
-    if iterations < 1:
-        raise ValueError(f"iterations is {iterations}; give 1 or more")
+    _check_sinkhorn(epsilon, iterations)
     ranks = ranks_of(dist, group, sizes, len(images[0]))
     with without_autocast(images[0].device):
         own = [[_wide(view) for view in views] for views in (images, texts)]
@@ -246,6 +245,67 @@ def swapped_assignment_loss(
                     predicted = F.log_softmax(logit_scale * cosines, dim=1)
                     total = total + _mean(-(target * predicted).sum(1), ranks)
         return total / 8
+
+
+def prototype_assignment_loss(
+    images: Tensor,
+    texts: Tensor,
+    prototypes: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    epsilon: float = 0.05,
+    iterations: int = 3,
+    dist: Exchange | None = None,
+    group: ProcessGroup | None = None,
+    sizes: Sequence[int] | None = None,
+) -> Tensor:
+    """SwAV's swapped prediction (Caron et al. 2020) between modalities, over learned prototypes.
+
+    Images are assigned to the prototypes by Sinkhorn-Knopp of cos / epsilon (`assignments`, without
+    gradient), and the softmax of logit_scale * cos of their texts predicts that; likewise texts
+    and their images. Mean over rows and both directions. It is the first version of SwALIP in
+    the code of Fini et al. 2023.
+
+    Args:
+        images, texts: (N, D), normalized; row i of both belongs to pair i.
+        prototypes: (K, D), normalized, the same in all processes.
+        logit_scale: exponentiated, 0-d, (1,) or a float.
+        epsilon: temperature of the assignments.
+        iterations: of Sinkhorn-Knopp.
+        dist: None, or "gather" or "ring" (here alike): processes share the batch. Rows are then one
+            process's, the loss is that of all, and gradients averaged over the processes (DDP)
+            are the full batch's.
+        group: the process group; None: the default one.
+        sizes: rows of every process; None: equally many.
+
+    Returns:
+        0-d, float32 (float64 for float64). Matrices are this rank's rows by all prototypes.
+
+    Raises:
+        ValueError: shapes that differ, numbers out of range.
+
+    Examples:
+        >>> import torch
+        >>> from fastclip.losses.non_contrastive import prototype_assignment_loss
+        >>> images = texts = torch.eye(3)
+        >>> round(prototype_assignment_loss(images, texts, torch.eye(3), logit_scale=2.0).item(), 4)
+        0.2395
+    """
+    _check_alike(images, texts, ("images", "texts"))
+    if prototypes.ndim != 2 or prototypes.shape[1] != images.shape[1] or not len(prototypes):
+        raise ValueError(
+            f"prototypes are {tuple(prototypes.shape)}; give (K, {images.shape[1]}), K at least 1"
+        )
+    _check_sinkhorn(epsilon, iterations)
+    ranks = ranks_of(dist, group, sizes, len(images))
+    with without_autocast(images.device):
+        both = [_wide(rows) @ _wide(prototypes).T for rows in (images, texts)]
+        total = both[0].new_zeros(())
+        for cosines, other in (both, both[::-1]):
+            target = assignments(other.detach() / epsilon, iterations, ranks)
+            predicted = F.log_softmax(logit_scale * cosines, dim=1)
+            total = total + _mean(-(target * predicted).sum(1), ranks)
+        return total / 2
 
 
 @torch.no_grad()
@@ -302,3 +362,9 @@ def _check_alike(first: Tensor, second: Tensor, names: tuple[str, str]) -> None:
             f"{names[0]} is {tuple(first.shape)} and {names[1]} {tuple(second.shape)}; give (N, D) "
             "both, N at least 1"
         )
+
+
+def _check_sinkhorn(epsilon: float, iterations: int) -> None:
+    check_positive("epsilon", epsilon)
+    if iterations < 1:
+        raise ValueError(f"iterations is {iterations}; give 1 or more")

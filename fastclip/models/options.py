@@ -22,7 +22,10 @@ _USERS: dict[str, tuple[str, ...]] = {
     "head_width": ("uniclip", "slip", *CROSSED),
     "head_hidden": CROSSED,
     "separate_heads": CROSSED,
-    **dict.fromkeys(("projector_hidden", "projector_width"), ("slip", "simclr", *_PROJECTED)),
+    **dict.fromkeys(
+        ("projector_hidden", "projector_width"), ("slip", "simclr", *_PROJECTED, "swalip")
+    ),
+    "prototypes": ("swalip",),
     "separate_projectors": _PROJECTED,
     "extra_weight": ("slip", "swalip", *_PROJECTED),
     # swalip's targets are soft already, slip has no pairs of strong views
@@ -30,6 +33,7 @@ _USERS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
         ("pair_loss", "pair_weight", "augmentation_encoder", "shared_similarity"), ("uniclip",)
     ),
+    "text_dropout": CROSSED,
     "hard_negatives": ("clip",),
     **dict.fromkeys(("text_lm", "lock_text"), ("clip", "uniclip", "slip", *CROSSED)),
     **dict.fromkeys(
@@ -75,9 +79,16 @@ class SystemOptions:
     """Width of the projectors' output; by default as in the paper."""
     separate_projectors: bool = flag(False, defines_run=True)
     """Separate projectors for strong views."""
+    prototypes: int | None = flag(None, defines_run=True)
+    """swalip: number of learned prototypes, to which the weak pair is assigned, through projectors;
+    there are then no strong views. By default strong views are assigned to those of the other
+    modality."""
     extra_weight: float | None = flag(None, defines_run=True, heading="loss")
     """Weight of the term that is added to the CLIP loss; by default as in the paper: 0.2 for
     swalip, 1 for the others."""
+    text_dropout: float = flag(0.0, defines_run=True)
+    """Dropout in front of each layer of the text tower, for strong views, in training;
+    --grad-checkpointing is then for the image tower alone."""
     label_smoothing: float = flag(0.0, defines_run=True, heading="loss")
     """Mass of the target that is spread over all candidates; for siamlip to rocket, in the loss of
     the strong views."""
@@ -158,8 +169,24 @@ class SystemOptions:
                 least = 0 if field.name in _FROM_ZERO else 1
                 if value < least:
                     raise ValueError(f"{flag} is {value}; give at least {least}")
-        if objective in ("slip", "simclr", "swalip") and self.strong != 2:
-            raise ValueError(f"--strong-views is {self.strong_views}; {objective} contrasts 2")
+        if self.prototypes is not None:
+            if self.strong:
+                raise ValueError(
+                    f"--strong-views is {self.strong}; swalip has none with --prototypes, give 0"
+                )
+        elif objective == "swalip" and (self.projector_hidden or self.projector_width):
+            raise ValueError(
+                "--projector-hidden, --projector-width: swalip has projectors only with "
+                "--prototypes; leave them out"
+            )
+        elif objective in ("slip", "simclr", "swalip") and self.strong != 2:
+            raise ValueError(f"--strong-views is {self.strong}; {objective} contrasts 2")
+        if not 0 <= self.text_dropout < 1:
+            raise ValueError(f"--text-dropout is {self.text_dropout}; give one in [0, 1)")
+        if self.text_dropout and not self.strong:
+            raise ValueError(f"--text-dropout: {objective} has no strong views here; leave it out")
+        if self.text_dropout and self.text_lm is not None:
+            raise ValueError("--text-dropout is for open_clip's text towers; leave out --text-lm")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"--label-smoothing is {self.label_smoothing}; give one in [0, 1)")
         if self.label_smoothing and objective in CROSSED and not self.strong:
@@ -205,7 +232,7 @@ class SystemOptions:
         """Strong views of each image."""
         if self.strong_views is not None:
             return self.strong_views
-        return _STRONG_VIEWS.get(self.objective, 0)
+        return 0 if self.prototypes is not None else _STRONG_VIEWS.get(self.objective, 0)
 
     @property
     def views(self) -> tuple[int, int]:

@@ -5,6 +5,7 @@
     byolip    + the same, of a teacher's projections
     barlip    + the modalities' projections have the identity as cross-correlation
     swalip    + soft assignments to the other modality, predicted from the other views
+              or, with prototypes, to these, of the weak pair alone (its first version)
     slip      CLIP on the weak pair alone + SimCLR between two strong views of the image
 
 View 0 of images and of texts is the weak one, those from 1 are the R strong ones.
@@ -24,15 +25,17 @@ from fastclip.functional import clip_loss, nt_xent_loss
 from fastclip.losses.non_contrastive import (
     cross_correlation_loss,
     prediction_loss,
+    prototype_assignment_loss,
     swapped_assignment_loss,
 )
 from fastclip.models.options import SystemOptions
 from fastclip.models.system import PREFIX, Criterion, Features, Modality, TwoTowers, View
+from fastclip.models.text_dropout import TextDropout
 from fastclip.nn.heads import MLPHead, linear_head
 from fastclip.ops.checks import check_positive
 
 MODALITIES: tuple[Modality, ...] = get_args(Modality)
-SIMCLR_TEMPERATURE = 0.1
+SIMCLR_TEMPERATURE = PROTOTYPE_TEMPERATURE = 0.1
 LOGIT_SCALE_BOUND = (0.0, math.log(100))
 
 
@@ -50,7 +53,8 @@ TERMS = {
     "siamlip": Term(1.0, (2048, 128), "plain"),
     "byolip": Term(1.0, (2048, 128), "plain"),
     "barlip": Term(1.0, (3000, 3000, 8192), "affine"),
-    "swalip": Term(0.2),
+    # projectors are of the version with prototypes
+    "swalip": Term(0.2, (2048, 128), last_bias=True),
 }
 
 
@@ -83,19 +87,22 @@ class RocketCriterion(Criterion):
     Args:
         width: of the towers' features.
         term: None for CLIP-Rocket, or which of `TERMS` is added.
-        strong_views: R; 2 for swalip and slip. With 0 the loss is CLIP's on the weak pair.
+        strong_views: R; 2 for swalip and slip, 0 with prototypes. With 0 the loss is CLIP's on the
+            weak pair.
         head_width: of the common space; by default `width`.
         head_hidden: of the strong views' MLP heads.
         separate_heads: whether strong views have heads and a scale of their own; if not, the linear
             heads and their scale serve all.
         projector_hidden, projector_width: of the term's projectors; by default as in `TERMS`.
         separate_projectors: whether strong views have projectors and predictors of their own.
+        prototypes: for swalip: how many; None for assignments to the other modality's rows.
         term_weight: by default as in `TERMS`.
         label_smoothing: mass of the strong pairs' targets spread over all candidates.
 
     Raises:
         ValueError: an unknown term, a number of views that it has no use for, label smoothing
-            without strong pairs or beside swalip's soft targets, a weight that is not positive.
+            without strong pairs or beside swalip's soft targets, prototypes of another term than
+            swalip, a weight that is not positive.
     """
 
     def __init__(
@@ -110,11 +117,12 @@ class RocketCriterion(Criterion):
         projector_hidden: int | None = None,
         projector_width: int | None = None,
         separate_projectors: bool = False,
+        prototypes: int | None = None,
         term_weight: float | None = None,
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
-        _check(term, strong_views, label_smoothing)
+        _check(term, strong_views, label_smoothing, prototypes)
         self.term, self.strong_views, self.label_smoothing = term, strong_views, label_smoothing
         strong = range(1, 1 if term == "slip" else 1 + strong_views)
         # of an image and a text view, the weak pair first
@@ -131,16 +139,24 @@ class RocketCriterion(Criterion):
         if self.two_spaces:
             self.strong_logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.1)))
             self.bounds["strong_logit_scale"] = LOGIT_SCALE_BOUND
+        self.prototypes: nn.Linear | None = None
         if term is None:
             return
         self.term_weight = TERMS[term].weight if term_weight is None else term_weight
         check_positive("term_weight", self.term_weight)
-        if term != "swalip":
+        if term != "swalip" or prototypes is not None:
+            widths = projector_hidden, projector_width, prototypes
             separate = separate_projectors and len(self.pairs) > 1
-            self._make_projectors(width, TERMS[term], projector_hidden, projector_width, separate)
+            self._make_projectors(width, TERMS[term], *widths, separate)
 
     def _make_projectors(
-        self, width: int, term: Term, hidden: int | None, output: int | None, separate: bool
+        self,
+        width: int,
+        term: Term,
+        hidden: int | None,
+        output: int | None,
+        prototypes: int | None,
+        separate: bool,
     ) -> None:
         *layers, last = term.widths
         hidden = layers[0] if hidden is None else hidden
@@ -152,6 +168,8 @@ class RocketCriterion(Criterion):
             self.projector = projector()
             return
         self.projectors = ViewHeads(projector, projector if separate else None)
+        if prototypes is not None:
+            self.prototypes = nn.Linear(output, prototypes, bias=False)
         if self.term in ("siamlip", "byolip"):
             predictor = functools.partial(MLPHead, [output, hidden, output], last_bias=True)
             self.predictors = ViewHeads(predictor, predictor if separate else None)
@@ -179,6 +197,8 @@ class RocketCriterion(Criterion):
             strong = (self.projector(rows) for rows in features.images[1:])
             first, second = (F.normalize(rows, dim=-1) for rows in strong)
             term = nt_xent_loss(first, second, SIMCLR_TEMPERATURE, backend=backend, **exchange)
+        elif self.prototypes is not None:
+            term = self._prototype_loss(views, self.prototypes, **exchange)
         elif self.term == "swalip":
             images, texts = ([embedded[View(m, v)] for v in (1, 2)] for m in MODALITIES)
             term = swapped_assignment_loss(images, texts, self._strong_scale, **exchange)
@@ -203,6 +223,15 @@ class RocketCriterion(Criterion):
         strong = [clip_loss(embedded[image], embedded[text], **exchange) for image, text in pairs]
         return (weak + self.strong_views * torch.stack(strong).mean()) / (1 + self.strong_views)
 
+    def _prototype_loss(
+        self, views: Mapping[View, Tensor], prototypes: nn.Linear, **exchange: Any
+    ) -> Tensor:
+        projected = self.projectors(views)
+        images, texts = (F.normalize(projected[View(m, 0)], dim=-1) for m in MODALITIES)
+        directions = F.normalize(prototypes.weight, dim=-1)
+        scale = 1 / PROTOTYPE_TEMPERATURE
+        return prototype_assignment_loss(images, texts, directions, scale, **exchange)
+
     def _cross_modal_loss(
         self, views: Mapping[View, Tensor], targets: Mapping[View, Tensor] | None, **exchange: Any
     ) -> Tensor:
@@ -218,12 +247,18 @@ class RocketCriterion(Criterion):
         return torch.stack(terms).mean()
 
 
-def _check(term: str | None, strong_views: int, label_smoothing: float) -> None:
+def _check(
+    term: str | None, strong_views: int, label_smoothing: float, prototypes: int | None
+) -> None:
     if term is not None and term not in TERMS:
         raise ValueError(f"term is {term!r}; give None or one of {', '.join(TERMS)}")
     if strong_views < 0:
         raise ValueError(f"strong_views is {strong_views}; give 0 or more")
-    if term in ("slip", "swalip") and strong_views != 2:
+    if prototypes is not None and (term != "swalip" or strong_views != 0 or prototypes < 1):
+        raise ValueError(
+            f"prototypes is {prototypes}; give 1 or more with term='swalip' and strong_views=0"
+        )
+    if term in ("slip", "swalip") and prototypes is None and strong_views != 2:
         raise ValueError(f"strong_views is {strong_views}; {term} compares 2")
     if label_smoothing and term == "swalip":
         raise ValueError(
@@ -246,6 +281,8 @@ class Rocket(TwoTowers):
     Args:
         towers: see `TwoTowers`.
         width, options: see `RocketCriterion`.
+        text_dropout: of the text tower for strong views, see `TextDropout`; 0 for none. Gradient
+            checkpointing is then the image tower's alone: layers are run again without dropout.
 
     Attributes:
         head_weight: w, 0-d, in [0, 1]; 0.5 until it is chosen on held-out data.
@@ -254,11 +291,14 @@ class Rocket(TwoTowers):
     criterion: RocketCriterion
     head_weight: Tensor
 
-    def __init__(self, towers: nn.Module, width: int, **options: Any) -> None:
+    def __init__(
+        self, towers: nn.Module, width: int, *, text_dropout: float = 0.0, **options: Any
+    ) -> None:
         criterion = RocketCriterion(width, **options)
         views = 1 + criterion.strong_views
         super().__init__(towers, criterion, views, 1 if criterion.term == "slip" else views)
         self.needs_teacher = criterion.term == "byolip"
+        self.text_dropout = TextDropout(towers, text_dropout) if text_dropout else None
         self.register_buffer("head_weight", torch.tensor(0.5))
 
     @classmethod
@@ -275,9 +315,27 @@ class Rocket(TwoTowers):
             projector_hidden=options.projector_hidden,
             projector_width=options.projector_width,
             separate_projectors=options.separate_projectors,
+            prototypes=options.prototypes,
             term_weight=options.extra_weight,
             label_smoothing=options.label_smoothing,
+            text_dropout=options.text_dropout,
         )
+
+    def features(self, batch: Mapping[str, Any]) -> Features:
+        """See `TwoTowers.features`; strong texts with the dropout that they may have."""
+        if self.text_dropout is None:
+            return super().features(batch)
+        images = [self.towers.encode_image(view) for view in batch["images"]]
+        weak, *strong = batch["texts"]
+        texts = [self.towers.encode_text(weak)]
+        with self.text_dropout.active():
+            texts += [self.towers.encode_text(view) for view in strong]
+        return Features(images, texts)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """See `TwoTowers.set_grad_checkpointing`; with text dropout of the image tower alone."""
+        tower = self.towers if self.text_dropout is None else self.towers.visual
+        tower.set_grad_checkpointing(enable)
 
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
         """(N, 3, S, S) to (N, D), normalized with either `normalize`: parts are weighed as such."""

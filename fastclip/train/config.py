@@ -120,6 +120,8 @@ class TrainConfig:
             )
         if self.distributed.fsdp and model.torchcompile:
             raise ValueError("--torchcompile does not work with --fsdp; leave one out")
+        if model.text_dropout and model.torchcompile:
+            raise ValueError("--torchcompile does not work with --text-dropout; leave one out")
         if self.distributed.fsdp and model.text_lm_cache_bytes:
             raise ValueError(
                 f"--text-lm-cache-bytes is {model.text_lm_cache_bytes}, but FSDP2's ranks must "

@@ -56,9 +56,10 @@ def test_data_commands(
     assert long_lines(captured.out + captured.err, tmp_path, shard.parent) == []
 
 
-def test_plan_and_info(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_info_and_benchmarks(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (
         ["info"],
+        ["eval", "list"],
         "plan --gpus 8 --batch 65536 --engine zero2 --model ViT-mini-16px".split(),
         "plan --gpus 1024 --batch 4194304 --dist ring --model ViT-mini-16px".split(),
     ):

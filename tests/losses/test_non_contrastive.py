@@ -15,6 +15,7 @@ from fastclip.losses.non_contrastive import (
     assignments,
     cross_correlation_loss,
     prediction_loss,
+    prototype_assignment_loss,
     swapped_assignment_loss,
 )
 
@@ -74,10 +75,36 @@ def slow_swapped(views: list[Tensor], scale: Tensor) -> Tensor:
     return sum(terms) / len(terms)
 
 
+# unit rows that bfloat16 holds exactly
+PROTOTYPES = torch.tensor(
+    [
+        [1.0, 0.0, 0.0, 0.0, 0.0, 0.0],
+        [0.0, 1.0, 0.0, 0.0, 0.0, 0.0],
+        [0.5, 0.5, -0.5, 0.5, 0.0, 0.0],
+        [0.0, 0.0, 0.5, -0.5, 0.5, 0.5],
+    ]
+)
+
+
+def slow_prototypes(views: list[Tensor], scale: Tensor) -> Tensor:
+    images, texts, points = views[0], views[2], PROTOTYPES.double()
+    terms = []
+    for x, other in ((images, texts), (texts, images)):
+        target = slow_sinkhorn(other @ points.T / 0.05)
+        for n in range(len(x)):
+            weights = torch.exp(scale * (points @ x[n]))
+            terms.append(-(target[n] * torch.log(weights / weights.sum())).sum())
+    return sum(terms) / len(terms)
+
+
 LOSSES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "prediction": (slow_prediction, lambda v, s, **o: prediction_loss(v[0], v[2], **o)),
     "correlation": (slow_correlation, lambda v, s, **o: cross_correlation_loss(v[0], v[2], **o)),
     "swapped": (slow_swapped, lambda v, s, **o: swapped_assignment_loss(v[:2], v[2:], s, **o)),
+    "prototypes": (
+        slow_prototypes,
+        lambda v, s, **o: prototype_assignment_loss(v[0], v[2], PROTOTYPES.to(v[0]), s, **o),
+    ),
 }
 
 
@@ -199,9 +226,25 @@ def test_low_precision_is_widened_and_returned() -> None:
         (lambda v: swapped_assignment_loss(v[:1], v[2:], 1.0), "got 1 image and 2 text views"),
         (lambda v: swapped_assignment_loss(v[:2], v[2:], 1.0, iterations=0), "iterations is 0"),
         (lambda v: swapped_assignment_loss(v[:2], v[2:], 1.0, epsilon=-1.0), "epsilon"),
+        (lambda v: prototype_assignment_loss(v[0], v[1], v[2][:, :3], 1.0), r"give \(K, 6\)"),
+        (lambda v: prototype_assignment_loss(v[0], v[1][:2], v[2], 1.0), r"texts \(2, 6\)"),
+        (lambda v: prototype_assignment_loss(v[0], v[1], v[2], 1.0, iterations=0), "iterations is"),
         (lambda v: prediction_loss(v[0], v[1], dist="gather"), "init_process_group"),
     ],
 )
 def test_mistakes(call: Callable[[list[Tensor]], Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(inputs(7))
+
+
+def test_prototypes_learn_from_their_predictions_alone() -> None:
+    """Their gradient; the assignments, which they decide too, have none."""
+    views = inputs(7)
+    slow, fast = (PROTOTYPES.double().requires_grad_() for _ in range(2))
+    prototype_assignment_loss(views[0], views[2], fast, SCALE).backward()
+    terms = []
+    for x, other in ((views[0], views[2]), (views[2], views[0])):
+        target = slow_sinkhorn(other @ slow.T / 0.05)
+        terms.append(-(target * (SCALE * x @ slow.T).log_softmax(1)).sum(1).mean())
+    (sum(terms) / 2).backward()
+    torch.testing.assert_close(fast.grad, slow.grad, rtol=1e-10, atol=1e-12)

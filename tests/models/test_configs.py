@@ -133,3 +133,25 @@ def test_recipes_train_what_they_are_named_after(recipe: str, model: str, sample
     # or the gradient cache refuses the tower's batch normalization
     locked = config.model.lock_image and config.model.lock_image_freeze_bn_stats
     assert locked == (config.optim.accum_freq > 1)
+
+
+@pytest.mark.parametrize(("name", "width"), [("RN50-rocket", 2048), ("ViT-B-16-slip", 768)])
+def test_towers_of_published_recipes_are_those_of_their_code(name: str, width: int) -> None:
+    """The text tower has QuickGELU; the image tower has timm's activations, and no projection."""
+    with torch.device("meta"):
+        model: Any = clip.create(name, "meta").model
+    towers = model.transformer, model.visual
+    kinds = [{type(module).__name__ for module in tower.modules()} for tower in towers]
+    assert "QuickGELU" in kinds[0] and "GELU" not in kinds[0]
+    assert "QuickGELU" not in kinds[1]
+    assert model.visual.trunk.num_features == width
+    assert isinstance(model.visual.trunk.get_classifier(), nn.Identity)
+    assert not list(model.visual.head.parameters())
+
+
+@pytest.mark.parametrize("recipe", ["rocket", "siamlip", "byolip", "barlip", "swalip", "slip"])
+def test_recipes_of_published_code_take_duplicates_as_it_does(recipe: str) -> None:
+    """Their labels are positions in the batch: a sample with the same caption is a negative."""
+    config = parse(["--config", recipe])
+    assert config.loss.group_duplicates is None
+    assert config.model.model == ("ViT-B-16-slip" if recipe == "slip" else "RN50-rocket")

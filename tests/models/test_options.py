@@ -25,6 +25,7 @@ def test_views(objective: Any) -> None:
 def test_strong_views_are_chosen() -> None:
     assert SystemOptions(objective="rocket", strong_views=4).views == (5, 5)
     assert SystemOptions(objective="uniclip", strong_views=0).views == (1, 1)
+    assert SystemOptions(objective="swalip", prototypes=8).views == (1, 1)
 
 
 def test_what_training_begins_with_is_no_part_of_the_model() -> None:
@@ -54,6 +55,10 @@ def test_what_training_begins_with_is_no_part_of_the_model() -> None:
         ({"objective": "rocket", "augmentation_encoder": False}, "--augmentation-encoder is for"),
         ({"objective": "rocket", "head_width": 0}, "--head-width is 0; give at least 1"),
         ({"objective": "rocket", "projector_width": 8}, "--projector-width is for slip, simclr"),
+        ({"objective": "swalip", "projector_width": 8}, "swalip has projectors only with --proto"),
+        ({"objective": "swalip", "prototypes": 4, "strong_views": 2}, "with --prototypes, give 0"),
+        ({"objective": "swalip", "prototypes": 0}, "--prototypes is 0; give at least 1"),
+        ({"objective": "siamlip", "prototypes": 4}, "--prototypes is for swalip, not siamlip"),
         ({"objective": "siamlip", "extra_weight": 0.0}, "--extra-weight is 0.0"),
         ({"text_lm_unfrozen": 2}, "--text-lm-unfrozen needs --text-lm"),
         ({"text_lm": "gpt2", "text_lm_unfrozen": 0}, "--text-lm-unfrozen is 0; give at least 1"),

@@ -41,6 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
     "no strong view": {"term": "siamlip", "strong_views": 0, "separate_projectors": True},
     "plain clip": {"strong_views": 0},
     "one head": {"term": "swalip", "separate_heads": False},
+    "prototypes": {"term": "swalip", "strong_views": 0, "prototypes": 5},
     "own projectors": {"term": "byolip", "separate_projectors": True},
     "own projectors, weighed": {"term": "barlip", "separate_projectors": True, "term_weight": 0.3},
 }
@@ -141,6 +142,17 @@ def slow_swapped(images: list[Tensor], texts: list[Tensor], log_scale: Tensor) -
     return sum(terms) / len(terms)
 
 
+def slow_prototypes(image: Tensor, text: Tensor, prototypes: Tensor) -> Tensor:
+    """Of rows and prototypes, all normalized; temperature 0.1."""
+    terms = []
+    for rows, others in ((image, text), (text, image)):
+        targets = slow_assignment(others @ prototypes.T)
+        for row, target in zip(rows @ prototypes.T, targets, strict=True):
+            weights = torch.exp(row / 0.1)
+            terms.append(-(target * torch.log(weights / weights.sum())).sum())
+    return sum(terms) / len(terms)
+
+
 def slow_loss(system: Rocket, batch: Batch, teacher: Rocket | None, options: dict) -> Tensor:
     """The formulas of CLIP-Rocket's and SLIP's losses."""
     term, count = options.get("term"), options.get("strong_views", 2)
@@ -170,6 +182,9 @@ def slow_loss(system: Rocket, batch: Batch, teacher: Rocket | None, options: dic
         loss = (loss + count * sum(local) / count**2) / (1 + count)
     if term is None:
         return loss
+    if "prototypes" in options:
+        rows = [unit(slow_mlp(p, f"projectors.{m}", x[f"{m}0"], 1)) for m in ("image", "text")]
+        return loss + 0.2 * slow_prototypes(*rows, unit(p["prototypes.weight"]))
     if term == "swalip":
         swapped = slow_swapped(strong["image"], strong["text"], scale)
         return loss + options.get("term_weight", 0.2) * swapped
@@ -257,7 +272,7 @@ def test_recipes_weigh_their_terms_as_the_published_commands(
 def test_several_ranks_give_the_gradients_of_all_rows(
     world: int, expected: dict[str, dict[str, Tensor]], tmp_path: Path
 ) -> None:
-    builds = {case: functools.partial(build, case) for case in PAPERS}
+    builds = {case: functools.partial(build, case) for case in (*PAPERS, "prototypes")}
     for case, found in all_on_ranks(tmp_path, SIZES[world], builds, BATCH).items():
         assert_equal(found, expected[case])
 
@@ -427,6 +442,8 @@ def test_flags_make_the_same_system(objective: str, tmp_path: Path) -> None:
         ({"strong_views": -1}, "strong_views is -1; give 0 or more"),
         ({"term": "slip", "strong_views": 3}, "strong_views is 3; slip compares 2"),
         ({"term": "swalip", "strong_views": 1}, "strong_views is 1; swalip compares 2"),
+        ({"term": "swalip", "prototypes": 4}, "prototypes is 4; .* strong_views=0"),
+        ({"term": "barlip", "strong_views": 0, "prototypes": 4}, "prototypes is 4; .* term="),
         ({"term": "swalip", "label_smoothing": 0.1}, "swalip has soft targets"),
         ({"term": "slip", "label_smoothing": 0.1}, "there are none"),
         ({"strong_views": 0, "label_smoothing": 0.1}, "there are none"),
