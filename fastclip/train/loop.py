@@ -42,7 +42,11 @@ def train(config: TrainConfig) -> Path:
     ):
         run, signals = _train(named(config, here), here, stop, watch, around)
     if signals:
-        raise StoppedError(f"{' and '.join(signals)} received; resume with --name {run.name}")
+        # with all of its flags: without --train-data the run would continue on the default data
+        raise StoppedError(
+            f"{' and '.join(signals)} received; to resume, repeat the command with "
+            f"--name {run.name}"
+        )
     return run
 
 

@@ -70,7 +70,8 @@ def test_a_signal_saves_within_a_step(
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 75, errors[-2000:]
     assert ("Ctrl-C again ends it now" in errors) == (number == signal.SIGINT)
-    assert f"{number.name} received; resume with --name stopped --resume latest" in errors
+    assert f"{number.name} received; to resume, repeat the command with" in errors
+    assert "--name stopped --resume latest" in errors
     latest = checkpoint.find_latest(run / "checkpoints")
     assert latest is not None
     # the step under way when the signal came, and no other
