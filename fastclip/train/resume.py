@@ -104,9 +104,19 @@ def _read(path: Path, latest: Path | None, config: TrainConfig) -> dict[str, Any
 
 
 def _note_changes(resumed: dict[str, Any], config: TrainConfig, world: World) -> None:
-    """Note every flag that defines a run and has another value than in the checkpoint."""
+    """Note every flag that defines a run and has another value than in the checkpoint.
+
+    Raises:
+        ValueError: the data are the default ones, and those of the checkpoint were not.
+    """
     earlier = flatten(TrainConfig.from_dict(resumed["config"], "the checkpoint's configuration"))
     now = flatten(config)
+    data = earlier["train_data"]
+    if data != now["train_data"] == flatten(TrainConfig())["train_data"]:
+        raise ValueError(
+            f"the run's --train-data was {data} and is not given now; repeat the whole command "
+            "with --resume, or begin with the checkpoint's weights on other data: --pretrained"
+        )
     for name in defining(TrainConfig):
         if earlier[name] != now[name]:
             changed = f"{flag_name(name)} was {earlier[name]} and is now {now[name]}"

@@ -195,6 +195,16 @@ def test_a_resume_that_changes_the_run_is_noted(
     assert note in capsys.readouterr().err
 
 
+def test_a_resume_without_the_runs_data_is_refused(
+    train_flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would continue on the embedded data, which nobody asked for."""
+    flags = [*train_flags, "--name", "a", "--epochs", "1"]
+    assert main(["train", *flags, "--train-data", "synthetic"]) == 0
+    assert main(["train", *flags, "--resume", "latest"]) == 1
+    assert "--train-data was synthetic and is not given now; repeat" in capsys.readouterr().err
+
+
 def test_a_run_without_a_checkpoint_begins_anew(
     train_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
