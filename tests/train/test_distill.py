@@ -179,7 +179,7 @@ def edited(path: Path, **changes: Any) -> None:
     ("changes", "message"),
     [
         ({"vision_cfg": {"image_size": 32}}, "takes images of 32 pixels, the student of 16; store"),
-        ({"text_cfg": {"context_length": 9}}, "reads other tokens than the student (9 and 12 a te"),
+        ({"text_cfg": {"context_length": 9}}, "reads other tokens than the student (9 and 12 a"),
     ],
 )
 def test_teachers_that_see_something_else(
