@@ -242,8 +242,7 @@ def swapped_assignment_loss(
                     with torch.no_grad():
                         swapped = own[here][1 - a] @ everyone[there][1 - b].T
                         target = assignments(swapped / epsilon, iterations, ranks)
-                    predicted = F.log_softmax(logit_scale * cosines, dim=1)
-                    total = total + _mean(-(target * predicted).sum(1), ranks)
+                    total = total + _predict(target, logit_scale * cosines, ranks)
         return total / 8
 
 
@@ -303,8 +302,7 @@ def prototype_assignment_loss(
         total = both[0].new_zeros(())
         for cosines, other in (both, both[::-1]):
             target = assignments(other.detach() / epsilon, iterations, ranks)
-            predicted = F.log_softmax(logit_scale * cosines, dim=1)
-            total = total + _mean(-(target * predicted).sum(1), ranks)
+            total = total + _predict(target, logit_scale * cosines, ranks)
         return total / 2
 
 
@@ -345,6 +343,11 @@ def _columns(logits: Tensor, ranks: Ranks | None) -> Tensor:
     tops = all_rows(ranks.group, logits.max(0, keepdim=True).values, [1] * len(ranks.sizes))
     top = tops.max(0).values
     return top + sum_over_ranks(ranks.group, (logits - top).exp().sum(0)).log()
+
+
+def _predict(target: Tensor, logits: Tensor, ranks: Ranks | None) -> Tensor:
+    """The cross-entropy of rows' softmax under their assignments, its mean over all ranks' rows."""
+    return _mean(-(target * F.log_softmax(logits, dim=1)).sum(1), ranks)
 
 
 def _mean(terms: Tensor, ranks: Ranks | None) -> Tensor:
