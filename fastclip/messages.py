@@ -9,11 +9,14 @@ import contextlib
 import logging
 import os
 import sys
+import textwrap
 from collections.abc import Iterator
 
 from fastclip.printable import printable
 
 logger = logging.getLogger("fastclip")
+# of a terminal, in columns
+WIDTH = 80
 
 
 def _make_printable(record: logging.LogRecord) -> bool:
@@ -23,6 +26,30 @@ def _make_printable(record: logging.LogRecord) -> bool:
 
 
 logger.addFilter(_make_printable)
+
+
+def filled(start: str, text: str, indent: int | None = None) -> str:
+    """A text behind what its first line starts with, at most 80 columns wide.
+
+    Names and paths stay whole.
+
+    Args:
+        start: a label, padded.
+        text: on one line.
+        indent: blanks before further lines; by default as many as `start` has columns.
+
+    Examples:
+        >>> from fastclip.messages import filled
+        >>> filled("step    ", "128 samples")
+        'step    128 samples'
+    """
+    return textwrap.fill(
+        start + text,
+        WIDTH,
+        subsequent_indent=" " * (len(start) if indent is None else indent),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def counted(count: int, noun: str, plural: str = "") -> str:

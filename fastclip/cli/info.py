@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import platform
-import textwrap
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -10,7 +9,7 @@ import torch
 from fastclip import __version__, native
 from fastclip.device import cuda_unavailable_reason
 from fastclip.integrations import apex
-from fastclip.messages import counted
+from fastclip.messages import counted, filled
 from fastclip.ops.backend import ENVIRONMENT_VARIABLE, IMPLEMENTATIONS, choose, explain
 
 PACKAGES = (
@@ -18,7 +17,7 @@ PACKAGES = (
     *("nvidia-dali-cuda130", "numpy", "pillow", "simplejpeg", "tyro"),
 )
 
-_WIDTH, _TEXT_COLUMN = 80, 23
+_TEXT_COLUMN = 23
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -75,17 +74,7 @@ def _section(title: str, entries: Iterable[tuple[str, str]]) -> None:
 
 def _entry(name: str, text: str) -> None:
     """A name and what is said of it, which begins in the same column everywhere."""
-    start = f"{name:{_TEXT_COLUMN}}"
-    indent = " " * _TEXT_COLUMN
-    print(
-        textwrap.fill(
-            start + text,
-            _WIDTH,
-            subsequent_indent=indent,
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-    )
+    print(filled(f"{name:{_TEXT_COLUMN}}", text, _TEXT_COLUMN))
 
 
 def _data_backend(device: torch.device) -> str:

@@ -1,9 +1,10 @@
 """The benchmarks that are files on disk: what they need, where it is from, what guessing scores."""
 
-import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from fastclip.messages import filled
 
 
 @dataclass(frozen=True)
@@ -140,18 +141,7 @@ def describe(benchmark: Benchmark) -> str:
     }
     return "\n".join(
         [
-            _wrapped(f"{benchmark.name}: ", benchmark.title),
-            *(_wrapped(f"  {name + ':':8} ", text) for name, text in lines.items()),
+            filled(f"{benchmark.name}: ", benchmark.title, 2),
+            *(filled(f"  {name + ':':8} ", text) for name, text in lines.items()),
         ]
-    )
-
-
-def _wrapped(label: str, text: str) -> str:
-    indent = " " * (len(label) if label.startswith(" ") else 2)
-    return textwrap.fill(
-        label + text,
-        80,
-        subsequent_indent=indent,
-        break_long_words=False,
-        break_on_hyphens=False,
     )

@@ -13,12 +13,12 @@ from tqdm import tqdm
 
 from fastclip.data.faults import FaultLog
 from fastclip.data.training_samples import grouped_pairs
-from fastclip.messages import counted, logger
+from fastclip.messages import WIDTH, counted, logger
 from fastclip.train.health import Hints
 from fastclip.train.log import RunLog, plot_loss
 from fastclip.train.meter import Meter
 from fastclip.train.state import TrainState
-from fastclip.train.summary import LABEL, WIDTH, duration, labeled, summary
+from fastclip.train.summary import LABEL, duration, labeled, summary
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 from fastclip.bounded import read_object
 from fastclip.data.options import DataOptions
 from fastclip.data.sources import guess_type
-from fastclip.messages import counted
+from fastclip.messages import counted, filled
 from fastclip.models import checkpoint
 from fastclip.train.best import best_step, scores_of
 from fastclip.train.config import TrainConfig
@@ -18,7 +18,7 @@ from fastclip.train.state import TrainState
 
 # the beginnings of the names of metrics that an evaluation has
 EVALUATED = ("val/", "zeroshot/", "retrieval/")
-WIDTH, LABEL = 80, 10
+LABEL = 10
 """Columns of a line, and of them those of its label."""
 # letters of a text that is searched for, as an example
 _QUERY = 30
@@ -96,13 +96,7 @@ def labeled(label: str, text: str) -> list[str]:
         >>> labeled("step", "128 samples")
         ['step      128 samples']
     """
-    return textwrap.wrap(
-        f"{label:{LABEL}}{text}",
-        WIDTH,
-        subsequent_indent=" " * LABEL,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    return filled(f"{label:{LABEL}}", text, LABEL).splitlines()
 
 
 def duration(seconds: float) -> str:

@@ -16,13 +16,13 @@ from matplotlib import pyplot
 from fastclip import device
 from fastclip.bounded import read_yaml
 from fastclip.cli import main
+from fastclip.messages import WIDTH
 from fastclip.train import log
 from fastclip.train.config import RECIPES, parse
 from fastclip.train.describe import warn_of_batch
 from fastclip.train.log import plot_loss, read_metrics
 from fastclip.train.options import OptimOptions
 from fastclip.train.stop import StopSignals
-from fastclip.train.summary import WIDTH
 from tests.conftest import jpeg
 
 
