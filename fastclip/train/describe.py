@@ -16,6 +16,7 @@ from fastclip.ops.backend import explain
 from fastclip.train.best import best_metric
 from fastclip.train.config import TrainConfig, to_yaml
 from fastclip.train.distributed import World
+from fastclip.train.inherited import SETTINGS_FILE
 from fastclip.train.optim import cooldown_steps, warmup_steps
 from fastclip.train.options import OptimOptions
 from fastclip.train.summary import labeled
@@ -27,7 +28,7 @@ def write_description(
     """Write the model's description and the resolved configuration into the run directory."""
     description = json.dumps(describe(config.model.model, model, config.model, classes), indent=2)
     write_text(run / CONFIG_FILE, description + "\n")
-    write_text(run / "config.yaml", to_yaml(config))
+    write_text(run / SETTINGS_FILE, to_yaml(config))
     # a tokenizer from elsewhere must be at hand when the run is loaded
     if save := getattr(model.tokenizer, "save_pretrained", None):
         write_folder(run, lambda made: save(str(made)))
