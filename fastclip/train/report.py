@@ -60,14 +60,14 @@ class Report:
         # None: a bar where there is a terminal
         quiet = None if self._first else True
         self._bar = tqdm(
-            total=self._state.total_steps,
-            initial=self._state.steps_done,
+            total=self._state.last_step,
+            initial=self._state.step,
             unit="step",
             disable=quiet,
             dynamic_ncols=True,
         )
         self.meter = Meter(self._state.step_samples)
-        self._began = time.perf_counter()
+        self._began, self._began_at = time.perf_counter(), self._state.step
         return self
 
     def __exit__(
@@ -82,7 +82,7 @@ class Report:
             plot_loss(self._state.folder)
             if error is None:
                 seconds = time.perf_counter() - self._began
-                logger.info("\n".join(summary(self._state, seconds, self._caption)))
+                logger.info("\n".join(summary(self._state, self._began_at, seconds, self._caption)))
         if self._faults.counts:
             # the places were shown when they came up
             logger.warning(f"skipped samples and shards: {self._faults.summary()}")

@@ -75,7 +75,7 @@ def start(
     if world.is_first:
         state.checkpoints.mkdir(parents=True, exist_ok=True)
         write_description(folder, config, model, classes)
-        announce(config, world, model, loader, folder, state.step)
+        announce(state)
         if path is None and config.checkpoint.resume == LATEST:
             note(f"{state.checkpoints} holds no checkpoint: this is a new run; check --name")
     report = Report(state)

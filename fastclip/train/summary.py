@@ -24,16 +24,21 @@ LABEL = 10
 _QUERY = 30
 
 
-def summary(state: TrainState, seconds: float, caption: str | None = None) -> list[str]:
+def summary(
+    state: TrainState, began_at: int, seconds: float, caption: str | None = None
+) -> list[str]:
     """The lines of it, from the run's metrics.
 
     Args:
         state: of the run, after its last step.
-        seconds: since training began, evaluations and checkpoints included.
+        began_at: the step that this process began at.
+        seconds: since then, evaluations and checkpoints included.
         caption: of the data, for an example.
     """
     metrics = read_metrics(state.folder)
-    made = f"{state.steps_done:,} of {counted(state.total_steps, 'step')}"
+    made = f"{state.step:,} of {counted(state.last_step, 'step')}"
+    if began_at:
+        made += f", the last {state.step - began_at:,}"
     speeds = [line["samples_per_second"] for line in metrics if "samples_per_second" in line]
     # the first ones are slow
     speed = f", {sorted(speeds)[len(speeds) // 2]:,.0f} samples/s" if speeds else ""
