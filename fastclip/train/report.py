@@ -62,9 +62,10 @@ class Report:
         self._bar = tqdm(
             total=self._state.last_step,
             initial=self._state.step,
-            unit="step",
             disable=quiet,
             dynamic_ncols=True,
+            # its own estimate of the time left is by the last steps alone
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
         )
         self.meter = Meter(self._state.step_samples)
         self._began, self._began_at = time.perf_counter(), self._state.step
@@ -176,13 +177,12 @@ class Report:
         elif "logit_scale" in values:
             text += f"scale {values['logit_scale']:.1f}  "
         speed = values["samples_per_second"]
-        text += f"{speed:.0f} samples/s"
+        last = self._state.last_step
+        text += f"{speed:.0f} samples/s  {duration(self.meter.pace.seconds(last - step))} left"
         self._bar.set_postfix_str(text)
         if self._bar.disable:
-            # lines for a log file instead of a bar, which has the time left itself
-            total = self._state.total_steps
-            left = (total - self._state.steps_done) * self._state.step_samples / speed
-            logger.info(f"step {step}/{total}  {text}  {duration(left)} left")
+            # lines for a log file instead of a bar
+            logger.info(f"step {step}/{last}  {text}")
 
     def _say(self, text: str, level: int = logging.INFO) -> None:
         # above the bar
