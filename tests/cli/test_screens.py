@@ -1,6 +1,9 @@
 """What commands print fits 80 columns: help and results, so that no row is broken by a terminal."""
 
-from collections.abc import Callable
+import ast
+import re
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,7 @@ import pytest
 from fastclip.cli import COMMANDS, main
 from fastclip.messages import counted
 from tests.cli.test_help import shown, subcommands
+from tests.test_repo_shape import tracked
 
 WIDTH = 80
 
@@ -74,3 +78,34 @@ def test_numbers_with_their_nouns(count: int, text: str) -> None:
     assert counted(count, "step") == text
     assert counted(count, "process", "processes").startswith(text.split()[0] + " process")
     assert (count == 1) == counted(count, "process", "processes").endswith("process")
+
+
+def grouped_behind_flags(text: str) -> Iterator[str]:
+    """Numbers with separators behind a flag, in Python's strings and in what they are made of."""
+    for node in ast.walk(ast.parse(text)):
+        parts = node.values if isinstance(node, ast.JoinedStr) else []
+        for before, value in pairwise(parts):
+            if not (isinstance(before, ast.Constant) and isinstance(value, ast.FormattedValue)):
+                continue
+            code = ast.unparse(value.format_spec) if value.format_spec else ""
+            grouped = "," in code or ast.unparse(value.value).startswith("counted(")
+            if grouped and re.search(r"--[a-z][\w-]*[ =]$", str(before.value)):
+                yield ast.unparse(node)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield from re.findall(GROUPED, node.value)
+
+
+GROUPED = r"--[a-z][\w-]*[ =]\d+,\d{3}\b"
+
+
+def test_numbers_behind_flags_can_be_pasted() -> None:
+    assert list(grouped_behind_flags('f"--warmup {steps:,} of"')) != []
+    assert list(grouped_behind_flags('f"--warmup {steps} of {all:,}"')) == []
+    found = {
+        str(path): list(grouped_behind_flags(path.read_text()))
+        for pattern in ("fastclip/*.py", "benchmarks/*.py")
+        for path in tracked(pattern)
+    }
+    assert {path: lines for path, lines in found.items() if lines} == {}
+    for path in tracked("*.md"):
+        assert re.findall(GROUPED, path.read_text()) == [], path
