@@ -208,14 +208,16 @@ def test_curves_are_labeled_with_the_batch_they_are_of(
     assert labels == [
         "training (batches of 128)",
         "validation (batches of 32)",
-        "chance of that batch",
+        "chance in batches of 128: 4.85",
+        "chance in batches of 32: 3.47",
     ]
-    levels = {
-        line.get_ydata()[0]
-        for line in axes.lines
-        if line.get_linestyle() == ":" and len(line.get_ydata())
-    }
-    assert levels == {math.log(128), math.log(32)}
+    *curves, first, second = axes.lines
+    assert [line.get_ydata()[0] for line in (first, second)] == [math.log(128), math.log(32)]
+    # of no curve's color or style
+    looks = {(line.get_color(), line.get_linestyle()) for line in (first, second)}
+    assert looks == {("gray", "--")}
+    assert {line.get_linestyle() for line in curves} == {"-"}
+    assert len({line.get_color() for line in curves} | {"gray"}) == 3
 
 
 def test_ctrl_c_interrupts_until_there_is_something_to_save(
