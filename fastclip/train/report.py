@@ -1,7 +1,6 @@
 """What a run shows while it trains: the bar, metrics, hints, notes on the data, a summary."""
 
 import logging
-import textwrap
 import time
 from dataclasses import dataclass
 from types import TracebackType
@@ -13,7 +12,7 @@ from tqdm import tqdm
 
 from fastclip.data.faults import FaultLog
 from fastclip.data.training_samples import grouped_pairs
-from fastclip.messages import WIDTH, counted, logger
+from fastclip.messages import WIDTH, counted, logger, shortened
 from fastclip.train.health import Hints
 from fastclip.train.log import RunLog, plot_loss
 from fastclip.train.meter import Meter
@@ -49,7 +48,7 @@ class Report:
         self._state, self._first = state, state.world.is_first
         self._log = RunLog(state.folder, state.step, config) if self._first else None
         self._shown = False
-        self._caption: str | None = None
+        self._captions: list[str] = []
         self._cut = _CutTexts()
         self._grouped = 0
         self._faults = FaultLog()
@@ -83,7 +82,9 @@ class Report:
             plot_loss(self._state.folder)
             if error is None:
                 seconds = time.perf_counter() - self._began
-                logger.info("\n".join(summary(self._state, self._began_at, seconds, self._caption)))
+                logger.info(
+                    "\n".join(summary(self._state, self._began_at, seconds, self._captions))
+                )
         if self._faults.counts:
             # the places were shown when they came up
             logger.warning(f"skipped samples and shards: {self._faults.summary()}")
@@ -137,11 +138,11 @@ class Report:
         self._say("\n".join(lines))
 
     def _show_captions(self, batches: list[dict[str, Any]]) -> None:
-        captions = [text for texts in batches[0].get("captions", ()) for text in texts[:1]][:2]
-        self._caption = next(iter(captions), None)
-        for text in captions:
+        found = batches[0].get("captions", ())
+        self._captions = [text for texts in found for text in texts[:1]]
+        for text in self._captions[:2]:
             # as the tokenizer gets it
-            self._say("\n".join(labeled("caption", textwrap.shorten(text, WIDTH - LABEL))))
+            self._say("\n".join(labeled("caption", shortened(text, WIDTH - LABEL))))
 
     def _write_sample_ids(self, state: TrainState, batches: list[dict[str, Any]]) -> None:
         own = [key for batch in batches for key in batch["key"]]

@@ -21,6 +21,7 @@ from fastclip.train import log
 from fastclip.train.config import RECIPES, parse
 from fastclip.train.describe import warn_of_batch
 from fastclip.train.log import plot_loss, read_metrics
+from fastclip.train.next_commands import next_commands
 from fastclip.train.options import OptimOptions
 from fastclip.train.stop import StopSignals
 from tests.conftest import jpeg
@@ -125,11 +126,60 @@ def test_the_search_that_is_printed_runs(
     assert Path("search.png").is_file()
 
 
-def test_a_run_without_language_is_not_searched_by_text(
-    train_flags: list[str], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("objective", "commands"),
+    [
+        ("clip", ["search", "eval retrieval", "convert to-hub"]),
+        ("uniclip", ["search", "eval retrieval", "convert to-onnx"]),
+        ("classify", ["eval zeroshot", "convert to-onnx"]),
+        # nothing was learned of texts
+        ("simclr", ["embed images", "convert to-onnx"]),
+    ],
+)
+def test_every_command_that_is_printed_runs(
+    objective: str,
+    commands: list[str],
+    train_flags: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    text = said(capsys, *train_flags, "--objective", "simclr", "--epochs", "1", "--name", "s")
-    assert "\nnext\n" in text and "fastclip search" not in text
+    """On the run's own data, in a directory whose name has to be quoted."""
+    monkeypatch.chdir(tmp_path)
+    flags = [*train_flags, "--objective", objective, "--epochs", "1", "--train-num-samples", "16"]
+    text = said(capsys, *flags, "--logs", "my runs", "--name", "a b")
+    lines = text.partition("\nnext\n")[2].splitlines()
+    printed = [shlex.split(line) for line in lines if line.startswith("  fastclip ")]
+    assert [" ".join(words[1:])[: len(c)] for words, c in zip(printed, commands, strict=True)] == (
+        commands
+    )
+    assert all("scenes" in words for words in printed[:-1])
+    for words in printed:
+        if "to-onnx" in words:
+            pytest.importorskip("onnxscript")
+        few = ["--num-samples", "20", "--workers", "0"] if "scenes" in words else []
+        assert main([*words[1:], *few]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("captions", "query"),
+    [
+        ([], "a photo"),
+        (["- a dog\n on a sofa"], "a dog on a sofa"),
+        (["many words " * 9, "a cat"], "a cat"),
+        (
+            ["a small red star, then " * 4],
+            "a small red star, then a small red star, then a small red…",
+        ),
+        (["\u72ac" * 70], "\u72ac" * 59 + "…"),
+        (["--", " "], "a photo"),
+    ],
+)
+def test_what_is_searched_for_is_a_whole_caption_or_ends_at_a_word(
+    captions: list[str], query: str
+) -> None:
+    command = shlex.split(next_commands(parse([]), Path("logs/a"), captions)[0])
+    assert command[2] == query and len(query) <= 60
 
 
 def test_a_name_that_has_nothing_to_resume_is_said_below_the_rest(
