@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
-from fastclip.data.preview import contact_sheet
+from fastclip.data.preview import contact_sheet, fitted_lines
 from fastclip.data.scenes import render, sample_scene
 
 
@@ -31,3 +31,21 @@ def test_mistakes() -> None:
         contact_sheet([image], [])
     with pytest.raises(ValueError, match="columns is 0"):
         contact_sheet([image], ["a"], columns=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "last"),
+    [
+        ("a red circle", "a red circle"),
+        ("many words " * 20, "words"),
+        ("letters" * 40, "letters"),
+    ],
+)
+def test_a_long_text_ends_at_a_word(text: str, last: str) -> None:
+    font = ImageFont.load_default(11)
+    lines = fitted_lines(text, font, 100, 2)
+    assert len(lines) <= 2 and all(font.getlength(line) <= 100 for line in lines)
+    whole = " ".join(lines) == " ".join(text.split())
+    assert whole != lines[-1].endswith("...")
+    # at a word where there are several
+    assert lines[-1].removesuffix("...").split()[-1] in ("many", "words", last) or " " not in text
