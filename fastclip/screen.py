@@ -26,7 +26,7 @@ def on_screen(text: str, width: int = WIDTH) -> str:
         | --- | --- |
         | a | 2 |
     """
-    blocks = []
+    blocks: list[str] = []
     for block in text.split("\n\n"):
         lines = block.split("\n")
         if block.startswith("| "):

@@ -33,7 +33,7 @@ def summary(
     metrics = read_metrics(state.folder)
     made = f"{state.step:,} of {counted(state.last_step, 'step')}"
     if began_at:
-        made += f", the last {state.step - began_at:,}"
+        made += f", {state.step - began_at:,} of them"
     speeds = [line["samples_per_second"] for line in metrics if "samples_per_second" in line]
     # the first ones are slow
     speed = f", {sorted(speeds)[len(speeds) // 2]:,.0f} samples/s" if speeds else ""

@@ -229,7 +229,23 @@ def test_steps_that_were_made_are_said(
 ) -> None:
     said(capsys, *train_flags, "--name", "a", "--epochs", "1")
     text = said(capsys, *train_flags, "--name", "a", "--resume", "latest")
-    assert "16 steps in all, 8 of them made" in text and "16 of 16 steps" in text
+    assert "16 steps in all, 8 of them made\n" in text and "16 of 16 steps, 8 of them in " in text
+
+
+def test_steps_are_counted_whatever_an_epoch_was(
+    train_flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second epoch has half of the samples: 4 steps after 8."""
+    said(capsys, *train_flags, "--name", "a", "--epochs", "1")
+    resume = [*train_flags, "--name", "a", "--resume", "latest", "--train-num-samples", "32"]
+    text = " ".join(said(capsys, *resume).split())
+    assert "2 epochs of 4 steps, 12 steps in all, 8 of them made with other settings" in text
+    assert re.findall(r" step (\d+/\d+) loss", text) == ["9/12", "10/12", "11/12", "12/12"]
+    assert "12 of 12 steps, 4 of them in " in text
+    # nothing is left of one that is made shorter than it is
+    text = " ".join(said(capsys, *resume, "--epochs", "1").split())
+    assert "12 steps in all, 12 of them made with other settings" in text
+    assert "12 of 12 steps, 0 of them in " in text
 
 
 @pytest.mark.parametrize("cores, share, expected", [(2, 1, 2), (64, 8, 4), (2, 8, 1), (8, 4, 2)])
