@@ -216,13 +216,14 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     given = [each for file in files for each in adapted(_flags_of(file))]
     given += adapted(arguments)
     values = _values(given)
-    own = inherited(TrainConfig)
-    typed = {flag.partition("=")[0].replace("_", "-").replace("--no-", "--", 1) for flag in given}
-    settings = settings_of(values, describes_run=any(flag_name(name) in typed for name in own))
+    typed = {flag.partition("=")[0].replace("_", "-") for flag in given}
+    settings = settings_of(values, new=bool(files or typed & {"--train-data", "--model"}))
     if settings is None:
         return TrainConfig.from_dict(values)
     try:
-        return TrainConfig.from_dict(_values([*_flags_of(settings, own), *given]))
+        return TrainConfig.from_dict(
+            _values([*_flags_of(settings, inherited(TrainConfig)), *given])
+        )
     except ValueError as error:
         raise ValueError(f"{error} (what is not given is as in {settings})") from error
 

@@ -16,12 +16,12 @@ def is_run(path: Path) -> bool:
     return (path / SETTINGS_FILE).is_file() and (path / "checkpoints").is_dir()
 
 
-def settings_of(values: Mapping[str, Any], *, describes_run: bool) -> Path | None:
+def settings_of(values: Mapping[str, Any], *, new: bool) -> Path | None:
     """The settings of the run that is resumed; None where none is, or where it has none.
 
     Args:
         values: of all flags, by name.
-        describes_run: whether flags were given that say what to train.
+        new: whether the flags would do for a new run: they say what to train, or on what.
 
     Raises:
         ValueError: `--resume latest` finds no run, and no flag says what a new one would be.
@@ -34,10 +34,10 @@ def settings_of(values: Mapping[str, Any], *, describes_run: bool) -> Path | Non
     if is_run(run):
         return run / SETTINGS_FILE
     # the first start of a job and its restarts can have the same command line
-    if resume == LATEST and not describes_run and not checkpoint.named(run / "checkpoints", ""):
+    if resume == LATEST and not new and not checkpoint.named(run / "checkpoints", ""):
         raise ValueError(
             f"--resume latest: there is no run {run}{_nearest(logs, name)}; check --name and "
-            "--logs, or give the flags of a new run, e.g. --train-data DATA"
+            "--logs, or give a new run its --train-data"
         )
     return None
 
