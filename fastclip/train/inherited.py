@@ -19,6 +19,8 @@ def is_run(path: Path) -> bool:
 def settings_of(values: Mapping[str, Any], *, new: bool) -> Path | None:
     """The settings of the run that is resumed; None where none is, or where it has none.
 
+    A run without a checkpoint begins anew: as its flags have it, if they would do for a new one.
+
     Args:
         values: of all flags, by name.
         new: whether the flags would do for a new run: they say what to train, or on what.
@@ -31,15 +33,16 @@ def settings_of(values: Mapping[str, Any], *, new: bool) -> Path | None:
     if resume is None or (resume == LATEST and name is None):
         return None
     run = logs / name if resume == LATEST else checkpoint.run_of(Path(resume))
-    if is_run(run):
-        return run / SETTINGS_FILE
-    # the first start of a job and its restarts can have the same command line
-    if resume == LATEST and not new and not checkpoint.named(run / "checkpoints", ""):
-        raise ValueError(
-            f"--resume latest: there is no run {run}{_nearest(logs, name)}; check --name and "
-            "--logs, or give a new run its --train-data"
-        )
-    return None
+    if resume == LATEST and not checkpoint.named(run / "checkpoints", ""):
+        # the first start of a job and its restarts can have the same command line
+        if new:
+            return None
+        if not is_run(run):
+            raise ValueError(
+                f"--resume latest: there is no run {run}{_nearest(logs, name)}; check --name and "
+                "--logs, or give a new run its --train-data"
+            )
+    return run / SETTINGS_FILE if is_run(run) else None
 
 
 def _nearest(logs: Path, name: str) -> str:

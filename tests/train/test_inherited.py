@@ -148,7 +148,10 @@ def test_a_run_of_before_its_first_checkpoint_begins_anew_as_it_was(flags: list[
     run = train(parse([*flags, "--name", "a", "--epochs", "1"]))
     for path in (run / "checkpoints").iterdir():
         path.unlink()
-    assert main(["train", "--resume", "latest", "--name", "a", "--logs", str(run.parent)]) == 0
+    again = ["--resume", "latest", "--name", "a", "--logs", str(run.parent)]
+    # flags that would do for a new run are all that there is of it
+    assert parse([*again, "--train-data", "synthetic"]).optim.lr == TrainConfig().optim.lr
+    assert main(["train", *again]) == 0
     assert state_of(run, "epoch_1.pt")["config"]["csv_separator"] == ";"
 
 
