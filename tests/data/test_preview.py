@@ -34,18 +34,16 @@ def test_mistakes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "last"),
+    ("text", "ends"),
     [
-        ("a red circle", "a red circle"),
-        ("many words " * 20, "words"),
-        ("letters" * 40, "letters"),
+        ("a red circle", "circle"),
+        ("many words " * 20, ("many...", "words...")),
+        ("letters" * 40, "..."),
     ],
 )
-def test_a_long_text_ends_at_a_word(text: str, last: str) -> None:
+def test_a_long_text_ends_at_a_word(text: str, ends: str | tuple[str, ...]) -> None:
     font = ImageFont.load_default(11)
     lines = fitted_lines(text, font, 100, 2)
     assert len(lines) <= 2 and all(font.getlength(line) <= 100 for line in lines)
-    whole = " ".join(lines) == " ".join(text.split())
-    assert whole != lines[-1].endswith("...")
-    # at a word where there are several
-    assert lines[-1].removesuffix("...").split()[-1] in ("many", "words", last) or " " not in text
+    assert lines[-1].endswith(ends)
+    assert text.startswith("".join(lines).removesuffix("...")[:12])
