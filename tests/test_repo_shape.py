@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # Imports go from a higher rank to a lower or equal one.
 RANKS = {
     **dict.fromkeys(("_version", "atomic", "bounded", "command_line", "flags"), 0),
-    **dict.fromkeys(("messages", "printable"), 0),
+    **dict.fromkeys(("messages", "printable", "screen"), 0),
     **dict.fromkeys(("device", "native", "kernels"), 0),
     "ops": 1,
     **dict.fromkeys(("functional", "losses", "nn"), 2),

@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar
 import tyro
 
 from fastclip.command_line import parse_flags
+from fastclip.screen import on_screen
 from fastclip.study import captions, cifar10, global_loss, recipe, robustness, systems, uniclip
 
 QUESTIONS: dict[str, ModuleType] = {
@@ -51,7 +52,7 @@ class Question:
             asked = QUESTIONS[name]
             seeds = 1 if self.quick else self.seeds
             samples = asked.QUICK_SAMPLES if self.quick else asked.SAMPLES
-            print(asked.study(folder, seeds, self.flags, self.jobs, samples))
+            print(on_screen(asked.study(folder, seeds, self.flags, self.jobs, samples)))
             print(f"written to {folder}")
 
 
@@ -103,7 +104,7 @@ class Systems:
 
     def run(self) -> None:
         """Compare; prints the report."""
-        print(systems.study(self.output, self.only, self.flags))
+        print(on_screen(systems.study(self.output, self.only, self.flags)))
         print(f"written to {self.output}")
 
 
@@ -124,7 +125,9 @@ class Cifar10:
 
     def run(self) -> None:
         """Compare; prints the report."""
-        print(cifar10.study(self.data, self.output, self.minutes, self.seeds, self.flags))
+        print(
+            on_screen(cifar10.study(self.data, self.output, self.minutes, self.seeds, self.flags))
+        )
         print(f"written to {self.output}")
 
 
@@ -145,7 +148,11 @@ class Global:
 
     def run(self) -> None:
         """Compare; prints the report."""
-        print(global_loss.study(self.data, self.output, self.epochs, self.seeds, self.flags))
+        print(
+            on_screen(
+                global_loss.study(self.data, self.output, self.epochs, self.seeds, self.flags)
+            )
+        )
         print(f"written to {self.output}")
 
 

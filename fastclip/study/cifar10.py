@@ -48,7 +48,7 @@ def study(
             outcome = run(name, ends, folder, functools.partial(judge, data=data))
             seconds = training_seconds(folder / name, parse(given).optim.batch_size)
             outcomes.append(replace(outcome, seconds=seconds))
-            print(f"{outcomes[-1].name}: {outcomes[-1].scores}", flush=True)
+            print(outcomes[-1], flush=True)
         rows.append((label, outcomes))
     notes = [
         f"The images of val-00000.tar but for the first {HELD_OUT}, on which the weight between "

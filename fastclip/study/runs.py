@@ -25,6 +25,7 @@ from fastclip.evaluate.features import ImageFeatures, embed_images
 from fastclip.evaluate.interpolation import has_two_heads, weigh_heads
 from fastclip.evaluate.retrieval import caption_pairs, chance_of_recall, evaluate_retrieval
 from fastclip.evaluate.zeroshot import evaluate_zeroshot
+from fastclip.messages import filled
 from fastclip.models.build import load
 from fastclip.models.classifier import Classifier
 from fastclip.models.clip import Model
@@ -55,6 +56,10 @@ class Outcome:
     last_loss: float
     scores: dict[str, float]
     chance: dict[str, float]
+
+    def __str__(self) -> str:
+        shares = (f"{name} {value:.1%}" for name, value in self.scores.items())
+        return filled(f"{self.name}: ", ", ".join([f"{self.seconds:.0f} s", *shares]), 2)
 
 
 Scores = tuple[dict[str, float], dict[str, float]]
@@ -97,7 +102,7 @@ def run_all(plans: Sequence[Plan], folder: Path, jobs: int = 1) -> dict[str, Out
         for name in plan.after:
             made[name].result()
         outcome = run(plan.name, plan.flags, folder, plan.judge, jobs)
-        print(f"{plan.name}: {outcome.seconds:.0f} s, {outcome.scores}", flush=True)
+        print(outcome, flush=True)
         return outcome
 
     with ThreadPoolExecutor(jobs) as pool:

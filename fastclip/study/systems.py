@@ -49,7 +49,7 @@ def study(folder: Path, systems: Sequence[str] = SYSTEMS, flags: Sequence[str] =
             judge = functools.partial(judge_scenes, quality=quality)
             outcome = run(name, [*_flags(name, folder), *flags], folder, judge)
             rows.append((name, [outcome]))
-            print(f"{name}: {outcome.seconds:.0f} s, {outcome.scores}", flush=True)
+            print(outcome, flush=True)
     notes = [
         "1000 held-out scenes, with short captions; semantic's with dense ones. "
         "basic_image, classify and finetuned have no text: their accuracy is of their own "

@@ -12,7 +12,8 @@ from typing import Any
 from fastclip.bounded import read_yaml
 from fastclip.command_line import parse_sections, refuse_renamed
 from fastclip.data.options import without_commands
-from fastclip.flags import arrange, flag_name, ordered, sections
+from fastclip.flags import arrange, flag_name, inherited, ordered, sections
+from fastclip.train.inherited import settings_of
 from fastclip.train.open_clip_flags import adapted, is_foreign
 from fastclip.train.options import (
     CheckpointOptions,
@@ -197,7 +198,8 @@ class TrainConfig:
 def parse(arguments: Sequence[str]) -> TrainConfig:
     """The configuration of a command line, which may hold `--config FILE` or `--config RECIPE`.
 
-    open_clip's flags are taken too, see `fastclip.train.open_clip_flags`.
+    open_clip's flags are taken too, see `fastclip.train.open_clip_flags`. What `--resume` leaves
+    out is as in the run that it names: its config.yaml is read in front of everything else.
 
     Raises:
         ValueError: the file has an unknown key; the message names the nearest known one. Or a
@@ -213,7 +215,21 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
         refuse_renamed(arguments, {f"{flag} {old}": f"{flag} {new}" for old, new in values.items()})
     given = [each for file in files for each in adapted(_flags_of(file))]
     given += adapted(arguments)
-    return TrainConfig.from_dict(parse_sections(TrainConfig, given, "fastclip train", HEADINGS))
+    values = _values(given)
+    typed = {flag.partition("=")[0].replace("_", "-") for flag in given}
+    settings = settings_of(values, new=bool(files or typed & {"--train-data", "--model"}))
+    if settings is None:
+        return TrainConfig.from_dict(values)
+    try:
+        return TrainConfig.from_dict(
+            _values([*_flags_of(settings, inherited(TrainConfig)), *given])
+        )
+    except ValueError as error:
+        raise ValueError(f"{error} (what is not given is as in {settings})") from error
+
+
+def _values(flags: Sequence[str]) -> dict[str, Any]:
+    return parse_sections(TrainConfig, flags, "fastclip train", HEADINGS)
 
 
 def to_yaml(config: TrainConfig) -> str:
@@ -261,7 +277,8 @@ def _find_config(name: str) -> Path:
     raise FileNotFoundError(f"config {name!r} is neither a file nor a recipe ({recipes})")
 
 
-def _flags_of(file: Path) -> list[str]:
+def _flags_of(file: Path, wanted: Sequence[str] | None = None) -> list[str]:
+    """A file's values as they are typed; of fastclip's own flags all, or those that are wanted."""
     values = read_yaml(file) or {}
     if not isinstance(values, dict):
         raise ValueError(f"{file} must be a list of `key: value` lines")
@@ -271,7 +288,7 @@ def _flags_of(file: Path) -> list[str]:
     flags = _as_flags({key: value for key, value in foreign.items() if value is not False})
     own = {key: value for key, value in values.items() if key not in foreign}
     for section in _arrange(own, str(file)).values():
-        flags += _as_flags(section)
+        flags += _as_flags({k: v for k, v in section.items() if wanted is None or k in wanted})
     return flags
 
 

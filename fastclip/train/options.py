@@ -385,7 +385,7 @@ class DistributedOptions:
     """Train with DeepSpeed's ZeRO, which shards optimizer, gradients and parameters."""
     deepspeed_config: str | None = flag(None, defines_run=True)
     """DeepSpeed's JSON file, or ds_zero1, ds_zero2, ds_zero3; "auto" there takes our flags."""
-    local_rank: int | None = flag(None, defines_run=False)
+    local_rank: int | None = flag(None, defines_run=False, inherited=False)
     """Given by DeepSpeed's launcher; the environment says the same."""
     dead_rank_timeout: float = flag(60.0, defines_run=False)
     """Seconds without a heartbeat after which a rank counts as dead and the others end."""
@@ -410,9 +410,11 @@ class DistributedOptions:
 class CheckpointOptions:
     """Saving and resuming."""
 
-    resume: str | None = flag(None, defines_run=False)
-    """"latest" (of the run called --name) or the path of a checkpoint."""
-    trust_checkpoint: bool = flag(False, defines_run=False)
+    resume: str | None = flag(None, defines_run=False, inherited=False)
+    """"latest" (of the run called --name), a run directory, or a checkpoint. Flags that are not
+    given are as in that run."""
+    # a run directory may come from elsewhere: it does not vouch for itself
+    trust_checkpoint: bool = flag(False, defines_run=False, inherited=False)
     """Resume from DeepSpeed's files, which are pickles: they can run any code when loaded."""
     save_frequency: int = flag(1, defines_run=False)
     """Epochs between checkpoints."""
@@ -441,9 +443,9 @@ class CheckpointOptions:
 class LogOptions:
     """The run directory, metrics and evaluation."""
 
-    name: str | None = flag(None, defines_run=False)
+    name: str | None = flag(None, defines_run=False, inherited=False)
     """Name of the run directory under --logs; by default the time and the model."""
-    logs: str = flag("logs", defines_run=False)
+    logs: str = flag("logs", defines_run=False, inherited=False)
     """Directory that holds the run directories."""
     val_frequency: int = flag(1, defines_run=False, heading="evaluation")
     """Epochs between evaluations on --val-data."""
