@@ -27,7 +27,10 @@ ENGINE_WORDS = {
     "zero1": "DeepSpeed, ZeRO stage 1: Adam's state divided over the GPUs",
     "zero2": "DeepSpeed, ZeRO stage 2: Adam's state and gradients divided",
     "zero3": "DeepSpeed, ZeRO stage 3: Adam's state, gradients, parameters divided",
+    "fsdp": "FSDP2: Adam's state, gradients, parameters divided, by blocks",
 }
+
+ZERO = ("zero1", "zero2", "zero3")
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,8 @@ class PlanConfig:
     """Memory of a GPU in GiB, of which 92 % is used."""
     precision: Literal["amp_bf16", "fp32", "amp"] = "amp_bf16"
     """Precision of the towers and dtype of the features in the loss."""
-    engine: Literal["auto", "torch", "zero1", "zero2", "zero3"] = "auto"
-    """torch, or a ZeRO stage of DeepSpeed."""
+    engine: Literal["auto", "torch", "zero1", "zero2", "zero3", "fsdp"] = "auto"
+    """torch, a ZeRO stage of DeepSpeed, or FSDP2."""
     loss: Literal["clip", "siglip"] = "clip"
     """Loss."""
     dist: Literal["auto", "gather", "ring"] = "auto"
@@ -176,14 +179,15 @@ def command(plan: Plan, model: str) -> list[str]:
     words += ["--grad-checkpointing"] * plan.checkpointing
     words += ["--siglip"] * (request.loss == "siglip")
     words += ["--loss-dist-impl", "ring"] * (plan.dist == "ring" and request.gpus > 1)
-    if plan.engine != "torch":
+    words += ["--fsdp"] * (plan.engine == "fsdp")
+    if plan.engine in ZERO:
         words += ["--deepspeed", "--deepspeed_config", f"ds_{plan.engine}"]
     return words
 
 
 def _launcher(plan: Plan) -> list[str]:
     gpus, nodes = plan.request.gpus, _nodes(plan.request.gpus)
-    if plan.engine != "torch":
+    if plan.engine in ZERO:
         where = ["--num_gpus", str(gpus)] if nodes == 1 else ["--hostfile", "HOSTFILE"]
         return ["deepspeed", *where, "--module", "fastclip.cli"]
     if gpus == 1:

@@ -25,7 +25,7 @@ _USERS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
         ("projector_hidden", "projector_width"), ("slip", "simclr", *_PROJECTED, "swalip")
     ),
-    "prototypes": ("swalip",),
+    **dict.fromkeys(("prototypes", "prototypes_frozen_steps"), ("swalip",)),
     "separate_projectors": _PROJECTED,
     "extra_weight": ("slip", "swalip", *_PROJECTED),
     # swalip's targets are soft already, slip has no pairs of strong views
@@ -44,11 +44,17 @@ _FROM_ZERO = (
     "strong_views",
     "lock_image_unlocked_groups",
     "lock_text_unlocked_layers",
+    "prototypes_frozen_steps",
     "text_lm_cache_bytes",
     "hard_negatives",
 )
 # what the flags that begin so are for
-_PREFIXES = {"text_lm_": "text_lm", "lock_image_": "lock_image", "lock_text_": "lock_text"}
+_PREFIXES = {
+    "text_lm_": "text_lm",
+    "lock_image_": "lock_image",
+    "lock_text_": "lock_text",
+    "prototypes_": "prototypes",
+}
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,8 @@ class SystemOptions:
     """swalip: number of learned prototypes, to which the weak pair is assigned, through projectors;
     there are then no strong views. By default strong views are assigned to those of the other
     modality."""
+    prototypes_frozen_steps: int = flag(0, defines_run=True)
+    """With --prototypes: number of first steps of a run in which the prototypes are not updated."""
     extra_weight: float | None = flag(None, defines_run=True, heading="loss")
     """Weight of the term that is added to the CLIP loss; by default as in the paper: 0.2 for
     swalip, 1 for the others."""
@@ -225,6 +233,7 @@ class SystemOptions:
             lock_text=False,
             lock_text_unlocked_layers=0,
             lock_text_freeze_layer_norm=False,
+            prototypes_frozen_steps=0,
         )
 
     @property

@@ -283,6 +283,7 @@ class Rocket(TwoTowers):
         width, options: see `RocketCriterion`.
         text_dropout: of the text tower for strong views, see `TextDropout`; 0 for none. Gradient
             checkpointing is then the image tower's alone: layers are run again without dropout.
+        prototypes_frozen_steps: first steps of a run in which prototypes are not updated.
 
     Attributes:
         head_weight: w, 0-d, in [0, 1]; 0.5 until it is chosen on held-out data.
@@ -292,13 +293,20 @@ class Rocket(TwoTowers):
     head_weight: Tensor
 
     def __init__(
-        self, towers: nn.Module, width: int, *, text_dropout: float = 0.0, **options: Any
+        self,
+        towers: nn.Module,
+        width: int,
+        *,
+        text_dropout: float = 0.0,
+        prototypes_frozen_steps: int = 0,
+        **options: Any,
     ) -> None:
         criterion = RocketCriterion(width, **options)
         views = 1 + criterion.strong_views
         super().__init__(towers, criterion, views, 1 if criterion.term == "slip" else views)
         self.needs_teacher = criterion.term == "byolip"
         self.text_dropout = TextDropout(towers, text_dropout) if text_dropout else None
+        self.prototypes_frozen_steps = prototypes_frozen_steps
         self.register_buffer("head_weight", torch.tensor(0.5))
 
     @classmethod
@@ -319,6 +327,7 @@ class Rocket(TwoTowers):
             term_weight=options.extra_weight,
             label_smoothing=options.label_smoothing,
             text_dropout=options.text_dropout,
+            prototypes_frozen_steps=options.prototypes_frozen_steps,
         )
 
     def features(self, batch: Mapping[str, Any]) -> Features:
@@ -336,6 +345,11 @@ class Rocket(TwoTowers):
         """See `TwoTowers.set_grad_checkpointing`; with text dropout of the image tower alone."""
         tower = self.towers if self.text_dropout is None else self.towers.visual
         tower.set_grad_checkpointing(enable)
+
+    def frozen(self, step: int) -> tuple[str, ...]:
+        """See `System.frozen`: the prototypes, at the beginning."""
+        frozen = self.criterion.prototypes is not None and step < self.prototypes_frozen_steps
+        return (f"{PREFIX}prototypes.weight",) if frozen else ()
 
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
         """(N, 3, S, S) to (N, D), normalized with either `normalize`: parts are weighed as such."""

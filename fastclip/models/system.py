@@ -11,7 +11,7 @@ averaging or ZeRO: `forward` hands them out beside the features, and `loss` comp
 
 import copy
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -214,6 +214,10 @@ class System(nn.Module):
 
     def begin_epoch(self, epoch: int) -> None:
         """Called before the steps of an epoch; no epoch differs from another."""
+
+    def frozen(self, step: int) -> Collection[str]:
+        """Names of parameters that no update may touch in this step of a run, the first being 0."""
+        return ()
 
     def outputs(self, towers: Callable[..., Any], batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """What `forward` gives, of `towers`, which wrap the system."""

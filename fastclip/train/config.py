@@ -1,7 +1,7 @@
 """The training configuration: sections of flags, filled from a YAML file and the command line.
 
 A YAML file is read as a list of flags in front of the command line's: one parser, one set of
-types, and a flag given by hand wins.
+types, and a flag given by hand wins. So does a file over the one that it extends.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,6 +25,8 @@ from fastclip.train.options import (
     TrainingDataOptions,
 )
 
+EXTENDS = "extends"
+"""The key of a file or recipe whose flags a YAML file begins with."""
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 # the names of before of a field's values: read from files, refused on the command line
 OLD_VALUES = {"data_backend": {"torchvision": "cpu"}}
@@ -105,19 +107,16 @@ class TrainConfig:
             )
         if data.strong_scale is not None and not model.strong:
             raise ValueError(f"--strong-scale: {objective} has no strong views; leave it out")
-        if not model.views[1] and (data.sentence_sampling or data.text_augment != "none"):
-            raise ValueError(
-                f"--sentence-sampling, --text-augment: {objective} trains without texts; "
-                "leave them out"
-            )
-        if data.caption_views == "multi" and model.views[1] < 2:
-            raise ValueError(
-                f"--caption-views multi: {objective} has one text of a sample at most; leave it out"
-            )
+        self._check_texts()
         if self.distributed.sharded and self.optim.optimizer != "adamw":
             raise ValueError(
                 f"--optimizer {self.optim.optimizer}: ZeRO and FSDP2 shard torch's AdamW; leave "
                 "the flag out with --deepspeed and --fsdp"
+            )
+        if self.distributed.deepspeed and model.prototypes_frozen_steps:
+            raise ValueError(
+                f"--prototypes-frozen-steps is {model.prototypes_frozen_steps}, but DeepSpeed "
+                "updates all parameters together; give 0, or leave --deepspeed out"
             )
         if self.distributed.fsdp and model.torchcompile:
             raise ValueError("--torchcompile does not work with --fsdp; leave one out")
@@ -127,6 +126,27 @@ class TrainConfig:
             raise ValueError(
                 f"--text-lm-cache-bytes is {model.text_lm_cache_bytes}, but FSDP2's ranks must "
                 "run all layers together; leave it out with --fsdp"
+            )
+
+    def _check_texts(self) -> None:
+        """Refuse what an objective without texts, or with one of a sample, has no use for."""
+        model, data, objective = self.model, self.data, self.model.objective
+        if not model.views[1] and (
+            data.sentence_sampling or data.text_augment != "none" or data.clean_captions
+        ):
+            raise ValueError(
+                f"--sentence-sampling, --text-augment, --clean-captions: {objective} trains "
+                "without texts; leave them out"
+            )
+        augmented = data.text_augment != "none" or model.views[1] > 1
+        if data.stop_word_rate != 0.8 and not augmented:
+            raise ValueError(
+                f"--stop-word-rate is {data.stop_word_rate}, but no text is augmented; give "
+                "--text-augment, or leave it out"
+            )
+        if data.caption_views == "multi" and model.views[1] < 2:
+            raise ValueError(
+                f"--caption-views multi: {objective} has one text of a sample at most; leave it out"
             )
 
     def _check_distillation(self) -> None:
@@ -213,7 +233,7 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     for name, values in OLD_VALUES.items():
         flag = flag_name(name)
         refuse_renamed(arguments, {f"{flag} {old}": f"{flag} {new}" for old, new in values.items()})
-    given = [each for file in files for each in adapted(_flags_of(file))]
+    given = [each for file in files for part in _chain(file) for each in adapted(_flags_of(part))]
     given += adapted(arguments)
     values = _values(given)
     typed = {flag.partition("=")[0].replace("_", "-") for flag in given}
@@ -269,19 +289,42 @@ def _take_config(arguments: list[str]) -> tuple[list[str], list[Path]]:
 
 
 def _find_config(name: str) -> Path:
-    shipped = RECIPES / f"{name}.yaml"
-    for path in (Path(name), shipped):
+    for path in (Path(name), RECIPES / f"{name}.yaml"):
         if path.is_file():
             return path
+    raise FileNotFoundError(f"config {name!r} is {_neither()}")
+
+
+def _neither() -> str:
     recipes = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yaml")))
-    raise FileNotFoundError(f"config {name!r} is neither a file nor a recipe ({recipes})")
+    return f"neither a file nor a recipe ({recipes})"
+
+
+def _chain(file: Path) -> list[Path]:
+    """A file behind all that it extends, the first of them first."""
+    chain = [file]
+    while (name := _values_of(chain[0]).get(EXTENDS)) is not None:
+        # beside the file, wherever the run starts
+        places = (chain[0].parent / str(name), RECIPES / f"{name}.yaml")
+        base = next((place for place in places if place.is_file()), None)
+        if base is None:
+            raise FileNotFoundError(f"{chain[0]} extends {name!r}, which is {_neither()}")
+        if any(base.samefile(known) for known in chain):
+            raise ValueError(f"{chain[0]} extends {name!r}, which extends it; delete one `extends`")
+        chain.insert(0, base)
+    return chain
+
+
+def _values_of(file: Path) -> dict[Any, Any]:
+    values = read_yaml(file) or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} must be a list of `key: value` lines")
+    return values
 
 
 def _flags_of(file: Path, wanted: Sequence[str] | None = None) -> list[str]:
     """A file's values as they are typed; of fastclip's own flags all, or those that are wanted."""
-    values = read_yaml(file) or {}
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} must be a list of `key: value` lines")
+    values = {key: value for key, value in _values_of(file).items() if key != EXTENDS}
     values = without_commands(values, str(file))
     # an open_clip switch that is off says nothing
     foreign = {key: value for key, value in values.items() if is_foreign(str(key))}

@@ -10,7 +10,7 @@ from fastclip.device import AUTOCAST_DTYPES
 from fastclip.ops.chunks import chunk_rows
 from fastclip.ops.kept import KEEP_BYTES, in_whole_tiles
 
-ENGINES = ("torch", "zero1", "zero2", "zero3")
+ENGINES = ("torch", "zero1", "zero2", "zero3", "fsdp")
 EXCHANGES = ("gather", "ring")
 # Products of n x N x D, forward and backward. Of symmetric losses the rows count in all blocks.
 # Where the exponentials are kept, S is formed once less.
@@ -23,6 +23,29 @@ ZERO_BUCKET = 200_000_000
 ZERO_LIVE = 1_000_000_000
 # The chunked implementation holds so many matrices of a chunk at once; the Triton kernels one.
 CHUNK_MATRICES = 3
+# FSDP2 holds so many copies of a block at once: whole, the next one and the buffer it comes in.
+FSDP_BLOCKS = 3
+
+
+class Sharding(NamedTuple):
+    """What FSDP2 divides of a model.
+
+    Attributes:
+        rows: of each parameter, how many rows there are and the numbers in one; a parameter without
+            dimensions has one row.
+        outside: numbers in no block.
+        largest: numbers in the largest block.
+        exact_blocks: whether blocks stay float32 under autocast, as those with batch normalization.
+    """
+
+    rows: tuple[tuple[int, int], ...]
+    outside: int
+    largest: int
+    exact_blocks: bool
+
+    def share(self, ranks: int) -> int:
+        """Numbers that a rank holds at most: of each parameter its rows, the last ranks fewer."""
+        return sum(-(-rows // ranks) * each for rows, each in self.rows)
 
 
 class LossBytes(NamedTuple):
@@ -74,16 +97,19 @@ def reduction_bytes(
 
     Data-parallel torch reduces float32 gradients once a step. ZeRO-1 scatters gradients and gathers
     parameters once; ZeRO-2 scatters once a micro-batch; ZeRO-3 does that too and gathers the
-    parameters for every forward and every backward of a micro-batch instead.
+    parameters for every forward and every backward of a micro-batch instead. So does FSDP2, whose
+    gradients are float32.
 
     Args:
         engine: one of `ENGINES`.
-        itemsize: bytes of a parameter and a gradient under ZeRO.
+        itemsize: bytes of a parameter as it is gathered, and of a gradient under ZeRO.
     """
     share = (ranks - 1) * parameters / ranks
     if engine == "torch":
         return round(2 * share * 4)
     passes = 2 if micro_batches == 1 else 3
+    if engine == "fsdp":
+        return round((passes * itemsize + 4) * micro_batches * share)
     transfers = {"zero1": 2, "zero2": micro_batches + 1, "zero3": (1 + passes) * micro_batches}
     return round(transfers[engine] * share * itemsize)
 
@@ -148,18 +174,40 @@ def loss_memory(
     return parts
 
 
-def state_memory(engine: str, parameters: int, ranks: int, precision: str) -> dict[str, int]:
+def state_memory(
+    engine: str, parameters: int, ranks: int, precision: str, sharding: Sharding | None = None
+) -> dict[str, int]:
     """Bytes of a rank's parameters, gradients, Adam's state and the engine's buffers.
 
     torch keeps float32 parameters under autocast. ZeRO has parameters and gradients in the low
     precision (float32 at fp32), a float32 master copy and two moments (12 bytes a parameter), and
-    divides the latter by the ranks, at stage 2 also gradients, at stage 3 also parameters.
+    divides the latter by the ranks, at stage 2 also gradients, at stage 3 also parameters. FSDP2
+    divides these by rows, all in float32. What is outside of blocks is whole from the forward to
+    the end of the backward, a block while it runs; their gradients are until they are reduced.
+
+    Args:
+        engine: one of `ENGINES`.
+        sharding: of the model, for FSDP2.
     """
     if engine == "torch":
         own = {"parameters": 4 * parameters, "gradients": 4 * parameters}
         return own | {"Adam": 8 * parameters}
-    stage = int(engine[-1])
     size = 4 if AUTOCAST_DTYPES[precision] is None else 2
+    if engine == "fsdp":
+        assert sharding is not None
+        share = 4 * sharding.share(ranks)
+        block = 4 if sharding.exact_blocks else size
+        casts = size if size < 4 else 0
+        return {
+            "parameters": share,
+            "gradients": share,
+            "Adam": 2 * share,
+            # with their gradients, and these again as they are reduced
+            "whole parameters outside blocks": (3 * 4 + casts) * sharding.outside,
+            # with the gradient of one, which is reduced while that of the one before is
+            "whole blocks": ((FSDP_BLOCKS + 1) * block + 2 * 4) * sharding.largest,
+        }
+    stage = int(engine[-1])
     buffers = 2 * min(parameters, ZERO_BUCKET)
     if stage == 3:
         buffers += min(parameters, ZERO_LIVE)

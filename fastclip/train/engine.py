@@ -1,7 +1,7 @@
 """What happens to a batch: towers, loss, gradients, update, in the chosen precision."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -68,11 +68,13 @@ class Engine:
     def _begin_average(self, decay: float) -> None:
         self.average = WeightAverage(self.model, decay)
 
-    def backward(self, batches: Sequence[dict[str, Any]]) -> Tensor:
+    def backward(self, batches: Sequence[dict[str, Any]], frozen: Collection[str] = ()) -> Tensor:
         """Compute the loss, 0-d, and the gradient of all micro-batches together.
 
         Args:
             batches: of the loader, see `fastclip.data.loader.TrainingLoader`.
+            frozen: names of parameters that get no gradient: the update leaves them and their
+                moments as they are.
 
         Raises:
             NonFiniteError: the loss is not finite, or, but for float16's overflows, the gradient.

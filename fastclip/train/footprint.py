@@ -9,6 +9,7 @@ Autocast is that of the CPU, changed where CUDA's differs in what a ViT or a tex
 CUDA runs normalizations and softmax in float32 and so keeps float32 copies of their inputs.
 """
 
+import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,12 +21,15 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from fastclip.device import AUTOCAST_DTYPES
 from fastclip.models.clip import create
+from fastclip.train.costs import Sharding
+from fastclip.train.shard import blocks_of
 
 # Few and many samples: what does not grow with the batch is separated from what does.
 SAMPLES = (16, 256)
@@ -63,6 +67,7 @@ class Footprint:
         working: bytes on top of these at the backward's peak, likewise.
         cast_bytes: the parameters' copies in autocast's dtype.
         has_batch_norm: whether a sample's features depend on the others of its micro-batch.
+        sharding: what FSDP2 divides.
     """
 
     parameters: int
@@ -73,6 +78,7 @@ class Footprint:
     working: dict[bool, Line]
     cast_bytes: int
     has_batch_norm: bool
+    sharding: Sharding
 
 
 def footprint(name: str, precision: str) -> Footprint:
@@ -111,8 +117,26 @@ def footprint(name: str, precision: str) -> Footprint:
         saved=saved,
         working=working,
         cast_bytes=casts,
-        has_batch_norm=any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()),
+        has_batch_norm=_has_batch_norm(model),
+        sharding=sharding_of(model),
     )
+
+
+def sharding_of(model: nn.Module) -> Sharding:
+    """What `fastclip.train.shard.shard` divides of a model, of real, fake or meta tensors."""
+    blocks = blocks_of(model)
+    sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
+    shapes = [tuple(parameter.shape) for parameter in model.parameters()]
+    return Sharding(
+        rows=tuple((shape[0], math.prod(shape[1:])) if shape else (1, 1) for shape in shapes),
+        outside=sum(map(math.prod, shapes)) - sum(sizes),
+        largest=max(sizes, default=0),
+        exact_blocks=any(map(_has_batch_norm, blocks)),
+    )
+
+
+def _has_batch_norm(module: nn.Module) -> bool:
+    return any(isinstance(each, _BatchNorm) for each in module.modules())
 
 
 def as_fake(model: nn.Module) -> nn.Module:

@@ -98,6 +98,9 @@ class FSDPEngine(TorchEngine):
             dist.all_reduce(together)
             torch._foreach_copy_(unsharded, list(together / self.world.size))
 
+    def _updated(self, name: str) -> Tensor:
+        return self._rows[name]
+
     def _gradient_norm(self) -> Tensor:
         """Over all processes' rows; a parameter that all have counts once."""
         sums = []

@@ -117,7 +117,8 @@ def train_step(state: TrainState, batches: list[dict[str, Any]]) -> StepResult:
     """
     try:
         with count_bytes() as exchange:
-            loss = state.engine.backward(batches)
+            frozen = state.engine.objective.frozen(state.step)
+            loss = state.engine.backward(batches, frozen)
     except NonFiniteError as error:
         raise NonFiniteError(
             f"step {state.step + 1}: {error} Checkpoints from before are in {state.checkpoints}."

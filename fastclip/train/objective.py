@@ -48,6 +48,9 @@ class Objective(Protocol):
     def begin_epoch(self, epoch: int) -> None:
         """Called on all ranks before the steps of an epoch, from 0 on, or those that are left."""
 
+    def frozen(self, step: int) -> Collection[str]:
+        """Names of parameters that no update may touch in this step of a run, the first being 0."""
+
     def outputs(self, towers: Callable[..., Any], batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """A micro-batch's outputs by name, see `fastclip.train.accumulate`.
 
@@ -93,6 +96,10 @@ class ClipObjective:
 
     def begin_epoch(self, epoch: int) -> None:
         """See `Objective.begin_epoch`; no epoch differs from another."""
+
+    def frozen(self, step: int) -> Collection[str]:
+        """See `Objective.frozen`."""
+        return ()
 
     def outputs(self, towers: Callable[..., Any], batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """See `Objective.outputs`."""

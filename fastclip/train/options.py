@@ -67,6 +67,10 @@ class TrainingDataOptions(DataOptions):
     text_augment: Literal["none", "weak", "strong"] = flag("none", defines_run=True)
     """weak: stop-words removed, often. strong: then a synonym, a swap or a deletion as well. The
     strong views of --objective are strong in any case."""
+    stop_word_rate: float = flag(0.8, defines_run=True)
+    """Share of the texts with such an augmentation from which stop-words are removed."""
+    clean_captions: bool = flag(False, defines_run=True)
+    """Resolve HTML's entities and collapse white space before a text is augmented."""
     caption_views: Literal["single", "multi"] = flag("single", defines_run=True)
     """single: all of a sample's texts in a step are augmentations of one caption. multi: each is of
     a caption drawn for it, where a sample has several."""
@@ -78,6 +82,8 @@ class TrainingDataOptions(DataOptions):
         super().__post_init__()
         check_least(self, shuffle_window=1, workers=0)
         check_positive(self, "train_num_samples", "val_num_samples")
+        if not 0 <= self.stop_word_rate <= 1:
+            raise ValueError(f"--stop-word-rate is {self.stop_word_rate}; give one in [0, 1]")
         if self.val_num_samples is not None and self.val_data is None:
             raise ValueError("--val-num-samples is for --val-data; leave it out")
         # reported now, not when they are opened

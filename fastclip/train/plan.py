@@ -77,7 +77,8 @@ class Plan:
         """The memory by part."""
         request, model = self.request, self.footprint
         n, m, W = request.rows, self.micro_batch, request.gpus
-        states = costs.state_memory(self.engine, model.parameters, W, request.precision)
+        sizes = model.parameters, W, request.precision
+        states = costs.state_memory(self.engine, *sizes, model.sharding)
         parts = [Part(name, size, size) for name, size in states.items()]
         if self.engine == "torch":
             parts.append(Part("cast weights", model.cast_bytes, model.cast_bytes))
@@ -144,9 +145,9 @@ def choose(footprint: Footprint, request: Request, *, one_pass: bool = False) ->
 
     Settings are tried in this order, and the first that fits is taken: fewest extra forward passes
     of the towers (none; one, by checkpointing or by accumulation; both), then the lower ZeRO stage,
-    then gather before ring, then checkpointing before accumulation, which reads the inputs twice.
-    Under accumulation the micro-batch is the largest divisor of a rank's rows that fits. All are
-    tried with micro-batches of at least `LEAST_MICRO_BATCH` first.
+    FSDP2 being the last, then gather before ring, then checkpointing before accumulation, which
+    reads the inputs twice. Under accumulation the micro-batch is the largest divisor of a rank's
+    rows that fits. All are tried with micro-batches of at least `LEAST_MICRO_BATCH` first.
 
     Args:
         one_pass: without accumulation.
@@ -249,7 +250,8 @@ def easier_batch(plan: Plan) -> int | None:
 
 def describe(plan: Plan) -> str:
     """The setting in a few words."""
-    words = ["DDP" if plan.engine == "torch" else f"ZeRO-{plan.engine[-1]}"]
+    names = {"torch": "DDP", "fsdp": "FSDP2"}
+    words = [names.get(plan.engine, f"ZeRO-{plan.engine[-1]}")]
     if plan.request.gpus == 1:
         words = ["one process"]
     words.append(f"{plan.micro_batches:,} x {plan.micro_batch:,}")

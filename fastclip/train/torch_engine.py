@@ -1,6 +1,6 @@
 """Training by torch alone: one process, or data-parallel ones."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ class TorchEngine(Engine):
         self._scaler = torch.amp.GradScaler(world.device.type, enabled=scaled)
         self._overflowed = False
 
-    def backward(self, batches: Sequence[dict[str, Any]]) -> Tensor:
+    def backward(self, batches: Sequence[dict[str, Any]], frozen: Collection[str] = ()) -> Tensor:
         """See `Engine.backward`; the gradients, unscaled, are in the parameters."""
         self._clear_gradients()
         loss = accumulate_wrapped(
@@ -50,6 +50,8 @@ class TorchEngine(Engine):
             scale_loss=self._scaler.scale,
         )
         self._take_gradients()
+        for name in frozen:
+            self._updated(name).grad = None
         self._scaler.unscale_(self.optimizer)
         self.norm = self._gradient_norm()
         overflow = not torch.isfinite(self.norm)
@@ -73,6 +75,10 @@ class TorchEngine(Engine):
 
     def _take_gradients(self) -> None:
         """Bring what the backward left to the parameters that the optimizer has."""
+
+    def _updated(self, name: str) -> Tensor:
+        """What the optimizer has of a parameter."""
+        return self.model.get_parameter(name)
 
     def _gradient_norm(self) -> Tensor:
         return gradient_norm([p.grad for p in self.parameters if p.grad is not None])

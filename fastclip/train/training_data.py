@@ -116,11 +116,18 @@ def _captions(data: TrainingDataOptions, system: SystemOptions) -> CaptionSampli
         "weak": TextAugmentation.weak,
         "strong": TextAugmentation.strong,
     }
-    further = system.views[1] - 1
+    views = (made[data.text_augment](), *(TextAugmentation.strong(),) * (system.views[1] - 1))
     return CaptionSampling(
         weights=tuple(data.caption_weights.items()),
         sentences=data.sentence_sampling,
-        views=(made[data.text_augment](), *(TextAugmentation.strong(),) * further),
+        views=tuple(
+            replace(
+                view,
+                stop_words=data.stop_word_rate if view.stop_words else 0.0,
+                clean=data.clean_captions,
+            )
+            for view in views
+        ),
         redraw=data.caption_views == "multi",
         negatives=system.hard_negatives,
     )

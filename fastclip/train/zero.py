@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +80,10 @@ class DeepSpeedEngine(Engine):
         self._engine._copy_recovery_script = lambda folder: None
         optimizer.register_step_post_hook(lambda *_: self._clamp())
 
-    def backward(self, batches: Sequence[dict[str, Any]]) -> Tensor:
+    def backward(self, batches: Sequence[dict[str, Any]], frozen: Collection[str] = ()) -> Tensor:
         """See `Engine.backward`; there is one reduction of gradients, at the end."""
+        # the configuration is refused
+        assert not frozen, "DeepSpeed updates all parameters together"
         if self._dtype != torch.float32:
             # asked for once a step: where parameters are sharded it is an exchange
             self._exact = {

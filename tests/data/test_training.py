@@ -116,6 +116,25 @@ def test_texts_are_of_one_caption_or_of_one_each(views: str | None) -> None:
     assert set().union(*kinds) == {"q", "v"}
 
 
+def test_stop_words_and_cleaning_by_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of all augmented texts, the weak one where --text-augment says so."""
+    sample = Sample("a", Image.new("RGB", (8, 8)), ("the &amp;  sign",))
+    flags = "--objective rocket --train-data scenes --clean-captions --stop-word-rate"
+    for rate, weak, words in (("1", "weak", {"& sign"}), ("1", "none", {"the & sign"})):
+        config = parse([*flags.split(), rate, "--text-augment", weak])
+        sampling = training_data._captions(config.data, config.model)
+        drawn = [sampling.draw(sample, random.Random(seed)).texts for seed in range(20)]
+        assert {texts[0] for texts in drawn} == words
+        assert not any("the" in texts[1].split() for texts in drawn)
+    config = parse([*flags.split(), "0"])
+    sampling = training_data._captions(config.data, config.model)
+    assert [view.stop_words for view in sampling.views] == [0, 0, 0]
+    assert main("train --train-data scenes --stop-word-rate 0.5".split()) == 1
+    assert "--stop-word-rate is 0.5, but no text is augmented" in capsys.readouterr().err
+    assert main("train --text-augment weak --stop-word-rate 1.5".split()) == 1
+    assert "--stop-word-rate is 1.5; give one in [0, 1]" in capsys.readouterr().err
+
+
 def test_several_captions_need_several_texts(capsys: pytest.CaptureFixture[str]) -> None:
     assert main("train --train-data scenes --caption-views multi".split()) == 1
     assert "--caption-views multi: clip has one text" in capsys.readouterr().err

@@ -135,7 +135,9 @@ def test_recipes_train_what_they_are_named_after(recipe: str, model: str, sample
     assert locked == (config.optim.accum_freq > 1)
 
 
-@pytest.mark.parametrize(("name", "width"), [("RN50-rocket", 2048), ("ViT-B-16-slip", 768)])
+@pytest.mark.parametrize(
+    ("name", "width"), [("RN50-rocket", 2048), ("RN50-rocket-cc3m", 2048), ("ViT-B-16-slip", 768)]
+)
 def test_towers_of_published_recipes_are_those_of_their_code(name: str, width: int) -> None:
     """The text tower has QuickGELU; the image tower has timm's activations, and no projection."""
     with torch.device("meta"):

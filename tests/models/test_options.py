@@ -35,6 +35,8 @@ def test_what_training_begins_with_is_no_part_of_the_model() -> None:
     assert locked.lasting() == SystemOptions()
     begun = SystemOptions(objective="classify", classifier="zeroshot", finetune="logs/a")
     assert begun.lasting() == SystemOptions(objective="classify", classifier="prototype")
+    still = SystemOptions(objective="swalip", prototypes=4, prototypes_frozen_steps=9)
+    assert still.lasting() == SystemOptions(objective="swalip", prototypes=4)
 
 
 @pytest.mark.parametrize(
@@ -59,6 +61,11 @@ def test_what_training_begins_with_is_no_part_of_the_model() -> None:
         ({"objective": "swalip", "prototypes": 4, "strong_views": 2}, "with --prototypes, give 0"),
         ({"objective": "swalip", "prototypes": 0}, "--prototypes is 0; give at least 1"),
         ({"objective": "siamlip", "prototypes": 4}, "--prototypes is for swalip, not siamlip"),
+        (
+            {"objective": "swalip", "prototypes_frozen_steps": 4},
+            "--prototypes-frozen-steps needs --prototypes; leave it out",
+        ),
+        ({"objective": "swalip", "prototypes": 4, "prototypes_frozen_steps": -1}, "at least 0"),
         ({"objective": "siamlip", "extra_weight": 0.0}, "--extra-weight is 0.0"),
         ({"text_lm_unfrozen": 2}, "--text-lm-unfrozen needs --text-lm"),
         ({"text_lm": "gpt2", "text_lm_unfrozen": 0}, "--text-lm-unfrozen is 0; give at least 1"),

@@ -266,6 +266,23 @@ def test_temperatures_are_learned_one_a_domain_pair_and_bounded(
     torch.testing.assert_close(system.criterion.logit_scale.max().item(), 100.0)
 
 
+def test_sup_con_has_the_one_scale_of_a_shared_similarity(tmp_path: Path) -> None:
+    """So they differ in the loss alone, and the flag changes nothing of it."""
+    alone, both, shared = (
+        build(tmp_path, **options)
+        for options in (
+            {"pair_loss": "sup-con"},
+            {"pair_loss": "sup-con", "shared_similarity": True},
+            {"shared_similarity": True},
+        )
+    )
+    shapes = [{n: p.shape for n, p in each.named_parameters()} for each in (alone, both, shared)]
+    assert shapes[0] == shapes[1] == shapes[2]
+    batch = draw(4)
+    losses = [each.loss(each(batch)).item() for each in (alone, both, shared)]
+    assert losses[0] == losses[1] != losses[2]
+
+
 def test_it_learns_a_batch_and_is_saved_whole(tmp_path: Path) -> None:
     system, batch = begin(tmp_path), draw(8)
     optimizer = torch.optim.AdamW(system.parameters(), lr=1e-2)

@@ -1,9 +1,10 @@
 """Configuration: recipes, files, flags, and what is said of mistakes."""
 
+import functools
 import json
 import re
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,40 @@ def test_a_file_and_flags_that_win(tmp_path: Path) -> None:
     assert config.data.aug_scale == (0.5, 1.0)
     assert config.model.torchcompile
     assert not parse([f"--config={path}", "--no-torchcompile"]).model.torchcompile
+
+
+def test_a_file_extends_another(tmp_path: Path) -> None:
+    """Its own lines win over those of the file, and a flag given by hand over all."""
+    (tmp_path / "mine").mkdir()
+    base, middle, last = (tmp_path / "mine" / name for name in ("a.yaml", "b.yaml", "c.yaml"))
+    base.write_text("lr: 1e-3\naug_scale: [0.5, 1]\ntorchcompile: true\noptim:\n  wd: 0.3\n")
+    # beside the file, not where the run starts
+    middle.write_text("extends: a.yaml\naug_scale: [0.2, 0.9]\ntorchcompile: false\n")
+    last.write_text("extends: b.yaml\nmodel:\n  model: ViT-B-32\noptim:\n  lr: 2e-3\n")
+    config = parse(["--config", str(last), "--wd", "0.4"])
+    assert (config.optim.lr, config.optim.wd, config.model.model) == (2e-3, 0.4, "ViT-B-32")
+    assert config.data.aug_scale == (0.2, 0.9) and not config.model.torchcompile
+    last.write_text("extends: cifar10\nlr: 3e-3\n")
+    recipe = parse(["--config", "cifar10"])
+    assert parse(["--config", str(last)]) == replace(recipe, optim=replace(recipe.optim, lr=3e-3))
+
+
+@pytest.mark.parametrize(
+    ("extends", "kind", "message"),
+    [
+        ("nothing", FileNotFoundError, r"c.yaml extends 'nothing', which is neither .*cifar10"),
+        ("[a, b]", FileNotFoundError, r"c.yaml extends \['a', 'b'\], which is neither a file"),
+        ("c.yaml", ValueError, "c.yaml extends 'c.yaml', which extends it; delete one `extends`"),
+        ("b.yaml", ValueError, "b.yaml extends 'c.yaml', which extends it; delete one `extends`"),
+    ],
+)
+def test_mistakes_in_extending(
+    extends: str, kind: type[Exception], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "b.yaml").write_text("extends: c.yaml\n")
+    (tmp_path / "c.yaml").write_text(f"extends: {extends}\nlr: 1e-3\n")
+    with pytest.raises(kind, match=message):
+        parse(["--config", str(tmp_path / "c.yaml")])
 
 
 def test_what_is_saved_is_what_is_read(tmp_path: Path) -> None:
@@ -107,9 +142,14 @@ GIVEN = {
 }
 
 
+@functools.cache
+def config_of(recipe: str) -> TrainConfig:
+    return parse(["--config", recipe, *GIVEN.get(recipe, [])])
+
+
 @pytest.mark.parametrize("recipe", [path.stem for path in RECIPES.glob("*.yaml")])
 def test_recipes_are_valid(recipe: str) -> None:
-    assert parse(["--config", recipe, *GIVEN.get(recipe, [])]) != TrainConfig()
+    assert config_of(recipe) != TrainConfig()
 
 
 def test_unknown_keys_are_reported_with_the_nearest_name(tmp_path: Path) -> None:

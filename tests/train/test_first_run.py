@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import re
 import shlex
 import signal
 from collections.abc import Callable
@@ -14,12 +13,11 @@ import pytest
 from matplotlib import pyplot
 
 from fastclip import device
-from fastclip.bounded import read_yaml
 from fastclip.cli import main
 from fastclip.messages import WIDTH
 from fastclip.models import export_onnx
 from fastclip.train import log
-from fastclip.train.config import RECIPES, parse
+from fastclip.train.config import parse
 from fastclip.train.describe import warn_of_batch
 from fastclip.train.log import plot_loss, read_metrics
 from fastclip.train.next_commands import next_commands
@@ -216,17 +214,6 @@ def test_another_global_batch_than_the_recipes_is_said(
     warn_of_batch(OptimOptions(batch_size=8, accum_freq=2, global_batch=meant), processes)
     text = logged()
     assert says in text and bool(text) == bool(says)
-
-
-@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
-def test_recipes_of_a_global_batch_say_how_many_gpus(recipe: Path) -> None:
-    """The number is in a comment beside it: 4,096 in steps of 128 are 32 GPUs."""
-    values, text = read_yaml(recipe), recipe.read_text()
-    if "global_batch" not in values:
-        return
-    gpus, left = divmod(values["global_batch"], values["batch_size"] * values.get("accum_freq", 1))
-    (comment,) = re.findall(r"(#.*)\nglobal_batch:", text)
-    assert left == 0 and f"{gpus} GPUs" in comment
 
 
 def test_steps_that_were_made_are_said(

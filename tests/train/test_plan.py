@@ -2,15 +2,18 @@
 
 import json
 import shlex
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from fastclip.cli import main
@@ -21,7 +24,9 @@ from fastclip.ops.gemm import count_products
 from fastclip.ops.problem import Options
 from fastclip.train import costs
 from fastclip.train.config import parse
-from fastclip.train.footprint import Footprint, Line, as_fake, footprint, measure
+from fastclip.train.distributed import World
+from fastclip.train.footprint import Footprint, Line, as_fake, footprint, measure, sharding_of
+from fastclip.train.fsdp import MOMENTS
 from fastclip.train.plan import (
     USABLE,
     Plan,
@@ -31,7 +36,9 @@ from fastclip.train.plan import (
     largest_batch,
     scaling_table,
 )
+from fastclip.train.shard import blocks_of
 from tests.train.conftest import ROOT, TINY_MODEL
+from tests.train.test_fsdp import batches, make, run
 
 TINY_SHAPE, TINY_CONTEXT = (3, 16, 16), 12
 
@@ -207,17 +214,77 @@ def test_bytes_of_the_loss() -> None:
     assert costs.bytes_per_rank("clip", "gather", 10, 1, 8, 2).total == 0
 
 
+DIVIDED = costs.Sharding(rows=((1000, 1),), outside=0, largest=0, exact_blocks=False)
+
+
 def test_states_and_reductions_are_the_standard_ones() -> None:
     def states(engine: str) -> int:
-        parts = costs.state_memory(engine, 1000, 10, "amp_bf16")
+        parts = costs.state_memory(engine, 1000, 10, "amp_bf16", DIVIDED)
         return sum(size for name, size in parts.items() if name != "buckets")
 
-    assert [states(engine) for engine in costs.ENGINES] == [16_000, 5_200, 3_400, 1_600]
+    assert [states(engine) for engine in costs.ENGINES] == [16_000, 5_200, 3_400, 1_600, 1_600]
     reductions = [costs.reduction_bytes(engine, 1000, 10, 1) for engine in costs.ENGINES]
-    assert reductions == [7_200, 3_600, 3_600, 5_400]
-    # with four micro-batches ZeRO-2 scatters four times; ZeRO-3 gathers thrice in each as well
+    assert reductions == [7_200, 3_600, 3_600, 5_400, 7_200]
+    # with four micro-batches ZeRO-2 scatters four times; ZeRO-3 gathers thrice in each as well, and
+    # so does FSDP2, which scatters float32
     reductions = [costs.reduction_bytes(engine, 1000, 10, 4) for engine in costs.ENGINES]
-    assert reductions == [7_200, 3_600, 9_000, 28_800]
+    assert reductions == [7_200, 3_600, 9_000, 28_800, 36_000]
+
+
+def fsdp_part(folder: Path, here: World) -> dict[str, dict[str, int]]:
+    """Bytes that a step of FSDP2 has on this rank, by precision."""
+    return {
+        precision: bytes_of(make(folder, here, precision=precision), here)
+        for precision in ("fp32", "amp_bf16")
+    }
+
+
+def bytes_of(engine: Any, here: World) -> dict[str, int]:
+    def size(tensors: Iterable[Tensor]) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    whole: list[int] = []
+
+    def count(*_: Any) -> None:
+        whole.append(size(p for p in engine.model.parameters() if not isinstance(p, DTensor)))
+
+    for block in blocks_of(engine.model):
+        block.register_forward_pre_hook(count)
+    engine.backward(batches(0, here))
+    rows = engine._rows.values()
+    found = {"parameters": size(rows), "gradients": size(own.grad for own in rows)}
+    engine.update(1e-3)
+    moments = (engine.optimizer.state[own][name] for own in rows for name in MOMENTS)
+    return {**found, "Adam": size(moments), "whole": max(whole)}
+
+
+@pytest.mark.dist
+def test_fsdp_holds_what_is_counted(tmp_path: Path) -> None:
+    # an odd number of rows, and blocks of two sizes
+    model = json.loads(json.dumps(TINY_MODEL))
+    model["vision_cfg"] |= {"width": 24, "layers": 2}
+    model["embed_dim"] = 15
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(model))
+    found = run(tmp_path, 2, fsdp_part)
+    sharding = sharding_of(meta_model(str(path)))
+    whole = create(str(path)).model
+    total = sum(parameter.numel() for parameter in whole.parameters())
+    assert total / 2 < sharding.share(2) < total / 2 + 100
+    assert sharding.largest == sum(
+        p.numel() for p in whole.visual.transformer.resblocks[0].parameters()
+    )
+    for precision, each in (("fp32", 4), ("amp_bf16", 2)):
+        counted = costs.state_memory("fsdp", total, 2, precision, sharding)
+        for name in ("parameters", "gradients", "Adam"):
+            assert found[precision][name] == counted[name], (precision, name)
+        # while a block runs forward, with what is outside of blocks
+        assert found[precision]["whole"] == 4 * sharding.outside + each * sharding.largest
+        least = {
+            "whole parameters outside blocks": sharding.outside,
+            "whole blocks": sharding.largest,
+        }
+        assert all(counted[name] > 4 * numbers for name, numbers in least.items())
 
 
 @pytest.mark.parametrize("gpus", [1, 8, 64, 1024])
@@ -296,6 +363,7 @@ def command_of(output: str) -> str:
             "torchrun --nproc_per_node 6 --nnodes 2 --rdzv_backend c10d --rdzv_endpoint NODE:29500"
             " -m -- fastclip.cli",
         ),
+        ("--gpus 6 --batch 12 --engine fsdp", "torchrun --nproc_per_node 6 -m -- fastclip.cli"),
         ("--gpus 8 --batch 8 --engine zero1", "deepspeed --num_gpus 8 --module fastclip.cli"),
         (
             "--gpus 64 --batch 64 --engine zero3",
@@ -344,6 +412,11 @@ def test_the_command(plain_model: str, capsys: pytest.CaptureFixture[str]) -> No
     assert config.optim.step_samples(8) == 8192
     assert config.loss.siglip and config.loss.loss_dist_impl == "ring"
     assert config.distributed.deepspeed_config == "ds_zero2"
+    assert main(["plan", *"--gpus 8 --batch 8192 --engine fsdp --model".split(), plain_model]) == 0
+    output = capsys.readouterr().out
+    config = parse(shlex.split(command_of(output))[7:])
+    assert config.distributed.fsdp and not config.distributed.deepspeed
+    assert "FSDP2: Adam's state" in output and "whole blocks" in output
 
     tight = ["--batch", str(2**30), "--model", plain_model, "--memory", "4"]
     assert main(["plan", "--gpus", "2", *tight]) == 1
