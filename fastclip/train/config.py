@@ -130,7 +130,7 @@ class TrainConfig:
 
     def _check_distillation(self) -> None:
         """Refuse what a teacher does not go with."""
-        name = "--distill-model" if self.loss.distill_model else "--distill-embeddings"
+        name = self.loss.teachers[0]
         if self.model.objective != "clip" or self.loss.siglip or self.loss.loss == "global":
             raise ValueError(
                 f"{name} is for the softmax loss of --objective clip, without --siglip and --loss "
@@ -138,10 +138,10 @@ class TrainConfig:
             )
         data = self.data
         varied = data.sentence_sampling or data.text_augment != "none" or data.captions
-        if self.loss.distill_embeddings and varied:
+        if self.loss.distill_stored and varied:
             raise ValueError(
-                "--distill-embeddings has one text a sample: leave out --captions, "
-                "--sentence-sampling and --text-augment"
+                f"{name} has one text a sample: leave out --captions, --sentence-sampling and "
+                "--text-augment"
             )
 
     def _check_global(self) -> None:
