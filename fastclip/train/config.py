@@ -118,8 +118,10 @@ class TrainConfig:
                 f"--optimizer {self.optim.optimizer}: ZeRO and FSDP2 shard torch's AdamW; leave "
                 "the flag out with --deepspeed and --fsdp"
             )
-        if self.distributed.fsdp and model.torchcompile:
-            raise ValueError("--torchcompile does not work with --fsdp; leave one out")
+        if self.distributed.fsdp and model.torchcompile and model.grad_checkpointing:
+            raise ValueError(
+                "--torchcompile under --fsdp does not work with --grad-checkpointing; leave one out"
+            )
         if model.text_dropout and model.torchcompile:
             raise ValueError("--torchcompile does not work with --text-dropout; leave one out")
         if self.distributed.fsdp and model.text_lm_cache_bytes:

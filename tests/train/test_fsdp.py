@@ -1,5 +1,6 @@
 """FSDP2 on gloo ranks against plain data-parallel training, from engine to engine."""
 
+import functools
 import json
 import math
 import multiprocessing
@@ -162,6 +163,34 @@ def test_two_ranks_equal_data_parallel_and_resume(tmp_path: Path) -> None:
     assert back["losses"] == pytest.approx(result["next"], rel=SAME)
     assert one["combined"] == pytest.approx(result["combined"][3:], rel=SAME)
     assert back["combined"] == result["combined"][3:]
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_compiled_blocks_equal_data_parallel(tmp_path: Path) -> None:
+    """Their graphs, whatever is made of them: a backend that generates code takes minutes."""
+    parts = {"vision_cfg", "text_cfg"}
+    model = {k: {**v, "layers": 3} if k in parts else v for k, v in TINY_MODEL.items()}
+    (tmp_path / "tiny.json").write_text(json.dumps(model))
+    result = run(tmp_path, 2, compiled_part)
+    assert result["compiled"] == pytest.approx(result["plain"], rel=SAME)
+    # one for the blocks of each tower, forward and backward traced together
+    assert result["graphs"] == 2
+    ours, theirs = result["amp_bf16"]
+    assert ours == pytest.approx(theirs, rel=0.02)
+
+
+def compiled_part(folder: Path, here: World) -> dict[str, Any]:
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")
+    found: dict[str, Any] = {"plain": steps(make(folder, here, fsdp=False), here, 0, 10)}
+    found["compiled"] = steps(make(folder, here, torchcompile=True), here, 0, 10)
+    found["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    low = {"precision": "amp_bf16"}
+    found["amp_bf16"] = [
+        steps(make(folder, here, fsdp, torchcompile=fsdp, **low), here, 0, 3)
+        for fsdp in (True, False)
+    ]
+    return found
 
 
 class Tower(torch.nn.Module):
