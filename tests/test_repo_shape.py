@@ -188,6 +188,19 @@ def test_every_module_and_public_function_is_documented() -> None:
                     assert ast.get_docstring(node), f"{path}: {node.name}"
 
 
+def test_processes_of_a_test_leave_together() -> None:
+    """One that leaves its group alone closes the others' connections in their last exchange."""
+    leaving = r"(.*)\n +(?:torch\.distributed|dist)\.destroy_process_group\(\)\n"
+    several = [
+        (path, before)
+        for path in tracked("tests/**/*.py")
+        if re.search(r"spawn\(|start_processes\(", text := path.read_text())
+        for before in re.findall(leaving, text)
+    ]
+    assert len(several) > 10
+    assert [str(path) for path, before in several if not before.endswith(".barrier()")] == []
+
+
 def test_kernels_import_nothing_of_the_package_but_kernels() -> None:
     for path in tracked("kernels/*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -161,6 +161,8 @@ def open_source(
     required: tuple[str, ...] = ("txt",),
     negatives: bool = False,
     optional_texts: bool = False,
+    features: bool = False,
+    by_row: bool = False,
 ) -> Source:
     """The samples that `data` names.
 
@@ -175,6 +177,8 @@ def open_source(
             may hold images anywhere, without folders of classes.
         negatives: have the hard negatives of scenes or collages made, which takes time.
         optional_texts: read captions of shards where there are some, although none are required.
+        features: read a teacher's features, which shards alone can hold.
+        by_row: whether files elsewhere have a row for each sample; see `ShardSource`.
 
     Returns:
         A source: `counts` has the number of samples of each shard, `read(shard, index)` gives one,
@@ -201,10 +205,15 @@ def open_source(
             f"--captions {options.captions}: only shards, scenes and collages have captions by "
             "name; leave it out, all captions of a table are used alike"
         )
+    if features and kind != "webdataset":
+        raise ValueError(
+            f"--distill-shards: {data} is {kind}, and only shards hold a teacher's features; give "
+            "files of them: --distill-embeddings"
+        )
     if kind == "webdataset":
         cache = ShardCache(options.cache_dir, options.cache_bytes)
         captions = tuple(options.caption_weights)
-        return ShardSource(data, required, cache, captions, optional_texts)
+        return ShardSource(data, required, cache, captions, optional_texts, features, by_row)
     sources: list[Source] = []
     for part in data.split("::"):
         number = count or DRAWN.get(split, DRAWN["val"])

@@ -118,8 +118,10 @@ class TrainConfig:
                 f"--prototypes-frozen-steps is {model.prototypes_frozen_steps}, but DeepSpeed "
                 "updates all parameters together; give 0, or leave --deepspeed out"
             )
-        if self.distributed.fsdp and model.torchcompile:
-            raise ValueError("--torchcompile does not work with --fsdp; leave one out")
+        if self.distributed.fsdp and model.torchcompile and model.grad_checkpointing:
+            raise ValueError(
+                "--torchcompile under --fsdp does not work with --grad-checkpointing; leave one out"
+            )
         if model.text_dropout and model.torchcompile:
             raise ValueError("--torchcompile does not work with --text-dropout; leave one out")
         if self.distributed.fsdp and model.text_lm_cache_bytes:
@@ -151,7 +153,7 @@ class TrainConfig:
 
     def _check_distillation(self) -> None:
         """Refuse what a teacher does not go with."""
-        name = "--distill-model" if self.loss.distill_model else "--distill-embeddings"
+        name = self.loss.teachers[0]
         if self.model.objective != "clip" or self.loss.siglip or self.loss.loss == "global":
             raise ValueError(
                 f"{name} is for the softmax loss of --objective clip, without --siglip and --loss "
@@ -159,10 +161,10 @@ class TrainConfig:
             )
         data = self.data
         varied = data.sentence_sampling or data.text_augment != "none" or data.captions
-        if self.loss.distill_embeddings and varied:
+        if self.loss.distill_stored and varied:
             raise ValueError(
-                "--distill-embeddings has one text a sample: leave out --captions, "
-                "--sentence-sampling and --text-augment"
+                f"{name} has one text a sample: leave out --captions, --sentence-sampling and "
+                "--text-augment"
             )
 
     def _check_global(self) -> None:

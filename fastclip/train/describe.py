@@ -119,7 +119,7 @@ def _name_of_loss(config: TrainConfig) -> str:
         return "siglip"
     if config.loss.distills:
         stored = " and ".join(config.loss.distill_embeddings or ())
-        return f"clip, distilled from {config.loss.distill_model or stored}"
+        return f"clip, distilled from {config.loss.distill_model or stored or 'the shards'}"
     return config.model.objective
 
 

@@ -296,8 +296,13 @@ class LossOptions:
     distill_embeddings: tuple[str, str] | None = flag(None, defines_run=True)
     """Instead of --distill-model: the teacher's stored features of images and of texts, .npy files
     of one row a sample in the order of the data, e.g. 'images-{000..041}.npy' 'texts.npy'."""
+    distill_shards: bool = flag(False, defines_run=True)
+    """Instead of --distill-model: the shards of --train-data hold the teacher's features of every
+    sample, KEY.teacher_image.npy and KEY.teacher_text.npy, as `fastclip embed shards` writes
+    them."""
     distill_logit_scale: float | None = flag(None, defines_run=True)
-    """With --distill-embeddings: the teacher's logit scale, exponentiated, e.g. 100."""
+    """With --distill-embeddings and --distill-shards: the teacher's logit scale, exponentiated,
+    e.g. 100."""
     distill_weight: float = flag(1.0, defines_run=True)
     """Weight of the distillation term, which is added to the contrastive one."""
     siglip: bool = flag(False, defines_run=True)
@@ -331,26 +336,43 @@ class LossOptions:
 
     def _check_distillation(self) -> None:
         """Refuse half of a teacher, and two."""
-        stored = self.distill_embeddings
         if (self.distill_model is None) != (self.distill_pretrained is None):
             raise ValueError(
                 "--distill-model and --distill-pretrained name a teacher together; give both"
             )
-        if self.distill_model is not None and stored is not None:
-            raise ValueError("--distill-model and --distill-embeddings are two teachers; give one")
-        if (stored is None) != (self.distill_logit_scale is None):
+        if len(self.teachers) > 1:
+            raise ValueError(f"{' and '.join(self.teachers)} are several teachers; give one")
+        if self.distill_stored != (self.distill_logit_scale is not None):
+            name = "--distill-shards" if self.distill_shards else "--distill-embeddings"
             raise ValueError(
-                "--distill-embeddings needs --distill-logit-scale, and that is for it alone; give "
+                f"{name} needs --distill-logit-scale, and that is for stored features alone; give "
                 "both"
             )
         if self.distill_weight != 1 and not self.distills:
-            raise ValueError("--distill-weight is for --distill-model and --distill-embeddings")
+            raise ValueError(
+                "--distill-weight is for --distill-model, --distill-embeddings and --distill-shards"
+            )
         check_positive(self, "distill_logit_scale", "distill_weight")
+
+    @property
+    def teachers(self) -> list[str]:
+        """The flags that name a teacher."""
+        given = {
+            "--distill-model": self.distill_model is not None,
+            "--distill-embeddings": self.distill_embeddings is not None,
+            "--distill-shards": self.distill_shards,
+        }
+        return [name for name, is_given in given.items() if is_given]
 
     @property
     def distills(self) -> bool:
         """Whether there is a teacher."""
-        return self.distill_model is not None or self.distill_embeddings is not None
+        return bool(self.teachers)
+
+    @property
+    def distill_stored(self) -> bool:
+        """Whether there is one whose features are stored."""
+        return self.distill_embeddings is not None or self.distill_shards
 
     def _check_global(self) -> None:
         """Refuse options of global losses that are out of range, or that nothing would use."""

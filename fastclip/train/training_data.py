@@ -45,6 +45,8 @@ def build_loader(
         count=data.train_num_samples,
         required=() if system.objective == "simclr" else (needed,),
         negatives=system.hard_negatives > 0,
+        features=config.loss.distill_shards,
+        by_row=config.loss.distill_embeddings is not None,
     )
     weights = shard_weights(source, data.train_data_upsampling_factors)
     order = Order(source.counts, config.optim.seed, data.shuffle_window, weights)
@@ -63,6 +65,8 @@ def build_loader(
         labels=labels,
         pixels=not dali,
         group_by=None if config.loss.group_duplicates is None else config.loss.group_by,
+        one_text=config.loss.distill_stored,
+        features=config.loss.distill_shards,
     )
     shared: dict[str, Any] = {
         "batch_size": config.optim.batch_size,
