@@ -104,6 +104,12 @@ class TrainConfig:
             )
         if data.strong_scale is not None and not model.strong:
             raise ValueError(f"--strong-scale: {objective} has no strong views; leave it out")
+        if data.aug_blur is not None and not (model.strong or data.augment == "strong"):
+            raise ValueError(f"--aug-blur: {objective} has no strong views; leave it out")
+        if data.strong_text_augment is not None and model.views[1] < 2:
+            raise ValueError(
+                f"--strong-text-augment: {objective} has no texts of strong views; leave it out"
+            )
         if not model.views[1] and (data.sentence_sampling or data.text_augment != "none"):
             raise ValueError(
                 f"--sentence-sampling, --text-augment: {objective} trains without texts; "

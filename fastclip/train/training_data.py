@@ -105,6 +105,10 @@ def _views(data: TrainingDataOptions, system: SystemOptions, size: int) -> tuple
     first = replace(first, scale=data.aug_scale or first.scale, flip=flip)
     strong = Augmentation.strong(size)
     strong = replace(strong, scale=data.strong_scale or strong.scale)
+    if data.aug_blur is not None:
+        # the weak views have none to change
+        first = replace(first, blur=data.aug_blur) if first.blur else first
+        strong = replace(strong, blur=data.aug_blur)
     weak = system.views[0] - system.strong
     return (first,) * weak + (strong,) * system.strong
 
@@ -119,7 +123,10 @@ def _captions(data: TrainingDataOptions, system: SystemOptions) -> CaptionSampli
     return CaptionSampling(
         weights=tuple(data.caption_weights.items()),
         sentences=data.sentence_sampling,
-        views=(made[data.text_augment](), *(TextAugmentation.strong(),) * further),
+        views=(
+            made[data.text_augment](),
+            *(made[data.strong_text_augment or "strong"](),) * further,
+        ),
         redraw=data.caption_views == "multi",
         negatives=system.hard_negatives,
     )
