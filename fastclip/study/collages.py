@@ -21,15 +21,16 @@ from fastclip.models.clip import Model
 from fastclip.study.runs import Judge, Scores
 
 COLLAGES = 1000
+_SHARDS = "train-{00000..00004}.tar"
 
 
 def training_data(data: Path | None) -> tuple[str, str]:
-    """The flag of `fastclip train`: collages of CIFAR-10's training photographs, or of shapes.
+    """The flag of `fastclip train`: collages of CIFAR-10's photographs, or of shapes.
 
     Args:
         data: folder that `fastclip convert cifar10` wrote, or None.
     """
-    return ("--train-data", _named("train-{00000..00004}.tar", data))
+    return ("--train-data", _named(data))
 
 
 def classes_of_collages(data: Path | None) -> Sequence[str]:
@@ -43,7 +44,7 @@ def classes_of_collages(data: Path | None) -> Sequence[str]:
     """
     if data is None:
         return SHAPES
-    prompts = classes_of(str(data / "val-00000.tar"))
+    prompts = classes_of(str(data / _SHARDS))
     if prompts is None:
         raise ValueError(f"{data} has no classes.txt; make it with `fastclip convert cifar10`")
     return prompts[0]
@@ -56,7 +57,7 @@ def open_collages(
     captions: tuple[str, ...] = ("short",),
     objects: int | None = None,
 ) -> Source:
-    """Collages of photographs that are not trained on, or of shapes.
+    """Collages of photographs that are not trained on: each split has its own; or of shapes.
 
     Args:
         data: see `training_data`.
@@ -67,11 +68,11 @@ def open_collages(
     """
     keys = [f"split={split}", *([f"objects={objects}"] if objects else [])]
     options = DataOptions(captions=",".join(f"{name}=1" for name in captions))
-    return open_source(_named("val-00000.tar", data, keys), options, split=split, count=count)
+    return open_source(_named(data, keys), options, split=split, count=count)
 
 
-def _named(shards: str, data: Path | None, keys: Sequence[str] = ()) -> str:
-    photos = [] if data is None else [f"photos={data / shards}"]
+def _named(data: Path | None, keys: Sequence[str] = ()) -> str:
+    photos = [] if data is None else [f"photos={data / _SHARDS}"]
     return ":".join(filter(None, ["collages", ",".join([*keys, *photos])]))
 
 
