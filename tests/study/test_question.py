@@ -44,13 +44,13 @@ def test_a_difference_is_paired_over_seeds() -> None:
 
 
 def test_a_difference_of_differences() -> None:
-    # (a - b) - (c - a): 0.10 + 0.10, 0.11 + 0.06, 0.09 + 0.05 less 0: mean 0.17
-    assert "(a) + (a) - (b) - (c), zero-shot, +0.3" in judged(("a", "a"), ("b", "c"))
+    # (a - b) - (c - a): 0.10 - 0.10, 0.11 - 0.06, 0.09 - 0.05
+    assert "(a) + (a) - (b) - (c), zero-shot, +3.0" in judged(("a", "a"), ("b", "c"))
 
 
 def test_without_a_score_the_mean_of_the_columns_counts() -> None:
-    # accuracy by 0.10, recall by 0.0133: half of it
-    assert "a - b, mean of the scores, +5.7" in judged(("a",), ("b",), score=None)
+    # accuracy by 0.10, 0.11, 0.09, recall by 0, 0.04, -0.01: the mean of all six
+    assert "a - b, mean of the scores, +5.5" in judged(("a",), ("b",), score=None)
 
 
 def test_an_arm_near_chance_is_not_compared() -> None:
