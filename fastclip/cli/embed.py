@@ -41,7 +41,7 @@ class EmbedConfig(ModelFlags):
     device: str = "auto"
     """auto, cpu, cuda or cuda:1."""
     num_samples: int = 1000
-    """Number of scenes or synthetic images; other data are read whole."""
+    """Number of scenes, collages or synthetic images; other data are read whole."""
     options: Annotated[DataOptions, tyro.conf.arg(name="")] = field(default_factory=DataOptions)
     """How the data are read."""
 

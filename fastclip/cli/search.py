@@ -72,7 +72,7 @@ class SearchConfig(ModelFlags):
     split: str = "test"
     """Split, for a folder in CLIP_benchmark's layout."""
     num_samples: int = 1000
-    """Number of scenes or synthetic images; other data are read whole."""
+    """Number of scenes, collages or synthetic images; other data are read whole."""
     options: Annotated[DataOptions, tyro.conf.arg(name="")] = field(default_factory=DataOptions)
     """How the data are read."""
 

@@ -298,6 +298,17 @@ class SampleReader:
         if self.captions and not sample.texts:
             raise UnreadableSample(Fault("sample without caption", where))
 
+    def label_of(self, file: BinaryIO, files: dict[str, tuple[int, int]], where: str) -> int | None:
+        """The class index of a sample in a file; None where there is none or a damaged one."""
+        if "cls" not in files:
+            return None
+        offset, size = files["cls"]
+        content = os.pread(file.fileno(), min(size, MAX_LABEL_BYTES + 1), offset)
+        try:
+            return self.label({"cls": content}, where)
+        except UnreadableSample:
+            return None
+
     def label(self, contents: _Contents, where: str) -> int | None:
         """The class index, None where there is none; see `sample`."""
         if "cls" not in contents:

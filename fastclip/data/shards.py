@@ -142,6 +142,23 @@ class ShardSource:
             raise UnreadableSample(Fault("shard not readable", name, str(error))) from error
         return self._reader.sample(key, contents, f"{name}:{key}", pixels=pixels)
 
+    def labels(self, shard: int) -> list[int | None]:
+        """The class index of each sample of a shard, read without its image.
+
+        Args:
+            shard: its number.
+
+        Returns:
+            None where a sample has no class index or a damaged one.
+
+        Raises:
+            OSError: the shard cannot be read. FetchError, which is one: it cannot be fetched.
+        """
+        name = self.names[shard]
+        with open_shard(name, self.cache) as file:
+            samples = self._index(shard, file).samples
+            return [self._reader.label_of(file, files, f"{name}:{key}") for key, files in samples]
+
     def place(self, shard: int) -> str:
         """The name of the shard."""
         return self.names[shard]

@@ -21,7 +21,8 @@ class TrainingDataOptions(DataOptions):
     train_data: str = flag("scenes", defines_run=True)
     """Shards, e.g. '/data/{00000..00041}.tar' or 's3://bucket/{000..041}.tar'; a CSV or COCO
     captions file; a folder with a folder of images a class; 'synthetic'; 'scenes', or a variant
-    like 'scenes:caption=dense,shift=style'. Several of one type are joined by '::'."""
+    like 'scenes:caption=dense,shift=style'; 'collages', or a variant like
+    'collages:objects=2,photos=FOLDER'. Several of one type are joined by '::'."""
     train_data_upsampling_factors: str | None = flag(None, defines_run=True)
     """How many times an epoch passes over each pattern of --train-data, e.g. 1::2.5."""
     val_data: str | None = flag(None, defines_run=False, heading="evaluation")
@@ -45,7 +46,7 @@ class TrainingDataOptions(DataOptions):
     --zeroshot-frequency epochs; DATA as for --train-data. The metrics are called
     retrieval/NAME/text_retrieval_recall@1 and so on."""
     train_num_samples: int | None = flag(None, defines_run=True)
-    """Samples an epoch; all by default (20,000 for scenes, 1,000 for synthetic)."""
+    """Samples an epoch; all by default (20,000 for scenes and collages, 1,000 for synthetic)."""
     shuffle_window: int = flag(32768, defines_run=True)
     """Samples shuffled together after the shards were."""
     data_backend: Literal["auto", "dali", "cpu"] = flag("auto", defines_run=True)

@@ -44,6 +44,7 @@ def build_loader(
         split="train",
         count=data.train_num_samples,
         required=() if system.objective == "simclr" else (needed,),
+        negatives=system.hard_negatives > 0,
     )
     weights = shard_weights(source, data.train_data_upsampling_factors)
     order = Order(source.counts, config.optim.seed, data.shuffle_window, weights)

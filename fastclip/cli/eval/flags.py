@@ -117,7 +117,7 @@ class DataEvaluation(Evaluation):
     options: Annotated[DataOptions, tyro.conf.arg(name="")] = field(default_factory=DataOptions)
     """How the data are read."""
     num_samples: int = 1000
-    """Number of scenes or synthetic images; other data are read whole."""
+    """Number of scenes, collages or synthetic images; other data are read whole."""
 
     required: ClassVar[tuple[str, ...]]
     """Extensions that a shard's sample must have besides an image."""
