@@ -13,6 +13,7 @@ from fastclip.evaluate.features import embed_images, embed_texts
 from fastclip.models.build import load
 from fastclip.study.collages import (
     COLLAGES,
+    COMPOSED,
     classes_of_collages,
     composition,
     composition_cases,
@@ -109,7 +110,7 @@ def _judge(settings: Settings) -> Judge:
         model = load(path)
         scores, chance = {}, {}
         for split, name in (("val", "composition"), ("compositional", "held_out")):
-            images = embed_images(model, open_collages(data, split, COLLAGES))
+            images = embed_images(model, open_collages(data, split, COMPOSED))
             texts, cases = composition_cases(data, split)
             by_kind = composition(images.features, embed_texts(model, texts), cases)
             scores |= {f"{name}_{kind}": share for kind, share in by_kind.items()}
@@ -128,8 +129,8 @@ def _judge(settings: Settings) -> Judge:
 
 def _notes(settings: Settings) -> list[str]:
     return [
-        f"{COLLAGES} collages of photographs that were not trained on. Composition: of a short "
-        "caption and one with a place or relation that is false, or with two classes swapped, "
+        f"Retrieval among {COLLAGES} collages of photographs that were not trained on. "
+        f"Composition, on {COMPOSED}: of a short caption and one with a place or relation that is false, or with two classes swapped, "
         "which is nearer to the image, ties against it; mean over the two kinds. Held-out pairs: "
         "each collage has a class at a place where training never shows it. "
         f"{settings.share(SAMPLES):,} samples a run; hard negatives are a later phase of "
@@ -160,7 +161,7 @@ def _contrasts() -> list[Contrast]:
 QUESTION = Question(
     title="Captions and the text tower",
     columns=COLUMNS,
-    design=Design(seeds=3, smallest=0.03, spread=0.01),
+    design=Design(seeds=3, smallest=0.03),
     contrasts=_contrasts(),
     arms=_arms,
     judge=_judge,

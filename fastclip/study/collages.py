@@ -21,6 +21,8 @@ from fastclip.models.clip import Model
 from fastclip.study.runs import Judge, Scores
 
 COLLAGES = 1000
+# of which composition is asked: about 2,400 cases, a standard error of one point
+COMPOSED = 2000
 _SHARDS = "train-{00000..00004}.tar"
 
 
@@ -122,7 +124,7 @@ def composition_cases(
     """
     classes = classes_of_collages(data)
     texts, cases = [], []
-    for index in range(COLLAGES):
+    for index in range(COMPOSED):
         collage = sample_collage(index, split=split, classes=classes)
         seed = hash64(index)
         texts.append(caption(collage, "short", seed))
@@ -132,7 +134,7 @@ def composition_cases(
             for text in hard_negatives(collage, kind, seed)[:1]
         ]
     false = [text for _, text, _ in cases]
-    numbered = [(i, COLLAGES + n, kind) for n, (i, _, kind) in enumerate(cases)]
+    numbered = [(i, COMPOSED + n, kind) for n, (i, _, kind) in enumerate(cases)]
     return texts + false, numbered
 
 

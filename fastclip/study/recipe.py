@@ -86,7 +86,7 @@ def _contrasts() -> list[Contrast]:
 QUESTION = Question(
     title="Added terms and the recipe",
     columns={"accuracy": "zero-shot"},
-    design=Design(seeds=3, smallest=0.03, spread=0.01),
+    design=Design(seeds=3, smallest=0.03),
     contrasts=_contrasts(),
     arms=_arms,
     judge=_judge,

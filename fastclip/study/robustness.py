@@ -247,7 +247,7 @@ def _does(claim: str, first: str, second: str, *, little: bool = True) -> Contra
 QUESTION = Question(
     title="Effective robustness, by cause",
     columns=COLUMNS,
-    design=Design(seeds=3, smallest=0.02, spread=0.008),
+    design=Design(seeds=3, smallest=0.02),
     contrasts=[
         _does(
             "a diverse training distribution makes CLIP robust",

@@ -65,7 +65,7 @@ QUESTION = Question(
         "image_to_text": "image → text @5",
         "text_to_image": "text → image @5",
     },
-    design=Design(seeds=3, smallest=0.03, spread=0.01),
+    design=Design(seeds=3, smallest=0.03),
     contrasts=[
         Contrast("UniCLIP is better than CLIP with as many views", ("UniCLIP",), (THREE,)),
         Contrast("UniCLIP is better than CLIP", ("UniCLIP",), ("CLIP",)),

@@ -46,7 +46,7 @@ class Design:
         seeds: runs of each arm.
         smallest: the smallest effect of interest: a difference of less counts for nothing.
         spread: standard deviation, over seeds, of the paired difference of two arms, as a pilot
-            run with other seeds gave it.
+            run with other seeds gave it; None while there was no pilot.
 
     Examples:
         >>> from fastclip.study.verdict import Design
@@ -57,14 +57,21 @@ of 1.2 points.
 
     seeds: int
     smallest: float
-    spread: float
+    spread: float | None = None
 
     @property
-    def power(self) -> float:
-        """The probability of finding a difference of the smallest size of interest."""
+    def power(self) -> float | None:
+        """The probability of finding a difference of the smallest size of interest, if known."""
+        if self.spread is None:
+            return None
         return power(self.smallest, self.spread, self.seeds)
 
     def __str__(self) -> str:
+        if self.spread is None:
+            return (
+                f"differences of {100 * self.smallest:.1f} points or more are of interest. There "
+                f"was no pilot: with what probability {self.seeds} seeds find one is not known."
+            )
         return (
             f"{self.seeds} seeds find a difference of {100 * self.smallest:.1f} points with a "
             f"probability of {self.power:.2f}, at the pilot's spread of "

@@ -34,8 +34,8 @@ def test_arms_are_different_trainings(name: str, tmp_path: Path) -> None:
     # a quick study trains a quarter
     quick = question.arms(Settings(tmp_path, tmp_path / "cifar10", quick=True))
     assert all(quick[label].flags != arm.flags for label, arm in arms.items())
-    # found beforehand, at the spread that a pilot had
-    assert question.design.power >= 0.8
+    # at the spread that a pilot had, where there was one
+    assert question.design.power is None or question.design.power >= 0.8
 
 
 def test_the_recipes_see_equally_many_photographs(tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_the_recipes_see_equally_many_photographs(tmp_path: Path) -> None:
     assert len({(c.data.train_data, c.optim.epochs, c.optim.batch_size) for c in configs}) == 1
     assert all(c.data.aug_blur in (None, 0.0) for c in configs)
     # a template without its class would be a false caption
-    assert all(c.data.strong_text_augment == "none" for c in configs if c.model.system.views[1] > 1)
+    assert all(c.data.strong_text_augment == "none" for c in configs if c.model.views[1] > 1)
 
 
 def test_the_factors_of_robustness(tmp_path: Path) -> None:
@@ -109,11 +109,11 @@ def test_composition_counts_ties_as_wrong_kind_by_kind() -> None:
 @pytest.mark.parametrize("split", ["val", "compositional"])
 def test_false_captions_differ_from_the_true_ones(split: str) -> None:
     texts, cases = collages.composition_cases(None, split)
-    assert len(texts) == collages.COLLAGES + len(cases)
+    assert len(texts) == collages.COMPOSED + len(cases)
     assert {kind for _, _, kind in cases} == {"noun", "place", "order"}
     assert all(texts[image] != texts[false] for image, false, _ in cases)
     # both kinds that take composition: a standard error of about one point
-    assert sum(kind != "noun" for _, _, kind in cases) > 1800
+    assert sum(kind != "noun" for _, _, kind in cases) > 2300
 
 
 def test_the_texts_of_a_collage_are_those_that_are_asked(tmp_path: Path) -> None:

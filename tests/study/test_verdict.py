@@ -66,6 +66,11 @@ def test_one_seed_has_no_power() -> None:
     assert Design(seeds=1, smallest=0.03, spread=0.01).power == 0
 
 
+def test_without_a_pilot_the_power_is_not_known() -> None:
+    design = Design(seeds=3, smallest=0.03)
+    assert design.power is None and "is not known" in str(design)
+
+
 def test_an_arm_is_strong_half_way_to_the_best() -> None:
     assert is_strong(0.35, chance=0.1, best=0.6)
     assert not is_strong(0.34, chance=0.1, best=0.6)
