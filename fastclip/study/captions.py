@@ -130,9 +130,10 @@ def _judge(settings: Settings) -> Judge:
 def _notes(settings: Settings) -> list[str]:
     return [
         f"Retrieval among {COLLAGES} collages of photographs that were not trained on. "
-        f"Composition, on {COMPOSED}: of a short caption and one with a place or relation that is false, or with two classes swapped, "
-        "which is nearer to the image, ties against it; mean over the two kinds. Held-out pairs: "
-        "each collage has a class at a place where training never shows it. "
+        f"Composition, on {COMPOSED}: of a short caption and one with a place or relation that is "
+        "false, or with two classes swapped, which is nearer to the image, ties against it; mean "
+        "over the two kinds. Held-out pairs: each collage has a class at a place where training "
+        "never shows it. "
         f"{settings.share(SAMPLES):,} samples a run; hard negatives are a later phase of "
         f"{settings.share(LATER_SAMPLES):,}, which begins with '{BEGUN}'. The pretrained tower is "
         "a GPT-2 of four layers, taught captions of all pairs, held-out ones too, by next-token "
