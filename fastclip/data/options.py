@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from fastclip.data.variants import without_photographs
 from fastclip.flags import flag
 from fastclip.messages import note
 
@@ -146,7 +147,7 @@ def parse_sources(texts: Sequence[str], flag: str) -> dict[str, str]:
 
 def _name_of(data: str) -> str:
     """The last part of a path, up to its pattern or ending."""
-    last = data.split("::")[0].rstrip("/").rpartition("/")[2]
+    last = without_photographs(data.split("::")[0]).rstrip("/").rpartition("/")[2]
     return re.split(r"[^\w-]", last, maxsplit=1)[0].rstrip("-_")
 
 

@@ -61,3 +61,16 @@ def check_captions(world: str, names: Sequence[str], known: Sequence[str]) -> No
         if name not in known:
             listed = ", ".join(known)
             raise ValueError(f"{world} have no captions called {name!r}; they have {listed}")
+
+
+def without_photographs(data: str) -> str:
+    """The name of collages without that of their photographs; other data as they are.
+
+    Examples:
+        >>> from fastclip.data.variants import without_photographs
+        >>> without_photographs("collages:split=val,photos=/data/{0..4}.tar")
+        'collages:split=val'
+    """
+    if data.partition(":")[0] != "collages":
+        return data
+    return data.partition("photos=")[0].rstrip(":,")

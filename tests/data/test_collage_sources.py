@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastclip.cli.eval.retrieval import Retrieval
 from fastclip.data import collages as C
 from fastclip.data.collages.source import COLLAGE_PIXELS
-from fastclip.data.options import DataOptions
+from fastclip.data.options import DataOptions, parse_sources
 from fastclip.data.samples import UnreadableSample
 from fastclip.data.scenes import SHAPES
 from fastclip.data.sources import collage_classes, guess_type, open_photographs, open_source
@@ -146,6 +147,10 @@ def test_names_of_sources() -> None:
     assert sample.texts == expected.texts and sample.image == expected.image
     options = DataOptions("collages", captions="dense=1,short=2")
     assert set(opened("collages", options=options).read(0, 0).captions) == {"dense", "short"}
+    # results and metrics are not called by the photographs
+    data = "collages:split=val,photos=/data/x-{0..3}.tar"
+    assert parse_sources([data], "--retrieval-data") == {"collages": data}
+    assert Retrieval(model="m", data=data).name == "retrieval_collages:split=val"
 
 
 def test_without_photographs_shapes_are_drawn() -> None:
