@@ -6,7 +6,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastclip.data.collages import NEGATIVE_KINDS, PLACES, caption, hard_negatives, sample_collage
+from fastclip.data.collages import (
+    NEGATIVE_KINDS,
+    PLACES,
+    caption_claims,
+    hard_negatives,
+    is_held_out,
+    sample_collage,
+)
 from fastclip.data.options import DataOptions
 from fastclip.data.order import hash64
 from fastclip.data.samples import Source
@@ -21,7 +28,7 @@ from fastclip.models.clip import Model
 from fastclip.study.runs import Judge, Scores
 
 COLLAGES = 1000
-# of which composition is asked: about 2,400 cases, a standard error of one point
+# of which composition is asked: some 2,000 cases, a standard error of about one point
 COMPOSED = 2000
 _SHARDS = "train-{00000..00004}.tar"
 
@@ -120,14 +127,20 @@ def composition_cases(
     """Texts, the collages' short captions first; and (collage, false text, kind) of each case.
 
     Args:
-        data, split: see `open_collages`.
+        data: see `training_data`.
+        split: "val", or "compositional" for captions whose first class is at a held-out place.
     """
     classes = classes_of_collages(data)
     texts, cases = [], []
     for index in range(COMPOSED):
         collage = sample_collage(index, split=split, classes=classes)
         seed = hash64(index)
-        texts.append(caption(collage, "short", seed))
+        text, [claim] = caption_claims(collage, "short", seed)
+        texts.append(text)
+        # a collage with a held-out pair may have a caption that does not speak of it
+        spoken = claim.place is not None and is_held_out(claim.names[0], claim.place, classes)
+        if spoken != (split == "compositional"):
+            continue
         cases += [
             (index, text, kind)
             for kind in NEGATIVE_KINDS
