@@ -28,7 +28,6 @@ from fastclip.evaluate.zeroshot import evaluate_zeroshot
 from fastclip.messages import filled
 from fastclip.models.build import load
 from fastclip.models.classifier import Classifier
-from fastclip.models.clip import Model
 from fastclip.models.simclr import SimCLR
 from fastclip.train.log import read_metrics
 
@@ -63,7 +62,8 @@ class Outcome:
 
 
 Scores = tuple[dict[str, float], dict[str, float]]
-Judge = Callable[[Model], Scores]
+# of a run's directory
+Judge = Callable[[Path], Scores]
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def run(
             f"{kept.parent} is of other flags; choose another --output or delete it"
         )
     path, seconds = train(name, flags, folder, jobs)
-    scores, chance = (judge or judge_scenes)(load(path))
+    scores, chance = (judge or judge_scenes)(path)
     outcome = Outcome(name, tuple(flags), seconds, *losses_of(path), scores, chance)
     write_text(kept, json.dumps(asdict(outcome), indent=1) + "\n")
     return outcome
@@ -202,12 +202,14 @@ def _steps(run: Path) -> list[dict[str, Any]]:
     return [line for line in read_metrics(run) if "loss" in line]
 
 
-def judge_scenes(model: Model, quality: str = "short") -> Scores:
-    """Scores on 1000 held-out scenes with captions of a quality, and what guessing would score.
+def judge_scenes(path: Path, quality: str = "short") -> Scores:
+    """A run's scores on 1000 held-out scenes, and what guessing would score.
 
+    Captions are of the quality;
     accuracy is zero-shot's (a classifier's own); image_to_text and text_to_image are recall@5.
     Where there are weak and strong heads, their weight is chosen on 1000 further scenes.
     """
+    model = load(path)
     system = model.model
     chance = {"accuracy": 1 / len(CLASSES)}
     if isinstance(system, SimCLR):

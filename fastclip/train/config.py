@@ -107,6 +107,8 @@ class TrainConfig:
             )
         if data.strong_scale is not None and not model.strong:
             raise ValueError(f"--strong-scale: {objective} has no strong views; leave it out")
+        if data.aug_blur is not None and not (model.strong or data.augment == "strong"):
+            raise ValueError(f"--aug-blur: {objective} has no strong views; leave it out")
         self._check_texts()
         if self.distributed.sharded and self.optim.optimizer != "adamw":
             raise ValueError(
@@ -140,7 +142,12 @@ class TrainConfig:
                 f"--sentence-sampling, --text-augment, --clean-captions: {objective} trains "
                 "without texts; leave them out"
             )
-        augmented = data.text_augment != "none" or model.views[1] > 1
+        if data.strong_text_augment is not None and model.views[1] < 2:
+            raise ValueError(
+                f"--strong-text-augment: {objective} has no texts of strong views; leave it out"
+            )
+        strong = model.views[1] > 1 and data.strong_text_augment != "none"
+        augmented = data.text_augment != "none" or strong
         if data.stop_word_rate != 0.8 and not augmented:
             raise ValueError(
                 f"--stop-word-rate is {data.stop_word_rate}, but no text is augmented; give "

@@ -62,11 +62,17 @@ class TrainingDataOptions(DataOptions):
     """As --aug-scale, for the strong views of --objective."""
     aug_flip: float | None = flag(None, defines_run=True)
     """Probability of a horizontal flip; overrides --augment."""
+    aug_blur: float | None = flag(None, defines_run=True)
+    """Probability of a blur in every view that is strong, by default 0.5. It reaches up to 2 pixels
+    of the model's input, which hides small images: give 0 for inputs far below 224."""
     sentence_sampling: bool = flag(False, defines_run=True)
     """Train on a random part of a caption's sentences, in their order."""
     text_augment: Literal["none", "weak", "strong"] = flag("none", defines_run=True)
     """weak: stop-words removed, often. strong: then a synonym, a swap or a deletion as well. The
-    strong views of --objective are strong in any case."""
+    strong views of --objective have --strong-text-augment."""
+    strong_text_augment: Literal["none", "weak", "strong"] | None = flag(None, defines_run=True)
+    """As --text-augment, for the texts of the strong views of --objective; strong by default. Give
+    none where a word more or less makes a caption false, e.g. class names in a template."""
     stop_word_rate: float = flag(0.8, defines_run=True)
     """Share of the texts with such an augmentation from which stop-words are removed."""
     clean_captions: bool = flag(False, defines_run=True)

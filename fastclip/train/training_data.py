@@ -110,6 +110,10 @@ def _views(data: TrainingDataOptions, system: SystemOptions, size: int) -> tuple
     first = replace(first, scale=data.aug_scale or first.scale, flip=flip)
     strong = Augmentation.strong(size)
     strong = replace(strong, scale=data.strong_scale or strong.scale)
+    if data.aug_blur is not None:
+        # the weak views have none to change
+        first = replace(first, blur=data.aug_blur) if first.blur else first
+        strong = replace(strong, blur=data.aug_blur)
     weak = system.views[0] - system.strong
     return (first,) * weak + (strong,) * system.strong
 
@@ -120,7 +124,8 @@ def _captions(data: TrainingDataOptions, system: SystemOptions) -> CaptionSampli
         "weak": TextAugmentation.weak,
         "strong": TextAugmentation.strong,
     }
-    views = (made[data.text_augment](), *(TextAugmentation.strong(),) * (system.views[1] - 1))
+    strong = made[data.strong_text_augment or "strong"]()
+    views = (made[data.text_augment](), *(strong,) * (system.views[1] - 1))
     return CaptionSampling(
         weights=tuple(data.caption_weights.items()),
         sentences=data.sentence_sampling,
