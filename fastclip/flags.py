@@ -10,7 +10,9 @@ from dataclasses import Field, field, fields
 from typing import Any, get_type_hints
 
 
-def flag(default: Any, *, defines_run: bool, heading: str | None = None) -> Any:
+def flag(
+    default: Any, *, defines_run: bool, heading: str | None = None, inherited: bool = True
+) -> Any:
     """A field of a dataclass of flags.
 
     Args:
@@ -18,8 +20,10 @@ def flag(default: Any, *, defines_run: bool, heading: str | None = None) -> Any:
         defines_run: whether a resumed run must have the value of its beginning to continue as it
             would have. A change is noted then.
         heading: under which `--help` lists it; None for that of its section.
+        inherited: whether a resumed run has the value of its beginning where the flag is not given.
     """
-    return field(default=default, metadata={"defines_run": defines_run, "heading": heading})
+    metadata = {"defines_run": defines_run, "heading": heading, "inherited": inherited}
+    return field(default=default, metadata=metadata)
 
 
 def sections(config: type) -> dict[str, type]:
@@ -52,12 +56,17 @@ def headed(config: type) -> dict[str, list[tuple[type, Field[Any]]]]:
 
 def defining(config: type) -> list[str]:
     """Names of the flags that a resumed run must share with its beginning."""
-    return [
-        each.name
-        for section in sections(config).values()
-        for each in fields(section)
-        if each.metadata["defines_run"]
-    ]
+    return _marked(config, "defines_run")
+
+
+def inherited(config: type) -> list[str]:
+    """Names of the flags that a resumed run has from its beginning where they are not given."""
+    return _marked(config, "inherited")
+
+
+def _marked(config: type, mark: str) -> list[str]:
+    parts = sections(config).values()
+    return [each.name for part in parts for each in fields(part) if each.metadata[mark]]
 
 
 def flatten(config: Any) -> dict[str, Any]:

@@ -52,6 +52,26 @@ def filled(start: str, text: str, indent: int | None = None) -> str:
     )
 
 
+def shortened(text: str, most: int) -> str:
+    """A text of at most so many letters, on one line; a longer one is cut at a word.
+
+    Args:
+        text: of any length.
+        most: at least 2.
+
+    Examples:
+        >>> from fastclip.messages import shortened
+        >>> shortened("two cups, one of them chipped", 12)
+        'two cups…'
+    """
+    line = " ".join(text.split())
+    if len(line) <= most:
+        return line
+    # scripts without blanks are cut between letters
+    words = line[:most].rpartition(" ")[0] or line[: most - 1]
+    return words.rstrip(" ,;:.-") + "…"
+
+
 def counted(count: int, noun: str, plural: str = "") -> str:
     """A number with its noun, as in "1 step" and "2,000 steps"; the plural by default ends in s."""
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"

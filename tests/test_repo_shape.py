@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # Imports go from a higher rank to a lower or equal one.
 RANKS = {
     **dict.fromkeys(("_version", "atomic", "bounded", "command_line", "flags"), 0),
-    **dict.fromkeys(("messages", "printable"), 0),
+    **dict.fromkeys(("messages", "printable", "screen"), 0),
     **dict.fromkeys(("device", "native", "kernels"), 0),
     "ops": 1,
     **dict.fromkeys(("functional", "losses", "nn"), 2),
@@ -186,6 +186,19 @@ def test_every_module_and_public_function_is_documented() -> None:
                 # a kernel file's docstring explains its kernels, formula and shapes
                 if not node.name.endswith("_kernel"):
                     assert ast.get_docstring(node), f"{path}: {node.name}"
+
+
+def test_processes_of_a_test_leave_together() -> None:
+    """One that leaves its group alone closes the others' connections in their last exchange."""
+    leaving = r"(.*)\n +(?:torch\.distributed|dist)\.destroy_process_group\(\)\n"
+    several = [
+        (path, before)
+        for path in tracked("tests/**/*.py")
+        if re.search(r"spawn\(|start_processes\(", text := path.read_text())
+        for before in re.findall(leaving, text)
+    ]
+    assert len(several) > 10
+    assert [str(path) for path, before in several if not before.endswith(".barrier()")] == []
 
 
 def test_kernels_import_nothing_of_the_package_but_kernels() -> None:

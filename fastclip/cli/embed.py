@@ -1,4 +1,4 @@
-"""`fastclip embed images|texts DATA --model RUN -o out.npy`."""
+"""`fastclip embed images|texts|shards DATA --model RUN -o OUT`."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,24 +14,32 @@ from fastclip.cli.model_flags import ModelFlags
 from fastclip.command_line import parse_flags
 from fastclip.data.faults import FaultLog
 from fastclip.data.options import DataOptions
+from fastclip.data.shards import ShardSource
 from fastclip.data.sources import open_source
 from fastclip.device import choose_device
 from fastclip.evaluate.embed import Embedding, fingerprint, image_batches
-from fastclip.evaluate.features import text_batches
-from fastclip.messages import logger
+from fastclip.evaluate.embed_shards import embed_shards
+from fastclip.evaluate.features import Encoding, text_batches
+from fastclip.messages import counted, logger
+from fastclip.models.clip import Model
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedConfig(ModelFlags):
-    """Write normalized features, one row per image or text, in the order of the data."""
+    """Write normalized features, one row per image or text, in the order of the data.
 
-    kind: Annotated[Literal["images", "texts"], tyro.conf.Positional]
-    """Type of the data."""
+    Or write them into copies of shards, for --distill-shards of `fastclip train`.
+    """
+
+    kind: Annotated[Literal["images", "texts", "shards"], tyro.conf.Positional]
+    """Type of the data; shards: features of image and caption of each sample, for distillation."""
     data: Annotated[str, tyro.conf.Positional]
     """Images: as --train-data of `fastclip train`, or a folder of images. Texts: a UTF-8 file, one
-    text per line."""
+    text per line. Shards: as --train-data."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """The .npy file, (rows, width) float32. After an interruption the same command resumes."""
+    """The .npy file, (rows, width) float32; of shards a folder for copies that also hold
+    KEY.teacher_image.npy and KEY.teacher_text.npy, (width,) float16. After an interruption the same
+    command resumes."""
     batch_size: int = 256
     """Images or texts per batch."""
     workers: int = 2
@@ -41,7 +49,7 @@ class EmbedConfig(ModelFlags):
     device: str = "auto"
     """auto, cpu, cuda or cuda:1."""
     num_samples: int = 1000
-    """Number of scenes or synthetic images; other data are read whole."""
+    """Number of scenes, collages or synthetic images; other data are read whole."""
     options: Annotated[DataOptions, tyro.conf.arg(name="")] = field(default_factory=DataOptions)
     """How the data are read."""
 
@@ -49,6 +57,8 @@ class EmbedConfig(ModelFlags):
 def main(arguments: Sequence[str]) -> int:
     """Embed; a row of an unreadable image is NaN, and said so."""
     config = parse_flags(EmbedConfig, arguments, "fastclip embed")
+    if config.kind == "shards":
+        return _shards(config)
     if config.output.suffix != ".npy":
         raise ValueError(f"--output {config.output} must end in .npy")
     model = config.open(choose_device(config.device))
@@ -81,18 +91,42 @@ def main(arguments: Sequence[str]) -> int:
         )
     if count == 0:
         raise ValueError(f"{config.data} holds nothing to embed")
-    identity = {
-        "model": config.model,
-        "weights": fingerprint(model.model),
-        "precision": config.precision,
-        "data": config.data,
-        "kind": config.kind,
-        "rows": count,
-    }
-    if config.pretrained is not None:
-        identity["pretrained"] = config.pretrained
+    identity = {**_identity(config, model), "data": config.data, "kind": config.kind, "rows": count}
     Embedding(config.output, count, identity).run(batches, progress=True)
     if faults.counts:
         logger.warning(f"rows of NaN: {faults.report()}")
     print(config.output)
     return 0
+
+
+def _shards(config: EmbedConfig) -> int:
+    """Copy shards with features; a sample that cannot be read gets none, and said so."""
+    source = open_source(config.data, config.options, split="train")
+    if not isinstance(source, ShardSource):
+        raise ValueError(f"{config.data} are no shards; give e.g. '/data/{{00000..00041}}.tar'")
+    model = config.open(choose_device(config.device))
+    scale = getattr(model.model, "logit_scale", None)
+    if not isinstance(scale, Tensor) or scale.numel() != 1:
+        raise ValueError(
+            f"{config.model} has no single logit scale, which a teacher needs; give a CLIP model"
+        )
+    encoding = Encoding(config.batch_size, config.workers, config.precision, progress=True)
+    done = embed_shards(model, source, config.output, encoding, _identity(config, model))
+    if done.faults.counts:
+        logger.warning(f"without features: {done.faults.report()}")
+    logger.info(
+        f"features of {counted(done.samples, 'sample')} in {counted(done.shards, 'new shard')}; "
+        f"train on them with --distill-shards --distill-logit-scale {scale.exp().item():.6g}"
+    )
+    print(config.output)
+    return 0
+
+
+def _identity(config: EmbedConfig, model: Model) -> dict[str, Any]:
+    """What features depend on besides the data."""
+    identity = {
+        "model": config.model,
+        "weights": fingerprint(model.model),
+        "precision": config.precision,
+    }
+    return identity | ({} if config.pretrained is None else {"pretrained": config.pretrained})

@@ -72,8 +72,8 @@ def main(arguments: Sequence[str]) -> int:
         lower = request.batch // request.gpus * request.gpus
         nearest = [b for b in (lower, lower + request.gpus) if b]
         _say(
-            f"--batch {request.batch:,} is not a multiple of --gpus {request.gpus:,}; use "
-            + " or ".join(f"{batch:,}" for batch in nearest)
+            f"--batch {request.batch} is not a multiple of --gpus {request.gpus}; use "
+            + " or ".join(map(str, nearest))
         )
         request = replace(request, batch=min(nearest, key=lambda b: abs(b - config.batch)))
     plan = choose(model, request)

@@ -72,7 +72,7 @@ class SearchConfig(ModelFlags):
     split: str = "test"
     """Split, for a folder in CLIP_benchmark's layout."""
     num_samples: int = 1000
-    """Number of scenes or synthetic images; other data are read whole."""
+    """Number of scenes, collages or synthetic images; other data are read whole."""
     options: Annotated[DataOptions, tyro.conf.arg(name="")] = field(default_factory=DataOptions)
     """How the data are read."""
 
@@ -121,7 +121,10 @@ def main(arguments: Sequence[str]) -> int:
     for name, found in zip(names, results, strict=True):
         print("\n".join(table(name, found)), end="\n\n")
     rows = [
-        [Found(sample.image, score, name in sample.texts) for score, sample in found]
+        [
+            Found(sample.image, score, name in sample.texts, next(iter(sample.texts), ""))
+            for score, sample in found
+        ]
         for name, found in zip(names, results, strict=True)
     ]
     save_sheet(config.output, results_sheet([*config.texts, *pictures], rows, config.size))

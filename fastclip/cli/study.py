@@ -3,30 +3,38 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, ClassVar
 
 import tyro
 
 from fastclip.command_line import parse_flags
+from fastclip.screen import on_screen
 from fastclip.study import captions, cifar10, global_loss, recipe, robustness, systems, uniclip
+from fastclip.study.question import Question, Settings, answer
 
-QUESTIONS: dict[str, ModuleType] = {
-    "recipe": recipe,
-    "captions": captions,
-    "uniclip": uniclip,
-    "robustness": robustness,
+QUESTIONS: dict[str, Question] = {
+    "recipe": recipe.QUESTION,
+    "captions": captions.QUESTION,
+    "uniclip": uniclip.QUESTION,
+    "robustness": robustness.QUESTION,
 }
 
 
 @dataclass(frozen=True)
-class Question:
-    """Flags of a paper's question, asked in miniature on the embedded scenes."""
+class Asked:
+    """Flags of a paper's question, asked in miniature."""
 
+    data: Annotated[Path | None, tyro.conf.Positional] = None
+    """Folder that `fastclip convert cifar10` wrote. captions and uniclip do without: their collages
+    are then made of drawn shapes instead of photographs."""
     quick: bool = False
-    """One seed and shorter runs: takes minutes, but has no spread and no meaningful verdict."""
-    seeds: int = 3
-    """Runs per variant."""
+    """One seed and a quarter of the training: takes minutes, but has no spread and no verdicts."""
+    seeds: int | None = None
+    """Runs per arm; by default as many as the study was designed for."""
+    first_seed: int = 0
+    """Seed of the first of them, e.g. for a pilot with other seeds."""
+    only: tuple[str, ...] = ()
+    """Arms to train, by the labels in the table; by default all. What lacks an arm isn't judged."""
     jobs: int = 1
     """Parallel runs; on two cores, two small ones are a quarter faster than one by one."""
     output: Path | None = None
@@ -42,49 +50,57 @@ class Question:
         Raises:
             ValueError: there are no seeds.
         """
-        if self.seeds < 1:
+        if self.seeds is not None and self.seeds < 1:
             raise ValueError(f"--seeds is {self.seeds}; give at least 1")
         for name in self.names:
+            question = QUESTIONS[name]
             folder = self.output or Path("study", name)
             if self.output and len(self.names) > 1:
                 folder = self.output / name
-            asked = QUESTIONS[name]
-            seeds = 1 if self.quick else self.seeds
-            samples = asked.QUICK_SAMPLES if self.quick else asked.SAMPLES
-            print(asked.study(folder, seeds, self.flags, self.jobs, samples))
+            seeds = self.seeds or (1 if self.quick else question.design.seeds)
+            settings = Settings(
+                folder,
+                self.data,
+                range(self.first_seed, self.first_seed + seeds),
+                self.jobs,
+                self.quick,
+                self.only,
+                self.flags,
+            )
+            print(on_screen(answer(question, settings)))
             print(f"written to {folder}")
 
 
 @dataclass(frozen=True)
-class Recipe(Question):
+class Recipe(Asked):
     """CLIP without and with a non-contrastive term, by a basic and by a strong recipe."""
 
     names = ("recipe",)
 
 
 @dataclass(frozen=True)
-class Captions(Question):
+class Captions(Asked):
     """Alt-text, short or dense captions, hard negatives; pretrained text towers or from scratch."""
 
     names = ("captions",)
 
 
 @dataclass(frozen=True)
-class Uniclip(Question):
+class Uniclip(Asked):
     """UniCLIP against CLIP and SLIP, and with each of its parts switched off."""
 
     names = ("uniclip",)
 
 
 @dataclass(frozen=True)
-class Robustness(Question):
+class Robustness(Asked):
     """Five possible causes of CLIP's robustness to distribution shift."""
 
     names = ("robustness",)
 
 
 @dataclass(frozen=True)
-class All(Question):
+class All(Asked):
     """These four studies, one after another."""
 
     names = tuple(QUESTIONS)
@@ -103,7 +119,7 @@ class Systems:
 
     def run(self) -> None:
         """Compare; prints the report."""
-        print(systems.study(self.output, self.only, self.flags))
+        print(on_screen(systems.study(self.output, self.only, self.flags)))
         print(f"written to {self.output}")
 
 
@@ -124,7 +140,9 @@ class Cifar10:
 
     def run(self) -> None:
         """Compare; prints the report."""
-        print(cifar10.study(self.data, self.output, self.minutes, self.seeds, self.flags))
+        print(
+            on_screen(cifar10.study(self.data, self.output, self.minutes, self.seeds, self.flags))
+        )
         print(f"written to {self.output}")
 
 
@@ -145,7 +163,11 @@ class Global:
 
     def run(self) -> None:
         """Compare; prints the report."""
-        print(global_loss.study(self.data, self.output, self.epochs, self.seeds, self.flags))
+        print(
+            on_screen(
+                global_loss.study(self.data, self.output, self.epochs, self.seeds, self.flags)
+            )
+        )
         print(f"written to {self.output}")
 
 

@@ -28,7 +28,7 @@ def main(arguments: Sequence[str]) -> int:
         # process groups with a dead member do not close
         os._exit(watch.EXIT_STATUS)
     except StoppedError as error:
-        logger.error(f"fastclip train: saved and stopped: {error} --resume latest")
+        logger.error(f"fastclip train: saved and stopped: {error}")
         return stop.EXIT_STATUS
     print(run)
     return 0

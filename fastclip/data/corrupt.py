@@ -67,7 +67,11 @@ def corrupt_image(image: Image.Image, kind: str, severity: int, key: str) -> Ima
 
 
 def corrupt_shards(
-    shards: str, target: Path, kinds: Sequence[str] = KINDS, severity: int = 3
+    shards: str,
+    target: Path,
+    kinds: Sequence[str] = KINDS,
+    severity: int = 3,
+    number: int | None = None,
 ) -> tuple[dict[str, int], FaultLog]:
     """Write `KIND-SEVERITY.tar` for each kind, with the images as PNG and the labels as they are.
 
@@ -79,6 +83,7 @@ def corrupt_shards(
         target: folder, made if needed.
         kinds: of `KINDS` and `EXTRA_KINDS`.
         severity: 1 to 5.
+        number: of samples, the first ones; None for all.
 
     Returns:
         The number of samples in each shard by its name, and what could not be read.
@@ -112,7 +117,7 @@ def corrupt_shards(
             create(partial_of(path)) as out,
             tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar,
         ):
-            counts[path.name] = _write_corrupted(tar, names, kind, severity, faults)
+            counts[path.name] = _write_corrupted(tar, names, kind, severity, number, faults)
         flush(partial_of(path))
         publish(path)
         add_sizes(target, {path.name: counts[path.name]})
@@ -120,7 +125,12 @@ def corrupt_shards(
 
 
 def _write_corrupted(
-    tar: tarfile.TarFile, names: Sequence[str], kind: str, severity: int, faults: FaultLog
+    tar: tarfile.TarFile,
+    names: Sequence[str],
+    kind: str,
+    severity: int,
+    number: int | None,
+    faults: FaultLog,
 ) -> int:
     cache = ShardCache()
     keys: set[str] = set()
@@ -129,6 +139,8 @@ def _write_corrupted(
             shard = ShardEditor(file, name)
             faults.add(shard.faults)
             for key, files in shard.samples.items():
+                if len(keys) == number:
+                    return len(keys)
                 if key in keys:
                     raise ValueError(
                         f"{name} has the key {key} of an earlier sample; give "

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -117,7 +117,7 @@ def _require_same(path: Path, found: dict[str, Any], wanted: dict[str, Any], rem
 
 
 class ShardEditor:
-    """A tar whose samples can get a further key in their KEY.json.
+    """A tar whose samples can get a further key in their KEY.json, or further members.
 
     Everything else stays as it is, byte for byte: other members and their order, other keys of
     KEY.json, what lies behind a damaged place. KEY.json is made where there is none.
@@ -242,10 +242,46 @@ class ShardEditor:
                 header = _resized(self.read(offset - 512, 512), len(content))
                 edits.append((offset - 512, _end(offset, size), header + _padded(content)))
             else:
-                end = max(_end(offset, size) for offset, size in files.values())
-                member = tarfile.TarInfo(f"{key}.json")
-                member.size = len(content)
-                edits.append((end, end, member.tobuf(tarfile.PAX_FORMAT) + _padded(content)))
+                edits.append(self._behind(key, {"json": content}))
+        self._publish(path, edits, wanted)
+
+    def add_members(self, path: Path, members: Mapping[str, Mapping[str, bytes]]) -> None:
+        """Write the tar with further members, by extension, behind those of samples, by key.
+
+        `sizes.json` beside it has the number of its samples before it has its own name.
+
+        Raises:
+            ValueError: a sample has such a member already, or a name that cannot be written again;
+                or what was written does not read as it should.
+        """
+        wanted = {key: _sizes(files) for key, files in self.samples.items()}
+        edits = []
+        for key, added in members.items():
+            if there := self.samples[key].keys() & added.keys():
+                raise ValueError(
+                    f"{self.name}:{key}.{min(there)} is there already; begin with shards without it"
+                )
+            if "\\" in key:
+                # the index spells what cannot be printed with backslashes
+                raise ValueError(f"{self.name}: the name {key} cannot be written again; rename it")
+            wanted[key] |= {extension: len(content) for extension, content in added.items()}
+            edits.append(self._behind(key, added))
+        self._publish(path, edits, wanted)
+
+    def _behind(self, key: str, added: Mapping[str, bytes]) -> tuple[int, int, bytes]:
+        """The edit that puts members behind the last one of a sample."""
+        end = max(_end(offset, size) for offset, size in self.samples[key].values())
+        blocks = []
+        for extension, content in added.items():
+            member = tarfile.TarInfo(f"{key}.{extension}")
+            member.size = len(content)
+            blocks.append(member.tobuf(tarfile.PAX_FORMAT) + _padded(content))
+        return end, end, b"".join(blocks)
+
+    def _publish(
+        self, path: Path, edits: list[tuple[int, int, bytes]], wanted: dict[str, dict[str, int]]
+    ) -> None:
+        """Write the tar with the edits; it must then hold members of the sizes in `wanted`."""
         self._copy(partial_of(path), sorted(edits))
         with partial_of(path).open("rb") as written:
             found = dict(index_file(written, self.name).samples)

@@ -55,6 +55,11 @@ class ImageFiles(ABC):
         """The class index, None where there are no classes."""
         return None
 
+    def labels(self, shard: int) -> list[int | None]:
+        """The class index of each sample of a stretch."""
+        first = shard * STRETCH
+        return [self.label_of(first + index) for index in range(self.counts[shard])]
+
     def read(self, shard: int, index: int, *, pixels: bool = True) -> Sample:
         """The sample at `index` of stretch `shard`; without `pixels` its image is only opened.
 

@@ -21,6 +21,7 @@ from fastclip.data.scenes import (
     sample_scene,
 )
 from fastclip.data.scenes.meaning import SceneMeaning
+from fastclip.data.variants import check_captions, parse_variant
 
 SCENE_PIXELS = 64
 SYNTHETIC_PIXELS = 224
@@ -68,10 +69,7 @@ class SceneSource:
         captions: tuple[str, ...] = (),
         negatives: bool = False,
     ) -> None:
-        for name in captions:
-            if name not in QUALITIES:
-                known = ", ".join(QUALITIES)
-                raise ValueError(f"scenes have no captions called {name!r}; they have {known}")
+        check_captions("scenes", captions, QUALITIES)
         self.captions = captions
         self.negatives = negatives
         self.split = split
@@ -183,21 +181,9 @@ def open_scenes(
     Raises:
         ValueError: a key or value is unknown; the message lists the known ones.
     """
-    world, _, options = data.partition(":")
-    if world != "scenes":
+    if data.partition(":")[0] != "scenes":
         raise ValueError(f"{data!r} names no scenes; give 'scenes' or 'scenes:KEY=VALUE,...'")
-    chosen: dict[str, str] = {}
-    for option in filter(None, options.split(",")):
-        key, _, value = option.partition("=")
-        if key not in SCENE_KEYS:
-            raise ValueError(f"{data!r}: unknown key {key!r}; known are {', '.join(SCENE_KEYS)}")
-        for one in value.split("+") if key == "shift" else [value]:
-            if one not in SCENE_KEYS[key]:
-                known = ", ".join(SCENE_KEYS[key])
-                raise ValueError(f"{data!r}: unknown {key} {one!r}; known are {known}")
-        if key in chosen:
-            raise ValueError(f"{data!r} gives {key} twice")
-        chosen[key] = value
+    chosen = parse_variant(data, SCENE_KEYS, several=("shift",))
     objects = int(chosen["objects"]) if "objects" in chosen else None
     quality = chosen.get("caption", "short")
     split, shift = chosen.get("split", split), chosen.get("shift")

@@ -91,6 +91,7 @@ class TrainingLoader:
     false_captions, their texts. cut: how many of each sample's texts, negatives included, were
     longer than the tokenizer's context. label: (B,) int64, -1 for none, where labels are asked for.
     group: (B,) int64, the same for duplicates, where groups are asked for.
+    teacher_image_features, teacher_text_features: (B, E) float32, where they are asked for.
     key, position: of each sample. index: (B,) int64, its place in the data at any epoch.
     faults: what could not be read on the way. Samples without a tokenizer have nothing of texts.
     Samples without pixels have, instead of images, what `fastclip.data.dali` takes: encoded, all

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from fastclip.data.variants import without_photographs
 from fastclip.flags import flag
 from fastclip.messages import note
 
-DatasetType = Literal["auto", "webdataset", "csv", "coco", "imagefolder", "synthetic", "scenes"]
+DatasetType = Literal[
+    "auto", "webdataset", "csv", "coco", "imagefolder", "synthetic", "scenes", "collages"
+]
 CACHE_BYTES = 50 << 30
 
 
@@ -19,13 +22,14 @@ class DataOptions:
 
     Args:
         dataset_type: what the data are: "auto" decides by their name; "webdataset", "csv", "coco",
-            "imagefolder", "synthetic" or "scenes".
+            "imagefolder", "synthetic", "scenes" or "collages".
         csv_img_key: column of a table that holds the paths of images.
         csv_caption_key: column of a table that holds captions.
         csv_separator: one character between the columns of a table.
         image_root: folder of a table's images; None: beside the table.
         templates: file of prompt templates, one a line, for the captions of an image folder.
-        captions: captions of shards and scenes by name, with weights, as "txt=1,recaption=3".
+        captions: those of shards, scenes and collages by name, with weights, as
+            "txt=1,recaption=3".
         cache_dir: folder that remote shards are fetched to; None: in the user's cache.
         cache_bytes: most bytes kept there.
 
@@ -54,9 +58,9 @@ class DataOptions:
     """File of prompt templates, one per line with {} or {c} for the class name: the captions of a
     folder of classes (by default 'a photo of a {}.') and the prompts of zero-shot evaluation."""
     captions: str | None = flag(None, defines_run=True)
-    """Captions of shards and scenes to sample from, with weights, e.g. 'txt=1,recaption=3': txt is
-    KEY.txt, other names are keys of KEY.json with a text or a list of texts; the scenes have alt,
-    short and dense."""
+    """Captions of shards, scenes and collages to sample from, with weights, as in
+    'txt=1,recaption=3': txt is KEY.txt, other names are keys of KEY.json with a text or a list of
+    texts; scenes and collages have alt, short and dense."""
     cache_dir: str | None = flag(None, defines_run=False)
     """Cache folder of remote shards; by default fastclip in the user's cache."""
     cache_bytes: int = flag(CACHE_BYTES, defines_run=False)
@@ -143,7 +147,7 @@ def parse_sources(texts: Sequence[str], flag: str) -> dict[str, str]:
 
 def _name_of(data: str) -> str:
     """The last part of a path, up to its pattern or ending."""
-    last = data.split("::")[0].rstrip("/").rpartition("/")[2]
+    last = without_photographs(data.split("::")[0]).rstrip("/").rpartition("/")[2]
     return re.split(r"[^\w-]", last, maxsplit=1)[0].rstrip("-_")
 
 

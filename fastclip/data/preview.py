@@ -68,3 +68,16 @@ def wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width
                 lines.append("")
             lines[-1] += letter
     return lines
+
+
+def fitted_lines(
+    text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, most: int
+) -> list[str]:
+    """As `wrapped`, at most so many lines; of a longer text the last ends in dots, at a word."""
+    lines = wrapped(text, font, width)
+    if len(lines) <= most:
+        return lines
+    last = lines[most - 1]
+    while last and font.getlength(f"{last}...") > width:
+        last = last.rpartition(" ")[0] or last[:-1]
+    return [*lines[: most - 1], f"{last}..."]

@@ -22,6 +22,12 @@ MAX_ASPECT = 100
 MAX_JPEG_SCANS = 100
 MAX_TEXT_BYTES = 1 << 20
 MAX_LABEL_BYTES = 64
+MAX_FEATURE_BYTES = 1 << 20
+# a teacher's features of a sample: what a batch calls them, and the members that hold them
+FEATURE_MEMBERS = {
+    "teacher_image_features": "teacher_image.npy",
+    "teacher_text_features": "teacher_text.npy",
+}
 
 _NO_IMAGE = Image.new("RGB", (1, 1))
 
@@ -64,6 +70,7 @@ class Sample:
         negatives: false captions that the data bring.
         where: the image's file or member, for messages.
         meaning: what texts and class say, where that is known.
+        features: those of `FEATURE_MEMBERS` that were asked for and are there, (E,) float32 each.
     """
 
     key: str
@@ -75,6 +82,7 @@ class Sample:
     negatives: tuple[str, ...] = ()
     where: str = ""
     meaning: Meaning | None = None
+    features: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 class Source(Protocol):
@@ -178,7 +186,7 @@ class SampleReader:
 
     Args:
         required: extensions a sample must have besides an image.
-        captions, optional_texts: see `fastclip.data.shards.ShardSource`.
+        captions, optional_texts, features: see `fastclip.data.shards.ShardSource`.
 
     Attributes:
         required: what an index must be asked for.
@@ -189,8 +197,10 @@ class SampleReader:
         required: tuple[str, ...],
         captions: tuple[str, ...] = (),
         optional_texts: bool = False,
+        features: bool = False,
     ) -> None:
         self.captions = captions
+        self.features = features
         self.optional_texts = optional_texts and not captions and "txt" not in required
         if captions:
             # any of them will do; where there are several, only reading shows which
@@ -213,6 +223,8 @@ class SampleReader:
             limits["txt"] = MAX_TEXT_BYTES + 1
         if "txt" in self.required or self.captions or self.optional_texts:
             limits["json"] = MAX_TEXT_BYTES
+        if self.features:
+            limits |= dict.fromkeys(FEATURE_MEMBERS.values(), MAX_FEATURE_BYTES + 1)
         contents = {}
         for extension, limit in limits.items():
             offset, size = files.get(extension, (0, limit + 1))
@@ -230,6 +242,7 @@ class SampleReader:
 
         Raises:
             UnreadableSample: with the reason, and `where` with the member's extension.
+            ValueError: a teacher's features are no such vector.
         """
         image, encoded = self.image(contents, where, pixels=pixels)
         sample = Sample(key, image, (), encoded=encoded)
@@ -240,6 +253,11 @@ class SampleReader:
             if not self.optional_texts:
                 raise
         sample.label = self.label(contents, where)
+        sample.features = {
+            name: decode_features(contents[member], f"{where}.{member}")
+            for name, member in FEATURE_MEMBERS.items()
+            if member in contents
+        }
         return sample
 
     def check(
@@ -298,6 +316,17 @@ class SampleReader:
         if self.captions and not sample.texts:
             raise UnreadableSample(Fault("sample without caption", where))
 
+    def label_of(self, file: BinaryIO, files: dict[str, tuple[int, int]], where: str) -> int | None:
+        """The class index of a sample in a file; None where there is none or a damaged one."""
+        if "cls" not in files:
+            return None
+        offset, size = files["cls"]
+        content = os.pread(file.fileno(), min(size, MAX_LABEL_BYTES + 1), offset)
+        try:
+            return self.label({"cls": content}, where)
+        except UnreadableSample:
+            return None
+
     def label(self, contents: _Contents, where: str) -> int | None:
         """The class index, None where there is none; see `sample`."""
         if "cls" not in contents:
@@ -330,6 +359,33 @@ def decode_text(encoded: bytes, where: str) -> str:
     if not text:
         raise UnreadableSample(Fault("empty caption", where))
     return text
+
+
+def decode_features(encoded: bytes, where: str) -> np.ndarray:
+    """The vector in a .npy file, (E,) float32.
+
+    Raises:
+        ValueError: it is no file of one vector of finite float16, float32 or float64 numbers; such
+            a sample is an error of whoever wrote the features, and not left out.
+    """
+    file = io.BytesIO(encoded)
+    try:
+        # np.load would also open archives, and make room for whatever a header claims
+        if len(encoded) > MAX_FEATURE_BYTES or np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError(f"over {MAX_FEATURE_BYTES:,} bytes, or no .npy file of version 1.0")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        if dtype.kind != "f" or len(shape) != 1 or not shape[0]:
+            raise ValueError(f"{dtype} of shape {shape}")
+        features = np.frombuffer(file.read(), dtype)
+        if features.shape != shape or not np.isfinite(features).all():
+            raise ValueError(f"not {shape[0]} finite numbers")
+    # what a damaged header makes numpy raise changes with its releases
+    except Exception as error:
+        raise ValueError(
+            f"{where} holds no features ({error}); write one vector of finite numbers, (E,) in "
+            "float16 or float32, as fastclip embed shards does"
+        ) from error
+    return features.astype(np.float32)
 
 
 def _image_extension(files: Container[str]) -> str:

@@ -86,6 +86,9 @@ class ShardSource:
             or a list of texts. A sample then needs a caption of one of these only.
         optional_texts: read captions where there are some, although none are required; a damaged
             one is left out.
+        features: read a teacher's features, KEY.teacher_image.npy and KEY.teacher_text.npy.
+        by_row: files elsewhere have a row for each sample, so that none may be left out for want of
+            a caption: whoever wrote the rows may have counted it.
         cache: where remote shards are kept; by default fastclip's folder of the user's cache.
 
     Attributes:
@@ -95,6 +98,7 @@ class ShardSource:
 
     Raises:
         ValueError: there is no readable sample at all; the message lists the faults found.
+            Also, here or when a shard is first read: samples are left out despite `by_row`.
         FetchError: a remote shard whose samples must be counted cannot be fetched.
     """
 
@@ -105,13 +109,16 @@ class ShardSource:
         cache: ShardCache | None = None,
         captions: tuple[str, ...] = (),
         optional_texts: bool = False,
+        features: bool = False,
+        by_row: bool = False,
     ) -> None:
         parts = _expand_parts(pattern)
         self.names = [name for part in parts for name in part]
         self.parts = tuple(len(part) for part in parts)
-        self._reader = SampleReader(required, captions, optional_texts)
+        self._reader = SampleReader(required, captions, optional_texts, features)
         self.cache = cache or ShardCache()
         self.counts: tuple[int, ...] = ()
+        self._by_row = by_row
         self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
         self._indexed = 0
         self._faults: list[Fault] = []
@@ -126,6 +133,7 @@ class ShardSource:
 
         Raises:
             UnreadableSample: with the reason and the place.
+            ValueError: a teacher's features are no vector.
         """
         name = self.names[shard]
         try:
@@ -141,6 +149,23 @@ class ShardSource:
         except OSError as error:
             raise UnreadableSample(Fault("shard not readable", name, str(error))) from error
         return self._reader.sample(key, contents, f"{name}:{key}", pixels=pixels)
+
+    def labels(self, shard: int) -> list[int | None]:
+        """The class index of each sample of a shard, read without its image.
+
+        Args:
+            shard: its number.
+
+        Returns:
+            None where a sample has no class index or a damaged one.
+
+        Raises:
+            OSError: the shard cannot be read. FetchError, which is one: it cannot be fetched.
+        """
+        name = self.names[shard]
+        with open_shard(name, self.cache) as file:
+            samples = self._index(shard, file).samples
+            return [self._reader.label_of(file, files, f"{name}:{key}") for key, files in samples]
 
     def place(self, shard: int) -> str:
         """The name of the shard."""
@@ -169,6 +194,8 @@ class ShardSource:
             self._indexes.move_to_end(shard)
             return self._indexes[shard]
         index = index_file(file, self.names[shard], self._reader.required)
+        if self._by_row:
+            _require_captions(index, self.names[shard])
         self._faults.extend(index.faults)
         for kind, count in index.counts.items():
             if count > MAX_PLACES:
@@ -194,6 +221,16 @@ def open_shard(name: str, cache: ShardCache) -> BinaryIO:
         OSError: it cannot be opened. FetchError, which is one: it cannot be fetched.
     """
     return cache.open(name) if is_remote(name) else open_regular(name)
+
+
+def _require_captions(index: ShardIndex, name: str) -> None:
+    """Raise a ValueError where samples were left out that have an image."""
+    if count := index.counts["sample without txt"]:
+        raise ValueError(
+            f"{name}: {count} times sample without txt. Rows of --distill-embeddings may count "
+            "these, and the samples after them would get another's features; put features into the "
+            "shards (fastclip embed shards, --distill-shards), or leave such samples out of them"
+        )
 
 
 def declared_count(path: Path) -> int | None:

@@ -3,14 +3,18 @@
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 
+from fastclip.data.collages.photos import Photographs, short_names
+from fastclip.data.collages.source import PHOTOS_KEY, CollageSource, parse_collages
 from fastclip.data.folders import (
     FolderSource,
     TreeSource,
+    class_names,
     has_classes_alone,
     holds_image_folders,
 )
@@ -20,13 +24,24 @@ from fastclip.data.options import DataOptions, DatasetType
 from fastclip.data.regular import digest_of
 from fastclip.data.remote import ShardCache, is_remote
 from fastclip.data.samples import Sample, Source
-from fastclip.data.shards import ShardSource, refuse_commands
+from fastclip.data.scenes.world import SHAPES
+from fastclip.data.shards import ShardSource, expand_shards, refuse_commands
 from fastclip.data.tables import open_coco, open_csv
-from fastclip.data.templates import read_lines
+from fastclip.data.templates import CLASS_FILES, find_beside, read_lines
 
-__all__ = ["Mixture", "SceneSource", "guess_type", "open_source", "shard_weights"]
+__all__ = [
+    "CollageSource",
+    "Mixture",
+    "SceneSource",
+    "collage_classes",
+    "guess_type",
+    "open_photographs",
+    "open_source",
+    "shard_weights",
+]
 
-SCENES = {"train": 20_000, "val": 1000}
+# of scenes and of collages
+DRAWN = {"train": 20_000, "val": 1000}
 SYNTHETIC = 1000
 
 ENDINGS: dict[str, DatasetType] = {
@@ -120,7 +135,7 @@ def guess_type(data: str) -> DatasetType | None:
         data: shards, a table, a folder, "scenes", ..., in the form of `--train-data`.
 
     Returns:
-        "webdataset", "csv", "coco", "imagefolder", "synthetic", "scenes" or None.
+        "webdataset", "csv", "coco", "imagefolder", "synthetic", "scenes", "collages" or None.
 
     Raises:
         ValueError: patterns joined by '::' are of different types.
@@ -146,20 +161,24 @@ def open_source(
     required: tuple[str, ...] = ("txt",),
     negatives: bool = False,
     optional_texts: bool = False,
+    features: bool = False,
+    by_row: bool = False,
 ) -> Source:
     """The samples that `data` names.
 
     Args:
         data: shards ("FOLDER/{00000..00041}.tar", a list of them, URLs), a CSV or COCO file, an
-            ImageFolder, "synthetic", "scenes" or "scenes:KEY=VALUE,..."; several of one type
-            joined by '::'.
+            ImageFolder, "synthetic", "scenes" or "scenes:KEY=VALUE,...", "collages" or
+            "collages:KEY=VALUE,..."; several of one type joined by '::'.
         options: how to read it; None for the defaults.
-        split: which scenes or noise, where `data` does not say.
-        count: how many scenes or noise images; of no meaning for the others.
+        split: which scenes, collages or noise, where `data` does not say.
+        count: how many scenes, collages or noise images; of no meaning for the others.
         required: extensions a shard's sample must have besides an image. With none at all a folder
             may hold images anywhere, without folders of classes.
-        negatives: have the scenes' own hard negatives made, which takes time.
+        negatives: have the hard negatives of scenes or collages made, which takes time.
         optional_texts: read captions of shards where there are some, although none are required.
+        features: read a teacher's features, which shards alone can hold.
+        by_row: whether files elsewhere have a row for each sample; see `ShardSource`.
 
     Returns:
         A source: `counts` has the number of samples of each shard, `read(shard, index)` gives one,
@@ -181,21 +200,28 @@ def open_source(
         kind = "imagefolder"
     if kind is None or (kind == "webdataset" and os.path.isdir(data)):
         raise ValueError(_unrecognized(data))
-    if options.captions and kind not in ("webdataset", "scenes"):
+    if options.captions and kind not in ("webdataset", "scenes", "collages"):
         raise ValueError(
-            f"--captions {options.captions}: only shards and scenes have captions by name; leave "
-            "it out, all captions of a table are used alike"
+            f"--captions {options.captions}: only shards, scenes and collages have captions by "
+            "name; leave it out, all captions of a table are used alike"
+        )
+    if features and kind != "webdataset":
+        raise ValueError(
+            f"--distill-shards: {data} is {kind}, and only shards hold a teacher's features; give "
+            "files of them: --distill-embeddings"
         )
     if kind == "webdataset":
         cache = ShardCache(options.cache_dir, options.cache_bytes)
         captions = tuple(options.caption_weights)
-        return ShardSource(data, required, cache, captions, optional_texts)
+        return ShardSource(data, required, cache, captions, optional_texts, features, by_row)
     sources: list[Source] = []
     for part in data.split("::"):
+        number = count or DRAWN.get(split, DRAWN["val"])
         if kind == "scenes":
-            number = count or SCENES.get(split, SCENES["val"])
             captions = tuple(options.caption_weights)
             sources.append(open_scenes(part, split, number, captions, negatives))
+        elif kind == "collages":
+            sources.append(_open_collages(part, options, split, number, negatives))
         else:
             sources.append(_open_one(part, kind, options, split, count, required))
     classes = {tuple(source.classes) for source in sources if isinstance(source, FolderSource)}
@@ -244,9 +270,60 @@ def shard_weights(source: Source, factors: str | None) -> tuple[float, ...] | No
     return tuple(value for value, n in zip(values, source.parts, strict=True) for _ in range(n))
 
 
+def open_photographs(data: str, options: DataOptions | None = None) -> Photographs:
+    """The labeled photographs that collages are made of, with the names of their classes.
+
+    Args:
+        data: shards with a class index (KEY.cls) in each sample and classes.txt beside them, or a
+            folder with one folder of images per class.
+        options: how to read it; None for the defaults.
+
+    Raises:
+        ValueError, FileNotFoundError: the data are neither, or cannot be read, or have no class
+            names, or too few photographs of a class; the message says why.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from fastclip.data.sources import open_photographs
+        >>> for name in ("cat/0", "cat/1", "cat/2", "dog/0", "dog/1", "dog/2"):
+        ...     path = Path("photographs", f"{name}.png")
+        ...     path.parent.mkdir(parents=True, exist_ok=True)
+        ...     Image.new("RGB", (48, 32), "red").save(path)
+        >>> photographs = open_photographs("photographs")
+        >>> photographs.classes, photographs.picture("dog", "val", draw=7).size
+        (('cat', 'dog'), (32, 32))
+    """
+    names = _photograph_classes(data)
+    options = replace(options or DataOptions(), dataset_type="auto", captions=None, templates=None)
+    # samples of shards that have no label are left out later, with a message of its own
+    required: tuple[str, ...] = () if guess_type(data) == "webdataset" else ("cls",)
+    return Photographs(open_source(data, options, split="train", required=required), names)
+
+
+def collage_classes(data: str) -> list[str]:
+    """The class names of the collages that `data` names, in the order of their labels.
+
+    Args:
+        data: "collages" or "collages:KEY=VALUE,...".
+
+    Raises:
+        ValueError, FileNotFoundError: see `open_photographs`.
+
+    Examples:
+        >>> from fastclip.data.sources import collage_classes
+        >>> collage_classes("collages:objects=1")[:3]
+        ['circle', 'square', 'triangle']
+    """
+    photos = parse_collages(data).get(PHOTOS_KEY)
+    return list(SHAPES) if photos is None else short_names(_photograph_classes(photos))
+
+
 def _guess_part(part: str) -> DatasetType | None:
     if part == "scenes" or part.startswith("scenes:"):
         return "scenes"
+    if part == "collages" or part.startswith("collages:"):
+        return "collages"
     if part == "synthetic":
         return "synthetic"
     path = Path(part).expanduser()
@@ -262,6 +339,42 @@ def _guess_part(part: str) -> DatasetType | None:
 
 def _is_folder(part: str) -> bool:
     return os.path.isdir(os.path.expanduser(part))
+
+
+def _open_collages(
+    part: str, options: DataOptions, split: str, count: int, negatives: bool
+) -> CollageSource:
+    chosen = parse_collages(part)
+    return CollageSource(
+        open_photographs(chosen[PHOTOS_KEY], options) if PHOTOS_KEY in chosen else None,
+        chosen.get("split", split),
+        count,
+        int(chosen["objects"]) if "objects" in chosen else None,
+        chosen.get("caption", "short"),
+        tuple(options.caption_weights),
+        negatives,
+    )
+
+
+def _photograph_classes(data: str) -> list[str]:
+    """The names of the classes of photographs, as they are written."""
+    kind = guess_type(data)
+    if kind == "imagefolder":
+        return class_names(Path(data.split("::")[0]).expanduser())
+    if kind != "webdataset":
+        found = "of no known type" if kind is None else f"of type {kind}"
+        raise ValueError(
+            f"photos={data}: collages need photographs with classes, and these data are {found}; "
+            "give shards with a class index (KEY.cls) in each sample, or a folder with one folder "
+            "of images per class"
+        )
+    names = find_beside(Path(expand_shards(data)[0]), CLASS_FILES)
+    if names is None:
+        raise ValueError(
+            f"photos={data}: there are no class names; put classes.txt beside the shards, one "
+            "name a line in the order of the class indices"
+        )
+    return read_lines(names)
 
 
 def _open_one(
@@ -293,6 +406,6 @@ def _unrecognized(data: str) -> str:
         )
     return (
         f"cannot recognize {data!r} as data: give shards ('/data/{{00000..00041}}.tar'), a table "
-        "(.csv, .tsv or .txt), a COCO .json, a folder of class folders, 'synthetic' or 'scenes', "
-        "or say it with --dataset-type"
+        "(.csv, .tsv or .txt), a COCO .json, a folder of class folders, 'synthetic', 'scenes' or "
+        "'collages', or say it with --dataset-type"
     )

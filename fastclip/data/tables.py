@@ -153,7 +153,9 @@ def _separator_of(path: Path, options: DataOptions) -> str:
             found = _header(path, other)
             if set(wanted) <= set(found):
                 _require_once(path, found, wanted)
-                note(f"{path} is separated by {other!r}, not {given!r}")
+                # commas in a .csv are no news; the default is open_clip's, a tab
+                if (path.suffix.lower(), given, other) != (".csv", "\t", ","):
+                    note(f"{path} is separated by {other!r}, not {given!r}")
                 return other
             if len(found) > 1:
                 # what is missing is reported of the columns as they are meant

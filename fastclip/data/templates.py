@@ -6,6 +6,10 @@ from fastclip.bounded import read_text
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 
+# Looked for beside data, in this order: CLIP_benchmark's names, then fastclip's own.
+CLASS_FILES = ("classnames.txt", "classes.txt")
+TEMPLATE_FILES = ("zeroshot_classification_templates.txt", "templates.txt")
+
 
 def fill_template(template: str, name: str) -> str:
     """The template with its {} or {c} replaced by the class name.
@@ -28,3 +32,8 @@ def read_lines(path: Path) -> list[str]:
     # not splitlines, which also splits at separators that names may contain
     lines = [line.strip() for line in read_text(path).removeprefix("\ufeff").split("\n")]
     return [line for line in lines if line]
+
+
+def find_beside(data: Path, names: tuple[str, ...]) -> Path | None:
+    """The first of the named files in the folder of `data`."""
+    return next((data.parent / name for name in names if (data.parent / name).is_file()), None)

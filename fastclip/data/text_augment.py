@@ -139,8 +139,8 @@ class TextAugmentation:
             text: a caption.
             rng: what is drawn from.
             structure: words, in lower case, that say how the others belong together, as "above"
-                does in "a star above a ring": none is dropped, and in a text with two of them or
-                more no words are exchanged.
+                does in "a star above a ring": none is dropped or replaced, and in a text of two
+                or more no words are exchanged.
         """
         if self.clean:
             text = clean(text) or text
@@ -155,7 +155,7 @@ class TextAugmentation:
                 words = _without_stop_words(words, structure)
             if operation == "synonym":
                 synonyms = common_synonyms() if self.synonyms is None else self.synonyms
-                _replace_words(words, synonyms, self.synonym_words, rng)
+                _replace_words(words, synonyms, self.synonym_words, rng, structure)
         if operation == "swap" and len(words) > 1:
             for _ in range(self.swap_pairs):
                 _swap_words(words, rng)
@@ -210,8 +210,15 @@ def _without_stop_words(words: list[str], structure: frozenset[str]) -> list[str
     return kept if any(word.strip(PUNCTUATION) for word in kept) else words
 
 
-def _replace_words(words: list[str], synonyms: Synonyms, count: int, rng: random.Random) -> None:
-    places = [i for i, word in enumerate(words) if word.strip(PUNCTUATION).lower() in synonyms]
+def _replace_words(
+    words: list[str],
+    synonyms: Synonyms,
+    count: int,
+    rng: random.Random,
+    structure: frozenset[str],
+) -> None:
+    bare = [_bare(word) for word in words]
+    places = [i for i, word in enumerate(bare) if word in synonyms and word not in structure]
     for place in rng.sample(places, min(count, len(places))):
         before, old, after = _parts(words[place])
         new = rng.choice(synonyms[old.lower()])

@@ -23,7 +23,13 @@ from fastclip.data.index import Fault
 from fastclip.data.jpeg import decode_pixels, portable, trim
 from fastclip.data.labels import LabelSource
 from fastclip.data.order import Order, hash64
-from fastclip.data.samples import Sample, Source, UnreadableSample, decode
+from fastclip.data.samples import (
+    FEATURE_MEMBERS,
+    Sample,
+    Source,
+    UnreadableSample,
+    decode,
+)
 from fastclip.data.tokens import Tokenizer, tokenize
 from fastclip.data.views import render_view
 from fastclip.data.watchdog import ReadingBoard
@@ -47,6 +53,8 @@ class TrainingSamples(Dataset[dict[str, Any]]):
             parameters, for `fastclip.data.dali`.
         group_by: "caption" or "image": samples with the same first text, or the same image file,
             have one group; None for batches without groups.
+        one_text: refuse a sample of several captions, which stored features of its text do not fit.
+        features: whether batches have a teacher's features, those that `source` reads.
         hue: "yiq" turns colors about the gray axis, as DALI does; "hsv" is torchvision's.
 
     Examples:
@@ -71,6 +79,8 @@ class TrainingSamples(Dataset[dict[str, Any]]):
         labels: LabelSource | None = None,
         pixels: bool = True,
         group_by: GroupBy | None = None,
+        one_text: bool = False,
+        features: bool = False,
         hue: Hue = "yiq",
     ) -> None:
         self.source = source
@@ -81,6 +91,9 @@ class TrainingSamples(Dataset[dict[str, Any]]):
         self.labels = labels
         self.pixels = pixels
         self.group_by = group_by
+        self.one_text = one_text
+        self.features = features
+        self._width: int | None = None
         self.hue: Hue = hue
         self.board = ReadingBoard()
         # where each shard's samples begin among all of them
@@ -104,7 +117,8 @@ class TrainingSamples(Dataset[dict[str, Any]]):
         """The sample, or the first readable one of those that a hash chooses in its place.
 
         Raises:
-            ValueError: 32 in a row cannot be read.
+            ValueError: 32 in a row cannot be read; or a sample's captions or features are not what
+                distillation needs.
         """
         faults: list[Fault] = []
         candidate = position
@@ -120,6 +134,8 @@ class TrainingSamples(Dataset[dict[str, Any]]):
                 prepared["index"] = torch.tensor(int(self._starts[shard]) + index)
                 if self.group_by is not None:
                     texts["group"] = torch.tensor(self._group(sample, texts))
+                if self.features:
+                    texts |= self._features(sample)
                 return {**prepared, **texts, "faults": faults}
             except UnreadableSample as error:
                 faults.append(error.fault)
@@ -133,6 +149,12 @@ class TrainingSamples(Dataset[dict[str, Any]]):
         """What a batch has of the sample's texts."""
         if self.tokenizer is None:
             return {}
+        if self.one_text and len(sample.texts) > 1:
+            raise ValueError(
+                f"{sample.where or sample.key} has {len(sample.texts)} captions, and the teacher's "
+                "stored features are of one text a sample; leave all captions but that one out, or "
+                "give --distill-model"
+            )
         drawn = self.captions.draw(sample, rng)
         tokens, cut = tokenize(self.tokenizer, [*drawn.texts, *drawn.negatives])
         count = len(drawn.texts)
@@ -140,6 +162,25 @@ class TrainingSamples(Dataset[dict[str, Any]]):
         if drawn.negatives:
             texts |= {"negatives": tokens[count:], "false_captions": drawn.negatives}
         return texts
+
+    def _features(self, sample: Sample) -> dict[str, Tensor]:
+        """A teacher's features of the sample, (E,) each, of one width in all samples."""
+        where = sample.where.rpartition(".")[0]
+        for name, member in FEATURE_MEMBERS.items():
+            if name not in sample.features:
+                raise ValueError(
+                    f"{where}.{member} is missing: --distill-shards reads a teacher's features of "
+                    "every sample; write shards with fastclip embed shards, or give "
+                    "--distill-embeddings"
+                )
+            width = len(sample.features[name])
+            self._width = self._width or width
+            if width != self._width:
+                raise ValueError(
+                    f"{where}.{member} has {width} numbers, other features {self._width}; write "
+                    "all shards with one model: fastclip embed shards"
+                )
+        return {name: torch.from_numpy(vector) for name, vector in sample.features.items()}
 
     def _group(self, sample: Sample, texts: dict[str, Any]) -> int:
         """The same for samples of one group, and of others by a chance of 2^-64 a pair."""

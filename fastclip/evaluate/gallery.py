@@ -10,7 +10,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from fastclip.atomic import writing
 from fastclip.data.order import Order
-from fastclip.data.preview import wrapped
+from fastclip.data.preview import fitted_lines
 from fastclip.data.samples import Source
 from fastclip.evaluate.features import ImageFeatures, embed_texts
 from fastclip.evaluate.search import search
@@ -19,6 +19,8 @@ from fastclip.models.clip import Model
 COLUMNS = 8
 """Found images in a line; more are continued on the next."""
 _MARGIN, _LINE, _FRAME = 8, 15, 3
+# of a caption beneath an image
+_CAPTION_LINES = 2
 _RIGHT, _TEXT = "#2ca02c", "#444444"
 # written into a picture, so that the next one may replace it and nothing else
 _SOFTWARE = "fastclip search"
@@ -28,17 +30,21 @@ class Found(NamedTuple):
     """An image that a query has found.
 
     right: whether the query is one of its captions, which is framed.
+    caption: of its own; "" where there is none.
     """
 
     image: Image.Image
     score: float
     right: bool = False
+    caption: str = ""
 
 
 def results_sheet(
     queries: Sequence[str | Image.Image], results: Sequence[Sequence[Found]], size: int = 128
 ) -> Image.Image:
-    """A white sheet with a row for each query: the query, then what it has found, with scores.
+    """A white sheet with a row for each query: the query, then what it has found.
+
+    Beneath an image are its score and, where any has a caption, two lines of that.
 
     Args:
         queries: texts or images.
@@ -46,12 +52,15 @@ def results_sheet(
         size: side of the square that an image is fitted into, in pixels.
     """
     columns = min(COLUMNS, max(map(len, results)))
-    cell, line = size + _MARGIN, size + _LINE + _MARGIN
+    captioned = any(one.caption for found in results for one in found)
+    beneath = (1 + _CAPTION_LINES * captioned) * _LINE
+    cell, line = size + _MARGIN, size + beneath + _MARGIN
     label = size + size // 2
     start = label + 3 * _MARGIN
     lines = [max(1, -(-len(found) // columns)) for found in results]
     sheet = Image.new("RGB", (start + columns * cell, _MARGIN + sum(lines) * line), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    small = ImageFont.load_default(11)
     top = _MARGIN
     for query, found, count in zip(queries, results, lines, strict=True):
         if isinstance(query, str):
@@ -60,15 +69,18 @@ def results_sheet(
             _paste(sheet, query, (_MARGIN + label - size, top), size)
             edge = _MARGIN + label - size - 1
             draw.rectangle((edge, top - 1, edge + size + 1, top + size), outline="black")
-        for number, (image, score, right) in enumerate(found):
+        for number, (image, score, right, caption) in enumerate(found):
             down, across = divmod(number, columns)
             corner = (start + across * cell, top + down * line)
             if right:
                 edges = (corner[0] - _FRAME, corner[1] - _FRAME)
                 draw.rectangle((*edges, *(edge + size + 2 * _FRAME - 1 for edge in edges)), _RIGHT)
             _paste(sheet, image, corner, size)
-            below = (corner[0] + size / 2, corner[1] + size + _FRAME)
-            draw.text(below, f"{score:.3f}", fill=_TEXT, font=font, anchor="ma")
+            middle, below = corner[0] + size / 2, corner[1] + size + _FRAME
+            draw.text((middle, below), f"{score:.3f}", fill=_TEXT, font=font, anchor="ma")
+            for text in fitted_lines(caption, small, size, _CAPTION_LINES):
+                below += _LINE
+                draw.text((middle, below), text, fill=_TEXT, font=small, anchor="ma")
         top += count * line
     return sheet
 
@@ -138,7 +150,12 @@ def draw_retrieval(
     scores, rows = search(images.features, embed_texts(model, queries), per_query)
     results = [
         [
-            Found(source.read(*order.locate(0, row)).image, score, query in images.texts[row])
+            Found(
+                source.read(*order.locate(0, row)).image,
+                score,
+                query in images.texts[row],
+                next(iter(images.texts[row]), ""),
+            )
             for score, row in zip(*best, strict=True)
         ]
         for query, *best in zip(queries, scores.tolist(), rows.tolist(), strict=True)
@@ -156,10 +173,7 @@ def _write(draw: ImageDraw.ImageDraw, text: str, box: tuple[int, int, int, int])
     """A text at the right of a box (left, top, width, height), in the middle of its height."""
     left, top, width, height = box
     font = ImageFont.load_default(14)
-    most = height // 18
-    lines = wrapped(text, font, width)
-    if len(lines) > most:
-        lines = [*lines[: most - 1], "..."]
+    lines = fitted_lines(text, font, width, max(1, height // 18))
     middle = (left + width, top + height / 2)
     draw.multiline_text(
         middle, "\n".join(lines), fill="black", font=font, anchor="rm", align="right", spacing=3

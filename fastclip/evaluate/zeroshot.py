@@ -9,17 +9,20 @@ from torch import Tensor
 from fastclip.data.folders import class_names
 from fastclip.data.scenes import CLASSES, TEMPLATES
 from fastclip.data.shards import expand_shards
-from fastclip.data.sources import guess_type
-from fastclip.data.templates import DEFAULT_TEMPLATES, fill_template, read_lines
+from fastclip.data.sources import collage_classes, guess_type
+from fastclip.data.templates import (
+    CLASS_FILES,
+    DEFAULT_TEMPLATES,
+    TEMPLATE_FILES,
+    fill_template,
+    find_beside,
+    read_lines,
+)
 from fastclip.evaluate import imagenet
 from fastclip.evaluate.features import ImageFeatures, embed_texts
 from fastclip.evaluate.retrieval import scores_of
 from fastclip.models.classifier import Classifier
 from fastclip.models.clip import Model
-
-# Looked for beside the data, in this order: CLIP_benchmark's names, then fastclip's own.
-CLASS_FILES = ("classnames.txt", "classes.txt")
-TEMPLATE_FILES = ("zeroshot_classification_templates.txt", "templates.txt")
 
 
 def class_embeddings(
@@ -126,7 +129,7 @@ def labeled(images: ImageFeatures) -> tuple[Tensor, Tensor]:
 
 
 def classes_of(data: str, dataset_type: str = "auto") -> tuple[list[str], list[str]] | None:
-    """Class names and prompt templates: the scenes' own, folders' names, or from beside the data.
+    """Class names and prompt templates: of a world's own, folders' names, or from beside the data.
 
     None where no file of class names is there. Templates default to "a photo of a {}."; folders
     that WordNet ids name are ImageNet's, with its class names and templates.
@@ -134,17 +137,14 @@ def classes_of(data: str, dataset_type: str = "auto") -> tuple[list[str], list[s
     kind = guess_type(data) if dataset_type == "auto" else dataset_type
     if kind == "scenes":
         return list(CLASSES), list(TEMPLATES)
+    if kind == "collages":
+        return collage_classes(data.split("::")[0]), list(DEFAULT_TEMPLATES)
     if kind == "imagefolder":
         folders = class_names(Path(data.split("::")[0]).expanduser())
         return imagenet.prompts_of(folders) or (folders, list(DEFAULT_TEMPLATES))
     first = expand_shards(data)[0] if kind == "webdataset" else data.split("::")[0]
     place = Path(first).expanduser()
-    classes, templates = _find_beside(place, CLASS_FILES), _find_beside(place, TEMPLATE_FILES)
+    classes, templates = find_beside(place, CLASS_FILES), find_beside(place, TEMPLATE_FILES)
     if classes is None:
         return None
     return read_lines(classes), read_lines(templates) if templates else list(DEFAULT_TEMPLATES)
-
-
-def _find_beside(data: Path, names: tuple[str, ...]) -> Path | None:
-    """The first of the named files in the folder of `data`."""
-    return next((data.parent / name for name in names if (data.parent / name).is_file()), None)

@@ -83,7 +83,8 @@ def distillation_loss(
         return reduce((row + column) / 2, reduction, None)
     if torch.is_grad_enabled() and any(features.requires_grad for features in teacher):
         raise ValueError(
-            "the teacher requires a gradient; compute its features under torch.no_grad()"
+            "the teacher requires a gradient, and the processes exchange none of it; compute its "
+            "features under torch.no_grad()"
         )
     images, texts = (gather_rows(f, group, with_grad=True, sizes=sizes) for f in student)
     of_images, of_texts = (gather_rows(f, group, with_grad=False, sizes=sizes) for f in teacher)

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from fastclip.functional import Exchange, clip_loss, info_nce_loss
+from fastclip.functional import Exchange, clip_loss, distillation_loss, info_nce_loss
 from fastclip.ops.checks import GroupRole, check_group_role, checked_sizes
 from fastclip.ops.collectives import average_gradient, check_exchange, gather_rows, scale_gradient
-from fastclip.ops.distillation import distillation
 
 _NOT_THE_GRADIENT = {
     False: "gather_with_grad=False divides the towers' gradient by the number of processes, and "
@@ -190,13 +189,9 @@ class ClipLoss(nn.Module):
             options["label_smoothing"] = self.label_smoothing
             options |= {"row_group": row_group, "column_group": column_group}
             options["group_role"] = self.group_role
-            if self.world_size > 1:
-                options |= {"dist": self.dist, "group": self.group, "sizes": self.sizes}
-                if self.local_loss:
-                    options["reduction"] = "none"
-                else:
-                    logit_scale = self._averaged(logit_scale)
-            loss = clip_loss(*self._scaled(features), logit_scale, logit_bias, **options)
+            options |= self._sharing()
+            scale = self._averaged(logit_scale)
+            loss = clip_loss(*self._scaled(features), scale, logit_bias, **options)
             loss = self._mean_of_own(loss)
         return {"contrastive_loss": loss} if output_dict else loss
 
@@ -240,9 +235,17 @@ class ClipLoss(nn.Module):
         images, texts = (scale_gradient(f, 1 / self.world_size) for f in features)
         return images, texts
 
+    def _sharing(self) -> dict[str, Any]:
+        """How a functional form shares its work over the ranks."""
+        if self.world_size == 1:
+            return {}
+        options = {"dist": self.dist, "group": self.group, "sizes": self.sizes}
+        return options | ({"reduction": "none"} if self.local_loss else {})
+
     def _averaged(self, scale: Tensor) -> Tensor:
-        """The scale, whose gradient is the global loss's on every rank."""
-        if not isinstance(scale, Tensor) or not scale.requires_grad:
+        """The scale, whose gradient is a global loss's on every rank."""
+        alone = self.world_size == 1 or self.local_loss
+        if alone or not isinstance(scale, Tensor) or not scale.requires_grad:
             return scale
         return average_gradient(scale, self.group)
 
@@ -350,7 +353,8 @@ class DistillClipLoss(ClipLoss):
     """Drop-in for `open_clip.DistillClipLoss`: the contrastive loss and a teacher's.
 
     The teacher gets no gradient: compute its features under `torch.no_grad()`, as the
-    open_clip trainer does. Over several processes each computes the whole distillation loss.
+    open_clip trainer does. Over several processes each computes its own images among all texts and
+    its own texts among all images.
 
     Args:
         local_loss: whether the value is that of the rank's own pairs, or of all.
@@ -418,24 +422,18 @@ class DistillClipLoss(ClipLoss):
             column_group=column_group,
         )
         assert isinstance(contrastive, Tensor)
-        row, column = distillation(
-            self._gather(image_features),
-            self._gather(text_features),
-            logit_scale,
-            self._gather(dist_image_features),
-            self._gather(dist_text_features),
+        distill = distillation_loss(
+            *self._scaled((image_features, text_features)),
+            self._averaged(logit_scale),
+            dist_image_features,
+            dist_text_features,
             dist_logit_scale,
             # chunked everywhere: two matrices at a time, no fused kernel
             backend="reference" if self.backend == "reference" else "auto",
             chunk_bytes=self.chunk_bytes,
+            **self._sharing(),
         )
-        distill = (row + column) / 2
-        if self.world_size > 1 and self.local_loss:
-            n = image_features.shape[0]
-            first = self._first_row(n)
-            loss = self._mean_of_own(distill[first : first + n])
-        else:
-            loss = distill.mean()
+        loss = self._mean_of_own(distill)
         if output_dict:
             return {"contrastive_loss": contrastive, "distill_loss": loss}
         return contrastive, loss

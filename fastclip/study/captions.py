@@ -1,40 +1,37 @@
-"""Is better text enough to learn composition (Stone et al. 2024)? Captions by text tower."""
+"""Is better text enough to learn composition (Stone et al. 2024)? Captions by text tower.
 
-import functools
-from collections.abc import Sequence
+On collages, whose captions say which photograph is where. Training shows 70 % of the pairs of class
+and place; composition is asked of seen pairs and of the others.
+"""
+
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
 
-import torch
-from torch import Tensor
-
-from fastclip.data.order import hash64
-from fastclip.data.scenes import NEGATIVE_KINDS, caption, hard_negatives, sample_scene
-from fastclip.data.sources import SceneSource
+from fastclip.data.collages import caption, sample_collage
 from fastclip.evaluate.features import embed_images, embed_texts
-from fastclip.evaluate.retrieval import caption_pairs, chance_of_recall, retrieval_metrics
-from fastclip.models.clip import Model
-from fastclip.study.language_model import teach
-from fastclip.study.report import Row, write
-from fastclip.study.runs import Plan, Scores, run_all
-from fastclip.study.variants import (
-    NO_VALIDATION,
-    STEPS,
-    differences,
-    outcomes_of,
-    run_name,
-    scores_of,
-    seeds_note,
+from fastclip.models.build import load
+from fastclip.study.collages import (
+    COLLAGES,
+    COMPOSED,
+    classes_of_collages,
+    composition,
+    composition_cases,
+    open_collages,
+    recalls,
+    training_data,
 )
-from fastclip.study.verdict import Verdict, positive, together
+from fastclip.study.language_model import BATCH, teach
+from fastclip.study.question import Arm, Contrast, Question, Settings
+from fastclip.study.runs import Judge, Scores
+from fastclip.study.verdict import Design
 
-SCENES = 1000
-# of a run
-SAMPLES, QUICK_SAMPLES = 9600, 4800
-# of the phase with hard negatives, which begins with what dense captions have taught
-LATER_SHARE = 0.3
+SAMPLES, LATER_SAMPLES = 32_000, 9600
+# of the language model: as many texts as it trains on are made
+LANGUAGE_STEPS = 1600
 COLUMNS = {
     "composition": "composition",
+    "held_out": "composition, held-out pairs",
     "dense_recall": "text → image @1, dense captions",
     "short_recall": "text → image @1, short captions",
 }
@@ -46,75 +43,15 @@ CAPTIONS: dict[str, tuple[str, ...]] = {
 }
 BEGUN, NEGATIVES = "dense, sentences", "+ hard negatives"
 # the false captions are short ones, so true ones of both kinds go with them
-LATER = (
+_LATER = (
     *("--captions", "dense=1,short=1", "--sentence-sampling", "--hard-negatives", "1"),
-    *("--lr", "5e-4", "--warmup", "5"),
+    *("--lr", "5e-4", "--warmup", "5", "--train-num-samples"),
 )
 SCRATCH, PRETRAINED = "from scratch", "pretrained"
-TOWERS = (SCRATCH, PRETRAINED)
-
-
-def study(
-    folder: Path,
-    seeds: int = 3,
-    flags: Sequence[str] = (),
-    jobs: int = 1,
-    samples: int = SAMPLES,
-) -> str:
-    """Train with each kind of captions and each text tower and compare; returns the report.
-
-    Args:
-        folder: for runs and report; runs that are there already are not made again.
-        seeds: runs of each.
-        flags: of `fastclip train`, for all of them.
-        jobs: runs at a time.
-        samples: of each run, but for the later phase.
-    """
-    later_samples = ("--train-num-samples", str(int(samples * LATER_SHARE)))
-    language_model = folder / "language_model"
-    if not (language_model / "config.json").is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        teach(language_model)
-    towers = {
-        SCRATCH: ("--model", "RN10t-64-long"),
-        PRETRAINED: (
-            *("--model", "RN10t-64", "--text-lm", str(language_model), "--context-length", "96"),
-            *("--text-lm-unfrozen", "2"),
-        ),
-    }
-    common = ("--config", "quickstart", "--epochs", "1", *STEPS)
-    plans = []
-    for seed in range(seeds):
-        ends = ("--seed", str(seed), *NO_VALIDATION, *flags)
-        for tower, own in towers.items():
-            begin = (*common, "--train-num-samples", str(samples), *own)
-            for kind, captions in CAPTIONS.items():
-                name = run_name(label(kind, tower), seed)
-                plans.append(Plan(name, (*begin, *captions, *ends), judge))
-            begun = run_name(label(BEGUN, tower), seed)
-            later = (
-                *common,
-                *own,
-                *LATER,
-                *later_samples,
-                "--pretrained",
-                str(folder / begun),
-                *ends,
-            )
-            plans.append(Plan(run_name(label(NEGATIVES, tower), seed), later, judge, (begun,)))
-    outcomes = run_all(plans, folder, jobs)
-    labels = [label(kind, tower) for tower in TOWERS for kind in (*CAPTIONS, NEGATIVES)]
-    rows: list[Row] = [(name, outcomes_of(name, outcomes, seeds)) for name in labels]
-    notes = [
-        seeds_note(seeds, jobs),
-        f"{SCENES} held-out scenes. Composition: of a short caption and one that differs by an "
-        f"attribute, a relation or the order of two objects, which is nearer to the image, ties "
-        f"against it; mean over the three kinds. {samples} samples a run; hard negatives are a "
-        f"later phase of {LATER_SHARE:.0%} as many, which begins with '{BEGUN}'. The "
-        "pretrained tower is a GPT-2 of four layers, taught dense and short captions by "
-        "next-token loss, two layers frozen; the same for all seeds.",
-    ]
-    return write(folder, "Captions and the text tower", rows, COLUMNS, notes, verdicts_of(rows))
+_COMMON = (
+    *("--batch-size", "64", "--epochs", "1", "--lr", "2e-3", "--wd", "0.1", "--warmup", "50"),
+    *("--grad-clip-norm", "1", "--workers", "1"),
+)
 
 
 def label(kind: str, tower: str) -> str:
@@ -122,87 +59,113 @@ def label(kind: str, tower: str) -> str:
     return f"{kind}, {tower}"
 
 
-@functools.cache
-def _cases() -> tuple[list[str], list[tuple[int, int, str]]]:
-    """Texts, the short captions first; and (scene, false text, kind) of every hard negative."""
-    texts, cases = [], []
-    for index in range(SCENES):
-        scene, seed = sample_scene(index, split="val"), hash64(index)
-        texts.append(caption(scene, "short", seed))
-        for kind in NEGATIVE_KINDS:
-            cases += [(index, text, kind) for text in hard_negatives(scene, kind, seed)[:1]]
-    false = [text for _, text, _ in cases]
-    numbered = [(i, SCENES + n, kind) for n, (i, _, kind) in enumerate(cases)]
-    return texts + false, numbered
+def _language_model(settings: Settings) -> Path:
+    return settings.folder / "language_model"
 
 
-def composition(images: Tensor, texts: Tensor, cases: Sequence[tuple[int, int, str]]) -> float:
-    """Share of cases in which the image is nearer to its caption than to the false one.
-
-    Ties count as wrong. The mean over the kinds of their shares.
-
-    Args:
-        images: (N, D). texts: (T, D), text i < N the caption of image i.
-        cases: image, false text, kind.
-    """
-    image = torch.tensor([i for i, _, _ in cases])
-    false = torch.tensor([n for _, n, _ in cases])
-    right = (images[image] * texts[image]).sum(1) > (images[image] * texts[false]).sum(1)
-    kinds = [kind for _, _, kind in cases]
-    shares = [right[[k == kind for k in kinds]].double().mean().item() for kind in sorted({*kinds})]
-    return mean(shares)
+def _prepare(settings: Settings) -> None:
+    folder = _language_model(settings)
+    if not (folder / "config.json").is_file():
+        settings.folder.mkdir(parents=True, exist_ok=True)
+        teach(folder, _texts(settings), settings.share(LANGUAGE_STEPS))
 
 
-def judge(model: Model) -> Scores:
-    """Composition, and recall@1 of images by dense and by short captions."""
-    scores, chance = {}, {"composition": 0.5}
-    qualities = ("dense", "short")
-    images = embed_images(model, SceneSource("val", SCENES, captions=qualities))
-    for quality, own in zip(qualities, zip(*images.texts, strict=True), strict=True):
-        texts, pairs = caption_pairs([(text,) for text in own])
-        found = retrieval_metrics(images.features, embed_texts(model, texts), pairs, (1,))
-        scores[f"{quality}_recall"] = found["image_retrieval_recall@1"]
-        chance[f"{quality}_recall"] = chance_of_recall(pairs[:, 1].bincount(), SCENES, 1)
-    texts, cases = _cases()
-    scores["composition"] = composition(images.features, embed_texts(model, texts), cases)
-    return scores, chance
-
-
-def verdicts_of(rows: Sequence[Row]) -> list[Verdict]:
-    """The paper's steps, one by one, and all together."""
-
-    def gain(claim: str, score: str, first: str, second: str) -> Verdict:
-        a, b = (scores_of(rows, name, score) for name in (first, second))
-        what = f"{first} - {second}, {COLUMNS[score]},"
-        return positive(claim, what, differences(a, b))
-
-    dense, alt = label("dense", SCRATCH), label("alt-text", SCRATCH)
-    parts = [
-        gain("dense captions help retrieval", "dense_recall", dense, alt),
-        gain("dense captions help composition", "composition", dense, alt),
-        gain(
-            "a pretrained text tower helps, with dense captions",
-            "dense_recall",
-            label("dense", PRETRAINED),
-            dense,
-        ),
-        gain(
-            "sentence sampling helps short captions",
-            "short_recall",
-            label(BEGUN, SCRATCH),
-            dense,
-        ),
-        gain(
-            "hard negatives help composition",
-            "composition",
-            label(NEGATIVES, SCRATCH),
-            label(BEGUN, SCRATCH),
-        ),
-        gain(
-            "and cost retrieval",
-            "dense_recall",
-            label(BEGUN, SCRATCH),
-            label(NEGATIVES, SCRATCH),
-        ),
+def _texts(settings: Settings) -> list[str]:
+    """Captions of all pairs of class and place, those too that no image is trained on with."""
+    classes = classes_of_collages(settings.data)
+    return [
+        caption(sample_collage(i, split=split, classes=classes), quality)
+        for split in ("train", "compositional")
+        for i in range(LANGUAGE_STEPS * BATCH // 4)
+        for quality in ("dense", "short")
     ]
-    return [together("text supervision is what composition takes", parts), *parts]
+
+
+def _arms(settings: Settings) -> Mapping[str, Arm]:
+    towers = {
+        SCRATCH: ("--model", "RN10t-64-long"),
+        PRETRAINED: (
+            *("--model", "RN10t-64", "--text-lm", str(_language_model(settings))),
+            *("--context-length", "96", "--text-lm-unfrozen", "2"),
+        ),
+    }
+    samples = ("--train-num-samples", str(settings.share(SAMPLES)))
+    later = (*_LATER, str(settings.share(LATER_SAMPLES)))
+    common = (*_COMMON, *training_data(settings.data))
+    arms: dict[str, Arm] = {}
+    for tower, own in towers.items():
+        for kind, captions in CAPTIONS.items():
+            arms[label(kind, tower)] = Arm((*common, *own, *captions, *samples))
+        arms[label(NEGATIVES, tower)] = Arm(
+            (*common, *own, *later), label(BEGUN, tower), "--pretrained"
+        )
+    return arms
+
+
+def _judge(settings: Settings) -> Judge:
+    data = settings.data
+
+    def judge(path: Path) -> Scores:
+        """Composition by kind, of seen and of held-out pairs, and recall@1 of images by texts."""
+        model = load(path)
+        scores, chance = {}, {}
+        for split, name in (("val", "composition"), ("compositional", "held_out")):
+            images = embed_images(model, open_collages(data, split, COMPOSED))
+            texts, cases = composition_cases(data, split)
+            by_kind = composition(images.features, embed_texts(model, texts), cases)
+            scores |= {f"{name}_{kind}": share for kind, share in by_kind.items()}
+            # a noun that is in no photograph takes no composition to be told apart
+            scores[name] = mean(share for kind, share in by_kind.items() if kind != "noun")
+            chance[name] = 0.5
+        for quality in ("dense", "short"):
+            images = embed_images(model, open_collages(data, "val", COLLAGES, (quality,)))
+            found, guessed = recalls(model, images, 1)
+            scores[f"{quality}_recall"] = found["text_to_image"]
+            chance[f"{quality}_recall"] = guessed["text_to_image"]
+        return scores, chance
+
+    return judge
+
+
+def _notes(settings: Settings) -> list[str]:
+    return [
+        f"Retrieval among {COLLAGES} collages of photographs that were not trained on. "
+        f"Composition, on {COMPOSED}: of a short caption and one with a place or relation that is "
+        "false, or with two classes swapped, which is nearer to the image, ties against it; mean "
+        "over the two kinds. Held-out pairs: each collage has a class at a place where training "
+        "never shows it. "
+        f"{settings.share(SAMPLES):,} samples a run; hard negatives are a later phase of "
+        f"{settings.share(LATER_SAMPLES):,}, which begins with '{BEGUN}'. The pretrained tower is "
+        "a GPT-2 of four layers, taught captions of all pairs, held-out ones too, by next-token "
+        "loss; two layers are frozen; it is the same for all seeds."
+    ]
+
+
+def _contrasts() -> list[Contrast]:
+    dense, alt = label("dense", SCRATCH), label("alt-text", SCRATCH)
+    sentences, negatives = label(BEGUN, SCRATCH), label(NEGATIVES, SCRATCH)
+    pretrained = label("dense", PRETRAINED)
+    return [
+        Contrast("dense captions help retrieval", (dense,), (alt,), "dense_recall"),
+        Contrast("dense captions help composition", (dense,), (alt,), "composition"),
+        Contrast("a pretrained tower helps retrieval", (pretrained,), (dense,), "dense_recall"),
+        Contrast(
+            "a pretrained tower helps composition of held-out pairs",
+            *((pretrained,), (dense,), "held_out"),
+        ),
+        Contrast("sentence sampling helps short captions", (sentences,), (dense,), "short_recall"),
+        Contrast("hard negatives help composition", (negatives,), (sentences,), "composition"),
+        Contrast("hard negatives cost retrieval", (sentences,), (negatives,), "dense_recall"),
+    ]
+
+
+QUESTION = Question(
+    title="Captions and the text tower",
+    columns=COLUMNS,
+    design=Design(seeds=3, smallest=0.03),
+    contrasts=_contrasts(),
+    arms=_arms,
+    judge=_judge,
+    notes=_notes,
+    prepare=_prepare,
+)

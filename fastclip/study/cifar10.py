@@ -10,7 +10,7 @@ from fastclip.data.sources import open_source
 from fastclip.evaluate.features import embed_images
 from fastclip.evaluate.interpolation import has_two_heads, weigh_heads
 from fastclip.evaluate.zeroshot import classes_of, evaluate_zeroshot
-from fastclip.models.clip import Model
+from fastclip.models.build import load
 from fastclip.study.report import Row, write
 from fastclip.study.runs import Scores, first_rows, run, steady_speed, training_seconds
 from fastclip.train.config import parse
@@ -48,7 +48,7 @@ def study(
             outcome = run(name, ends, folder, functools.partial(judge, data=data))
             seconds = training_seconds(folder / name, parse(given).optim.batch_size)
             outcomes.append(replace(outcome, seconds=seconds))
-            print(f"{outcomes[-1].name}: {outcomes[-1].scores}", flush=True)
+            print(outcomes[-1], flush=True)
         rows.append((label, outcomes))
     notes = [
         f"The images of val-00000.tar but for the first {HELD_OUT}, on which the weight between "
@@ -63,14 +63,27 @@ def _samples(recipe: str, flags: Sequence[str], folder: Path, minutes: float) ->
     batch = parse(flags).optim.batch_size
     trial = ["--train-num-samples", str(batch * TRIAL_STEPS), "--epochs", "1"]
     trial += ["--log-every-n-steps", "1"]
-    run(f"{recipe}-trial", [*flags, *trial], folder, lambda model: ({}, {}))
+    run(f"{recipe}-trial", [*flags, *trial], folder, lambda path: ({}, {}))
     total = max(batch, int(steady_speed(folder / f"{recipe}-trial") * minutes * 60))
     epochs = -(-total // IMAGES)
     return total // epochs, epochs
 
 
-def judge(model: Model, data: Path) -> Scores:
-    """Zero-shot accuracy on all but the first images; those choose the weight of two heads.
+def shards_of(data: Path | None) -> Path:
+    """The folder with CIFAR-10's shards.
+
+    Raises:
+        ValueError: none was given.
+    """
+    if data is None:
+        raise ValueError(
+            "this study trains on CIFAR-10; give the folder that `fastclip convert cifar10` wrote"
+        )
+    return data
+
+
+def judge(path: Path, data: Path) -> Scores:
+    """A run's zero-shot accuracy on all but the first images; those weigh two heads.
 
     Raises:
         ValueError: there are no class names beside the data.
@@ -79,6 +92,7 @@ def judge(model: Model, data: Path) -> Scores:
     prompts = classes_of(test)
     if prompts is None:
         raise ValueError(f"{data} has no classes.txt; make it with `fastclip convert cifar10`")
+    model = load(path)
     images = embed_images(model, open_source(test, DataOptions(), split="val"))
     rest = first_rows(images, len(images.keys) - HELD_OUT, start=HELD_OUT)
     scores = {}

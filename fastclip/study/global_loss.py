@@ -43,7 +43,7 @@ def study(
             outcome = run(name, given, folder, functools.partial(judge, data=data))
             outcome = replace(outcome, seconds=training_seconds(folder / name, BATCH))
             rows[place] = label, [*rows[place][1], outcome]
-            print(f"{name}: {outcome.seconds:.0f} s, {outcome.scores}", flush=True)
+            print(outcome, flush=True)
     notes = [
         f"Batches of {BATCH}, {epochs} epochs, {seeds} seeds, mean ± standard deviation; recipe "
         "cifar10, scored on the images of val-00000.tar but for its first 1000. The losses' values "

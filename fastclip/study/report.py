@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from fastclip.atomic import write_text, writing
 from fastclip.study.runs import Outcome
@@ -54,13 +55,25 @@ def write(
     columns: Mapping[str, str],
     notes: Sequence[str],
     verdicts: Sequence[Verdict] = (),
+    beside: Mapping[str, Any] | None = None,
 ) -> str:
-    """Write report.md, results.json and scores.png into the folder; returns the report."""
+    """Write report.md, results.json and scores.png into the folder; returns the report.
+
+    Args:
+        folder: which there is already.
+        title: of the report.
+        rows: label and outcomes, one a seed.
+        columns: scores by name, with their headings.
+        notes: paragraphs under the table.
+        verdicts: of the study's claims.
+        beside: further entries of results.json.
+    """
     said = "\n".join(f"- {verdict}" for verdict in verdicts)
     parts = [f"# {title}", said, table(rows, columns), *notes]
     text = "\n\n".join(filter(None, parts)) + "\n"
     write_text(folder / "report.md", text)
     values = {
+        **(beside or {}),
         "verdicts": [asdict(verdict) for verdict in verdicts],
         "rows": {label: [asdict(outcome) for outcome in outcomes] for label, outcomes in rows},
     }
@@ -70,27 +83,36 @@ def write(
 
 
 def _plot(path: Path, rows: Sequence[Row], columns: Mapping[str, str]) -> None:
-    """A panel a score: each run a dot, its label beside it."""
+    """A panel a score: each run a dot, the mean a stroke, its label beside it."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    size = (2 + 2.6 * len(columns), 1.2 + 0.32 * len(rows))
+    size = (2 + 2.6 * len(columns), 1.6 + 0.32 * len(rows))
     figure, panels = plt.subplots(1, len(columns), sharey=True, squeeze=False, figsize=size)
     for panel, (name, heading) in zip(panels[0], columns.items(), strict=True):
         for place, (_, outcomes) in enumerate(rows):
             scores = [100 * o.scores[name] for o in outcomes if name in o.scores]
-            panel.plot(scores, [place] * len(scores), "o", color="tab:blue", alpha=0.7)
-            guess = [100 * o.chance[name] for o in outcomes if name in o.chance]
-            panel.plot(guess[:1], [place] * len(guess[:1]), "|", color="tab:gray", markersize=12)
+            if scores:
+                panel.plot(scores, [place] * len(scores), "o", color="tab:blue", alpha=0.5)
+                panel.plot(statistics.mean(scores), place, "|", color="black", markersize=14)
+        guess = [100 * o.chance[name] for _, own in rows for o in own if name in o.chance]
+        if guess:
+            panel.axvline(guess[0], color="tab:gray", linestyle="--", linewidth=1)
         panel.set_xlabel(f"{heading}, %")
-        # a share begins at nothing, a difference of shares below it
-        panel.set_xlim(left=min(0, panel.get_xlim()[0]))
         panel.grid(axis="x", alpha=0.3)
     panels[0][0].set_yticks(range(len(rows)), [label for label, _ in rows])
     panels[0][0].invert_yaxis()
-    figure.tight_layout()
+    marks = [
+        plt.Line2D([], [], marker="o", color="tab:blue", alpha=0.5, linestyle="none"),
+        plt.Line2D([], [], marker="|", color="black", markersize=14, linestyle="none"),
+        plt.Line2D([], [], color="tab:gray", linestyle="--", linewidth=1),
+    ]
+    names = ["one seed", "mean", "chance"]
+    # under the panels, where it hides nothing
+    figure.tight_layout(rect=(0, 0.35 / size[1], 1, 1))
+    figure.legend(marks, names, loc="lower center", ncols=3, frameon=False)
     with writing(path) as file:
         figure.savefig(file, dpi=120)
     plt.close(figure)

@@ -25,9 +25,9 @@ from fastclip.evaluate.features import ImageFeatures, embed_images
 from fastclip.evaluate.interpolation import has_two_heads, weigh_heads
 from fastclip.evaluate.retrieval import caption_pairs, chance_of_recall, evaluate_retrieval
 from fastclip.evaluate.zeroshot import evaluate_zeroshot
+from fastclip.messages import filled
 from fastclip.models.build import load
 from fastclip.models.classifier import Classifier
-from fastclip.models.clip import Model
 from fastclip.models.simclr import SimCLR
 from fastclip.train.log import read_metrics
 
@@ -56,9 +56,14 @@ class Outcome:
     scores: dict[str, float]
     chance: dict[str, float]
 
+    def __str__(self) -> str:
+        shares = (f"{name} {value:.1%}" for name, value in self.scores.items())
+        return filled(f"{self.name}: ", ", ".join([f"{self.seconds:.0f} s", *shares]), 2)
+
 
 Scores = tuple[dict[str, float], dict[str, float]]
-Judge = Callable[[Model], Scores]
+# of a run's directory
+Judge = Callable[[Path], Scores]
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ def run_all(plans: Sequence[Plan], folder: Path, jobs: int = 1) -> dict[str, Out
         for name in plan.after:
             made[name].result()
         outcome = run(plan.name, plan.flags, folder, plan.judge, jobs)
-        print(f"{plan.name}: {outcome.seconds:.0f} s, {outcome.scores}", flush=True)
+        print(outcome, flush=True)
         return outcome
 
     with ThreadPoolExecutor(jobs) as pool:
@@ -166,7 +171,7 @@ def run(
             f"{kept.parent} is of other flags; choose another --output or delete it"
         )
     path, seconds = train(name, flags, folder, jobs)
-    scores, chance = (judge or judge_scenes)(load(path))
+    scores, chance = (judge or judge_scenes)(path)
     outcome = Outcome(name, tuple(flags), seconds, *losses_of(path), scores, chance)
     write_text(kept, json.dumps(asdict(outcome), indent=1) + "\n")
     return outcome
@@ -197,12 +202,14 @@ def _steps(run: Path) -> list[dict[str, Any]]:
     return [line for line in read_metrics(run) if "loss" in line]
 
 
-def judge_scenes(model: Model, quality: str = "short") -> Scores:
-    """Scores on 1000 held-out scenes with captions of a quality, and what guessing would score.
+def judge_scenes(path: Path, quality: str = "short") -> Scores:
+    """A run's scores on 1000 held-out scenes, and what guessing would score.
 
+    Captions are of the quality;
     accuracy is zero-shot's (a classifier's own); image_to_text and text_to_image are recall@5.
     Where there are weak and strong heads, their weight is chosen on 1000 further scenes.
     """
+    model = load(path)
     system = model.model
     chance = {"accuracy": 1 / len(CLASSES)}
     if isinstance(system, SimCLR):

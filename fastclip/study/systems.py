@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from fastclip.data.scenes import caption, sample_scene
 from fastclip.study.language_model import teach
 from fastclip.study.report import Row, write
 from fastclip.study.runs import judge_scenes, run
@@ -49,7 +50,7 @@ def study(folder: Path, systems: Sequence[str] = SYSTEMS, flags: Sequence[str] =
             judge = functools.partial(judge_scenes, quality=quality)
             outcome = run(name, [*_flags(name, folder), *flags], folder, judge)
             rows.append((name, [outcome]))
-            print(f"{name}: {outcome.seconds:.0f} s, {outcome.scores}", flush=True)
+            print(outcome, flush=True)
     notes = [
         "1000 held-out scenes, with short captions; semantic's with dense ones. "
         "basic_image, classify and finetuned have no text: their accuracy is of their own "
@@ -78,6 +79,8 @@ def _flags(name: str, folder: Path) -> list[str]:
 def _language_model(folder: Path) -> str:
     path = folder / "language_model"
     if not (path / "config.json").is_file():
-        loss = teach(path)
+        scenes = [sample_scene(i, split="train") for i in range(4000)]
+        texts = [caption(s, q, i) for i, s in enumerate(scenes) for q in ("dense", "short")]
+        loss = teach(path, texts, 200)
         print(f"language model: {loss:.2f} nats a token", flush=True)
     return str(path)

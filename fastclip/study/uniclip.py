@@ -1,56 +1,83 @@
-"""UniCLIP (Lee et al. 2022) beside CLIP and SLIP, and with each of its parts switched off."""
+"""UniCLIP (Lee et al. 2022) beside CLIP and SLIP, and with each of its parts switched off.
 
-from collections.abc import Sequence
-from pathlib import Path
+On collages, whose captions a change of colors leaves true. CLIP is there twice: as it is, and with
+as many views of an image as UniCLIP has, so that a gain by more computation is told apart from one
+by the loss.
+"""
 
-from fastclip.study.report import write
-from fastclip.study.systems import COLUMNS
-from fastclip.study.variants import STEPS, differences, mean_scores, run_variants, seeds_note
-from fastclip.study.verdict import Verdict, positive
+from collections.abc import Mapping
 
-# of a run
-SAMPLES, QUICK_SAMPLES = 9600, 3200
-_UNICLIP = ("--config", "uniclip_scenes")
-VARIANTS: dict[str, tuple[str, ...]] = {
-    "CLIP": ("--config", "quickstart", "--epochs", "1"),
-    "SLIP": ("--config", "slip_scenes"),
+from fastclip.study.collages import judge_collages, training_data
+from fastclip.study.question import Arm, Contrast, Question, Settings
+from fastclip.study.verdict import Design
+
+STEPS, BATCH = 600, 64
+_COMMON = (
+    *("--model", "RN10t-64", "--batch-size", str(BATCH), "--lr", "2e-3", "--wd", "0.1"),
+    *("--warmup", "50", "--grad-clip-norm", "1", "--workers", "1", "--epochs", "1"),
+)
+_STRONG_IMAGES = ("--strong-scale", "0.5", "1", "--aug-blur", "0")
+_HEAD = ("--head-width", "128")
+_UNICLIP = ("--objective", "uniclip", *_HEAD, *_STRONG_IMAGES)
+THREE = "CLIP, three views"
+FLAGS: dict[str, tuple[str, ...]] = {
+    "CLIP": (),
+    # a weak pair and four strong ones, one head, one scale: more views and nothing else
+    THREE: (
+        *("--objective", "rocket", "--no-separate-heads", *_HEAD, *_STRONG_IMAGES),
+        *("--strong-text-augment", "none"),
+    ),
+    "SLIP": (
+        *("--objective", "slip", *_HEAD, *_STRONG_IMAGES),
+        *("--projector-hidden", "512", "--projector-width", "128"),
+    ),
     "UniCLIP": _UNICLIP,
     "no augmentation encoder": (*_UNICLIP, "--no-augmentation-encoder"),
-    "InfoNCE": (*_UNICLIP, "--pair-loss", "info-nce"),
-    "SupCon": (*_UNICLIP, "--pair-loss", "sup-con"),
     "one shared scale": (*_UNICLIP, "--shared-similarity"),
+    "InfoNCE": (*_UNICLIP, "--pair-loss", "info-nce"),
+    "MIL-NCE": (*_UNICLIP, "--pair-loss", "mil-nce"),
+    "SupCon": (*_UNICLIP, "--pair-loss", "sup-con"),
 }
-ABLATIONS = ("no augmentation encoder", "InfoNCE", "SupCon", "one shared scale")
 
 
-def study(
-    folder: Path,
-    seeds: int = 3,
-    flags: Sequence[str] = (),
-    jobs: int = 1,
-    samples: int = SAMPLES,
-) -> str:
-    """Train each variant with each seed and compare; returns the report.
+def _arms(settings: Settings) -> Mapping[str, Arm]:
+    samples = ("--train-num-samples", str(settings.share(STEPS) * BATCH))
+    data = training_data(settings.data)
+    return {label: Arm((*_COMMON, *own, *data, *samples)) for label, own in FLAGS.items()}
 
-    Args:
-        folder: for runs and report; runs that are there already are not made again.
-        seeds: runs of each variant.
-        flags: of `fastclip train`, for all of them.
-        jobs: runs at a time.
-        samples: of each run.
-    """
-    flags = ("--train-num-samples", str(samples), *STEPS, *flags)
-    rows = run_variants(VARIANTS, folder, seeds, flags=flags, jobs=jobs)
-    total = mean_scores(rows, COLUMNS)
 
-    def gain(claim: str, label: str) -> Verdict:
-        by_seed = differences(total["UniCLIP"], total[label])
-        return positive(claim, f"UniCLIP - {label}, mean of the scores,", by_seed)
-
-    verdicts = [
-        gain("UniCLIP is better than CLIP", "CLIP"),
-        gain("UniCLIP is better than SLIP", "SLIP"),
-        *(gain(f"without its part UniCLIP is worse: {label}", label) for label in ABLATIONS),
+def _notes(settings: Settings) -> list[str]:
+    return [
+        f"{settings.share(STEPS)} steps of {BATCH} collages. All but CLIP see three views of an "
+        "image in a step. SupCon has a single scale, so it is compared with UniCLIP's single "
+        "scale."
     ]
-    notes = [seeds_note(seeds, jobs), f"{samples} samples a run, the same for all."]
-    return write(folder, "UniCLIP and its parts", rows, COLUMNS, notes, verdicts)
+
+
+def _without(label: str, whole: str = "UniCLIP") -> Contrast:
+    return Contrast(f"without its part UniCLIP is worse: {label}", (whole,), (label,))
+
+
+QUESTION = Question(
+    title="UniCLIP and its parts",
+    columns={
+        "accuracy": "zero-shot",
+        "image_to_text": "image → text @5",
+        "text_to_image": "text → image @5",
+    },
+    design=Design(seeds=3, smallest=0.03),
+    contrasts=[
+        Contrast("UniCLIP is better than CLIP with as many views", ("UniCLIP",), (THREE,)),
+        Contrast("UniCLIP is better than CLIP", ("UniCLIP",), ("CLIP",)),
+        Contrast("UniCLIP is better than SLIP", ("UniCLIP",), ("SLIP",)),
+        Contrast("more views help CLIP", (THREE,), ("CLIP",)),
+        _without("no augmentation encoder"),
+        _without("one shared scale"),
+        _without("InfoNCE"),
+        _without("MIL-NCE"),
+        _without("SupCon", "one shared scale"),
+    ],
+    arms=_arms,
+    judge=lambda settings: judge_collages(settings.data),
+    notes=_notes,
+)

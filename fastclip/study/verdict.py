@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-# of the intervals
+# of the intervals, and of the tests that power is of
 CONFIDENCE = 0.95
+# with which a design must find the smallest effect of interest
+POWER = 0.8
 
-Answer = Literal["shows", "does not show", "unclear"]
+Answer = Literal["shows", "the other way", "no larger effect", "undecided", "too weak to compare"]
 
 
 @dataclass(frozen=True)
@@ -18,16 +20,88 @@ class Verdict:
 
     Attributes:
         claim: a statement.
-        answer: shows, does not show (the opposite does), or unclear.
+        answer: "shows"; "the other way", if the opposite does; "no larger effect", if the
+            difference is too small to matter; "undecided"; "too weak to compare".
         because: the numbers, in words.
+        expected: what the paper finds.
     """
 
     claim: str
     answer: Answer
     because: str
+    expected: Answer = "shows"
 
     def __str__(self) -> str:
-        return f"**{self.answer}**: {self.claim} ({self.because})"
+        beside = ""
+        if self.answer not in ("undecided", "too weak to compare"):
+            beside = ", as in the paper" if self.answer == self.expected else ", unlike the paper"
+        return f"**{self.answer}{beside}**: {self.claim} ({self.because})"
+
+
+@dataclass(frozen=True)
+class Design:
+    """What is decided before a study runs.
+
+    Attributes:
+        seeds: runs of each arm.
+        smallest: the smallest effect of interest: a difference of less counts for nothing.
+        spread: standard deviation, over seeds, of the paired difference of two arms, as a pilot
+            run with other seeds gave it; None while there was no pilot.
+
+    Examples:
+        >>> from fastclip.study.verdict import Design
+        >>> print(Design(seeds=4, smallest=0.03, spread=0.012))
+        4 seeds find a difference of 3.0 points with a probability of 0.89, at the pilot's spread \
+of 1.2 points.
+    """
+
+    seeds: int
+    smallest: float
+    spread: float | None = None
+
+    @property
+    def power(self) -> float | None:
+        """The probability of finding a difference of the smallest size of interest, if known."""
+        if self.spread is None:
+            return None
+        return power(self.smallest, self.spread, self.seeds)
+
+    def __str__(self) -> str:
+        if self.spread is None:
+            return (
+                f"differences of {100 * self.smallest:.1f} points or more are of interest. There "
+                f"was no pilot: with what probability {self.seeds} seeds find one is not known."
+            )
+        return (
+            f"{self.seeds} seeds find a difference of {100 * self.smallest:.1f} points with a "
+            f"probability of {self.power:.2f}, at the pilot's spread of "
+            f"{100 * self.spread:.1f} points."
+        )
+
+
+def power(effect: float, spread: float, seeds: int) -> float:
+    """The probability that a paired t-test at 95 % finds an effect.
+
+    Args:
+        effect: the true mean difference.
+        spread: standard deviation of the difference over seeds, above 0.
+        seeds: pairs; with one there is no test, and the result is 0.
+    """
+    from scipy.stats import nct, t
+
+    if seeds < 2:
+        return 0.0
+    degrees, shift = seeds - 1, abs(effect) / spread * math.sqrt(seeds)
+    critical = t.ppf((1 + CONFIDENCE) / 2, degrees)
+    return float(nct.sf(critical, degrees, shift) + nct.cdf(-critical, degrees, shift))
+
+
+def seeds_needed(effect: float, spread: float, wanted: float = POWER) -> int:
+    """The fewest seeds that find an effect with the wanted power; arguments as of `power`."""
+    seeds = 2
+    while power(effect, spread, seeds) < wanted:
+        seeds += 1
+    return seeds
 
 
 def half_width(values: Sequence[float]) -> float:
@@ -41,54 +115,42 @@ def half_width(values: Sequence[float]) -> float:
     return quantile * statistics.stdev(values) / math.sqrt(count)
 
 
-def positive(claim: str, what: str, values: Sequence[float], margin: float = 0.0) -> Verdict:
-    """Whether a difference is above a margin, by its values seed by seed.
+def compare(
+    claim: str,
+    what: str,
+    values: Sequence[float],
+    smallest: float,
+    expected: Answer = "shows",
+) -> Verdict:
+    """What a difference, by its values seed by seed, says of the claim that it is above 0.
 
-    Its 95 % interval lies above the margin: shows; below: does not show; around it: unclear, as is
-    always said of a single seed.
+    Its 95 % interval lies within ±smallest: no larger effect; else above 0: shows; else below 0:
+    the other way; else undecided, as is always said of a single seed.
 
     Args:
-        claim: what it would mean.
+        claim: what a positive difference would mean.
         what: the difference, named.
         values: one a seed, shares.
-        margin: share that counts for nothing.
+        smallest: the smallest effect of interest, a share.
+        expected: what the paper finds.
     """
     mean, half = statistics.mean(values), half_width(values)
-    answer: Answer = "unclear"
-    if mean - half > margin:
+    answer: Answer = "undecided"
+    if abs(mean) + half < smallest:
+        answer = "no larger effect"
+    elif mean - half > 0:
         answer = "shows"
-    elif mean + half < margin:
-        answer = "does not show"
-    beyond = f", to exceed {100 * margin:.1f}" if margin else ""
-    return Verdict(claim, answer, f"{what} {_points(mean, half)}{beyond}")
+    elif mean + half < 0:
+        answer = "the other way"
+    interest = f"of interest from {100 * smallest:.1f}"
+    return Verdict(claim, answer, f"{what} {_points(mean, half)}, {interest}", expected)
 
 
-def negligible(claim: str, what: str, values: Sequence[float], margin: float) -> Verdict:
-    """Whether a difference is between -margin and margin; arguments as of `positive`.
-
-    Its interval lies within: shows; outside altogether: does not show; else unclear.
-    """
-    mean, half = statistics.mean(values), half_width(values)
-    answer: Answer = "unclear"
-    if abs(mean) + half < margin:
-        answer = "shows"
-    elif abs(mean) - half > margin:
-        answer = "does not show"
-    within = f", to stay within {100 * margin:.1f}"
-    return Verdict(claim, answer, f"{what} {_points(mean, half)}{within}")
+def is_strong(score: float, chance: float, best: float) -> bool:
+    """Whether a score is at least half-way from chance to the best arm's."""
+    return score >= (chance + best) / 2
 
 
 def _points(mean: float, half: float) -> str:
     spread = f" ± {100 * half:.1f}" if math.isfinite(half) else ", one seed"
     return f"{100 * mean:+.1f}{spread} points"
-
-
-def together(claim: str, parts: Sequence[Verdict]) -> Verdict:
-    """A claim that takes all of its parts: unclear if a part is, and none fails."""
-    answers = [part.answer for part in parts]
-    answer: Answer = "shows"
-    if "does not show" in answers:
-        answer = "does not show"
-    elif "unclear" in answers:
-        answer = "unclear"
-    return Verdict(claim, answer, f"of its {len(parts)} parts: {', '.join(answers)}")

@@ -6,6 +6,8 @@
 | `loop`, `state` | the loop, and the value that it takes from step to step |
 | `start`, `training_data`, `classifier`, `layers` | built before the first step |
 | `run_directory`, `describe`, `summary` | its name, its holder, what is said at start and end |
+| `next_commands` | what can be done with a trained run |
+| `inherited` | the settings of a run that resumes, where they are not given |
 | `resume`, `saving`, `best`, `streams` | checkpoints read and written; the random streams in them |
 | `select_engine`, `engine`, `torch_engine` | forward, backward and update of a batch |
 | `fsdp`, `shard` | the same by FSDP2 |

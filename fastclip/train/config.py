@@ -12,7 +12,8 @@ from typing import Any
 from fastclip.bounded import read_yaml
 from fastclip.command_line import parse_sections, refuse_renamed
 from fastclip.data.options import without_commands
-from fastclip.flags import arrange, flag_name, ordered, sections
+from fastclip.flags import arrange, flag_name, inherited, ordered, sections
+from fastclip.train.inherited import settings_of
 from fastclip.train.open_clip_flags import adapted, is_foreign
 from fastclip.train.options import (
     CheckpointOptions,
@@ -106,6 +107,8 @@ class TrainConfig:
             )
         if data.strong_scale is not None and not model.strong:
             raise ValueError(f"--strong-scale: {objective} has no strong views; leave it out")
+        if data.aug_blur is not None and not (model.strong or data.augment == "strong"):
+            raise ValueError(f"--aug-blur: {objective} has no strong views; leave it out")
         self._check_texts()
         if self.distributed.sharded and self.optim.optimizer != "adamw":
             raise ValueError(
@@ -117,8 +120,10 @@ class TrainConfig:
                 f"--prototypes-frozen-steps is {model.prototypes_frozen_steps}, but DeepSpeed "
                 "updates all parameters together; give 0, or leave --deepspeed out"
             )
-        if self.distributed.fsdp and model.torchcompile:
-            raise ValueError("--torchcompile does not work with --fsdp; leave one out")
+        if self.distributed.fsdp and model.torchcompile and model.grad_checkpointing:
+            raise ValueError(
+                "--torchcompile under --fsdp does not work with --grad-checkpointing; leave one out"
+            )
         if model.text_dropout and model.torchcompile:
             raise ValueError("--torchcompile does not work with --text-dropout; leave one out")
         if self.distributed.fsdp and model.text_lm_cache_bytes:
@@ -137,7 +142,12 @@ class TrainConfig:
                 f"--sentence-sampling, --text-augment, --clean-captions: {objective} trains "
                 "without texts; leave them out"
             )
-        augmented = data.text_augment != "none" or model.views[1] > 1
+        if data.strong_text_augment is not None and model.views[1] < 2:
+            raise ValueError(
+                f"--strong-text-augment: {objective} has no texts of strong views; leave it out"
+            )
+        strong = model.views[1] > 1 and data.strong_text_augment != "none"
+        augmented = data.text_augment != "none" or strong
         if data.stop_word_rate != 0.8 and not augmented:
             raise ValueError(
                 f"--stop-word-rate is {data.stop_word_rate}, but no text is augmented; give "
@@ -150,7 +160,7 @@ class TrainConfig:
 
     def _check_distillation(self) -> None:
         """Refuse what a teacher does not go with."""
-        name = "--distill-model" if self.loss.distill_model else "--distill-embeddings"
+        name = self.loss.teachers[0]
         if self.model.objective != "clip" or self.loss.siglip or self.loss.loss == "global":
             raise ValueError(
                 f"{name} is for the softmax loss of --objective clip, without --siglip and --loss "
@@ -158,10 +168,10 @@ class TrainConfig:
             )
         data = self.data
         varied = data.sentence_sampling or data.text_augment != "none" or data.captions
-        if self.loss.distill_embeddings and varied:
+        if self.loss.distill_stored and varied:
             raise ValueError(
-                "--distill-embeddings has one text a sample: leave out --captions, "
-                "--sentence-sampling and --text-augment"
+                f"{name} has one text a sample: leave out --captions, --sentence-sampling and "
+                "--text-augment"
             )
 
     def _check_global(self) -> None:
@@ -217,7 +227,8 @@ class TrainConfig:
 def parse(arguments: Sequence[str]) -> TrainConfig:
     """The configuration of a command line, which may hold `--config FILE` or `--config RECIPE`.
 
-    open_clip's flags are taken too, see `fastclip.train.open_clip_flags`.
+    open_clip's flags are taken too, see `fastclip.train.open_clip_flags`. What `--resume` leaves
+    out is as in the run that it names: its config.yaml is read in front of everything else.
 
     Raises:
         ValueError: the file has an unknown key; the message names the nearest known one. Or a
@@ -233,7 +244,21 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
         refuse_renamed(arguments, {f"{flag} {old}": f"{flag} {new}" for old, new in values.items()})
     given = [each for file in files for part in _chain(file) for each in adapted(_flags_of(part))]
     given += adapted(arguments)
-    return TrainConfig.from_dict(parse_sections(TrainConfig, given, "fastclip train", HEADINGS))
+    values = _values(given)
+    typed = {flag.partition("=")[0].replace("_", "-") for flag in given}
+    settings = settings_of(values, new=bool(files or typed & {"--train-data", "--model"}))
+    if settings is None:
+        return TrainConfig.from_dict(values)
+    try:
+        return TrainConfig.from_dict(
+            _values([*_flags_of(settings, inherited(TrainConfig)), *given])
+        )
+    except ValueError as error:
+        raise ValueError(f"{error} (what is not given is as in {settings})") from error
+
+
+def _values(flags: Sequence[str]) -> dict[str, Any]:
+    return parse_sections(TrainConfig, flags, "fastclip train", HEADINGS)
 
 
 def to_yaml(config: TrainConfig) -> str:
@@ -306,7 +331,8 @@ def _values_of(file: Path) -> dict[Any, Any]:
     return values
 
 
-def _flags_of(file: Path) -> list[str]:
+def _flags_of(file: Path, wanted: Sequence[str] | None = None) -> list[str]:
+    """A file's values as they are typed; of fastclip's own flags all, or those that are wanted."""
     values = {key: value for key, value in _values_of(file).items() if key != EXTENDS}
     values = without_commands(values, str(file))
     # an open_clip switch that is off says nothing
@@ -314,7 +340,7 @@ def _flags_of(file: Path) -> list[str]:
     flags = _as_flags({key: value for key, value in foreign.items() if value is not False})
     own = {key: value for key, value in values.items() if key not in foreign}
     for section in _arrange(own, str(file)).values():
-        flags += _as_flags(section)
+        flags += _as_flags({k: v for k, v in section.items() if wanted is None or k in wanted})
     return flags
 
 

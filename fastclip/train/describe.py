@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from fastclip.atomic import write_folder, write_text
-from fastclip.data.loader import TrainingLoader
 from fastclip.device import AUTOCAST_DTYPES
 from fastclip.messages import counted, logger, note
 from fastclip.models.build import describe
@@ -16,8 +15,10 @@ from fastclip.ops.backend import explain
 from fastclip.train.best import best_metric
 from fastclip.train.config import TrainConfig, to_yaml
 from fastclip.train.distributed import World
+from fastclip.train.inherited import SETTINGS_FILE
 from fastclip.train.optim import cooldown_steps, warmup_steps
 from fastclip.train.options import OptimOptions
+from fastclip.train.state import TrainState
 from fastclip.train.summary import labeled
 
 
@@ -27,18 +28,16 @@ def write_description(
     """Write the model's description and the resolved configuration into the run directory."""
     description = json.dumps(describe(config.model.model, model, config.model, classes), indent=2)
     write_text(run / CONFIG_FILE, description + "\n")
-    write_text(run / "config.yaml", to_yaml(config))
+    write_text(run / SETTINGS_FILE, to_yaml(config))
     # a tokenizer from elsewhere must be at hand when the run is loaded
     if save := getattr(model.tokenizer, "save_pretrained", None):
         write_folder(run, lambda made: save(str(made)))
 
 
-def announce(
-    config: TrainConfig, world: World, model: Model, loader: TrainingLoader, run: Path, step: int
-) -> None:
+def announce(state: TrainState) -> None:
     """Log what is trained, on what and how; the whole configuration is in the run directory."""
-    logger.info("\n".join(header(config, world, model, loader, run, step)))
-    warn_of_batch(config.optim, world.size)
+    logger.info("\n".join(header(state)))
+    warn_of_batch(state.config.optim, state.world.size)
 
 
 def warn_of_batch(optim: OptimOptions, processes: int) -> None:
@@ -54,25 +53,14 @@ def warn_of_batch(optim: OptimOptions, processes: int) -> None:
     )
 
 
-def header(
-    config: TrainConfig, world: World, model: Model, loader: TrainingLoader, run: Path, step: int
-) -> list[str]:
-    """The lines of it.
-
-    Args:
-        config: of the run.
-        world: this process among the others.
-        model: as it is trained.
-        loader: of the training data.
-        run: the run directory.
-        step: steps that a checkpoint has made already.
-    """
+def header(state: TrainState) -> list[str]:
+    """The lines of it, before the first step or before those that a checkpoint has left."""
+    config, world, loader = state.config, state.world, state.loader
     optim, data = config.optim, config.data
-    samples = optim.step_samples(world.size)
+    samples, total = state.step_samples, state.total_steps
     used = loader.steps_per_epoch * samples
-    total = optim.epochs * loader.steps_per_epoch
     # sharded parameters are empty here, and know how large they are
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.model.parameters())
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in state.model.model.parameters())
     processes = f" x {world.size} processes" if world.size > 1 else ""
     micro = f" x {optim.accum_freq} micro-batches" if optim.accum_freq > 1 else ""
     parts = f" = {optim.batch_size}{micro}{processes}" if micro or processes else ""
@@ -83,19 +71,21 @@ def header(
     left_over = loader.epoch_samples - used
     fill = "fills" if left_over == 1 else "fill"
     dropped = f" ({counted(left_over, 'sample')} an epoch {fill} no step)" if left_over else ""
-    continued = f", {step:,} of them made" if step else ""
+    continued = f", {state.step:,} of them made" if state.step else ""
+    # as with another batch size or other data before
+    continued += " with other settings" if state.last_step != total else ""
     warmup = f"{counted(warmup_steps(optim, total), 'step')} of warm-up"
     if optim.warmup >= total:
-        warmup += f" (a tenth of the run, which --warmup {optim.warmup:,} would outlast)"
+        warmup += f" (a tenth of the run, which --warmup {optim.warmup} would outlast)"
     lines = {
-        "run": f"{run} (config.yaml has every setting)",
+        "run": f"{state.folder} (config.yaml has every setting)",
         "data": f"{data.train_data}, {counted(loader.epoch_samples, 'sample')} an epoch, {loaders}",
         "model": f"{config.model.model}, {parameters / 1e6:.1f} M parameters, "
         f"{config.model.precision} on {world.device}",
         "loss": f"{_name_of_loss(config)}, computed by {_implementation(config, world)}",
         "step": f"{counted(samples, 'sample')}{parts}",
         "length": f"{counted(optim.epochs, 'epoch')} of {counted(loader.steps_per_epoch, 'step')}"
-        f"{dropped}, {counted(total, 'step')} in all{continued}",
+        f"{dropped}, {counted(state.last_step, 'step')} in all{continued}",
         "rate": f"{optim.lr:g} after {warmup}, then {optim.lr_scheduler}{_cooldown(optim, total)}",
         "keeps": _kept(config),
     }
@@ -129,7 +119,7 @@ def _name_of_loss(config: TrainConfig) -> str:
         return "siglip"
     if config.loss.distills:
         stored = " and ".join(config.loss.distill_embeddings or ())
-        return f"clip, distilled from {config.loss.distill_model or stored}"
+        return f"clip, distilled from {config.loss.distill_model or stored or 'the shards'}"
     return config.model.objective
 
 

@@ -19,7 +19,7 @@ from fastclip.train.config import TrainConfig
 from fastclip.train.distributed import World
 from fastclip.train.health import NOTHING, NonFiniteError, first_non_finite
 from fastclip.train.objective import ClipObjective, objective_of
-from fastclip.train.teacher import build_teacher
+from fastclip.train.teacher import IMAGE, TEXT, build_teacher
 
 
 class Engine:
@@ -134,7 +134,7 @@ class Engine:
         ]
         inputs = {"images": [(view.float() - self._mean) / self._std for view in moved]}
         inputs["texts"] = [text.to(device, non_blocking=True) for text in batch.get("texts", ())]
-        for name in ("params", "negatives", "label", "index", "group"):
+        for name in ("params", "negatives", "label", "index", "group", IMAGE, TEXT):
             if name in batch:
                 inputs[name] = batch[name].to(device, non_blocking=True)
         return inputs
@@ -182,9 +182,11 @@ class Engine:
         for batch in batches:
             inputs = self._inputs(batch)
             forward = functools.partial(self.objective.outputs, self.model, inputs)
-            pixels = {f"image {view}": image for view, image in enumerate(inputs["images"])}
+            given = {f"image {view}": image for view, image in enumerate(inputs["images"])}
+            if self._distilled is not None:
+                given |= self._taught(batch)
             with self._autocast:
-                found = first_non_finite(self.model, pixels, forward)
+                found = first_non_finite(self.model, given, forward)
             culprits = self.world.gather(found)
             if set(culprits) != {NOTHING}:
                 break

@@ -56,7 +56,8 @@ class FSDPEngine(TorchEngine):
     def __init__(self, model: Model, config: TrainConfig, world: World, samples: int = 0) -> None:
         world.join_alone()
         self._mesh = init_device_mesh(world.device.type, (world.size,))
-        shard(model.model, self._mesh, AUTOCAST_DTYPES[config.model.precision])
+        dtype = AUTOCAST_DTYPES[config.model.precision]
+        shard(model.model, self._mesh, dtype, compiled=config.model.torchcompile)
         # kept, because a forward without a backward leaves whole ones in the model
         self._named = dict(model.model.named_parameters())
         self._rows = own_rows(self._named)
@@ -78,6 +79,10 @@ class FSDPEngine(TorchEngine):
         self._average = {name: rows.detach().clone() for name, rows in self._rows.items()}
 
     def _wrap(self) -> nn.Module:
+        return self.model
+
+    def _compiled(self) -> nn.Module:
+        # block by block, before they were sharded
         return self.model
 
     def _clear_gradients(self) -> None:

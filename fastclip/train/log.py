@@ -95,6 +95,7 @@ def plot_loss(folder: Path) -> Path | None:
     if sum("loss" in line for line in lines) < 2:
         return None
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    levels = {}
     for prefix, name, marker in (("", "training", "-"), ("val/", "validation", "o-")):
         points = [
             (line["step"], line[f"{prefix}loss"]) for line in lines if f"{prefix}loss" in line
@@ -104,11 +105,13 @@ def plot_loss(folder: Path) -> Path | None:
         (curve,) = axes.plot(*zip(*points, strict=True), marker, linewidth=1, markersize=3)
         chances = [line[f"{prefix}chance_loss"] for line in lines if f"{prefix}chance_loss" in line]
         # a loss grows with the batch it is of: only beside its own chance does it say anything
-        batch = f" (batches of {round(math.exp(chances[-1])):,})" if chances else ""
-        curve.set_label(name + batch)
+        batch = f"batches of {round(math.exp(chances[-1])):,}" if chances else ""
+        curve.set_label(f"{name} ({batch})" if chances else name)
         if chances:
-            axes.axhline(chances[-1], color=curve.get_color(), linewidth=1, linestyle=":")
-    axes.plot([], [], color="gray", linewidth=1, linestyle=":", label="chance of that batch")
+            levels[batch] = chances[-1]
+    for batch, level in levels.items():
+        label = f"chance in {batch}: {level:.2f}"
+        axes.axhline(level, color="gray", linewidth=1, linestyle="--", zorder=0, label=label)
     axes.legend(frameon=False)
     axes.set_xlabel("step")
     axes.set_ylabel("contrastive loss")

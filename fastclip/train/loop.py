@@ -1,6 +1,7 @@
 """The training loop, top to bottom."""
 
 import functools
+import shlex
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from fastclip.ops.collectives import count_bytes
 from fastclip.train.config import TrainConfig
 from fastclip.train.distributed import World, world
 from fastclip.train.health import NonFiniteError
+from fastclip.train.inherited import LATEST
 from fastclip.train.optim import learning_rate
+from fastclip.train.options import LogOptions
 from fastclip.train.report import Report, StepResult
 from fastclip.train.run_directory import named
 from fastclip.train.saving import keep_newest_and_best, prune_step_checkpoints, save
@@ -40,14 +43,22 @@ def train(config: TrainConfig) -> Path:
         Watch(here, **limits) as watch,
         ExitStack() as around,
     ):
-        run, signals = _train(named(config, here), here, stop, watch, around)
+        config = named(config, here)
+        run, signals = _train(config, here, stop, watch, around)
     if signals:
-        # with all of its flags: without --train-data the run would continue on the default data
-        raise StoppedError(
-            f"{' and '.join(signals)} received; to resume, repeat the command with "
-            f"--name {run.name}"
-        )
+        how = "" if here.size == 1 else f"start {here.size} processes of "
+        raise StoppedError(f"{' and '.join(signals)} received; to resume: {how}{_resuming(config)}")
     return run
+
+
+def _resuming(config: TrainConfig) -> str:
+    """The command that resumes a run; what it does not say is in the run's settings."""
+    words = ["fastclip", "train", "--resume", LATEST, "--name", str(config.log.name)]
+    if config.log.logs != LogOptions().logs:
+        words += ["--logs", config.log.logs]
+    if config.distributed.deepspeed:
+        words.append("--trust-checkpoint")
+    return shlex.join(words)
 
 
 def _train(

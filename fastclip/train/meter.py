@@ -10,6 +10,34 @@ from typing import Any
 import torch
 
 
+class Pace:
+    """Seconds a step, by which the time left is estimated: a mean in which older steps fade.
+
+    The first steps are slow (compilation, caches) and count only until others were made.
+    """
+
+    WARM_UP = 10
+    # share of its weight that an interval keeps when another follows: about fifty are remembered
+    KEPT = 0.98
+
+    def __init__(self) -> None:
+        self._made = self._from = 0
+        self._steps = self._seconds = 0.0
+
+    def add(self, steps: int, seconds: float) -> None:
+        """Take in an interval of so many steps."""
+        kept = self.KEPT
+        if self._from < self.WARM_UP:
+            kept, self._from = 0.0, self._made
+        self._made += steps
+        self._steps = kept * self._steps + steps
+        self._seconds = kept * self._seconds + seconds
+
+    def seconds(self, steps: int) -> float:
+        """How long so many further steps will take; 0 before any was made."""
+        return steps * self._seconds / max(1.0, self._steps)
+
+
 class Meter:
     """Samples a second and the share of time spent waiting for data, between two readings.
 
@@ -17,10 +45,14 @@ class Meter:
 
     Args:
         batch_size: samples of a step over all ranks.
+
+    Attributes:
+        pace: of all readings.
     """
 
     def __init__(self, batch_size: int) -> None:
         self.batch_size = batch_size
+        self.pace = Pace()
         self._reset()
 
     def _reset(self) -> None:
@@ -69,5 +101,6 @@ class Meter:
             "data_wait": self.waited / elapsed,
             "peak_memory_gib": peak / 2**30,
         }
+        self.pace.add(self.steps, elapsed)
         self._reset()
         return values

@@ -49,7 +49,7 @@ _PURE = "parameters stay float32; use `amp_bf16` or `amp`"
 FLAGS: tuple[Flag, ...] = (
     *_same("train-data", "train-data-upsampling-factors", "val-data", "train-num-samples"),
     Flag("val-num-samples", text="the first of `--val-data` are evaluated"),
-    Flag("dataset-type", text="further types: coco, imagefolder, scenes"),
+    Flag("dataset-type", text="further types: coco, imagefolder, scenes, collages"),
     Flag(
         "dataset-resampled",
         "refused",

@@ -21,7 +21,8 @@ class TrainingDataOptions(DataOptions):
     train_data: str = flag("scenes", defines_run=True)
     """Shards, e.g. '/data/{00000..00041}.tar' or 's3://bucket/{000..041}.tar'; a CSV or COCO
     captions file; a folder with a folder of images a class; 'synthetic'; 'scenes', or a variant
-    like 'scenes:caption=dense,shift=style'. Several of one type are joined by '::'."""
+    like 'scenes:caption=dense,shift=style'; 'collages', or a variant like
+    'collages:objects=2,photos=FOLDER'. Several of one type are joined by '::'."""
     train_data_upsampling_factors: str | None = flag(None, defines_run=True)
     """How many times an epoch passes over each pattern of --train-data, e.g. 1::2.5."""
     val_data: str | None = flag(None, defines_run=False, heading="evaluation")
@@ -45,7 +46,7 @@ class TrainingDataOptions(DataOptions):
     --zeroshot-frequency epochs; DATA as for --train-data. The metrics are called
     retrieval/NAME/text_retrieval_recall@1 and so on."""
     train_num_samples: int | None = flag(None, defines_run=True)
-    """Samples an epoch; all by default (20,000 for scenes, 1,000 for synthetic)."""
+    """Samples an epoch; all by default (20,000 for scenes and collages, 1,000 for synthetic)."""
     shuffle_window: int = flag(32768, defines_run=True)
     """Samples shuffled together after the shards were."""
     data_backend: Literal["auto", "dali", "cpu"] = flag("auto", defines_run=True)
@@ -61,11 +62,17 @@ class TrainingDataOptions(DataOptions):
     """As --aug-scale, for the strong views of --objective."""
     aug_flip: float | None = flag(None, defines_run=True)
     """Probability of a horizontal flip; overrides --augment."""
+    aug_blur: float | None = flag(None, defines_run=True)
+    """Probability of a blur in every view that is strong, by default 0.5. It reaches up to 2 pixels
+    of the model's input, which hides small images: give 0 for inputs far below 224."""
     sentence_sampling: bool = flag(False, defines_run=True)
     """Train on a random part of a caption's sentences, in their order."""
     text_augment: Literal["none", "weak", "strong"] = flag("none", defines_run=True)
     """weak: stop-words removed, often. strong: then a synonym, a swap or a deletion as well. The
-    strong views of --objective are strong in any case."""
+    strong views of --objective have --strong-text-augment."""
+    strong_text_augment: Literal["none", "weak", "strong"] | None = flag(None, defines_run=True)
+    """As --text-augment, for the texts of the strong views of --objective; strong by default. Give
+    none where a word more or less makes a caption false, e.g. class names in a template."""
     stop_word_rate: float = flag(0.8, defines_run=True)
     """Share of the texts with such an augmentation from which stop-words are removed."""
     clean_captions: bool = flag(False, defines_run=True)
@@ -295,8 +302,13 @@ class LossOptions:
     distill_embeddings: tuple[str, str] | None = flag(None, defines_run=True)
     """Instead of --distill-model: the teacher's stored features of images and of texts, .npy files
     of one row a sample in the order of the data, e.g. 'images-{000..041}.npy' 'texts.npy'."""
+    distill_shards: bool = flag(False, defines_run=True)
+    """Instead of --distill-model: the shards of --train-data hold the teacher's features of every
+    sample, KEY.teacher_image.npy and KEY.teacher_text.npy, as `fastclip embed shards` writes
+    them."""
     distill_logit_scale: float | None = flag(None, defines_run=True)
-    """With --distill-embeddings: the teacher's logit scale, exponentiated, e.g. 100."""
+    """With --distill-embeddings and --distill-shards: the teacher's logit scale, exponentiated,
+    e.g. 100."""
     distill_weight: float = flag(1.0, defines_run=True)
     """Weight of the distillation term, which is added to the contrastive one."""
     siglip: bool = flag(False, defines_run=True)
@@ -330,26 +342,43 @@ class LossOptions:
 
     def _check_distillation(self) -> None:
         """Refuse half of a teacher, and two."""
-        stored = self.distill_embeddings
         if (self.distill_model is None) != (self.distill_pretrained is None):
             raise ValueError(
                 "--distill-model and --distill-pretrained name a teacher together; give both"
             )
-        if self.distill_model is not None and stored is not None:
-            raise ValueError("--distill-model and --distill-embeddings are two teachers; give one")
-        if (stored is None) != (self.distill_logit_scale is None):
+        if len(self.teachers) > 1:
+            raise ValueError(f"{' and '.join(self.teachers)} are several teachers; give one")
+        if self.distill_stored != (self.distill_logit_scale is not None):
+            name = "--distill-shards" if self.distill_shards else "--distill-embeddings"
             raise ValueError(
-                "--distill-embeddings needs --distill-logit-scale, and that is for it alone; give "
+                f"{name} needs --distill-logit-scale, and that is for stored features alone; give "
                 "both"
             )
         if self.distill_weight != 1 and not self.distills:
-            raise ValueError("--distill-weight is for --distill-model and --distill-embeddings")
+            raise ValueError(
+                "--distill-weight is for --distill-model, --distill-embeddings and --distill-shards"
+            )
         check_positive(self, "distill_logit_scale", "distill_weight")
+
+    @property
+    def teachers(self) -> list[str]:
+        """The flags that name a teacher."""
+        given = {
+            "--distill-model": self.distill_model is not None,
+            "--distill-embeddings": self.distill_embeddings is not None,
+            "--distill-shards": self.distill_shards,
+        }
+        return [name for name, is_given in given.items() if is_given]
 
     @property
     def distills(self) -> bool:
         """Whether there is a teacher."""
-        return self.distill_model is not None or self.distill_embeddings is not None
+        return bool(self.teachers)
+
+    @property
+    def distill_stored(self) -> bool:
+        """Whether there is one whose features are stored."""
+        return self.distill_embeddings is not None or self.distill_shards
 
     def _check_global(self) -> None:
         """Refuse options of global losses that are out of range, or that nothing would use."""
@@ -390,7 +419,7 @@ class DistributedOptions:
     """Train with DeepSpeed's ZeRO, which shards optimizer, gradients and parameters."""
     deepspeed_config: str | None = flag(None, defines_run=True)
     """DeepSpeed's JSON file, or ds_zero1, ds_zero2, ds_zero3; "auto" there takes our flags."""
-    local_rank: int | None = flag(None, defines_run=False)
+    local_rank: int | None = flag(None, defines_run=False, inherited=False)
     """Given by DeepSpeed's launcher; the environment says the same."""
     dead_rank_timeout: float = flag(60.0, defines_run=False)
     """Seconds without a heartbeat after which a rank counts as dead and the others end."""
@@ -415,9 +444,11 @@ class DistributedOptions:
 class CheckpointOptions:
     """Saving and resuming."""
 
-    resume: str | None = flag(None, defines_run=False)
-    """"latest" (of the run called --name) or the path of a checkpoint."""
-    trust_checkpoint: bool = flag(False, defines_run=False)
+    resume: str | None = flag(None, defines_run=False, inherited=False)
+    """"latest" (of the run called --name), a run directory, or a checkpoint. Flags that are not
+    given are as in that run."""
+    # a run directory may come from elsewhere: it does not vouch for itself
+    trust_checkpoint: bool = flag(False, defines_run=False, inherited=False)
     """Resume from DeepSpeed's files, which are pickles: they can run any code when loaded."""
     save_frequency: int = flag(1, defines_run=False)
     """Epochs between checkpoints."""
@@ -446,9 +477,9 @@ class CheckpointOptions:
 class LogOptions:
     """The run directory, metrics and evaluation."""
 
-    name: str | None = flag(None, defines_run=False)
+    name: str | None = flag(None, defines_run=False, inherited=False)
     """Name of the run directory under --logs; by default the time and the model."""
-    logs: str = flag("logs", defines_run=False)
+    logs: str = flag("logs", defines_run=False, inherited=False)
     """Directory that holds the run directories."""
     val_frequency: int = flag(1, defines_run=False, heading="evaluation")
     """Epochs between evaluations on --val-data."""

@@ -1,7 +1,6 @@
 """What a run shows while it trains: the bar, metrics, hints, notes on the data, a summary."""
 
 import logging
-import textwrap
 import time
 from dataclasses import dataclass
 from types import TracebackType
@@ -13,7 +12,7 @@ from tqdm import tqdm
 
 from fastclip.data.faults import FaultLog
 from fastclip.data.training_samples import grouped_pairs
-from fastclip.messages import WIDTH, counted, logger
+from fastclip.messages import WIDTH, counted, logger, shortened
 from fastclip.train.health import Hints
 from fastclip.train.log import RunLog, plot_loss
 from fastclip.train.meter import Meter
@@ -49,7 +48,7 @@ class Report:
         self._state, self._first = state, state.world.is_first
         self._log = RunLog(state.folder, state.step, config) if self._first else None
         self._shown = False
-        self._caption: str | None = None
+        self._captions: list[str] = []
         self._cut = _CutTexts()
         self._grouped = 0
         self._faults = FaultLog()
@@ -60,14 +59,15 @@ class Report:
         # None: a bar where there is a terminal
         quiet = None if self._first else True
         self._bar = tqdm(
-            total=self._state.total_steps,
-            initial=self._state.steps_done,
-            unit="step",
+            total=self._state.last_step,
+            initial=self._state.step,
             disable=quiet,
             dynamic_ncols=True,
+            # its own estimate of the time left is by the last steps alone
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
         )
         self.meter = Meter(self._state.step_samples)
-        self._began = time.perf_counter()
+        self._began, self._began_at = time.perf_counter(), self._state.step
         return self
 
     def __exit__(
@@ -82,7 +82,9 @@ class Report:
             plot_loss(self._state.folder)
             if error is None:
                 seconds = time.perf_counter() - self._began
-                logger.info("\n".join(summary(self._state, seconds, self._caption)))
+                logger.info(
+                    "\n".join(summary(self._state, self._began_at, seconds, self._captions))
+                )
         if self._faults.counts:
             # the places were shown when they came up
             logger.warning(f"skipped samples and shards: {self._faults.summary()}")
@@ -136,11 +138,11 @@ class Report:
         self._say("\n".join(lines))
 
     def _show_captions(self, batches: list[dict[str, Any]]) -> None:
-        captions = [text for texts in batches[0].get("captions", ()) for text in texts[:1]][:2]
-        self._caption = next(iter(captions), None)
-        for text in captions:
+        found = batches[0].get("captions", ())
+        self._captions = [text for texts in found for text in texts[:1]]
+        for text in self._captions[:2]:
             # as the tokenizer gets it
-            self._say("\n".join(labeled("caption", textwrap.shorten(text, WIDTH - LABEL))))
+            self._say("\n".join(labeled("caption", shortened(text, WIDTH - LABEL))))
 
     def _write_sample_ids(self, state: TrainState, batches: list[dict[str, Any]]) -> None:
         own = [key for batch in batches for key in batch["key"]]
@@ -176,13 +178,12 @@ class Report:
         elif "logit_scale" in values:
             text += f"scale {values['logit_scale']:.1f}  "
         speed = values["samples_per_second"]
-        text += f"{speed:.0f} samples/s"
+        last = self._state.last_step
+        text += f"{speed:.0f} samples/s  {duration(self.meter.pace.seconds(last - step))} left"
         self._bar.set_postfix_str(text)
         if self._bar.disable:
-            # lines for a log file instead of a bar, which has the time left itself
-            total = self._state.total_steps
-            left = (total - self._state.steps_done) * self._state.step_samples / speed
-            logger.info(f"step {step}/{total}  {text}  {duration(left)} left")
+            # lines for a log file instead of a bar
+            logger.info(f"step {step}/{last}  {text}")
 
     def _say(self, text: str, level: int = logging.INFO) -> None:
         # above the bar

@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from fastclip.data.loader import TrainingLoader
-from fastclip.flags import defining, flag_name, flatten
+from fastclip.flags import defining, flag_name, flatten, inherited
 from fastclip.messages import note
 from fastclip.models import checkpoint
 from fastclip.train.config import TrainConfig
 from fastclip.train.distributed import World
+from fastclip.train.inherited import LATEST, is_run
 
 
 def read_resumed(
@@ -26,20 +27,28 @@ def read_resumed(
     folder = run / "checkpoints"
     # one rank looks, and all do as it says: others may see a shared folder late
     existing = world.gather(bool(checkpoint.named(folder, "")))[0]
-    if config.checkpoint.resume is None:
+    wanted = config.checkpoint.resume
+    if wanted is None:
         if existing:
             raise FileExistsError(
                 f"{run} exists; choose another --name, or resume it: --resume latest"
             )
         return None, None
-    if config.checkpoint.resume == "latest" and not existing:
+    _require_same(config, world)
+    if wanted == LATEST and not existing:
         # said once the run has described itself: a name may be mistyped
         return None, None
     latest = _latest(folder, world) if existing else None
-    named = checkpoint.best_named(Path(config.checkpoint.resume))
-    path = latest if config.checkpoint.resume == "latest" else named
+    if wanted == LATEST:
+        path = latest
+    elif is_run(Path(wanted)):
+        # under a name of its own
+        folder = Path(wanted) / "checkpoints"
+        path = _latest(folder, world)
+    else:
+        path = checkpoint.best_named(Path(wanted))
     if path is None:
-        raise FileNotFoundError(f"--resume latest: {folder} holds no whole checkpoint")
+        raise FileNotFoundError(f"--resume {wanted}: {folder} holds no whole checkpoint")
     resumed = _read(path, latest, config)
     if latest is not None and checkpoint.step_of(latest) > resumed["step"]:
         raise ValueError(
@@ -82,6 +91,25 @@ def check_same_data(
         _note(world, "the data's sample counts have changed; other samples follow than would have")
 
 
+def _require_same(config: TrainConfig, world: World) -> None:
+    """Refuse ranks that differ: each has read the run's settings, and one may have missed them.
+
+    Raises:
+        ValueError: two ranks differ; on all ranks.
+    """
+    own = flatten(config)
+    # which of its GPUs a rank takes is its own affair
+    names = [name for name in defining(TrainConfig) if name != "device"]
+    first, *others = world.gather({name: str(own[name]) for name in names})
+    for rank, other in enumerate(others, 1):
+        for name in names:
+            if other[name] != first[name]:
+                raise ValueError(
+                    f"{flag_name(name)} is {first[name]} on rank 0 and {other[name]} on rank "
+                    f"{rank}; start all with the same flags, and with a --logs that all of them see"
+                )
+
+
 def _latest(folder: Path, world: World) -> Path | None:
     """The latest whole checkpoint, found once: it reads every byte of one."""
     found = checkpoint.find_latest(folder) if world.is_first else None
@@ -104,7 +132,7 @@ def _read(path: Path, latest: Path | None, config: TrainConfig) -> dict[str, Any
 
 
 def _note_changes(resumed: dict[str, Any], config: TrainConfig, world: World) -> None:
-    """Note every flag that defines a run and has another value than in the checkpoint.
+    """Note which flags have other values than in the checkpoint, those that define a run apart.
 
     Raises:
         ValueError: the data are the default ones, and those of the checkpoint were not.
@@ -114,13 +142,24 @@ def _note_changes(resumed: dict[str, Any], config: TrainConfig, world: World) ->
     data = earlier["train_data"]
     if data != now["train_data"] == flatten(TrainConfig())["train_data"]:
         raise ValueError(
-            f"the run's --train-data was {data} and is not given now; repeat the whole command "
-            "with --resume, or begin with the checkpoint's weights on other data: --pretrained"
+            f"the run's --train-data was {data} and is now {now['train_data']}, the default; give "
+            "the run's, or begin with the checkpoint's weights on other data: --pretrained"
         )
-    for name in defining(TrainConfig):
-        if earlier[name] != now[name]:
-            changed = f"{flag_name(name)} was {earlier[name]} and is now {now[name]}"
-            _note(world, f"{changed}; the resumed run differs from the original")
+    changed = [name for name in inherited(TrainConfig) if earlier[name] != now[name]]
+    essential = [name for name in changed if name in defining(TrainConfig)]
+    further = [name for name in changed if name not in essential]
+    for names, what in (
+        (essential, "; the resumed run differs from the original"),
+        (further, "; the training is as before"),
+    ):
+        if names:
+            changes = (f"{flag_name(n)} {_typed(earlier[n])} -> {_typed(now[n])}" for n in names)
+            _note(world, ", ".join(changes) + what)
+
+
+def _typed(value: Any) -> str:
+    """A value as it is typed."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _check_position(path: Path, resumed: dict[str, Any], config: TrainConfig, world: World) -> None:

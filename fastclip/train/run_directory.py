@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fastclip.train.config import TrainConfig
 from fastclip.train.distributed import World
+from fastclip.train.inherited import LATEST, is_run
 
 LOCK = ".training"
 # file systems that have no locks; of theirs a run is as before
@@ -18,11 +19,21 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def named(config: TrainConfig, world: World) -> TrainConfig:
-    """The configuration with a name: the given one, or one made of the time and the model."""
+    """The configuration with a name.
+
+    That is the given one, that of the run directory that `--resume` names, or one made of the time
+    and the model.
+    """
     if config.log.name is not None:
         return config
-    if config.checkpoint.resume == "latest":
+    resume = config.checkpoint.resume
+    if resume == LATEST:
         raise ValueError("--resume latest needs --name, the run to resume")
+    if resume is not None and is_run(Path(resume)):
+        # as "." and ".." have no name
+        run = Path(resume) if Path(resume).name.strip(".") else Path(resume).resolve()
+        log = replace(config.log, logs=str(run.parent), name=run.name)
+        return replace(config, log=log, checkpoint=replace(config.checkpoint, resume=LATEST))
     model = Path(config.model.model).stem
     name = f"{datetime.now():%Y_%m_%d-%H_%M_%S}-{model}-b{config.optim.batch_size}"
     # the ranks' clocks may differ: all take the first one's

@@ -59,7 +59,13 @@ def _wrapped(module: nn.Module) -> nn.Module:
     return module
 
 
-def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None = None) -> None:
+def shard(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    dtype: torch.dtype | None = None,
+    *,
+    compiled: bool = False,
+) -> None:
     """Shard a model in place: each block by itself, what is left together.
 
     All processes begin with the first one's parameters and buffers. A process holds its rows of
@@ -73,6 +79,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None = None) 
         dtype: that the parameters and inputs of blocks have while they are computed; None for
             float32. Gradients are reduced in float32. What is outside blocks stays float32 for
             autocast to cast, and so do blocks with batch normalization, whose statistics are.
+        compiled: have each block's forward compiled, at its first call.
     """
     if mesh.size() > 1:
         for tensor in (*model.parameters(), *model.buffers()):
@@ -85,6 +92,9 @@ def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None = None) 
     plain = MixedPrecisionPolicy()
     for block in blocks_of(model):
         policy = plain if any(isinstance(m, _BatchNorm) for m in block.modules()) else low
+        if compiled:
+            # not the whole module: what gathers and frees parameters hangs on its call, in hooks
+            block.forward = torch.compile(block.forward)
         fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=ignored)
     fully_shard(model, mesh=mesh, mp_policy=plain, ignored_params=ignored)
 

@@ -16,6 +16,7 @@ from fastclip.train.classifier import begin_classifier, class_names
 from fastclip.train.config import TrainConfig
 from fastclip.train.describe import announce, write_description
 from fastclip.train.distributed import World
+from fastclip.train.inherited import LATEST
 from fastclip.train.layers import exchange_layers
 from fastclip.train.log import check_reporters
 from fastclip.train.report import Report
@@ -74,8 +75,8 @@ def start(
     if world.is_first:
         state.checkpoints.mkdir(parents=True, exist_ok=True)
         write_description(folder, config, model, classes)
-        announce(config, world, model, loader, folder, state.step)
-        if path is None and config.checkpoint.resume == "latest":
+        announce(state)
+        if path is None and config.checkpoint.resume == LATEST:
             note(f"{state.checkpoints} holds no checkpoint: this is a new run; check --name")
     report = Report(state)
     # last, so that nothing else draws from these streams

@@ -64,8 +64,13 @@ class TrainState:
 
     @property
     def total_steps(self) -> int:
-        """Steps of the whole run."""
+        """Steps of the whole run, had all epochs the length that they have now."""
         return self.config.optim.epochs * self.loader.steps_per_epoch
+
+    @property
+    def last_step(self) -> int:
+        """What `step` is at the run's end; `total_steps`, unless epochs had another length."""
+        return self.step + max(0, self.total_steps - self.steps_done)
 
     @property
     def checkpoints(self) -> Path:

@@ -1,39 +1,39 @@
 """What is said of a run at its end: how long it took, how well it did, and what to do next."""
 
 import shlex
-import textwrap
-from dataclasses import fields
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fastclip.bounded import read_object
-from fastclip.data.options import DataOptions
-from fastclip.data.sources import guess_type
 from fastclip.messages import counted, filled
 from fastclip.models import checkpoint
 from fastclip.train.best import best_step, scores_of
-from fastclip.train.config import TrainConfig
 from fastclip.train.log import read_metrics
+from fastclip.train.next_commands import next_commands
 from fastclip.train.state import TrainState
 
 # the beginnings of the names of metrics that an evaluation has
 EVALUATED = ("val/", "zeroshot/", "retrieval/")
 LABEL = 10
 """Columns of a line, and of them those of its label."""
-# letters of a text that is searched for, as an example
-_QUERY = 30
 
 
-def summary(state: TrainState, seconds: float, caption: str | None = None) -> list[str]:
+def summary(
+    state: TrainState, began_at: int, seconds: float, captions: Sequence[str] = ()
+) -> list[str]:
     """The lines of it, from the run's metrics.
 
     Args:
         state: of the run, after its last step.
-        seconds: since training began, evaluations and checkpoints included.
-        caption: of the data, for an example.
+        began_at: the step that this process began at.
+        seconds: since then, evaluations and checkpoints included.
+        captions: of the data, for an example.
     """
     metrics = read_metrics(state.folder)
-    made = f"{state.steps_done:,} of {counted(state.total_steps, 'step')}"
+    made = f"{state.step:,} of {counted(state.last_step, 'step')}"
+    if began_at:
+        made += f", {state.step - began_at:,} of them"
     speeds = [line["samples_per_second"] for line in metrics if "samples_per_second" in line]
     # the first ones are slow
     speed = f", {sorted(speeds)[len(speeds) // 2]:,.0f} samples/s" if speeds else ""
@@ -48,44 +48,14 @@ def summary(state: TrainState, seconds: float, caption: str | None = None) -> li
     files = f"{state.folder}: loss.png, metrics.jsonl" + (
         f", {saved.relative_to(state.folder)}" if saved else ""
     )
-    run, model = state.folder, state.config.model
-    plain = model.objective == "clip" and model.text_lm is None
     return [
         *(line for name, text in lines.items() for line in labeled(name, text)),
         *(line for i, score in enumerate(scores) for line in labeled("" if i else "scores", score)),
-        *_best_checkpoint(run),
+        *_best_checkpoint(state.folder),
         *labeled("files", files),
         "next",
-        *_search_command(state.config, run, caption),
-        f"  fastclip eval retrieval --model {run} --data DATA",
-        # what open_clip cannot express leaves as ONNX
-        f"  fastclip convert {'to-hub' if plain else 'to-onnx'} {run} {run.name}-exported",
+        *(f"  {line}" for line in next_commands(state.config, state.folder, captions)),
     ]
-
-
-def _search_command(config: TrainConfig, run: Path, caption: str | None) -> list[str]:
-    """A search in the run's own data, held-out ones if there are some; it runs as it is printed."""
-    if config.model.views[1] == 0:
-        # nothing was learned of texts
-        return []
-    text = textwrap.shorten(caption or "", _QUERY, placeholder="").lstrip("- ") or "a photo"
-    data = config.data.val_data or config.data.train_data
-    # what a source of captions weighs is of no meaning for a search
-    options = {each.name: getattr(config.data, each.name) for each in fields(DataOptions)}
-    options["captions"] = None
-    if config.data.val_data:
-        # as they are read in validation
-        options["image_root"] = config.data.val_image_root
-        options["dataset_type"] = "auto" if guess_type(data) else config.data.dataset_type
-    words = ["fastclip", "search", text, "--data", data, "--model", str(run)]
-    # not the fields' defaults, of which one is written out for the help
-    usual = DataOptions()
-    for name, value in options.items():
-        if value != getattr(usual, name):
-            words += [f"--{name.replace('_', '-')}", str(value)]
-    if config.distributed.deepspeed:
-        words.append("--trust-checkpoint")
-    return [f"  {shlex.join(words)}"]
 
 
 def labeled(label: str, text: str) -> list[str]:
@@ -118,7 +88,8 @@ def _best_checkpoint(run: Path) -> list[str]:
     if not file.is_file():
         return []
     noted = read_object(file)
-    return labeled("best", f"{noted['checkpoint']} by {noted['metric']}: --model {run}@best")
+    loads = shlex.join(["--model", f"{run}@best"])
+    return labeled("best", f"{noted['checkpoint']} by {noted['metric']}: {loads}")
 
 
 def _best_and_last(metrics: list[dict[str, Any]], name: str) -> str:

@@ -1,4 +1,4 @@
-"""What --distill-model and --distill-embeddings name: a teacher's features of a batch."""
+"""A teacher's features of a batch: of a model, of files, or of the shards themselves."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastclip.data.samples import FEATURE_MEMBERS
 from fastclip.data.shards import expand_shards
 from fastclip.device import autocast
 from fastclip.messages import note
@@ -17,7 +18,7 @@ from fastclip.models.clip import Model
 from fastclip.models.options import SystemOptions
 from fastclip.train.config import TrainConfig
 
-IMAGE, TEXT = "teacher_image_features", "teacher_text_features"
+IMAGE, TEXT = FEATURE_MEMBERS
 # tokenized alike by tokenizers that are alike; short, since a student's context may be
 _PROBES = ("a photo", "Red DOGS!", "café 3.5")
 
@@ -50,9 +51,11 @@ def build_teacher(
         ValueError, FileNotFoundError: the teacher cannot be had, or not with this student or data.
     """
     options = config.loss
-    if options.distill_embeddings is not None:
+    if options.distill_stored:
         assert options.distill_logit_scale is not None
         scale = options.distill_logit_scale
+        if options.distill_embeddings is None:
+            return ShardTeacher(scale)
         return StoredTeacher(options.distill_embeddings, scale, samples, device)
     if options.distill_model is None:
         return None
@@ -140,10 +143,26 @@ class StoredTeacher:
         return _named(*found)
 
 
+class ShardTeacher:
+    """Features that come with the samples of shards.
+
+    Args:
+        logit_scale: of the teacher, exponentiated.
+    """
+
+    def __init__(self, logit_scale: float) -> None:
+        self.logit_scale = logit_scale
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """See `Teacher`."""
+        return _named(batch[IMAGE], batch[TEXT])
+
+
 class _Rows:
     """The rows of some .npy files, one file after the other, read where they are asked for."""
 
     def __init__(self, pattern: str) -> None:
+        self._pattern = pattern
         self._files = []
         for path in expand_shards(pattern):
             try:
@@ -167,6 +186,14 @@ class _Rows:
         for file in np.unique(owner):
             rows = owner == file
             found[rows] = self._files[file][index[rows] - self._starts[file]]
+        finite = np.isfinite(found).all(axis=1)
+        if not finite.all():
+            row = index[int(np.argmin(finite))]
+            raise ValueError(
+                f"--distill-embeddings {self._pattern}: row {row} (from 0 on) is not finite, as "
+                "fastclip embed writes it for an image that it could not read, but the sample can "
+                "be read; write the features again"
+            )
         return torch.from_numpy(found)
 
 

@@ -31,8 +31,7 @@ class TorchEngine(Engine):
         self.parameters: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.model, config.optim, config.own_rates)
         self._parallel = self._wrap()
-        compiled = config.model.torchcompile
-        self._towers: Any = torch.compile(self._parallel) if compiled else self._parallel
+        self._towers: Any = self._compiled() if config.model.torchcompile else self._parallel
         scaled = AUTOCAST_DTYPES[config.model.precision] == torch.float16
         self._scaler = torch.amp.GradScaler(world.device.type, enabled=scaled)
         self._overflowed = False
@@ -68,6 +67,10 @@ class TorchEngine(Engine):
     def _wrap(self) -> nn.Module:
         """The model with gradients averaged over the processes."""
         return self.world.wrap(self.model)
+
+    def _compiled(self) -> Any:
+        """What `_wrap` gave, compiled."""
+        return torch.compile(self._parallel)
 
     def _clear_gradients(self) -> None:
         # data-parallel gradients stay in the buckets that they are reduced in

@@ -44,6 +44,9 @@ def build_loader(
         split="train",
         count=data.train_num_samples,
         required=() if system.objective == "simclr" else (needed,),
+        negatives=system.hard_negatives > 0,
+        features=config.loss.distill_shards,
+        by_row=config.loss.distill_embeddings is not None,
     )
     weights = shard_weights(source, data.train_data_upsampling_factors)
     order = Order(source.counts, config.optim.seed, data.shuffle_window, weights)
@@ -62,6 +65,8 @@ def build_loader(
         labels=labels,
         pixels=not dali,
         group_by=None if config.loss.group_duplicates is None else config.loss.group_by,
+        one_text=config.loss.distill_stored,
+        features=config.loss.distill_shards,
     )
     shared: dict[str, Any] = {
         "batch_size": config.optim.batch_size,
@@ -105,6 +110,10 @@ def _views(data: TrainingDataOptions, system: SystemOptions, size: int) -> tuple
     first = replace(first, scale=data.aug_scale or first.scale, flip=flip)
     strong = Augmentation.strong(size)
     strong = replace(strong, scale=data.strong_scale or strong.scale)
+    if data.aug_blur is not None:
+        # the weak views have none to change
+        first = replace(first, blur=data.aug_blur) if first.blur else first
+        strong = replace(strong, blur=data.aug_blur)
     weak = system.views[0] - system.strong
     return (first,) * weak + (strong,) * system.strong
 
@@ -115,7 +124,8 @@ def _captions(data: TrainingDataOptions, system: SystemOptions) -> CaptionSampli
         "weak": TextAugmentation.weak,
         "strong": TextAugmentation.strong,
     }
-    views = (made[data.text_augment](), *(TextAugmentation.strong(),) * (system.views[1] - 1))
+    strong = made[data.strong_text_augment or "strong"]()
+    views = (made[data.text_augment](), *(strong,) * (system.views[1] - 1))
     return CaptionSampling(
         weights=tuple(data.caption_weights.items()),
         sentences=data.sentence_sampling,

@@ -189,8 +189,8 @@ def test_a_run_directory_of_before_is_evaluated_and_resumed(
     capsys.readouterr()
     flags = ["--config", str(file), "--resume", "latest", "--epochs", "2"]
     assert main(["train", *flags]) == 0
-    noted = [line for line in capsys.readouterr().err.splitlines() if "is now" in line]
-    assert len(noted) == 1 and "--epochs was 1 and is now 2" in noted[0]
+    noted = [line for line in capsys.readouterr().err.splitlines() if " -> " in line]
+    assert len(noted) == 1 and "--epochs 1 -> 2" in noted[0]
     assert parse(["--config", str(file)]).optim.epochs == 2
 
 

@@ -1,13 +1,24 @@
 """What commands print fits 80 columns: help and results, so that no row is broken by a terminal."""
 
-from collections.abc import Callable
+import ast
+import json
+import re
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from fastclip.cli import COMMANDS, main
 from fastclip.messages import counted
+from fastclip.screen import on_screen
+from fastclip.study import runs
+from fastclip.study.runs import Outcome
+from tests.cli.test_cli import run
 from tests.cli.test_help import shown, subcommands
+from tests.test_repo_shape import ROOT, tracked
+
+__all__ = ["run"]  # fixtures
 
 WIDTH = 80
 
@@ -67,6 +78,78 @@ def test_plan_info_and_benchmarks(capsys: pytest.CaptureFixture[str]) -> None:
     assert long_lines(capsys.readouterr().out) == []
 
 
+def test_evaluations_features_and_their_table(
+    run: str, make_shard: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["--model", run, "--workers", "0", "--num-samples", "40"]
+    shard, shifted = str(make_shard(samples=9)), str(make_shard("fog.tar", samples=9))
+    (tmp_path / "classes.txt").write_text("cat\ndog\nbird\n")
+    (tmp_path / "texts.txt").write_text("a red circle\n" * 3)
+    for words in (
+        ["eval", "zeroshot", *few],
+        ["eval", "retrieval", *few],
+        ["eval", "linear-probe", *few, "--train-data", "scenes:split=train"],
+        ["eval", "robustness", *few, "--data", shard, "--shifts", f"fog={shifted}"],
+        ["embed", "images", shard, *few, "-o", str(tmp_path / "images.npy")],
+        ["embed", "texts", str(tmp_path / "texts.txt"), *few, "-o", str(tmp_path / "texts.npy")],
+        ["eval", "table"],
+    ):
+        results = (Path(run) / "eval").glob("*.json") if "table" in words else ()
+        assert main([*words, *map(str, results)]) == 0
+        shown = capsys.readouterr()
+        assert long_lines(shown.out, tmp_path) == []
+        # a progress bar is as wide as its terminal
+        said = [line for line in shown.err.splitlines() if "\r" not in line and "it/s" not in line]
+        assert long_lines("\n".join(said), tmp_path, Path(run)) == [], words
+    # the rows begin with a path: what is beside it has room
+    rows = [line.partition(run)[2] for line in shown.out.splitlines() if run in line]
+    assert len(rows) > 1 and max(map(len, rows)) <= WIDTH
+
+
+@pytest.mark.parametrize("question", ["recipe", "captions", "uniclip", "robustness"])
+def test_studies(
+    question: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of runs that were made once."""
+    (file,) = (ROOT / "benchmarks" / "results").glob(f"2026-11-28-cpu-study-{question}.json")
+    found = [one for each in json.loads(file.read_text())["rows"].values() for one in each]
+    outcomes = {one["name"]: Outcome(**{**one, "flags": tuple(one["flags"])}) for one in found}
+
+    def made(name: str, flags: tuple[str, ...], *_: object) -> Outcome:
+        # what was not judged is in no table
+        return outcomes.get(name) or Outcome(name, flags, 1.0, 1.0, 1.0, {}, {})
+
+    monkeypatch.setattr(runs, "run", made)
+    (tmp_path / "language_model").mkdir()
+    (tmp_path / "language_model" / "config.json").write_text("{}")
+    assert main(["study", question, "--output", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("\n| chance |") == shown.count("\n| --- |") > 0
+    assert long_lines(shown, tmp_path) == []
+    # the file is whole
+    written = (tmp_path / "report.md").read_text()
+    assert written.count("\n| --- |") == 1 and " ".join(written.split("\n| ")[0].split()) in (
+        " ".join(shown.split())
+    )
+
+
+def test_a_table_that_is_too_wide_becomes_several() -> None:
+    table = (
+        "| | one | two | three |\n| --- | --- | --- | --- |\n| a | 1 |  | 3 |\n| bb | 4 | 5 | 6 |"
+    )
+    assert on_screen(table, 40) == table
+    assert on_screen(table, 20).split("\n\n") == [
+        "| | one | two |\n| --- | --- | --- |\n| a | 1 |  |\n| bb | 4 | 5 |",
+        "| | three |\n| --- | --- |\n| a | 3 |\n| bb | 6 |",
+    ]
+    # no narrower than a column beside the first
+    assert len(on_screen(table, 1).split("\n\n")) == 3
+    assert on_screen(f"# title\n\n- {'word ' * 30}\n\n{table}").splitlines()[3].startswith("  word")
+
+
 @pytest.mark.parametrize(
     ("count", "text"), [(0, "0 steps"), (1, "1 step"), (2, "2 steps"), (12345, "12,345 steps")]
 )
@@ -74,3 +157,34 @@ def test_numbers_with_their_nouns(count: int, text: str) -> None:
     assert counted(count, "step") == text
     assert counted(count, "process", "processes").startswith(text.split()[0] + " process")
     assert (count == 1) == counted(count, "process", "processes").endswith("process")
+
+
+def grouped_behind_flags(text: str) -> Iterator[str]:
+    """Numbers with separators behind a flag, in Python's strings and in what they are made of."""
+    for node in ast.walk(ast.parse(text)):
+        parts = node.values if isinstance(node, ast.JoinedStr) else []
+        for before, value in pairwise(parts):
+            if not (isinstance(before, ast.Constant) and isinstance(value, ast.FormattedValue)):
+                continue
+            code = ast.unparse(value.format_spec) if value.format_spec else ""
+            grouped = "," in code or ast.unparse(value.value).startswith("counted(")
+            if grouped and re.search(r"--[a-z][\w-]*[ =]$", str(before.value)):
+                yield ast.unparse(node)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield from re.findall(GROUPED, node.value)
+
+
+GROUPED = r"--[a-z][\w-]*[ =]\d+,\d{3}\b"
+
+
+def test_numbers_behind_flags_can_be_pasted() -> None:
+    assert list(grouped_behind_flags('f"--warmup {steps:,} of"')) != []
+    assert list(grouped_behind_flags('f"--warmup {steps} of {all:,}"')) == []
+    found = {
+        str(path): list(grouped_behind_flags(path.read_text()))
+        for pattern in ("fastclip/*.py", "benchmarks/*.py")
+        for path in tracked(pattern)
+    }
+    assert {path: lines for path, lines in found.items() if lines} == {}
+    for path in tracked("*.md"):
+        assert re.findall(GROUPED, path.read_text()) == [], path

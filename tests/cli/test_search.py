@@ -95,8 +95,8 @@ def test_texts_find_what_their_products_say(capsys: pytest.CaptureFixture[str]) 
             assert abs(float(score) - float(images[row] @ query)) < 6e-4
             assert source.read(0, row).texts[0].startswith(caption.removesuffix("..."))
     with Image.open("search.png") as picture:
-        # a text, eight images and two more below, for each of two
-        assert picture.size == (128 * 9 + 64 + 8 * 11, 8 + 4 * (128 + 15 + 8))
+        # a text, eight images and two more below, for each of two; a score and two lines of caption
+        assert picture.size == (128 * 9 + 64 + 8 * 11, 8 + 4 * (128 + 3 * 15 + 8))
 
 
 def test_an_image_finds_itself_first(capsys: pytest.CaptureFixture[str]) -> None:

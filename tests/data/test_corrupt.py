@@ -123,6 +123,15 @@ def test_unreadable_images_are_left_out_and_reported(
     assert counts == {"contrast-3.tar": 1} and "b" in faults.report()
 
 
+def test_the_first_samples_alone(make_shard: Callable[..., Path], tmp_path: Path) -> None:
+    shard = str(make_shard(samples=5))
+    corrupt_shards(shard, tmp_path / "all", ("contrast",))
+    counts, _ = corrupt_shards(shard, tmp_path / "some", ("contrast",), number=3)
+    assert counts == {"contrast-3.tar": 3}
+    every, some = (members(tmp_path / name / "contrast-3.tar") for name in ("all", "some"))
+    assert len({name.split(".")[0] for name in some}) == 3 and some.items() <= every.items()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -48,7 +48,7 @@ TABLES = {
     "columns turned": Case(tsv("a\t0.jpg", header="title\tfilepath"), [A]),
     "a third column": Case(tsv("0.jpg\tu\ta", header="filepath\turl\ttitle"), [A]),
     "zero byte": Case(tsv("0.jpg\ta\0b"), [("0.jpg", "a\0b")]),
-    "commas": Case(tsv('0.jpg,"a, b"', header="filepath,title"), [("0.jpg", "a, b")], "separated"),
+    "commas": Case(tsv('0.jpg,"a, b"', header="filepath,title"), [("0.jpg", "a, b")]),
     "mark at the start": Case(tsv('0.jpg\t"a', "1.jpg\tb"), message=OPEN),
     "mark at the start, twice": Case(tsv('0.jpg\t"a', '1.jpg\t"b'), message=OPEN),
     "mark before a path": Case(tsv('"0.jpg\ta', "1.jpg\tb"), message=OPEN),
@@ -207,7 +207,7 @@ def test_damage_to_a_row_is_reported_or_stays_in_it(
             seen["error"] += 1
             continue
         assert isinstance(source, TableSource)
-        noted = logged().replace(f"note: {path} is separated by ',', not '\\t'", "")
+        noted = logged()
         loaded, original = Counter(rows_of(source)), Counter(rows)
         lost, foreign = (original - loaded).total(), (loaded - original).total()
         seen[

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
-from fastclip.data.preview import contact_sheet
+from fastclip.data.preview import contact_sheet, fitted_lines
 from fastclip.data.scenes import render, sample_scene
 
 
@@ -31,3 +31,19 @@ def test_mistakes() -> None:
         contact_sheet([image], [])
     with pytest.raises(ValueError, match="columns is 0"):
         contact_sheet([image], ["a"], columns=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "ends"),
+    [
+        ("a red circle", "circle"),
+        ("many words " * 20, ("many...", "words...")),
+        ("letters" * 40, "..."),
+    ],
+)
+def test_a_long_text_ends_at_a_word(text: str, ends: str | tuple[str, ...]) -> None:
+    font = ImageFont.load_default(11)
+    lines = fitted_lines(text, font, 100, 2)
+    assert len(lines) <= 2 and all(font.getlength(line) <= 100 for line in lines)
+    assert lines[-1].endswith(ends)
+    assert text.startswith("".join(lines).removesuffix("...")[:12])

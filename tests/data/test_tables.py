@@ -94,7 +94,14 @@ def test_relative_paths_begin_at_the_table_then_here(
 def test_columns_and_separators(images: Path, logged: Callable[[], str]) -> None:
     path = table(images / "t.csv", '0.jpg,7,"a, b"', header="\ufefffilepath,id,title")
     assert read_all(open_csv(path, DataOptions()))[0].texts == ("a, b",)
-    assert "is separated by ',', not '\\t'" in logged()
+    # what the name says already is not said again
+    assert logged() == ""
+    other = path.rename(path.with_suffix(".tsv"))
+    assert read_all(open_csv(other, DataOptions()))[0].texts == ("a, b",)
+    assert logged() == f"note: {other} is separated by ',', not '\\t'\n"
+    path = other.rename(path)
+    open_csv(path, DataOptions(csv_separator=";"))
+    assert logged() == f"note: {path} is separated by ',', not ';'\n"
     options = DataOptions(csv_separator=",", csv_caption_key="id")
     assert read_all(open_csv(path, options))[0].texts == ("7",)
     assert DataOptions(csv_separator="\\t") == DataOptions()

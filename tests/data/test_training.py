@@ -135,6 +135,41 @@ def test_stop_words_and_cleaning_by_flags(capsys: pytest.CaptureFixture[str]) ->
     assert "--stop-word-rate is 1.5; give one in [0, 1]" in capsys.readouterr().err
 
 
+def test_the_blur_of_strong_views() -> None:
+    """Of those alone: a weak view has none to change."""
+
+    def blurs(flags: str) -> list[float]:
+        config = parse(f"--train-data scenes {flags}".split())
+        return [view.blur for view in training_data._views(config.data, config.model, 64)]
+
+    assert blurs("--objective rocket") == [0, 0.5, 0.5]
+    assert blurs("--objective rocket --aug-blur 0.25") == [0, 0.25, 0.25]
+    assert blurs("--augment strong") == [0.5]
+    assert blurs("--augment strong --aug-blur 0") == [0]
+    assert blurs("--objective simclr --aug-blur 0") == [0, 0]
+
+
+@pytest.mark.parametrize("wanted, words", [(None, {2, 3, 4}), ("none", {4})])
+def test_the_texts_of_strong_views(wanted: str | None, words: set[int]) -> None:
+    sample = Sample("a", Image.new("RGB", (8, 8)), ("qza qzb qzc qzd",))
+    flags = ["--objective", "rocket", "--train-data", "scenes"]
+    config = parse([*flags, *(["--strong-text-augment", wanted] if wanted else [])])
+    sampling = training_data._captions(config.data, config.model)
+    drawn = [sampling.draw(sample, random.Random(seed)).texts for seed in range(100)]
+    # the weak view's is as it was
+    assert {texts[0] for texts in drawn} == {"qza qzb qzc qzd"}
+    assert {len(text.split()) for _, *strong in drawn for text in strong} == words
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["--aug-blur 0", "--strong-text-augment none", "--objective slip --strong-text-augment none"],
+)
+def test_flags_of_strong_views_need_them(wrong: str) -> None:
+    with pytest.raises(ValueError, match=r"has no (texts of )?strong views; leave it out"):
+        parse(f"--train-data scenes {wrong}".split())
+
+
 def test_several_captions_need_several_texts(capsys: pytest.CaptureFixture[str]) -> None:
     assert main("train --train-data scenes --caption-views multi".split()) == 1
     assert "--caption-views multi: clip has one text" in capsys.readouterr().err

@@ -99,6 +99,7 @@ def share(rank: int, path: Path) -> None:
     leaves = [unit(8, 5, seed)[own].requires_grad_() for seed in (0, 1)]
     loss(*leaves, 7.0, dist="gather").backward()
     torch.save([leaf.grad for leaf in leaves], path / f"{rank}.pt")
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 

@@ -41,7 +41,10 @@ HELD = {
     "features that `fastclip search` has kept": [
         "cli/test_search.py::test_damaged_features_are_computed_again"
     ],
-    "`--config` files": ["test_bounded.py::test_yaml_that_is_refused"],
+    "`--config` files, and": [
+        "test_bounded.py::test_yaml_that_is_refused",
+        "train/test_inherited.py::test_trust_and_place_are_not_inherited",
+    ],
     "A checkpoint with a manifest": [
         f"{CHECKPOINT}::test_what_differs_from_its_manifest_is_refused_by_path",
         FUZZ,

@@ -1,6 +1,8 @@
 """`fastclip embed` and `fastclip data preview`."""
 
 import json
+import re
+import tarfile
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -11,6 +13,7 @@ from PIL import Image
 
 import fastclip
 from fastclip.cli import main
+from fastclip.data.shards import ShardSource
 from fastclip.evaluate import embed
 from fastclip.train.config import parse
 from fastclip.train.loop import train
@@ -83,6 +86,71 @@ def test_texts_resume_where_they_stopped(
     model, _, tokenizer = fastclip.load(run)
     want = model.encode_text(tokenizer(texts), normalize=True).detach().numpy()
     np.testing.assert_allclose(rows, want, atol=1e-6)
+
+
+def test_shards_get_the_features_of_their_samples(
+    run: str, make_shard: MakeShard, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for first in (0, 4):
+        make_shard(f"{first}.tar", samples=4, first=first)
+    broken = make_shard("8.tar", [("8.jpg", b"broken"), ("8.txt", b"a"), *sample("9")])
+    pattern, out = f"{tmp_path}/{{0..8..4}}.tar", tmp_path / "out"
+    command = f"embed shards {pattern} --model {run} -o {out} --batch-size 3 --workers 0".split()
+    assert main(command) == 0
+    said = capsys.readouterr().err
+    assert "features of 9 samples in 3 new shards" in said and "1 corrupt image" in said
+    scale = re.search(r"--distill-shards --distill-logit-scale ([\d.]+)", said)
+    model, preprocess, tokenizer = fastclip.load(run)
+    assert scale and float(scale[1]) == pytest.approx(model.logit_scale.exp().item(), rel=1e-5)
+    assert json.loads((out / "sizes.json").read_text()) == {"0.tar": 4, "4.tar": 4, "8.tar": 2}
+
+    # the rest is as it was, and the broken image has no features
+    assert [name for name in files(out / "8.tar") if name.startswith("8.")] == ["8.jpg", "8.txt"]
+    before, after = files(tmp_path / "4.tar"), files(out / "4.tar")
+    added = {name: after.pop(name) for name in [*after] if name.endswith(".npy")}
+    assert after == before and len(added) == 8
+    with Image.open(BytesIO(before["00006.jpg"])) as image:
+        want = model.encode_image(preprocess(image)[None], normalize=True)[0]
+    got = np.load(BytesIO(added["00006.teacher_image.npy"]))
+    assert got.dtype == np.float16
+    np.testing.assert_allclose(got, want.detach().numpy(), atol=1e-3)
+    want = model.encode_text(tokenizer(["caption number 6"]), normalize=True)[0]
+    got = np.load(BytesIO(added["00006.teacher_text.npy"]))
+    np.testing.assert_allclose(got, want.detach().numpy(), atol=1e-3)
+    assert ShardSource(str(out / "4.tar"), features=True).read(0, 2).features.keys()
+
+    # what is there is passed over; features in shards that have some are refused
+    (out / "4.tar").unlink()
+    times = (out / "0.tar").stat().st_mtime_ns
+    assert main(command) == 0 and (out / "0.tar").stat().st_mtime_ns == times
+    assert files(out / "4.tar") == before | added
+    assert main([*command[:2], str(out / "0.tar"), *command[3:6], f"{out}2", *command[7:]]) == 1
+    assert "00000.teacher_image.npy is there already" in capsys.readouterr().err
+    assert main([*command, "--precision", "amp_bf16"]) == 1
+    assert "precision was 'fp32' and is 'amp_bf16'" in capsys.readouterr().err
+    assert broken.exists()
+
+
+def sample(key: str, **texts: bytes) -> list[tuple[str, bytes]]:
+    members = {"jpg": jpeg(), "txt": b"a text", **texts}
+    return [(f"{key}.{extension}", content) for extension, content in members.items()]
+
+
+def files(path: Path) -> dict[str, bytes]:
+    with tarfile.open(path) as tar:
+        return {name: tar.extractfile(name).read() for name in tar.getnames()}
+
+
+def test_several_captions_have_no_one_feature(
+    run: str, make_shard: MakeShard, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shard = make_shard(members=sample("7", json=b'{"captions": ["one", "two"]}'))
+    command = f"embed shards {shard} --model {run} -o {tmp_path}/out --workers 0".split()
+    assert main(command) == 1
+    assert "7 has 2 captions, and a teacher's features are of one text" in capsys.readouterr().err
+    assert not (tmp_path / "out" / shard.name).exists()
+    assert main([*command[:2], "scenes", *command[3:]]) == 1
+    assert "scenes are no shards" in capsys.readouterr().err
 
 
 def test_the_output_must_be_npy(run: str, capsys: pytest.CaptureFixture[str]) -> None:

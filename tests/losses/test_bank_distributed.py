@@ -24,6 +24,7 @@ def _rank(rank: int, folder: str) -> None:
         x, y = torch.randn(4, 8, requires_grad=True), torch.randn(4, 8)
         values.append((ours(x, y).detach(), theirs(x, y).detach()))
     torch.save((values, ours.memory_bank.bank, theirs.memory_bank.bank), f"{folder}/{rank}.pt")
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import fastclip
 from fastclip.losses import clip
+from fastclip.ops.gemm import count_products
 
 MODES = {
     "global": {"gather_with_grad": True},
@@ -23,7 +24,7 @@ MODES = {
     "constant local": {"local_loss": True},
 }
 EXCHANGES = ("bidir", "shift", "reduce", "gather")
-OTHERS = (*EXCHANGES, "distill", "distill local", "nt_xent", "sup_con")
+OTHERS = (*EXCHANGES, "distill", "distill local", "distill constant", "nt_xent", "sup_con")
 ROWS = 6
 UNEVEN = {2: (9, 3), 3: (7, 2, 9)}
 
@@ -46,7 +47,7 @@ def rank_gradients(loss_class: Any, mode: str, rank: int, world: int) -> list[Te
 
 
 def other_losses(module: Any, rank: int, world: int) -> dict[str, list[Tensor]]:
-    """SigLIP's four exchanges and the distillation loss in two modes, as one rank sees them."""
+    """SigLIP's four exchanges and the distillation loss in three modes, as one rank sees them."""
     results = {}
     own = slice(rank * ROWS, (rank + 1) * ROWS)
     place = {"rank": rank, "world_size": world}
@@ -54,6 +55,7 @@ def other_losses(module: Any, rank: int, world: int) -> dict[str, list[Tensor]]:
     losses = {exchange: module.SigLipLoss(**place, dist_impl=exchange) for exchange in EXCHANGES}
     losses["distill"] = module.DistillClipLoss(**place, **MODES["global"])
     losses["distill local"] = module.DistillClipLoss(**place, **MODES["local"])
+    losses["distill constant"] = module.DistillClipLoss(**place, **MODES["constant"])
     ntxent = lightly.NTXentLoss if module is open_clip.loss else fastclip.NTXentLoss
     losses["nt_xent"] = ntxent(0.1, gather_distributed=True)
     # without labels each sample is a class of its own, those of other processes too
@@ -81,6 +83,7 @@ def other_losses(module: Any, rank: int, world: int) -> dict[str, list[Tensor]]:
 
 
 TEACHER_SCALE = torch.tensor(7.0, dtype=torch.float64)
+TEACHER_WIDTH = 5
 
 
 def uneven_losses(world: int, rank: int | None) -> dict[str, Any]:
@@ -120,6 +123,25 @@ def uneven(world: int, rank: int | None) -> dict[str, list[Tensor]]:
     return found
 
 
+def distillation_flop(rank: int, world: int) -> list[int]:
+    """Of the distillation term forward and backward on one rank, in two modes."""
+    sizes = UNEVEN[world]
+    own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    x, y = (t[own].clone().requires_grad_() for t in features())
+    scale = torch.tensor(11.0, dtype=torch.float64)
+    teacher = [t[own][:, :TEACHER_WIDTH] for t in features()]
+    found = []
+    for mode in ("global", "local"):
+        options = {"rank": rank, "world_size": world, "sizes": sizes, **MODES[mode]}
+        with count_products() as contrastive:
+            fastclip.ClipLoss(**options)(x, y, scale)
+        with count_products() as both:
+            _, term = fastclip.DistillClipLoss(**options)(x, y, scale, *teacher, TEACHER_SCALE)
+            term.backward()
+        found.append(both.flop - contrastive.flop)
+    return found
+
+
 def work(rank: int, world: int, folder: str) -> None:
     store = dist.FileStore(f"{folder}/store", world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
@@ -133,7 +155,9 @@ def work(rank: int, world: int, folder: str) -> None:
         for name, result in other_losses(module, rank, world).items():
             results[name, side] = result
     results["uneven", "ours"] = uneven(world, rank)
+    results["distillation", "flop"] = distillation_flop(rank, world)
     torch.save(results, f"{folder}/rank{rank}.pt")
+    dist.barrier()
     dist.destroy_process_group()
 
 
@@ -173,7 +197,8 @@ def test_each_mode_is_open_clips(ranks: Callable[[int], Any], world: int, mode: 
 def test_scalars_gradients_need_no_averaging_where_open_clips_do_not(
     ranks: Callable[[int], Any], world: int
 ) -> None:
-    for mode in ("global", "constant", "constant local", *EXCHANGES):
+    distilled = "distill", "distill constant"
+    for mode in ("global", "constant", "constant local", *distilled, *EXCHANGES):
         for results in ranks(world):
             for got, want in zip(
                 results[mode, "ours"][3:], results[mode, "theirs"][3:], strict=True
@@ -214,6 +239,16 @@ def test_uneven_rows_have_the_full_batchs_gradient(ranks: Callable[[int], Any], 
             assert (got - want).norm() <= 1e-12 * max(want.norm().item(), 1.0), name
         got = sum(one[3] for one in each) / world
         assert abs(got - gradients[2]) <= 1e-12 * max(abs(gradients[2]).item(), 1.0), name
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_rank_distills_its_own_rows_and_columns(ranks: Callable[[int], Any], world: int) -> None:
+    sizes, width = UNEVEN[world], features()[0].shape[1]
+    for rows, found in zip(sizes, ranks(world), strict=True):
+        # S and T forward; S, T, dX and dY backward: of its images, and of its texts
+        each = 2 * rows * sum(sizes) * (4 * width + 2 * TEACHER_WIDTH)
+        assert found["distillation", "flop"] == [2 * each, 2 * each]
 
 
 @pytest.mark.parametrize("sizes", [(3,), (3, 0), ()])

@@ -189,6 +189,7 @@ def share(rank: int, folder: Path) -> None:
         half = train(name, range(25), rank=rank, world=2)
         results[name] = [half, train(name, range(25, STEPS), half, rank, 2)]
     torch.save(results, folder / f"{rank}.pt")
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 

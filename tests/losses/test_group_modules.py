@@ -112,6 +112,7 @@ def work(rank: int, folder: str) -> None:
     with pytest.raises(ValueError, match="local_loss with groups needs gather_with_grad=True"):
         refused(x, x, torch.tensor(1.0), row_group=ids, column_group=ids)
     torch.save(results, f"{folder}/rank{rank}.pt")
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -69,6 +69,7 @@ def work(rank: int, world: int, folder: str) -> None:
         gradients = torch.autograd.grad(value.sum(), [*inputs, weights])
         results[name, role, setting] = value.detach(), gradients
     torch.save(results, f"{folder}/rank{rank}.pt")
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -187,6 +187,7 @@ def work(rank: int, folder: str) -> None:
             gradients = torch.autograd.grad(loss.sum(), leaves)
             found[exchange, reduction] = loss.detach(), gradients
     torch.save(found, f"{folder}/rank{rank}.pt")
+    dist.barrier()
     dist.destroy_process_group()
 
 

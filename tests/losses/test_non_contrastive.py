@@ -141,6 +141,7 @@ def work(rank: int, world: int, folder: str) -> None:
         for exchange in ("gather", "ring")
     }
     torch.save(results, f"{folder}/{rank}.pt")
+    dist.barrier()
     dist.destroy_process_group()
 
 

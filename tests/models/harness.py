@@ -88,6 +88,7 @@ def _work(
         taken = views_of(own, system)
         found[name] = loss_and_gradients(system, taken, teacher, dist="gather", sizes=sizes)
     torch.save(found, f"{folder}/{rank}.pt")
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -173,11 +173,13 @@ _REST: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("labels + self._first_row(num", "labels - self._first_row(num"),
     ],
     ("fastclip/losses/clip.py", "tests/losses/test_distributed.py"): [
-        ("distill[first : first + n]", "distill[:n]"),
         (
-            "if self.local_loss:\n                    opt",
-            "if not self.local_loss:\n                    opt",
+            '{"reduction": "none"} if self.local_loss',
+            '{"reduction": "none"} if not self.local_loss',
         ),
+        ("self.world_size == 1 or self.local_loss", "self.world_size == 1 or not self.local_loss"),
+        ("            **self._sharing(),\n", ""),
+        ("            self._averaged(logit_scale),\n", "            logit_scale,\n"),
         ("torch.arange(self.rank * n, (self.rank + 1) * n, dev", "torch.arange(n, dev"),
         ("if self.world_size == 1 or self.gather_with_grad:", "if self.world_size == 1:"),
         ("self.world_size > 1 and self.local_loss and not", "self.world_size > 1 and not"),
@@ -237,7 +239,7 @@ _REST: dict[tuple[str, str], list[tuple[str, str]]] = {
         ('check_positive("temperature", temperature)', "pass"),
     ],
     ("fastclip/losses/clip.py", MODULES): [
-        ("distill = (row + column) / 2", "distill = row + column"),
+        ("loss = self._mean_of_own(distill)", "loss = distill.sum() * 2"),
         ("clip = self.clip_loss_weight * contrastive", "clip = contrastive"),
     ],
     ("fastclip/losses/nt_xent.py", MODULES): [

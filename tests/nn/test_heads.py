@@ -40,6 +40,7 @@ def work(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     x, weights = (t.split(SIZES[world])[rank] for t in rows(sum(SIZES[world])))
     torch.save(trained(GlobalBatchNorm(WIDTH), x, weights), f"{folder}/{rank}.pt")
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -264,6 +264,7 @@ def work(rank: int, world: int, folder: str) -> None:
         terms = clip_terms(*own, dist=exchange, backend=backend, sizes=SIZES, chunk_bytes=100)
         results[exchange, backend] = terms.detach(), torch.autograd.grad(terms.sum(), own)
     torch.save(results, f"{folder}/rank{rank}.pt")
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -146,6 +146,7 @@ def work(rank: int, world: int, folder: str) -> None:
     if world == 4:
         results["subgroup"] = subgroup(rank)
     torch.save(results, f"{folder}/rank{rank}.pt")
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -33,6 +33,7 @@ def _rank(rank: int, folder: str) -> None:
             # all ranks' rows count the loss, so that averaging gives the whole batch's gradient
             found[name, exchange] = [g.double() / LOSS_SCALE / 2 for g in gradients]
     torch.save(found, f"{folder}/{rank}.pt")
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -236,6 +236,7 @@ def work(rank: int, world: int, folder: str) -> None:
             )
         )
     torch.save(found, f"{folder}/rank{rank}.pt")
+    dist.barrier()
     dist.destroy_process_group()
 
 

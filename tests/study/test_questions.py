@@ -1,14 +1,14 @@
-"""The papers' questions: what their numbers are, of outcomes and features made by hand."""
+"""The papers' questions: what they train, and what their numbers are of features made by hand."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from fastclip.cli import main
-from fastclip.data.scenes import SHIFTS
-from fastclip.study import captions, recipe, robustness, runs, uniclip
+from fastclip.cli.study import QUESTIONS
+from fastclip.study import captions, collages, robustness, runs
+from fastclip.study.question import Settings
 from fastclip.study.runs import Outcome, Plan, run_all
 from fastclip.train.config import parse
 
@@ -17,92 +17,125 @@ def outcome(name: str, scores: dict[str, float]) -> Outcome:
     return Outcome(name, (), 1.0, 4.0, 1.0, scores, {})
 
 
-@pytest.mark.parametrize("study", [recipe, uniclip], ids=["recipe", "uniclip"])
-def test_variants_are_trainings(study: object) -> None:
-    given = [(*own, *study.STEPS) for own in study.VARIANTS.values()]
-    configs = [parse(flags) for flags in given]
-    # no two are the same training
-    assert len({str(config) for config in configs}) == len(configs)
-    assert {config.optim.epochs for config in configs} == {1}
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_arms_are_different_trainings(name: str, tmp_path: Path) -> None:
+    question, settings = QUESTIONS[name], Settings(tmp_path, tmp_path / "cifar10")
+    arms = question.arms(settings)
+    configs = {label: parse(arm.flags) for label, arm in arms.items()}
+    begun = {label: arm.begins_with for label, arm in arms.items()}
+    assert len({(str(c), begun[label]) for label, c in configs.items()}) == len(arms)
+    for contrast in question.contrasts:
+        assert set(contrast.arms) <= set(arms)
+        assert contrast.score is None or contrast.score in question.columns
+    labels = list(arms)
+    for label, first in begun.items():
+        # what a run begins with is made before it
+        assert first is None or labels.index(first) < labels.index(label)
+    # a quick study trains a quarter
+    quick = question.arms(Settings(tmp_path, tmp_path / "cifar10", quick=True))
+    assert all(quick[label].flags != arm.flags for label, arm in arms.items())
+    # at the spread that a pilot had, where there was one
+    assert question.design.power is None or question.design.power >= 0.8
 
 
-def planned(study: Callable[..., str], monkeypatch: pytest.MonkeyPatch, path: Path) -> list[Plan]:
-    """What a study wants to be run."""
-    plans: list[Plan] = []
-
-    def record(wanted: list[Plan], folder: Path, jobs: int) -> dict[str, Outcome]:
-        plans.extend(wanted)
-        raise InterruptedError
-
-    module = __import__(study.__module__, fromlist=["run_all"])
-    monkeypatch.setattr(module, "run_all", record)
-    with pytest.raises(InterruptedError):
-        study(path, 2)
-    return plans
+def test_the_recipes_see_equally_many_photographs(tmp_path: Path) -> None:
+    arms = QUESTIONS["recipe"].arms(Settings(tmp_path, tmp_path))
+    configs = [parse(arm.flags) for arm in arms.values()]
+    assert len({(c.data.train_data, c.optim.epochs, c.optim.batch_size) for c in configs}) == 1
+    assert all(c.data.aug_blur in (None, 0.0) for c in configs)
+    # a template without its class would be a false caption
+    assert all(c.data.strong_text_augment == "none" for c in configs if c.model.views[1] > 1)
 
 
-def test_the_factors_of_robustness(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    plans = planned(robustness.study, monkeypatch, tmp_path)
-    names = [plan.name for plan in plans]
-    assert len(set(names)) == len(names) == 2 * 16
-    for plan in plans:
-        config = parse(plan.flags)
-        # all see as much, however many scenes there are
-        assert config.data.train_num_samples * config.optim.epochs == robustness.SAMPLES, plan.name
-        assert ("shift=" in config.data.train_data) == (
-            plan.name.startswith(("clip_diverse-", "labels_diverse", "simclr_diverse"))
-        ), plan.name
-        for name in plan.after:
-            assert names.index(name) < names.index(plan.name)
-            assert config.model.finetune == str(tmp_path / name)
+def test_the_factors_of_robustness(tmp_path: Path) -> None:
+    arms = QUESTIONS["robustness"].arms(Settings(tmp_path / "out", tmp_path))
+    for label, arm in arms.items():
+        config = parse(arm.flags)
+        assert config.data.train_num_samples * config.optim.epochs == 72_000, label
+        corrupted = str(tmp_path / "out") in config.data.train_data
+        assert corrupted == (label in ("CLIP, diverse", "labels, diverse"))
+        assert config.checkpoint.save_all == (arm.judge is not None) == (label in robustness._LINE)
 
 
-def test_the_captions_and_towers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(captions, "teach", lambda folder: 0.0)
-    plans = planned(captions.study, monkeypatch, tmp_path)
-    assert len({plan.name for plan in plans}) == len(plans) == 2 * 5 * 2
-    for plan in plans:
-        config = parse(plan.flags)
-        assert (
-            bool(config.model.hard_negatives)
-            == bool(plan.after)
-            == (config.model.pretrained is not None)
-        )
-        assert (config.model.text_lm is not None) == ("pretrained" in plan.name)
+def test_the_captions_and_towers(tmp_path: Path) -> None:
+    arms = QUESTIONS["captions"].arms(Settings(tmp_path))
+    assert len(arms) == 2 * 5
+    for label, arm in arms.items():
+        config = parse(arm.flags)
+        assert bool(config.model.hard_negatives) == (arm.begins_with is not None)
+        assert (config.model.text_lm is not None) == label.endswith("pretrained")
 
 
-def test_rho_is_beyond_the_labeled_classifiers() -> None:
-    # on the line accuracy under shift is a half of the odds without
-    def shifted(accuracy: float, beyond: float = 0.0) -> dict[str, float]:
-        odds = accuracy / (1 - accuracy) / 2
-        value = odds / (1 + odds) + beyond
-        return {"accuracy": accuracy, "shifted": value, **dict.fromkeys(SHIFTS, value)}
+def shifted(accuracy: float, beyond: float = 0.0) -> dict[str, float]:
+    """Scores on a line where accuracy under shift has half the odds of that without."""
+    odds = accuracy / (1 - accuracy) / 2
+    value = odds / (1 + odds) + beyond
+    return {"accuracy": accuracy, "shifted": value, **dict.fromkeys(robustness.SHIFTS, value)}
 
-    rows = [
-        (f"labels, {size}", [outcome("b", shifted(0.2 + 0.1 * i))])
-        for i, size in enumerate(robustness.SIZES)
-    ]
-    rows.append(("CLIP, diverse", [outcome("c", shifted(0.45, 0.125))]))
-    found, line = robustness.with_rho(rows)
-    assert line.slope == pytest.approx(1) and line.predict(0.5) == pytest.approx(1 / 3)
+
+def test_rho_is_beyond_the_line_of_the_same_seed() -> None:
+    rows = []
+    for i, label in enumerate(robustness._LINE):
+        by_seed = []
+        for seed in (0, 1):
+            points = {}
+            for epoch in (1, 2):
+                # the other seed's classifiers are all less robust: their line lies lower
+                own = shifted(0.3 + 0.1 * i + 0.05 * epoch, -0.1 * seed)
+                points |= own | {f"{epoch}/{name}": value for name, value in own.items()}
+            by_seed.append(outcome(label, points))
+        rows.append((label, by_seed))
+    rows.append(("CLIP, diverse", [outcome("c", shifted(0.45, 0.125))] * 2))
+    rows.append(("weak", [outcome("w", shifted(0.2))] * 2))
+    found = dict(robustness.with_rho(rows))
     for name in ("rho", "rho_trained", "rho_others"):
-        assert found[-1][1][0].scores[name] == pytest.approx(0.125)
-        assert found[1][1][0].scores[name] == pytest.approx(0, abs=1e-12)
+        first, second = (o.scores[name] for o in found["CLIP, diverse"])
+        assert first == pytest.approx(0.125)
+        assert second == pytest.approx(0.225, abs=0.02)
+        # the last point of a line that is straight
+        assert found["labels, all"][0].scores[name] == pytest.approx(0, abs=1e-12)
+    # no line reaches down to it
+    assert "rho" not in found["weak"][0].scores
 
 
-def test_composition_counts_ties_as_wrong_and_kinds_alike() -> None:
+def test_composition_counts_ties_as_wrong_kind_by_kind() -> None:
     images = torch.eye(2)
     # captions of both images, then three false texts
     texts = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.5, 0.0], [0.0, 0.5]])
-    cases = [(0, 2, "order"), (0, 3, "order"), (1, 4, "relation")]
-    assert captions.composition(images, texts, cases) == pytest.approx((0.5 + 1) / 2)
+    cases = [(0, 2, "order"), (0, 3, "order"), (1, 4, "place")]
+    assert collages.composition(images, texts, cases) == {"order": 0.5, "place": 1.0}
 
 
-def test_false_captions_differ_from_the_true_ones() -> None:
-    texts, cases = captions._cases()
-    assert len(texts) == captions.SCENES + len(cases)
-    assert {kind for _, _, kind in cases} == {"attribute", "relation", "order"}
+@pytest.mark.parametrize("split", ["val", "compositional"])
+def test_false_captions_differ_from_the_true_ones(split: str) -> None:
+    texts, cases = collages.composition_cases(None, split)
+    assert len(texts) == collages.COMPOSED + len(cases)
+    assert {kind for _, _, kind in cases} == {"noun", "place", "order"}
     assert all(texts[image] != texts[false] for image, false, _ in cases)
+    # both kinds that take composition: a standard error of about one point
+    assert sum(kind != "noun" for _, _, kind in cases) > 1800
+    # what the captions of one split say of the first class, those of the other never do
+    spoken = {texts[image].split(",")[0].removeprefix("there is ") for image, _, _ in cases}
+    other, others = collages.composition_cases(None, "val" if split != "val" else "compositional")
+    assert spoken.isdisjoint(
+        other[image].split(",")[0].removeprefix("there is ") for image, _, _ in others
+    )
+
+
+def test_the_texts_of_a_collage_are_those_that_are_asked(tmp_path: Path) -> None:
+    # the images come from a source, the false captions from the same collages
+    source = collages.open_collages(None, "compositional", 20)
+    texts, _ = collages.composition_cases(None, "compositional")
+    assert [source.read(0, i).texts[0] for i in range(20)] == texts[:20]
+
+
+def test_the_language_model_reads_of_all_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captions, "LANGUAGE_STEPS", 100)
+    texts = captions._texts(Settings(Path()))
+    assert len(texts) == 4 * 100 * captions.BATCH // 4
+    for shape in collages.classes_of_collages(None):
+        for place in collages.PLACES:
+            assert any(f"{shape} {place}" in text for text in texts), (shape, place)
 
 
 def test_runs_side_by_side_wait_for_what_they_begin_with(

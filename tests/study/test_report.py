@@ -31,12 +31,14 @@ def test_a_row_is_mean_and_spread_of_its_runs() -> None:
 
 
 def test_a_report_has_text_numbers_and_a_plot(tmp_path: Path) -> None:
-    verdict = Verdict("ours is better", "unclear", "by 2 points")
+    verdict = Verdict("ours is better", "undecided", "by 2 points")
     text = write(tmp_path, "Ours and theirs", ROWS, COLUMNS, ["Two seeds."], [verdict])
     assert (tmp_path / "report.md").read_text() == text
-    assert text.startswith("# Ours and theirs\n\n- **unclear**: ours is better (by 2 points)\n\n| ")
+    assert text.startswith(
+        "# Ours and theirs\n\n- **undecided**: ours is better (by 2 points)\n\n| "
+    )
     assert text.endswith("Two seeds.\n")
     values = json.loads((tmp_path / "results.json").read_text())
     assert values["rows"]["ours"][1]["scores"] == {"accuracy": 0.6, "recall": 0.35}
-    assert values["verdicts"][0]["answer"] == "unclear"
+    assert values["verdicts"][0]["answer"] == "undecided"
     assert (tmp_path / "scores.png").read_bytes()[:4] == b"\x89PNG"

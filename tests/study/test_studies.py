@@ -1,13 +1,15 @@
 """Studies on a tiny model: each run comes to its table, and none is made twice."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from fastclip.cli import main
-from fastclip.study import runs, systems, uniclip
+from fastclip.study import collages, runs, systems, uniclip
+from fastclip.study.question import Settings, answer
 from fastclip.study.runs import run
 from tests.train.conftest import TINY_MODEL
 
@@ -48,17 +50,19 @@ def test_systems_that_begin_with_others(tiny: list[str], tmp_path: Path) -> None
 def test_a_study_goes_on_where_it_was(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = {label: uniclip.VARIANTS[label] for label in ("CLIP", "SLIP", "UniCLIP", "SupCon")}
-    monkeypatch.setattr(uniclip, "VARIANTS", kept)
-    monkeypatch.setattr(uniclip, "ABLATIONS", ("SupCon",))
-    first = uniclip.study(tmp_path / "out", 1, tiny, jobs=2)
-    assert "| SupCon | " in first and "- **unclear**: UniCLIP is better than CLIP" in first
+    monkeypatch.setattr(collages, "COLLAGES", 60)
+    settings = Settings(
+        tmp_path / "out", seeds=(0,), jobs=2, only=("CLIP", "UniCLIP", "SupCon"), flags=tuple(tiny)
+    )
+    first = answer(uniclip.QUESTION, settings)
+    assert "| SupCon | " in first and "UniCLIP is better than CLIP (" in first
+    assert "SLIP" not in first
     made = (tmp_path / "out" / "supcon-0" / "outcome.json").stat().st_mtime_ns
-    second = uniclip.study(tmp_path / "out", 1, tiny, jobs=2)
+    second = answer(uniclip.QUESTION, settings)
     assert second == first
     assert (tmp_path / "out" / "supcon-0" / "outcome.json").stat().st_mtime_ns == made
     with pytest.raises(FileExistsError, match="is of other flags; choose another --output"):
-        uniclip.study(tmp_path / "out", 1, [*tiny, "--lr", "1e-3"])
+        answer(uniclip.QUESTION, replace(settings, flags=(*tiny, "--lr", "1e-3")))
 
 
 def test_a_run_that_fails_reports_how(tmp_path: Path) -> None:

@@ -4,7 +4,15 @@ import math
 
 import pytest
 
-from fastclip.study.verdict import Verdict, half_width, negligible, positive, together
+from fastclip.study.verdict import (
+    Design,
+    Verdict,
+    compare,
+    half_width,
+    is_strong,
+    power,
+    seeds_needed,
+)
 
 
 def test_the_interval_is_student_t() -> None:
@@ -14,50 +22,55 @@ def test_the_interval_is_student_t() -> None:
 
 
 @pytest.mark.parametrize(
-    "values, margin, answer",
+    "values, smallest, answer",
     [
-        ([0.10, 0.11, 0.12], 0.0, "shows"),
-        ([-0.10, -0.11, -0.12], 0.0, "does not show"),
-        ([0.10, 0.11, 0.12], 0.09, "unclear"),
         ([0.10, 0.11, 0.12], 0.05, "shows"),
-        ([0.01, 0.02, 0.03], 0.1, "does not show"),
+        ([-0.10, -0.11, -0.12], 0.05, "the other way"),
+        # above nothing, and yet the interval, 0.085 to 0.135, is below what is of interest
+        ([0.10, 0.11, 0.12], 0.15, "no larger effect"),
+        # 0.085 to 0.135 reaches beyond it
+        ([0.10, 0.11, 0.12], 0.12, "shows"),
+        ([0.001, -0.001, 0.0], 0.01, "no larger effect"),
         # all three above nothing, and yet too far apart
-        ([0.01, 0.05, 0.20], 0.0, "unclear"),
-        ([0.5], 0.0, "unclear"),
+        ([0.01, 0.05, 0.20], 0.03, "undecided"),
+        ([0.5], 0.03, "undecided"),
     ],
 )
-def test_positive(values: list[float], margin: float, answer: str) -> None:
-    assert positive("it helps", "gain", values, margin).answer == answer
-
-
-@pytest.mark.parametrize(
-    "values, answer",
-    [
-        ([0.001, -0.001, 0.0], "shows"),
-        ([0.10, 0.11, 0.12], "does not show"),
-        ([-0.10, -0.11, -0.12], "does not show"),
-        ([0.02, 0.03, 0.04], "unclear"),
-        ([0.0], "unclear"),
-    ],
-)
-def test_negligible(values: list[float], answer: str) -> None:
-    assert negligible("it does little", "change", values, 0.03).answer == answer
+def test_what_an_interval_says(values: list[float], smallest: float, answer: str) -> None:
+    assert compare("it helps", "gain", values, smallest).answer == answer
 
 
 def test_the_numbers_are_said() -> None:
-    assert str(positive("it helps", "gain", [0.10, 0.11, 0.12])) == (
-        "**shows**: it helps (gain +11.0 ± 2.5 points)"
+    assert str(compare("it helps", "gain", [0.10, 0.11, 0.12], 0.03)) == (
+        "**shows, as in the paper**: it helps (gain +11.0 ± 2.5 points, of interest from 3.0)"
     )
-    assert "one seed" in str(positive("it helps", "gain", [0.5]))
+    little = compare("it helps", "gain", [0.10, 0.11, 0.12], 0.03, "no larger effect")
+    assert str(little).startswith("**shows, unlike the paper**: ")
+    assert str(compare("it helps", "gain", [0.5], 0.03)).startswith("**undecided**: ")
+    assert "one seed" in str(compare("it helps", "gain", [0.5], 0.03))
+    assert str(Verdict("a", "too weak to compare", "b")) == "**too weak to compare**: a (b)"
 
 
-@pytest.mark.parametrize(
-    "answers, whole",
-    [
-        (("shows", "shows"), "shows"),
-        (("shows", "unclear"), "unclear"),
-        (("unclear", "does not show"), "does not show"),
-    ],
-)
-def test_together(answers: tuple, whole: str) -> None:
-    assert together("all", [Verdict("a", answer, "") for answer in answers]).answer == whole
+@pytest.mark.parametrize("effect, seeds, known", [(1.0, 10, 0.8031), (0.5, 34, 0.8078)])
+def test_power_is_the_tables(effect: float, seeds: int, known: float) -> None:
+    # of a paired t-test at 0.05, both sides, in every textbook's table
+    assert power(effect, 1.0, seeds) == pytest.approx(known, abs=2e-4)
+    assert power(-2 * effect, 2.0, seeds) == pytest.approx(known, abs=2e-4)
+    # the fewest that reach 0.8
+    assert seeds_needed(effect, 1.0) == seeds
+    assert power(effect, 1.0, seeds - 1) < 0.8
+
+
+def test_one_seed_has_no_power() -> None:
+    assert power(1.0, 0.01, 1) == 0
+    assert Design(seeds=1, smallest=0.03, spread=0.01).power == 0
+
+
+def test_without_a_pilot_the_power_is_not_known() -> None:
+    design = Design(seeds=3, smallest=0.03)
+    assert design.power is None and "is not known" in str(design)
+
+
+def test_an_arm_is_strong_half_way_to_the_best() -> None:
+    assert is_strong(0.35, chance=0.1, best=0.6)
+    assert not is_strong(0.34, chance=0.1, best=0.6)

@@ -207,6 +207,7 @@ def work(rank: int, world: int, folder: str) -> None:
             torch.manual_seed(rank)
             results[name, count, "by hand"] = by_hand(loss, batches)
     torch.save(results, f"{folder}/rank{rank}.pt")
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -136,7 +136,7 @@ def test_a_resume_without_save_all_deletes_what_it_replaces_alone(
 ) -> None:
     script(4.0, 2.0, 3.0, 3.0, 1.0)
     run = train(parse([*flags, "--epochs", "4", "--save-all"]))
-    train(parse([*flags, "--epochs", "5", "--resume", "latest"]))
+    train(parse([*flags, "--no-save-all", "--epochs", "5", "--resume", "latest"]))
     assert kept(run) == {1, 3, 5}
 
 

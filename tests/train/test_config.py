@@ -216,7 +216,10 @@ def test_impossible_values(flag: str, capsys: pytest.CaptureFixture[str]) -> Non
     [
         ("--deepspeed", "--fsdp and --deepspeed shard the same parameters; leave one out"),
         ("--deepspeed-config ds_zero1", "leave one out, and with --fsdp --deepspeed-config too"),
-        ("--torchcompile", "--torchcompile does not work with --fsdp; leave one out"),
+        (
+            "--torchcompile --grad-checkpointing",
+            "--torchcompile under --fsdp does not work with --grad-checkpointing; leave one out",
+        ),
         ("--optimizer apex-lamb", "--optimizer apex-lamb: ZeRO and FSDP2 shard torch's AdamW"),
         (
             "--text-lm m --text-lm-cache-bytes 9",

@@ -1,5 +1,6 @@
 """A teacher, live or stored: its term in the loss, micro-batches, ranks, resuming, ZeRO."""
 
+import io
 import json
 import re
 from collections.abc import Callable
@@ -16,11 +17,13 @@ from fastclip.models import checkpoint
 from fastclip.models.clip import create
 from fastclip.train.config import TrainConfig, parse
 from fastclip.train.distributed import World
+from fastclip.train.health import NonFiniteError
 from fastclip.train.log import read_metrics
 from fastclip.train.loop import train
 from fastclip.train.teacher import IMAGE, TEXT, StoredTeacher
 from fastclip.train.torch_engine import TorchEngine
-from tests.train.conftest import TINY_MODEL
+from tests.conftest import jpeg
+from tests.train.teachers import live_teacher, make_teachers
 from tests.train.test_ddp import torchrun
 from tests.train.test_loop import identical
 
@@ -31,12 +34,10 @@ SAMPLES = 32
 @pytest.fixture
 def teacher(tmp_path: Path) -> list[str]:
     """Flags of another model, wider and of longer texts."""
-    text = {**TINY_MODEL["text_cfg"], "context_length": 20}
-    path = tmp_path / "teacher.json"
-    path.write_text(json.dumps({**TINY_MODEL, "embed_dim": 24, "text_cfg": text}))
-    torch.manual_seed(7)
-    torch.save(create(str(path)).model.state_dict(), tmp_path / "teacher.pt")
-    return ["--distill-model", str(path), "--distill-pretrained", str(tmp_path / "teacher.pt")]
+    make_teachers(tmp_path, SAMPLES)
+    names = live_teacher(tmp_path)
+    model, weights = names["distill_model"], names["distill_pretrained"]
+    return ["--distill-model", model, "--distill-pretrained", weights]
 
 
 @pytest.fixture
@@ -130,15 +131,81 @@ def test_a_run_resumes_with_its_stored_teacher(flags: list[str], stored: list[st
         assert identical(ours[key], theirs[key]), key
 
 
+@pytest.fixture
+def shard(stored: list[str], make_shard: Callable[..., Path], tmp_path: Path) -> str:
+    """A shard that holds the features that are stored too."""
+    images = np.concatenate([np.load(tmp_path / f"images-{part}.npy") for part in range(2)])
+    members = []
+    for i, (image, text) in enumerate(zip(images, np.load(tmp_path / "texts.npy"), strict=True)):
+        members.append((f"{i}.jpg", jpeg((i * 37 % 256, i * 91 % 256, i * 13 % 256))))
+        members.append((f"{i}.txt", f"caption number {i}".encode()))
+        for side, features in (("image", image), ("text", text)):
+            file = io.BytesIO()
+            np.save(file, features)
+            members.append((f"{i}.teacher_{side}.npy", file.getvalue()))
+    return str(make_shard(members=members))
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(run)]
+
+
+def test_features_in_shards_are_those_in_files(
+    flags: list[str], stored: list[str], shard: str, tmp_path: Path
+) -> None:
+    """In micro-batches, and resumed in the middle of an epoch."""
+    flags = [*flags, "--train-data", shard, "--batch-size", "4", "--accum-freq", "2"]
+    by_row = train(parse([*flags, *stored, "--name", "by-row"]))
+    flags += ["--distill-shards", "--distill-logit-scale", "20"]
+    whole = train(parse([*flags, "--name", "whole", "--save-every-steps", "3"]))
+    assert losses(whole) == losses(by_row)
+    source = whole / "checkpoints" / "step_00000006.pt"
+    resumed = train(parse([*flags, "--name", "resumed", "--resume", str(source)]))
+    ours, theirs = (checkpoint.read(run / "checkpoints" / "epoch_2.pt") for run in (resumed, whole))
+    for key in ("state_dict", "optimizer", "rng", "step"):
+        assert identical(ours[key], theirs[key]), key
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_two_ranks_read_them(flags: list[str], shard: str, tmp_path: Path) -> None:
+    flags = [*flags, "--train-data", shard, "--epochs", "1", "--distill-shards"]
+    flags += ["--distill-logit-scale", "20", "--group-duplicates", "excluded"]
+    alone = train(parse([*flags, "--name", "alone"]))
+    torchrun(*flags, "--batch-size", "4", "--name", "pair", "--workers", "1", "--fsdp")
+    found = losses(tmp_path / "logs" / "pair")
+    assert len(found) == 4 and found == pytest.approx(losses(alone), rel=1e-5)
+
+
+def test_a_teacher_that_is_not_finite_is_named(
+    flags: list[str], teacher: list[str], tmp_path: Path
+) -> None:
+    weights = torch.load(tmp_path / "teacher.pt")
+    weights["text_projection"][0, 0] = torch.inf
+    torch.save(weights, tmp_path / "teacher.pt")
+    config = parse([*flags, *teacher])
+    engine = TorchEngine(create(config.model.model), config, World(0, 1, CPU), SAMPLES)
+    with pytest.raises(NonFiniteError, match="rank 0: input 'teacher_text_features'"):
+        engine.backward([batch(slice(None))])
+
+
+def test_a_row_that_is_not_finite_is_named(stored: list[str], tmp_path: Path) -> None:
+    texts = np.load(tmp_path / "texts.npy")
+    texts[19] = np.nan
+    np.save(tmp_path / "texts.npy", texts)
+    teacher = StoredTeacher(stored[1:3], 20.0, SAMPLES, CPU)
+    teacher({"index": torch.tensor([18, 20])})
+    with pytest.raises(ValueError, match=r"texts\.npy: row 19 .from 0 on. is not finite"):
+        teacher({"index": torch.tensor([18, 19])})
+
+
 @pytest.mark.slow
 @pytest.mark.dist
 def test_two_ranks_equal_one_process(flags: list[str], stored: list[str], tmp_path: Path) -> None:
     flags = [*flags, *stored, "--epochs", "1"]
     alone = train(parse([*flags, "--name", "alone"]))
     torchrun(*flags, "--batch-size", "4", "--name", "pair")
-    ours, theirs = (
-        [line["loss"] for line in read_metrics(run)] for run in (tmp_path / "logs" / "pair", alone)
-    )
+    ours, theirs = losses(tmp_path / "logs" / "pair"), losses(alone)
     assert len(ours) == 4 and ours == pytest.approx(theirs, rel=1e-5)
 
 
@@ -148,7 +215,16 @@ def test_two_ranks_equal_one_process(flags: list[str], stored: list[str], tmp_pa
         ({"distill_model": "a"}, "--distill-model and --distill-pretrained name a teacher togeth"),
         ({"distill_embeddings": ("a", "b")}, "--distill-embeddings needs --distill-logit-scale"),
         ({"distill_logit_scale": 3.0}, "--distill-embeddings needs --distill-logit-scale"),
-        ({"distill_weight": 2.0}, "--distill-weight is for --distill-model and --distill-embed"),
+        ({"distill_weight": 2.0}, "--distill-weight is for --distill-model, --distill-embed"),
+        ({"distill_shards": True}, "--distill-shards needs --distill-logit-scale"),
+        (
+            {"distill_shards": True, "distill_model": "a", "distill_pretrained": "b"},
+            "--distill-model and --distill-shards are several teachers; give one",
+        ),
+        (
+            {"distill_shards": True, "distill_logit_scale": 3.0, "text_augment": "weak"},
+            "--distill-shards has one text a sample",
+        ),
         (
             {"distill_model": "a", "distill_pretrained": "b", "siglip": True},
             "--distill-model is for the softmax loss of --objective clip, without --siglip",

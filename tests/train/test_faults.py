@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -70,16 +71,16 @@ def test_a_signal_saves_within_a_step(
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 75, errors[-2000:]
     assert ("Ctrl-C again ends it now" in errors) == (number == signal.SIGINT)
-    assert f"{number.name} received; to resume, repeat the command with" in errors
-    assert "--name stopped --resume latest" in errors
+    resume = ["--resume", "latest", "--name", "stopped", "--logs", str(tmp_path / "logs")]
+    assert f"{number.name} received; to resume: fastclip train {shlex.join(resume)}\n" in errors
     latest = checkpoint.find_latest(run / "checkpoints")
     assert latest is not None
     # the step under way when the signal came, and no other
     assert before <= checkpoint.step_of(latest) == last_step(run) <= before + 2
     if number == signal.SIGTERM:
         # in processes like the first: with as many threads, sums come out alike
-        for flags in (["--name", "whole"], ["--name", "stopped", "--resume", "latest"]):
-            process = start_training(*long_flags, *flags)
+        for flags in ([*long_flags, "--name", "whole"], resume):
+            process = start_training(*flags)
             _, errors = process.communicate(timeout=200)
             assert process.returncode == 0, errors[-2000:]
         ours, theirs = (
@@ -100,6 +101,7 @@ def test_a_signal_to_one_rank_stops_all(long_flags: list[str], tmp_path: Path) -
     for rank in ranks:
         _, errors = rank.communicate(timeout=60)
         assert rank.returncode == 75, errors[-2000:]
+        assert "to resume: start 2 processes of fastclip train --resume latest --name" in errors
     latest = checkpoint.find_latest(tmp_path / "logs" / "pair" / "checkpoints")
     assert latest is not None and latest.name.startswith("step_")
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shlex
 import signal
 from collections.abc import Callable
@@ -15,10 +16,12 @@ from matplotlib import pyplot
 from fastclip import device
 from fastclip.cli import main
 from fastclip.messages import WIDTH
+from fastclip.models import export_onnx
 from fastclip.train import log
 from fastclip.train.config import parse
 from fastclip.train.describe import warn_of_batch
 from fastclip.train.log import plot_loss, read_metrics
+from fastclip.train.next_commands import next_commands
 from fastclip.train.options import OptimOptions
 from fastclip.train.stop import StopSignals
 from tests.conftest import jpeg
@@ -123,11 +126,64 @@ def test_the_search_that_is_printed_runs(
     assert Path("search.png").is_file()
 
 
-def test_a_run_without_language_is_not_searched_by_text(
-    train_flags: list[str], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("objective", "commands"),
+    [
+        ("clip", ["search", "eval retrieval", "convert to-hub"]),
+        ("uniclip", ["search", "eval retrieval", "convert to-onnx"]),
+        ("classify", ["eval zeroshot", "convert to-onnx"]),
+        # nothing was learned of texts
+        ("simclr", ["embed images", "convert to-onnx"]),
+    ],
+)
+def test_every_command_that_is_printed_runs(
+    objective: str,
+    commands: list[str],
+    train_flags: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    text = said(capsys, *train_flags, "--objective", "simclr", "--epochs", "1", "--name", "s")
-    assert "\nnext\n" in text and "fastclip search" not in text
+    """On the run's own data, in a directory whose name has to be quoted."""
+    monkeypatch.chdir(tmp_path)
+    flags = [*train_flags, "--objective", objective, "--epochs", "1", "--train-num-samples", "16"]
+    text = said(capsys, *flags, "--logs", "my runs", "--name", "a b")
+    lines = text.partition("\nnext\n")[2].splitlines()
+    printed = [shlex.split(line) for line in lines if line.startswith("  fastclip ")]
+    assert [" ".join(words[1:])[: len(c)] for words, c in zip(printed, commands, strict=True)] == (
+        commands
+    )
+    assert all("scenes" in words for words in printed[:-1])
+    exported: list[Path] = []
+    # takes long, and tests of its own export every kind of model
+    monkeypatch.setattr(
+        export_onnx, "export_onnx", lambda run, target, **_: exported.append(run) or ["image"]
+    )
+    for words in printed:
+        few = ["--num-samples", "20", "--workers", "0"] if "scenes" in words else []
+        assert main([*words[1:], *few]) == 0, capsys.readouterr().err
+    assert exported == ([Path("my runs/a b")] if "to-onnx" in commands[-1] else [])
+
+
+@pytest.mark.parametrize(
+    ("captions", "query"),
+    [
+        ([], "a photo"),
+        (["- a dog\n on a sofa"], "a dog on a sofa"),
+        (["many words " * 9, "a cat"], "a cat"),
+        (
+            ["a small red star, then " * 4],
+            "a small red star, then a small red star, then a small red…",
+        ),
+        (["\u72ac" * 70], "\u72ac" * 59 + "…"),
+        (["--", " "], "a photo"),
+    ],
+)
+def test_what_is_searched_for_is_a_whole_caption_or_ends_at_a_word(
+    captions: list[str], query: str
+) -> None:
+    command = shlex.split(next_commands(parse([]), Path("logs/a"), captions)[0])
+    assert command[2] == query and len(query) <= 60
 
 
 def test_a_name_that_has_nothing_to_resume_is_said_below_the_rest(
@@ -166,7 +222,23 @@ def test_steps_that_were_made_are_said(
 ) -> None:
     said(capsys, *train_flags, "--name", "a", "--epochs", "1")
     text = said(capsys, *train_flags, "--name", "a", "--resume", "latest")
-    assert "16 steps in all, 8 of them made" in text and "16 of 16 steps" in text
+    assert "16 steps in all, 8 of them made\n" in text and "16 of 16 steps, 8 of them in " in text
+
+
+def test_steps_are_counted_whatever_an_epoch_was(
+    train_flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second epoch has half of the samples: 4 steps after 8."""
+    said(capsys, *train_flags, "--name", "a", "--epochs", "1")
+    resume = [*train_flags, "--name", "a", "--resume", "latest", "--train-num-samples", "32"]
+    text = " ".join(said(capsys, *resume).split())
+    assert "2 epochs of 4 steps, 12 steps in all, 8 of them made with other settings" in text
+    assert re.findall(r" step (\d+/\d+) loss", text) == ["9/12", "10/12", "11/12", "12/12"]
+    assert "12 of 12 steps, 4 of them in " in text
+    # nothing is left of one that is made shorter than it is
+    text = " ".join(said(capsys, *resume, "--epochs", "1").split())
+    assert "12 steps in all, 12 of them made with other settings" in text
+    assert "12 of 12 steps, 0 of them in " in text
 
 
 @pytest.mark.parametrize("cores, share, expected", [(2, 1, 2), (64, 8, 4), (2, 8, 1), (8, 4, 2)])
@@ -195,14 +267,16 @@ def test_curves_are_labeled_with_the_batch_they_are_of(
     assert labels == [
         "training (batches of 128)",
         "validation (batches of 32)",
-        "chance of that batch",
+        "chance in batches of 128: 4.85",
+        "chance in batches of 32: 3.47",
     ]
-    levels = {
-        line.get_ydata()[0]
-        for line in axes.lines
-        if line.get_linestyle() == ":" and len(line.get_ydata())
-    }
-    assert levels == {math.log(128), math.log(32)}
+    *curves, first, second = axes.lines
+    assert [line.get_ydata()[0] for line in (first, second)] == [math.log(128), math.log(32)]
+    # of no curve's color or style
+    looks = {(line.get_color(), line.get_linestyle()) for line in (first, second)}
+    assert looks == {("gray", "--")}
+    assert {line.get_linestyle() for line in curves} == {"-"}
+    assert len({line.get_color() for line in curves} | {"gray"}) == 3
 
 
 def test_ctrl_c_interrupts_until_there_is_something_to_save(

@@ -1,5 +1,6 @@
 """FSDP2 on gloo ranks against plain data-parallel training, from engine to engine."""
 
+import functools
 import json
 import math
 import multiprocessing
@@ -27,6 +28,7 @@ from fastclip.train.select_engine import build_engine
 from fastclip.train.wrapped import accumulate_wrapped
 from tests.models.language import make_language_model
 from tests.train.conftest import TINY_MODEL
+from tests.train.teachers import make_teachers, stored_teacher
 
 STEPS = 50
 MORE_STEPS = 5
@@ -75,19 +77,37 @@ def make(folder: Path, here: World, fsdp: bool = True, model: str = "tiny", **fl
     config = TrainConfig.from_flat(model=str(folder / f"{model}.json"), fsdp=fsdp, **flags)
     built = build(config.model.model, config.model, here.device)
     built.model.to(memory_format=torch.channels_last)
-    return build_engine(built, config, here)
+    return build_engine(built, config, here, samples=2 * BATCH)
+
+
+def make_combined(folder: Path, here: World, fsdp: bool = True) -> Any:
+    """All at once: a stored teacher, groups of duplicates, micro-batches and an average."""
+    size = 2 * BATCH // (here.size * MICRO_BATCHES)
+    micro = {"batch_size": size, "accum_freq": MICRO_BATCHES}
+    flags = {**stored_teacher(folder), **micro, "group_duplicates": "excluded", "ema": 0.9}
+    return make(folder, here, fsdp, **flags)
+
+
+def combined_steps(engine: Any, here: World, first: int, last: int) -> list[float]:
+    return steps(engine, here, first, last, cuts=MICRO_BATCHES, groups=5)
 
 
 def batches(
-    step: int, here: World, cuts: int = 1, size: int = 16, tokens: int = 49_000
+    step: int, here: World, cuts: int = 1, size: int = 16, tokens: int = 49_000, groups: int = 0
 ) -> list[dict[str, Any]]:
     """A step's samples, 16 over all ranks, in this rank's micro-batches."""
     stream = torch.Generator().manual_seed(step)
     images = torch.randint(0, 256, (2 * BATCH, 3, size, size), generator=stream, dtype=torch.uint8)
     texts = torch.randint(1, tokens, (2 * BATCH, 12), generator=stream)
+    index = torch.randperm(2 * BATCH, generator=stream)
     own = slice(here.rank * len(images) // here.size, (here.rank + 1) * len(images) // here.size)
-    pairs = zip(images[own].chunk(cuts), texts[own].chunk(cuts), strict=True)
-    return [{"images": [i], "texts": [t], "key": [str(step)] * len(t)} for i, t in pairs]
+    parts = zip(*(t[own].chunk(cuts) for t in (images, texts, index)), strict=True)
+    made = [
+        {"images": [i], "texts": [t], "index": at, "key": [str(step)] * len(t)}
+        for i, t, at in parts
+    ]
+    # duplicates on one rank and on two
+    return [{**each, "group": each["index"] % groups} for each in made] if groups else made
 
 
 def steps(engine: Any, here: World, first: int, last: int, **batch: int) -> list[float]:
@@ -108,6 +128,7 @@ def test_two_ranks_equal_data_parallel_and_resume(tmp_path: Path) -> None:
     (tmp_path / "tiny.json").write_text(json.dumps(TINY_MODEL))
     (tmp_path / "resnet.json").write_text(json.dumps(TINY_RESNET))
     make_language_model(tmp_path / "lm", "llama")
+    make_teachers(tmp_path, 2 * BATCH)
     result = run(tmp_path, 2, train_part)
     saved = tmp_path / SAVED
     assert sharded.verify(saved)
@@ -117,6 +138,7 @@ def test_two_ranks_equal_data_parallel_and_resume(tmp_path: Path) -> None:
     assert result["accumulated"] == pytest.approx(result["plain"][:5], rel=SAME)
     for other in ("resnet", "language"):
         assert result[other][0] == pytest.approx(result[other][1], rel=SAME), other
+    assert result["combined"] == pytest.approx(result["combined_plain"], rel=SAME)
     ours, theirs = result["amp_bf16"]
     assert ours == pytest.approx(theirs, rel=0.02) and ours != theirs
     ours, theirs = result["amp"]
@@ -139,6 +161,36 @@ def test_two_ranks_equal_data_parallel_and_resume(tmp_path: Path) -> None:
     assert equal(one["average"], result["averaged"])
     assert one["losses"] == pytest.approx(result["next"], rel=SAME)
     assert back["losses"] == pytest.approx(result["next"], rel=SAME)
+    assert one["combined"] == pytest.approx(result["combined"][3:], rel=SAME)
+    assert back["combined"] == result["combined"][3:]
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_compiled_blocks_equal_data_parallel(tmp_path: Path) -> None:
+    """Their graphs, whatever is made of them: a backend that generates code takes minutes."""
+    parts = {"vision_cfg", "text_cfg"}
+    model = {k: {**v, "layers": 3} if k in parts else v for k, v in TINY_MODEL.items()}
+    (tmp_path / "tiny.json").write_text(json.dumps(model))
+    result = run(tmp_path, 2, compiled_part)
+    assert result["compiled"] == pytest.approx(result["plain"], rel=SAME)
+    # one for the blocks of each tower, forward and backward traced together
+    assert result["graphs"] == 2
+    ours, theirs = result["amp_bf16"]
+    assert ours == pytest.approx(theirs, rel=0.02)
+
+
+def compiled_part(folder: Path, here: World) -> dict[str, Any]:
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")
+    found: dict[str, Any] = {"plain": steps(make(folder, here, fsdp=False), here, 0, 10)}
+    found["compiled"] = steps(make(folder, here, torchcompile=True), here, 0, 10)
+    found["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    low = {"precision": "amp_bf16"}
+    found["amp_bf16"] = [
+        steps(make(folder, here, fsdp, torchcompile=fsdp, **low), here, 0, 3)
+        for fsdp in (True, False)
+    ]
+    return found
 
 
 class Tower(torch.nn.Module):
@@ -198,6 +250,12 @@ def train_part(folder: Path, here: World) -> dict[str, Any]:
     engine = make(folder, here, grad_checkpointing=True, **micro)
     result["accumulated"] = steps(engine, here, 0, 5, cuts=MICRO_BATCHES)
     check_non_finite(engine, here)
+    engine = make_combined(folder, here)
+    result["combined"] = combined_steps(engine, here, 0, 3)
+    engine.save(folder / "combined", {"step": 3})
+    result["combined"] += combined_steps(engine, here, 3, 6)
+    plain = make_combined(folder, here, fsdp=False)
+    result["combined_plain"] = combined_steps(plain, here, 0, 6)
     for name, flags, batch in (
         ("resnet", {"model": "resnet"}, {"size": 32}),
         ("language", {"text_lm": str(folder / "lm"), "text_lm_unfrozen": 2}, {"tokens": 9}),
@@ -265,7 +323,14 @@ def alone_part(folder: Path, here: World) -> dict[str, Any]:
     engine.load(folder / SAVED, sharded.read_training(folder / SAVED))
     engine.save(folder / "one", {"step": STEPS})
     result = {"start": engine.weights(), "average": engine.averaged_weights()}
-    return {**result, "losses": steps(engine, here, STEPS, STEPS + MORE_STEPS)}
+    result["losses"] = steps(engine, here, STEPS, STEPS + MORE_STEPS)
+    return {**result, "combined": resumed_combined(folder, here)}
+
+
+def resumed_combined(folder: Path, here: World) -> list[float]:
+    engine = make_combined(folder, here)
+    engine.load(folder / "combined", sharded.read_training(folder / "combined"))
+    return combined_steps(engine, here, 3, 6)
 
 
 def resume_part(folder: Path, here: World) -> dict[str, Any]:
@@ -276,4 +341,5 @@ def resume_part(folder: Path, here: World) -> dict[str, Any]:
     engine = make(folder, here)
     engine.load(folder / "one", sharded.read_training(folder / "one"))
     result["start"] = engine.weights()
-    return {**result, "losses": steps(engine, here, STEPS, STEPS + MORE_STEPS)}
+    result["losses"] = steps(engine, here, STEPS, STEPS + MORE_STEPS)
+    return {**result, "combined": resumed_combined(folder, here)}

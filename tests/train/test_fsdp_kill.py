@@ -126,8 +126,12 @@ def check_what_a_user_does_next(run: Path, folder: Path, flags: list[str]) -> No
 def check_other_engines(run: Path, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """They say how to resume."""
     middle = str(run / "checkpoints" / "step_00000016")
-    plain = [flag for flag in flags if flag != "--fsdp"]
-    assert main(["train", *plain, "--batch-size", "16", "--name", "x", "--resume", middle]) == 1
+    assert (
+        main(
+            ["train", *flags, "--no-fsdp", "--batch-size", "16", "--name", "x", "--resume", middle]
+        )
+        == 1
+    )
     assert "of a run with --fsdp; resume with it, on any number" in capsys.readouterr().err
     assert main(["convert", "to-universal", middle, str(run / "universal")]) == 1
     assert "it resumes on any number of processes" in capsys.readouterr().err

@@ -51,7 +51,7 @@ def test_resumed_equals_uninterrupted(flags: list[str]) -> None:
     with pytest.raises(ValueError, match=r"sample counts have changed .*\(40 samples now\)"):
         more = ["--train-num-samples", "40", "--epochs", "3"]
         train(parse([*flags, *more, "--name", "more", "--resume", str(source)]))
-    without = [flag for flag in flags if flag not in RATE]
+    without = [*flags, RATE[0], "None"]
     with pytest.raises(ValueError, match="has 3 groups of parameters, this run's 2: give --global"):
         train(parse([*without, "--name", "without", "--resume", str(source)]))
 

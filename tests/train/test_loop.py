@@ -166,7 +166,7 @@ def test_an_existing_run_is_not_overwritten(
     assert "choose another --name, or resume it: --resume latest" in capsys.readouterr().err
     assert main(["train", *flags, "--resume", "latest"]) == 0
     assert main(["train", *flags, "--resume", "latest", "--seed", "1"]) == 0
-    assert "--seed was 0 and is now 1" in capsys.readouterr().err
+    assert "--seed 0 -> 1; the resumed run differs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -189,9 +189,7 @@ def test_a_resume_that_changes_the_run_is_noted(
     assert main(["train", *flags]) == 0
     # where apex is not installed it goes no further
     main(["train", *flags, "--resume", "latest", flag, *([] if value == "True" else [value])])
-    note = (
-        f"note: {flag} was {before} and is now {value}; the resumed run differs from the original"
-    )
+    note = f"note: {flag} {before} -> {value}; the resumed run differs from the original"
     assert note in capsys.readouterr().err
 
 
@@ -201,8 +199,11 @@ def test_a_resume_without_the_runs_data_is_refused(
     """It would continue on the embedded data, which nobody asked for."""
     flags = [*train_flags, "--name", "a", "--epochs", "1"]
     assert main(["train", *flags, "--train-data", "synthetic"]) == 0
+    # with it, what is not given is as it was
+    (Path(parse(flags).log.logs) / "a" / "config.yaml").unlink()
     assert main(["train", *flags, "--resume", "latest"]) == 1
-    assert "--train-data was synthetic and is not given now; repeat" in capsys.readouterr().err
+    says = capsys.readouterr().err
+    assert "--train-data was synthetic and is now scenes, the default; give the run's" in says
 
 
 def test_a_run_without_a_checkpoint_begins_anew(

@@ -399,7 +399,7 @@ def test_the_command(plain_model: str, capsys: pytest.CaptureFixture[str]) -> No
 
     assert main(["plan", "--gpus", "8", "--batch", "1001", "--model", plain_model]) == 1
     captured = capsys.readouterr()
-    assert "is not a multiple of --gpus 8; use 1,000 or 1,008" in captured.err
+    assert "is not a multiple of --gpus 8; use 1000 or 1008" in captured.err
     assert "global batch 1,000 on 8" in captured.out
 
     # the flags are the trainer's

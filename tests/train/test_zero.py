@@ -24,11 +24,13 @@ from fastclip.train.health import NonFiniteError
 from fastclip.train.torch_engine import TorchEngine
 from fastclip.train.zero_config import resolve
 from tests.train.conftest import ROOT, TINY_MODEL
+from tests.train.teachers import live_teacher, make_teachers, stored_teacher
 
 STEPS = 50
 MORE_STEPS = 5
 BATCH = 8
 MICRO_BATCHES = 4
+MICRO = {"batch_size": BATCH // MICRO_BATCHES, "accum_freq": MICRO_BATCHES}
 RATE = 1e-3
 # float32 sums in another order: 50 steps of them
 SAME = 1e-5
@@ -58,6 +60,7 @@ def launch(stage: int, part: str, folder: Path, ranks: int) -> None:
 def test_stage_equals_data_parallel_and_resumes(stage: int, tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
     (tmp_path / "tiny.json").write_text(json.dumps(TINY_MODEL))
+    make_teachers(tmp_path, 2 * BATCH)
     launch(stage, "train", tmp_path, 2)
     saved = tmp_path / "step_00000050"
     assert sharded.verify(saved)
@@ -68,6 +71,10 @@ def test_stage_equals_data_parallel_and_resumes(stage: int, tmp_path: Path) -> N
         print("float16 is left out: DeepSpeed does not support it on this processor")
     assert result["zero"] == pytest.approx(result["plain"], rel=SAME)
     assert result["accumulated"] == pytest.approx(result["plain"][:5], rel=SAME)
+    for teacher, (ours, theirs) in result["distilled"].items():
+        assert ours == pytest.approx(theirs, rel=0.02 if teacher == "rounded" else SAME), teacher
+    # the term is there
+    assert result["distilled"]["live"][1][0] > result["plain"][0] + 0.1
     exported = sharded.export(saved)
     expected = create(str(tmp_path / "tiny.json")).model.state_dict()
     assert {k: v.shape for k, v in exported.items()} == {k: v.shape for k, v in expected.items()}
@@ -91,6 +98,24 @@ def test_stage_equals_data_parallel_and_resumes(stage: int, tmp_path: Path) -> N
     assert not sharded.verify(saved)
 
 
+def distilled(stage: int, folder: Path, here: World) -> dict[str, list[list[float]]]:
+    """By teacher the losses of this stage, and those without ZeRO."""
+    found: dict[str, list[list[float]]] = {}
+    stored = {**stored_teacher(folder), "group_duplicates": "excluded"}
+    kinds = {
+        # in micro-batches
+        "live": {**live_teacher(folder), **MICRO},
+        "stored": stored,
+        "rounded": {**stored, "precision": "amp_bf16"},
+    }
+    for name, flags in kinds.items():
+        asked = {"cuts": flags.get("accum_freq", 1), "grouped": "group_duplicates" in flags}
+        found[name] = [
+            steps(make(kind, folder, here, **flags), here, 0, 5, **asked) for kind in (stage, 0)
+        ]
+    return found
+
+
 def make(stage: int, folder: Path, here: World, **flags: Any) -> Any:
     from fastclip.train.zero import DeepSpeedEngine
 
@@ -110,23 +135,31 @@ def make(stage: int, folder: Path, here: World, **flags: Any) -> Any:
     )
     model = create(name, here.device)
     model.model.to(memory_format=torch.channels_last)
-    return (DeepSpeedEngine if stage else TorchEngine)(model, config, here)
+    return (DeepSpeedEngine if stage else TorchEngine)(model, config, here, samples=2 * BATCH)
 
 
-def batches(step: int, here: World, cuts: int = 1) -> list[dict[str, Any]]:
+def batches(
+    step: int, here: World, cuts: int = 1, *, grouped: bool = False
+) -> list[dict[str, Any]]:
     """A step's samples, 16 over all ranks, in this rank's micro-batches."""
     stream = torch.Generator().manual_seed(step)
     images = torch.randint(0, 256, (2 * BATCH, 3, 16, 16), generator=stream, dtype=torch.uint8)
     texts = torch.randint(1, 49000, (2 * BATCH, 12), generator=stream)
+    index = torch.randperm(2 * BATCH, generator=stream)
     own = slice(here.rank * len(images) // here.size, (here.rank + 1) * len(images) // here.size)
-    pairs = zip(images[own].chunk(cuts), texts[own].chunk(cuts), strict=True)
-    return [{"images": [i], "texts": [t], "key": [str(step)] * len(t)} for i, t in pairs]
+    parts = zip(*(t[own].chunk(cuts) for t in (images, texts, index)), strict=True)
+    made = [
+        {"images": [i], "texts": [t], "index": at, "key": [str(step)] * len(t)}
+        for i, t, at in parts
+    ]
+    # duplicates on one rank and on two
+    return [{**each, "group": each["index"] % 5} if grouped else each for each in made]
 
 
-def steps(engine: Any, here: World, first: int, last: int, cuts: int = 1) -> list[float]:
+def steps(engine: Any, here: World, first: int, last: int, cuts: int = 1, **asked: Any) -> Any:
     losses = []
     for step in range(first, last):
-        losses.append(engine.backward(batches(step, here, cuts)).item())
+        losses.append(engine.backward(batches(step, here, cuts, **asked)).item())
         engine.update(RATE)
     return losses
 
@@ -145,9 +178,9 @@ def train_part(stage: int, folder: Path, here: World) -> dict[str, Any]:
     result["next"] = steps(engine, here, STEPS, STEPS + MORE_STEPS)
     result["at_55"] = engine.weights()
 
-    micro = {"batch_size": BATCH // MICRO_BATCHES, "accum_freq": MICRO_BATCHES}
-    engine = make(stage, folder, here, grad_checkpointing=True, **micro)
+    engine = make(stage, folder, here, grad_checkpointing=True, **MICRO)
     result["accumulated"] = steps(engine, here, 0, 5, MICRO_BATCHES)
+    result["distilled"] = distilled(stage, folder, here)
     check_non_finite(engine, here)
     engine._engine.gradient_accumulation_steps = lambda: 2
     with pytest.raises(ValueError, match="has gradient_accumulation_steps 2, and would divide"):

@@ -13,6 +13,7 @@ from fastclip.bounded import read_yaml
 from fastclip.cli.model_flags import ModelFlags
 from fastclip.data.options import DataOptions
 from fastclip.data.sources import open_source
+from fastclip.data.variants import without_photographs
 from fastclip.evaluate import sharing
 from fastclip.evaluate.features import Encoding, ImageFeatures, embed_images
 from fastclip.evaluate.results import write_result
@@ -117,7 +118,7 @@ class DataEvaluation(Evaluation):
     options: Annotated[DataOptions, tyro.conf.arg(name="")] = field(default_factory=DataOptions)
     """How the data are read."""
     num_samples: int = 1000
-    """Number of scenes or synthetic images; other data are read whole."""
+    """Number of scenes, collages or synthetic images; other data are read whole."""
 
     required: ClassVar[tuple[str, ...]]
     """Extensions that a shard's sample must have besides an image."""
@@ -127,7 +128,7 @@ class DataEvaluation(Evaluation):
     @property
     def dataset(self) -> str:
         """The name of the first file or folder of the data."""
-        return Path(self.data.split("::")[0]).stem
+        return Path(without_photographs(self.data.split("::")[0])).stem
 
     @property
     def name(self) -> str:

@@ -9,11 +9,15 @@ import tyro
 from fastclip.evaluate.registry import BENCHMARKS, describe
 from fastclip.evaluate.results import read_result
 from fastclip.evaluate.table import markdown_table
+from fastclip.screen import on_screen
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Print results as a Markdown table: a row per model, a column per data set and metric."""
+    """Print results as a Markdown table: a row per model, a column per data set and metric.
+
+    One that is wider than 80 columns becomes several.
+    """
 
     files: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Result files of `fastclip eval` and CLIP_benchmark."""
@@ -22,7 +26,8 @@ class Table:
 
     def run(self) -> int:
         """Print the table."""
-        print(markdown_table([read_result(path) for path in self.files], self.metrics))
+        table = markdown_table([read_result(path) for path in self.files], self.metrics)
+        print(on_screen(table))
         return 0
 
 

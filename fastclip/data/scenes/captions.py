@@ -21,12 +21,11 @@ from fastclip.data.scenes.world import (
     Mention,
     Object,
     Scene,
-    Stream,
-    check_choice,
     has_held_out,
     holds,
     relation_between,
 )
+from fastclip.data.streams import Stream, check_choice
 
 QUALITIES = ("short", "alt", "dense")
 NEGATIVE_KINDS = ("attribute", "relation", "order")

@@ -16,7 +16,8 @@ from functools import cache, lru_cache
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from fastclip.data.scenes.world import Object, Scene, Stream
+from fastclip.data.scenes.world import Object, Scene
+from fastclip.data.streams import Stream
 
 RGB = tuple[int, int, int]
 Contour = tuple[tuple[float, float], ...]

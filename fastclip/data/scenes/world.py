@@ -12,13 +12,10 @@ them on the scene graph.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations, permutations
-from operator import index
-from typing import TypeVar
 
-T = TypeVar("T")
+from fastclip.data.streams import Stream, check_choice, check_seed
 
 COLORS = ("red", "yellow", "green", "cyan", "blue", "purple", "pink", "brown")
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "diamond")
@@ -59,48 +56,6 @@ RELATION_MARGIN = 0.2
 DOMINANCE = 2.0
 # Least distance of two objects, and of an object from the frame.
 GAP = 0.03
-
-_MASK = 2**64 - 1
-
-
-def _mix(value: int) -> int:
-    """The finalizer of SplitMix64, a bijection of the 64-bit integers."""
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-    return value ^ (value >> 31)
-
-
-class Stream:
-    """SplitMix64 (Steele et al., 2014) keyed by integers: one independent stream for each key."""
-
-    def __init__(self, *keys: int) -> None:
-        self._state = 0
-        for key in keys:
-            # index() also takes NumPy's and torch's integers, whose arithmetic would overflow.
-            self._state = _mix((self._state * 0xD1342543DE82EF95 + index(key) + 1) & _MASK)
-
-    def bits(self) -> int:
-        """The next 64 bits."""
-        self._state = (self._state + 0x9E3779B97F4A7C15) & _MASK
-        return _mix(self._state)
-
-    def below(self, limit: int) -> int:
-        """An integer in [0, limit)."""
-        return (self.bits() * limit) >> 64
-
-    def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
-        """A number in [low, high)."""
-        return low + (high - low) * ((self.bits() >> 11) * 2.0**-53)
-
-    def choice(self, items: Sequence[T]) -> T:
-        """One of the items, each as likely as the others."""
-        return items[self.below(len(items))]
-
-
-def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
-    """Raise ValueError where `value` is not one of the allowed names."""
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; use one of {', '.join(allowed)}")
 
 
 @dataclass(frozen=True)
@@ -489,9 +444,7 @@ def sample_scene(
     check_choice("split", split, SPLITS)
     if shift is not None:
         check_choice("shift", shift, SHIFTS)
-    seed = index(seed)
-    if not 0 <= seed <= _MASK:
-        raise ValueError(f"seed is {seed}; use an integer in [0, 2**64)")
+    seed = check_seed(seed)
     if objects not in (None, 1, 2, 3):
         raise ValueError(f"objects is {objects}; use 1, 2, 3, or None to draw the number")
     split_index = SPLITS.index(split)
