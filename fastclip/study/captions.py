@@ -108,13 +108,14 @@ def _judge(settings: Settings) -> Judge:
     def judge(path: Path) -> Scores:
         """Composition by kind, of seen and of held-out pairs, and recall@1 of images by texts."""
         model = load(path)
-        scores, chance = {}, {}
+        scores: dict[str, float] = {}
+        chance: dict[str, float] = {}
         for split, name in (("val", "composition"), ("compositional", "held_out")):
             images = embed_images(model, open_collages(data, split, COMPOSED))
             texts, cases = composition_cases(data, split)
             by_kind = composition(images.features, embed_texts(model, texts), cases)
             scores |= {f"{name}_{kind}": share for kind, share in by_kind.items()}
-            # a noun that is in no photograph takes no composition to be told apart
+            # a noun that is in no photograph takes no composition to be recognized
             scores[name] = mean(share for kind, share in by_kind.items() if kind != "noun")
             chance[name] = 0.5
         for quality in ("dense", "short"):

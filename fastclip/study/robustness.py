@@ -31,7 +31,7 @@ from fastclip.study.cifar10 import HELD_OUT, shards_of
 from fastclip.study.question import Arm, Contrast, Question, Settings
 from fastclip.study.report import Row
 from fastclip.study.runs import Judge, Outcome, Scores, first_rows
-from fastclip.study.verdict import Design
+from fastclip.study.verdict import Answer, Design
 
 # ImageNet-C's families; the first two are in the diverse distribution
 FAMILIES: dict[str, tuple[str, ...]] = {
@@ -240,7 +240,7 @@ _LINE = tuple(f"labels, {name}" for name in SIZES)
 
 
 def _does(claim: str, first: str, second: str, *, little: bool = True) -> Contrast:
-    expected = "no larger effect" if little else "shows"
+    expected: Answer = "no larger effect" if little else "shows"
     return Contrast(claim, (first,), (second,), "rho", "accuracy", expected)
 
 

@@ -1,7 +1,7 @@
 """UniCLIP (Lee et al. 2022) beside CLIP and SLIP, and with each of its parts switched off.
 
 On collages, whose captions a change of colors leaves true. CLIP is there twice: as it is, and with
-as many views of an image as UniCLIP has, so that a gain by more computation is told apart from one
+as many views of an image as UniCLIP has, so that a gain by more computation is not taken for one
 by the loss.
 """
 
