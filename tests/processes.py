@@ -119,6 +119,8 @@ def _call(
 
 def _settle(environment: dict[str, str]) -> None:
     """As a new process would be in this environment, which is not that of the imports."""
+    # Python makes the method by which this process was started its own default
+    multiprocessing.set_start_method(None, force=True)
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)

@@ -20,8 +20,8 @@ from fastclip.train.log import read_metrics
 from fastclip.train.loop import train
 from fastclip.train.teacher import IMAGE, TEXT, StoredTeacher
 from fastclip.train.torch_engine import TorchEngine
+from tests.processes import train_pair
 from tests.train.conftest import TINY_MODEL
-from tests.train.test_ddp import torchrun
 from tests.train.test_loop import identical
 
 CPU = torch.device("cpu")
@@ -135,7 +135,7 @@ def test_a_run_resumes_with_its_stored_teacher(flags: list[str], stored: list[st
 def test_two_ranks_equal_one_process(flags: list[str], stored: list[str], tmp_path: Path) -> None:
     flags = [*flags, *stored, "--epochs", "1"]
     alone = train(parse([*flags, "--name", "alone"]))
-    torchrun(*flags, "--batch-size", "4", "--name", "pair")
+    train_pair(*flags, "--batch-size", "4", "--name", "pair")
     ours, theirs = (
         [line["loss"] for line in read_metrics(run)] for run in (tmp_path / "logs" / "pair", alone)
     )
