@@ -14,7 +14,7 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import field, fields, is_dataclass, make_dataclass
 from types import MappingProxyType
 from typing import Any, TextIO, get_args, get_type_hints
@@ -46,7 +46,8 @@ def parse_flags(
     """
     import tyro
 
-    _refuse_unknown(arguments, kind, prog)
+    parts = {part for command in _dataclasses(kind) for part in (command, *_parts(command))}
+    _refuse_unknown(arguments, [each.name for part in parts for each in fields(part)], prog)
     for command in _dataclasses(kind):
         command.__doc__ = _as_paragraphs(command.__doc__)
         for part in (command, *_parts(command)):
@@ -54,8 +55,7 @@ def parse_flags(
             for each in fields(part):
                 each.metadata = MappingProxyType({"help": texts.get(each.name), **each.metadata})
     # a script for a shell's completion is printed as it is
-    asked = any(argument in ("-h", "--help") for argument in arguments)
-    output: Any = _Wrapping(sys.stdout) if asked else sys.stdout
+    output: Any = _Wrapping(sys.stdout) if _asks_for_help(arguments) else sys.stdout
     with contextlib.redirect_stdout(output):
         return tyro.cli(kind, args=list(arguments), prog=prog, description=description)
 
@@ -83,41 +83,65 @@ def parse_sections(
     bare: Any = tyro.conf.OmitArgPrefixes
     groups: list[Any] = []
     flags = headed(config)
+    names = [each.name for members in flags.values() for _, each in members]
+    _refuse_unknown(arguments, names, prog)
+    # tyro takes longer for all flags than what else starts a run: it gets those that are given,
+    # and all where they are listed
+    given = {_option(argument) for argument in arguments}
+    if _asks_for_help(arguments) or any(map(_is_tyros, given)):
+        given |= {flag_name(name) for name in names}
+    values: dict[str, Any] = {}
     types = {section: get_type_hints(section) for section in sections(config).values()}
     for heading, text in headings.items():
+        listed = flags.pop(heading)
+        values |= {each.name: each.default for _, each in listed}
         members = [
             (
                 each.name,
                 types[section][each.name],
                 field(default=each.default, metadata={"help": help_texts(section).get(each.name)}),
             )
-            for section, each in flags.pop(heading)
+            for section, each in listed
+            if given & {flag_name(each.name), flag_name(f"no_{each.name}")}
         ]
-        made: Any = make_dataclass(heading, members, namespace={"__doc__": text})
-        groups.append((heading, bare[made], field(default_factory=made)))
+        if members:
+            made: Any = make_dataclass(heading, members, namespace={"__doc__": text})
+            groups.append((heading, bare[made], field(default_factory=made)))
     assert not flags, f"no such heading: {', '.join(flags)}"
     whole: Any = make_dataclass(config.__name__, groups, namespace={"__doc__": config.__doc__})
     read: Any = parse_flags(whole, arguments, prog)
-    parts = [vars(getattr(read, heading)) for heading in headings]
-    return {name: value for part in parts for name, value in part.items()}
+    for heading, *_ in groups:
+        values |= vars(getattr(read, heading))
+    return values
 
 
-def _refuse_unknown(arguments: Sequence[str], kind: Any, prog: str) -> None:
-    """Report options that no part of the command has, each with the nearest that one has.
+def _option(argument: str) -> str:
+    """An argument as the flag that it may be, without a value and as `--help` spells it."""
+    return "--" + argument.partition("=")[0].lstrip("-").replace("_", "-")
+
+
+def _asks_for_help(arguments: Sequence[str]) -> bool:
+    return any(argument in ("-h", "--help") for argument in arguments)
+
+
+def _is_tyros(option: str) -> bool:
+    """Whether it is one of tyro's own, which make scripts for a shell's completion."""
+    return option.startswith("--tyro-")
+
+
+def _refuse_unknown(arguments: Sequence[str], names: Iterable[str], prog: str) -> None:
+    """Report options that are none of a command's, each with the nearest that is.
 
     Raises:
         SystemExit: there are such.
     """
-    parts = {part for command in _dataclasses(kind) for part in (command, *_parts(command))}
-    known = {flag_name(each.name) for part in parts for each in fields(part)} | _OF_ALL
+    known = {flag_name(name) for name in names} | _OF_ALL
     known |= {flag_name(f"no_{name[2:]}") for name in known}
     problems = []
     for argument in arguments:
-        given = argument.partition("=")[0]
-        name = "--" + given.lstrip("-").replace("_", "-")
+        given, name = argument.partition("=")[0], _option(argument)
         unknown = name not in known or not given.startswith("--")
-        # tyro's own, which make scripts for a shell's completion
-        if not unknown or not _OPTION.fullmatch(given) or name.startswith("--tyro-"):
+        if not unknown or not _OPTION.fullmatch(given) or _is_tyros(name):
             continue
         near = difflib.get_close_matches(name, known, n=1)
         problems.append(f"{given} is unknown" + (f"; did you mean {near[0]}?" if near else ""))

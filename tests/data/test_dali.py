@@ -2,8 +2,6 @@
 
 import itertools
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +31,7 @@ from tests.data.pipelines import (
     smooth_image,
     tokenize,
 )
+from tests.processes import Forked, main_without
 
 STRONG = Augmentation(48, scale=(0.2, 1.0), flip=0.5, jitter=0.8, gray=0.2, blur=0.5, solarize=0.2)
 
@@ -301,13 +300,9 @@ def test_views_made_on_a_gpu(tmp_path: Path) -> None:
 
 def test_a_missing_dali_is_reported(tmp_path: Path) -> None:
     """In a process of its own, whose imports can be spoiled."""
-    code = (
-        "import sys; sys.modules['nvidia.dali'] = None\n"
-        "from fastclip.cli import main\n"
-        "sys.exit(main(['train', '--data-backend', 'dali', '--train-data', 'synthetic', "
-        f"'--device', 'cpu', '--logs', {str(tmp_path)!r}]))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1
-    assert "needs the package 'nvidia.dali'" in done.stderr
-    assert "fastclip-kernels[dali]" in done.stderr
+    flags = ["--data-backend", "dali", "--train-data", "synthetic", "--device", "cpu"]
+    process = Forked(main_without, "nvidia.dali", ["train", *flags, "--logs", str(tmp_path)])
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "needs the package 'nvidia.dali'" in errors
+    assert "fastclip-kernels[dali]" in errors

@@ -5,13 +5,13 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import tarfile
 import time
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,10 +28,10 @@ from fastclip.data.recaption import (
 )
 from fastclip.data.shards import ShardSource
 from tests.conftest import jpeg
+from tests.processes import Forked
 
 transformers = pytest.importorskip("transformers")
 
-ROOT = Path(__file__).parents[2]
 WORDS = "a photo of the red green blue dog cat title alt text caption number on it . : - one two"
 LENGTH = 8
 
@@ -245,24 +245,26 @@ def test_all_members_are_kept_and_every_fault_is_reported(
     assert trained.read(0, 0).texts == (text,)
 
 
+def run_slowly(*words: str) -> None:
+    """It might else be done before the kill comes."""
+    original = Captioner.captions
+
+    def captions(*given: Any) -> Any:
+        time.sleep(0.1)
+        return original(*given)
+
+    Captioner.captions = captions  # type: ignore[method-assign]
+    run(*words)
+
+
 def test_killed_and_taken_up_again_gives_the_same_bytes(
     blip: str, make_shard: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shard = make_shard("s.tar", samples(240))
     straight, out = tmp_path / "straight", tmp_path / "out"
     assert run(shard, straight, "--model", blip) == 0
-    # slowed down, or it might be done before the kill comes
-    code = """
-import sys, time
-from fastclip.data.recaption import Captioner
-from tests.data.test_recaption import run
-original = Captioner.captions
-Captioner.captions = lambda *given: (time.sleep(0.1), original(*given))[1]
-run(*sys.argv[1:])
-"""
-    words = ["-c", code, str(shard), str(out), "--model", blip]
     journal = out / "s.tar.journal"
-    process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stderr=subprocess.DEVNULL)
+    process = Forked(run_slowly, str(shard), str(out), "--model", blip)
     try:
         until = time.monotonic() + 120
         while not (journal.exists() and journal.read_bytes().count(b"\n") > 4):

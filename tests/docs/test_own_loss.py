@@ -11,6 +11,7 @@ from torch import Tensor
 from fastclip.ops.gemm import count_products
 from tests.docs.pages import READ
 from tests.ops.cases import unit
+from tests.processes import on_ranks
 
 NAME = "decoupled_contrastive_loss"
 
@@ -105,7 +106,7 @@ def share(rank: int, path: Path) -> None:
 
 @pytest.mark.dist
 def test_over_processes_it_has_the_whole_gradient(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(share, (tmp_path,), nprocs=2)
+    on_ranks(share, (tmp_path,), ranks=2)
     leaves = [unit(8, 5, seed).requires_grad_() for seed in (0, 1)]
     wanted = torch.autograd.grad(definition(*leaves, torch.tensor(7.0)), leaves)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]

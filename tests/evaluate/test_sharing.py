@@ -1,9 +1,6 @@
-"""Two ranks under torchrun against one process: the same bits."""
+"""Two ranks against one process: the same bits."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,17 +11,15 @@ import torch
 from fastclip.cli import main
 from fastclip.evaluate import sharing
 from fastclip.models.clip import create
-from tests.train.conftest import ROOT, tiny_model
+from tests.processes import finish, start_ranks
+from tests.train.conftest import tiny_model
 
 __all__ = ["tiny_model"]  # fixtures
-
-TORCHRUN = "-m torch.distributed.run --nproc_per_node 2 --rdzv_backend c10d"
-TORCHRUN += " --rdzv_endpoint localhost:0 -m -- fastclip.cli"
 
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """As torchrun gives to each rank: more could add in another order."""
+    """As each rank has: more could add in another order."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -49,18 +44,11 @@ def test_two_ranks_equal_one_process(
     alone = json.loads(capsys.readouterr().out)
     assert "acc1" in alone if command == "zeroshot" else alone["images"] == 50
 
-    pair = subprocess.run(
-        [sys.executable, *TORCHRUN.split(), *flags, f"{tmp_path}/pair.json"],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert pair.returncode == 0, pair.stderr[-3000:]
+    ranks = start_ranks(2, main, [*flags, f"{tmp_path}/pair.json"])
+    errors = finish(ranks)
     # one object: a second one would be refused
-    assert json.loads(pair.stdout) == alone
-    assert pair.stderr.count("written to") == 1
+    assert json.loads("".join(rank.output() for rank in ranks)) == alone
+    assert errors.count("written to") == 1
     assert (tmp_path / "pair.json").read_text() == (tmp_path / "alone.json").read_text()
 
 

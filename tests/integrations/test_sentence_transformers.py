@@ -17,6 +17,7 @@ import fastclip
 from fastclip.ops.dense import switched_off
 from fastclip.ops.gemm import count_products
 from tests.ops.test_ranking import CHOICES, SUBSETS, name_of, options
+from tests.processes import on_ranks
 
 REASON = "sentence-transformers is not installed: its losses are not replaced"
 pytest.importorskip("sentence_transformers", minversion="5.4", reason=REASON)
@@ -272,7 +273,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         one.bind(("127.0.0.1", 0))
         (folder / "port").write_text(str(one.getsockname()[1]))
     save_tiny_model(folder)
-    torch.multiprocessing.spawn(work, (str(folder),), nprocs=2)
+    on_ranks(work, (str(folder),), ranks=2)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 

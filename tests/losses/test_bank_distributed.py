@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import fastclip
+from tests.processes import on_ranks
 
 
 def _rank(rank: int, folder: str) -> None:
@@ -29,7 +30,7 @@ def _rank(rank: int, folder: str) -> None:
 
 
 def test_the_bank_takes_the_keys_of_all_processes(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
+    on_ranks(_rank, (str(tmp_path),), ranks=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for values, bank, wanted in ranks:
         torch.testing.assert_close(bank, wanted)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import fastclip
 from fastclip import functional
 from fastclip.ops.collectives import CHECK_SIZES, gather_rows
+from tests.processes import on_ranks
 
 ROWS = (5, 3)
 
@@ -64,7 +65,7 @@ def _work(rank: int, folder: str) -> None:
 
 @pytest.mark.dist
 def test_every_rank_raises_and_names_sizes(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_work, (str(tmp_path),), nprocs=2)
+    on_ranks(_work, (str(tmp_path),), ranks=2)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
     # the same on both, so that none waits for the other
     assert first == second

@@ -16,6 +16,7 @@ from torch import Tensor
 import fastclip
 from fastclip.losses import clip
 from fastclip.ops.gemm import count_products
+from tests.processes import on_ranks
 
 MODES = {
     "global": {"gather_with_grad": True},
@@ -163,7 +164,7 @@ def work(rank: int, world: int, folder: str) -> None:
 
 @functools.cache
 def run(world: int, folder: str) -> list[dict[tuple[str, str], list[Tensor]]]:
-    torch.multiprocessing.spawn(work, (world, folder), nprocs=world)
+    on_ranks(work, (world, folder), ranks=world)
     return [torch.load(f"{folder}/rank{rank}.pt") for rank in range(world)]
 
 

@@ -15,6 +15,7 @@ from fastclip.functional import global_contrastive_loss
 from fastclip.ops.gemm import count_products
 from fastclip.train.accumulate import accumulate
 from tests.ops.cases import unit
+from tests.processes import on_ranks
 
 SAMPLES, BATCH, STEPS, EPOCH = 20, 8, 50, 10
 SIZES = {1: (8,), 2: (3, 5)}
@@ -196,7 +197,7 @@ def share(rank: int, folder: Path) -> None:
 @pytest.mark.dist
 def test_two_processes_are_as_defined_and_one_resumes_from_them(tmp_path: Path) -> None:
     """With uneven batches, and samples that come on both."""
-    torch.multiprocessing.spawn(share, (tmp_path,), nprocs=2)
+    on_ranks(share, (tmp_path,), ranks=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for name in VARIANTS:
         for results in ranks:

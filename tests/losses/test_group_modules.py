@@ -12,6 +12,7 @@ import fastclip
 from tests.losses.test_groups import LOSSES, SCALE
 from tests.losses.test_groups_distributed import cut, whole
 from tests.ops import group_oracles
+from tests.processes import on_ranks
 
 SIZES = (5, 2)
 ROLES = ("excluded", "positive")
@@ -118,7 +119,7 @@ def work(rank: int, folder: str) -> None:
 
 @pytest.mark.dist
 def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
+    on_ranks(work, (str(tmp_path),), ranks=2)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     for role, (mode, (name, _)) in ((r, m) for r in ROLES for m in modules_over(0, r).items()):
         leaves, features, groups = whole(name, 2)

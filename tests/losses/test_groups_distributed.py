@@ -12,6 +12,7 @@ from torch import Tensor
 from tests.losses.test_groups import CASES, LOSSES, triangle
 from tests.ops import group_oracles
 from tests.ops.cases import unit, views
+from tests.processes import on_ranks
 
 SIZES = {2: (5, 2), 3: (3, 1, 4)}
 WIDTH, SCALE = 5, 8.0
@@ -76,7 +77,7 @@ def work(rank: int, world: int, folder: str) -> None:
 @pytest.mark.dist
 @pytest.mark.parametrize("world", SIZES)
 def test_ranks_equal_one_process(world: int, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(work, (world, str(tmp_path)), nprocs=world)
+    on_ranks(work, (world, str(tmp_path)), ranks=world)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(world)]
     sizes = SIZES[world]
     for name, role in CASES:

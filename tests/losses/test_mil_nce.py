@@ -12,6 +12,7 @@ from fastclip import native
 from fastclip.functional import mil_nce_loss, mp_nce_loss
 from fastclip.ops.gemm import count_products
 from tests.ops.cases import views
+from tests.processes import on_ranks
 
 DOMAINS = {"pair": [0, 1], "views": [0, 0, 1], "texts": [0, 1, 0, 1], "three": [2, 0, 1]}
 WIDTH = 6
@@ -193,7 +194,7 @@ def work(rank: int, folder: str) -> None:
 
 @pytest.mark.dist
 def test_two_ranks_are_one(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=len(SIZES))
+    on_ranks(work, (str(tmp_path),), ranks=len(SIZES))
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(len(SIZES))]
     leaves = leaves_of(inputs(DOMAINS["views"], sum(SIZES)))
     of_anchors = slow(leaves, DOMAINS["views"], GROUP)

@@ -18,6 +18,7 @@ from fastclip.losses.non_contrastive import (
     prototype_assignment_loss,
     swapped_assignment_loss,
 )
+from tests.processes import on_ranks
 
 ROWS = {1: (7,), 2: (5, 3), 3: (2, 4, 1)}
 WIDTH = 6
@@ -148,7 +149,7 @@ def work(rank: int, world: int, folder: str) -> None:
 @pytest.mark.dist
 @pytest.mark.parametrize("world", [2, 3])
 def test_several_ranks_equal_the_oracle_of_all_rows(world: int, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(work, (world, str(tmp_path)), nprocs=world)
+    on_ranks(work, (world, str(tmp_path)), ranks=world)
     sizes = ROWS[world]
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
     for name, (slow, _) in LOSSES.items():

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import multiprocessing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from fastclip.models.clip import create
 from fastclip.models.system import Features, Outputs, System
+from tests import processes
 from tests.train.conftest import TINY_MODEL
 
 WIDTH = TINY_MODEL["embed_dim"]
@@ -98,14 +98,7 @@ def all_on_ranks(
     """As `on_ranks`, of several systems by name on the same ranks."""
     # so that the ranks find it and need not write it together
     tiny_towers(folder)
-    # one process imports for all calls, whose ranks are its forks
-    multiprocessing.set_forkserver_preload(["open_clip", "tests.models.harness"])
-    torch.multiprocessing.start_processes(
-        _work,
-        (sizes, str(folder), builds, batch),
-        nprocs=len(sizes),
-        start_method="forkserver",
-    )
+    processes.on_ranks(_work, (sizes, str(folder), builds, batch), ranks=len(sizes))
     ranks = [torch.load(folder / f"{rank}.pt") for rank in range(len(sizes))]
     means = {}
     for name, first in ranks[0].items():

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastclip.nn.heads import GlobalBatchNorm, MLPHead, linear_head
+from tests.processes import on_ranks
 
 SIZES = {2: (5, 3), 3: (2, 4, 1)}
 WIDTH = 6
@@ -47,7 +48,7 @@ def work(rank: int, world: int, folder: str) -> None:
 @pytest.mark.dist
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_are_normalized_as_one_batch(world: int, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(work, (world, str(tmp_path)), nprocs=world)
+    on_ranks(work, (world, str(tmp_path)), ranks=world)
     out, gradient, weight, bias, *state = trained(nn.BatchNorm1d(WIDTH), *rows(sum(SIZES[world])))
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
     close = {"rtol": 1e-10, "atol": 1e-10}

@@ -14,6 +14,7 @@ from fastclip.ops.gemm import count_products
 from fastclip.ops.numerics import softplus
 from tests.ops import group_oracles
 from tests.ops.cases import unit, views
+from tests.processes import on_ranks
 
 N, M, WIDTH, SCALE = 11, 14, 5, 9.0
 NONE = torch.zeros(N, M, dtype=torch.bool)
@@ -277,7 +278,7 @@ def share(leaf: Tensor, n: int, rank: int) -> Tensor:
 
 @pytest.mark.dist
 def test_ranks_equal_one_process(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(work, (len(SIZES), str(tmp_path)), nprocs=len(SIZES))
+    on_ranks(work, (len(SIZES), str(tmp_path)), ranks=len(SIZES))
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(len(SIZES))]
     n = sum(SIZES)
     given = leaves(n, 2 * n)

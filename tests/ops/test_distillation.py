@@ -8,13 +8,13 @@ import open_clip
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from fastclip.functional import distillation_loss
 from fastclip.ops.distillation import distillation
 from fastclip.ops.gemm import count_products
 from tests.ops.cases import unit
+from tests.processes import on_ranks
 
 SCALE, TEACHER_SCALE = 11.0, 30.0
 SIZES = (7, 4)
@@ -102,7 +102,7 @@ def work(rank: int, folder: str) -> None:
 
 @pytest.mark.dist
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    mp.spawn(work, (str(tmp_path),), nprocs=2)
+    on_ranks(work, (str(tmp_path),), ranks=2)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     leaves, teacher = student()
     each = definition(*leaves, *teacher)

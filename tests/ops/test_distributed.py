@@ -20,6 +20,7 @@ from fastclip.ops.collectives import count_bytes
 from fastclip.ops.gemm import count_products
 from tests.ops import oracles
 from tests.ops.cases import LOSSES, Case, divisor, theirs, unit
+from tests.processes import on_ranks
 
 SIZES = {1: (6,), 2: (5, 3), 3: (4, 1, 3), 4: (2, 5, 1, 3)}
 WIDTH = 7
@@ -317,7 +318,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Any]:
     def get(world: int) -> Any:
         if world not in folders:
             folders[world] = tmp_path_factory.mktemp("ranks")
-            torch.multiprocessing.spawn(work, (world, str(folders[world])), nprocs=world)
+            on_ranks(work, (world, str(folders[world])), ranks=world)
         # none there: the ranks failed in an earlier test
         return [torch.load(folders[world] / f"rank{rank}.pt") for rank in range(world)]
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastclip import functional
 from tests.ops import oracles
+from tests.processes import on_ranks
 
 ROWS, WIDTH, LOSS_SCALE = 8, 16, 2.0**20
 LOSSES = {"siglip": (40.0, -20.0), "info_nce": (20.0,)}
@@ -39,7 +40,7 @@ def _rank(rank: int, folder: str) -> None:
 
 @pytest.mark.dist
 def test_small_gradients_of_float16_features_arrive(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
+    on_ranks(_rank, (str(tmp_path),), ranks=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for name, scalars in LOSSES.items():
         leaves = [f.requires_grad_() for f in _features()]

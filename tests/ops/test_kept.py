@@ -1,5 +1,6 @@
 """Exponentials that the forward keeps for the backward: right for any features and scale."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -22,6 +23,12 @@ IMPLEMENTATIONS = (*ON_CPU, *(() if _NO_KERNELS else ("triton",)))
 # of these the device decides, or there is nothing to decide
 NOT_BY_THE_HOST = ("triton", "cuda")
 KEEPS = ("clip", "clip_grouped", "clip_smoothed", "nt_xent", "mp_nce", "sup_con")
+# float32 and one of 16 bits, which take turns: both are kept in bfloat16
+KEPT_IN = [
+    (name, dtype)
+    for name, narrow in zip(KEEPS, itertools.cycle((torch.bfloat16, torch.float16)), strict=False)
+    for dtype in (torch.float32, narrow)
+]
 
 
 def clip_case(
@@ -197,8 +204,7 @@ def test_the_budget_decides(name: str) -> None:
 
 
 @pytest.mark.skipif(bool(_NO_KERNELS), reason=f"triton: {_NO_KERNELS}")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", KEEPS)
+@pytest.mark.parametrize("name, dtype", KEPT_IN)
 def test_kernels_keep_what_fits_in_the_dtype_of_the_gradient(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,8 +241,7 @@ def test_kernels_keep_what_fits_in_the_dtype_of_the_gradient(
 
 
 @pytest.mark.skipif(bool(_NO_KERNELS), reason=f"triton: {_NO_KERNELS}")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", KEEPS)
+@pytest.mark.parametrize("name, dtype", KEPT_IN)
 def test_what_kernels_keep_costs_a_rounding(name: str, dtype: torch.dtype) -> None:
     """Kept and not kept are one result, in float32 but for a few roundings, else for two of G's."""
     case = LOSSES[name].make(150, 24, 14.3, 0.3, seed=2).cast(dtype)

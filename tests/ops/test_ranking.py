@@ -12,6 +12,7 @@ from torch import Tensor
 from fastclip.functional import ranking_loss
 from fastclip.ops.gemm import count_products
 from tests.ops.cases import unit
+from tests.processes import on_ranks
 
 ALL = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 MODES = ("in_batch_negatives", "hard_negatives", "all_negatives")
@@ -244,7 +245,7 @@ def work(rank: int, world: int, folder: str) -> None:
 def test_processes_share_it(tmp_path: Path) -> None:
     """Uneven rows: value, features' gradients times the number of processes, the scale's mean."""
     world = len(SIZES)
-    torch.multiprocessing.spawn(work, (world, str(tmp_path)), nprocs=world)
+    on_ranks(work, (world, str(tmp_path)), ranks=world)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(world)]
     cases = itertools.product((1, 3), ("gather", "ring"), FEW)
     for index, (blocks, _, choice) in enumerate(cases):

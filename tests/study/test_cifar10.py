@@ -33,6 +33,7 @@ def data(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_runs")
 def test_a_system_in_a_table(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cifar10, "HELD_OUT", 4)
     monkeypatch.setattr(cifar10, "TRIAL_STEPS", 2)

@@ -12,6 +12,7 @@ from tests.train.conftest import TINY_MODEL
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_runs")
 def test_losses_in_a_table(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cifar10, "HELD_OUT", 4)
     monkeypatch.setattr(global_loss, "BATCH", 30)

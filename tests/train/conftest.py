@@ -1,13 +1,12 @@
 """A tiny model and helpers to run training as a user does."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from tests.processes import Forked, start_command
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,18 +36,10 @@ def train_flags(tiny_model: str, tmp_path: Path) -> list[str]:
 
 
 @pytest.fixture
-def start_training() -> Callable[..., subprocess.Popen[str]]:
+def start_training() -> Callable[..., Forked]:
     """Start `fastclip train` in a process of its own."""
 
-    def start(*flags: str, own_group: bool = False) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "fastclip.cli", "train", *flags],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=own_group,
-        )
+    def start(*flags: str, own_group: bool = False) -> Forked:
+        return start_command("train", *flags, own_group=own_group)
 
     return start

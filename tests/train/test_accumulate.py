@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 import fastclip
 from fastclip import functional
 from fastclip.train.accumulate import accumulate, refuse_batch_norm
+from tests.processes import on_ranks
 from tests.train.conftest import TINY_MODEL
 
 PAIRS = 16
@@ -214,7 +215,7 @@ def work(rank: int, world: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     folder = str(tmp_path_factory.mktemp("ranks"))
-    torch.multiprocessing.spawn(work, (2, folder), nprocs=2)
+    on_ranks(work, (2, folder), ranks=2)
     return [torch.load(f"{folder}/rank{rank}.pt") for rank in range(2)]
 
 

@@ -23,8 +23,8 @@ from fastclip.train.loop import train
 from fastclip.train.teacher import IMAGE, TEXT, StoredTeacher
 from fastclip.train.torch_engine import TorchEngine
 from tests.conftest import jpeg
+from tests.processes import train_pair
 from tests.train.teachers import live_teacher, make_teachers
-from tests.train.test_ddp import torchrun
 from tests.train.test_loop import identical
 
 CPU = torch.device("cpu")
@@ -172,7 +172,7 @@ def test_two_ranks_read_them(flags: list[str], shard: str, tmp_path: Path) -> No
     flags = [*flags, "--train-data", shard, "--epochs", "1", "--distill-shards"]
     flags += ["--distill-logit-scale", "20", "--group-duplicates", "excluded"]
     alone = train(parse([*flags, "--name", "alone"]))
-    torchrun(*flags, "--batch-size", "4", "--name", "pair", "--workers", "1", "--fsdp")
+    train_pair(*flags, "--batch-size", "4", "--name", "pair", "--workers", "1", "--fsdp")
     found = losses(tmp_path / "logs" / "pair")
     assert len(found) == 4 and found == pytest.approx(losses(alone), rel=1e-5)
 
@@ -204,7 +204,7 @@ def test_a_row_that_is_not_finite_is_named(stored: list[str], tmp_path: Path) ->
 def test_two_ranks_equal_one_process(flags: list[str], stored: list[str], tmp_path: Path) -> None:
     flags = [*flags, *stored, "--epochs", "1"]
     alone = train(parse([*flags, "--name", "alone"]))
-    torchrun(*flags, "--batch-size", "4", "--name", "pair")
+    train_pair(*flags, "--batch-size", "4", "--name", "pair")
     ours, theirs = losses(tmp_path / "logs" / "pair"), losses(alone)
     assert len(ours) == 4 and ours == pytest.approx(theirs, rel=1e-5)
 

@@ -5,8 +5,6 @@ import os
 import shlex
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,40 +14,22 @@ import pytest
 from fastclip.cli import main
 from fastclip.models import checkpoint
 from fastclip.train import engine
-from tests.train.conftest import ROOT
+from fastclip.train.distributed import world
+from fastclip.train.watch import Watch
+from tests.processes import Forked, start_ranks
 from tests.train.test_kill import last_step
 from tests.train.test_loop import identical
 
-Start = Callable[..., subprocess.Popen[str]]
+Start = Callable[..., Forked]
 DEAD_AFTER = 6
 
 
-def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+def wait_for_step(run: Path, step: int, process: Forked) -> None:
     deadline = time.monotonic() + 120
     while last_step(run) < step:
         assert process.poll() is None, process.communicate()[1][-2000:]
         assert time.monotonic() < deadline, "the run never came so far"
         time.sleep(0.005)
-
-
-def start_ranks(world: int, command: list[str]) -> list[subprocess.Popen[str]]:
-    """Ranks without a launcher, which would end all where one dies."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    where = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
-    return [
-        subprocess.Popen(
-            [sys.executable, *command],
-            cwd=ROOT,
-            env={**os.environ, **where, "RANK": str(r), "LOCAL_RANK": str(r)}
-            | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for r in range(world)
-    ]
 
 
 @pytest.fixture
@@ -94,8 +74,7 @@ def test_a_signal_saves_within_a_step(
 @pytest.mark.slow
 @pytest.mark.dist
 def test_a_signal_to_one_rank_stops_all(long_flags: list[str], tmp_path: Path) -> None:
-    command = ["-m", "fastclip.cli", "train", *long_flags, "--name", "pair"]
-    ranks = start_ranks(2, command)
+    ranks = start_ranks(2, main, ["train", *long_flags, "--name", "pair"])
     wait_for_step(tmp_path / "logs" / "pair", 5, ranks[0])
     ranks[1].send_signal(signal.SIGTERM)
     for rank in ranks:
@@ -113,7 +92,7 @@ def test_a_dead_rank_ends_the_others_and_is_named(
     long_flags: list[str], tmp_path: Path, killed: int
 ) -> None:
     flags = ["--name", "dead", "--dead-rank-timeout", str(DEAD_AFTER)]
-    ranks = start_ranks(3, ["-m", "fastclip.cli", "train", *long_flags, *flags])
+    ranks = start_ranks(3, main, ["train", *long_flags, *flags])
     wait_for_step(tmp_path / "logs" / "dead", 5, ranks[0])
     ranks[killed].kill()
     began = time.monotonic()
@@ -132,7 +111,7 @@ def test_a_dead_rank_ends_the_others_and_is_named(
 def test_a_frozen_rank_is_named(long_flags: list[str], tmp_path: Path, frozen: int) -> None:
     """Its sockets stay open, so that no collective notices."""
     flags = ["--name", "frozen", "--dead-rank-timeout", str(DEAD_AFTER)]
-    ranks = start_ranks(2, ["-m", "fastclip.cli", "train", *long_flags, *flags])
+    ranks = start_ranks(2, main, ["train", *long_flags, *flags])
     wait_for_step(tmp_path / "logs" / "frozen", 5, ranks[0])
     ranks[frozen].send_signal(signal.SIGSTOP)
     other = ranks[1 - frozen]
@@ -148,14 +127,11 @@ def test_a_frozen_rank_is_named(long_flags: list[str], tmp_path: Path, frozen: i
     assert f"rank {frozen}{place} has sent no heartbeat for {DEAD_AFTER} s" in errors
 
 
-HEALTHY = """
-import sys, time
-from fastclip.train.distributed import world
-from fastclip.train.watch import Watch
-with world("cpu") as here, Watch(here, dead_after=5, data_within=60) as watch:
-    print("watching", flush=True)
-    time.sleep({seconds}[here.rank])
-"""
+def healthy(seconds: tuple[int, int]) -> None:
+    """A rank that is late at the end."""
+    with world("cpu") as here, Watch(here, dead_after=5, data_within=60):
+        print("watching", flush=True)
+        time.sleep(seconds[here.rank])
 
 
 @pytest.mark.slow
@@ -164,10 +140,12 @@ with world("cpu") as here, Watch(here, dead_after=5, data_within=60) as watch:
 def test_a_late_or_suspended_run_is_healthy(suspended: bool) -> None:
     """The first rank busy at the end for longer than the limit; all stopped and continued."""
     seconds = (4, 4) if suspended else (12, 0)
-    ranks = start_ranks(2, ["-c", HEALTHY.format(seconds=seconds)])
+    ranks = start_ranks(2, healthy, seconds)
     if suspended:
         for rank in ranks:
-            assert rank.stdout is not None and rank.stdout.readline() == "watching\n"
+            while rank.output() != "watching\n":
+                assert rank.poll() is None
+                time.sleep(0.01)
         time.sleep(1.5)
         for number, pause in ((signal.SIGSTOP, 8), (signal.SIGCONT, 0)):
             for rank in ranks:
@@ -178,18 +156,15 @@ def test_a_late_or_suspended_run_is_healthy(suspended: bool) -> None:
         assert rank.returncode == 0, errors[-2000:]
 
 
-HANGING = """
-import sys, time, torch.distributed as dist
-from fastclip.train.distributed import world
-from fastclip.train.watch import Watch
-with world("cpu") as here, Watch(here, dead_after=60, data_within=2) as watch:
-    if here.rank == 1:
-        if {fails}:
-            raise ValueError("the shard is gone")
-        with watch.waiting_for_data(lambda: "process 7 reads 3.tar"):
-            time.sleep(600)
-    here.barrier()
-"""
+def hanging(fails: bool) -> None:
+    """A rank whose second has no data, or an error."""
+    with world("cpu") as here, Watch(here, dead_after=60, data_within=2) as watch:
+        if here.rank == 1:
+            if fails:
+                raise ValueError("the shard is gone")
+            with watch.waiting_for_data(lambda: "process 7 reads 3.tar"):
+                time.sleep(600)
+        here.barrier()
 
 
 @pytest.mark.slow
@@ -202,7 +177,7 @@ with world("cpu") as here, Watch(here, dead_after=60, data_within=2) as watch:
     ],
 )
 def test_a_rank_without_data_ends_all(fails: bool, says: str) -> None:
-    ranks = start_ranks(3, ["-c", HANGING.format(fails=fails)])
+    ranks = start_ranks(3, hanging, fails)
     errors = [rank.communicate(timeout=90)[1] for rank in ranks]
     assert all(rank.returncode != 0 for rank in ranks)
     for index in (0, 2):

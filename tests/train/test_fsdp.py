@@ -3,7 +3,6 @@
 import functools
 import json
 import math
-import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from fastclip.train.health import NonFiniteError
 from fastclip.train.select_engine import build_engine
 from fastclip.train.wrapped import accumulate_wrapped
 from tests.models.language import make_language_model
+from tests.processes import on_ranks
 from tests.train.conftest import TINY_MODEL
 from tests.train.teachers import make_teachers, stored_teacher
 
@@ -49,11 +49,7 @@ TINY_RESNET = {
 
 def run(folder: Path, ranks: int, part: Callable[[Path, World], dict[str, Any]]) -> dict[str, Any]:
     """A part on so many ranks; what it found on the first, also on the disk as its name."""
-    # one process imports for all parts, whose ranks are its forks
-    multiprocessing.set_forkserver_preload(["open_clip", "tests.train.test_fsdp"])
-    torch.multiprocessing.start_processes(
-        _work, (str(folder), ranks, part), nprocs=ranks, start_method="forkserver"
-    )
+    on_ranks(_work, (str(folder), ranks, part), ranks)
     return torch.load(folder / f"{part.__name__}.pt")
 
 

@@ -17,7 +17,7 @@ from fastclip.train.log import read_metrics
 from fastclip.train.loop import train
 from fastclip.train.objective import ClipObjective, GlobalObjective, objective_of
 from fastclip.train.torch_engine import TorchEngine
-from tests.train.test_ddp import torchrun
+from tests.processes import finish, train_pair
 from tests.train.test_loop import identical
 
 RATE = ("--global-temperature-lr", "0.01")
@@ -74,7 +74,7 @@ def test_two_ranks_equal_one_process_and_one_resumes_from_them(
 ) -> None:
     """An average is of the sample, on whichever rank it comes."""
     alone = train(parse([*flags, "--name", "alone"]))
-    torchrun(*flags, "--batch-size", "4", "--save-every-steps", "6", "--name", "pair")
+    train_pair(*flags, "--batch-size", "4", "--save-every-steps", "6", "--name", "pair")
     pair = tmp_path / "logs" / "pair"
     source = pair / "checkpoints" / "step_00000006.pt"
     one = train(parse([*flags, "--name", "one", "--resume", str(source)]))
@@ -101,8 +101,7 @@ def test_under_deepspeed_it_is_as_without(
     source = tmp_path / "logs" / "zero" / "checkpoints" / "step_00000006"
     runs = {"zero": [], "resumed": ["--resume", str(source)]} if stage == 1 else {"zero": []}
     for name, more in runs.items():
-        process = start_training(*zero, "--name", name, *more)
-        assert process.wait(200) == 0, process.stderr.read()[-3000:]
+        finish([start_training(*zero, "--name", name, *more)])
     theirs = read_metrics(plain)
     for name in runs:
         run, first = tmp_path / "logs" / name, 6 if name == "resumed" else 0

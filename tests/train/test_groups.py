@@ -22,7 +22,7 @@ from fastclip.train.loop import train
 from fastclip.train.objective import ClipObjective
 from tests.conftest import jpeg
 from tests.ops.cases import unit
-from tests.train.test_ddp import torchrun
+from tests.processes import train_pair
 
 
 class Duplicates:
@@ -124,7 +124,7 @@ def test_two_ranks_and_micro_batches_are_one_batch(
         for given, name in ((flags, "plain"), (grouped, "alone"))
     )
     parts = train(parse([*grouped, "--name", "parts", "--batch-size", "2", "--accum-freq", "4"]))
-    torchrun(*grouped, "--batch-size", "4", "--name", "pair")
+    train_pair(*grouped, "--batch-size", "4", "--name", "pair")
     pair = tmp_path / "logs" / "pair"
     assert losses(alone) != pytest.approx(losses(plain), rel=1e-2)
     assert losses(parts) == pytest.approx(losses(alone), rel=1e-5)

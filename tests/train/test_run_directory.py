@@ -1,31 +1,29 @@
 """A run directory belongs to one process that trains."""
 
 import re
-import subprocess
-import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from fastclip.train.run_directory import LOCK, claim
-
-HOLD = """
-import sys, time
-from pathlib import Path
-from fastclip.train.run_directory import claim
-with claim(Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(600)
-"""
+from tests.processes import Forked
 
 
-def hold(run: Path) -> "subprocess.Popen[str]":
+def hold_run(run: Path) -> None:
+    """As a training does."""
+    with claim(run):
+        print("held", flush=True)
+        time.sleep(600)
+
+
+def hold(run: Path) -> Forked:
     """A process that trains in a run directory, so to speak."""
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(run)], stdout=subprocess.PIPE, text=True
-    )
-    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    holder = Forked(hold_run, run)
+    while holder.output() != "held\n":
+        assert holder.poll() is None, holder.communicate()[1]
+        time.sleep(0.01)
     return holder
 
 
@@ -57,7 +55,7 @@ def test_a_link_in_its_place_is_not_followed(tmp_path: Path) -> None:
 def test_training_in_a_directory_in_use_ends_at_once(
     resume: list[str],
     train_flags: list[str],
-    start_training: Callable[..., "subprocess.Popen[str]"],
+    start_training: Callable[..., Forked],
     tmp_path: Path,
 ) -> None:
     run = tmp_path / "logs" / "same"

@@ -1,14 +1,10 @@
 """DeepSpeed's three stages on two gloo ranks, against plain data-parallel training.
 
-Run by DeepSpeed's launcher, this file is also the worker: `test_zero.py STAGE PART FOLDER`.
+Its launcher is in `test_zero_kill.py`.
 """
 
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +19,8 @@ from fastclip.train.distributed import World, world
 from fastclip.train.health import NonFiniteError
 from fastclip.train.torch_engine import TorchEngine
 from fastclip.train.zero_config import resolve
-from tests.train.conftest import ROOT, TINY_MODEL
+from tests.processes import finish, start_ranks
+from tests.train.conftest import TINY_MODEL
 from tests.train.teachers import live_teacher, make_teachers, stored_teacher
 
 STEPS = 50
@@ -37,21 +34,8 @@ SAME = 1e-5
 
 
 def launch(stage: int, part: str, folder: Path, ranks: int) -> None:
-    """Run a part of the worker on some ranks under DeepSpeed's own launcher."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
-    command += ["--master_port", str(port), "--module", "tests.train.test_zero"]
-    result = subprocess.run(
-        [*command, str(stage), part, str(folder)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
+    """Run a part of the work on some ranks."""
+    finish(start_ranks(ranks, work, stage, part, folder))
 
 
 @pytest.mark.slow
@@ -380,13 +364,11 @@ def test_a_torn_folder_is_not_whole(tmp_path: Path) -> None:
     assert not sharded.verify(path)
 
 
-if __name__ == "__main__":
-    # the launcher puts --local_rank first
-    _, _, stage, part, folder = sys.argv
-    torch.set_num_threads(1)
-    work = {"train": train_part, "alone": alone_part, "resume": resume_part}[part]
+def work(stage: int, part: str, folder: Path) -> None:
+    """What a part found, in a file of its name."""
+    do = {"train": train_part, "alone": alone_part, "resume": resume_part}[part]
     with world("cpu") as here:
-        found = work(int(stage), Path(folder), here)
+        found = do(stage, folder, here)
         if here.is_first:
-            torch.save(found, Path(folder) / f"{part}.pt")
+            torch.save(found, folder / f"{part}.pt")
         here.barrier()
