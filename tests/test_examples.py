@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fastclip.models import checkpoint
+from tests.processes import Forked, run_script
 from tests.train.conftest import ROOT, tiny_model, train_flags
 
 __all__ = ["tiny_model", "train_flags"]  # fixtures
@@ -77,8 +78,17 @@ def test_slurm_saves_requeues_and_goes_on(train_flags: list[str], tmp_path: Path
 SCRIPTS = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 
 
-def run_example(*command: str) -> str:
-    """What it prints; it must end well."""
+def run_example(*words: str) -> str:
+    """What a script prints; it must end well."""
+    process = Forked(run_script, *words)
+    output, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors[-2000:]
+    return output
+
+
+def run_under_torchrun(script: str) -> str:
+    """What it prints on two ranks; it must end well."""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     for _ in range(2):
         done = subprocess.run(
@@ -151,8 +161,7 @@ def test_transformers_fine_tunes_without_logits() -> None:
 
 @pytest.mark.dist
 def test_several_processes_have_the_whole_batchs_gradient() -> None:
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    message = run_example(*launcher, "examples/distributed.py")
+    message = run_under_torchrun("examples/distributed.py")
     # the two may print on one line: unbuffered, a line and its end are written apart
     assert len(numbers(r"differs by ([\d.]+e[-+]\d+)", message)) == 2
 
@@ -180,8 +189,7 @@ def test_under_each_framework_it_is_the_whole_batchs_gradient(tmp_path: Path) ->
         pytest.importorskip(library)
     script = tmp_path / "all.py"
     script.write_text(ONE_AFTER_THE_OTHER.format(names=FRAMEWORKS))
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    differences = numbers(r"differs by ([\d.]+e[-+]\d+)", run_example(*launcher, str(script)))
+    differences = numbers(r"differs by ([\d.]+e[-+]\d+)", run_under_torchrun(str(script)))
     assert len(differences) == 2 * len(FRAMEWORKS) and max(differences) < 1e-5
     for name in FRAMEWORKS:
         assert len((ROOT / "examples" / f"{name}.py").read_text().splitlines()) < 60

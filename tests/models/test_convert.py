@@ -54,27 +54,33 @@ def test_round_trip_is_tensor_equal(run: Path, model_config: str, tmp_path: Path
     assert tokenizer(["x"]).shape == (1, TINY_MODEL["text_cfg"]["context_length"])
 
 
-@pytest.mark.parametrize("name", ["RN10t-64", "TinyNet-E-align", "ViT-mini-16px"])
 def test_shipped_towers_are_loaded_by_open_clip(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    built = create(name)
-    run = tmp_path / "run"
-    (run / "checkpoints").mkdir(parents=True)
-    (run / CONFIG_FILE).write_text(json.dumps(describe(name, built)))
-    weights = built.model.state_dict()
-    checkpoint.write(run / "checkpoints" / "a.pt", {"step": 1, "state_dict": weights})
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    export_open_clip(run, tmp_path / "out" / f"{name}-trained.pt")
+    weights = {}
+    for name in ("RN10t-64", "TinyNet-E-align", "ViT-mini-16px"):
+        built = create(name)
+        run = tmp_path / name
+        (run / "checkpoints").mkdir(parents=True)
+        (run / CONFIG_FILE).write_text(json.dumps(describe(name, built)))
+        weights[name] = built.model.state_dict()
+        checkpoint.write(run / "checkpoints" / "a.pt", {"step": 1, "state_dict": weights[name]})
+        export_open_clip(run, tmp_path / "out" / f"{name}-trained.pt")
     assert not list((tmp_path / "here").iterdir())
     # in a process that has never seen fastclip's names
-    script = "import sys, open_clip, torch; open_clip.add_model_config(sys.argv[1] + '.json'); "
-    script += "model = open_clip.create_model(sys.argv[2], pretrained=sys.argv[1] + '.pt'); "
-    script += "torch.save(model.state_dict(), 'found.pt')"
-    stem = str(tmp_path / "out" / f"{name}-trained")
-    subprocess.run([sys.executable, "-c", script, stem, f"{name}-trained"], check=True)
-    assert identical(dict(weights), torch.load("found.pt"))
+    script = """
+import sys, open_clip, torch
+for name in sys.argv[2:]:
+    stem = f"{sys.argv[1]}/{name}-trained"
+    open_clip.add_model_config(f"{stem}.json")
+    model = open_clip.create_model(f"{name}-trained", pretrained=f"{stem}.pt")
+    torch.save(model.state_dict(), f"{name}.pt")
+"""
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "out"), *weights], check=True)
+    for name, content in weights.items():
+        assert identical(dict(content), torch.load(f"{name}.pt")), name
 
 
 @pytest.mark.parametrize("form", ["trainer", "bare", "safetensors"])

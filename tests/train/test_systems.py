@@ -1,14 +1,7 @@
-"""Systems in training: micro-batches, ranks, ZeRO and resuming leave the numbers as they are.
-
-Run by DeepSpeed's launcher, this file is also the worker: `test_systems.py FOLDER`.
-"""
+"""Systems in training: micro-batches, ranks, ZeRO and resuming leave the numbers as they are."""
 
 import functools
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +19,8 @@ from fastclip.train.config import TrainConfig, parse
 from fastclip.train.distributed import World, world
 from fastclip.train.loop import train
 from fastclip.train.torch_engine import TorchEngine
-from tests.train.conftest import ROOT, TINY_MODEL
+from tests.processes import finish, start_ranks
+from tests.train.conftest import TINY_MODEL
 
 BATCH = 8
 STEPS = 4
@@ -148,7 +142,7 @@ def test_micro_batches_are_the_full_batch(objective: str, folder: Path) -> None:
 @pytest.mark.dist
 def test_ranks_and_zero_are_one_process(folder: Path) -> None:
     pytest.importorskip("deepspeed")
-    launch(folder)
+    finish(start_ranks(2, work, folder))
     for objective in SYSTEMS:
         found = torch.load(folder / f"{objective}.pt")
         alone = make(objective, folder, ALONE, True, batch_size=2 * BATCH)
@@ -178,25 +172,17 @@ def test_ranks_and_zero_are_one_process(folder: Path) -> None:
     assert furthest(averaged, alone.average.state_dict()) < SAME_FLOAT
 
 
-def launch(folder: Path) -> None:
-    """Run the worker on two ranks under DeepSpeed's own launcher."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
-    command += ["--master_port", str(port), "--module", "tests.train.test_systems", str(folder)]
-    result = subprocess.run(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
+def work(folder: Path) -> None:
+    """What a rank finds of every system, in a file of its name."""
+    with world("cpu") as here:
+        for objective in SYSTEMS:
+            found = work_on(objective, folder, here)
+            if here.is_first:
+                torch.save(found, folder / f"{objective}.pt")
+        here.barrier()
 
 
-def work(objective: str, folder: Path, here: World) -> dict[str, Any]:
+def work_on(objective: str, folder: Path, here: World) -> dict[str, Any]:
     result: dict[str, Any] = {"zero": {}, "refused": []}
     engine = make(objective, folder, here, True, batch_size=BATCH // 2, accum_freq=2)
     result["ranks"] = steps(engine, here, 2)
@@ -334,15 +320,3 @@ def test_an_average_is_evaluated_beside_the_weights(train_flags: list[str]) -> N
     (last,) = [line for line in lines if "val/acc1" in line][-1:]
     assert {"val/loss_ema", "val/acc1_ema"} <= last.keys()
     assert last["val/loss"] != last["val/loss_ema"]
-
-
-if __name__ == "__main__":
-    # the launcher puts --local_rank first
-    target = Path(sys.argv[-1])
-    torch.set_num_threads(1)
-    with world("cpu") as ranks:
-        for name in SYSTEMS:
-            found_there = work(name, target, ranks)
-            if ranks.is_first:
-                torch.save(found_there, target / f"{name}.pt")
-            ranks.barrier()
