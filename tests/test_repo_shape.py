@@ -194,7 +194,7 @@ def test_processes_of_a_test_leave_together() -> None:
     several = [
         (path, before)
         for path in tracked("tests/**/*.py")
-        if re.search(r"spawn\(|start_processes\(", text := path.read_text())
+        if re.search(r"spawn\(|start_processes\(|on_ranks\(", text := path.read_text())
         for before in re.findall(leaving, text)
     ]
     assert len(several) > 10
