@@ -24,6 +24,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_runs")
 def test_systems_that_begin_with_others(tiny: list[str], tmp_path: Path) -> None:
     # the recipe's own validation data are of no use to four steps
     report = systems.study(tmp_path / "out", ["clip", "rocket", "finetuned"], tiny)
@@ -47,6 +48,7 @@ def test_systems_that_begin_with_others(tiny: list[str], tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_runs")
 def test_a_study_goes_on_where_it_was(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

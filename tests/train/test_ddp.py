@@ -1,4 +1,4 @@
-"""Two gloo ranks under torchrun against one process at the same global batch."""
+"""Two gloo ranks, once under torchrun, against one process at the same global batch."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from fastclip.models import checkpoint
 from fastclip.train.config import parse
 from fastclip.train.log import read_metrics
 from fastclip.train.loop import train
-from tests.train.conftest import ROOT
+from tests.processes import ROOT, train_pair
 from tests.train.test_loop import identical
 
 STEPS = 50
@@ -56,7 +56,7 @@ def test_two_ranks_equal_one_process_and_resume_exactly(flags: list[str], tmp_pa
     assert ours == pytest.approx(theirs, rel=1e-5)
 
     source = pair / "checkpoints" / "step_00000030.pt"
-    torchrun(*two, "--name", "again", "--resume", str(source))
+    train_pair(*two, "--name", "again", "--resume", str(source))
     last = [
         checkpoint.read(tmp_path / "logs" / name / "checkpoints" / "epoch_2.pt")
         for name in ("pair", "again")
@@ -77,7 +77,7 @@ def test_two_ranks_with_the_sigmoid_loss_in_a_ring(flags: list[str], tmp_path: P
     flags = [*flags, "--siglip", "--train-num-samples", "160"]
     alone = train(parse([*flags, "--name", "alone", "--batch-size", "16"]))
     ring = ["--batch-size", "4", "--accum-freq", "2", "--loss-dist-impl", "ring"]
-    torchrun(*flags, *ring, "--name", "pair")
+    train_pair(*flags, *ring, "--name", "pair")
     lines = [read_metrics(run) for run in (tmp_path / "logs" / "pair", alone)]
     for name, tolerance in (("loss", 1e-5), ("logit_scale", 1e-6)):
         ours, theirs = ([line[name] for line in run if name in line] for run in lines)

@@ -1,14 +1,6 @@
 """`fastclip train --fsdp` on two gloo ranks: kill -9 and resume, and what is done with a run."""
 
-import contextlib
-import multiprocessing
-import os
-import signal
-import socket
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,50 +9,12 @@ import fastclip
 from fastclip.cli import main
 from fastclip.models import checkpoint, sharded
 from fastclip.train.log import read_metrics
+from tests.processes import finish, start_command, start_ranks, train_pair
 from tests.train.test_ddp import torchrun
-from tests.train.test_kill import last_step
+from tests.train.test_kill import kill_when, last_step
 
 STEPS = 20
 KILLED_AT = 11
-
-
-def start(ranks: int, *flags: str) -> Any:
-    """`fastclip train` on so many processes, which are under way."""
-    multiprocessing.set_forkserver_preload(["open_clip", "tests.train.test_fsdp_kill"])
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    return torch.multiprocessing.start_processes(
-        _rank, (ranks, port, flags), nprocs=ranks, join=False, start_method="forkserver"
-    )
-
-
-def _rank(rank: int, ranks: int, port: int, flags: tuple[str, ...]) -> None:
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in names.items()}
-    os.environ["MASTER_ADDR"] = "localhost"
-    torch.set_num_threads(1)
-    assert main(["train", *flags]) == 0
-
-
-def finish(ranks: int, *flags: str) -> None:
-    under_way = start(ranks, *flags)
-    while not under_way.join():
-        pass
-
-
-def kill_when(under_way: Any, reached: Callable[[], bool]) -> None:
-    """Kill all ranks at once."""
-    end = time.monotonic() + 200
-    while not reached():
-        assert all(process.is_alive() for process in under_way.processes)
-        assert time.monotonic() < end
-        time.sleep(0.001)
-    for process in under_way.processes:
-        os.kill(process.pid, signal.SIGKILL)
-    with contextlib.suppress(torch.multiprocessing.ProcessExitedException):
-        while not under_way.join():
-            pass
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -82,9 +36,10 @@ def test_killed_equals_uninterrupted(
     # under torch's launcher, whose exit status counts
     torchrun(*flags, "--name", "whole")
     run = logs / "killed"
-    kill_when(start(2, *flags, "--name", "killed"), lambda: last_step(run) >= KILLED_AT)
+    ranks = start_ranks(2, main, ["train", *flags, "--name", "killed"])
+    kill_when(ranks, lambda: last_step(run) >= KILLED_AT)
     assert last_step(run) < STEPS
-    finish(2, *flags, "--name", "killed", "--resume", "latest")
+    train_pair(*flags, "--name", "killed", "--resume", "latest")
     lines = [
         [
             (line["step"], line["loss"], line["grad_norm"])
@@ -116,7 +71,8 @@ def check_what_a_user_does_next(run: Path, folder: Path, flags: list[str]) -> No
     exported = checkpoint.read_weights(folder / "out.pt")
     assert all(torch.equal(exported[name], weights[name]) for name in weights)
     middle = run / "checkpoints" / "step_00000016"
-    finish(1, *flags, "--batch-size", "16", "--name", "alone", "--resume", str(middle))
+    alone = ["--batch-size", "16", "--name", "alone", "--resume", str(middle)]
+    finish([start_command("train", *flags, *alone)])
     ours = [line["loss"] for line in read_metrics(folder / "logs" / "alone") if "loss" in line]
     theirs = [line["loss"] for line in read_metrics(run) if "loss" in line][16:]
     # patch dropout draws other numbers for other ranks

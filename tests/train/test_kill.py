@@ -1,16 +1,19 @@
 """kill -9 at random steps and while a checkpoint is written, then resume: the same bits."""
 
 import json
+import os
 import random
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from fastclip.atomic import PARTIAL_SUFFIX
 from fastclip.models import checkpoint
+from tests.processes import ROOT, Forked
 from tests.train.test_loop import identical
 
 # by loader processes
@@ -18,7 +21,7 @@ KILLS = {0: 2, 2: 4}
 ATTEMPTS = 6
 STEPS = 200
 
-Start = Callable[..., subprocess.Popen[str]]
+Start = Callable[..., Forked]
 
 
 def last_step(run: Path) -> int:
@@ -27,18 +30,24 @@ def last_step(run: Path) -> int:
     return len(lines)
 
 
-def kill_when(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
+def kill_when(ranks: Sequence[Forked], condition: Callable[[], bool]) -> None:
+    """Kill all ranks of a run at once."""
     deadline = time.monotonic() + 300
     while not condition():
-        if process.poll() is not None:
-            pytest.fail(f"the run ended before it was killed: {process.communicate()[1][-2000:]}")
-        if time.monotonic() > deadline:
-            process.kill()
-            pytest.fail("the run never came to the point where it should be killed")
+        ended = [rank for rank in ranks if rank.poll() is not None]
+        late = time.monotonic() > deadline
+        if ended or late:
+            for rank in ranks:
+                rank.kill()
+            said = "".join(rank.communicate()[1] for rank in ranks)
+            reason = "never came to the point where it should be killed" if late else "ended before"
+            pytest.fail(f"the run {reason}: {said[-2000:]}")
         # fine enough to hit the writing of a checkpoint, which takes some milliseconds
         time.sleep(0.0005)
-    process.kill()
-    process.wait()
+    for rank in ranks:
+        rank.kill()
+    for rank in ranks:
+        rank.wait()
 
 
 @pytest.mark.slow
@@ -54,25 +63,32 @@ def test_killed_equals_uninterrupted(
     assert whole.returncode == 0, errors[-2000:]
 
     run = logs / "killed"
+    resume = ["--name", "killed", "--resume", "latest"]
     rng = random.Random(workers)
     # increasing, so that each kill hits new ground
     points = sorted(rng.sample(range(10, STEPS // 2), KILLS[workers]))
     for number, point in enumerate(points):
-        resume = ["--resume", "latest"] if number else []
-        process = start_training(*flags, "--name", "killed", *resume)
-        kill_when(process, lambda point=point: last_step(run) >= point)
+        process = start_training(*flags, *(resume if number else resume[:2]))
+        kill_when([process], lambda point=point: last_step(run) >= point)
         assert last_step(run) < STEPS
     # and one while a checkpoint is being written; the writer may just finish, so try some times
     partial = f"step_*.pt{PARTIAL_SUFFIX}"
     for _ in range(ATTEMPTS):
-        process = start_training(*flags, "--name", "killed", "--resume", "latest")
-        kill_when(process, lambda: any((run / "checkpoints").glob(partial)))
+        process = start_training(*flags, *resume)
+        kill_when([process], lambda: any((run / "checkpoints").glob(partial)))
         torn = list((run / "checkpoints").glob(partial))
         if torn:
             break
-    final = start_training(*flags, "--name", "killed", "--resume", "latest")
-    _, errors = final.communicate(timeout=300)
-    assert final.returncode == 0, errors[-2000:]
+    # in a new interpreter, whose sets have other orders
+    final = subprocess.run(
+        [sys.executable, "-m", "fastclip.cli", "train", *flags, *resume],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert final.returncode == 0, final.stderr[-2000:]
     assert torn, "no kill hit a checkpoint in writing"
 
     for name in ("epoch_1.pt", "epoch_2.pt", "step_00000196.pt"):

@@ -1,8 +1,7 @@
-"""ZeRO under DeepSpeed's launcher: DDP's loss curve, and kill -9 of all ranks up to twice."""
+"""ZeRO, once under DeepSpeed's launcher: DDP's losses, and kill -9 of all ranks up to twice."""
 
 import os
 import random
-import signal
 import socket
 import subprocess
 import sys
@@ -15,8 +14,7 @@ from torch import Tensor
 from fastclip.cli import main
 from fastclip.models import checkpoint, sharded
 from fastclip.train.log import read_metrics
-from tests.train.conftest import ROOT
-from tests.train.test_ddp import torchrun
+from tests.processes import ROOT, finish, start_command, start_ranks, train_pair
 from tests.train.test_kill import kill_when, last_step
 
 # by stage: what is killed and resumed is the same code, so one stage is killed most; stage 1 saves
@@ -25,36 +23,22 @@ KILLS = {2: 2, 3: 1}
 STEPS = 30
 
 
-class Launched(subprocess.Popen):  # type: ignore[type-arg]
-    """A launcher and its ranks, which die together."""
-
-    def kill(self) -> None:
-        os.killpg(self.pid, signal.SIGKILL)
-
-
-def launch(*flags: str) -> Launched:
+def launch(*flags: str) -> None:
     """`fastclip train` on two ranks, with the README's command."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2"]
     command += ["--master_port", str(port), "--module", "fastclip.cli", "train", *flags]
-    return Launched(
+    done = subprocess.run(
         command,
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
-        start_new_session=True,
+        timeout=300,
     )
-
-
-def finish(process: Launched) -> str:
-    """Wait for the end; what was written on standard error."""
-    output, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, (output + errors)[-4000:]
-    return errors
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
 
 
 def by_parameter(path: Path, target: Path) -> dict[str, Tensor]:
@@ -85,10 +69,11 @@ def test_killed_equals_uninterrupted(
     logs = tmp_path / "logs"
     flags = [*train_flags, "--train-num-samples", "240", "--log-sample-ids"]
     if not plain_losses:
-        torchrun(*flags, "--name", "plain")
+        train_pair(*flags, "--name", "plain")
         plain_losses["plain"] = [line["loss"] for line in read_metrics(logs / "plain")]
     flags += ["--save-every-steps", "4", "--deepspeed", "--deepspeed_config", f"ds_zero{stage}"]
-    finish(launch(*flags, "--name", "whole"))
+    # the launcher does the same for every stage
+    (launch if stage == 2 else train_pair)(*flags, "--name", "whole")
     losses = [line["loss"] for line in read_metrics(logs / "whole")]
     assert len(losses) == STEPS
     assert losses == pytest.approx(plain_losses["plain"], rel=1e-5)
@@ -97,11 +82,10 @@ def test_killed_equals_uninterrupted(
     points = sorted(random.Random(stage).sample(range(6, STEPS - 4), KILLS[stage]))
     resume: list[str] = []
     for point in points:
-        process = launch(*flags, "--name", "killed", *resume)
-        kill_when(process, lambda point=point: last_step(run) >= point)
-        process.communicate()
+        ranks = start_ranks(2, main, ["train", *flags, "--name", "killed", *resume])
+        kill_when(ranks, lambda point=point: last_step(run) >= point)
         resume = ["--resume", "latest", "--trust-checkpoint"]
-    errors = finish(launch(*flags, "--name", "killed", *resume))
+    errors = train_pair(*flags, "--name", "killed", *resume)
     assert "resuming" in errors
     assert (run / "samples.jsonl").read_text() == (logs / "whole" / "samples.jsonl").read_text()
     lines = [
@@ -124,34 +108,20 @@ def test_killed_equals_uninterrupted(
 
 def check_what_a_user_does_next(run: Path, folder: Path, flags: list[str]) -> None:
     """Pickles are not read unasked; weights go out; one process resumes."""
-    command = [sys.executable, "-m", "fastclip.cli"]
-
-    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*command, *arguments],
-            cwd=ROOT,
-            env={**os.environ, "DS_ACCELERATOR": "cpu"},
-            capture_output=True,
-            text=True,
-            timeout=200,
-        )
-
     latest = checkpoint.find_latest(run / "checkpoints")
     assert latest == run / "checkpoints" / "epoch_2"
     middle = run / "checkpoints" / "step_00000028"
-    refused = call("train", *flags, "--name", "x", "--resume", str(middle))
-    assert refused.returncode == 1 and "add --trust-checkpoint" in refused.stderr
-    alone = call(
-        *("train", *flags, "--batch-size", "16", "--name", "alone", "--workers", "0"),
-        *("--resume", str(middle), "--trust-checkpoint"),
-    )
-    assert alone.returncode == 0, alone.stderr[-3000:]
+    refused = start_command("train", *flags, "--name", "x", "--resume", str(middle))
+    _, errors = refused.communicate(timeout=200)
+    assert refused.returncode == 1 and "add --trust-checkpoint" in errors
+    alone = ("--batch-size", "16", "--name", "alone", "--workers", "0", "--resume", str(middle))
+    finish([start_command("train", *flags, *alone, "--trust-checkpoint")])
     ours = [line["loss"] for line in read_metrics(folder / "logs" / "alone")]
     theirs = [line["loss"] for line in read_metrics(run)][28:]
     # patch dropout draws other numbers for other ranks
     assert len(ours) == 2 and ours == pytest.approx(theirs, rel=0.2)
 
-    assert call("convert", "to-open-clip", str(run), str(folder / "no.pt")).returncode == 1
+    assert main(["convert", "to-open-clip", str(run), str(folder / "no.pt")]) == 1
     assert (
         main(["convert", "to-open-clip", str(run), str(folder / "out.pt"), "--trust-checkpoint"])
         == 0
