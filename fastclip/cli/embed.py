@@ -28,18 +28,18 @@ from fastclip.models.clip import Model
 class EmbedConfig(ModelFlags):
     """Write normalized features, one row per image or text, in the order of the data.
 
-    Or write them into copies of shards, for --distill-shards of `fastclip train`.
+    Or write features into copies of shards, for --distill-shards of `fastclip train`.
     """
 
     kind: Annotated[Literal["images", "texts", "shards"], tyro.conf.Positional]
-    """Type of the data; shards: features of image and caption of each sample, for distillation."""
+    """Type of the data. For shards, features of each sample's image and caption are written."""
     data: Annotated[str, tyro.conf.Positional]
     """Images: as --train-data of `fastclip train`, or a folder of images. Texts: a UTF-8 file, one
     text per line. Shards: as --train-data."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """The .npy file, (rows, width) float32; of shards a folder for copies that also hold
-    KEY.teacher_image.npy and KEY.teacher_text.npy, (width,) float16. After an interruption the same
-    command resumes."""
+    """Images, texts: the .npy file, (rows, width) float32. Shards: the folder for their copies,
+    which also hold KEY.teacher_image.npy and KEY.teacher_text.npy, (width,) float16. After an
+    interruption, the same command resumes."""
     batch_size: int = 256
     """Images or texts per batch."""
     workers: int = 2

@@ -25,16 +25,17 @@ class Asked:
     """Flags of a paper's question, asked in miniature."""
 
     data: Annotated[Path | None, tyro.conf.Positional] = None
-    """Folder that `fastclip convert cifar10` wrote. captions and uniclip do without: their collages
-    are then made of drawn shapes instead of photographs."""
+    """Folder that `fastclip convert cifar10` wrote. captions and uniclip can do without it: their
+    collages are then made of drawn shapes instead of photographs."""
     quick: bool = False
-    """One seed and a quarter of the training: takes minutes, but has no spread and no verdicts."""
+    """One seed and a quarter of the training: takes minutes, gives neither spread nor verdicts."""
     seeds: int | None = None
     """Runs per arm; by default as many as the study was designed for."""
     first_seed: int = 0
-    """Seed of the first of them, e.g. for a pilot with other seeds."""
+    """Seed of the first run of each arm, e.g. 100 for a pilot with other seeds."""
     only: tuple[str, ...] = ()
-    """Arms to train, by the labels in the table; by default all. What lacks an arm isn't judged."""
+    """Arms to train, by the labels in the report's table; by default all. A comparison with an arm
+    that is not trained gets no verdict."""
     jobs: int = 1
     """Parallel runs; on two cores, two small ones are a quarter faster than one by one."""
     output: Path | None = None

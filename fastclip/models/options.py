@@ -90,7 +90,7 @@ class SystemOptions:
     there are then no strong views. By default strong views are assigned to those of the other
     modality."""
     prototypes_frozen_steps: int = flag(0, defines_run=True)
-    """With --prototypes: number of first steps of a run in which the prototypes are not updated."""
+    """With --prototypes: number of steps at the start of a run in which they are not updated."""
     extra_weight: float | None = flag(None, defines_run=True, heading="loss")
     """Weight of the term that is added to the CLIP loss; by default as in the paper: 0.2 for
     swalip, 1 for the others."""

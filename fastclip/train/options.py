@@ -63,20 +63,20 @@ class TrainingDataOptions(DataOptions):
     aug_flip: float | None = flag(None, defines_run=True)
     """Probability of a horizontal flip; overrides --augment."""
     aug_blur: float | None = flag(None, defines_run=True)
-    """Probability of a blur in every view that is strong, by default 0.5. It reaches up to 2 pixels
-    of the model's input, which hides small images: give 0 for inputs far below 224."""
+    """Probability of a blur in every strong view, by default 0.5. The blur reaches up to 2 pixels
+    of the model's input, which hides what small images show: give 0 for inputs far below 224."""
     sentence_sampling: bool = flag(False, defines_run=True)
     """Train on a random part of a caption's sentences, in their order."""
     text_augment: Literal["none", "weak", "strong"] = flag("none", defines_run=True)
-    """weak: stop-words removed, often. strong: then a synonym, a swap or a deletion as well. The
-    strong views of --objective have --strong-text-augment."""
+    """weak: stop words are often removed. strong: then a synonym, a swap or a deletion as well. For
+    the strong views of --objective, set --strong-text-augment."""
     strong_text_augment: Literal["none", "weak", "strong"] | None = flag(None, defines_run=True)
-    """As --text-augment, for the texts of the strong views of --objective; strong by default. Give
-    none where a word more or less makes a caption false, e.g. class names in a template."""
+    """As --text-augment, for the texts of the strong views of --objective; by default strong. Give
+    none if a single word decides what a caption says, e.g. for class names in a template."""
     stop_word_rate: float = flag(0.8, defines_run=True)
-    """Share of the texts with such an augmentation from which stop-words are removed."""
+    """Share of the augmented texts from which stop words are removed."""
     clean_captions: bool = flag(False, defines_run=True)
-    """Resolve HTML's entities and collapse white space before a text is augmented."""
+    """Resolve HTML entities and collapse white space before a text is augmented."""
     caption_views: Literal["single", "multi"] = flag("single", defines_run=True)
     """single: all of a sample's texts in a step are augmentations of one caption. multi: each is of
     a caption drawn for it, where a sample has several."""
@@ -307,8 +307,8 @@ class LossOptions:
     sample, KEY.teacher_image.npy and KEY.teacher_text.npy, as `fastclip embed shards` writes
     them."""
     distill_logit_scale: float | None = flag(None, defines_run=True)
-    """With --distill-embeddings and --distill-shards: the teacher's logit scale, exponentiated,
-    e.g. 100."""
+    """With --distill-embeddings or --distill-shards: the teacher's logit scale, exponentiated, e.g.
+    100."""
     distill_weight: float = flag(1.0, defines_run=True)
     """Weight of the distillation term, which is added to the contrastive one."""
     siglip: bool = flag(False, defines_run=True)
@@ -445,8 +445,8 @@ class CheckpointOptions:
     """Saving and resuming."""
 
     resume: str | None = flag(None, defines_run=False, inherited=False)
-    """"latest" (of the run called --name), a run directory, or a checkpoint. Flags that are not
-    given are as in that run."""
+    """"latest" (of the run called --name), a run directory, or a checkpoint. Flags that you leave
+    out have the values of that run."""
     # a run directory may come from elsewhere: it does not vouch for itself
     trust_checkpoint: bool = flag(False, defines_run=False, inherited=False)
     """Resume from DeepSpeed's files, which are pickles: they can run any code when loaded."""

@@ -16,7 +16,7 @@ from fastclip.screen import on_screen
 class Table:
     """Print results as a Markdown table: a row per model, a column per data set and metric.
 
-    One that is wider than 80 columns becomes several.
+    A table wider than 80 columns is split into several.
     """
 
     files: Annotated[tuple[Path, ...], tyro.conf.Positional]
