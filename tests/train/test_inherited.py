@@ -137,11 +137,11 @@ def test_a_mistyped_name_begins_no_run(
 ) -> None:
     """It would train another model on the embedded data, which nobody asked for."""
     run = train(parse([*flags, "--name", "first", "--epochs", "1"]))
-    place = ["--logs", str(run.parent), "--resume", "latest", "--name", "firs"]
+    place = ["--logs", str(run.parent), "--resume", "latest", "--name", "firxt"]
     assert main(["train", *place, "--epochs", "2"]) == 1
     says = capsys.readouterr().err
-    assert f"there is no run {run.parent}/firs (there is first); check --name" in says
-    assert not (run.parent / "firs").exists()
+    assert f"there is no run {run.parent}/firxt (there is first); check --name" in says
+    assert not (run.parent / "firxt").exists()
 
 
 def test_a_run_of_before_its_first_checkpoint_begins_anew_as_it_was(flags: list[str]) -> None:
