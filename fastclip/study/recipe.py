@@ -12,7 +12,7 @@ from fastclip.study.question import Arm, Contrast, Question, Settings
 from fastclip.study.runs import Judge
 from fastclip.study.verdict import Design
 
-EPOCHS = 10
+EPOCHS = 5
 _COMMON = (
     *("--model", "RN10t-64", "--batch-size", "128", "--lr", "2e-3", "--wd", "0.1"),
     *("--warmup", "50", "--grad-clip-norm", "1", "--workers", "1", "--aug-scale", "0.5", "1"),

@@ -11,7 +11,7 @@ from fastclip.study.collages import judge_collages, training_data
 from fastclip.study.question import Arm, Contrast, Question, Settings
 from fastclip.study.verdict import Design
 
-STEPS, BATCH = 600, 64
+STEPS, BATCH = 500, 64
 _COMMON = (
     *("--model", "RN10t-64", "--batch-size", str(BATCH), "--lr", "2e-3", "--wd", "0.1"),
     *("--warmup", "50", "--grad-clip-norm", "1", "--workers", "1", "--epochs", "1"),
