@@ -152,5 +152,6 @@ def is_strong(score: float, chance: float, best: float) -> bool:
 
 
 def _points(mean: float, half: float) -> str:
-    spread = f" ± {100 * half:.1f}" if math.isfinite(half) else ", one seed"
-    return f"{100 * mean:+.1f}{spread} points"
+    if math.isinf(half):
+        return f"{100 * mean:+.1f} points with one seed"
+    return f"{100 * mean:+.1f} ± {100 * half:.1f} points"
