@@ -5,6 +5,7 @@ and place; composition is asked of seen pairs and of the others.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
@@ -18,12 +19,11 @@ from fastclip.study.collages import (
     composition,
     composition_cases,
     open_collages,
-    recalls,
     training_data,
 )
 from fastclip.study.language_model import BATCH, teach
 from fastclip.study.question import Arm, Contrast, Question, Settings
-from fastclip.study.runs import Judge, Scores
+from fastclip.study.runs import Judge, Scores, first_rows, recalls
 from fastclip.study.verdict import Design
 
 SAMPLES, LATER_SAMPLES = 32_000, 9600
@@ -110,17 +110,22 @@ def _judge(settings: Settings) -> Judge:
         model = load(path)
         scores: dict[str, float] = {}
         chance: dict[str, float] = {}
-        for split, name in (("val", "composition"), ("compositional", "held_out")):
-            images = embed_images(model, open_collages(data, split, COMPOSED))
+        qualities = ("short", "dense")
+        test = embed_images(model, open_collages(data, "val", COMPOSED, qualities))
+        further = embed_images(model, open_collages(data, "compositional", COMPOSED))
+        for split, name, images in (
+            ("val", "composition", test),
+            ("compositional", "held_out", further),
+        ):
             texts, cases = composition_cases(data, split)
             by_kind = composition(images.features, embed_texts(model, texts), cases)
             scores |= {f"{name}_{kind}": share for kind, share in by_kind.items()}
             # a noun that is in no photograph takes no composition to be recognized
             scores[name] = mean(share for kind, share in by_kind.items() if kind != "noun")
             chance[name] = 0.5
-        for quality in ("dense", "short"):
-            images = embed_images(model, open_collages(data, "val", COLLAGES, (quality,)))
-            found, guessed = recalls(model, images, 1)
+        first = first_rows(test, COLLAGES)
+        for quality, own in zip(qualities, zip(*first.texts, strict=True), strict=True):
+            found, guessed = recalls(model, replace(first, texts=[(text,) for text in own]), 1)
             scores[f"{quality}_recall"] = found["text_to_image"]
             chance[f"{quality}_recall"] = guessed["text_to_image"]
         return scores, chance

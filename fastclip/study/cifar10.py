@@ -7,10 +7,11 @@ from pathlib import Path
 
 from fastclip.data.options import DataOptions
 from fastclip.data.sources import open_source
-from fastclip.evaluate.features import embed_images
+from fastclip.evaluate.features import ImageFeatures, embed_images
 from fastclip.evaluate.interpolation import has_two_heads, weigh_heads
 from fastclip.evaluate.zeroshot import classes_of, evaluate_zeroshot
 from fastclip.models.build import load
+from fastclip.models.clip import Model
 from fastclip.study.report import Row, write
 from fastclip.study.runs import Scores, first_rows, run, steady_speed, training_seconds
 from fastclip.train.config import parse
@@ -19,6 +20,7 @@ COLUMNS = {"accuracy": "zero-shot", "head_weight": "weak head's weight"}
 RECIPES = {"CLIP": "cifar10", "CLIP-Rocket": "cifar10_rocket", "UniCLIP": "cifar10_uniclip"}
 # of the images not trained on: the heads' weight is chosen on these, and no score is theirs
 HELD_OUT = 1000
+TEST = "val-00000.tar"
 TRIAL_STEPS = 12
 IMAGES = 45_000
 
@@ -82,22 +84,31 @@ def shards_of(data: Path | None) -> Path:
     return data
 
 
-def judge(path: Path, data: Path) -> Scores:
-    """A run's zero-shot accuracy on all but the first images; those weigh two heads.
+def prompts_of(data: Path) -> tuple[list[str], list[str]]:
+    """Class names and templates.
 
     Raises:
         ValueError: there are no class names beside the data.
     """
-    test = str(data / "val-00000.tar")
-    prompts = classes_of(test)
+    prompts = classes_of(str(data / TEST))
     if prompts is None:
         raise ValueError(f"{data} has no classes.txt; make it with `fastclip convert cifar10`")
-    model = load(path)
-    images = embed_images(model, open_source(test, DataOptions(), split="val"))
+    return prompts
+
+
+def embed_test(model: Model, data: Path) -> tuple[ImageFeatures, ImageFeatures]:
+    """The images that no score is of, and those that are scored."""
+    images = embed_images(model, open_source(str(data / TEST), DataOptions(), split="val"))
     rest = first_rows(images, len(images.keys) - HELD_OUT, start=HELD_OUT)
+    return first_rows(images, HELD_OUT), rest
+
+
+def judge(path: Path, data: Path) -> Scores:
+    """A run's zero-shot accuracy on all but the first images; those weigh two heads."""
+    prompts, model = prompts_of(data), load(path)
+    held_out, rest = embed_test(model, data)
     scores = {}
     if has_two_heads(model):
-        held_out = first_rows(images, HELD_OUT)
         rest, scores["head_weight"] = weigh_heads(model, held_out, rest, *prompts)
     scores["accuracy"] = evaluate_zeroshot(model, rest, *prompts)["acc1"]
     return scores, {"accuracy": 0.1}

@@ -17,15 +17,12 @@ from fastclip.data.collages import (
 from fastclip.data.options import DataOptions
 from fastclip.data.order import hash64
 from fastclip.data.samples import Source
-from fastclip.data.scenes import SHAPES
-from fastclip.data.sources import open_source
+from fastclip.data.sources import collage_classes, open_source
 from fastclip.data.text_augment import article_before
-from fastclip.evaluate.features import ImageFeatures, embed_images, embed_texts
-from fastclip.evaluate.retrieval import caption_pairs, chance_of_recall, retrieval_metrics
-from fastclip.evaluate.zeroshot import classes_of, evaluate_zeroshot
+from fastclip.evaluate.features import embed_images
+from fastclip.evaluate.zeroshot import evaluate_zeroshot
 from fastclip.models.build import load
-from fastclip.models.clip import Model
-from fastclip.study.runs import Judge, Scores
+from fastclip.study.runs import Judge, Scores, recalls
 
 COLLAGES = 1000
 # of which composition is asked: some 2,000 cases, a standard error of about one point
@@ -42,21 +39,13 @@ def training_data(data: Path | None) -> tuple[str, str]:
     return ("--train-data", _named(data))
 
 
-def classes_of_collages(data: Path | None) -> Sequence[str]:
+def classes_of_collages(data: Path | None) -> list[str]:
     """Names of the classes of the photographs, or of the shapes.
 
     Args:
         data: see `training_data`.
-
-    Raises:
-        ValueError: there are no class names beside the photographs.
     """
-    if data is None:
-        return SHAPES
-    prompts = classes_of(str(data / _SHARDS))
-    if prompts is None:
-        raise ValueError(f"{data} has no classes.txt; make it with `fastclip convert cifar10`")
-    return prompts[0]
+    return collage_classes(_named(data))
 
 
 def open_collages(
@@ -104,21 +93,6 @@ def judge_collages(data: Path | None) -> Judge:
         return scores | recall, chance | guessed
 
     return judge
-
-
-def recalls(model: Model, images: ImageFeatures, k: int) -> Scores:
-    """image_to_text and text_to_image, recall@k, and what guessing would score."""
-    texts, pairs = caption_pairs(images.texts)
-    found = retrieval_metrics(images.features, embed_texts(model, texts), pairs, (k,))
-    scores = {
-        "image_to_text": found[f"text_retrieval_recall@{k}"],
-        "text_to_image": found[f"image_retrieval_recall@{k}"],
-    }
-    chance = {
-        "image_to_text": chance_of_recall(pairs[:, 0].bincount(), len(texts), k),
-        "text_to_image": chance_of_recall(pairs[:, 1].bincount(), len(images.texts), k),
-    }
-    return scores, chance
 
 
 def composition_cases(

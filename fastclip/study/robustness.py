@@ -14,7 +14,7 @@ from statistics import mean
 
 from fastclip.data.corrupt import corrupt_shards
 from fastclip.data.options import DataOptions
-from fastclip.data.sources import FirstSamples, open_source
+from fastclip.data.sources import open_source
 from fastclip.evaluate.effective_robustness import (
     bootstrap_lines,
     clopper_pearson,
@@ -23,14 +23,14 @@ from fastclip.evaluate.effective_robustness import (
 )
 from fastclip.evaluate.features import embed_images
 from fastclip.evaluate.robustness_plot import plot_robustness
-from fastclip.evaluate.zeroshot import classes_of, evaluate_zeroshot
+from fastclip.evaluate.zeroshot import evaluate_zeroshot
 from fastclip.models.build import load
 from fastclip.models.clip import Model
 from fastclip.models.simclr import SimCLR
-from fastclip.study.cifar10 import HELD_OUT, shards_of
+from fastclip.study.cifar10 import TEST, embed_test, prompts_of, shards_of
 from fastclip.study.question import Arm, Contrast, Question, Settings
 from fastclip.study.report import Row
-from fastclip.study.runs import Judge, Outcome, Scores, first_rows
+from fastclip.study.runs import Judge, Outcome, Scores
 from fastclip.study.verdict import Answer, Design
 
 # ImageNet-C's families; the first two are in the diverse distribution
@@ -89,7 +89,7 @@ def _prepare(settings: Settings) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for shard, kind in zip(("train-00002", "train-00003"), TRAINED_KINDS, strict=True):
         _corrupt(str(data / f"{shard}.tar"), folder / "train", (kind,))
-    _corrupt(str(data / "val-00000.tar"), folder / "test", SHIFTS, PHOTOS)
+    _corrupt(str(data / TEST), folder / "test", SHIFTS, PHOTOS)
 
 
 def _corrupt(shard: str, folder: Path, kinds: Sequence[str], number: int | None = None) -> None:
@@ -156,16 +156,11 @@ def score(model: Model, data: Path, shifted: Path) -> dict[str, float]:
     """Accuracy on photographs as they are, under each shift, and the mean over the shifts."""
     if isinstance(model.model, SimCLR):
         return {}
-    test = str(data / "val-00000.tar")
-    prompts = classes_of(test)
-    if prompts is None:
-        raise ValueError(f"{data} has no classes.txt; make it with `fastclip convert cifar10`")
-    images = embed_images(model, open_source(test, DataOptions(), split="val"))
-    rest = first_rows(images, len(images.keys) - HELD_OUT, start=HELD_OUT)
+    prompts, (_, rest) = prompts_of(data), embed_test(model, data)
     scores = {"accuracy": evaluate_zeroshot(model, rest, *prompts)["acc1"]}
     for kind in SHIFTS:
         source = open_source(str(shifted / f"{kind}-{SEVERITY}.tar"), DataOptions(), split="val")
-        found = embed_images(model, FirstSamples(source, PHOTOS))
+        found = embed_images(model, source)
         scores[kind] = evaluate_zeroshot(model, found, *prompts)["acc1"]
     scores["shifted"] = mean(scores[kind] for kind in SHIFTS)
     return scores

@@ -21,13 +21,14 @@ from fastclip.atomic import create, write_text
 from fastclip.bounded import read_object
 from fastclip.data.scenes import CLASSES, TEMPLATES
 from fastclip.data.sources import SceneSource
-from fastclip.evaluate.features import ImageFeatures, embed_images
+from fastclip.evaluate.features import ImageFeatures, embed_images, embed_texts
 from fastclip.evaluate.interpolation import has_two_heads, weigh_heads
-from fastclip.evaluate.retrieval import caption_pairs, chance_of_recall, evaluate_retrieval
+from fastclip.evaluate.retrieval import caption_pairs, chance_of_recall, retrieval_metrics
 from fastclip.evaluate.zeroshot import evaluate_zeroshot
 from fastclip.messages import filled
 from fastclip.models.build import load
 from fastclip.models.classifier import Classifier
+from fastclip.models.clip import Model
 from fastclip.models.simclr import SimCLR
 from fastclip.train.log import read_metrics
 
@@ -203,9 +204,8 @@ def _steps(run: Path) -> list[dict[str, Any]]:
 
 
 def judge_scenes(path: Path, quality: str = "short") -> Scores:
-    """A run's scores on 1000 held-out scenes, and what guessing would score.
+    """A run's scores on 1000 held-out scenes with captions of a quality, and those of guessing.
 
-    Captions are of the quality;
     accuracy is zero-shot's (a classifier's own); image_to_text and text_to_image are recall@5.
     Where there are weak and strong heads, their weight is chosen on 1000 further scenes.
     """
@@ -224,12 +224,22 @@ def judge_scenes(path: Path, quality: str = "short") -> Scores:
     if has_two_heads(model):
         test, scores["head_weight"] = weigh_heads(model, held_out, test, *prompts)
     scores["accuracy"] = evaluate_zeroshot(model, test, *prompts)["acc1"]
-    found = evaluate_retrieval(model, test, k=(5,))
-    scores["image_to_text"] = found["text_retrieval_recall@5"]
-    scores["text_to_image"] = found["image_retrieval_recall@5"]
-    texts, pairs = caption_pairs(test.texts)
-    chance["image_to_text"] = chance_of_recall(pairs[:, 0].bincount(), len(texts), 5)
-    chance["text_to_image"] = chance_of_recall(pairs[:, 1].bincount(), SCENES, 5)
+    found, guessed = recalls(model, test, 5)
+    return scores | found, chance | guessed
+
+
+def recalls(model: Model, images: ImageFeatures, k: int) -> Scores:
+    """image_to_text and text_to_image, recall@k, and what guessing would score."""
+    texts, pairs = caption_pairs(images.texts)
+    found = retrieval_metrics(images.features, embed_texts(model, texts), pairs, (k,))
+    scores = {
+        "image_to_text": found[f"text_retrieval_recall@{k}"],
+        "text_to_image": found[f"image_retrieval_recall@{k}"],
+    }
+    chance = {
+        "image_to_text": chance_of_recall(pairs[:, 0].bincount(), len(texts), k),
+        "text_to_image": chance_of_recall(pairs[:, 1].bincount(), len(images.texts), k),
+    }
     return scores, chance
 
 
