@@ -313,8 +313,8 @@ def info_nce_loss(
         keys: (M, D), normalized; further keys are extra negatives.
         logit_scale: 0-d or (1,) tensor, or a number: the inverse temperature.
         positive_index: (N,) integers in [0, M), the queries' positives; may repeat. None: query
-            i's is key i. Values are not checked on the host; out of range is undefined. Over
-            several processes they count this process's keys.
+            i's is key i. On a GPU, values out of range are not found out, and what they give is
+            undefined. Over several processes they count this process's keys.
         bank: (K, D), further negatives without gradient (a memory bank).
         in_batch: whether other queries' keys are negatives; False only with a bank.
         row_group, column_group: (N,) and (M,) integer ids, with a bank (M + K,), of all processes,

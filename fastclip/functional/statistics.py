@@ -45,8 +45,8 @@ def similarity_statistics(
         columns: (M, D), normalized; column i belongs to row i, further ones are negatives.
         logit_scale: 0-d or (1,) tensor, or a number: the inverse temperature.
         column_statistics: whether columns have statistics too; needs M >= N.
-        positive_index: (N,) integers in [0, M), the rows' positives, not checked on the host; only
-            without column_statistics and groups.
+        positive_index: (N,) integers in [0, M), the rows' positives; on a GPU, values out of range
+            are not found out. Only without column_statistics and groups.
         row_group, column_group: (N,) and (M,) integer ids, both or neither; columns of a row's
             group other than its positive are left out.
         row_bias, column_bias: (N,) and (M,) floating point, added to S_ij by column j in the rows'

@@ -152,6 +152,27 @@ def check_ids(name: str, ids: Tensor, rows: int, device: torch.device) -> None:
         raise ValueError(f"{name} is on {ids.device}, the features on {device}")
 
 
+def check_index(name: str, index: Tensor, columns: int) -> None:
+    """Numbers of columns that there are; of a GPU's tensor that would take a wait, and goes unsaid.
+
+    Raises:
+        ValueError: one is out of range.
+    """
+    watched = (
+        type(index) is not Tensor
+        or torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+    if index.device.type != "cpu" or not index.numel() or watched:
+        return
+    least, most = (int(value) for value in index.aminmax())
+    if least < 0 or most >= columns:
+        raise ValueError(
+            f"{name} has {least if least < 0 else most}; give one of 0 to {columns - 1} for each "
+            "row, and leave out rows without a positive"
+        )
+
+
 def check_group_role(role: str) -> None:
     """Groups have a role that the losses know.
 
@@ -299,6 +320,7 @@ def check_positives(
         if column_statistics or row_group is not None or column_group is not None:
             raise ValueError("positive_index is for rows alone: no column_statistics, no groups")
         check_ids("positive_index", positive_index, n, x.device)
+        check_index("positive_index", positive_index, m)
         positive_index = positive_index.contiguous().long()
     if (row_group is None) != (column_group is None):
         raise ValueError("give both row_group and column_group, or neither")

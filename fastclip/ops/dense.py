@@ -25,8 +25,9 @@ from torch.distributed import ProcessGroup
 from fastclip import native
 from fastclip.kernels.dense_matrix import Matrix
 from fastclip.ops.backend import ENVIRONMENT_VARIABLE, unavailable_reason
+from fastclip.ops.checks import check_index
 from fastclip.ops.chunks import without
-from fastclip.ops.dense_step import Call, dense_loss
+from fastclip.ops.dense_step import Call, dense_loss, output
 from fastclip.ops.dense_sweeps import Call as SweepsCall
 from fastclip.ops.dense_sweeps import sweeps_loss
 
@@ -109,6 +110,7 @@ def pairs_loss(
     if positive_index is not None:
         if not _are_ids(positive_index, n, x):
             return None
+        check_index("positive_index", positive_index, m)
         index = positive_index.contiguous().long()
     elif row_group is not None or column_group is not None:
         if not (_are_ids(row_group, n, x) and _are_ids(column_group, m, x)):
@@ -126,7 +128,7 @@ def pairs_loss(
             options = {**addresses, "id_bytes": ids[0].itemsize}
         asked = n, m, *table.described, both, first, smoothing
         described = native.library().dense_pairs(*asked, **options)
-        accuracy = None if metrics is None else torch.empty(len(accuracies))
+        accuracy = None if metrics is None else output(len(accuracies))
         held = ids or (() if index is None else (index,))
         call = Call(
             described, request.reduction, _rounding(x, request), False, accuracy, held, bank
@@ -216,7 +218,7 @@ def blocks_loss(
     if way == "native":
         given = (entry for one in (of_scale, of_offset, of_weight) for entry in one.of_domains)
         described = native.library().dense_blocks(pairs, domains, *given)
-        accuracy = None if metrics is None else torch.empty(())
+        accuracy = None if metrics is None else output()
         call = Call(described, request.reduction, _rounding(first, request), True, accuracy)
         loss = dense_loss(call, *leaves, *features)
     else:
@@ -378,7 +380,7 @@ def _table(value: Tensor | float, domains: int, like: Tensor, way: str) -> _Tabl
 @functools.lru_cache(maxsize=8)
 def _filled(rows: tuple[tuple[float, ...], ...], device: torch.device) -> Tensor:
     """A table of numbers: a copy to a device once and not in every step."""
-    return torch.tensor(rows, device=device)
+    return torch.tensor(rows, dtype=torch.float32, device=device)
 
 
 def _matrix(like: Tensor, kind: str, scale: _Table, offset: _Table | None = None) -> Matrix:

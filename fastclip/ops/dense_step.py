@@ -48,7 +48,8 @@ class Call:
             for dtype in dtypes:
                 features = tuple(one.to(dtype) for one in features)
         rows = features[0] if len(features) == 1 else torch.cat(features)
-        return rows if rows.is_contiguous() else rows.contiguous()
+        # the library reads what lies in memory: a bit that negates it is nothing to it
+        return rows.resolve_neg().contiguous()
 
 
 class Dense(torch.autograd.Function):
@@ -68,8 +69,8 @@ class Dense(torch.autograd.Function):
             x_ND = call.operand(features[:1])
             y_MD = call.operand(features[1:] if call.bank is None else (features[1], call.bank))
         table = call.table
-        room = torch.empty(table.room)
-        loss = torch.empty(()) if call.reduction else torch.empty(table.anchors)
+        room = output(table.room)
+        loss = output() if call.reduction else output(table.anchors)
         n, width = x_ND.shape
         count_product(n, width, y_MD.shape[0])
         table.forward(
@@ -106,6 +107,11 @@ class Dense(torch.autograd.Function):
         return None, *once(found, inputs)
 
 
+def output(*shape: int) -> Tensor:
+    """Where the library writes: whatever torch's default dtype and device are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
 def _gradients(
     call: Call,
     room: Tensor,
@@ -116,20 +122,20 @@ def _gradients(
 ) -> list[Tensor | None]:
     """Those by the inputs; `room` is overwritten."""
     x_ND, y_MD = operands
-    upstream = upstream.contiguous()
+    upstream = upstream.resolve_neg().contiguous()
     n, width = x_ND.shape
     need_x = True in needs[2:] if call.is_symmetric else needs[2]
-    scale = torch.empty(inputs[0].shape) if needs[0] else None
-    offset = torch.empty(inputs[1].shape) if needs[1] else None
+    scale = output(*inputs[0].shape) if needs[0] else None
+    offset = output(*inputs[1].shape) if needs[1] else None
     dx, dy, own = None, None, 0
     if need_x:
         count_product(n, y_MD.shape[0], width)
-        dx = torch.empty(n, width)
+        dx = output(n, width)
     if not call.is_symmetric and needs[3]:
         # a bank's columns have none
         own = inputs[3].shape[0]
         count_product(own, n, width)
-        dy = torch.empty(own, width)
+        dy = output(own, width)
     call.table.backward(
         room.data_ptr(),
         x_ND.data_ptr(),
