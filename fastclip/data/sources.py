@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fastclip.data.collages.photos import Photographs, short_names
-from fastclip.data.collages.source import PHOTOS_KEY, CollageSource, parse_collages
+from fastclip.data.collages.source import PHOTOS_KEY, CollageSource
 from fastclip.data.folders import (
     FolderSource,
     TreeSource,
@@ -18,12 +18,13 @@ from fastclip.data.folders import (
     has_classes_alone,
     holds_image_folders,
 )
-from fastclip.data.generated import SceneSource, SyntheticSource, open_scenes
+from fastclip.data.generated import SyntheticSource, World
 from fastclip.data.index import Fault
 from fastclip.data.options import DataOptions, DatasetType
 from fastclip.data.regular import digest_of
 from fastclip.data.remote import ShardCache, is_remote
 from fastclip.data.samples import Sample, Source
+from fastclip.data.scenes.source import SceneSource
 from fastclip.data.scenes.world import SHAPES
 from fastclip.data.shards import ShardSource, expand_shards, refuse_commands
 from fastclip.data.tables import open_coco, open_csv
@@ -40,7 +41,7 @@ __all__ = [
     "shard_weights",
 ]
 
-# of scenes and of collages
+WORLDS: dict[DatasetType, type[World]] = {"scenes": SceneSource, "collages": CollageSource}
 DRAWN = {"train": 20_000, "val": 1000}
 SYNTHETIC = 1000
 
@@ -200,7 +201,7 @@ def open_source(
         kind = "imagefolder"
     if kind is None or (kind == "webdataset" and os.path.isdir(data)):
         raise ValueError(_unrecognized(data))
-    if options.captions and kind not in ("webdataset", "scenes", "collages"):
+    if options.captions and kind not in ("webdataset", *WORLDS):
         raise ValueError(
             f"--captions {options.captions}: only shards, scenes and collages have captions by "
             "name; leave it out, all captions of a table are used alike"
@@ -217,11 +218,8 @@ def open_source(
     sources: list[Source] = []
     for part in data.split("::"):
         number = count or DRAWN.get(split, DRAWN["val"])
-        if kind == "scenes":
-            captions = tuple(options.caption_weights)
-            sources.append(open_scenes(part, split, number, captions, negatives))
-        elif kind == "collages":
-            sources.append(_open_collages(part, options, split, number, negatives))
+        if kind in WORLDS:
+            sources.append(_open_world(part, kind, options, split, number, negatives))
         else:
             sources.append(_open_one(part, kind, options, split, count, required))
     classes = {tuple(source.classes) for source in sources if isinstance(source, FolderSource)}
@@ -315,15 +313,14 @@ def collage_classes(data: str) -> list[str]:
         >>> collage_classes("collages:objects=1")[:3]
         ['circle', 'square', 'triangle']
     """
-    photos = parse_collages(data).get(PHOTOS_KEY)
+    photos = CollageSource.parse(data).get(PHOTOS_KEY)
     return list(SHAPES) if photos is None else short_names(_photograph_classes(photos))
 
 
 def _guess_part(part: str) -> DatasetType | None:
-    if part == "scenes" or part.startswith("scenes:"):
-        return "scenes"
-    if part == "collages" or part.startswith("collages:"):
-        return "collages"
+    for name in WORLDS:
+        if part.partition(":")[0] == name:
+            return name
     if part == "synthetic":
         return "synthetic"
     path = Path(part).expanduser()
@@ -341,19 +338,17 @@ def _is_folder(part: str) -> bool:
     return os.path.isdir(os.path.expanduser(part))
 
 
-def _open_collages(
-    part: str, options: DataOptions, split: str, count: int, negatives: bool
-) -> CollageSource:
-    chosen = parse_collages(part)
-    return CollageSource(
-        open_photographs(chosen[PHOTOS_KEY], options) if PHOTOS_KEY in chosen else None,
-        chosen.get("split", split),
-        count,
-        int(chosen["objects"]) if "objects" in chosen else None,
-        chosen.get("caption", "short"),
-        tuple(options.caption_weights),
-        negatives,
-    )
+def _open_world(
+    part: str, kind: DatasetType, options: DataOptions, split: str, count: int, negatives: bool
+) -> SceneSource | CollageSource:
+    chosen = WORLDS[kind].parse(part)
+    split = chosen.get("split", split)
+    objects = int(chosen["objects"]) if "objects" in chosen else None
+    texts = chosen.get("caption", "short"), tuple(options.caption_weights), negatives
+    if kind == "scenes":
+        return SceneSource(split, count, objects, chosen.get("shift"), *texts)
+    photos = open_photographs(chosen[PHOTOS_KEY], options) if PHOTOS_KEY in chosen else None
+    return CollageSource(photos, split, count, objects, *texts)
 
 
 def _photograph_classes(data: str) -> list[str]:

@@ -40,13 +40,14 @@ def test_rows_are_saved_after_each_loss() -> None:
     assert [*saved[0], *saved[1]] == rows
 
 
-@pytest.mark.slow
 def test_a_ceiling_that_fails_is_left_out(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(ceilings, "product", _fails)
-    found = ceilings.ceilings("cpu", columns=4096, side=64)
+    monkeypatch.setattr(ceilings, "CHUNKS", (64, 96))
+    found = ceilings.ceilings("cpu", columns=128, side=64)
     assert found["product"] > 0 and found["copy"] > 0
+    assert [chunk["rows"] for chunk in found["chunks"]] == [64, 96] * len(ceilings.WIDTHS)
     assert all(chunk["dX"] is None and chunk["S"] > 0 for chunk in found["chunks"])
     assert "dX: out of memory" in capsys.readouterr().out
 

@@ -12,11 +12,11 @@ from PIL import Image
 
 from fastclip.data import dali
 from fastclip.data.augment import Augmentation, AugmentationParams
-from fastclip.data.generated import SceneSource
 from fastclip.data.jpeg import as_tensor, is_whole_jpeg
 from fastclip.data.loader import TrainingLoader
 from fastclip.data.order import Order
 from fastclip.data.shards import ShardSource
+from fastclip.data.sources import SceneSource
 from fastclip.data.training_samples import TrainingSamples
 from fastclip.data.views import replay
 

@@ -15,11 +15,11 @@ import torch
 from fastclip.data import scenes as S
 from fastclip.data.augment import Augmentation, AugmentationParams, draw_view
 from fastclip.data.captions import CaptionSampling
-from fastclip.data.generated import SceneSource
 from fastclip.data.labels import LabelSource
 from fastclip.data.order import Order, hash64
 from fastclip.data.scenes.meaning import SceneMeaning
 from fastclip.data.scenes.render import PALETTE_RGB, PLAIN_RGB
+from fastclip.data.sources import SceneSource
 from fastclip.data.text_augment import TextAugmentation
 from fastclip.data.training_samples import TrainingSamples
 from fastclip.data.views import replay

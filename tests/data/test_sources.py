@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastclip.data.generated import SCENE_PIXELS
 from fastclip.data.options import DataOptions
 from fastclip.data.order import Order, hash64
 from fastclip.data.samples import Source
 from fastclip.data.scenes import caption, class_index, render, sample_scene
+from fastclip.data.scenes.source import SCENE_PIXELS
 from fastclip.data.sources import guess_type, open_source, shard_weights
 from tests.conftest import jpeg
 

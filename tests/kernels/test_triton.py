@@ -82,25 +82,31 @@ def test_many_tiles(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "correlation, scale, bound", [(0.3, 14.3, 1e-4), (0.3, 100.0, 2e-3), (0.6, 100.0, 2e-3)]
+    "correlation, scale, dtype, bound",
+    [
+        (0.3, 14.3, torch.float32, 1e-4),
+        (0.3, 100.0, torch.float32, 2e-3),
+        (0.6, 100.0, torch.float32, 2e-3),
+        # a gradient that is bf16 itself has its own last rounding, whatever the scale
+        (0.3, 100.0, torch.bfloat16, 2.5e-3),
+    ],
 )
 @pytest.mark.parametrize("name", ["clip", "info_nce", "nt_xent", "siglip"])
 def test_precision_under_autocast(
-    name: str, correlation: float, scale: float, bound: float
+    name: str, correlation: float, scale: float, dtype: torch.dtype, bound: float
 ) -> None:
-    """dX against float64 of the rounded features: what rounding G to bf16 leaves.
-
-    With features that are bf16 themselves the gradient has its own last rounding.
-    """
+    """dX against float64 of the rounded features: what rounding G to bf16 leaves."""
     # the smaller the scale, the more rows it takes until rounding averages out
     rows = 1000 if scale < 100 else 500
-    for dtype, limit in ((torch.float32, bound), (torch.bfloat16, 2.5e-3)):
-        case = LOSSES[name].make(rows, 512, scale, correlation, seed=1).cast(dtype)
-        want = theirs(name, case.cast(torch.bfloat16).double())[1]
-        got = ours(name, case, autocast=True, backend="triton")[1]
-        error = ((got.double() - want).norm() / want.norm()).item()
-        print(f"{name} {correlation} {scale} {dtype}: {error:.1e}")
-        assert error <= limit
+    if name == "nt_xent" and scale == 100:
+        # of two blocks
+        rows //= 2
+    case = LOSSES[name].make(rows, 512, scale, correlation, seed=1).cast(dtype)
+    want = theirs(name, case.cast(torch.bfloat16).double())[1]
+    got = ours(name, case, autocast=True, backend="triton")[1]
+    error = ((got.double() - want).norm() / want.norm()).item()
+    print(f"{name} {correlation} {scale} {dtype}: {error:.1e}")
+    assert error <= bound
 
 
 @pytest.mark.parametrize("keep_bytes", [0, None])

@@ -314,13 +314,18 @@ def subgroup(rank: int) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Any]:
     folders: dict[int, Path] = {}
+    # read once: there are hundreds of tensors
+    found: dict[int, list[Any]] = {}
 
     def get(world: int) -> Any:
         if world not in folders:
             folders[world] = tmp_path_factory.mktemp("ranks")
             on_ranks(work, (world, str(folders[world])), ranks=world)
-        # none there: the ranks failed in an earlier test
-        return [torch.load(folders[world] / f"rank{rank}.pt") for rank in range(world)]
+        if world not in found:
+            # none there: the ranks failed in an earlier test
+            paths = [folders[world] / f"rank{rank}.pt" for rank in range(world)]
+            found[world] = [torch.load(path) for path in paths]
+        return found[world]
 
     return get
 

@@ -1,5 +1,6 @@
 """Exponentials that the forward keeps for the backward: right for any features and scale."""
 
+import importlib
 import itertools
 from typing import Any
 
@@ -14,6 +15,7 @@ from fastclip.ops import kept
 from fastclip.ops.gemm import count_products
 from tests.ops import oracles
 from tests.ops.cases import LOSSES, ours, theirs, unit, views
+from tests.ops.test_capture import KERNELS
 
 ON_CPU = ("torch", *(() if native.unavailable_reason() else ("cpp",)))
 _NO_KERNELS = backend_of.unavailable_reason(
@@ -208,7 +210,13 @@ def test_the_budget_decides(name: str) -> None:
 def test_kernels_keep_what_fits_in_the_dtype_of_the_gradient(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whole tiles, all inside; what just fits is kept, and a byte less keeps nothing."""
+    """Whole tiles, all inside; what just fits is kept, and a byte less keeps nothing.
+
+    Kernels are not run: rooms and products are chosen on the host, whatever they write.
+    """
+    for kernels in KERNELS:
+        module = importlib.import_module(f"fastclip.kernels.{kernels}")
+        monkeypatch.setattr(module, "launch", lambda *arguments, **options: None)
     case = LOSSES[name].make(150, 8, 9.0, 0.3, seed=1).cast(dtype)
     found: list[Tensor] = []
     original = kept.Rooms.next

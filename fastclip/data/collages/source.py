@@ -1,8 +1,8 @@
-"""Collages as a source of samples, and what `collages:KEY=VALUE,...` says."""
+"""Collages as a source of samples."""
 
 from PIL import Image
 
-from fastclip.data.collages.captions import NEGATIVE_KINDS, caption_claims, hard_negatives
+from fastclip.data.collages import captions as language
 from fastclip.data.collages.meaning import CollageMeaning
 from fastclip.data.collages.photos import PHOTO_PIXELS, Pictures, Shapes
 from fastclip.data.collages.world import (
@@ -11,16 +11,13 @@ from fastclip.data.collages.world import (
     Claim,
     Collage,
     check_classes,
-    holds,
     sample_collage,
 )
+from fastclip.data.generated import World
 from fastclip.data.index import Fault
-from fastclip.data.order import hash64
 from fastclip.data.regular import digest_of
-from fastclip.data.samples import Sample
 from fastclip.data.scenes.captions import QUALITIES
 from fastclip.data.scenes.world import SPLITS
-from fastclip.data.variants import check_captions, parse_variant
 
 COLLAGE_PIXELS = 2 * PHOTO_PIXELS
 # What an empty place shows.
@@ -35,7 +32,7 @@ COLLAGE_KEYS = {
 PHOTOS_KEY = "photos"
 
 
-class CollageSource:
+class CollageSource(World[Collage, Claim]):
     """Collages of photographs, with captions of classes and places, made when they are asked for.
 
     Args:
@@ -58,6 +55,11 @@ class CollageSource:
         ((64, 64), ('there is a circle at the bottom right, below a ring',))
     """
 
+    name = "collages"
+    keys = COLLAGE_KEYS
+    last = PHOTOS_KEY
+    language = language
+
     def __init__(
         self,
         photos: Pictures | None,
@@ -68,16 +70,9 @@ class CollageSource:
         captions: tuple[str, ...] = (),
         negatives: bool = False,
     ) -> None:
-        check_captions("collages", captions, QUALITIES)
+        super().__init__(split, count, objects, quality, captions, negatives)
         self.pictures: Pictures = Shapes() if photos is None else photos
         check_classes(self.pictures.classes, objects)
-        self.split = split
-        self.objects = objects
-        self.quality = quality
-        self.captions = captions
-        self.negatives = negatives
-        self.counts: tuple[int, ...] = (count,)
-        self.parts: tuple[int, ...] = (1,)
 
     def collage(self, index: int) -> Collage:
         """Which photographs lie where in a sample, for code that asks what is true of it.
@@ -88,48 +83,26 @@ class CollageSource:
         classes = self.pictures.classes
         return sample_collage(index, split=self.split, classes=classes, objects=self.objects)
 
-    def read(self, shard: int, index: int, *, pixels: bool = True) -> Sample:
-        """The image, captions, hard negatives and class (of single photographs) of a collage.
+    graph = collage
 
-        Args:
-            shard: 0, the only one.
-            index: of the collage, in [0, count).
-            pixels: of no meaning here: collages are always made.
+    def render(self, graph: Collage) -> Image.Image:
+        image = Image.new("RGB", (COLLAGE_PIXELS, COLLAGE_PIXELS), EMPTY)
+        for photo in graph.photos:
+            x, y = CENTERS[photo.place]
+            corner = (PHOTO_PIXELS * (x > 0), PHOTO_PIXELS * (y > 0))
+            image.paste(self.pictures.picture(photo.name, graph.split, photo.draw), corner)
+        return image
 
-        Raises:
-            UnreadableSample: one of the photographs cannot be read.
-        """
-        seed = hash64(index)
-        collage = self.collage(index)
-        described = [
-            caption_claims(collage, name, seed) for name in self.captions or (self.quality,)
-        ]
-        texts = tuple(text for text, _ in described)
-        sample = Sample(f"{self.split}{index:08d}", self._render(collage), texts)
-        # what was false from the start cannot become so
-        said = [claim for _, claims in described for claim in claims if holds(claim, collage)]
-        if self.captions:
-            sample.captions = {n: (text,) for n, text in zip(self.captions, texts, strict=True)}
-        if self.negatives:
-            sample.negatives = tuple(
-                text for kind in NEGATIVE_KINDS for text in hard_negatives(collage, kind, seed)
-            )
-            # a view of which the short caption is false could show what a negative says
-            said += caption_claims(collage, "short", seed)[1]
-        if len(collage.photos) == 1:
-            [only] = collage.photos
-            sample.label = collage.classes.index(only.name)
-            said.append(Claim((only.name,)))
-        sample.meaning = CollageMeaning(collage, tuple(said), COLLAGE_PIXELS)
-        return sample
+    def only(self, graph: Collage) -> tuple[int, Claim] | None:
+        if len(graph.photos) > 1:
+            return None
+        [only] = graph.photos
+        return graph.classes.index(only.name), Claim((only.name,))
 
-    def place(self, shard: int) -> str:
-        """What it is called in `--train-data`.
-
-        Args:
-            shard: 0, the only one.
-        """
-        return "collages"
+    def meaning(
+        self, graph: Collage, claims: tuple[Claim, ...], image: Image.Image
+    ) -> CollageMeaning:
+        return CollageMeaning(graph, claims, COLLAGE_PIXELS)
 
     def drain_faults(self) -> list[Fault]:
         """Those of the photographs."""
@@ -139,25 +112,3 @@ class CollageSource:
         """Of what the images are made from."""
         own = {name: value for name, value in vars(self).items() if name != "pictures"}
         return digest_of([type(self).__name__, self.pictures.digest(), *sorted(own.items())])
-
-    def _render(self, collage: Collage) -> Image.Image:
-        image = Image.new("RGB", (COLLAGE_PIXELS, COLLAGE_PIXELS), EMPTY)
-        for photo in collage.photos:
-            x, y = CENTERS[photo.place]
-            corner = (PHOTO_PIXELS * (x > 0), PHOTO_PIXELS * (y > 0))
-            image.paste(self.pictures.picture(photo.name, collage.split, photo.draw), corner)
-        return image
-
-
-def parse_collages(data: str) -> dict[str, str]:
-    """What `collages` or e.g. `collages:objects=2,photos=FOLDER` says: keys with their values.
-
-    Args:
-        data: keys are split, caption, objects, and photos, the last.
-
-    Raises:
-        ValueError: it names no collages, a key or value is unknown, or one comes behind photos.
-    """
-    if data.partition(":")[0] != "collages":
-        raise ValueError(f"{data!r} names no collages; give 'collages' or 'collages:KEY=VALUE,...'")
-    return parse_variant(data, COLLAGE_KEYS, last=PHOTOS_KEY)
