@@ -1,9 +1,10 @@
 """accelerate: its training loop, with the loss over all processes.
 
-    accelerate launch --cpu --num_processes 2 examples/trainer_accelerate.py
+    torchrun --nproc_per_node 2 examples/trainer_accelerate.py
 
 accelerate's wrapper averages gradients as DistributedDataParallel does, so `dist="gather"` gives
-the full batch's gradient. The script compares it with one process's. `torchrun` starts it as well.
+the full batch's gradient. The script compares it with one process's. On GPUs, `accelerate launch`
+starts it as well; on a CPU that command starts one process, whatever number it is given.
 """
 
 import torch

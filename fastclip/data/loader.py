@@ -1,10 +1,7 @@
 """Batches in the contract's order, whatever the number of loader processes."""
 
 import itertools
-import os
 import re
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fastclip.data.order import Order, hash64
 from fastclip.data.samples import Source, UnreadableSample
+from fastclip.data.signals import obey_parent_only
 from fastclip.data.training_samples import TrainingSamples
 from fastclip.data.watchdog import LoaderDiedError, ReadingBoard
 
@@ -218,31 +216,6 @@ class TrainingLoader:
         batches = self.batches(epoch, first_step)
         while step := list(itertools.islice(batches, self.micro_batches)):
             yield step
-
-
-def obey_parent_only(worker: int) -> None:
-    """In a loader process: outlive a signal that is meant to have the run save and stop, but not
-    the training process, even where a read hangs.
-
-    Launchers and schedulers send it to the whole process group, and a loader that died of it would
-    take the run down before it has saved. The training process ends its loaders itself.
-    """
-    if not hasattr(signal, "sigtimedwait"):
-        return
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # blocked, so that it comes to the thread below, which sees from whom
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    parent = os.getppid()
-
-    def listen() -> None:
-        while os.getppid() == parent:
-            sent = signal.sigtimedwait({signal.SIGTERM}, 1.0)
-            if sent is not None and sent.si_pid == parent:
-                break
-        os._exit(0)
-
-    threading.Thread(target=listen, name="signals", daemon=True).start()
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from fastclip.bounded import read_object
 from fastclip.data.faults import FaultLog
 from fastclip.data.loader import EvaluationSamples
 from fastclip.data.samples import Source
+from fastclip.data.signals import obey_parent_only
 from fastclip.device import autocast
 from fastclip.evaluate.features import evaluating, normalized
 from fastclip.models.clip import Model
@@ -167,6 +168,7 @@ def image_batches(
         batch_size=batch_size,
         num_workers=workers,
         collate_fn=list,
+        worker_init_fn=obey_parent_only,
         generator=torch.Generator(),
     )
     towers: Any = model.model

@@ -17,6 +17,7 @@ from fastclip.data.faults import FaultLog
 from fastclip.data.loader import EvaluationSamples
 from fastclip.data.samples import FEATURE_MEMBERS
 from fastclip.data.shards import ShardSource, open_shard
+from fastclip.data.signals import obey_parent_only
 from fastclip.data.tokens import bounded
 from fastclip.device import autocast
 from fastclip.evaluate.features import Encoding, evaluating, normalized
@@ -87,6 +88,7 @@ def _members(
         batch_size=encoding.batch_size,
         num_workers=encoding.workers,
         collate_fn=list,
+        worker_init_fn=obey_parent_only,
         generator=torch.Generator(),
     )
     members = {}

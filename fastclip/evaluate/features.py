@@ -17,6 +17,7 @@ from fastclip.data.files import read_image_file
 from fastclip.data.index import Fault
 from fastclip.data.loader import EvaluationSamples, collate
 from fastclip.data.samples import Source, UnreadableSample, decode_image
+from fastclip.data.signals import obey_parent_only
 from fastclip.data.tokens import bounded
 from fastclip.device import autocast
 from fastclip.evaluate import sharing
@@ -195,6 +196,7 @@ def _encode_images(
         batch_sampler=sharing.deal([rows[i : i + size] for i in range(0, len(rows), size)]),
         num_workers=encoding.workers,
         collate_fn=collate,
+        worker_init_fn=obey_parent_only,
         generator=torch.Generator(),
     )
     towers: Any = model.model
