@@ -432,6 +432,11 @@ class DistributedOptions:
                 "--fsdp and --deepspeed shard the same parameters; leave one out, and with --fsdp "
                 "--deepspeed-config too"
             )
+        if self.deepspeed_config and not self.deepspeed:
+            raise ValueError(
+                f"--deepspeed_config {self.deepspeed_config} is for --deepspeed; add that flag, or "
+                "leave this one out"
+            )
         check_least(self, dead_rank_timeout=5, data_timeout=1)
 
     @property

@@ -57,6 +57,7 @@ def read_resumed(
         )
     _note_changes(resumed, config, world)
     _check_position(path, resumed, config, world)
+    _note_step(resumed, config, world)
     if world.size != len(resumed["rng"]):
         _note(
             world,
@@ -155,6 +156,19 @@ def _note_changes(resumed: dict[str, Any], config: TrainConfig, world: World) ->
         if names:
             changes = (f"{flag_name(n)} {_typed(earlier[n])} -> {_typed(now[n])}" for n in names)
             _note(world, ", ".join(changes) + what)
+
+
+def _note_step(resumed: dict[str, Any], config: TrainConfig, world: World) -> None:
+    """Note it where a step has other samples, as of fewer processes with the same flags."""
+    earlier = TrainConfig.from_dict(resumed["config"], "the checkpoint's configuration")
+    before = earlier.optim.step_samples(len(resumed["rng"]))
+    now = config.optim.step_samples(world.size)
+    if before != now:
+        _note(
+            world,
+            f"a step has {now} samples, in the original run {before}, with the same learning rate; "
+            f"to keep {before}, change --batch-size or --accum-freq",
+        )
 
 
 def _typed(value: Any) -> str:

@@ -202,6 +202,12 @@ def test_unknown_flags_and_wrong_types_end_in_usage_errors(
     assert "--batch-size" in capsys.readouterr().err
 
 
+def test_deepspeeds_file_alone_does_not_pass_for_deepspeed() -> None:
+    with pytest.raises(ValueError, match="ds_zero2 is for --deepspeed; add that flag"):
+        parse(["--deepspeed_config", "ds_zero2"])
+    assert parse(["--deepspeed", "--deepspeed_config", "ds_zero2"]).distributed.deepspeed
+
+
 @pytest.mark.parametrize("flag", ["--batch-size", "--epochs", "--log-every-n-steps"])
 def test_impossible_values(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", flag, "0"]) == 1

@@ -45,7 +45,9 @@ def flags(train_flags: list[str], tmp_path: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_two_ranks_equal_one_process_and_resume_exactly(flags: list[str], tmp_path: Path) -> None:
+def test_two_ranks_equal_one_process_and_resume_exactly(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     alone = train(parse([*flags, "--name", "alone", "--batch-size", "16"]))
     two = [*flags, "--batch-size", "8", "--save-every-steps", "30"]
     errors = torchrun(*two, "--name", "pair")
@@ -64,10 +66,14 @@ def test_two_ranks_equal_one_process_and_resume_exactly(flags: list[str], tmp_pa
     for key in ("state_dict", "optimizer", "rng", "data", "step"):
         assert identical(last[0][key], last[1][key]), key
     # and one process resumes from two: the same samples in the same order
-    train(parse([*flags, "--name", "one", "--batch-size", "16", "--resume", str(source)]))
+    main(["train", *flags, "--name", "one", "--batch-size", "16", "--resume", str(source)])
     files = [tmp_path / "logs" / name / "samples.jsonl" for name in ("one", "alone")]
     assert files[1].read_text().endswith(files[0].read_text())
     assert len(files[0].read_text().splitlines()) == 20
+    assert "a step has" not in capsys.readouterr().err
+    # with the flags of two, its steps are half as large
+    main(["train", *flags, "--name", "half", "--batch-size", "8", "--resume", str(source)])
+    assert "a step has 8 samples, in the original run 16" in capsys.readouterr().err
 
 
 @pytest.mark.slow
