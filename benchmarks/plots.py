@@ -107,7 +107,7 @@ def loss_panels(
     if bars:
         panels.append(Bars(f"× faster than the fastest baseline, {n:,} rows", bars))
     if memory:
-        panels.append(Panel(f"{operator}_loss", "rows", "peak extra MiB", memory))
+        panels.append(Panel(f"{operator}_loss", "rows", "peak extra memory in MiB", memory))
     return panels
 
 

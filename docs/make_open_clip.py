@@ -20,8 +20,10 @@ def row(flag: Flag) -> str:
         here = f"`{' '.join(flag.becomes).replace('=', ' ')}`"
     parts = [flag.text] if flag.text else []
     # what stands for an empty value is said nowhere else
-    parts += [f"`{old}` is `{new}`" for old, new in flag.values.items() if old]
-    parts += [f"not `{value}`: {reason}" for value, reason in flag.refused.items()]
+    parts += [f"`{old}` becomes `{new}`" for old, new in flag.values.items() if old]
+    for reason in dict.fromkeys(flag.refused.values()):
+        values = ", ".join(f"`{value}`" for value, why in flag.refused.items() if why == reason)
+        parts.append(f"not {values}: {reason}")
     return f"| `--{flag.name}` | {here} | {'; '.join(parts)} |\n"
 
 

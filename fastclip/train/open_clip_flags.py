@@ -13,7 +13,7 @@ Status = Literal["same", "renamed", "no effect", "refused"]
 
 _CONFIG = "give `--model` the path of a JSON config that has {}"
 _SYNC = "copy the run directory with your storage's own tool, e.g. `rclone` or `aws s3 sync`"
-_LAUNCHER = "start the processes with torchrun, whose flags name the address"
+_LAUNCHER = "start the processes with torchrun and give it the address"
 _COCA = "CoCa is not trained here; `fastclip.CoCaLoss` replaces the loss in your own script"
 
 
@@ -44,12 +44,15 @@ def _same(*names: str) -> tuple[Flag, ...]:
     return tuple(map(Flag, names))
 
 
+_NORMALIZED = "images are normalized as the model or its pretrained weights require"
+_RESIZED = "images are resized as the model or its pretrained weights require"
 _PURE = "parameters stay float32; use `amp_bf16` or `amp`"
 
 FLAGS: tuple[Flag, ...] = (
-    *_same("train-data", "train-data-upsampling-factors", "val-data", "train-num-samples"),
-    Flag("val-num-samples", text="the first of `--val-data` are evaluated"),
-    Flag("dataset-type", text="further types: coco, imagefolder, scenes, collages"),
+    Flag("train-data", text="by default `scenes`, images that fastclip generates"),
+    *_same("train-data-upsampling-factors", "val-data", "train-num-samples"),
+    Flag("val-num-samples", text="evaluates the first samples of `--val-data`"),
+    Flag("dataset-type", text="also `coco`, `imagefolder`, `scenes`, `collages`"),
     Flag(
         "dataset-resampled",
         "refused",
@@ -58,11 +61,11 @@ FLAGS: tuple[Flag, ...] = (
     ),
     *_same("csv-separator", "csv-img-key", "csv-caption-key"),
     *_same("imagenet-val", "imagenet-v2"),
-    Flag("cache-dir", text="of remote shards; models are downloaded to `HF_HOME`"),
+    Flag("cache-dir", text="for remote shards; models are downloaded to `HF_HOME`"),
     Flag("logs", refused={"none": "a run is always written; give a folder"}),
-    Flag("log-local", "no effect", "the first process alone writes the log"),
+    Flag("log-local", "no effect", "only the first process writes the log"),
     *_same("name"),
-    Flag("workers", text="by default the process's share of the cores, at most 4"),
+    Flag("workers", text="by default, the process's share of the cores, at most 4"),
     Flag("batch-size", text="128 by default, not 64"),
     *_same("epochs"),
     *_same("epochs-cooldown"),
@@ -73,7 +76,7 @@ FLAGS: tuple[Flag, ...] = (
     *_same("wd"),
     *_same("momentum"),
     Flag("warmup", text="a warm-up longer than the run is cut to a tenth of it"),
-    Flag("opt", "renamed", "`timm/NAME` too", becomes=("--optimizer",)),
+    Flag("opt", "renamed", "also `timm/NAME`", becomes=("--optimizer",)),
     Flag(
         "use-bn-sync",
         "refused",
@@ -81,7 +84,7 @@ FLAGS: tuple[Flag, ...] = (
         "transformer",
     ),
     Flag("skip-scheduler", "renamed", becomes=("--lr-scheduler=const", "--warmup=0")),
-    Flag("lr-scheduler", text="further: `wsd`"),
+    Flag("lr-scheduler", text="also `wsd`"),
     *_same("lr-cooldown-end", "lr-cooldown-power"),
     *_same("save-frequency"),
     Flag(
@@ -91,28 +94,28 @@ FLAGS: tuple[Flag, ...] = (
     *_same("val-frequency", "resume"),
     Flag(
         "precision",
-        text="amp_bf16 by default, not amp",
+        text="`amp_bf16` by default, not `amp`",
         values={"amp_bfloat16": "amp_bf16"},
         refused=dict.fromkeys(("bf16", "fp16", "pure_bf16", "pure_fp16"), _PURE),
     ),
-    Flag("model", text="RN10t-64 by default, a small one"),
-    Flag("pretrained", text="also a run directory or a checkpoint", values={"": "None"}),
+    Flag("model", text="by default `RN10t-64`, a small model"),
+    Flag("pretrained", text="also takes a run directory or a checkpoint", values={"": "None"}),
     Flag(
         "pretrained-image",
         "refused",
-        "give `--finetune` the checkpoint or the run directory to take the image tower from",
+        "use `--finetune` with the checkpoint or run directory that has the image tower",
     ),
     *_same("lock-image"),
     Flag("lock-image-unlocked-groups", text="also for open_clip's own ResNets"),
     *_same("lock-image-freeze-bn-stats"),
-    Flag("image-mean", "refused", "images are normalized as the model's weights were trained"),
-    Flag("image-std", "refused", "images are normalized as the model's weights were trained"),
-    Flag("image-interpolation", "refused", "images are resized as the model's weights expect"),
-    Flag("image-resize-mode", "refused", "images are resized as the model's weights expect"),
+    Flag("image-mean", "refused", _NORMALIZED),
+    Flag("image-std", "refused", _NORMALIZED),
+    Flag("image-interpolation", "refused", _RESIZED),
+    Flag("image-resize-mode", "refused", _RESIZED),
     Flag("aug-cfg", "refused", "use `--aug-scale 0.4 1.0`, `--aug-flip 0.5` or `--augment strong`"),
     *_same("grad-checkpointing"),
-    Flag("local-loss", text="changes nothing: the work is shared by the processes in any case"),
-    Flag("gather-with-grad", text="changes nothing: the gradient is the full batch's in any case"),
+    Flag("local-loss", text="changes nothing: the processes always share the work"),
+    Flag("gather-with-grad", text="changes nothing: the gradient is always that of the full batch"),
     Flag("force-context-length", "refused", _CONFIG.format('`"context_length"` in `"text_cfg"`')),
     Flag("force-image-size", "refused", _CONFIG.format('`"image_size"` in `"vision_cfg"`')),
     Flag("force-quick-gelu", "refused", _CONFIG.format('`"quick_gelu": true`')),
@@ -122,32 +125,39 @@ FLAGS: tuple[Flag, ...] = (
     *_same("torchcompile"),
     Flag("trace", "refused", "use `--torchcompile`"),
     Flag("accum-freq", text="the gradient is exactly that of the whole batch"),
-    Flag("device", text="auto by default: the GPU if there is one"),
+    Flag("device", text="`auto` by default: the GPU if there is one"),
     Flag("dist-url", "refused", _LAUNCHER),
     Flag("dist-backend", "refused", "it follows `--device`: NCCL for GPUs, Gloo for CPUs"),
     Flag(
         "report-to",
-        text="tensorboard by default",
+        text="`tensorboard` by default",
         values={"all": "tensorboard,wandb", "": "none"},
     ),
     *_same("wandb-notes"),
-    Flag("wandb-project-name", text="fastclip by default, not open-clip"),
-    Flag("debug", "no effect", "`--log-every-n-steps 1` has a line of metrics for every step"),
+    Flag("wandb-project-name", text="`fastclip` by default, not `open-clip`"),
+    Flag("debug", "no effect", "`--log-every-n-steps 1` writes a line of metrics for every step"),
     Flag(
         "copy-codebase",
         "refused",
-        "the run directory has the resolved `config.yaml`; install a fixed version of the package",
+        "the run directory has all settings in `config.yaml`; to fix the code, pin its version",
     ),
     Flag("horovod", "refused", "use torchrun"),
-    Flag("ddp-static-graph", "no effect", "accumulation has a graph of its own"),
+    Flag(
+        "ddp-static-graph",
+        "no effect",
+        "backward passes differ: only the last micro-batch of a step is reduced",
+    ),
     Flag(
         "no-set-device-rank",
         "refused",
-        "leave `CUDA_VISIBLE_DEVICES` as it is: each process takes the GPU of its `LOCAL_RANK`",
+        "leave `CUDA_VISIBLE_DEVICES` as it is: each process uses the GPU of its `LOCAL_RANK`",
     ),
     *_same("seed", "grad-clip-norm"),
     *_same("lock-text", "lock-text-unlocked-layers"),
-    Flag("lock-text-freeze-layer-norm", text="for Hugging Face towers; others need no flag"),
+    Flag(
+        "lock-text-freeze-layer-norm",
+        text="only for Hugging Face towers; in others, layer norms are always frozen",
+    ),
     Flag("log-every-n-steps", text="10 by default, not 100"),
     Flag("coca-caption-loss-weight", "refused", _COCA),
     Flag("coca-contrastive-loss-weight", "refused", _COCA),
@@ -155,12 +165,16 @@ FLAGS: tuple[Flag, ...] = (
     Flag("remote-sync-frequency", "refused", _SYNC),
     Flag("remote-sync-protocol", "refused", _SYNC),
     *_same("delete-previous-checkpoint"),
-    Flag("distill-model", text="also with `--accum-freq`; stored: `--distill-embeddings`"),
+    Flag(
+        "distill-model",
+        text="also with `--accum-freq`; for stored features, use `--distill-embeddings`",
+    ),
     *_same("distill-pretrained"),
     Flag(
         "use-bnb-linear", "refused", "int8 layers are not trained here; use `--precision amp_bf16`"
     ),
-    *_same("siglip", "loss-dist-impl"),
+    *_same("siglip"),
+    Flag("loss-dist-impl", text="`gather` by default, not `bidir`; also `ring`"),
 )
 _BY_NAME = {flag.name: flag for flag in FLAGS}
 

@@ -24,8 +24,8 @@ def accumulate_wrapped(
 ) -> Tensor:
     """`accumulate` under DistributedDataParallel, FSDP2 (`fully_shard`) or DeepSpeed's ZeRO.
 
-    After it every gradient is where the wrapper has it after a backward: averaged over the
-    processes, once a step, whatever the number of micro-batches.
+    After it, every gradient is where the wrapper puts it in a normal backward pass, averaged over
+    the processes, whatever the number of micro-batches.
 
     - DistributedDataParallel: gradients are reduced with the last micro-batch.
     - FSDP2: gradients are reduced with every micro-batch, so that no process holds whole ones.

@@ -155,6 +155,21 @@ def test_notices_name_every_dependency() -> None:
     assert {name.lower() for name in wanted} - listed == set()
 
 
+def test_decisions_have_the_range_of_every_dependency() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    project = text.split("[project.scripts]")[0].split("dependencies = [", 1)[1]
+    wanted = dict(re.findall(r'"([A-Za-z][\w-]*)((?:[<>=]+[\d.]+,?)+)', project))
+    signs = str.maketrans({"≥": ">=", "≤": "<=", " ": None})
+    written = {
+        name: one.translate(signs)
+        for packages, ranges, _ in table("| package | range | why |")
+        for name, one in zip(packages.split(", "), ranges.split("; "), strict=True)
+    }
+    # no package of the registry
+    del written["nvcc"]
+    assert written == wanted
+
+
 def test_types_of_data() -> None:
     """What the table lists is recognized by name as the type that it says."""
     shown = [name for row in table("| `--train-data`, `--val-data`") for name in names(row[0])]

@@ -81,6 +81,19 @@ def test_the_table_has_every_flag_once() -> None:
     assert [flag.name for flag in FLAGS] == list(theirs())
 
 
+def test_defaults_that_differ_are_said() -> None:
+    # what None and the empty text stand for is the same in both
+    alike = {"logs", "lr-cooldown-power", "wandb-notes"}
+    ours = flatten(TrainConfig())
+    differ = {
+        flag.name
+        for flag in of_status("same")
+        if str(theirs()[flag.name].default) != str(ours[flag.name.replace("-", "_")])
+    }
+    silent = {flag.name for flag in FLAGS if not flag.text}
+    assert "batch-size" in differ and differ & silent == alike
+
+
 @pytest.mark.parametrize("joined", [False, True])
 @pytest.mark.parametrize("flag", of_status("same"), ids=lambda flag: flag.name)
 def test_it_is_taken(flag: Flag, joined: bool) -> None:

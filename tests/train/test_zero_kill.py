@@ -24,7 +24,7 @@ STEPS = 30
 
 
 def launch(*flags: str) -> None:
-    """`fastclip train` on two ranks, with the README's command."""
+    """`fastclip train` on two ranks, with the command of the pages."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
