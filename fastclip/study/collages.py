@@ -39,6 +39,19 @@ def training_data(data: Path | None) -> tuple[str, str]:
     return ("--train-data", _named(data))
 
 
+def single_photographs(data: Path | None) -> tuple[str, ...]:
+    """Flags of `fastclip train`: single photographs with labels, as large as a collage has them.
+
+    Without photographs, collages of one shape.
+
+    Args:
+        data: see `training_data`.
+    """
+    if data is None:
+        return ("--model", "RN10t-64", "--train-data", "collages:objects=1")
+    return ("--model", "RN10t-32", "--train-data", str(data / _SHARDS))
+
+
 def classes_of_collages(data: Path | None) -> list[str]:
     """Names of the classes of the photographs, or of the shapes.
 

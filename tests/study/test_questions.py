@@ -1,5 +1,7 @@
 """The papers' questions: what they train, and what their numbers are of features made by hand."""
 
+import io
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 
 from fastclip.cli import main
 from fastclip.cli.study import QUESTIONS
-from fastclip.study import captions, collages, robustness, runs
+from fastclip.study import captions, collages, recipe, robustness, runs
 from fastclip.study.question import Settings
 from fastclip.study.runs import Outcome, Plan, run_all
 from fastclip.train.config import parse
@@ -45,6 +47,27 @@ def test_the_recipes_see_equally_many_photographs(tmp_path: Path) -> None:
     assert all(c.data.aug_blur in (None, 0.0) for c in configs)
     # a template without its class would be a false caption
     assert all(c.data.strong_text_augment == "none" for c in configs if c.model.views[1] > 1)
+
+
+def test_the_recipes_photographs_are_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "cifar10"
+    data.mkdir()
+    with tarfile.open(data / "train-00000.tar", "w") as tar:
+        for name in (f"{i:06d}.{end}" for i in range(5) for end in ("jpg", "txt", "cls")):
+            member = tarfile.TarInfo(name)
+            member.size = len(name)
+            tar.addfile(member, io.BytesIO(name.encode()))
+    monkeypatch.setattr(recipe, "PHOTOGRAPHS", 3)
+    settings = Settings(tmp_path / "out", data)
+    # a second time what is there stays
+    for _ in range(2):
+        recipe.QUESTION.prepare(settings)
+    with tarfile.open(tmp_path / "out" / "photographs.tar") as tar:
+        contents = {m.name: tar.extractfile(m).read() for m in tar}  # type: ignore[union-attr]
+    assert list(contents) == [f"{i:06d}.{e}" for i in range(3) for e in ("jpg", "txt", "cls")]
+    assert all(content == name.encode() for name, content in contents.items())
 
 
 def test_the_factors_of_robustness(tmp_path: Path) -> None:

@@ -61,6 +61,14 @@ def test_power_is_the_tables(effect: float, seeds: int, known: float) -> None:
     assert power(effect, 1.0, seeds - 1) < 0.8
 
 
+@pytest.mark.parametrize("seeds", [2, 3, 5, 30])
+def test_power_grows_with_the_effect_to_one(seeds: int) -> None:
+    values = [power(effect, 1.0, seeds) for effect in (0.0, 0.1, 1.0, 3.0, 10.0, 30.0, 300.0)]
+    assert values[0] == pytest.approx(0.05, abs=1e-3)
+    assert values == sorted(values)
+    assert values[-1] == pytest.approx(1, abs=1e-3)
+
+
 def test_one_seed_has_no_power() -> None:
     assert power(1.0, 0.01, 1) == 0
     assert Design(seeds=1, smallest=0.03, spread=0.01).power == 0
