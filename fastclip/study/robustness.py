@@ -56,7 +56,7 @@ LINE_EPOCHS = (1, 2, 3, 4, 5, 6)
 SIZES = {"a quarter": 1, "a half": 2, "all": 4}
 
 _COMMON = (
-    *("--model", "RN10t-64", "--batch-size", "128", "--lr", "1e-3", "--wd", "0.1"),
+    *("--model", "RN10t-32", "--batch-size", "128", "--lr", "1e-3", "--wd", "0.1"),
     *("--warmup", "50", "--grad-clip-norm", "1", "--workers", "1"),
     *("--train-num-samples", str(SAMPLES)),
 )

@@ -87,6 +87,9 @@ def test_the_captions_and_towers(tmp_path: Path) -> None:
         config = parse(arm.flags)
         assert bool(config.model.hard_negatives) == (arm.begins_with is not None)
         assert (config.model.text_lm is not None) == label.endswith("pretrained")
+        # all begin with one image tower, if not with another arm
+        begins = str(tmp_path / captions.PHOTOGRAPHS)
+        assert config.model.finetune == (None if arm.begins_with else begins)
 
 
 def shifted(accuracy: float, beyond: float = 0.0) -> dict[str, float]:
