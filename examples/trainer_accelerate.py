@@ -2,9 +2,8 @@
 
     torchrun --nproc_per_node 2 examples/trainer_accelerate.py
 
-accelerate's wrapper averages gradients as DistributedDataParallel does, so `dist="gather"` gives
-the full batch's gradient. The script compares it with one process's. On GPUs, `accelerate launch`
-starts it as well; on a CPU that command starts one process, whatever number it is given.
+Its wrapper averages gradients as DistributedDataParallel does: `dist="gather"` gives the full
+batch's gradient. On GPUs use `accelerate launch`, which on a CPU starts one process alone.
 """
 
 import torch
