@@ -158,12 +158,7 @@ def check_index(name: str, index: Tensor, columns: int) -> None:
     Raises:
         ValueError: one is out of range.
     """
-    watched = (
-        type(index) is not Tensor
-        or torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
-    if index.device.type != "cpu" or not index.numel() or watched:
+    if not index.numel() or not is_readable(index):
         return
     least, most = (int(value) for value in index.aminmax())
     if least < 0 or most >= columns:
