@@ -119,7 +119,7 @@ def test_studies(
     epochs = [f"{epoch}/" for epoch in robustness.LINE_EPOCHS] if question == "robustness" else []
     names = [*columns, "shifted", *robustness.SHIFTS]
 
-    def made(name: str, flags: tuple[str, ...], *_: object) -> Outcome:
+    def made(name: str, flags: tuple[str, ...], *_: object, **__: object) -> Outcome:
         scores = {
             score: 0.3 + 0.4 * (crc32(f"{name} {score}".encode()) % 1000) / 1000
             for prefix in ["", *epochs]
