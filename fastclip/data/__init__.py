@@ -8,7 +8,7 @@
 | `files`, `tables`, `folders`, `strings`, `templates` | images named by CSV, COCO and folders |
 | `generated`, `scenes`, `collages` | samples that are made: the embedded worlds, noise |
 | `streams`, `variants` | what both worlds share: draws, and their names in `--train-data` |
-| `order`, `training_samples`, `loader`, `signals`, `watchdog`, `faults` | which sample when |
+| `order`, `training_samples`, `loader`, `watchdog`, `faults` | which sample when, and batches |
 | `augment`, `views`, `jpeg`, `dali` | parameters of views, and the two pipelines |
 | `captions`, `text_augment`, `hard_negatives`, `tokens`, `labels` | texts, labels |
 | `check`, `preview` | looking at data |

@@ -1,5 +1,6 @@
 """Samples that are made when they are asked for: what the embedded worlds share, and noise."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Generic, TypeVar
@@ -66,7 +67,7 @@ class SyntheticSource(Generated):
         return Sample(f"{self.split}{index:08d}", Image.fromarray(noise), (text,))
 
 
-class World(Generated, Generic[G, C]):
+class World(Generated, ABC, Generic[G, C]):
     """What the embedded worlds share: the order of the steps in which a sample is made.
 
     A world gives its `name`, the `keys` that may follow it with their values, the `last` key, which
@@ -139,18 +140,18 @@ class World(Generated, Generic[G, C]):
         sample.meaning = self.meaning(graph, tuple(said), sample.image)
         return sample
 
+    @abstractmethod
     def graph(self, index: int) -> G:
         """What sample `index` shows."""
-        raise NotImplementedError
 
+    @abstractmethod
     def render(self, graph: G) -> Image.Image:
         """The image that shows a graph."""
-        raise NotImplementedError
 
+    @abstractmethod
     def only(self, graph: G) -> tuple[int, C] | None:
         """The class index of a graph's single object, and the claim of its class."""
-        raise NotImplementedError
 
+    @abstractmethod
     def meaning(self, graph: G, claims: tuple[C, ...], image: Image.Image) -> Meaning:
         """Of true claims: what a view of the image has to leave true."""
-        raise NotImplementedError

@@ -1,7 +1,10 @@
 """Batches in the contract's order, whatever the number of loader processes."""
 
 import itertools
+import os
 import re
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +15,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fastclip.data.order import Order, hash64
 from fastclip.data.samples import Source, UnreadableSample
-from fastclip.data.signals import obey_parent_only
 from fastclip.data.training_samples import TrainingSamples
 from fastclip.data.watchdog import LoaderDiedError, ReadingBoard
 
@@ -216,6 +218,49 @@ class TrainingLoader:
         batches = self.batches(epoch, first_step)
         while step := list(itertools.islice(batches, self.micro_batches)):
             yield step
+
+
+def evaluation_loader(samples: Dataset[Any], workers: int, **options: Any) -> DataLoader[Any]:
+    """Batches in order, for an evaluation in the middle of a run: torch's random state stays as it
+    is, and loader processes outlive signals as those of the training do.
+
+    Args:
+        samples: see `EvaluationSamples`.
+        workers: processes that load; 0 loads in this one.
+        options: of `torch.utils.data.DataLoader`: how batches are made.
+    """
+    return DataLoader(
+        samples,
+        num_workers=workers,
+        worker_init_fn=obey_parent_only,
+        generator=torch.Generator(),
+        **options,
+    )
+
+
+def obey_parent_only(worker: int) -> None:
+    """In a loader process: outlive a signal that is meant to have the run save and stop, but not
+    the training process, even where a read hangs.
+
+    Launchers and schedulers send it to the whole process group, and a loader that died of it would
+    take the run down before it has saved. The training process ends its loaders itself.
+    """
+    if not hasattr(signal, "sigtimedwait"):
+        return
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # blocked, so that it comes to the thread below, which sees from whom
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    parent = os.getppid()
+
+    def listen() -> None:
+        while os.getppid() == parent:
+            sent = signal.sigtimedwait({signal.SIGTERM}, 1.0)
+            if sent is not None and sent.si_pid == parent:
+                break
+        os._exit(0)
+
+    threading.Thread(target=listen, name="signals", daemon=True).start()
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -14,15 +14,14 @@ import torch
 from numpy.lib.format import open_memmap
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 from tqdm import tqdm
 
 from fastclip.atomic import write_text
 from fastclip.bounded import read_object
 from fastclip.data.faults import FaultLog
-from fastclip.data.loader import EvaluationSamples
+from fastclip.data.loader import EvaluationSamples, evaluation_loader
 from fastclip.data.samples import Source
-from fastclip.data.signals import obey_parent_only
 from fastclip.device import autocast
 from fastclip.evaluate.features import evaluating, normalized
 from fastclip.models.clip import Model
@@ -163,13 +162,11 @@ def image_batches(
     """
     device = next(model.model.parameters()).device
     samples = EvaluationSamples(source, model.preprocess)
-    loader: DataLoader[Any] = DataLoader(
+    loader = evaluation_loader(
         Subset(samples, range(start, len(samples))),
+        workers,
         batch_size=batch_size,
-        num_workers=workers,
         collate_fn=list,
-        worker_init_fn=obey_parent_only,
-        generator=torch.Generator(),
     )
     towers: Any = model.model
     with evaluating(model.model), autocast(device, precision):

@@ -9,15 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 from tqdm import tqdm
 
 from fastclip.data.editing import ShardEditor, claim_folder
 from fastclip.data.faults import FaultLog
-from fastclip.data.loader import EvaluationSamples
+from fastclip.data.loader import EvaluationSamples, evaluation_loader
 from fastclip.data.samples import FEATURE_MEMBERS
 from fastclip.data.shards import ShardSource, open_shard
-from fastclip.data.signals import obey_parent_only
 from fastclip.data.tokens import bounded
 from fastclip.device import autocast
 from fastclip.evaluate.features import Encoding, evaluating, normalized
@@ -83,13 +82,11 @@ def _members(
     device = next(model.model.parameters()).device
     towers: Any = model.model
     tokenizer = bounded(model.tokenizer)
-    loader: DataLoader[Any] = DataLoader(
+    loader = evaluation_loader(
         part,
+        encoding.workers,
         batch_size=encoding.batch_size,
-        num_workers=encoding.workers,
         collate_fn=list,
-        worker_init_fn=obey_parent_only,
-        generator=torch.Generator(),
     )
     members = {}
     with evaluating(model.model), autocast(device, encoding.precision):

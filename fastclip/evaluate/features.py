@@ -9,15 +9,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from fastclip.data.faults import FaultLog
 from fastclip.data.files import read_image_file
 from fastclip.data.index import Fault
-from fastclip.data.loader import EvaluationSamples, collate
+from fastclip.data.loader import EvaluationSamples, collate, evaluation_loader
 from fastclip.data.samples import Source, UnreadableSample, decode_image
-from fastclip.data.signals import obey_parent_only
 from fastclip.data.tokens import bounded
 from fastclip.device import autocast
 from fastclip.evaluate import sharing
@@ -191,13 +190,11 @@ def _encode_images(
     device = next(model.model.parameters()).device
     rows = list(range(len(samples)))  # type: ignore[arg-type]
     size = encoding.batch_size
-    loader: DataLoader[dict[str, Any]] = DataLoader(
+    loader = evaluation_loader(
         samples,
+        encoding.workers,
         batch_sampler=sharing.deal([rows[i : i + size] for i in range(0, len(rows), size)]),
-        num_workers=encoding.workers,
         collate_fn=collate,
-        worker_init_fn=obey_parent_only,
-        generator=torch.Generator(),
     )
     towers: Any = model.model
     silent = not (encoding.progress and sharing.is_first())

@@ -179,13 +179,11 @@ def _check(rows: int, texts: Tensor, index: Tensor, log_u: Tensor, device: torch
             "a pair"
         )
     # what is on a GPU cannot be looked at without waiting for it
-    if checks.is_readable(index):
-        least, greatest = (int(end) for end in index.aminmax())
-        if least < 0 or greatest >= log_u.shape[1]:
-            wrong = least if least < 0 else greatest
-            raise ValueError(
-                f"index {wrong} is outside the estimates of {log_u.shape[1]} samples; count from "
-                "0, and give as many estimates as the data have samples"
-            )
-    elif index.device not in (device, torch.device("cpu")):
+    wrong = checks.outside(index, log_u.shape[1])
+    if wrong is not None:
+        raise ValueError(
+            f"index {wrong} is outside the estimates of {log_u.shape[1]} samples; count from 0, "
+            "and give as many estimates as the data have samples"
+        )
+    if index.device not in (device, torch.device("cpu")):
         raise ValueError(f"index is on {index.device}; give it on the CPU or on {device}")

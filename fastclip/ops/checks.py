@@ -152,19 +152,23 @@ def check_ids(name: str, ids: Tensor, rows: int, device: torch.device) -> None:
         raise ValueError(f"{name} is on {ids.device}, the features on {device}")
 
 
-def check_index(name: str, index: Tensor, columns: int) -> None:
-    """Numbers of columns that there are; of a GPU's tensor that would take a wait, and goes unsaid.
-
-    Raises:
-        ValueError: one is out of range.
-    """
+def outside(index: Tensor, count: int) -> int | None:
+    """A value that is not in [0, count), if there is one and it can be read without waiting."""
     if not index.numel() or not is_readable(index):
-        return
-    least, most = (int(value) for value in index.aminmax())
-    if least < 0 or most >= columns:
+        return None
+    least, most = (int(end) for end in index.aminmax())
+    if least < 0:
+        return least
+    return most if most >= count else None
+
+
+def check_index(name: str, index: Tensor, columns: int) -> None:
+    """Refuse numbers of columns that there are not, where they can be read without waiting."""
+    wrong = outside(index, columns)
+    if wrong is not None:
         raise ValueError(
-            f"{name} has {least if least < 0 else most}; give one of 0 to {columns - 1} for each "
-            "row, and leave out rows without a positive"
+            f"{name} has {wrong}; give one of 0 to {columns - 1} for each row, and leave out rows "
+            "without a positive"
         )
 
 

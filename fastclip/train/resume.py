@@ -55,9 +55,10 @@ def read_resumed(
             f"{run} has continued to {latest.name}; to branch off from step {resumed['step']} "
             "choose another --name"
         )
-    _note_changes(resumed, config, world)
+    earlier = TrainConfig.from_dict(resumed["config"], "the checkpoint's configuration")
+    _note_changes(earlier, config, world)
     _check_position(path, resumed, config, world)
-    _note_step(resumed, config, world)
+    _note_step(earlier.optim.step_samples(len(resumed["rng"])), config, world)
     if world.size != len(resumed["rng"]):
         _note(
             world,
@@ -132,14 +133,13 @@ def _read(path: Path, latest: Path | None, config: TrainConfig) -> dict[str, Any
     return resumed
 
 
-def _note_changes(resumed: dict[str, Any], config: TrainConfig, world: World) -> None:
+def _note_changes(checkpoints: TrainConfig, config: TrainConfig, world: World) -> None:
     """Note which flags have other values than in the checkpoint, those that define a run apart.
 
     Raises:
         ValueError: the data are the default ones, and those of the checkpoint were not.
     """
-    earlier = flatten(TrainConfig.from_dict(resumed["config"], "the checkpoint's configuration"))
-    now = flatten(config)
+    earlier, now = flatten(checkpoints), flatten(config)
     data = earlier["train_data"]
     if data != now["train_data"] == flatten(TrainConfig())["train_data"]:
         raise ValueError(
@@ -158,10 +158,8 @@ def _note_changes(resumed: dict[str, Any], config: TrainConfig, world: World) ->
             _note(world, ", ".join(changes) + what)
 
 
-def _note_step(resumed: dict[str, Any], config: TrainConfig, world: World) -> None:
+def _note_step(before: int, config: TrainConfig, world: World) -> None:
     """Note it where a step has other samples, as of fewer processes with the same flags."""
-    earlier = TrainConfig.from_dict(resumed["config"], "the checkpoint's configuration")
-    before = earlier.optim.step_samples(len(resumed["rng"]))
     now = config.optim.step_samples(world.size)
     if before != now:
         _note(
