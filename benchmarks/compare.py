@@ -58,10 +58,17 @@ def differences(before: Record, after: Record, across_devices: bool = False) -> 
     for what in ("environment", "settings"):
         one, other = (getattr(record, what) for record in (before, after))
         # a setting that only one version knows is not a difference of the two measurements
-        apart = ("device", "date", "load_average")
+        apart = ("device", "date", "load_average", "commit")
         for name in (name for name in one if name in other and name not in apart):
             if one[name] != other[name]:
                 yield f"{name} is {one[name]} in {before.name}, {other[name]} in {after.name}"
+    for record in (before, after):
+        load, threads = (record.environment.get(name) for name in ("load_average", "threads"))
+        if load is not None and threads is not None and load > threads / 2:
+            yield (
+                f"{record.name} was measured on a busy machine (load average {load:.1f} with "
+                f"{counted(threads, 'thread')}): its times are not reliable"
+            )
 
 
 def compare(before: Record, after: Record) -> list[Pair]:
@@ -88,13 +95,18 @@ def compare(before: Record, after: Record) -> list[Pair]:
 
 
 def failures(before: Record, after: Record) -> Iterator[str]:
-    """The rows of both files that ran in one of them alone, a sentence each."""
+    """The rows that ran in one of the files alone: a sentence each, or one for all it lacks."""
     for ran, failed in ((before, after), (after, before)):
         found, those = values(ran), values(failed)
         for row in failed.rows:
             key = failed.key(row)
             if key in found and key not in those:
                 yield f"{_name(key)} ran in {ran.name} alone; in {failed.name}: {row['status']}"
+        present = {failed.key(row) for row in failed.rows}
+        lacking = [_name(key) for key in found if key not in present]
+        if lacking:
+            such = lacking[0] if len(lacking) == 1 else f"{len(lacking)} rows, first {lacking[0]}"
+            yield f"{ran.name} alone has {such}"
 
 
 def values(record: Record) -> dict[tuple[Any, ...], Mapping[str, Any]]:

@@ -8,6 +8,7 @@ Files from before `benchmark` was written are recognized by their rows' fields.
 import json
 import os
 import platform
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -68,10 +69,11 @@ class Record:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """What a result depends on: versions, device, threads and time."""
+    """What a result depends on: versions and commit, device, threads and time."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "fastclip": fastclip.__version__,
+        "commit": _commit(),
         "torch": torch.__version__,
         "triton": _triton_version(),
         "python": platform.python_version(),
@@ -194,6 +196,23 @@ def _foreign(path: Path, why: str) -> ValueError:
 
 def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, (torch.dtype, torch.device, Path)) else value
+
+
+def _commit() -> str | None:
+    """The checkout's, with "+" where tracked files differ; None of an installed package."""
+    root = Path(fastclip.__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--exclude=*", "--dirty=+"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
 
 
 def _triton_version() -> str | None:

@@ -82,7 +82,8 @@ class Rows:
         if self.path is None or not self.rows:
             return
         if kind is not None:
-            rows = counted(len(self.rows), "row")
+            measured = [row for row in self.rows if row.status == "ok"]
+            rows = counted(len(measured), "row")
             logger.error(f"cut short; {self.path} has the {rows} that were measured")
 
 

@@ -95,10 +95,17 @@ def _run(command: str, options: Sequence[str]) -> int:
         if isinstance(error, BrokenPipeError) and _reader_left():
             return 0
         # bad input is reported in a sentence; a traceback is for our own bugs
-        logger.error(f"fastclip {command}: error: {error}")
+        logger.error(f"fastclip {command}: error: {_sentence(error)}")
     except KeyboardInterrupt:
         logger.error("interrupted")
     return 1
+
+
+def _sentence(error: Exception) -> str:
+    """An error's text; the system's own ones begin with a number, not with the file."""
+    if isinstance(error, OSError) and str(error).startswith("[Errno"):
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
+    return str(error)
 
 
 def _reader_left() -> bool:

@@ -45,6 +45,7 @@ def patch_open_clip(
 
     Raises:
         ModuleNotFoundError: open_clip is not installed.
+        ValueError: `model` is not a module.
 
     Examples:
         >>> import fastclip, open_clip, torch
@@ -59,6 +60,8 @@ def patch_open_clip(
     """
     import open_clip.loss
 
+    if not isinstance(model, (nn.Module, type(None))):
+        raise ValueError(f"model is {model!r}; give an open_clip model, not its class or name")
     handle = PatchHandle()
     if loss:
         for name, exchange in _EXCHANGES.items():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from fastclip.functional import Exchange, clip_loss, distillation_loss, info_nce_loss
+from fastclip.ops.backend import check_backend
 from fastclip.ops.checks import GroupRole, check_group_role, checked_sizes
 from fastclip.ops.collectives import average_gradient, check_exchange, gather_rows, scale_gradient
 
@@ -85,6 +86,7 @@ class ClipLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_exchange(dist)
+        check_backend(backend)
         check_group_role(group_role)
         if use_horovod:
             raise ValueError("use_horovod=True: Horovod is not supported, use torch.distributed")

@@ -10,6 +10,7 @@ from torch.distributed import ProcessGroup
 
 from fastclip.functional import Exchange, global_contrastive_loss
 from fastclip.functional.global_contrastive import GAMMAS, RHO, check_options, check_variant
+from fastclip.ops.backend import check_backend
 from fastclip.ops.collectives import check_exchange
 
 
@@ -83,6 +84,7 @@ class GlobalContrastiveLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_exchange(dist)
+        check_backend(backend)
         check_variant(variant)
         if num_samples < 1:
             raise ValueError(

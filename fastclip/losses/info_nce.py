@@ -7,6 +7,7 @@ from torch.distributed import ProcessGroup
 
 from fastclip.functional import Exchange, info_nce_loss
 from fastclip.losses.memory_bank import memory_bank
+from fastclip.ops.backend import check_backend
 from fastclip.ops.checks import GroupRole, check_group_role, check_positive
 from fastclip.ops.collectives import check_exchange
 
@@ -58,6 +59,7 @@ class InfoNCELoss(nn.Module):
     ) -> None:
         super().__init__()
         check_exchange(dist)
+        check_backend(backend)
         check_group_role(group_role)
         check_positive("temperature", temperature)
         self.temperature = temperature

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from fastclip.functional import Exchange, mp_nce_loss
+from fastclip.ops.backend import check_backend
 from fastclip.ops.checks import check_positive
 from fastclip.ops.collectives import check_exchange
 
@@ -67,6 +68,7 @@ class MPNCELoss(nn.Module):
         if num_domains < 1:
             raise ValueError(f"num_domains is {num_domains}; give 1 or more")
         check_exchange(dist)
+        check_backend(backend)
         check_positive("init_temperature", init_temperature)
         if isinstance(pair_weight, str) and pair_weight != "balanced":
             raise ValueError(f"pair_weight is {pair_weight!r}; give 'balanced', a tensor or None")

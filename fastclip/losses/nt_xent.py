@@ -8,6 +8,7 @@ from torch.distributed import ProcessGroup, is_initialized
 
 from fastclip.functional import Exchange, info_nce_loss, nt_xent_loss
 from fastclip.losses.memory_bank import memory_bank
+from fastclip.ops.backend import check_backend
 from fastclip.ops.checks import GroupRole, check_group_role, check_positive
 from fastclip.ops.collectives import check_exchange
 
@@ -61,6 +62,7 @@ class NTXentLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_exchange(dist)
+        check_backend(backend)
         check_group_role(group_role)
         check_positive("temperature", temperature)
         self.temperature = temperature

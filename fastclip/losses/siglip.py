@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from fastclip.functional import siglip_loss
+from fastclip.ops.backend import check_backend
 from fastclip.ops.checks import GroupRole, check_group_role, check_groups, checked_sizes
 from fastclip.ops.collectives import ranks_of
 from fastclip.ops.sigmoid import sigmoid_loss
@@ -65,6 +66,7 @@ class SigLipLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_group_role(group_role)
+        check_backend(backend)
         if dist_impl is not None and dist_impl not in _EXCHANGES:
             raise ValueError(f"dist_impl is {dist_impl!r}; use one of {', '.join(_EXCHANGES)}")
         if chunk_size < 0:

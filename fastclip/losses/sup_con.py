@@ -9,6 +9,7 @@ from torch.distributed import ProcessGroup
 from fastclip.functional import Exchange, sup_con_loss
 from fastclip.losses.metric_learning import MetricLearningSupConLoss
 from fastclip.losses.sup_contrast import SupContrastLoss
+from fastclip.ops.backend import check_backend
 from fastclip.ops.checks import check_positive
 from fastclip.ops.collectives import check_exchange
 
@@ -55,6 +56,7 @@ class SupConLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_exchange(dist)
+        check_backend(backend)
         check_positive("temperature", temperature)
         self.temperature = temperature
         self.options: dict[str, Any] = {
@@ -109,6 +111,11 @@ class SupConLoss(nn.Module):
         Raises:
             ValueError: neither labels nor views, or shapes that do not fit.
         """
+        if features.ndim not in (2, 3):
+            raise ValueError(
+                f"the features have shape {tuple(features.shape)}; give (N, D), or (N, V, D) with "
+                "V views a sample"
+            )
         if features.ndim == 3:
             samples, views, width = features.shape
             if labels is None:
@@ -116,6 +123,10 @@ class SupConLoss(nn.Module):
                 if self.options["dist"] is not None:
                     # each process has samples of its own
                     labels += samples * torch.distributed.get_rank(self.options["group"])
+            if labels.shape != (samples,):
+                raise ValueError(
+                    f"labels have shape {tuple(labels.shape)}; one a sample, ({samples},)"
+                )
             features = features.reshape(samples * views, width)
             labels = labels.repeat_interleave(views)
         if labels is None:

@@ -188,8 +188,22 @@ def choose(operator: str, requested: str, device: torch.device, dtype: torch.dty
             if reason:
                 raise ValueError(f"backend {wanted!r} cannot run {operator} here: {reason}")
             return wanted
-    known = ", ".join(repr(i.name) for i in candidates)
-    raise ValueError(f"backend {wanted!r} of {operator} is unknown; use 'auto' or one of {known}")
+    raise _unknown(operator, wanted)
+
+
+def check_backend(requested: str, operator: str = "similarity") -> None:
+    """Refuse a name that no implementation has; whether one can run is found out at the call.
+
+    Raises:
+        ValueError: as above.
+    """
+    if requested not in ("auto", *(i.name for i in IMPLEMENTATIONS[operator])):
+        raise _unknown(operator, requested)
+
+
+def _unknown(operator: str, name: str) -> ValueError:
+    known = ", ".join(repr(i.name) for i in IMPLEMENTATIONS[operator])
+    return ValueError(f"backend {name!r} of {operator} is unknown; use 'auto' or one of {known}")
 
 
 def unavailable_reason(

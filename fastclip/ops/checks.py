@@ -38,6 +38,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 def as_scalar(name: str, value: Tensor | float, like: Tensor) -> Tensor:
     """A number or one-element tensor as a tensor on the features' device."""
     if not isinstance(value, Tensor):
+        check_number(name, value)
         # filled on the device: a copy from the host would wait
         return torch.full((), value, dtype=accumulator_dtype(like.dtype), device=like.device)
     if value.numel() != 1:
@@ -48,6 +49,7 @@ def as_scalar(name: str, value: Tensor | float, like: Tensor) -> Tensor:
 def as_table(name: str, value: Tensor | float, domains: int, like: Tensor) -> Tensor:
     """A (P, P) table, its entry (a, b) read with a <= b, made symmetric; a number fills it."""
     if not isinstance(value, Tensor):
+        check_number(name, value)
         return torch.full(
             (domains, domains), value, dtype=accumulator_dtype(like.dtype), device=like.device
         )
@@ -87,8 +89,15 @@ def on_device(name: str, value: Tensor, like: Tensor) -> Tensor:
     return value
 
 
+def check_number(name: str, value: object) -> None:
+    """Neither nothing, a text nor several numbers, where one number or a tensor belongs."""
+    if value is None or isinstance(value, (str, list, tuple)):
+        raise ValueError(f"{name} is {value!r}; give a number or a tensor")
+
+
 def check_positive(name: str, value: float) -> None:
     """A number above zero."""
+    check_number(name, value)
     if not value > 0:
         raise ValueError(f"{name} is {value}; give a positive number")
 
@@ -115,16 +124,21 @@ def _is_differentiated(value: Tensor) -> bool:
 
 
 def check_features(name: str, features: Tensor) -> None:
-    """(rows, width), floating point, neither empty nor a DTensor."""
+    """(rows, width), floating point, neither empty nor a DTensor, nor sparse."""
+    if not isinstance(features, Tensor):
+        raise ValueError(f"the {name} are a {type(features).__name__}; give a tensor")
     if type(features).__name__ == "DTensor":
         raise ValueError(f"the {name} are a DTensor; pass its local part (.to_local())")
     if features.ndim != 2:
         raise ValueError(f"the {name} have shape {tuple(features.shape)}; give (rows, width)")
+    if features.layout != torch.strided:
+        raise ValueError(f"the {name} are sparse; give dense ones (.to_dense())")
     if not features.is_floating_point():
         raise ValueError(f"the {name} are {features.dtype}; give floating point")
     if 0 in features.shape:
         raise ValueError(
-            f"the {name} have shape {tuple(features.shape)}; at least one row is needed"
+            f"the {name} have shape {tuple(features.shape)}; at least one row and one column are "
+            "needed"
         )
 
 
@@ -144,6 +158,8 @@ def check_alike(x: Tensor, y: Tensor, compute_dtype: torch.dtype) -> None:
 
 def check_ids(name: str, ids: Tensor, rows: int, device: torch.device) -> None:
     """(rows,) integer ids on the features' device."""
+    if not isinstance(ids, Tensor):
+        raise ValueError(f"{name} is a {type(ids).__name__}; give a tensor of one id per row")
     if ids.shape != (rows,):
         raise ValueError(f"{name} has shape {tuple(ids.shape)}; one id per row, ({rows},)")
     if ids.dtype not in (torch.int32, torch.int64):
@@ -260,8 +276,10 @@ def check_biases(
 
 def chunk_argument(chunk_bytes: int | None) -> int:
     """`chunk_bytes` as the operators take it: 0 for the default."""
-    if chunk_bytes is not None and chunk_bytes < 1:
-        raise ValueError(f"chunk_bytes is {chunk_bytes}; give a positive number of bytes or None")
+    if isinstance(chunk_bytes, float) or (chunk_bytes is not None and chunk_bytes < 1):
+        raise ValueError(
+            f"chunk_bytes is {chunk_bytes}; give a whole, positive number of bytes or None"
+        )
     return chunk_bytes or 0
 
 

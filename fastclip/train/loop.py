@@ -6,11 +6,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from fastclip.models import checkpoint
 from fastclip.ops.collectives import count_bytes
 from fastclip.train.config import TrainConfig
 from fastclip.train.distributed import World, world
 from fastclip.train.health import NonFiniteError
 from fastclip.train.inherited import LATEST
+from fastclip.train.log import read_metrics
 from fastclip.train.optim import learning_rate
 from fastclip.train.options import LogOptions
 from fastclip.train.report import Report, StepResult
@@ -19,6 +21,7 @@ from fastclip.train.saving import keep_newest_and_best, prune_step_checkpoints, 
 from fastclip.train.start import start
 from fastclip.train.state import TrainState
 from fastclip.train.stop import StoppedError, StopSignals
+from fastclip.train.summary import EVALUATED
 from fastclip.train.validate import Evaluation
 from fastclip.train.watch import Watch
 
@@ -66,26 +69,22 @@ def _train(
 ) -> tuple[Path, list[str]]:
     """The run directory, and the signals that ended it before its time."""
     state, evaluation, report = start(config, here, around)
-    stopping = False
     stop.training = True
     with report:
-        while state.epoch < config.optim.epochs and not stopping:
-            stopping = train_epoch(state, report, stop, watch)
-            if not state.epoch_is_done:
-                break
-            end_of_epoch(state, evaluation, report, stopping=stopping)
-    # a run that came to its end was not stopped
-    unfinished = stopping and state.epoch < config.optim.epochs
-    received = here.gather(stop.received.name if stop.received else "") if unfinished else []
+        complete = True
+        if evaluation is not None and _lacks_evaluation(state, evaluation):
+            report.meter.pause()
+            complete = evaluate(state, evaluation, report, stop)
+            report.meter.resume()
+        while complete and state.epoch < config.optim.epochs:
+            train_epoch(state, report, stop, watch)
+            complete = state.epoch_is_done and end_of_epoch(state, evaluation, report, stop)
+    received = [] if complete else here.gather(stop.received.name if stop.received else "")
     return state.folder, sorted(set(received) - {""})
 
 
-def train_epoch(state: TrainState, report: Report, stop: StopSignals, watch: Watch) -> bool:
-    """The steps that are left of an epoch, and the checkpoints between them.
-
-    Returns:
-        Whether a signal asked some rank to stop; the epoch may be done all the same.
-    """
+def train_epoch(state: TrainState, report: Report, stop: StopSignals, watch: Watch) -> None:
+    """The steps that are left of an epoch, fewer after a signal, and the checkpoints between."""
     every = state.config.checkpoint.save_every_steps
     state.model.model.train()
     state.engine.objective.begin_epoch(state.epoch)
@@ -98,15 +97,14 @@ def train_epoch(state: TrainState, report: Report, stop: StopSignals, watch: Wat
         stopping = state.world.any(stop.received is not None)
         # the end of an epoch has a checkpoint of its own
         if state.epoch_is_done:
-            return stopping
+            return
         if stopping or (every and state.step % every == 0):
             name = f"step_{state.step:08d}"
             saved = save(state, name, needed=stopping, warn=report.warn)
             if saved and state.world.is_first:
                 prune_step_checkpoints(state.checkpoints)
         if stopping:
-            return True
-    return False
+            return
 
 
 def train_step(state: TrainState, batches: list[dict[str, Any]]) -> StepResult:
@@ -131,29 +129,60 @@ def train_step(state: TrainState, batches: list[dict[str, Any]]) -> StepResult:
 
 
 def end_of_epoch(
-    state: TrainState, evaluation: Evaluation | None, report: Report, *, stopping: bool
-) -> None:
-    """Evaluate and save where the configuration says so, and stand before the next epoch.
+    state: TrainState, evaluation: Evaluation | None, report: Report, stop: StopSignals
+) -> bool:
+    """Save and evaluate where the configuration says so, and stand before the next epoch.
 
-    Args:
-        stopping: whether the run ends here; then it saves and does not evaluate.
+    Returns:
+        Whether the run goes on, or is complete; if not, a signal asks it to stop.
     """
-    config = state.config
+    checkpoints = state.config.checkpoint
     state.epoch, state.position = state.epoch + 1, 0
-    last = state.epoch == config.optim.epochs or stopping
-    saved = False
+    name, last = f"epoch_{state.epoch}", state.epoch == state.config.optim.epochs
     report.meter.pause()
-    try:
-        due = evaluation is not None and not stopping and (last or evaluation.is_due(state.epoch))
-        if evaluation is not None and due:
-            # at the end everything is measured
-            metrics = evaluation(state.engine, None if last else state.epoch)
-            if metrics is not None:
-                report.evaluation(state, metrics)
-    finally:
-        # an evaluation that fails must not cost the epoch
-        if state.epoch % config.checkpoint.save_frequency == 0 or last:
-            saved = save(state, f"epoch_{state.epoch}", needed=last, warn=report.warn)
-        report.meter.resume()
+    stopping = state.world.any(stop.received is not None)
+    needed = last or stopping
+    saved = False
+    # first: an evaluation that fails, or is killed, must not cost the epoch
+    if needed or state.epoch % checkpoints.save_frequency == 0:
+        saved = save(state, name, needed=needed, warn=report.warn)
+    complete = last or not stopping
+    if evaluation is not None and _is_due(state, evaluation):
+        complete = not stopping and evaluate(state, evaluation, report, stop)
+        if not complete and not saved:
+            saved = save(state, name, needed=True, warn=report.warn)
     if saved and state.world.is_first:
         keep_newest_and_best(state, report.warn)
+    report.meter.resume()
+    return complete
+
+
+def evaluate(state: TrainState, evaluation: Evaluation, report: Report, stop: StopSignals) -> bool:
+    """Measure what is due at an epoch's end, unless a signal asks to stop.
+
+    Returns:
+        Whether it was measured; if not, the resumed run does it.
+    """
+    # at the end everything is measured
+    last = state.epoch == state.config.optim.epochs
+    metrics = evaluation(state.engine, None if last else state.epoch, around=stop.at_once)
+    if metrics is not None:
+        report.evaluation(state, metrics)
+    # the first rank alone has metrics
+    return state.world.gather(metrics is not None)[0]
+
+
+def _is_due(state: TrainState, evaluation: Evaluation) -> bool:
+    return state.epoch == state.config.optim.epochs or evaluation.is_due(state.epoch)
+
+
+def _lacks_evaluation(state: TrainState, evaluation: Evaluation) -> bool:
+    """Whether this run was stopped between an epoch's checkpoint and its evaluation."""
+    at_end = state.epoch > 0 and state.position == 0 and _is_due(state, evaluation)
+    # a run that branches off from another begins without its scores
+    scored = any(
+        line["step"] == state.step and any(name.startswith(EVALUATED) for name in line)
+        for line in read_metrics(state.folder)
+    )
+    missing = bool(checkpoint.named(state.checkpoints, f"epoch_{state.epoch}")) and not scored
+    return at_end and state.world.gather(missing)[0]

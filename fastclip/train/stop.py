@@ -3,9 +3,11 @@
 SIGTERM and SIGUSR1 (which SLURM sends ahead of a time limit) ask for it, and Ctrl-C in a terminal.
 """
 
+import contextlib
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 
 EXIT_STATUS = 75
@@ -14,6 +16,10 @@ EXIT_STATUS = 75
 
 class StoppedError(RuntimeError):
     """The run was asked to stop and has saved a checkpoint."""
+
+
+class _SignalReceived(BaseException):
+    """Raised by the handler, as KeyboardInterrupt is."""
 
 
 class StopSignals:
@@ -32,6 +38,21 @@ class StopSignals:
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self.training = False
+        self._at_once = False
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """A block that the first signal ends, for what a resumed run does again.
+
+        The signal is noted as always; what follows the block runs.
+        """
+        self._at_once = True
+        try:
+            yield
+        except _SignalReceived:
+            pass
+        finally:
+            self._at_once = False
 
     def __enter__(self) -> "StopSignals":
         self._process = os.getpid()
@@ -62,8 +83,10 @@ class StopSignals:
             if not self.training:
                 raise KeyboardInterrupt
             # the step under way may be long; a handler may write, but not log
-            if os.environ.get("RANK", "0") == "0":
+            if os.environ.get("RANK", "0") == "0" and not self._at_once:
                 os.write(
                     2, b"\nstopping: the run saves after this step; Ctrl-C again ends it now\n"
                 )
         self.received = signal.Signals(number)
+        if self._at_once:
+            raise _SignalReceived

@@ -37,14 +37,15 @@ def summary(
     speeds = [line["samples_per_second"] for line in metrics if "samples_per_second" in line]
     # the first ones are slow
     speed = f", {sorted(speeds)[len(speeds) // 2]:,.0f} samples/s" if speeds else ""
-    lines = {"done": f"{made} in {duration(seconds)}{speed}"}
+    label = "done" if state.step >= state.last_step else "stopped"
+    lines = {label: f"{made} in {duration(seconds)}{speed}"}
     losses = [line for line in metrics if "loss" in line]
     if losses:
         chance = losses[-1].get("chance_loss")
         lines["loss"] = f"{losses[-1]['loss']:.3f}" + (f" (chance {chance:.3f})" if chance else "")
     names = {name: None for line in metrics for name in line if name.startswith(EVALUATED)}
     scores = [_best_and_last(metrics, name) for name in names if "chance" not in name]
-    saved = max(checkpoint.named(state.checkpoints, "epoch_"), key=checkpoint.step_of, default=None)
+    saved = max(checkpoint.named(state.checkpoints, ""), key=checkpoint.step_of, default=None)
     files = f"{state.folder}: loss.png, metrics.jsonl" + (
         f", {saved.relative_to(state.folder)}" if saved else ""
     )

@@ -15,6 +15,8 @@ from fastclip.cli import main
 from fastclip.models import checkpoint
 from fastclip.train import engine
 from fastclip.train.distributed import world
+from fastclip.train.held_out import HeldOut
+from fastclip.train.log import read_metrics
 from fastclip.train.watch import Watch
 from tests.processes import Forked, start_ranks
 from tests.train.test_kill import last_step
@@ -69,6 +71,49 @@ def test_a_signal_saves_within_a_step(
         )
         for key in ("state_dict", "optimizer", "rng", "data", "step"):
             assert identical(ours[key], theirs[key]), key
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_resumed_run_makes_the_evaluation_that_a_signal_ended(
+    train_flags: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    epoch: int,
+) -> None:
+    flags = [*train_flags, "--val-data", "scenes", "--val-num-samples", "24"]
+    assert main(["train", *flags, "--name", "whole"]) == 0
+    measure, begun = HeldOut.__call__, []
+
+    def signaled(self: HeldOut) -> dict[str, float]:
+        begun.append(1)
+        if len(begun) == epoch:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return measure(self)
+
+    monkeypatch.setattr(HeldOut, "__call__", signaled)
+    assert main(["train", *flags, "--name", "stopped"]) == 75
+    assert "SIGTERM received; to resume:" in capsys.readouterr().err
+    logs = tmp_path / "logs"
+    # not a step of the next epoch was made
+    assert read_metrics(logs / "stopped")[-1]["step"] == 8 * epoch
+    saved = checkpoint.find_latest(logs / "stopped" / "checkpoints")
+    assert saved is not None and saved.name == f"epoch_{epoch}.pt"
+    resume = ["--resume", "latest", "--name", "stopped", "--logs", str(logs)]
+    assert main(["train", *resume]) == 0
+    ours, theirs = (
+        [line for line in read_metrics(logs / name) if "val/loss" in line]
+        for name in ("stopped", "whole")
+    )
+    assert ours == theirs and len(ours) == 2
+    ours, theirs = (
+        checkpoint.read(logs / name / "checkpoints" / "epoch_2.pt") for name in ("stopped", "whole")
+    )
+    for key in ("state_dict", "optimizer", "rng", "data", "step"):
+        assert identical(ours[key], theirs[key]), key
+    # what was measured once is not again
+    assert main(["train", *resume]) == 0
+    assert len(begun) == 3
 
 
 @pytest.mark.slow

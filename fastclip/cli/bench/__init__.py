@@ -5,7 +5,7 @@ read these files.
 """
 
 from collections.abc import Sequence
-from typing import Annotated, get_args
+from typing import Annotated
 
 from tyro.conf import subcommand
 
@@ -31,7 +31,6 @@ Config = (
     | Annotated[ReportConfig, subcommand("report")]
     | Annotated[CompareConfig, subcommand("compare")]
 )
-_NAMES = [get_args(part)[1].name for part in get_args(Config)]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -40,7 +39,8 @@ def main(arguments: Sequence[str]) -> int:
     The status is 1 where an operator fails its quick check and is not timed.
     """
     arguments = list(arguments)
-    if arguments[:1] not in [[name] for name in (*_NAMES, "--help", "-h")]:
+    first = arguments[0] if arguments else "--"
+    if first.startswith("-") and first not in ("--help", "-h"):
         arguments.insert(0, "losses")
     refuse_renamed(arguments, {"--lines": "--lengths"})
     return parse_flags(Config, arguments, "fastclip bench").run()

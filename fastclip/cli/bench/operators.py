@@ -1,5 +1,6 @@
 """`fastclip bench losses|attention|memory|collectives`: operators beside their baselines."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -103,9 +104,7 @@ class AttentionConfig:
             return replace(self, **small, quick=False).run()  # type: ignore[arg-type]
         known = {shape[0]: shape for shape in SHAPES}
         if not self.lengths or set(self.lengths) - set(known):
-            raise ValueError(
-                f"--lengths is {self.lengths}; choose from {', '.join(map(str, known))}"
-            )
+            raise ValueError(f"--lengths is {_typed(self.lengths)}; choose from {_typed(known)}")
         device = place(self.device)
         default = 262_144 if device == "cuda" else 8_192
         tokens = default if self.tokens is None else self.tokens
@@ -125,6 +124,9 @@ class MemoryConfig:
     Columns: MiB that autograd keeps, the inputs left out; the power of n by which they grew since
     the size before; peak extra MiB, and its power; how many times less than this row's peak
     fastclip's is.
+
+    fastclip's losses are measured as in large batches: without what they keep of small ones, the
+    similarity matrix or its exponentials.
     """
 
     loss: tuple[LossName, ...] = ("clip", "info_nce", "siglip", "nt_xent", "mp_nce", "sup_con")
@@ -205,7 +207,7 @@ class CollectivesConfig:
             small = {"n": (128,), "width": 64, "rounds": 3}
             return replace(self, **small, quick=False).run()  # type: ignore[arg-type]
         if not self.ranks or min(self.ranks) < 2:
-            raise ValueError(f"--ranks is {self.ranks}; give 2 or more")
+            raise ValueError(f"--ranks is {_typed(self.ranks)}; give 2 or more")
         if not self.n or min(*self.n, self.width, self.rounds) < 1:
             raise ValueError("--n, --width and --rounds must be positive")
         device = self.device
@@ -226,8 +228,13 @@ def place(device: str) -> str:
     return chosen.type
 
 
+def _typed(values: Iterable[int]) -> str:
+    """Numbers as they are typed."""
+    return " ".join(map(str, values)) or "empty"
+
+
 def _check(n: tuple[int, ...], width: tuple[int, ...], rounds: int) -> None:
     if not n or any(rows < 4 or rows % 4 for rows in n):
-        raise ValueError(f"--n is {n}; give multiples of 4")
+        raise ValueError(f"--n is {_typed(n)}; give multiples of 4")
     if rounds < 1 or not width or min(width) < 1:
         raise ValueError("--rounds and --width must be positive")
