@@ -1,4 +1,4 @@
-"""Is better text enough to learn composition (Stone et al. 2024)? Captions by text tower.
+"""Is better text enough to learn composition (Stone et al. 2024)? Kinds of captions; a text tower.
 
 On collages, whose captions say which photograph is where. Training shows 70 % of the pairs of class
 and place; composition is asked of seen pairs and of the others. All runs begin with one image tower
@@ -51,7 +51,7 @@ _LATER = (
     *("--captions", "dense=1,short=1", "--sentence-sampling", "--hard-negatives", "1"),
     *("--lr", "5e-4", "--warmup", "5", "--train-num-samples"),
 )
-SCRATCH, PRETRAINED = "from scratch", "pretrained"
+PRETRAINED = "dense, pretrained tower"
 _COMMON = (
     *("--lr", "2e-3", "--wd", "0.1", "--warmup", "50", "--grad-clip-norm", "1", "--workers", "1"),
 )
@@ -60,11 +60,6 @@ _LABELS = (
     *(*_COMMON, "--objective", "classify", "--batch-size", "128", *NO_VALIDATION),
     *("--aug-scale", "0.5", "1", "--aug-flip", "0.5"),
 )
-
-
-def label(kind: str, tower: str) -> str:
-    """A row's."""
-    return f"{kind}, {tower}"
 
 
 def _language_model(settings: Settings) -> Path:
@@ -93,25 +88,22 @@ def _texts(settings: Settings) -> list[str]:
 
 
 def _arms(settings: Settings) -> Mapping[str, Arm]:
-    towers = {
-        SCRATCH: ("--model", "RN10t-64-long"),
-        PRETRAINED: (
-            *("--model", "RN10t-64", "--text-lm", str(_language_model(settings))),
-            *("--context-length", "56", "--text-lm-unfrozen", "2"),
-        ),
-    }
-    samples = ("--train-num-samples", str(settings.share(SAMPLES)))
-    later = (*_LATER, str(settings.share(LATER_SAMPLES)))
+    own = ("--model", "RN10t-64-long")
+    pretrained = (
+        *("--model", "RN10t-64", "--text-lm", str(_language_model(settings))),
+        *("--context-length", "56", "--text-lm-unfrozen", "2"),
+    )
     common = (*_PAIRS, *training_data(settings.data))
-    begins = (*samples, "--finetune", str(settings.folder / PHOTOGRAPHS))
-    arms: dict[str, Arm] = {}
-    for tower, own in towers.items():
-        for kind, captions in CAPTIONS.items():
-            arms[label(kind, tower)] = Arm((*common, *own, *captions, *begins))
-        arms[label(NEGATIVES, tower)] = Arm(
-            (*common, *own, *later), label(BEGUN, tower), "--pretrained"
-        )
-    return arms
+    begins = (
+        *("--train-num-samples", str(settings.share(SAMPLES))),
+        *("--finetune", str(settings.folder / PHOTOGRAPHS)),
+    )
+    later = (*_LATER, str(settings.share(LATER_SAMPLES)))
+    return {
+        **{kind: Arm((*common, *own, *texts, *begins)) for kind, texts in CAPTIONS.items()},
+        NEGATIVES: Arm((*common, *own, *later), BEGUN, "--pretrained"),
+        PRETRAINED: Arm((*common, *pretrained, *CAPTIONS["dense"], *begins)),
+    }
 
 
 def _judge(settings: Settings) -> Judge:
@@ -164,21 +156,24 @@ def _notes(settings: Settings) -> list[str]:
 
 
 def _contrasts() -> list[Contrast]:
-    dense, alt = label("dense", SCRATCH), label("alt-text", SCRATCH)
-    sentences, negatives = label(BEGUN, SCRATCH), label(NEGATIVES, SCRATCH)
-    pretrained, nouns = label("dense", PRETRAINED), "composition_noun"
+    nouns, held_out = "composition_noun", "held_out"
     return [
         # alternative texts teach classes alone, so whether they taught anything is asked of nouns
-        Contrast("dense captions help retrieval", (dense,), (alt,), "dense_recall", nouns),
-        Contrast("dense captions help composition", (dense,), (alt,), "composition", nouns),
-        Contrast("a pretrained tower helps retrieval", (pretrained,), (dense,), "dense_recall"),
+        Contrast("dense captions help retrieval", ("dense",), ("alt-text",), "dense_recall", nouns),
+        Contrast(
+            "dense captions help composition", ("dense",), ("alt-text",), "composition", nouns
+        ),
+        Contrast("a pretrained tower helps retrieval", (PRETRAINED,), ("dense",), "dense_recall"),
         Contrast(
             "a pretrained tower helps composition of held-out pairs",
-            *((pretrained,), (dense,), "held_out"),
+            *((PRETRAINED,), ("dense",), held_out),
         ),
-        Contrast("sentence sampling helps short captions", (sentences,), (dense,), "short_recall"),
-        Contrast("hard negatives help composition", (negatives,), (sentences,), "composition"),
-        Contrast("hard negatives cost retrieval", (sentences,), (negatives,), "dense_recall"),
+        # short captions are what dense ones alone do not teach
+        Contrast(
+            "sentence sampling helps short captions", (BEGUN,), ("dense",), "short_recall", nouns
+        ),
+        Contrast("hard negatives help composition", (NEGATIVES,), (BEGUN,), "composition"),
+        Contrast("hard negatives cost retrieval", (BEGUN,), (NEGATIVES,), "dense_recall"),
     ]
 
 
