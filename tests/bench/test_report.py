@@ -159,6 +159,21 @@ def test_a_row_that_fails_in_one_file_is_warned_of(
     assert "by images a second; above 1, B is better" in capsys.readouterr().out
 
 
+def test_rows_of_one_file_and_a_busy_machine_are_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = changed(tmp_path, "later.json", environment={"load_average": 7.3})
+    content = json.loads(other.read_text())
+    content["results"] = [row for row in content["results"] if row["operator"] != "clip"]
+    other.write_text(json.dumps(content))
+    assert main(["bench", "compare", str(LOSSES), str(other)]) == 0
+    warned = capsys.readouterr().err
+    timed = [row for row in records.read(LOSSES).rows if row["operator"] == "clip" and row["p50"]]
+    first = f"clip {timed[0]['n']} {timed[0]['width']} {timed[0]['baseline']}"
+    assert f"{LOSSES.name} alone has {len(timed)} rows, first {first}" in warned
+    assert "later.json was measured on a busy machine (load average 7.3 with 2 threads)" in warned
+
+
 def test_other_devices_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = changed(tmp_path, "gpu.json", environment={"device": "NVIDIA H100"})
     assert main(["bench", "compare", str(LOSSES), str(other)]) == 1

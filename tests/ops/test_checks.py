@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+import fastclip
 from fastclip import functional
 from fastclip.ops import checks, problem
 from fastclip.ops.collectives import (
@@ -58,9 +59,42 @@ def test_numbers_are_checked_to_their_border() -> None:
     for value in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="give a positive number"):
             checks.check_positive("temperature", value)
-    for size in (0, -1):
-        with pytest.raises(ValueError, match=f"chunk_bytes is {size}"):
-            checks.chunk_argument(size)
+    for size in (0, -1, 1e6):
+        with pytest.raises(ValueError, match=f"chunk_bytes is {size}; give a whole"):
+            checks.chunk_argument(size)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [None, "0.07", [1.0]], ids=str)
+def test_what_is_no_number_is_named(value: object) -> None:
+    x = unit(4, 3, 0)
+    for loss in (functional.clip_loss, functional.siglip_loss, functional.info_nce_loss):
+        with pytest.raises(ValueError, match=r"logit_scale is .*; give a number or a tensor"):
+            loss(x, x, value)  # type: ignore[operator]
+    with pytest.raises(ValueError, match=r"temperature is .*; give a number or a tensor"):
+        functional.nt_xent_loss(x, x, value)  # type: ignore[arg-type]
+
+
+def test_what_are_no_dense_features_is_named() -> None:
+    x = unit(4, 3, 0)
+    for wrong, says in (
+        (x.to_sparse(), "are sparse"),
+        (x[:, :0], "at least one row and one column"),
+        (x[:0], "at least one row and one column"),
+        (x.numpy(), "are a ndarray; give a tensor"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            checks.check_features("features", wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="row_group is a list; give a tensor"):
+        functional.clip_loss(x, x, 1.0, row_group=[1] * 4, column_group=[1] * 4)  # type: ignore[arg-type]
+
+
+def test_a_mistyped_implementation_is_named_when_a_loss_is_made() -> None:
+    for loss in (
+        *(fastclip.ClipLoss, fastclip.SigLipLoss, fastclip.InfoNCELoss, fastclip.NTXentLoss),
+        *(fastclip.MPNCELoss, fastclip.SupConLoss),
+    ):
+        with pytest.raises(ValueError, match="'tritn' of similarity is unknown; use 'auto'"):
+            loss(backend="tritn")
 
 
 def test_ids_are_checked() -> None:
