@@ -95,7 +95,9 @@ def arrange(config: type, values: Mapping[str, Any], origin: str = "") -> dict[s
     def put(key: Any, value: Any, section: str | None = None) -> None:
         name = str(key).replace("-", "_")
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            # what has lines below it was meant as a section
+            names = arranged if isinstance(value, Mapping) else known
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{said}unknown key {key!r}{hint}")
         if section not in (None, known[name]):

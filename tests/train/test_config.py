@@ -113,7 +113,7 @@ def test_a_file_may_be_flat_or_have_sections(tmp_path: Path) -> None:
     [
         ("optim:\n  learning_rate: 1\n", "c.yaml: unknown key 'learning_rate'"),
         ("optim:\n  batchsize: 1\n", "'batchsize'; did you mean 'batch_size'"),
-        ("optimizr:\n  lr: 1\n", "unknown key 'optimizr'; did you mean 'optimizer'"),
+        ("optimizr:\n  lr: 1\n", "unknown key 'optimizr'; did you mean 'optim'"),
         ("data:\n  lr: 1\n", "'lr' is not in section 'data' but in 'optim'"),
         ("data: photos\n", "'data' is a section: give its `key: value` lines below it"),
         ("lr: 1\noptim:\n  lr: 2\n", "key 'lr' is given twice; leave one out"),
