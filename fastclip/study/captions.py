@@ -1,4 +1,4 @@
-"""Is better text enough to learn composition (Stone et al. 2024)? Kinds of captions; a text tower.
+"""Is better text enough to learn composition (Stone et al. 2024)? Five kinds of captions.
 
 On collages, whose captions say which photograph is where. Training shows 70 % of the pairs of class
 and place; composition is asked of seen pairs and of the others. All runs begin with one image tower
@@ -10,27 +10,22 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
-from fastclip.data.collages import caption, sample_collage
 from fastclip.evaluate.features import embed_images, embed_texts
 from fastclip.models.build import load
 from fastclip.study.collages import (
     COLLAGES,
     COMPOSED,
-    classes_of_collages,
     composition,
     composition_cases,
     open_collages,
     single_photographs,
     training_data,
 )
-from fastclip.study.language_model import BATCH, teach
 from fastclip.study.question import NO_VALIDATION, Arm, Contrast, Question, Settings
 from fastclip.study.runs import Judge, Scores, first_rows, recalls, run
 from fastclip.study.verdict import Design
 
 SAMPLES, LATER_SAMPLES = 32_000, 9600
-# of the language model: as many texts as it trains on are made
-LANGUAGE_STEPS = 1600
 PHOTOGRAPHS, PHOTOGRAPH_EPOCHS = "photographs", 4
 COLUMNS = {
     "composition_noun": "nouns",
@@ -51,59 +46,31 @@ _LATER = (
     *("--captions", "dense=1,short=1", "--sentence-sampling", "--hard-negatives", "1"),
     *("--lr", "5e-4", "--warmup", "5", "--train-num-samples"),
 )
-PRETRAINED = "dense, pretrained tower"
 _COMMON = (
     *("--lr", "2e-3", "--wd", "0.1", "--warmup", "50", "--grad-clip-norm", "1", "--workers", "1"),
 )
-_PAIRS = (*_COMMON, "--batch-size", "64", "--epochs", "1")
+_PAIRS = (*_COMMON, "--model", "RN10t-64-long", "--batch-size", "64", "--epochs", "1")
 _LABELS = (
     *(*_COMMON, "--objective", "classify", "--batch-size", "128", *NO_VALIDATION),
     *("--aug-scale", "0.5", "1", "--aug-flip", "0.5"),
 )
 
 
-def _language_model(settings: Settings) -> Path:
-    return settings.folder / "language_model"
-
-
 def _prepare(settings: Settings) -> None:
-    folder = _language_model(settings)
-    if not (folder / "config.json").is_file():
-        settings.folder.mkdir(parents=True, exist_ok=True)
-        teach(folder, _texts(settings), settings.share(LANGUAGE_STEPS))
     epochs = ("--epochs", str(settings.share(PHOTOGRAPH_EPOCHS)))
     labels = (*_LABELS, *single_photographs(settings.data), *epochs)
     run(PHOTOGRAPHS, labels, settings.folder, judge=lambda path: ({}, {}))
 
 
-def _texts(settings: Settings) -> list[str]:
-    """Captions of all pairs of class and place, those too that no image is trained on with."""
-    classes = classes_of_collages(settings.data)
-    return [
-        caption(sample_collage(i, split=split, classes=classes), quality)
-        for split in ("train", "compositional")
-        for i in range(LANGUAGE_STEPS * BATCH // 4)
-        for quality in ("dense", "short")
-    ]
-
-
 def _arms(settings: Settings) -> Mapping[str, Arm]:
-    own = ("--model", "RN10t-64-long")
-    pretrained = (
-        *("--model", "RN10t-64", "--text-lm", str(_language_model(settings))),
-        *("--context-length", "56", "--text-lm-unfrozen", "2"),
-    )
     common = (*_PAIRS, *training_data(settings.data))
     begins = (
         *("--train-num-samples", str(settings.share(SAMPLES))),
         *("--finetune", str(settings.folder / PHOTOGRAPHS)),
     )
+    arms = {kind: Arm((*common, *texts, *begins)) for kind, texts in CAPTIONS.items()}
     later = (*_LATER, str(settings.share(LATER_SAMPLES)))
-    return {
-        **{kind: Arm((*common, *own, *texts, *begins)) for kind, texts in CAPTIONS.items()},
-        NEGATIVES: Arm((*common, *own, *later), BEGUN, "--pretrained"),
-        PRETRAINED: Arm((*common, *pretrained, *CAPTIONS["dense"], *begins)),
-    }
+    return {**arms, NEGATIVES: Arm((*common, *later), BEGUN, "--pretrained")}
 
 
 def _judge(settings: Settings) -> Judge:
@@ -149,24 +116,17 @@ def _notes(settings: Settings) -> list[str]:
         "image tower, which was trained on the photographs by label for "
         f"{settings.share(PHOTOGRAPH_EPOCHS)} epochs. "
         f"{settings.share(SAMPLES):,} samples a run; hard negatives are a later phase of "
-        f"{settings.share(LATER_SAMPLES):,}, which begins with '{BEGUN}'. The pretrained tower is "
-        "a GPT-2 of four layers, taught captions of all pairs, held-out ones too, by next-token "
-        "loss; two layers are frozen; it is the same for all seeds."
+        f"{settings.share(LATER_SAMPLES):,}, which begins with '{BEGUN}'."
     ]
 
 
 def _contrasts() -> list[Contrast]:
-    nouns, held_out = "composition_noun", "held_out"
+    nouns = "composition_noun"
     return [
         # alternative texts teach classes alone, so whether they taught anything is asked of nouns
         Contrast("dense captions help retrieval", ("dense",), ("alt-text",), "dense_recall", nouns),
         Contrast(
             "dense captions help composition", ("dense",), ("alt-text",), "composition", nouns
-        ),
-        Contrast("a pretrained tower helps retrieval", (PRETRAINED,), ("dense",), "dense_recall"),
-        Contrast(
-            "a pretrained tower helps composition of held-out pairs",
-            *((PRETRAINED,), ("dense",), held_out),
         ),
         # short captions are what dense ones alone do not teach
         Contrast(
