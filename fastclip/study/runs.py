@@ -9,9 +9,10 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -96,23 +97,45 @@ def run_all(plans: Sequence[Plan], folder: Path, jobs: int = 1) -> dict[str, Out
     """
     if jobs < 1:
         raise ValueError(f"--jobs is {jobs}; give at least 1")
-    made: dict[str, Future[Outcome]] = {}
+    waiting, made = list(plans), dict[str, Outcome]()
+    changed = threading.Condition()
 
-    def one(plan: Plan) -> Outcome:
-        # handed out in order: what is waited for has begun already
-        for name in plan.after:
-            made[name].result()
-        outcome = run(plan.name, plan.flags, folder, plan.judge, jobs)
-        print(outcome, flush=True)
-        return outcome
+    def take() -> Plan | None:
+        """The first plan that has what it needs; None when there is no more."""
+        with changed:
+            while waiting:
+                for plan in waiting:
+                    if all(name in made for name in plan.after):
+                        waiting.remove(plan)
+                        return plan
+                changed.wait()
+        return None
+
+    def hand_out_no_more() -> None:
+        with changed:
+            waiting.clear()
+            changed.notify_all()
+
+    def work() -> None:
+        while plan := take():
+            try:
+                outcome = run(plan.name, plan.flags, folder, plan.judge, jobs)
+            except BaseException:
+                hand_out_no_more()
+                raise
+            print(outcome, flush=True)
+            with changed:
+                made[plan.name] = outcome
+                changed.notify_all()
 
     with ThreadPoolExecutor(jobs) as pool:
-        for plan in plans:
-            made[plan.name] = pool.submit(one, plan)
         try:
-            return {name: future.result() for name, future in made.items()}
+            for worker in [pool.submit(work) for _ in range(jobs)]:
+                worker.result()
         finally:
-            pool.shutdown(cancel_futures=True)
+            # Ctrl-C reaches this thread alone
+            hand_out_no_more()
+    return {plan.name: made[plan.name] for plan in plans}
 
 
 def train(name: str, flags: Sequence[str], folder: Path, jobs: int = 1) -> tuple[Path, float]:
