@@ -81,7 +81,7 @@ class Recipe(Asked):
 
 @dataclass(frozen=True)
 class Captions(Asked):
-    """Alt-text, short or dense captions, hard negatives; a pretrained text tower."""
+    """Alt-text, short or dense captions, sentences of these, hard negatives."""
 
     names = ("captions",)
 

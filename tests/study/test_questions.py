@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -80,13 +81,12 @@ def test_the_factors_of_robustness(tmp_path: Path) -> None:
         assert config.checkpoint.save_all == (arm.judge is not None) == (label in robustness._LINE)
 
 
-def test_the_captions_and_towers(tmp_path: Path) -> None:
+def test_the_kinds_of_captions(tmp_path: Path) -> None:
     arms = QUESTIONS["captions"].arms(Settings(tmp_path))
-    assert len(arms) == 6
-    for label, arm in arms.items():
+    assert len(arms) == 5
+    for arm in arms.values():
         config = parse(arm.flags)
         assert bool(config.model.hard_negatives) == (arm.begins_with is not None)
-        assert (config.model.text_lm is not None) == (label == captions.PRETRAINED)
         # all begin with one image tower, if not with another arm
         begins = str(tmp_path / captions.PHOTOGRAPHS)
         assert config.model.finetune == (None if arm.begins_with else begins)
@@ -155,15 +155,6 @@ def test_the_texts_of_a_collage_are_those_that_are_asked(tmp_path: Path) -> None
     assert [source.read(0, i).texts[0] for i in range(20)] == texts[:20]
 
 
-def test_the_language_model_reads_of_all_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(captions, "LANGUAGE_STEPS", 100)
-    texts = captions._texts(Settings(Path()))
-    assert len(texts) == 4 * 100 * captions.BATCH // 4
-    for shape in collages.classes_of_collages(None):
-        for place in collages.PLACES:
-            assert any(f"{shape} {place}" in text for text in texts), (shape, place)
-
-
 def test_runs_side_by_side_wait_for_what_they_begin_with(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -182,6 +173,23 @@ def test_runs_side_by_side_wait_for_what_they_begin_with(
     assert list(run_all(plans, tmp_path, jobs=2)) == ["a", "b", "c"]
     with pytest.raises(ValueError, match="--jobs is 0"):
         run_all(plans, tmp_path, jobs=0)
+
+
+def test_a_run_that_waits_keeps_no_other_from_beginning(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    begun = threading.Event()
+
+    def run(name: str, *rest: object) -> Outcome:
+        if name == "a":
+            assert begun.wait(timeout=60)
+        if name == "c":
+            begun.set()
+        return outcome(name, {})
+
+    monkeypatch.setattr(runs, "run", run)
+    plans = [Plan("a", ()), Plan("b", (), after=("a",)), Plan("c", ())]
+    assert list(run_all(plans, tmp_path, jobs=2)) == ["a", "b", "c"]
 
 
 def test_a_failure_ends_the_study(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
