@@ -138,9 +138,11 @@ def _contrasts() -> list[Contrast]:
 
 
 QUESTION = Question(
-    title="Captions and the text tower",
+    title="Captions and composition",
     columns=COLUMNS,
-    design=Design(seeds=3, smallest=0.03),
+    # the pilot: seeds 100 and 101. Between them the differences that are asked for varied by 0.7 to
+    # 1.4 points (standard deviation), the most for short captions
+    design=Design(seeds=4, smallest=0.04, spread=0.015),
     contrasts=_contrasts(),
     arms=_arms,
     judge=_judge,
