@@ -17,16 +17,17 @@ from fastclip.study.collages import (
     COMPOSED,
     composition,
     composition_cases,
+    image_tower,
+    image_tower_note,
     open_collages,
-    single_photographs,
+    teach_image_tower,
     training_data,
 )
-from fastclip.study.question import NO_VALIDATION, Arm, Contrast, Question, Settings
-from fastclip.study.runs import Judge, Scores, first_rows, recalls, run
+from fastclip.study.question import Arm, Contrast, Question, Settings
+from fastclip.study.runs import Judge, Scores, first_rows, recalls
 from fastclip.study.verdict import Design
 
 SAMPLES, LATER_SAMPLES = 32_000, 9600
-PHOTOGRAPHS, PHOTOGRAPH_EPOCHS = "photographs", 4
 COLUMNS = {
     "composition_noun": "nouns",
     "composition": "composition",
@@ -46,27 +47,17 @@ _LATER = (
     *("--captions", "dense=1,short=1", "--sentence-sampling", "--hard-negatives", "1"),
     *("--lr", "5e-4", "--warmup", "5", "--train-num-samples"),
 )
-_COMMON = (
+_PAIRS = (
     *("--lr", "2e-3", "--wd", "0.1", "--warmup", "50", "--grad-clip-norm", "1", "--workers", "1"),
+    *("--model", "RN10t-64-long", "--batch-size", "64", "--epochs", "1"),
 )
-_PAIRS = (*_COMMON, "--model", "RN10t-64-long", "--batch-size", "64", "--epochs", "1")
-_LABELS = (
-    *(*_COMMON, "--objective", "classify", "--batch-size", "128", *NO_VALIDATION),
-    *("--aug-scale", "0.5", "1", "--aug-flip", "0.5"),
-)
-
-
-def _prepare(settings: Settings) -> None:
-    epochs = ("--epochs", str(settings.share(PHOTOGRAPH_EPOCHS)))
-    labels = (*_LABELS, *single_photographs(settings.data), *epochs)
-    run(PHOTOGRAPHS, labels, settings.folder, judge=lambda path: ({}, {}))
 
 
 def _arms(settings: Settings) -> Mapping[str, Arm]:
     common = (*_PAIRS, *training_data(settings.data))
     begins = (
         *("--train-num-samples", str(settings.share(SAMPLES))),
-        *("--finetune", str(settings.folder / PHOTOGRAPHS)),
+        *image_tower(settings),
     )
     arms = {kind: Arm((*common, *texts, *begins)) for kind, texts in CAPTIONS.items()}
     later = (*_LATER, str(settings.share(LATER_SAMPLES)))
@@ -113,10 +104,9 @@ def _notes(settings: Settings) -> list[str]:
         "over the two kinds. Held-out pairs: each collage has a class at a place where training "
         "never shows it. "
         "Nouns: the same of a false class, which takes no composition. All runs begin with one "
-        "image tower, which was trained on the photographs by label for "
-        f"{settings.share(PHOTOGRAPH_EPOCHS)} epochs. "
-        f"{settings.share(SAMPLES):,} samples a run; hard negatives are a later phase of "
-        f"{settings.share(LATER_SAMPLES):,}, which begins with '{BEGUN}'."
+        f"image tower: {image_tower_note(settings)}. {settings.share(SAMPLES):,} samples a run; "
+        f"hard negatives are a later phase of {settings.share(LATER_SAMPLES):,}, which begins with "
+        f"'{BEGUN}'."
     ]
 
 
@@ -147,5 +137,5 @@ QUESTION = Question(
     arms=_arms,
     judge=_judge,
     notes=_notes,
-    prepare=_prepare,
+    prepare=teach_image_tower,
 )

@@ -22,12 +22,20 @@ from fastclip.data.text_augment import article_before
 from fastclip.evaluate.features import embed_images
 from fastclip.evaluate.zeroshot import evaluate_zeroshot
 from fastclip.models.build import load
-from fastclip.study.runs import Judge, Scores, recalls
+from fastclip.study.question import NO_VALIDATION, Settings
+from fastclip.study.runs import Judge, Scores, recalls, run
 
 COLLAGES = 1000
 # of which composition is asked: some 2,000 cases, a standard error of about one point
 COMPOSED = 2000
 _SHARDS = "train-{00000..00004}.tar"
+# the run with the image tower
+_TOWER, _EPOCHS = "photographs", 4
+_LABELS = (
+    *("--lr", "2e-3", "--wd", "0.1", "--warmup", "50", "--grad-clip-norm", "1", "--workers", "1"),
+    *("--objective", "classify", "--batch-size", "128", *NO_VALIDATION),
+    *("--aug-scale", "0.5", "1", "--aug-flip", "0.5"),
+)
 
 
 def training_data(data: Path | None) -> tuple[str, str]:
@@ -39,17 +47,37 @@ def training_data(data: Path | None) -> tuple[str, str]:
     return ("--train-data", _named(data))
 
 
-def single_photographs(data: Path | None) -> tuple[str, ...]:
-    """Flags of `fastclip train`: single photographs with labels, as large as a collage has them.
+def teach_image_tower(settings: Settings) -> None:
+    """Train an image tower on single photographs by label: what the arms of a study begin with.
 
-    Without photographs, collages of one shape.
+    On photographs as large as a collage has them; without photographs, on collages of one shape.
 
     Args:
-        data: see `training_data`.
+        settings: of the study.
     """
-    if data is None:
-        return ("--model", "RN10t-64", "--train-data", "collages:objects=1")
-    return ("--model", "RN10t-32", "--train-data", str(data / _SHARDS))
+    data: tuple[str, ...] = ("--model", "RN10t-64", "--train-data", "collages:objects=1")
+    if settings.data is not None:
+        data = ("--model", "RN10t-32", "--train-data", str(settings.data / _SHARDS))
+    epochs = ("--epochs", str(settings.share(_EPOCHS)))
+    run(_TOWER, (*_LABELS, *data, *epochs), settings.folder, judge=lambda path: ({}, {}))
+
+
+def image_tower(settings: Settings) -> tuple[str, str]:
+    """The flag of `fastclip train` that begins with the tower of `teach_image_tower`.
+
+    Args:
+        settings: of the study.
+    """
+    return ("--finetune", str(settings.folder / _TOWER))
+
+
+def image_tower_note(settings: Settings) -> str:
+    """How the tower was trained, as an addition to its name.
+
+    Args:
+        settings: of the study.
+    """
+    return f"trained on the photographs by label for {settings.share(_EPOCHS)} epochs"
 
 
 def classes_of_collages(data: Path | None) -> list[str]:

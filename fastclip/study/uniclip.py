@@ -2,16 +2,23 @@
 
 On collages, whose captions a change of colors leaves true. CLIP is there twice: as it is, and with
 as many views of an image as UniCLIP has, so that a gain by more computation is not taken for one
-by the loss.
+by the loss. All runs begin with one image tower that was trained on photographs by label: so few
+steps would not teach one.
 """
 
 from collections.abc import Mapping
 
-from fastclip.study.collages import judge_collages, training_data
+from fastclip.study.collages import (
+    image_tower,
+    image_tower_note,
+    judge_collages,
+    teach_image_tower,
+    training_data,
+)
 from fastclip.study.question import Arm, Contrast, Question, Settings
 from fastclip.study.verdict import Design
 
-STEPS, BATCH = 500, 64
+STEPS, BATCH = 250, 64
 _COMMON = (
     *("--model", "RN10t-64", "--batch-size", str(BATCH), "--lr", "2e-3", "--wd", "0.1"),
     *("--warmup", "50", "--grad-clip-norm", "1", "--workers", "1", "--epochs", "1"),
@@ -42,15 +49,15 @@ FLAGS: dict[str, tuple[str, ...]] = {
 
 def _arms(settings: Settings) -> Mapping[str, Arm]:
     samples = ("--train-num-samples", str(settings.share(STEPS) * BATCH))
-    data = training_data(settings.data)
-    return {label: Arm((*_COMMON, *own, *data, *samples)) for label, own in FLAGS.items()}
+    common = (*_COMMON, *training_data(settings.data), *samples, *image_tower(settings))
+    return {label: Arm((*common, *own)) for label, own in FLAGS.items()}
 
 
 def _notes(settings: Settings) -> list[str]:
     return [
-        f"{settings.share(STEPS)} steps of {BATCH} collages. All but CLIP see three views of an "
-        "image in a step. SupCon has a single scale, so it is compared with UniCLIP's single "
-        "scale."
+        f"{settings.share(STEPS)} steps of {BATCH} collages. All runs begin with one image tower: "
+        f"{image_tower_note(settings)}. All but CLIP see three views of an image in a step. SupCon "
+        "has a single scale, so it is compared with UniCLIP's single scale."
     ]
 
 
@@ -80,4 +87,5 @@ QUESTION = Question(
     arms=_arms,
     judge=lambda settings: judge_collages(settings.data),
     notes=_notes,
+    prepare=teach_image_tower,
 )

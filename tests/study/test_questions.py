@@ -10,7 +10,7 @@ import torch
 
 from fastclip.cli import main
 from fastclip.cli.study import QUESTIONS
-from fastclip.study import captions, collages, recipe, robustness, runs
+from fastclip.study import collages, recipe, robustness, runs
 from fastclip.study.question import Settings
 from fastclip.study.runs import Outcome, Plan, run_all
 from fastclip.train.config import parse
@@ -88,7 +88,7 @@ def test_the_kinds_of_captions(tmp_path: Path) -> None:
         config = parse(arm.flags)
         assert bool(config.model.hard_negatives) == (arm.begins_with is not None)
         # all begin with one image tower, if not with another arm
-        begins = str(tmp_path / captions.PHOTOGRAPHS)
+        begins = str(tmp_path / "photographs")
         assert config.model.finetune == (None if arm.begins_with else begins)
 
 
