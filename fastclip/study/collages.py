@@ -59,7 +59,8 @@ def teach_image_tower(settings: Settings) -> None:
     if settings.data is not None:
         data = ("--model", "RN10t-32", "--train-data", str(settings.data / _SHARDS))
     epochs = ("--epochs", str(settings.share(_EPOCHS)))
-    run(_TOWER, (*_LABELS, *data, *epochs), settings.folder, judge=lambda path: ({}, {}))
+    flags = (*_LABELS, *data, *epochs, *settings.flags)
+    run(_TOWER, flags, settings.folder, judge=lambda path: ({}, {}))
 
 
 def image_tower(settings: Settings) -> tuple[str, str]:

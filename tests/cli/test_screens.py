@@ -13,7 +13,7 @@ from fastclip.cli import COMMANDS, main
 from fastclip.cli.study import QUESTIONS
 from fastclip.messages import counted
 from fastclip.screen import on_screen
-from fastclip.study import captions, robustness, runs
+from fastclip.study import collages, robustness, runs
 from fastclip.study.runs import Outcome
 from tests.cli.test_cli import run
 from tests.cli.test_help import shown, subcommands
@@ -129,13 +129,11 @@ def test_studies(
         judged = {} if name.startswith("simclr-") else scores
         return Outcome(name, flags, 90.0, 4.0, 1.0, judged, dict.fromkeys(columns, 0.1))
 
-    for module in (runs, captions):
+    for module in (runs, collages):
         monkeypatch.setattr(module, "run", made)
     # the photographs that a study copies are there
     (tmp_path / "photographs.tar").touch()
     monkeypatch.setattr(robustness, "corrupt_shards", lambda *_: None)
-    (tmp_path / "language_model").mkdir()
-    (tmp_path / "language_model" / "config.json").write_text("{}")
     assert main(["study", question, str(tmp_path), "--output", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert shown.count("\n| chance |") == shown.count("\n| --- |") > 0
