@@ -6,12 +6,13 @@ memory or fails is a row that says so.
 """
 
 import ctypes
+import functools
 import gc
 import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,8 @@ class Settings:
     device: str = "cpu"
     compiled: bool = True
     """Whether baselines that compile first are included."""
+    keep_bytes: int | None = None
+    """Of fastclip's losses; None is their default."""
 
 
 @dataclass
@@ -116,6 +119,9 @@ def clustered(count: int, rows: int, width: int, correlation: float = 0.3) -> In
 
 def measure(operator: Operator, n: int, width: int, settings: Settings) -> list[Row]:
     """All baselines of one operator at one size, fastclip first, the matmul time last."""
+    if settings.keep_bytes is not None:
+        ours = functools.partial(operator.ours, keep_bytes=settings.keep_bytes)
+        operator = replace(operator, ours=ours)
     inputs = leaves(operator, n, width, settings)
     exact = _exact_gradient(operator, inputs)
     rows: list[Row] = []

@@ -26,6 +26,21 @@ def test_losses_are_timed_without_an_exact_gradient(monkeypatch: pytest.MonkeyPa
     assert rows[0].p50 is not None and rows[0].error is None
 
 
+def test_what_the_losses_keep_can_be_set() -> None:
+    ours, kept = OPERATORS["clip"].ours, []
+
+    def one(*inputs, **options):
+        kept.append(options.get("keep_bytes"))
+        return ours(*inputs, **options)
+
+    for keep_bytes in (None, 0, 4096):
+        kept.clear()
+        rows = measure(
+            replace(OPERATORS["clip"], ours=one), 64, 16, replace(FEW, keep_bytes=keep_bytes)
+        )
+        assert rows[0].p50 is not None and set(kept) == {keep_bytes}
+
+
 def test_losses_are_timed_without_bare_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "_bare", _fails)
     rows = measure(OPERATORS["clip"], 64, 16, FEW)

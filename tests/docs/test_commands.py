@@ -119,7 +119,7 @@ TOOLS: dict[str, Callable[[list[str], Callable[[Sequence[str]], Any]], None]] = 
     "python": _module,
     "pip": _pip,
     "./run": _run,
-    "benchmarks/gpu_lab.sh": _file,
+    **dict.fromkeys(("benchmarks/gpu_lab.sh", "benchmarks/page_figures.sh"), _file),
     "compute-sanitizer": _checked,
     **dict.fromkeys(("git", "cd", ".", "cmake", "ctest", "pytest"), _plain),
 }

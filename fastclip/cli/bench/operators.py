@@ -39,6 +39,9 @@ class LossConfig:
     """Include baselines under torch.compile."""
     rounds: int = 15
     """Rounds in which each baseline runs once; 14 times as many for steps below 2 ms."""
+    keep_bytes: int | None = None
+    """Bytes for exponentials that fastclip's losses keep for the backward; None is their
+    default."""
     quick: bool = False
     """Small sizes and few rounds; overrides --n, --width, --rounds and --compiled."""
     device: str = "auto"
@@ -51,11 +54,13 @@ class LossConfig:
         from fastclip.bench.losses import run
         from fastclip.bench.runner import Settings
         from fastclip.bench.screen import Rows
+        from fastclip.ops.checks import check_keep_bytes
 
         if self.quick:
             small = {"n": (256, 512, 1024), "width": (128,), "rounds": 3, "compiled": False}
             return replace(self, **small, quick=False).run()  # type: ignore[arg-type]
         _check(self.n, self.width, self.rounds)
+        check_keep_bytes(self.keep_bytes)
         settings = Settings(
             dtype=getattr(torch, self.dtype),
             autocast=self.autocast,
@@ -63,6 +68,7 @@ class LossConfig:
             rounds=self.rounds,
             device=place(self.device),
             compiled=self.compiled,
+            keep_bytes=self.keep_bytes,
         )
         with Rows("losses", settings, settings.device, self.output) as rows:
             _, wrong = run(self.loss, self.n, self.width, settings, rows.add)
