@@ -134,7 +134,7 @@ def end_of_epoch(
     """Save and evaluate where the configuration says so, and stand before the next epoch.
 
     Returns:
-        Whether the run goes on, or is complete; if not, a signal asks it to stop.
+        Whether the run continues, or is complete; if not, a signal asks it to stop.
     """
     checkpoints = state.config.checkpoint
     state.epoch, state.position = state.epoch + 1, 0
