@@ -120,8 +120,8 @@ def clustered(count: int, rows: int, width: int, correlation: float = 0.3) -> In
 def measure(operator: Operator, n: int, width: int, settings: Settings) -> list[Row]:
     """All baselines of one operator at one size, fastclip first, the matmul time last."""
     if settings.keep_bytes is not None:
-        ours = functools.partial(operator.ours, keep_bytes=settings.keep_bytes)
-        operator = replace(operator, ours=ours)
+        keeping = functools.partial(operator.ours, keep_bytes=settings.keep_bytes)
+        operator = replace(operator, ours=keeping)
     inputs = leaves(operator, n, width, settings)
     exact = _exact_gradient(operator, inputs)
     rows: list[Row] = []
