@@ -31,7 +31,7 @@ def test_rows_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 def test_lengths_that_are_not_measured_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "attention", "--lengths", "51"]) == 1
-    assert "choose from 50, 77" in capsys.readouterr().err
+    assert "--lengths is 51; choose from 50 77 197" in capsys.readouterr().err
 
 
 def test_the_check_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
