@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastclip.bench.kinds import KINDS
-from fastclip.bench.records import Record
+from fastclip.bench.records import Record, is_busy
 from fastclip.messages import counted
 
 # What is compared, where it is not the median time.
@@ -63,8 +63,8 @@ def differences(before: Record, after: Record, across_devices: bool = False) -> 
             if one[name] != other[name]:
                 yield f"{name} is {one[name]} in {before.name}, {other[name]} in {after.name}"
     for record in (before, after):
-        load, threads = (record.environment.get(name) for name in ("load_average", "threads"))
-        if load is not None and threads is not None and load > threads / 2:
+        load, threads = record.environment.get("load_average"), record.environment.get("threads")
+        if threads is not None and is_busy(load, threads):
             yield (
                 f"{record.name} was measured on a busy machine (load average {load:.1f} with "
                 f"{counted(threads, 'thread')}): its times are not reliable"

@@ -5,6 +5,7 @@
 Files from before `benchmark` was written are recognized by their rows' fields.
 """
 
+import functools
 import json
 import os
 import platform
@@ -80,6 +81,11 @@ def environment(device: str) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),
     }
+
+
+def is_busy(load: float | None, cores: int) -> bool:
+    """Whether a machine has so much else to do that times are not reliable; False if not known."""
+    return load is not None and load > cores / 2
 
 
 def prepare(path: Path | None) -> None:
@@ -198,6 +204,7 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, (torch.dtype, torch.device, Path)) else value
 
 
+@functools.cache  # a file is written anew after each size
 def _commit() -> str | None:
     """The checkout's, with "+" where tracked files differ; None of an installed package."""
     root = Path(fastclip.__file__).resolve().parent.parent

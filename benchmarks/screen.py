@@ -164,7 +164,7 @@ def load_average() -> float | None:
 def busy(load: float | None) -> str | None:
     """A sentence, where the machine has something else to do; None where it is quiet."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if load is None or cores is None or load <= cores / 2:
+    if cores is None or not records.is_busy(load, cores):
         return None
     return (
         f"the machine is busy (load average {load:.1f} on {counted(cores, 'core')}): times are not "

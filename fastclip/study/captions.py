@@ -15,6 +15,7 @@ from fastclip.models.build import load
 from fastclip.study.collages import (
     COLLAGES,
     COMPOSED,
+    OPTIMIZER,
     composition,
     composition_cases,
     image_tower,
@@ -48,7 +49,7 @@ _LATER = (
     *("--lr", "5e-4", "--warmup", "5", "--train-num-samples"),
 )
 _PAIRS = (
-    *("--lr", "2e-3", "--wd", "0.1", "--warmup", "50", "--grad-clip-norm", "1", "--workers", "1"),
+    *OPTIMIZER,
     *("--model", "RN10t-64-long", "--batch-size", "64", "--epochs", "1"),
 )
 

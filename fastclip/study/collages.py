@@ -31,8 +31,11 @@ COMPOSED = 2000
 _SHARDS = "train-{00000..00004}.tar"
 # the run with the image tower
 _TOWER, _EPOCHS = "photographs", 4
-_LABELS = (
+OPTIMIZER = (
     *("--lr", "2e-3", "--wd", "0.1", "--warmup", "50", "--grad-clip-norm", "1", "--workers", "1"),
+)
+_LABELS = (
+    *OPTIMIZER,
     *("--objective", "classify", "--batch-size", "128", *NO_VALIDATION),
     *("--aug-scale", "0.5", "1", "--aug-flip", "0.5"),
 )

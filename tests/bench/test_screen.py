@@ -14,6 +14,7 @@ import pytest
 from fastclip.bench import kinds, records, screen
 from fastclip.bench.runner import MATMUL, Row, Settings
 from fastclip.cli import main
+from fastclip.messages import counted
 from tests.test_repo_shape import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -149,5 +150,5 @@ def test_an_interrupted_run_keeps_what_it_measured(tmp_path: Path) -> None:
     assert {row["n"] for row in rows} == {64} and rows[0]["p50"] > 0
     ran = sum(row["status"] == "ok" for row in rows)
     assert "clip n = 64 D = 16" in out and "Did not run: " in out
-    assert f"cut short; {file} has the {ran} row" in err and "Traceback" not in err
+    assert f"cut short; {file} has the {counted(ran, 'row')} that" in err and "Traceback" not in err
     assert main(["bench", "report", str(file)]) == 0
