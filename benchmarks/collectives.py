@@ -233,6 +233,8 @@ def _work(
             file = Path(folder, f"{number:04d}")
             torch.save([asdict(row) for row in rows], file)
             file.rename(file.with_suffix(".pt"))
+    # nobody leaves while another is still in its last exchange
+    dist.barrier()
     dist.destroy_process_group()
 
 

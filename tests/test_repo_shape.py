@@ -188,14 +188,16 @@ def test_every_module_and_public_function_is_documented() -> None:
                     assert ast.get_docstring(node), f"{path}: {node.name}"
 
 
-def test_processes_of_a_test_leave_together() -> None:
+def test_processes_leave_together() -> None:
     """One that leaves its group alone closes the others' connections in their last exchange."""
     leaving = r"(.*)\n +(?:torch\.distributed|dist)\.destroy_process_group\(\)\n"
+    starting = r"spawn\(|start_processes\(|on_ranks\("
     several = [
         (path, before)
-        for path in tracked("tests/**/*.py")
-        if re.search(r"spawn\(|start_processes\(|on_ranks\(", text := path.read_text())
-        for before in re.findall(leaving, text)
+        for where in ("tests/**/*.py", "benchmarks/*.py", "examples/*.py")
+        for path in tracked(where)
+        if where.startswith("examples") or re.search(starting, path.read_text())
+        for before in re.findall(leaving, path.read_text())
     ]
     assert len(several) > 10
     assert [str(path) for path, before in several if not before.endswith(".barrier()")] == []

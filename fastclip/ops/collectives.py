@@ -22,6 +22,10 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
+
+# An operator's first call imports this too, and its functions' defaults keep the process group that
+# there is by then: it would not end where it is destroyed, and its threads may abort Python's exit.
+import torch.distributed.nn
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 

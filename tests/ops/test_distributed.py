@@ -1,6 +1,8 @@
 """Every loss over several gloo ranks with unequal shares against one process, in float64."""
 
 import functools
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
@@ -497,3 +499,24 @@ def test_graphs_have_no_break(ranks: Callable[[int], Any]) -> None:
 def test_any_process_group(ranks: Callable[[int], Any], exchange: str) -> None:
     results = [r["subgroup"][exchange] for r in ranks(4) if r["subgroup"]]
     check_against_whole("clip", make("clip", 2), 2, results, "mean")
+
+
+def test_the_process_group_ends_where_it_is_destroyed() -> None:
+    """In a process whose first loss comes after the group: torch's own imports would keep it."""
+    code = """
+import os
+import torch
+import torch.distributed as dist
+from fastclip.functional import clip_loss
+
+def threads():
+    names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
+    return sum("gloo" in name for name in names)
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+assert threads() > 0
+clip_loss(torch.ones(2, 3), torch.ones(2, 3), torch.tensor(1.0), dist="gather")
+dist.destroy_process_group()
+assert threads() == 0
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
