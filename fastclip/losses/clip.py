@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from fastclip.functional import Exchange, clip_loss, distillation_loss, info_nce_loss
+from fastclip.losses.base import Loss
 from fastclip.ops.backend import check_backend
 from fastclip.ops.checks import GroupRole, check_group_role, checked_sizes
 from fastclip.ops.collectives import average_gradient, check_exchange, gather_rows, scale_gradient
@@ -22,7 +23,7 @@ _NOT_THE_GRADIENT = {
 }
 
 
-class ClipLoss(nn.Module):
+class ClipLoss(Loss):
     """Drop-in for `open_clip.ClipLoss`: same arguments, call and value, memory linear in N.
 
     Over several processes each computes its share of the similarity matrix: two thirds of

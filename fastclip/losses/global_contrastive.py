@@ -5,16 +5,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fastclip.functional import Exchange, global_contrastive_loss
 from fastclip.functional.global_contrastive import GAMMAS, RHO, check_options, check_variant
+from fastclip.losses.base import Loss
 from fastclip.ops.backend import check_backend
 from fastclip.ops.collectives import check_exchange
 
 
-class GlobalContrastiveLoss(nn.Module):
+class GlobalContrastiveLoss(Loss):
     """Contrastive loss over the whole data: SogCLR's, FastCLIP's v1 or v3.
 
     A published answer to small batches: a moving average for each sample stands for the negatives
@@ -97,6 +98,7 @@ class GlobalContrastiveLoss(nn.Module):
                 f"gamma_epochs is {gamma_epochs} with variant {variant!r}; give at least 1, with "
                 "'v1' or 'v3'"
             )
+        self.num_samples = num_samples
         self.variant = variant
         self.last_gamma = GAMMAS[variant] if gamma is None else gamma
         self.gamma_epochs = gamma_epochs

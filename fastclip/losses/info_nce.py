@@ -2,17 +2,18 @@
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fastclip.functional import Exchange, info_nce_loss
+from fastclip.losses.base import Loss
 from fastclip.losses.memory_bank import memory_bank
 from fastclip.ops.backend import check_backend
 from fastclip.ops.checks import GroupRole, check_group_role, check_positive
 from fastclip.ops.collectives import check_exchange
 
 
-class InfoNCELoss(nn.Module):
+class InfoNCELoss(Loss):
     """Each query's cross-entropy among keys: retrieval training, MoCo, CPC.
 
     Args:

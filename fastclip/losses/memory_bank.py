@@ -34,6 +34,11 @@ class MemoryBank(nn.Module):
         self.register_buffer("bank", F.normalize(torch.randn(size, width), dim=-1))
         self.register_buffer("position", torch.zeros((), dtype=torch.long))
 
+    def extra_repr(self) -> str:
+        """What is shown in the brackets of the module's text."""
+        size, width = self.bank.shape
+        return f"size={size}, width={width}"
+
     @torch.no_grad()
     def enqueue(self, features: Tensor) -> None:
         """Replace the oldest rows.

@@ -4,13 +4,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastclip.functional import sup_con_loss
+from fastclip.losses.base import Loss
 from fastclip.ops.checks import check_positive
 
 
-class MetricLearningSupConLoss(nn.Module):
+class MetricLearningSupConLoss(Loss):
     """Drop-in for pytorch-metric-learning's `SupConLoss`, memory linear in N.
 
     Normalizes inside, as there, and averages over the anchors whose loss is above 0, as its

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from fastclip.functional import Exchange, mp_nce_loss
+from fastclip.losses.base import Loss
 from fastclip.ops.backend import check_backend
 from fastclip.ops.checks import check_positive
 from fastclip.ops.collectives import check_exchange
 
 
-class MPNCELoss(nn.Module):
+class MPNCELoss(Loss):
     """MP-NCE over the blocks of all views and texts (UniCLIP, Lee et al. 2022).
 
     The similarity of domains p and q is s = (cos - offset_pq) / temperature_pq; both are learned,
@@ -72,6 +73,7 @@ class MPNCELoss(nn.Module):
         check_positive("init_temperature", init_temperature)
         if isinstance(pair_weight, str) and pair_weight != "balanced":
             raise ValueError(f"pair_weight is {pair_weight!r}; give 'balanced', a tensor or None")
+        self.num_domains = num_domains
         pairs = num_domains * (num_domains + 1) // 2
         self.log_temperature = nn.Parameter(torch.full((pairs,), math.log(init_temperature)))
         self.offset = nn.Parameter(torch.full((pairs,), init_offset))

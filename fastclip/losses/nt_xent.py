@@ -3,17 +3,18 @@
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import ProcessGroup, is_initialized
 
 from fastclip.functional import Exchange, info_nce_loss, nt_xent_loss
+from fastclip.losses.base import Loss
 from fastclip.losses.memory_bank import memory_bank
 from fastclip.ops.backend import check_backend
 from fastclip.ops.checks import GroupRole, check_group_role, check_positive
 from fastclip.ops.collectives import check_exchange
 
 
-class NTXentLoss(nn.Module):
+class NTXentLoss(Loss):
     """Drop-in for `lightly.loss.NTXentLoss`: same arguments, call and value, memory linear in N.
 
     As there, features are normalized inside.

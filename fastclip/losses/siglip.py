@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fastclip.functional import siglip_loss
+from fastclip.losses.base import Loss
 from fastclip.ops.backend import check_backend
 from fastclip.ops.checks import GroupRole, check_group_role, check_groups, checked_sizes
 from fastclip.ops.collectives import ranks_of
@@ -16,7 +17,7 @@ from fastclip.ops.sigmoid import sigmoid_loss
 _EXCHANGES = {"bidir": "ring", "shift": "ring", "reduce": "gather", "gather": "gather"}
 
 
-class SigLipLoss(nn.Module):
+class SigLipLoss(Loss):
     """Drop-in for `open_clip.SigLipLoss`: same arguments, call and value, memory linear in N.
 
     Args:

@@ -3,10 +3,11 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fastclip.functional import Exchange, sup_con_loss
+from fastclip.losses.base import Loss
 from fastclip.losses.metric_learning import MetricLearningSupConLoss
 from fastclip.losses.sup_contrast import SupContrastLoss
 from fastclip.ops.backend import check_backend
@@ -14,7 +15,7 @@ from fastclip.ops.checks import check_positive
 from fastclip.ops.collectives import check_exchange
 
 
-class SupConLoss(nn.Module):
+class SupConLoss(Loss):
     """Supervised contrastive loss, L_out (Khosla et al. 2020), memory linear in the batch.
 
     Features are normalized by the caller and labels are integers. Drop-ins for other libraries'

@@ -3,16 +3,17 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastclip.functional import sup_con_loss
+from fastclip.losses.base import Loss
 from fastclip.ops.checks import check_positive
 from fastclip.ops.labels import label_statistics
 
 _MODES = ("all", "one")
 
 
-class SupContrastLoss(nn.Module):
+class SupContrastLoss(Loss):
     """Drop-in for SupContrast's `SupConLoss` (Khosla et al. 2020, eq. 2), memory linear in N.
 
     The mean over all anchors, those without a positive counting 0, of the paper's L_out times

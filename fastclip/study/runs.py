@@ -59,7 +59,8 @@ class Outcome:
     chance: dict[str, float]
 
     def __str__(self) -> str:
-        shares = (f"{name} {value:.1%}" for name, value in self.scores.items())
+        # parts of a score, and scores of a run's earlier epochs, are in the results alone
+        shares = (f"{k} {v:.1%}" for k, v in self.scores.items() if k in self.chance)
         return filled(f"{self.name}: ", ", ".join([f"{self.seconds:.0f} s", *shares]), 2)
 
 

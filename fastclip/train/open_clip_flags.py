@@ -189,9 +189,10 @@ def adapted(arguments: Sequence[str]) -> list[str]:
     """Arguments with open_clip's flags and values under the names that they have here.
 
     Raises:
-        ValueError: one is refused; the message says what to do instead.
+        ValueError: some are refused; the message says of each what to do instead.
     """
     found: list[str] = []
+    refused: list[str] = []
     # what a switch stands for wins over a flag beside it, as in open_clip
     last: list[str] = []
     for flag, argument, value in _split(arguments):
@@ -199,21 +200,26 @@ def adapted(arguments: Sequence[str]) -> list[str]:
             found.append(argument)
             continue
         if flag.status == "refused":
-            raise ValueError(
+            refused.append(
                 f"--{flag.name} is open_clip's and not a flag of fastclip train: {_bare(flag.text)}"
             )
+            continue
         if flag.status == "no effect":
             note(f"--{flag.name} has no effect here: {_bare(flag.text)}")
             continue
         reason = flag.refused.get((value or "").lower())
         if reason is not None:
-            raise ValueError(f"--{flag.name} {value} is open_clip's: {_bare(reason)}")
+            refused.append(f"--{flag.name} {value} is open_clip's: {_bare(reason)}")
+            continue
         if value is None and flag.becomes:
             last += flag.becomes
             continue
         found.append(flag.becomes[-1] if flag.becomes else argument)
         if value is not None:
             found.append(flag.values.get(value, value))
+    if refused:
+        # a line each, and each once
+        raise ValueError("\n".join(dict.fromkeys(refused)))
     return found + last
 
 

@@ -399,3 +399,22 @@ def test_blocks_of_different_dtypes_under_autocast() -> None:
         loss = mp_nce_loss(leaves, [0, 1], 9.0)
     gradients = torch.autograd.grad(loss, leaves)
     assert [g.dtype for g in gradients] == [torch.float32, torch.bfloat16]
+
+
+def test_the_text_of_a_loss_names_what_is_not_the_default() -> None:
+    class Own(fastclip.ClipLoss):
+        def __init__(self, *arguments, margin: float = 0.0, **options) -> None:
+            super().__init__(*arguments, **options)
+            self.margin = margin
+
+    assert repr(fastclip.ClipLoss()) == "ClipLoss()"
+    distributed = fastclip.ClipLoss(True, True, rank=3, world_size=8)
+    for setting in ("local_loss=True", "gather_with_grad=True", "rank=3", "world_size=8"):
+        assert setting in repr(distributed)
+    assert repr(Own(label_smoothing=0.1, margin=2.0)) == "Own(label_smoothing=0.1, margin=2.0)"
+    # what is kept among the options, and what has no default
+    assert repr(fastclip.SupConLoss(0.2, backend="torch")) == (
+        "SupConLoss(temperature=0.2, backend='torch')"
+    )
+    assert "num_samples=10," in repr(fastclip.GlobalContrastiveLoss(10))
+    assert "MemoryBank(size=4, width=2)" in repr(fastclip.NTXentLoss(memory_bank_size=(4, 2)))

@@ -42,3 +42,10 @@ def test_a_report_has_text_numbers_and_a_plot(tmp_path: Path) -> None:
     assert values["rows"]["ours"][1]["scores"] == {"accuracy": 0.6, "recall": 0.35}
     assert values["verdicts"][0]["answer"] == "undecided"
     assert (tmp_path / "scores.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_line_of_a_run_has_its_scores_and_not_their_parts() -> None:
+    """Of a classifier judged after every epoch there would be a hundred."""
+    run = outcome("a-0", 0.5)
+    run.scores.update({"fog": 0.25, "1/accuracy": 0.125})
+    assert str(run) == "a-0: 90 s, accuracy 50.0%"

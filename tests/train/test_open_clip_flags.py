@@ -157,6 +157,18 @@ def test_refused_values(words: str, message: str, capsys: pytest.CaptureFixture[
     assert message in text and "`" not in text
 
 
+def test_all_that_is_refused_is_said_at_once() -> None:
+    words = "--horovod --lr 1e-3 --image-mean 0.5 0.5 0.5 --precision fp16 --horovod"
+    with pytest.raises(ValueError) as error:
+        parse(words.split())
+    lines = str(error.value).splitlines()
+    assert [line.split(" is ")[0] for line in lines] == [
+        "--horovod",
+        "--image-mean",
+        "--precision fp16",
+    ]
+
+
 def test_in_a_file(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("opt: apex-lamb\nskip_scheduler: true\nhorovod: false\nlr: 1e-3\n")
