@@ -55,6 +55,7 @@ SECTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
             "fastclip.losses.mp_nce.balanced_pair_weight",
             "fastclip.losses.memory_bank.MemoryBank",
             "fastclip.losses.memory_bank.memory_bank",
+            "fastclip.losses.base.Loss",
         ),
     ),
     (

@@ -19,7 +19,7 @@ class Loss(nn.Module):
     """
 
     def extra_repr(self) -> str:
-        """What is shown in the brackets of the module's text."""
+        # what is shown in the brackets of the module's text
         kept: dict[str, Any] = {**vars(self), **vars(self).get("options", {})}
         # a subclass may pass arguments on that it does not name
         signatures = [

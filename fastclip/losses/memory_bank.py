@@ -35,7 +35,7 @@ class MemoryBank(nn.Module):
         self.register_buffer("position", torch.zeros((), dtype=torch.long))
 
     def extra_repr(self) -> str:
-        """What is shown in the brackets of the module's text."""
+        # what is shown in the brackets of the module's text
         size, width = self.bank.shape
         return f"size={size}, width={width}"
 

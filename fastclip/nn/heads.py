@@ -110,7 +110,7 @@ class GlobalBatchNorm(nn.Module):
         self.num_batches_tracked += 1
 
     def extra_repr(self) -> str:
-        """What is shown in the brackets of the module's text."""
+        # what is shown in the brackets of the module's text
         affine = self.weight is not None
         return f"{self.width}, eps={self.eps}, momentum={self.momentum}, affine={affine}"
 
