@@ -18,6 +18,9 @@ class Loss(nn.Module):
         ClipLoss(label_smoothing=0.1)
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+
     def extra_repr(self) -> str:
         # what is shown in the brackets of the module's text
         kept: dict[str, Any] = {**vars(self), **vars(self).get("options", {})}
