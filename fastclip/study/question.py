@@ -72,7 +72,7 @@ class Contrast:
     Examples:
         >>> from fastclip.study.question import Contrast
         >>> Contrast("SLIP is better", ("SLIP",), ("CLIP",)).formula
-        'SLIP - CLIP'
+        '"SLIP" − "CLIP"'
     """
 
     claim: str
@@ -90,9 +90,9 @@ class Contrast:
     @property
     def formula(self) -> str:
         """The sum, as it is read."""
-        quoted = [f"({arm})" if len(self.arms) > 2 else arm for arm in self.arms]
-        plus, minus = quoted[: len(self.plus)], quoted[len(self.plus) :]
-        return " - ".join([" + ".join(plus), *minus])
+        # names have signs and commas of their own
+        plus, minus = ([f'"{arm}"' for arm in arms] for arms in (self.plus, self.minus))
+        return " − ".join([" + ".join(plus), *minus])
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def judge_contrast(
         for by_arm in zip(*scores, strict=True)
     ]
     heading = columns[contrast.score] if contrast.score else "mean of the scores"
-    what = f"{contrast.formula}, {heading},"
+    what = f"{contrast.formula}; {heading}:"
     return compare(contrast.claim, what, values, smallest, contrast.expected)
 
 

@@ -147,8 +147,8 @@ def compare(
         answer = "shows"
     elif mean + half < 0:
         answer = "the other way"
-    interest = f"of interest from {100 * smallest:.1f}"
-    return Verdict(claim, answer, f"{what} {_points(mean, half)}, {interest}", expected)
+    interest = f"smallest effect of interest: {100 * smallest:.1f}"
+    return Verdict(claim, answer, f"{what} {_points(mean, half)}; {interest}", expected)
 
 
 def is_strong(score: float, chance: float, best: float) -> bool:

@@ -38,19 +38,19 @@ def test_a_difference_is_paired_over_seeds() -> None:
     # 0.10, 0.11, 0.09: mean 0.10, deviation 0.01
     half = 4.30265 * 0.01 / math.sqrt(3)
     assert judged(("a",), ("b",)) == (
-        f"**shows, as in the paper**: it helps (a - b, zero-shot, +10.0 ± {100 * half:.1f} points, "
-        "of interest from 2.0)"
+        f'**shows, as in the paper**: it helps ("a" − "b"; zero-shot: +10.0 ± '
+        f"{100 * half:.1f} points; smallest effect of interest: 2.0)"
     )
 
 
 def test_a_difference_of_differences() -> None:
     # (a - b) - (c - a): 0.10 - 0.10, 0.11 - 0.06, 0.09 - 0.05
-    assert "(a) + (a) - (b) - (c), zero-shot, +3.0" in judged(("a", "a"), ("b", "c"))
+    assert '"a" + "a" − "b" − "c"; zero-shot: +3.0' in judged(("a", "a"), ("b", "c"))
 
 
 def test_without_a_score_the_mean_of_the_columns_counts() -> None:
     # accuracy by 0.10, 0.11, 0.09, recall by 0, 0.04, -0.01: the mean of all six
-    assert "a - b, mean of the scores, +5.5" in judged(("a",), ("b",), score=None)
+    assert '"a" − "b"; mean of the scores: +5.5' in judged(("a",), ("b",), score=None)
 
 
 def test_an_arm_near_chance_is_not_compared() -> None:

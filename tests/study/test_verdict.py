@@ -42,7 +42,8 @@ def test_what_an_interval_says(values: list[float], smallest: float, answer: str
 
 def test_the_numbers_are_said() -> None:
     assert str(compare("it helps", "gain", [0.10, 0.11, 0.12], 0.03)) == (
-        "**shows, as in the paper**: it helps (gain +11.0 ± 2.5 points, of interest from 3.0)"
+        "**shows, as in the paper**: it helps (gain +11.0 ± 2.5 points; smallest effect of "
+        "interest: 3.0)"
     )
     little = compare("it helps", "gain", [0.10, 0.11, 0.12], 0.03, "no larger effect")
     assert str(little).startswith("**shows, unlike the paper**: ")
