@@ -116,7 +116,8 @@ def test_studies(
 ) -> None:
     """Of scores between 0.3 and 0.7 that the names of runs and scores make up."""
     columns = QUESTIONS[question].columns
-    epochs = [f"{epoch}/" for epoch in robustness.LINE_EPOCHS] if question == "robustness" else []
+    last = robustness.LONGER if question == "robustness" else 0
+    epochs = [f"{epoch}/" for epoch in range(1, last + 1)]
     names = [*columns, "shifted", *robustness.SHIFTS]
 
     def made(name: str, flags: tuple[str, ...], *_: object, **__: object) -> Outcome:
