@@ -62,9 +62,10 @@ class Embedding:
         if not (self.progress.is_file() and self.partial.is_file()):
             return 0
         state = read_object(self.progress)
-        if state["identity"] != self.identity:
+        begun = state.get("identity")
+        if begun != self.identity or "done" not in state:
             raise ValueError(
-                f"{self.partial} was begun with {state['identity']}, now it is {self.identity}; "
+                f"{self.partial} was begun with {begun}, now it is {self.identity}; "
                 "delete it, or choose another output"
             )
         return int(state["done"])
@@ -73,7 +74,7 @@ class Embedding:
         """Delete what a former run has begun, if it is of something else."""
         try:
             self.done()
-        except (ValueError, KeyError):
+        except ValueError:
             self.partial.unlink(missing_ok=True)
             self.progress.unlink(missing_ok=True)
 

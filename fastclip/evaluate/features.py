@@ -246,14 +246,15 @@ def normalized(features: Tensor) -> Tensor:
 
 
 class evaluating:
-    """Evaluation mode inside, the previous mode afterwards."""
+    """Evaluation mode inside, afterwards every submodule's previous mode."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         self.module = module
-        self.training = module.training
+        self.training = {part: part.training for part in module.modules()}
 
     def __enter__(self) -> None:
         self.module.eval()
 
     def __exit__(self, *exception: object) -> None:
-        self.module.train(self.training)
+        for part, training in self.training.items():
+            part.training = training

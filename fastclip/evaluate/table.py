@@ -25,7 +25,8 @@ def markdown_table(results: Sequence[Mapping[str, Any]], metrics: Sequence[str] 
             if metrics and metric not in metrics and metric.split()[-1] not in metrics:
                 continue
             column = f"{result['dataset']} {metric}"
-            if row.setdefault(column, value) != value:
+            # a score that was not computed is NaN, which is unequal to itself
+            if repr(row.setdefault(column, value)) != repr(value):
                 raise ValueError(
                     f"two results of {model} differ in {column}: {row[column]} and {value}; leave "
                     "one out"

@@ -124,7 +124,7 @@ def labeled(images: ImageFeatures) -> tuple[Tensor, Tensor]:
     """
     rows = [i for i, label in enumerate(images.labels) if label is not None]
     if not rows:
-        raise ValueError("no sample has a class index (KEY.cls); zero-shot needs labels")
+        raise ValueError("no sample has a class index (KEY.cls); labels are needed")
     return images.features[rows], torch.tensor([images.labels[i] for i in rows])
 
 

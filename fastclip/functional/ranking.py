@@ -26,12 +26,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from fastclip.ops import dense
 from fastclip.ops.checks import check_features
-from fastclip.ops.collectives import Ranks
+from fastclip.ops.collectives import Ranks, scale_gradient
 from fastclip.ops.info_nce import info_nce_sum
 from fastclip.ops.labels import label_statistics
 from fastclip.ops.numerics import softplus
@@ -341,22 +340,8 @@ def _weighted(
     share = constant / (constant + strength)
     if isinstance(sum_of_both, Tensor):
         # the factor below is not for the scale, whose gradient is the sum of G * cosine
-        sum_of_both = _GradientTimes.apply(sum_of_both, 1 / share)
+        sum_of_both = scale_gradient(sum_of_both, 1 / share)
     found = similarity_statistics(query, columns, sum_of_both, **options)
-    row, positive = (_GradientTimes.apply(one, share) for one in (found.row_lse, found.positive))
+    row, positive = (scale_gradient(one, share) for one in (found.row_lse, found.positive))
     surplus = positive.detach() * (1 - share)
     return row, positive - surplus, found.column_lse
-
-
-class _GradientTimes(torch.autograd.Function):
-    """A value as it is, whose gradient is multiplied by a factor."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, factor: Tensor | float) -> Tensor:
-        ctx.factor = factor
-        return value.view_as(value)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient * ctx.factor, None

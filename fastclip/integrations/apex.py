@@ -9,8 +9,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastclip.integrations.patch import PatchHandle, exchange_forward
+from fastclip.integrations.patch import PatchHandle, exchange_forward, forward_owner
 
+# classes whose `forward` is a layer norm of the last dimensions; others permute, or add to it
+_KNOWN = {
+    ("torch.nn.modules.normalization", "LayerNorm"),
+    ("open_clip.transformer", "LayerNorm"),
+    ("open_clip.transformer", "LayerNormFp32"),
+    ("timm.layers.norm", "LayerNorm"),
+    ("timm.layers.norm", "LayerNormFp32"),
+}
 _HOW = "build it from https://github.com/NVIDIA/apex with --cpp_ext --cuda_ext on the GPU machine"
 
 
@@ -44,6 +52,8 @@ def optimizer(name: str, groups: list[dict[str, Any]], **options: Any) -> Any:
 def exchange_layer_norms(model: nn.Module, handle: PatchHandle) -> int:
     """Compute every affine LayerNorm by apex's kernel; weights stay as they are.
 
+    Left alone are subclasses with another `forward`, such as timm's for images (LayerNorm2d).
+
     Raises:
         ValueError: apex is not there.
     """
@@ -61,9 +71,15 @@ def exchange_layer_norms(model: nn.Module, handle: PatchHandle) -> int:
         exchange_forward(module, forward, handle)
         for module in list(model.modules())
         if isinstance(module, nn.LayerNorm)
+        and _is_known(module)
         and module.elementwise_affine
         and module.bias is not None
     )
+
+
+def _is_known(module: nn.Module) -> bool:
+    owner = forward_owner(module)
+    return (owner.__module__, owner.__qualname__) in _KNOWN
 
 
 def _demand(what: str) -> None:

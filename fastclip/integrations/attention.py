@@ -1,8 +1,10 @@
 """Putting fastclip's attention into the layers of a model, weights untouched.
 
-Known are torch's MultiheadAttention, as open_clip's towers have it, and timm's Attention. A call
-that the operator does not cover (attention weights wanted, dropout while training, a mask other
-than the causal one) is left to the layer's own code.
+Known are torch's MultiheadAttention, as open_clip's towers have it, and timm's Attention; not their
+subclasses with another `forward`. A call that the operator does not cover (attention weights
+wanted, dropout while training, a mask other than the causal one) is left to the layer's own code.
+Values of masks are read when a model is patched, not in a call: in a tower whose own mask is the
+causal one, any mask of that shape, or of a corner of it, counts as causal.
 """
 
 from collections.abc import Iterable
@@ -12,25 +14,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastclip.integrations.patch import PatchHandle, exchange_forward, original_forward
+from fastclip.integrations.patch import (
+    PatchHandle,
+    exchange_forward,
+    forward_owner,
+    original_forward,
+)
 from fastclip.nn.attention import cross_attention, self_attention
 from fastclip.ops.attention import attention, packed_attention
+from fastclip.ops.backend import check_backend
 
 CAUSAL = "_fastclip_causal_length"
 """Attribute of a layer whose masks of that many rows and columns are the causal one."""
 
 
 def exchange_attention(model: nn.Module, handle: PatchHandle, backend: str = "auto") -> int:
-    """Replace the attention of every known layer; returns how many there were."""
+    """Replace the attention of every known layer; returns how many there were.
+
+    Raises:
+        ValueError: the implementation is unknown.
+    """
+    check_backend(backend, "attention")
     for tower in list(model.modules()):
         # a text tower's mask is a buffer beside its layers
         _mark_causal(tower.modules(), getattr(tower, "attn_mask", None), handle)
     exchanged = 0
     timm_attention = _timm_attention()
     for module in list(model.modules()):
-        if isinstance(module, nn.MultiheadAttention):
+        owner = forward_owner(module)
+        if owner is nn.MultiheadAttention:
             exchanged += _exchange(module, _multihead, backend, handle)
-        elif timm_attention is not None and isinstance(module, timm_attention):
+        elif owner is timm_attention:
             exchanged += _exchange(module, _timm, backend, handle)
     return exchanged
 
@@ -84,6 +98,8 @@ def _multihead(backend: str) -> Any:
             and self.bias_k is None
             and self.bias_v is None
             and not self.add_zero_attn
+            # torch refuses the hint without a mask
+            and not (is_causal and attn_mask is None)
         )
         if covered and query is key and key is value and self.in_proj_weight is not None:
             length = query.shape[1 if self.batch_first else 0]

@@ -28,7 +28,8 @@ def patch_open_clip(
     DistillClipLoss is replaced, so instances that exist already, names imported before,
     subclasses (CoCaLoss) and the open_clip trainer all follow. Values and gradients are those of
     open_clip; what fastclip does not compute (distillation with local_loss without
-    gather_with_grad, Horovod, a teacher that is trained) keeps open_clip's code, with a warning.
+    gather_with_grad, Horovod, a teacher that is trained, a subclass with its own `get_logits` or
+    another part of the loss) keeps open_clip's code, with a warning.
 
     Args:
         model: an open_clip model whose attention is to be replaced, in towers of its own and of
@@ -120,7 +121,17 @@ def _distill(theirs: Any) -> Callable[..., Any]:
     return call
 
 
+def _check_parts(theirs: Any) -> None:
+    """Refuse a loss whose class replaces a part that open_clip's `forward` calls."""
+    library = [kind for kind in type(theirs).__mro__ if kind.__module__ == "open_clip.loss"]
+    parts = {name for kind in library for name in vars(kind) if not name.startswith("__")}
+    for name in sorted(parts - {"forward"}):
+        if getattr(type(theirs), name) is not getattr(library[0], name):
+            raise _Refusal(f"{type(theirs).__name__} has its own {name}")
+
+
 def _softmax(theirs: Any, loss_class: type[ClipLoss]) -> ClipLoss:
+    _check_parts(theirs)
     options = {
         name: getattr(theirs, name)
         for name in ("local_loss", "gather_with_grad", "cache_labels", "rank", "world_size")
@@ -132,6 +143,7 @@ def _softmax(theirs: Any, loss_class: type[ClipLoss]) -> ClipLoss:
 
 
 def _siglip(theirs: Any) -> SigLipLoss:
+    _check_parts(theirs)
     # by version: the exchange is chosen from 2.25 on, the chunk from 4.0 on
     exchange, chunk = getattr(theirs, "dist_impl", "bidir"), getattr(theirs, "chunk_size", 0)
     return SigLipLoss(theirs.cache_labels, theirs.rank, theirs.world_size, exchange, chunk)

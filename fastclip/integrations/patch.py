@@ -110,6 +110,16 @@ def _new(original: type[nn.Module], source: Any) -> nn.Module:
     return new
 
 
+def forward_owner(module: nn.Module) -> type:
+    """The class whose `forward` a module has, patched or not.
+
+    Args:
+        module: any.
+    """
+    kinds = getattr(type(module), MARK, type(module)).__mro__
+    return next(kind for kind in kinds if "forward" in vars(kind))
+
+
 def original_forward(module: nn.Module, *arguments: Any, **options: Any) -> Any:
     """What the module did before `exchange_forward`."""
     return getattr(type(module), MARK).forward(module, *arguments, **options)

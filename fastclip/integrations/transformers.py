@@ -2,7 +2,7 @@
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial, wraps
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 from fastclip.functional import Exchange, clip_loss, siglip_loss
 from fastclip.integrations.patch import PatchHandle, exchange_forward, original_forward
 from fastclip.ops.attention import attention
+from fastclip.ops.backend import check_backend
 from fastclip.ops.collectives import check_exchange
 
 FAMILIES = "clip", "siglip", "metaclip_2"
@@ -134,16 +135,29 @@ def _losses() -> dict[Any, Callable[..., Tensor]]:
 
 
 def _exchange_attention(models: list[Any], backend: str, handle: PatchHandle) -> None:
+    check_backend(backend, "attention")
     hook = _Noted(backend)
-    for model in models:
-        before = model.config._attn_implementation
-        if before == hook.name:
-            continue
+    new = [model for model in models if model.config._attn_implementation != hook.name]
+    # setting it sets that of the towers too: theirs are restored after it
+    before = [c for model in new for c in reversed(list(_configs(model.config)))]
+    for config in before:
+        handle.on_undo(
+            partial(setattr, config, "_attn_implementation", config._attn_implementation)
+        )
+    for model in new:
         model.config._attn_implementation = hook.name
-        handle.on_undo(partial(setattr, model.config, "_attn_implementation", before))
-        for layer in model.modules():
-            if hasattr(layer, "is_causal") and hasattr(layer, "config"):
-                handle.on_undo(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+    # a model's modules are those of its towers, too
+    for layer in dict.fromkeys(module for model in new for module in model.modules()):
+        if hasattr(layer, "is_causal") and hasattr(layer, "config"):
+            handle.on_undo(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+
+def _configs(config: Any) -> Iterator[Any]:
+    """A configuration, and those of its towers."""
+    yield config
+    for name in config.sub_configs:
+        if getattr(config, name, None) is not None:
+            yield from _configs(getattr(config, name))
 
 
 class _Noted:

@@ -14,6 +14,7 @@ from fastclip.losses.base import Loss
 from fastclip.ops.backend import check_backend
 from fastclip.ops.checks import GroupRole, check_group_role, checked_sizes
 from fastclip.ops.collectives import average_gradient, check_exchange, gather_rows, scale_gradient
+from fastclip.ops.reductions import with_bias
 
 _NOT_THE_GRADIENT = {
     False: "gather_with_grad=False divides the towers' gradient by the number of processes, and "
@@ -99,6 +100,8 @@ class ClipLoss(Loss):
                 raise ValueError(
                     "local_loss with label smoothing or distillation needs gather_with_grad=True"
                 )
+            if local_loss and group_role == "positive":
+                raise ValueError("local_loss with groups needs gather_with_grad=True")
             _warn_once(
                 f"{_NOT_THE_GRADIENT[local_loss]}. For the full batch's gradient set "
                 "gather_with_grad=True (--gather-with-grad, best with --local-loss)"
@@ -186,8 +189,7 @@ class ClipLoss(Loss):
             if row_group is not None or column_group is not None:
                 raise ValueError("local_loss with groups needs gather_with_grad=True")
             loss = self._rows_alone(*features, logit_scale, options)
-            if logit_bias is not None:
-                loss = loss + 0 * logit_bias.sum()
+            loss = with_bias(loss, logit_bias)
         else:
             options["label_smoothing"] = self.label_smoothing
             options |= {"row_group": row_group, "column_group": column_group}
@@ -199,11 +201,11 @@ class ClipLoss(Loss):
         return {"contrastive_loss": loss} if output_dict else loss
 
     def _first_row(self, own: int) -> int:
-        """Of this process, which has so many, among those of all."""
+        """The index among all rows of this process's first one."""
         return own * self.rank if self.sizes is None else sum(self.sizes[: self.rank])
 
     def _mean_of_own(self, each: Tensor) -> Tensor:
-        """Whose average over the processes is the mean over all pairs."""
+        """This process's loss; its average over the processes is the mean over all pairs."""
         if self.sizes is None or each.ndim == 0:
             return each.mean()
         return each.sum() * (self.world_size / sum(self.sizes))
@@ -232,7 +234,7 @@ class ClipLoss(Loss):
         return (one + other) / 2
 
     def _scaled(self, features: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """The features, whose gradients lack the number of ranks unless they are gathered."""
+        """The features; without gather_with_grad their gradient is divided by world_size."""
         if self.world_size == 1 or self.gather_with_grad:
             return features
         images, texts = (scale_gradient(f, 1 / self.world_size) for f in features)
@@ -246,7 +248,7 @@ class ClipLoss(Loss):
         return options | ({"reduction": "none"} if self.local_loss else {})
 
     def _averaged(self, scale: Tensor) -> Tensor:
-        """The scale, whose gradient is a global loss's on every rank."""
+        """The scale; of a global loss, its gradient is averaged over the processes."""
         alone = self.world_size == 1 or self.local_loss
         if alone or not isinstance(scale, Tensor) or not scale.requires_grad:
             return scale

@@ -57,7 +57,7 @@ class GlobalContrastiveLoss(Loss):
         >>> from fastclip import GlobalContrastiveLoss
         >>> loss = GlobalContrastiveLoss(num_samples=100, gamma_epochs=4)
         >>> loss.set_epoch(2)
-        >>> round(loss.gamma, 4)  # halfway from 1 to 0.2
+        >>> round(loss.current_gamma, 4)  # halfway from 1 to 0.2
         0.6
         >>> images, texts, index = torch.eye(3), torch.eye(3), torch.tensor([4, 99, 7])
         >>> loss(images, texts, torch.tensor(2.0), index)
@@ -100,12 +100,12 @@ class GlobalContrastiveLoss(Loss):
             )
         self.num_samples = num_samples
         self.variant = variant
-        self.last_gamma = GAMMAS[variant] if gamma is None else gamma
+        self.gamma = GAMMAS[variant] if gamma is None else gamma
         self.gamma_epochs = gamma_epochs
         self.full_first_epoch = full_first_epoch
-        self.rho = rho if variant == "v3" else None
+        self.rho = rho
         self.eps = eps
-        check_options(self.last_gamma, rho, eps)
+        check_options(self.gamma, rho, eps)
         self.options: dict[str, Any] = {
             "dist": dist,
             "group": group,
@@ -117,17 +117,17 @@ class GlobalContrastiveLoss(Loss):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Set gamma to that of an epoch, counted from 0; call it before each, on all processes.
+        """Set `current_gamma` to that of an epoch; call it before each, on all processes.
 
         Args:
             epoch: from 0 on.
         """
-        last, over = self.last_gamma, self.gamma_epochs
-        self.gamma = last
+        last, over = self.gamma, self.gamma_epochs
+        self.current_gamma = last
         if epoch == 0 and self.full_first_epoch:
-            self.gamma = 1.0
+            self.current_gamma = 1.0
         elif over is not None and epoch < over:
-            self.gamma = last + (1 - last) * (1 + math.cos(math.pi * epoch / over)) / 2
+            self.current_gamma = last + (1 - last) * (1 + math.cos(math.pi * epoch / over)) / 2
 
     def forward(
         self,
@@ -148,7 +148,7 @@ class GlobalContrastiveLoss(Loss):
             output_dict: whether to return a dictionary.
             sizes: with `dist`, rows of every process; None: equally many.
         """
-        if isinstance(logit_scale, Tensor) and self.rho is None:
+        if isinstance(logit_scale, Tensor) and self.variant != "v3":
             logit_scale = logit_scale.detach()
         loss = global_contrastive_loss(
             image_features,
@@ -156,8 +156,8 @@ class GlobalContrastiveLoss(Loss):
             logit_scale,
             index,
             self.log_u,
-            self.gamma,
-            rho=self.rho,
+            self.current_gamma,
+            rho=self.rho if self.variant == "v3" else None,
             eps=self.eps,
             update=self.training,
             sizes=sizes,

@@ -67,6 +67,8 @@ class InfoNCELoss(Loss):
         self.memory_bank = memory_bank(memory_bank_size)
         if self.memory_bank is None and not in_batch:
             raise ValueError("in_batch=False leaves no negatives; give memory_bank_size")
+        if self.memory_bank is not None and dist is not None:
+            raise ValueError("a memory bank is a process's own; leave out dist or the bank")
         self.in_batch = in_batch
         self.options: dict[str, Any] = {
             "dist": dist,

@@ -57,7 +57,7 @@ class MPNCELoss(Loss):
         *,
         init_temperature: float = 0.07,
         init_offset: float = 0.0,
-        pair_weight: Tensor | str | None = None,
+        pair_weight: Tensor | Sequence[Sequence[float]] | str | None = None,
         max_scale: float = 100.0,
         dist: Exchange | None = None,
         group: ProcessGroup | None = None,
@@ -83,7 +83,13 @@ class MPNCELoss(Loss):
         index[columns, rows] = torch.arange(pairs)
         self.register_buffer("index", index, persistent=False)
         self.balanced = isinstance(pair_weight, str)
-        weight = pair_weight if isinstance(pair_weight, Tensor) else None
+        weight = None
+        if pair_weight is not None and not isinstance(pair_weight, str):
+            weight = torch.as_tensor(pair_weight)
+            if weight.shape != (num_domains, num_domains):
+                raise ValueError(
+                    f"pair_weight is {tuple(weight.shape)}; give ({num_domains}, {num_domains})"
+                )
         self.register_buffer("pair_weight", weight, persistent=False)
         self.max_scale = max_scale
         self.options: dict[str, Any] = {
@@ -138,6 +144,9 @@ def balanced_pair_weight(domains: Sequence[int], num_domains: int) -> list[list[
     Returns:
         (P, P) as lists; the entry (a, b) with a <= b, 0 where the pair does not occur.
 
+    Raises:
+        ValueError: a domain that is not in [0, P).
+
     Examples:
         >>> from fastclip.losses.mp_nce import balanced_pair_weight
         >>> balanced_pair_weight([0, 0, 0, 1], num_domains=2)  # image-image, image-text
@@ -145,6 +154,8 @@ def balanced_pair_weight(domains: Sequence[int], num_domains: int) -> list[list[
         >>> balanced_pair_weight([0, 0, 1], num_domains=2)  # one image-image pair, two image-text
         [[1.5, 0.75], [0.0, 0.0]]
     """
+    if not all(0 <= domain < num_domains for domain in domains):
+        raise ValueError(f"domains are {list(domains)}; give 0 to {num_domains - 1}")
     counts = [[0.0] * num_domains for _ in range(num_domains)]
     for index, p in enumerate(domains):
         for q in domains[index + 1 :]:

@@ -66,6 +66,8 @@ class NTXentLoss(Loss):
         check_backend(backend)
         check_group_role(group_role)
         check_positive("temperature", temperature)
+        if group_role == "positive" and memory_bank_size != 0:
+            raise ValueError("group_role='positive' needs memory_bank_size=0")
         self.temperature = temperature
         self.memory_bank = memory_bank(memory_bank_size)
         self.options: dict[str, Any] = {

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastclip.functional import sup_con_loss
 from fastclip.losses.base import Loss
-from fastclip.ops.checks import check_positive
+from fastclip.ops.checks import check_positive, without_autocast
 from fastclip.ops.labels import label_statistics
 
 _MODES = ("all", "one")
@@ -111,7 +111,8 @@ class SupContrastLoss(Loss):
         blocks = wide.reshape(views, samples, -1)
         own = weight.diagonal()
         # the weighted sum of a row's positives, of which it is none itself
-        positives = weight @ blocks.sum(dim=0) - own[:, None] * blocks
+        with without_autocast(rows.device):
+            positives = weight @ blocks.sum(dim=0) - own[:, None] * blocks
         total = views * weight.sum(dim=1) - own
         # as in SupContrast: an anchor without a positive has loss 0
         divisor = torch.where(total < 1e-6, 1.0, total)

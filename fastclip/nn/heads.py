@@ -85,7 +85,7 @@ class GlobalBatchNorm(nn.Module):
             raise ValueError("a batch of a single row has no variance; give at least 2")
         with torch.autocast(rows.device.type, enabled=False):
             wide = rows.to(accumulator_dtype(rows.dtype))
-            count = wide.new_tensor([len(wide)])
+            count = wide.new_full((1,), len(wide))
             sums = self._total(torch.cat([wide.sum(0), count]), shared)
             total = sums[-1]
             mean = sums[:-1] / total

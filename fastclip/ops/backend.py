@@ -155,6 +155,11 @@ IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
 }
 
 
+def environment_backend() -> str:
+    """What FASTCLIP_BACKEND asks for; "auto" where it is not set, or empty."""
+    return os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+
+
 @constant_in_graphs  # a graph is compiled for what is chosen when it is traced
 def choose(operator: str, requested: str, device: torch.device, dtype: torch.dtype) -> str:
     """The name of the implementation to run.
@@ -171,7 +176,7 @@ def choose(operator: str, requested: str, device: torch.device, dtype: torch.dty
     wanted = requested
     candidates = IMPLEMENTATIONS[operator]
     if wanted == "auto":
-        wanted = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+        wanted = environment_backend()
         elsewhere = {i.name for rows in IMPLEMENTATIONS.values() for i in rows}
         if wanted in elsewhere - {i.name for i in candidates}:
             # the variable is for all operators, and some have fewer implementations

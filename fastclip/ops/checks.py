@@ -90,7 +90,7 @@ def on_device(name: str, value: Tensor, like: Tensor) -> Tensor:
 
 
 def check_number(name: str, value: object) -> None:
-    """Neither nothing, a text nor several numbers, where one number or a tensor belongs."""
+    """Refuse None, a string, a list or a tuple, where a number or a tensor belongs."""
     if value is None or isinstance(value, (str, list, tuple)):
         raise ValueError(f"{name} is {value!r}; give a number or a tensor")
 
@@ -100,6 +100,12 @@ def check_positive(name: str, value: float) -> None:
     check_number(name, value)
     if not value > 0:
         raise ValueError(f"{name} is {value}; give a positive number")
+
+
+def check_tensor(name: str, value: object) -> None:
+    """A tensor, where lists and numbers will not do."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name}: {type(value).__name__}; give a tensor")
 
 
 def is_readable(value: Tensor) -> bool:
@@ -142,12 +148,12 @@ def check_features(name: str, features: Tensor) -> None:
         )
 
 
-def check_alike(x: Tensor, y: Tensor, compute_dtype: torch.dtype) -> None:
+def check_alike(x: Tensor, y: Tensor, precision: str) -> None:
     """One device, one width and, unless autocast casts both, one dtype."""
     if x.device != y.device:
         raise ValueError(f"the features are on {x.device} and {y.device}; move them to one device")
     # under autocast the towers may end in different dtypes, and both are cast to its own
-    cast = compute_dtype != x.dtype or autocast_enabled(x.device)
+    cast = precision == "auto" and autocast_enabled(x.device)
     if x.dtype != y.dtype and (not cast or torch.float64 in (x.dtype, y.dtype)):
         raise ValueError(f"the features are {x.dtype} and {y.dtype}; cast them to one dtype")
     if x.shape[1] != y.shape[1]:
@@ -237,6 +243,7 @@ def anchor_weights(weights: Tensor | None, features: Tensor, blocks: int = 1) ->
     """
     if weights is None:
         return None
+    check_tensor("weights", weights)
     anchors = blocks * features.shape[0]
     if weights.shape != (anchors,):
         raise ValueError(f"weights have shape {tuple(weights.shape)}; one an anchor, ({anchors},)")
@@ -262,6 +269,7 @@ def check_biases(
     for name, bias, side in (("row_bias", row_bias, x), ("column_bias", column_bias, y)):
         if bias is None:
             continue
+        check_tensor(name, bias)
         rows = side.shape[0]
         if bias.shape != (rows,):
             raise ValueError(f"{name} has shape {tuple(bias.shape)}; one a row, ({rows},)")
@@ -284,15 +292,18 @@ def chunk_argument(chunk_bytes: int | None) -> int:
 
 
 def check_keep_bytes(keep_bytes: int | None) -> None:
-    """Refuse a negative budget."""
-    if keep_bytes is not None and keep_bytes < 0:
+    """Refuse a budget that is negative or not whole."""
+    if isinstance(keep_bytes, float) or (keep_bytes is not None and keep_bytes < 0):
         raise ValueError(
-            f"keep_bytes is {keep_bytes}; give a number of bytes, 0 to keep nothing, or None"
+            f"keep_bytes is {keep_bytes}; give a whole number of bytes, 0 to keep nothing, or None"
         )
 
 
 def refuse_transforms(*inputs: Tensor) -> None:
-    """Forward mode through a custom op would silently give a zero tangent, torch.func no word."""
+    """Raise under forward-mode AD and torch.func's gradients.
+
+    A custom op would silently give a zero tangent, or fail without saying why.
+    """
     if torch.compiler.is_compiling():
         return
     for value in inputs:
@@ -308,11 +319,11 @@ def refuse_transforms(*inputs: Tensor) -> None:
             )
 
 
-def check_pair(x: Tensor, y: Tensor, compute_dtype: torch.dtype) -> None:
+def check_pair(x: Tensor, y: Tensor, precision: str) -> None:
     """Both sides' features, for every operator with two."""
     check_features("first features", x)
     check_features("second features", y)
-    check_alike(x, y, compute_dtype)
+    check_alike(x, y, precision)
 
 
 def check_positives(
@@ -333,6 +344,8 @@ def check_positives(
         )
     if not 0 <= first_negative <= m:
         raise ValueError(f"negatives begin at column {first_negative} of {m}")
+    if first_negative and column_statistics:
+        raise ValueError("first_negative is for rows alone: no column_statistics")
     if positive_index is not None:
         if column_statistics or row_group is not None or column_group is not None:
             raise ValueError("positive_index is for rows alone: no column_statistics, no groups")

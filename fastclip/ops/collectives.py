@@ -433,7 +433,18 @@ def sum_with_gradient(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return total
 
 
-def scale_gradient(tensor: Tensor, factor: float) -> Tensor:
+def scale_gradient(tensor: Tensor, factor: Tensor | float) -> Tensor:
     """The tensor itself, whose gradient is multiplied by a factor."""
-    scaled = tensor * factor
-    return scaled + (tensor - scaled).detach()
+    same: Tensor = _ScaleGradient.apply(tensor, factor)
+    return same
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, factor: Tensor | float) -> Tensor:
+        ctx.factor = factor
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.factor, None

@@ -12,7 +12,6 @@ fast and silent.
 """
 
 import functools
-import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -24,12 +23,13 @@ from torch.distributed import ProcessGroup
 
 from fastclip import native
 from fastclip.kernels.dense_matrix import Matrix
-from fastclip.ops.backend import ENVIRONMENT_VARIABLE, unavailable_reason
-from fastclip.ops.checks import check_index
+from fastclip.ops.backend import environment_backend, unavailable_reason
+from fastclip.ops.checks import check_index, check_keep_bytes
 from fastclip.ops.chunks import without
 from fastclip.ops.dense_step import Call, dense_loss, output
 from fastclip.ops.dense_sweeps import Call as SweepsCall
 from fastclip.ops.dense_sweeps import sweeps_loss
+from fastclip.ops.gemm import accumulator_dtype
 
 LOSSES = ("clip", "siglip", "info_nce", "nt_xent", "mp_nce", "sup_con")
 # S is saved for the backward: no more than 16 MiB in float32, whatever the time
@@ -102,7 +102,7 @@ def pairs_loss(
     n, own = x.shape[0], y.shape[0]
     m = own if bank is None else own + bank.shape[0]
     table = _scalar(scale, x, way)
-    limit = ENTRIES[x.device.type, "clip" if both else "info_nce"]
+    limit = _most_entries(request, x, "clip" if both else "info_nce")
     if table is None or n * m > limit or (positive_index is None and n > own):
         return None
     index, ids = None, None
@@ -166,7 +166,7 @@ def sigmoid_loss(
         table is None
         or shift is None
         or y.shape[0] != n
-        or n * n > ENTRIES[x.device.type, "siglip"]
+        or n * n > _most_entries(request, x, "siglip")
     ):
         return None
     if way == "native":
@@ -206,7 +206,7 @@ def blocks_loss(
         _table(1.0 if weight is None else weight, most, first, way),
     ]
     pairs = first.shape[0]
-    limit = ENTRIES[first.device.type, "nt_xent" if count == 2 else "mp_nce"]
+    limit = _most_entries(request, first, "nt_xent" if count == 2 else "mp_nce")
     if (count * pairs) ** 2 > limit or least < 0 or most > MOST_DOMAINS:
         return None
     of_scale, of_offset, of_weight = tables
@@ -247,7 +247,8 @@ def labels_loss(
     if way is None:
         return None
     m, table = z.shape[0], _scalar(scale, z, way)
-    if table is None or m * m > ENTRIES[z.device.type, "sup_con"] or not _are_ids(labels, m, z):
+    limit = _most_entries(request, z, "sup_con")
+    if table is None or m * m > limit or not _are_ids(labels, m, z):
         return None
     labels = labels.contiguous()
     if way == "native":
@@ -284,7 +285,6 @@ def _way(request: Request, x: Tensor, others: Sequence[Tensor] = ()) -> str | No
         torch.compiler.is_compiling()
         or request.backend != "auto"
         or request.chunk_bytes is not None
-        or not (request.keep_bytes is None or request.keep_bytes > 0)
         or request.dist is not None
         or request.group is not None
         or request.sizes is not None
@@ -293,7 +293,7 @@ def _way(request: Request, x: Tensor, others: Sequence[Tensor] = ()) -> str | No
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
         or torch.jit.is_tracing()
-        or ENVIRONMENT_VARIABLE in os.environ
+        or environment_backend() != "auto"
         or type(x) not in _PLAIN
         or x.ndim != 2
         or x.dtype not in _DTYPES
@@ -307,6 +307,15 @@ def _way(request: Request, x: Tensor, others: Sequence[Tensor] = ()) -> str | No
         if y.shape[1] != width or y.dtype != dtype:
             return None
     return implementation(device, dtype)
+
+
+def _most_entries(request: Request, x: Tensor, loss: str) -> int:
+    """Up to which size S is held whole: that where it is faster, within the caller's budget."""
+    limit = ENTRIES[x.device.type, loss]
+    if request.keep_bytes is None:
+        return limit
+    check_keep_bytes(request.keep_bytes)
+    return min(limit, request.keep_bytes // accumulator_dtype(x.dtype).itemsize)
 
 
 def _compute_dtype(x: Tensor, request: Request) -> torch.dtype:

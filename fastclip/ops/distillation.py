@@ -57,16 +57,16 @@ def distillation(
     """
     compute_dtype = checks.compute_dtype_of(x, precision)
     chunk = checks.chunk_argument(chunk_bytes)
-    checks.check_pair(x, y, compute_dtype)
+    checks.check_pair(x, y, precision)
     teacher_dtype = checks.compute_dtype_of(teacher_x, precision)
-    checks.check_pair(teacher_x, teacher_y, teacher_dtype)
+    checks.check_pair(teacher_x, teacher_y, precision)
     counts = [t.shape[0] for t in (x, y, teacher_x, teacher_y)]
     if counts[:2] != counts[2:]:
         raise ValueError(f"student and teacher have {counts} rows; both need the same numbers")
     if x.device != teacher_x.device:
         raise ValueError(f"the student is on {x.device}, the teacher on {teacher_x.device}")
     scale = checks.as_scalar("logit_scale", scale, x)
-    teacher_scale = checks.as_scalar("dist_logit_scale", teacher_scale, x)
+    teacher_scale = checks.as_scalar("the teacher's logit scale", teacher_scale, x)
     inputs = (x, y, scale, teacher_x, teacher_y, teacher_scale)
     chosen = backends.choose("distillation", backend, x.device, compute_dtype)
     if chosen == "reference":

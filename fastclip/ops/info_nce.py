@@ -81,7 +81,7 @@ def info_nce_sum(
         loss_N = softplus(found.row_lse - found.positive)
         return (loss_N if weights is None else loss_N * weights).sum(), margin
     chunk = checks.chunk_argument(chunk_bytes)
-    checks.check_pair(x, y, compute_dtype)
+    checks.check_pair(x, y, precision)
     ids = checks.check_positives(
         x, y, False, positive_index, row_group, column_group, first_negative
     )

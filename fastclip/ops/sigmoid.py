@@ -58,7 +58,7 @@ def sigmoid_loss(
     """
     compute_dtype = checks.compute_dtype_of(x, precision)
     chunk = checks.chunk_argument(chunk_bytes)
-    checks.check_pair(x, y, compute_dtype)
+    checks.check_pair(x, y, precision)
     if x.shape[0] != y.shape[0]:
         raise ValueError(
             f"{x.shape[0]} rows and {y.shape[0]} columns; every row needs its positive column"

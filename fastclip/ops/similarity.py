@@ -96,7 +96,7 @@ def similarity_statistics(
     """
     compute_dtype = checks.compute_dtype_of(x, precision)
     chunk = checks.chunk_argument(chunk_bytes)
-    checks.check_pair(x, y, compute_dtype)
+    checks.check_pair(x, y, precision)
     scale = checks.as_scalar("logit_scale", scale, x)
     if means and y.shape[0] < x.shape[0]:
         raise ValueError(

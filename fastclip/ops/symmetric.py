@@ -95,7 +95,7 @@ def block_statistics(
         with checks.without_autocast(z.device):
             found = reference.block_statistics(z, scale, offset, pair_group, Options(**options))
         return BlockStatistics(*found)
-    checks.refuse_transforms(z, scale)
+    checks.refuse_transforms(*(t for t in (z, scale, offset) if t is not None))
     return BlockStatistics(*_blocks(z, scale, offset, pair_group, **options)[:3])
 
 

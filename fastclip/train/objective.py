@@ -211,7 +211,7 @@ class GlobalObjective(ClipObjective):
             output["logit_scale"],
             output["index"],
             memory.log_u,
-            memory.gamma,
+            memory.current_gamma,
             rho=memory.rho,
             eps=memory.eps,
             **exchange,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import fastclip
@@ -178,3 +179,13 @@ def test_preview(data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out.strip() == str(output)
     with Image.open(output) as sheet:
         assert sheet.width == 8 + 3 * 72 and sheet.height > 2 * 64
+
+
+def test_modes_of_submodules_are_restored() -> None:
+    from fastclip.evaluate.features import evaluating
+
+    model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.BatchNorm1d(2))
+    model[1].eval()
+    with evaluating(model):
+        assert not any(module.training for module in model.modules())
+    assert [module.training for module in model.modules()] == [True, True, False]

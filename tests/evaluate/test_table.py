@@ -80,3 +80,8 @@ def test_a_file_that_is_no_result_is_named(tmp_path: Path, content: str, message
 def test_a_missing_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", "table", f"{tmp_path}/no.json"]) == 1
     assert f"{tmp_path}/no.json" in capsys.readouterr().err
+
+
+def test_a_score_that_was_not_computed_is_equal_to_itself(tmp_path: Path) -> None:
+    file = result(tmp_path, "a", "scenes", {"acc1": 0.5, "validation": float("nan")})
+    assert main(["eval", "table", file, file]) == 0

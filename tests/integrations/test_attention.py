@@ -76,13 +76,13 @@ def test_vit_b_32() -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_in_use_and_undone(name: str) -> None:
-    """A backend that does not exist is asked for by every layer; after undo by none."""
+    """A backend that cannot run here is asked for by every layer; after undo by none."""
     case = CASES[name]()
     classes = [type(module) for module in case.model.modules()]
     kept = copy.deepcopy(case.model.state_dict())
     want = case.outputs(case.model)
-    handle = case.patch(case.model, backend="nonsense")
-    with pytest.raises(ValueError, match="nonsense"):
+    handle = case.patch(case.model, backend="flash")
+    with pytest.raises(ValueError, match="flash"):
         case.outputs(case.model)
     handle.undo()
     handle.undo()
@@ -135,9 +135,9 @@ def test_what_the_operator_does_not_cover_is_left_to_the_layer() -> None:
         lambda: layer(tokens[0], tokens[0], tokens[0], need_weights=False)[0],
     ]
     want = [call() for call in calls]
-    with fastclip.patch_open_clip(layer, loss=False, backend="nonsense"):
+    with fastclip.patch_open_clip(layer, loss=False, backend="flash"):
         got = [call() for call in calls]
-        with pytest.raises(ValueError, match="nonsense"):
+        with pytest.raises(ValueError, match="flash"):
             layer(tokens, tokens, tokens, need_weights=False)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
@@ -198,3 +198,31 @@ def test_transformers_with_a_padding_mask(kind: str) -> None:
     want = features()
     with case.patch(case.model, backend="reference"):
         torch.testing.assert_close(features(), want)
+
+
+def test_a_subclass_with_its_own_forward_keeps_it() -> None:
+    class Doubled(nn.MultiheadAttention):
+        def forward(self, *arguments, **options):  # type: ignore[override]
+            attended, maps = super().forward(*arguments, **options)
+            return 2 * attended, maps
+
+    layer, tokens = Doubled(64, 2, batch_first=True), torch.randn(2, 5, 64)
+    want = layer(tokens, tokens, tokens, need_weights=False)[0]
+    with fastclip.patch_open_clip(layer, loss=False, backend="reference"):
+        assert torch.equal(layer(tokens, tokens, tokens, need_weights=False)[0], want)
+
+
+def test_the_hint_of_a_causal_mask_without_one_is_torchs_error() -> None:
+    layer, tokens = nn.MultiheadAttention(64, 2, batch_first=True), torch.randn(2, 5, 64)
+    with (
+        fastclip.patch_open_clip(layer, loss=False),
+        pytest.raises(RuntimeError, match="attn_mask"),
+    ):
+        layer(tokens, tokens, tokens, need_weights=False, is_causal=True)
+
+
+def test_an_implementation_that_does_not_exist_is_refused_at_once() -> None:
+    layer = nn.MultiheadAttention(64, 2)
+    with pytest.raises(ValueError, match="backend 'nonsense' of attention is unknown"):
+        fastclip.patch_open_clip(layer, loss=False, backend="nonsense")
+    assert type(layer) is nn.MultiheadAttention

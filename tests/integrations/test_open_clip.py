@@ -1,6 +1,7 @@
 """An open_clip user's own script with one line added."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import open_clip
 import pytest
@@ -156,3 +157,24 @@ def test_nothing_is_patched_without_loss() -> None:
     with fastclip.patch_open_clip(loss=False), count_products() as count:
         users_script(steps=1)
     assert count.calls == 0
+
+
+def test_a_subclass_with_a_part_of_its_own_stays_open_clips() -> None:
+    class Margin(ClipLoss):
+        def get_logits(self, *arguments: Any, **options: Any) -> Any:
+            return [
+                logits - 5 * torch.eye(4) for logits in super().get_logits(*arguments, **options)
+            ]
+
+    class Named(ClipLoss):
+        note = "adds nothing to the loss"
+
+    x = torch.nn.functional.normalize(torch.randn(4, 8), dim=-1)
+    scale = torch.tensor(9.0)
+    want = Margin()(x, x, scale)
+    with fastclip.patch_open_clip():
+        with pytest.warns(UserWarning, match="Margin has its own get_logits"):
+            assert Margin()(x, x, scale) == want
+        with count_products() as count:
+            Named()(x, x, scale)
+    assert count.calls == 1

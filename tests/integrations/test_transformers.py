@@ -322,3 +322,14 @@ def test_attention_maps_with_dropout(kind: str) -> None:
     for want, got in zip(*maps, strict=True):
         assert (want == 0).any()
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_undo_restores_towers_that_differ() -> None:
+    model = transformers_case("clip").model
+    configs = model.config, model.text_model.config, model.vision_model.config
+    configs[1]._attn_implementation, configs[2]._attn_implementation = "eager", "sdpa"
+    before = [config._attn_implementation for config in configs]
+    assert before[1:] == ["eager", "sdpa"]
+    with fastclip.patch_transformers(model):
+        assert {config._attn_implementation for config in configs} == {"fastclip"}
+    assert [config._attn_implementation for config in configs] == before

@@ -338,7 +338,7 @@ def test_micro_batches_move_the_estimates_once() -> None:
         # the second time there is something to move
         for _ in range(2):
             accumulate(forward, batches, of_all)
-            loss.gamma = 0.3
+            loss.current_gamma = 0.3
         results.append([leaves[0].grad, leaves[1].grad, loss.log_u])
     torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-13)
 
@@ -348,12 +348,12 @@ def test_gamma_falls_over_epochs() -> None:
     found = []
     for epoch in range(4):
         loss.set_epoch(epoch)
-        found.append(loss.gamma)
+        found.append(loss.current_gamma)
     assert found == pytest.approx([1.0, 0.7, 0.4, 0.4])
     constant = GlobalContrastiveLoss(4, "sogclr", full_first_epoch=True)
-    assert constant.gamma == 1.0
+    assert constant.current_gamma == 1.0
     constant.set_epoch(1)
-    assert constant.gamma == 0.8
+    assert constant.current_gamma == 0.8
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {

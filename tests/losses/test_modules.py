@@ -418,3 +418,32 @@ def test_the_text_of_a_loss_names_what_is_not_the_default() -> None:
     )
     assert "num_samples=10," in repr(fastclip.GlobalContrastiveLoss(10))
     assert "MemoryBank(size=4, width=2)" in repr(fastclip.NTXentLoss(memory_bank_size=(4, 2)))
+
+
+def test_weights_of_pairs_may_be_lists() -> None:
+    features = [unit(6, 5, seed) for seed in range(2)]
+    lists = [[1.0, 3.0], [0.0, 0.5]]
+    found = fastclip.MPNCELoss(pair_weight=lists)(features, [0, 1])
+    want = fastclip.MPNCELoss(pair_weight=torch.tensor(lists))(features, [0, 1])
+    assert found == want != fastclip.MPNCELoss()(features, [0, 1])
+    with pytest.raises(ValueError, match=r"pair_weight is \(2,\); give \(2, 2\)"):
+        fastclip.MPNCELoss(pair_weight=[1.0, 2.0])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match=r"domains are \[0, 2\]; give 0 to 1"):
+        fastclip.MPNCELoss(pair_weight="balanced")(features, [0, 2])
+
+
+def test_settings_that_exclude_each_other_are_refused_when_a_loss_is_made() -> None:
+    with pytest.raises(ValueError, match="needs memory_bank_size=0"):
+        fastclip.NTXentLoss(memory_bank_size=(8, 4), group_role="positive")
+    with pytest.raises(ValueError, match="leave out dist or the bank"):
+        fastclip.InfoNCELoss(memory_bank_size=(8, 4), dist="gather")
+    with pytest.raises(ValueError, match="needs gather_with_grad=True"):
+        fastclip.ClipLoss(local_loss=True, world_size=2, group_role="positive")
+
+
+def test_gamma_is_shown_as_it_was_given() -> None:
+    loss = fastclip.GlobalContrastiveLoss(100, "v1", gamma=0.5, gamma_epochs=4)
+    assert loss.current_gamma == 1.0
+    assert repr(loss) == (
+        "GlobalContrastiveLoss(num_samples=100, variant='v1', gamma=0.5, gamma_epochs=4)"
+    )

@@ -177,3 +177,17 @@ def test_metric_learnings_arguments_and_refusals() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             loss(rows, **options)
+
+
+def test_a_mask_under_autocast_is_as_exact_as_labels() -> None:
+    """The sum of an anchor's positives is not rounded to autocast's dtype."""
+    views = F.normalize(torch.randn(64, 2, 32, generator=torch.Generator().manual_seed(0)), dim=-1)
+    # features that lose nothing in it, so that their products are exact
+    views = views.bfloat16().float()
+    labels = torch.arange(64) % 4
+    mask = (labels[:, None] == labels).float()
+    loss = SupConLoss.supcontrast()
+    exact = loss(views.double(), mask=mask.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        for value in (loss(views, labels), loss(views, mask=mask)):
+            assert (value - exact).abs() <= 1e-5 * exact.abs()

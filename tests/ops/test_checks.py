@@ -17,6 +17,7 @@ from fastclip.ops.collectives import (
     count_bytes,
     group_name,
     ranks_of,
+    scale_gradient,
     sum_over_ranks,
 )
 from fastclip.ops.columns import columns_of
@@ -110,13 +111,42 @@ def test_dtypes_of_a_pair_are_checked() -> None:
     """Only autocast casts both sides, and it leaves float64 alone."""
     x, y = unit(2, 3, 0).float(), unit(2, 3, 1).bfloat16()
     with pytest.raises(ValueError, match="cast them to one dtype"):
-        checks.check_alike(x, y, torch.float32)
+        checks.check_alike(x, y, "auto")
     with AUTOCAST:
-        checks.check_alike(x, y, torch.bfloat16)
-        checks.check_alike(y, x, torch.bfloat16)
+        checks.check_alike(x, y, "auto")
+        checks.check_alike(y, x, "auto")
         for wide in ((x.double(), y), (x, x.double())):
             with pytest.raises(ValueError, match="cast them to one dtype"):
-                checks.check_alike(*wide, torch.bfloat16)
+                checks.check_alike(*wide, "auto")
+        # a call that does not follow autocast has nothing cast
+        for pair in ((x, y), (y, x)):
+            with pytest.raises(ValueError, match="cast them to one dtype"):
+                checks.check_alike(*pair, "input")
+
+
+def test_negatives_that_begin_later_are_those_of_rows() -> None:
+    x, y = unit(2, 3, 0), unit(4, 3, 1)
+    statistics = functional.similarity_statistics
+    assert statistics(x, y, 9.0, first_negative=2, column_statistics=False).row_lse.isfinite().all()
+    with pytest.raises(ValueError, match="first_negative is for rows alone"):
+        statistics(x, y, 9.0, first_negative=2)
+
+
+def test_lists_in_the_place_of_tensors_are_named() -> None:
+    x = unit(2, 3, 0)
+    with pytest.raises(ValueError, match="weights: list; give a tensor"):
+        functional.clip_loss(x, x, 9.0, weights=[1.0, 1.0])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="row_bias: list; give a tensor"):
+        functional.similarity_statistics(x, x, 9.0, row_bias=[1.0, 1.0])  # type: ignore[arg-type]
+
+
+def test_a_scaled_gradient_leaves_the_value() -> None:
+    """Also where a third of it is rounded."""
+    value = torch.tensor([0.75390625, float("inf")], dtype=torch.bfloat16, requires_grad=True)
+    same = scale_gradient(value, 1 / 3)
+    assert torch.equal(same, value)
+    same[0].backward()
+    assert value.grad is not None and value.grad[0] == torch.tensor(1 / 3).bfloat16()
 
 
 def test_columns_are_shared_out_as_rows_are() -> None:

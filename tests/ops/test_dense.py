@@ -227,3 +227,33 @@ def test_a_wrong_blas_is_not_used() -> None:
         assert not library.use_blas(0)
     finally:
         assert library.use_blas(native._in_torch("sgemm_"))
+
+
+def test_a_budget_that_is_given_holds_for_small_batches_too() -> None:
+    case = make("clip", 64, 8)
+    leaves = [leaf.float().requires_grad_() for leaf in case.leaves]
+    whole = 4 * 64 * 64
+    for budget, keeps in ((whole, True), (whole - 1, False), (0, False)):
+        largest = 0
+
+        def pack(tensor: Tensor) -> Tensor:
+            nonlocal largest
+            largest = max(largest, tensor.untyped_storage().nbytes())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            functional.clip_loss(*leaves, keep_bytes=budget)
+        assert (largest >= whole) == keeps, budget
+    with pytest.raises(ValueError, match="give a whole number of bytes"):
+        functional.clip_loss(*leaves, keep_bytes=1e9)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", ["", "auto"])
+def test_the_environment_asks_for_nothing(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTCLIP_BACKEND", value)
+    x = make("clip", 16, 8).leaves[0].float()
+    with count_products() as count:
+        functional.clip_loss(x, x, 9.0)
+        functional.clip_loss(x, x, 9.0, chunk_bytes=1 << 20)
+    assert count.calls > 0
+    assert dense.environment_backend() == "auto"

@@ -57,3 +57,21 @@ def test_processes_that_are_not_there(modes: dict) -> None:
 def test_an_exchange_that_is_unknown(name: str) -> None:
     with pytest.raises(ValueError, match="dist is 'x'; use 'gather', 'ring' or None"):
         getattr(fastclip, name)(dist="x")
+
+
+def test_forward_mode_by_an_offset_is_refused() -> None:
+    """Its tangent would silently be zero."""
+    blocks = [torch.nn.functional.normalize(torch.randn(4, 3), dim=-1) for _ in range(2)]
+
+    def loss(offset: torch.Tensor) -> torch.Tensor:
+        return fastclip.functional.mp_nce_loss(
+            blocks, [0, 1], torch.full((2, 2), 9.0), offset, backend="torch"
+        )
+
+    offset = torch.zeros(2, 2)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(offset, torch.ones(2, 2))
+        with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+            loss(dual)
+    with pytest.raises(RuntimeError, match="backend='reference'"):
+        torch.func.grad(loss)(offset)

@@ -102,3 +102,16 @@ def test_what_apex_is_asked_for(stand_in: dict[str, Any]) -> None:
     built = build_optimizer(model, config.optim)
     assert stand_in["options"] == {"lr": 0.01, "betas": (0.9, 0.98), "eps": 1e-6}
     assert len(built.param_groups[0]["params"]) == 1 and len(built.param_groups[1]["params"]) == 4
+
+
+def test_a_layer_norm_with_another_forward_is_not_apexs(stand_in: dict[str, Any]) -> None:
+    from open_clip.transformer import LayerNormFp32
+    from timm.layers import LayerNorm2d
+
+    model = nn.Sequential(LayerNorm2d(8), LayerNormFp32(8))
+    images = torch.randn(2, 8, 3, 8)
+    want = model(images)
+    with PatchHandle() as handle:
+        assert apex.exchange_layer_norms(model, handle) == 1
+        torch.testing.assert_close(model(images), want)
+    assert stand_in["norms"] == 1
