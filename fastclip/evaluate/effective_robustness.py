@@ -22,7 +22,7 @@ TRANSFORMS: dict[Transform, tuple[Any, Any]] = {
 
 BOOTSTRAP_FITS = 1000
 BOOTSTRAP_SEED = 720257663
-# of models of less accuracy, the fit of those of more says little
+# below this accuracy, the line of ImageNet's models, all above it, is not reliable
 STANDARD_FROM = 0.55
 
 _Accuracy = TypeVar("_Accuracy", float, np.ndarray)

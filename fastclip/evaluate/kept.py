@@ -161,7 +161,7 @@ def _alone(folder: Path) -> Iterator[None]:
     """Hold a folder; another process that wants it waits."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        # some file systems have no locks; of theirs two at a time must not be started
+        # some file systems have no locks; there, two processes must not be started at once
         with suppress(OSError):
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup
 
 from fastclip.ops import checks, dense
 from fastclip.ops.checks import GroupRole
-from fastclip.ops.collectives import Exchange, global_sum
+from fastclip.ops.collectives import Exchange, all_reduce_loss
 from fastclip.ops.labels import label_statistics
 from fastclip.ops.numerics import softplus
 from fastclip.ops.problem import couples
@@ -19,12 +19,12 @@ from fastclip.ops.reductions import (
     ranks_sharing,
     reduce,
     reduce_weighted,
-    share_above,
+    top1_accuracy,
 )
 from fastclip.ops.symmetric import BlockStatistics, block_statistics
 
 _PAIRS_WEIGHTS = (
-    "MP-NCE weighs each pair of an anchor and a positive, a group's mean has one weight"
+    "MP-NCE has a weight for each pair of an anchor and a positive, and a group has none"
 )
 
 
@@ -147,7 +147,9 @@ def mp_nce_loss(
                     pair = pair * weight[low][high]
                 losses[block].append(pair)
                 if metrics is not None:
-                    hits.append(share_above(positive[index], top.reshape(blocks, -1)[block], ranks))
+                    hits.append(
+                        top1_accuracy(positive[index], top.reshape(blocks, -1)[block], ranks)
+                    )
         if metrics is not None:
             metrics["accuracy"] = torch.stack(hits).mean()
         loss = torch.cat([torch.stack(terms).mean(dim=0) for terms in losses])
@@ -411,7 +413,7 @@ def sup_con_loss(
         return reduce_weighted(loss, weights, reduction, ranks)
     if reduction == "none":
         return loss
-    sums = global_sum(torch.stack((loss.sum(), has_positive.sum().to(loss))), ranks)
+    sums = all_reduce_loss(torch.stack((loss.sum(), has_positive.sum().to(loss))), ranks)
     total, anchors = sums.unbind()
     return total / anchors.detach().clamp(min=1) if reduction == "mean" else total
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fastclip.ops import checks, dense, similarity
-from fastclip.ops.candidates import above_group_mean, mean_left
+from fastclip.ops.candidates import candidate_mean, own_minus_group_mean
 from fastclip.ops.checks import GroupRole
 from fastclip.ops.collectives import Exchange, Ranks
 from fastclip.ops.info_nce import info_nce_sum
@@ -21,7 +21,7 @@ from fastclip.ops.reductions import (
     reduce_sum,
     reduce_weighted,
     reduce_weighted_sum,
-    share_above,
+    top1_accuracy,
     with_bias,
 )
 from fastclip.ops.sigmoid import sigmoid_loss
@@ -140,17 +140,21 @@ def clip_loss(
         loss = (row + column) / 2
         if label_smoothing > 0:
             if row_group is not None and column_group is not None:
-                mean = _of_both(mean_left, *sides, row_group, column_group, ranks) * logit_scale
+                mean = (
+                    _of_both(candidate_mean, *sides, row_group, column_group, ranks) * logit_scale
+                )
                 mean = mean.to(positive.dtype)
             else:
                 mean = (statistics.row_mean + statistics.column_mean) / 2
             loss = loss + label_smoothing * (positive - mean)
         if metrics is not None:
-            metrics["image_to_text_accuracy"] = share_above(positive, statistics.row_max, ranks)
-            metrics["text_to_image_accuracy"] = share_above(positive, statistics.column_max, ranks)
+            metrics["image_to_text_accuracy"] = top1_accuracy(positive, statistics.row_max, ranks)
+            metrics["text_to_image_accuracy"] = top1_accuracy(
+                positive, statistics.column_max, ranks
+            )
         loss = reduce(loss, of_pairs, ranks)
     if positives is not None:
-        above = _of_both(above_group_mean, *sides, *positives, ranks)
+        above = _of_both(own_minus_group_mean, *sides, *positives, ranks)
         above = (1 - label_smoothing) * logit_scale * above
         loss = loss + reduce(above.to(loss.dtype), of_pairs, ranks)
     loss = with_bias(loss, logit_bias)
@@ -391,7 +395,7 @@ def info_nce_loss(
         raise ValueError(f"{query.shape[0]} queries but only {own} keys; give positive_index")
     above = None
     if positives is not None:
-        above = logit_scale * above_group_mean(query, all_keys, *positives, ranks)
+        above = logit_scale * own_minus_group_mean(query, all_keys, *positives, ranks)
     if loss is None:
         options: dict[str, Any] = {
             "positive_index": positive_index,
@@ -417,7 +421,7 @@ def info_nce_loss(
         else:
             loss, margin = info_nce_sum(query, all_keys, logit_scale, weights=weights, **options)
         if metrics is not None:
-            metrics["accuracy"] = share_above(margin, torch.zeros_like(margin), ranks)
+            metrics["accuracy"] = top1_accuracy(margin, torch.zeros_like(margin), ranks)
         if weights is not None and reduction != "none":
             if above is not None:
                 loss = loss + (above.to(loss.dtype) * weights).sum()

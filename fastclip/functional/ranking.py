@@ -11,9 +11,9 @@ With s = scale * cosine, and per query i its own documents: a positive and K har
 negatives of all, loss_i = log(c + exp(L - s_ii)), where c is 2 if the positive stands in two of
 them. "per_direction" is the mean of one softmax each.
 
-Hardness adds alpha * cosine, without gradient, to the logits of some negatives of query_to_doc. The
-log-sum-exp at scale + alpha has the value; its gradient is (scale + alpha) * G @ Y where
-scale * G @ Y is wanted, so that a factor on N numbers is all that is different.
+Hardness adds alpha * cosine, without gradient, to the logits of some negatives of query_to_doc.
+Statistics at scale + alpha have the right values, but gradients that are too large by
+(scale + alpha) / scale; the upstream gradient of each row is multiplied by the inverse.
 
 Shape suffixes: N queries, M documents of one, D width.
 """
@@ -26,11 +26,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from fastclip.ops import dense
 from fastclip.ops.checks import check_features
-from fastclip.ops.collectives import Ranks, scale_gradient
+from fastclip.ops.collectives import Ranks
 from fastclip.ops.info_nce import info_nce_sum
 from fastclip.ops.labels import label_statistics
 from fastclip.ops.numerics import softplus
@@ -112,18 +113,18 @@ def ranking_loss(
         5.0103
     """
     check_reduction(reduction)
-    choice = Choice.checked(directions, partition_mode, hardness_mode, hardness_strength)
+    choice = RankingOptions.checked(directions, partition_mode, hardness_mode, hardness_strength)
     request = dense.Request(
         reduction, backend, chunk_bytes, keep_bytes, precision, dist, group, sizes
     )
-    return _of_choice(query, documents, logit_scale, choice, request)
+    return _ranking_loss(query, documents, logit_scale, choice, request)
 
 
 def mean_of_own_rows(
     query: Tensor,
     documents: Sequence[Tensor],
     logit_scale: float,
-    choice: "Choice",
+    choice: "RankingOptions",
     dist: str | None,
 ) -> Tensor:
     """`ranking_loss`, of which each process returns its own queries' mean, as libraries do.
@@ -131,11 +132,11 @@ def mean_of_own_rows(
     Averaged over the processes, its gradient is that of the full batch as well.
     """
     request = dense.Request("mean", "auto", None, None, "auto", dist, None, None)
-    return _of_choice(query, documents, logit_scale, choice, request, own_mean=True)
+    return _ranking_loss(query, documents, logit_scale, choice, request, own_mean=True)
 
 
 @dataclass(frozen=True)
-class Choice:
+class RankingOptions:
     """What is compared with what, and how it is weighted."""
 
     directions: frozenset[str]
@@ -146,7 +147,7 @@ class Choice:
     @staticmethod
     def checked(
         directions: Iterable[str], partition_mode: str, hardness_mode: str | None, strength: float
-    ) -> "Choice":
+    ) -> "RankingOptions":
         """Made from arguments; refuses what cannot be."""
         asked = tuple(directions)
         for direction in asked:
@@ -173,43 +174,41 @@ class Choice:
             raise ValueError(f"hardness_strength is {strength}; give a finite number of at least 0")
         if strength == 0:
             hardness_mode = None
-        return Choice(frozenset(asked), partition_mode, hardness_mode, float(strength))
+        return RankingOptions(frozenset(asked), partition_mode, hardness_mode, float(strength))
 
     @property
-    def of_documents_to_queries(self) -> bool:
+    def has_doc_to_query(self) -> bool:
         return "doc_to_query" in self.directions
 
-    def weighs(self, blocks: int) -> str | None:
-        """The hardness mode, where these blocks of documents have what it weighs."""
+    def effective_hardness(self, blocks: int) -> str | None:
+        """The hardness mode, if these blocks of documents have what it weights."""
         return (
             None if self.hardness_mode == "hard_negatives" and blocks == 1 else self.hardness_mode
         )
 
     def is_one_direction(self, blocks: int) -> bool:
         """Whether the loss is InfoNCE's."""
-        return len(self.directions) == 1 and self.weighs(blocks) is None
+        return len(self.directions) == 1 and self.effective_hardness(blocks) is None
 
     def is_plain(self, blocks: int) -> bool:
         """Whether the loss is InfoNCE's or CLIP's."""
         return (
             len(self.directions) == 1 or self.partition_mode == "per_direction"
-        ) and self.weighs(blocks) is None
+        ) and self.effective_hardness(blocks) is None
 
 
-def _of_choice(
+def _ranking_loss(
     query: Tensor,
     documents: Sequence[Tensor],
     logit_scale: Tensor | float,
-    choice: Choice,
+    choice: RankingOptions,
     request: dense.Request,
     own_mean: bool = False,
 ) -> Tensor:
     """The loss as the request has it, or the mean of this process's queries."""
     columns = _all_documents(query, documents)
     if choice.is_plain(len(documents)):
-        small = dense.pairs_loss(
-            query, columns, logit_scale, request, both=choice.of_documents_to_queries
-        )
+        small = dense.pairs_loss(query, columns, logit_scale, request, both=choice.has_doc_to_query)
         if small is not None:
             return small
     reduction = request.reduction
@@ -224,7 +223,7 @@ def _of_choice(
     if choice.is_one_direction(len(documents)) and reduction != "none":
         total, _ = info_nce_sum(query, columns, logit_scale, maxima=False, **options)
         return total / len(query) if own_mean else reduce_sum(total, reduction, ranks, len(query))
-    each = _each(query, documents, columns, logit_scale, choice, options)
+    each = _loss_per_query(query, documents, columns, logit_scale, choice, options)
     return each.mean() if own_mean else reduce(each, reduction, ranks)
 
 
@@ -243,23 +242,23 @@ def _all_documents(query: Tensor, documents: Sequence[Tensor]) -> Tensor:
     return documents[0] if len(documents) == 1 else concatenate(list(documents))
 
 
-def _each(
+def _loss_per_query(
     query: Tensor,
     documents: Sequence[Tensor],
     columns: Tensor,
     scale: Tensor | float,
-    choice: Choice,
+    choice: RankingOptions,
     options: dict[str, Any],
 ) -> Tensor:
     """Each query's loss, (N,)."""
     ranks, blocks = options["ranks"], len(documents)
-    mode = choice.weighs(blocks)
+    mode = choice.effective_hardness(blocks)
     strength = choice.strength if mode in ("in_batch_negatives", "all_negatives") else 0.0
-    ids = _numbers(query, ranks)
+    ids = _global_query_ids(query, ranks)
     of_own: dict[str, Any] = {"row_group": ids, "column_group": ids.repeat(blocks)}
     # hard negatives of another weight than the other documents stand apart
     apart = blocks > 1 and mode in ("in_batch_negatives", "hard_negatives")
-    together = choice.of_documents_to_queries and strength == 0
+    together = choice.has_doc_to_query and strength == 0
     found = _weighted(
         query,
         columns,
@@ -277,13 +276,13 @@ def _each(
         if mode == "hard_negatives":
             own = own + choice.strength * cosine.detach()
         negatives.append(own.logsumexp(dim=0).to(row.dtype))
-    if choice.of_documents_to_queries and not together:
+    if choice.has_doc_to_query and not together:
         column = similarity_statistics(
             documents[0], query, scale, column_statistics=False, **options
         ).row_lse
-    if choice.partition_mode == "per_direction" and choice.of_documents_to_queries:
-        return (softplus(_together(negatives) - positive) + softplus(column - positive)) / 2
-    if choice.of_documents_to_queries:
+    if choice.partition_mode == "per_direction" and choice.has_doc_to_query:
+        return (softplus(_logaddexp_all(negatives) - positive) + softplus(column - positive)) / 2
+    if choice.has_doc_to_query:
         negatives.append(column)
     if "query_to_query" in choice.directions:
         negatives.append(_among_themselves(query, scale, options))
@@ -295,14 +294,14 @@ def _each(
                 documents[0], columns, scale, column_statistics=False, **of_own, **options
             ).row_lse
         )
-    margin = _together(negatives) - positive
-    if not choice.of_documents_to_queries:
+    margin = _logaddexp_all(negatives) - positive
+    if not choice.has_doc_to_query:
         return softplus(margin)
     # the positive stands in both directions
     return softplus(margin - math.log(2)) + math.log(2)
 
 
-def _together(lses: list[Tensor]) -> Tensor:
+def _logaddexp_all(lses: list[Tensor]) -> Tensor:
     """Their log-sum-exp."""
     if len(lses) == 1:
         return lses[0]
@@ -315,7 +314,7 @@ def _among_themselves(rows: Tensor, scale: Tensor | float, options: dict[str, An
     return label_statistics(rows, one_class, scale, **options).lse
 
 
-def _numbers(query: Tensor, ranks: Ranks | None) -> Tensor:
+def _global_query_ids(query: Tensor, ranks: Ranks | None) -> Tensor:
     """Of this process's queries, among those of all."""
     first = 0 if ranks is None else sum(ranks.sizes[: ranks.rank])
     return torch.arange(first, first + len(query), device=query.device)
@@ -340,8 +339,27 @@ def _weighted(
     share = constant / (constant + strength)
     if isinstance(sum_of_both, Tensor):
         # the factor below is not for the scale, whose gradient is the sum of G * cosine
-        sum_of_both = scale_gradient(sum_of_both, 1 / share)
+        sum_of_both = _ScaleGradientOnce.apply(sum_of_both, 1 / share)
     found = similarity_statistics(query, columns, sum_of_both, **options)
-    row, positive = (scale_gradient(one, share) for one in (found.row_lse, found.positive))
+    row, positive = (
+        _ScaleGradientOnce.apply(one, share) for one in (found.row_lse, found.positive)
+    )
     surplus = positive.detach() * (1 - share)
     return row, positive - surplus, found.column_lse
+
+
+class _ScaleGradientOnce(torch.autograd.Function):
+    """The tensor itself, whose gradient is multiplied by a factor; a second derivative is refused.
+
+    It would lack the derivative of the factor's part.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, factor: Tensor | float) -> Tensor:
+        ctx.factor = factor
+        return value.view_as(value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.factor, None

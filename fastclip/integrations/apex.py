@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastclip.integrations.patch import PatchHandle, exchange_forward, forward_owner
+from fastclip.integrations.patch import PatchHandle, forward_owner, replace_forward
 
 # classes whose `forward` is a layer norm of the last dimensions; others permute, or add to it
 _KNOWN = {
@@ -49,7 +49,7 @@ def optimizer(name: str, groups: list[dict[str, Any]], **options: Any) -> Any:
     return getattr(optimizers, name)(groups, **options)
 
 
-def exchange_layer_norms(model: nn.Module, handle: PatchHandle) -> int:
+def replace_layer_norms(model: nn.Module, handle: PatchHandle) -> int:
     """Compute every affine LayerNorm by apex's kernel; weights stay as they are.
 
     Left alone are subclasses with another `forward`, such as timm's for images (LayerNorm2d).
@@ -68,7 +68,7 @@ def exchange_layer_norms(model: nn.Module, handle: PatchHandle) -> int:
         return normed.to(tokens.dtype)
 
     return sum(
-        exchange_forward(module, forward, handle)
+        replace_forward(module, forward, handle)
         for module in list(model.modules())
         if isinstance(module, nn.LayerNorm)
         and _is_known(module)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from fastclip.integrations.patch import (
     PatchHandle,
-    exchange_forward,
     forward_owner,
     original_forward,
+    replace_forward,
 )
 from fastclip.nn.attention import cross_attention, self_attention
 from fastclip.ops.attention import attention, packed_attention
@@ -28,7 +28,7 @@ CAUSAL = "_fastclip_causal_length"
 """Attribute of a layer whose masks of that many rows and columns are the causal one."""
 
 
-def exchange_attention(model: nn.Module, handle: PatchHandle, backend: str = "auto") -> int:
+def replace_attention(model: nn.Module, handle: PatchHandle, backend: str = "auto") -> int:
     """Replace the attention of every known layer; returns how many there were.
 
     Raises:
@@ -38,19 +38,19 @@ def exchange_attention(model: nn.Module, handle: PatchHandle, backend: str = "au
     for tower in list(model.modules()):
         # a text tower's mask is a buffer beside its layers
         _mark_causal(tower.modules(), getattr(tower, "attn_mask", None), handle)
-    exchanged = 0
+    replaced = 0
     timm_attention = _timm_attention()
     for module in list(model.modules()):
         owner = forward_owner(module)
         if owner is nn.MultiheadAttention:
-            exchanged += _exchange(module, _multihead, backend, handle)
+            replaced += _replace(module, _multihead, backend, handle)
         elif owner is timm_attention:
-            exchanged += _exchange(module, _timm, backend, handle)
-    return exchanged
+            replaced += _replace(module, _timm, backend, handle)
+    return replaced
 
 
-def _exchange(module: nn.Module, make: Any, backend: str, handle: PatchHandle) -> bool:
-    return exchange_forward(module, make(backend), handle, made_by=(make, (backend,)))
+def _replace(module: nn.Module, make: Any, backend: str, handle: PatchHandle) -> bool:
+    return replace_forward(module, make(backend), handle, made_by=(make, (backend,)))
 
 
 def _mark_causal(layers: Iterable[nn.Module], mask: Tensor | None, handle: PatchHandle) -> None:

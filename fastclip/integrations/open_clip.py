@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastclip.integrations.attention import exchange_attention
+from fastclip.integrations.attention import replace_attention
 from fastclip.integrations.patch import MARK, PatchHandle
 from fastclip.losses.clip import ClipLoss, DistillClipLoss
 from fastclip.losses.siglip import SigLipLoss
@@ -35,7 +35,7 @@ def patch_open_clip(
         model: an open_clip model whose attention is to be replaced, in towers of its own and of
             timm's; weights stay as they are. For text towers from Hugging Face see
             `patch_transformers`.
-        loss: whether to exchange the loss classes.
+        loss: whether to replace the loss classes.
         attention: whether to replace the attention of `model`.
         backend: "auto", "triton", "sdpa" (torch's), "flash" (the flash-attn package) or
             "reference", of the attention.
@@ -65,15 +65,15 @@ def patch_open_clip(
         raise ValueError(f"model is {model!r}; give an open_clip model, not its class or name")
     handle = PatchHandle()
     if loss:
-        for name, exchange in _EXCHANGES.items():
-            _exchange_forward(getattr(open_clip.loss, name), exchange, handle)
+        for name, replacement in _REPLACEMENTS.items():
+            _replace_forward(getattr(open_clip.loss, name), replacement, handle)
     if attention and model is not None:
-        exchange_attention(model, handle, backend)
+        replace_attention(model, handle, backend)
     return handle
 
 
-def _exchange_forward(
-    loss_class: type[nn.Module], exchange: Callable[..., Any], handle: PatchHandle
+def _replace_forward(
+    loss_class: type[nn.Module], replacement: Callable[..., Any], handle: PatchHandle
 ) -> None:
     original = loss_class.forward
     if hasattr(original, MARK):
@@ -86,7 +86,7 @@ def _exchange_forward(
         call = signature.bind(self, *arguments, **options)
         call.apply_defaults()
         try:
-            ours = exchange(self)
+            ours = replacement(self)
             return ours(*list(call.arguments.values())[1:])
         except _Refusal as refusal:
             warnings.warn(f"open_clip's own loss is kept: {refusal}", stacklevel=2)
@@ -149,7 +149,7 @@ def _siglip(theirs: Any) -> SigLipLoss:
     return SigLipLoss(theirs.cache_labels, theirs.rank, theirs.world_size, exchange, chunk)
 
 
-_EXCHANGES: dict[str, Callable[[Any], Callable[..., Any]]] = {
+_REPLACEMENTS: dict[str, Callable[[Any], Callable[..., Any]]] = {
     "ClipLoss": _clip,
     "SigLipLoss": _siglip,
     "DistillClipLoss": _distill,

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 MARK = "_fastclip_original"
-"""Attribute of what was put in another's place: that other."""
+"""Attribute of a patched class or function: the original."""
 
 
 class PatchHandle:
@@ -58,7 +58,7 @@ class PatchHandle:
         self.undo()
 
 
-def exchange_forward(
+def replace_forward(
     module: nn.Module,
     forward: Callable[..., Any],
     handle: PatchHandle,
@@ -73,8 +73,8 @@ def exchange_forward(
         module: the module to change.
         forward: what it does from now on.
         handle: takes it back.
-        made_by: a function of a module and its arguments that give `forward`: how a process that
-            unpickles the module makes it again. Without it the module cannot be pickled.
+        made_by: (factory, arguments), of which `factory(*arguments)` gives `forward`: an unpickled
+            module calls it. Without it the module cannot be pickled.
     """
     original = type(module)
     if hasattr(original, MARK):
@@ -121,5 +121,5 @@ def forward_owner(module: nn.Module) -> type:
 
 
 def original_forward(module: nn.Module, *arguments: Any, **options: Any) -> Any:
-    """What the module did before `exchange_forward`."""
+    """What the module did before `replace_forward`."""
     return getattr(type(module), MARK).forward(module, *arguments, **options)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastclip.functional.ranking import Choice, mean_of_own_rows
+from fastclip.functional.ranking import RankingOptions, mean_of_own_rows
 from fastclip.integrations.patch import MARK, PatchHandle
 
 OLDEST = "5.3"
@@ -101,7 +101,7 @@ def _loss(theirs: Any, embeddings: list[Tensor]) -> Tensor | None:
         return None
     if theirs.similarity_fct is cos_sim:
         embeddings = [F.normalize(block, dim=-1) for block in embeddings]
-    choice = Choice.checked(
+    choice = RankingOptions.checked(
         theirs.directions, theirs.partition_mode, theirs.hardness_mode, theirs.hardness_strength
     )
     is_shared = theirs.gather_across_devices and torch.distributed.is_initialized()

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from fastclip.integrations.attention import exchange_attention
+from fastclip.integrations.attention import replace_attention
 from fastclip.integrations.patch import PatchHandle
 
 
@@ -36,7 +36,7 @@ def patch_timm(model: nn.Module, *, backend: str = "auto") -> PatchHandle:
     import timm  # noqa: F401
 
     handle = PatchHandle()
-    if not exchange_attention(model, handle, backend):
+    if not replace_attention(model, handle, backend):
         raise ValueError(
             f"{type(model).__name__} has no timm Attention layer, or was patched before; "
             "give a vision transformer whose blocks have one"

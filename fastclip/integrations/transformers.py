@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from fastclip.functional import Exchange, clip_loss, siglip_loss
-from fastclip.integrations.patch import PatchHandle, exchange_forward, original_forward
+from fastclip.integrations.patch import PatchHandle, original_forward, replace_forward
 from fastclip.ops.attention import attention
 from fastclip.ops.backend import check_backend
 from fastclip.ops.collectives import check_exchange
@@ -106,19 +106,19 @@ def patch_transformers(
             )
     handle = PatchHandle()
     if attention:
-        _exchange_attention(known, backend, handle)
+        _replace_attention(known, backend, handle)
     for part in known if loss else ():
         for kind, of_features in losses.items():
             if isinstance(part, kind):
                 options = {"dist": dist, "group": group, "backend": _loss_backend(backend)}
                 arguments = (type(part), of_features, logits, options)
                 made_by = (_with_loss, arguments)
-                exchange_forward(part, _with_loss(*arguments), handle, made_by)
+                replace_forward(part, _with_loss(*arguments), handle, made_by)
     return handle
 
 
 def _losses() -> dict[Any, Callable[..., Tensor]]:
-    """The classes that are exchanged whole, and the loss of each."""
+    """The classes that are replaced whole, and the loss of each."""
     import transformers
 
     found = {
@@ -134,7 +134,7 @@ def _losses() -> dict[Any, Callable[..., Tensor]]:
     }
 
 
-def _exchange_attention(models: list[Any], backend: str, handle: PatchHandle) -> None:
+def _replace_attention(models: list[Any], backend: str, handle: PatchHandle) -> None:
     check_backend(backend, "attention")
     hook = _Noted(backend)
     new = [model for model in models if model.config._attn_implementation != hook.name]

@@ -23,11 +23,11 @@ from fastclip.functional import Exchange
 from fastclip.ops.checks import check_positive, without_autocast
 from fastclip.ops.collectives import (
     Ranks,
-    all_rows,
-    global_sum,
+    all_gather_rows,
+    all_reduce_loss,
+    all_reduce_sum,
+    gather_rows_with_grad,
     ranks_of,
-    rows_of_all,
-    sum_over_ranks,
 )
 from fastclip.ops.gemm import accumulator_dtype
 
@@ -151,7 +151,7 @@ class _CrossCorrelation(torch.autograd.Function):
             part = a[:, start : start + strip]
             correlation = part.T @ b / rows
             if ranks is not None:
-                correlation = sum_over_ranks(ranks.group, correlation)
+                correlation = all_reduce_sum(ranks.group, correlation)
             index = torch.arange(len(correlation), device=a.device)
             diagonal = correlation[index, start + index] - 1
             correlation[index, start + index] = 0
@@ -232,7 +232,8 @@ def swapped_assignment_loss(
     with without_autocast(images[0].device):
         own = [[_wide(view) for view in views] for views in (images, texts)]
         everyone = [
-            [rows_of_all(v, ranks, ranks.sizes) if ranks else v for v in views] for views in own
+            [gather_rows_with_grad(v, ranks, ranks.sizes) if ranks else v for v in views]
+            for views in own
         ]
         total = own[0][0].new_zeros(())
         for here, there in ((0, 1), (1, 0)):
@@ -340,9 +341,9 @@ def _columns(logits: Tensor, ranks: Ranks | None) -> Tensor:
     """The log-sum-exp of each column over all ranks' rows, (m,)."""
     if ranks is None:
         return logits.logsumexp(0)
-    tops = all_rows(ranks.group, logits.max(0, keepdim=True).values, [1] * len(ranks.sizes))
+    tops = all_gather_rows(ranks.group, logits.max(0, keepdim=True).values, [1] * len(ranks.sizes))
     top = tops.max(0).values
-    return top + sum_over_ranks(ranks.group, (logits - top).exp().sum(0)).log()
+    return top + all_reduce_sum(ranks.group, (logits - top).exp().sum(0)).log()
 
 
 def _predict(target: Tensor, logits: Tensor, ranks: Ranks | None) -> Tensor:
@@ -352,7 +353,7 @@ def _predict(target: Tensor, logits: Tensor, ranks: Ranks | None) -> Tensor:
 
 def _mean(terms: Tensor, ranks: Ranks | None) -> Tensor:
     """The mean over all ranks' rows."""
-    return global_sum(terms.sum(), ranks) / (ranks.rows if ranks else len(terms))
+    return all_reduce_loss(terms.sum(), ranks) / (ranks.rows if ranks else len(terms))
 
 
 def _wide(features: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from fastclip.functional import Exchange
 from fastclip.models.image_tower import ImageSystem
 from fastclip.models.options import SystemOptions
 from fastclip.models.system import Criterion, Features, View
-from fastclip.ops.collectives import global_sum, ranks_of
+from fastclip.ops.collectives import all_reduce_loss, ranks_of
 from fastclip.ops.gemm import accumulator_dtype
 
 
@@ -103,7 +103,9 @@ class LabelCriterion(Criterion):
             reduction="sum",
             label_smoothing=self.label_smoothing,
         )
-        total, rows = global_sum(torch.stack((loss, (label != NO_LABEL).sum().to(loss))), ranks)
+        total, rows = all_reduce_loss(
+            torch.stack((loss, (label != NO_LABEL).sum().to(loss))), ranks
+        )
         return total / rows.clamp(min=1)
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup, get_world_size, is_available, is_initialized
 
-from fastclip.ops.collectives import sum_with_gradient
+from fastclip.ops.collectives import all_reduce_sum_with_grad
 from fastclip.ops.gemm import accumulator_dtype
 
 
@@ -99,7 +99,7 @@ class GlobalBatchNorm(nn.Module):
             return normalized.to(rows.dtype)
 
     def _total(self, local: Tensor, shared: bool) -> Tensor:
-        return sum_with_gradient(local, self.group) if shared else local
+        return all_reduce_sum_with_grad(local, self.group) if shared else local
 
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor, total: Tensor) -> None:

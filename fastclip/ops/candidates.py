@@ -22,7 +22,7 @@ from fastclip.ops.problem import Options
 from fastclip.ops.registration import Backward, Tensors, register
 
 
-def mean_left(
+def candidate_mean(
     x_ND: Tensor, y_MD: Tensor, row_group_N: Tensor, column_group_M: Tensor, ranks: Ranks | None
 ) -> Tensor:
     """Each row's mean product with its candidates among the columns of all ranks, in float64.
@@ -35,7 +35,7 @@ def mean_left(
     return (x_ND.double() * sums_ND).sum(dim=1) / (count_N + own_N)
 
 
-def above_group_mean(
+def own_minus_group_mean(
     x_ND: Tensor, y_MD: Tensor, row_group_N: Tensor, column_group_M: Tensor, ranks: Ranks | None
 ) -> Tensor:
     """Each row's product with its own column less the mean of those with its group's, in float64.

@@ -13,7 +13,7 @@ MOST_CHUNK_ROWS = {"cpu": 512}
 
 
 @contextmanager
-def without(budgets: dict[Any, int], amount: int = 0) -> Iterator[None]:
+def with_budgets(budgets: dict[Any, int], amount: int = 0) -> Iterator[None]:
     """Inside, all budgets are 0, or of another amount."""
     before = dict(budgets)
     budgets.update(dict.fromkeys(budgets, amount))

@@ -224,7 +224,9 @@ def _handle(name: str) -> dist.ProcessGroup:
     return _resolve_process_group(name)  # type: ignore[arg-type]
 
 
-def all_rows(group: str, own: Tensor, sizes: Sequence[int], out: Tensor | None = None) -> Tensor:
+def all_gather_rows(
+    group: str, own: Tensor, sizes: Sequence[int], out: Tensor | None = None
+) -> Tensor:
     """The rows of all ranks in their order, into `out` where it is given."""
     handle = _handle(group)
     own = own.contiguous()
@@ -265,14 +267,14 @@ def all_to_all_rows(group: str, outgoing: Tensor, sizes: Sequence[int], rank: in
     return list(incoming.split(own))
 
 
-def without(rows: Tensor, sizes: Sequence[int], rank: int) -> tuple[Tensor, Tensor]:
+def split_own(rows: Tensor, sizes: Sequence[int], rank: int) -> tuple[Tensor, Tensor]:
     """A rank's rows, and those of the others in one tensor."""
     blocks = list(rows.split(list(sizes)))
     own = blocks.pop(rank)
     return own, torch.cat(blocks)
 
 
-def sum_over_ranks(group: str, tensor: Tensor) -> Tensor:
+def all_reduce_sum(group: str, tensor: Tensor) -> Tensor:
     """The sum of every rank's tensor, of one shape, on all ranks."""
     total = tensor.clone()
     handle = _handle(group)
@@ -304,7 +306,7 @@ class Swap:
 
 @torch.library.custom_op("fastclip::global_sum", mutates_args=())
 def _global_sum(local: Tensor, group: str) -> Tensor:
-    return sum_over_ranks(group, local)
+    return all_reduce_sum(group, local)
 
 
 @_global_sum.register_fake
@@ -323,7 +325,7 @@ def _times_world(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
 _global_sum.register_autograd(_times_world, setup_context=_keep_arguments)
 
 
-def global_sum(local: Tensor, ranks: Ranks | None) -> Tensor:
+def all_reduce_loss(local: Tensor, ranks: Ranks | None) -> Tensor:
     """The sum over all ranks, on all ranks; a small tensor.
 
     Its gradient is the world's size times the upstream's, so that data-parallel averaging of the
@@ -363,7 +365,7 @@ def gather_rows(
 
 @torch.library.custom_op("fastclip::gather_rows", mutates_args=())
 def _gather_rows(features: Tensor, group: str, sizes: Sequence[int], rank: int) -> Tensor:
-    return all_rows(group, features, sizes)
+    return all_gather_rows(group, features, sizes)
 
 
 @_gather_rows.register_fake
@@ -373,7 +375,7 @@ def _(features: Tensor, group: str, sizes: list[int], rank: int) -> Tensor:
 
 @torch.library.custom_op("fastclip::gather_rows_backward", mutates_args=())
 def _gather_rows_gradient(upstream: Tensor, group: str, sizes: Sequence[int], rank: int) -> Tensor:
-    own, others = without(upstream, sizes, rank)
+    own, others = split_own(upstream, sizes, rank)
     total = own.clone()
     for received in all_to_all_rows(group, others, sizes, rank):
         total += received
@@ -410,7 +412,7 @@ def _average(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
 _average_gradient.register_autograd(_average, setup_context=_keep_arguments)
 
 
-def rows_of_all(own: Tensor, ranks: Ranks, sizes: Sequence[int]) -> Tensor:
+def gather_rows_with_grad(own: Tensor, ranks: Ranks, sizes: Sequence[int]) -> Tensor:
     """The rows of all ranks with gradient, where rank q has sizes[q] of them."""
     gathered: Tensor = _gather_rows(own, ranks.group, list(sizes), ranks.rank)
     return gathered
@@ -422,7 +424,7 @@ def average_gradient(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return same
 
 
-def sum_with_gradient(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def all_reduce_sum_with_grad(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The sum over all ranks, on all ranks; its gradient is the sum of all ranks' upstreams.
 
     For statistics that every rank uses in a loss of its own, as batch normalization does.

@@ -145,7 +145,7 @@ class _Shared:
 
     def own_statistics(self, found: SoftmaxStats) -> SoftmaxStats:
         sizes = self.layout.sizes[0]
-        own, others = collectives.without(torch.stack(found, dim=1), sizes, self.rank)
+        own, others = collectives.split_own(torch.stack(found, dim=1), sizes, self.rank)
         received = collectives.all_to_all_rows(self.group, others, sizes, self.rank)
         received.insert(self.rank, own)
         merged = SoftmaxStats.empty(sizes[self.rank], found.max, found.max.dtype)
@@ -155,14 +155,16 @@ class _Shared:
 
     def of_all_ranks(self, own: Tensor) -> Tensor:
         parts = [
-            collectives.all_rows(self.group, own[s.start : s.stop], self.layout.sizes[s.block])
+            collectives.all_gather_rows(
+                self.group, own[s.start : s.stop], self.layout.sizes[s.block]
+            )
             for s in self.layout.of_rank(self.rank)
             if s.start < len(own)
         ]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def sum(self, own: Tensor) -> Tensor:
-        return collectives.sum_over_ranks(self.group, own)
+        return collectives.all_reduce_sum(self.group, own)
 
 
 class Gathered(_Shared):
@@ -173,7 +175,7 @@ class Gathered(_Shared):
         for segment, target in zip(
             self.layout.of_rank(self.rank), self.layout.of_all(), strict=True
         ):
-            collectives.all_rows(
+            collectives.all_gather_rows(
                 self.group,
                 own[segment.start : segment.stop],
                 self.layout.sizes[segment.block],

@@ -25,10 +25,9 @@ from fastclip import native
 from fastclip.kernels.dense_matrix import Matrix
 from fastclip.ops.backend import environment_backend, unavailable_reason
 from fastclip.ops.checks import check_index, check_keep_bytes
-from fastclip.ops.chunks import without
-from fastclip.ops.dense_step import Call, dense_loss, output
-from fastclip.ops.dense_sweeps import Call as SweepsCall
-from fastclip.ops.dense_sweeps import sweeps_loss
+from fastclip.ops.chunks import with_budgets
+from fastclip.ops.dense_step import NativeCall, dense_loss, output
+from fastclip.ops.dense_sweeps import SweepsCall, sweeps_loss
 from fastclip.ops.gemm import accumulator_dtype
 
 LOSSES = ("clip", "siglip", "info_nce", "nt_xent", "mp_nce", "sup_con")
@@ -68,12 +67,12 @@ class Request(NamedTuple):
 
 def switched_off() -> AbstractContextManager[None]:
     """Inside, no S is held whole: memory is linear in the batch at every size."""
-    return without(ENTRIES)
+    return with_budgets(ENTRIES)
 
 
 def switched_on() -> AbstractContextManager[None]:
     """Inside, S is held whole at every size."""
-    return without(ENTRIES, MOST_ENTRIES)
+    return with_budgets(ENTRIES, MOST_ENTRIES)
 
 
 def pairs_loss(
@@ -96,12 +95,12 @@ def pairs_loss(
     Arguments are those of `fastclip.functional.clip_loss` and `info_nce_loss`; `groups` are a row's
     and a column's. `metrics` receives `accuracies`.
     """
-    way = _way(request, x, (y,) if bank is None else (y, bank))
-    if way is None:
+    chosen = _small_batch_backend(request, x, (y,) if bank is None else (y, bank))
+    if chosen is None:
         return None
     n, own = x.shape[0], y.shape[0]
     m = own if bank is None else own + bank.shape[0]
-    table = _scalar(scale, x, way)
+    table = _scalar(scale, x, chosen)
     limit = _most_entries(request, x, "clip" if both else "info_nce")
     if table is None or n * m > limit or (positive_index is None and n > own):
         return None
@@ -119,7 +118,7 @@ def pairs_loss(
         dtype = torch.promote_types(row_group.dtype, column_group.dtype)
         ids = row_group.to(dtype).contiguous(), column_group.to(dtype).contiguous()
     first = 0 if in_batch else own
-    if way == "native":
+    if chosen == "native":
         options: dict[str, Any] = {}
         if index is not None:
             options["positive_index"] = index.data_ptr()
@@ -130,7 +129,7 @@ def pairs_loss(
         described = native.library().dense_pairs(*asked, **options)
         accuracy = None if metrics is None else output(len(accuracies))
         held = ids or (() if index is None else (index,))
-        call = Call(
+        call = NativeCall(
             described, request.reduction, _rounding(x, request), False, accuracy, held, bank
         )
         loss = dense_loss(call, table.leaf, None, x, y)
@@ -145,7 +144,9 @@ def pairs_loss(
             smoothing=float(smoothing),
         )
         hits: list[Tensor] | None = None if metrics is None else []
-        sweeps = SweepsCall(way, matrix, request.reduction, _compute_dtype(x, request), bank, hits)
+        sweeps = SweepsCall(
+            chosen, matrix, request.reduction, _compute_dtype(x, request), bank, hits
+        )
         loss = sweeps_loss(sweeps, table.leaf, None, x, y)
         accuracy = None if not hits else hits[0].view(len(accuracies), n).to(loss.dtype).mean(dim=1)
     if metrics is not None and accuracy is not None:
@@ -157,11 +158,11 @@ def sigmoid_loss(
     x: Tensor, y: Tensor, scale: Tensor | float, offset: Tensor | float | None, request: Request
 ) -> Tensor | None:
     """`fastclip.functional.siglip_loss`."""
-    way = _way(request, x, (y,))
-    if way is None:
+    chosen = _small_batch_backend(request, x, (y,))
+    if chosen is None:
         return None
     n = x.shape[0]
-    table, shift = _scalar(scale, x, way), _scalar(0.0 if offset is None else offset, x, way)
+    table, shift = _scalar(scale, x, chosen), _scalar(0.0 if offset is None else offset, x, chosen)
     if (
         table is None
         or shift is None
@@ -169,12 +170,12 @@ def sigmoid_loss(
         or n * n > _most_entries(request, x, "siglip")
     ):
         return None
-    if way == "native":
+    if chosen == "native":
         described = native.library().dense_sigmoid(n, *table.described, *shift.described)
-        call = Call(described, request.reduction, _rounding(x, request))
+        call = NativeCall(described, request.reduction, _rounding(x, request))
         return dense_loss(call, table.leaf, shift.leaf, x, y)
     matrix = _matrix(x, "sigmoid", table, shift)._replace(pairs=n, beside=n)
-    sweeps = SweepsCall(way, matrix, request.reduction, _compute_dtype(x, request))
+    sweeps = SweepsCall(chosen, matrix, request.reduction, _compute_dtype(x, request))
     return sweeps_loss(sweeps, table.leaf, shift.leaf, x, y)
 
 
@@ -192,8 +193,8 @@ def blocks_loss(
     if not 2 <= count <= MOST_BLOCKS or count != len(domains):
         return None
     first, least, most = features[0], min(domains), max(domains) + 1
-    way = _way(request, first, features[1:])
-    if way is None or any(one.shape != first.shape for one in features):
+    chosen = _small_batch_backend(request, first, features[1:])
+    if chosen is None or any(one.shape != first.shape for one in features):
         return None
     if weight is not None:
         if min(len(weight), *map(len, weight)) < most:
@@ -201,9 +202,9 @@ def blocks_loss(
         if not isinstance(weight, Tensor):
             weight = _filled(tuple(map(tuple, weight)), first.device)
     tables = [
-        _table(scale, most, first, way),
-        _table(0.0 if offset is None else offset, most, first, way),
-        _table(1.0 if weight is None else weight, most, first, way),
+        _table(scale, most, first, chosen),
+        _table(0.0 if offset is None else offset, most, first, chosen),
+        _table(1.0 if weight is None else weight, most, first, chosen),
     ]
     pairs = first.shape[0]
     limit = _most_entries(request, first, "nt_xent" if count == 2 else "mp_nce")
@@ -215,11 +216,11 @@ def blocks_loss(
     if of_weight.leaf is not None and of_weight.leaf.requires_grad:
         return None
     leaves = of_scale.leaf, of_offset.leaf
-    if way == "native":
+    if chosen == "native":
         given = (entry for one in (of_scale, of_offset, of_weight) for entry in one.of_domains)
         described = native.library().dense_blocks(pairs, domains, *given)
         accuracy = None if metrics is None else output()
-        call = Call(described, request.reduction, _rounding(first, request), True, accuracy)
+        call = NativeCall(described, request.reduction, _rounding(first, request), True, accuracy)
         loss = dense_loss(call, *leaves, *features)
     else:
         matrix = _matrix(first, "softmax", of_scale, of_offset)._replace(
@@ -231,7 +232,7 @@ def blocks_loss(
         )
         hits: list[Tensor] | None = None if metrics is None else []
         dtype = _compute_dtype(first, request)
-        sweeps = SweepsCall(way, matrix, request.reduction, dtype, None, hits)
+        sweeps = SweepsCall(chosen, matrix, request.reduction, dtype, None, hits)
         loss = sweeps_loss(sweeps, *leaves, *features)
         accuracy = None if not hits else hits[0].to(loss.dtype).mean() / (count - 1)
     if metrics is not None and accuracy is not None:
@@ -243,24 +244,24 @@ def labels_loss(
     z: Tensor, labels: Tensor, scale: Tensor | float, request: Request
 ) -> Tensor | None:
     """`fastclip.functional.sup_con_loss`, by the inverse of its temperature."""
-    way = _way(request, z)
-    if way is None:
+    chosen = _small_batch_backend(request, z)
+    if chosen is None:
         return None
-    m, table = z.shape[0], _scalar(scale, z, way)
+    m, table = z.shape[0], _scalar(scale, z, chosen)
     limit = _most_entries(request, z, "sup_con")
     if table is None or m * m > limit or not _are_ids(labels, m, z):
         return None
     labels = labels.contiguous()
-    if way == "native":
+    if chosen == "native":
         described = native.library().dense_labels(
             m, *table.described, labels.data_ptr(), labels.itemsize
         )
-        call = Call(described, request.reduction, _rounding(z, request), True, ids=(labels,))
+        call = NativeCall(described, request.reduction, _rounding(z, request), True, ids=(labels,))
         return dense_loss(call, table.leaf, None, z)
     matrix = _matrix(z, "labels", table)._replace(
         ids=(labels, labels), pairs=m, beside=m, symmetric=True
     )
-    sweeps = SweepsCall(way, matrix, request.reduction, _compute_dtype(z, request))
+    sweeps = SweepsCall(chosen, matrix, request.reduction, _compute_dtype(z, request))
     return sweeps_loss(sweeps, table.leaf, None, z)
 
 
@@ -275,7 +276,7 @@ def implementation(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _way(request: Request, x: Tensor, others: Sequence[Tensor] = ()) -> str | None:
+def _small_batch_backend(request: Request, x: Tensor, others: Sequence[Tensor] = ()) -> str | None:
     """The implementation, where nothing is out of the ordinary.
 
     Nothing watches the call, it asks for nothing that others do better, and its features are plain
@@ -361,27 +362,27 @@ class _Table(NamedTuple):
         return self.number if self.leaf is None else self.leaf
 
 
-def _scalar(value: Tensor | float, like: Tensor, way: str) -> _Table | None:
+def _scalar(value: Tensor | float, like: Tensor, chosen: str) -> _Table | None:
     """None where it is no plain scalar on the features' device."""
     if isinstance(value, Tensor):
         if type(value) not in _PLAIN or value.numel() != 1 or value.device != like.device:
             return None
-        if not value.is_floating_point() or (way == "native" and value.dtype != torch.float32):
+        if not value.is_floating_point() or (chosen == "native" and value.dtype != torch.float32):
             value = value.float()
         return _Table(0.0, value, 0)
     return _Table(float(value), None, 0) if isinstance(value, (int, float)) else None
 
 
-def _table(value: Tensor | float, domains: int, like: Tensor, way: str) -> _Table | None:
+def _table(value: Tensor | float, domains: int, like: Tensor, chosen: str) -> _Table | None:
     """None where it is neither a scalar nor a table of so many domains at least."""
     if not isinstance(value, Tensor) or value.numel() == 1:
-        return _scalar(value, like, way)
+        return _scalar(value, like, chosen)
     width = value.shape[0]
     if type(value) not in _PLAIN or value.shape != (width, width) or value.device != like.device:
         return None
     if width < domains:
         return None
-    if way == "native" or not value.is_floating_point():
+    if chosen == "native" or not value.is_floating_point():
         value = value.float()
     return _Table(0.0, value.contiguous(), width)
 

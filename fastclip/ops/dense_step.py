@@ -13,15 +13,15 @@ from fastclip import native
 from fastclip.ops.gemm import count_product
 from fastclip.ops.registration import is_last_use, no_double_backward
 
-REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
+REDUCTION_CODES = {"none": 0, "sum": 1, "mean": 2}
 
 
-class Call:
+class NativeCall:
     """What a loss is asked, from its forward to its backward.
 
-    table: the library's description of it. reduction: a value of `REDUCTIONS`. dtype: what features
-    are rounded to, None for those that enter as they are. accuracy: receives metrics. ids: tensors
-    whose addresses the table has. bank: columns without gradient.
+    table: the library's description of it. reduction: a value of `REDUCTION_CODES`. dtype: what
+    features are rounded to, None for those that enter as they are. accuracy: receives metrics. ids:
+    tensors whose addresses the table has. bank: columns without gradient.
     """
 
     __slots__ = ("accuracy", "bank", "dtype", "ids", "is_symmetric", "reduction", "table")
@@ -36,7 +36,7 @@ class Call:
         ids: tuple[Tensor, ...] = (),
         bank: Tensor | None = None,
     ) -> None:
-        self.table, self.reduction, self.dtype = table, REDUCTIONS[reduction], dtype
+        self.table, self.reduction, self.dtype = table, REDUCTION_CODES[reduction], dtype
         self.is_symmetric, self.accuracy, self.ids, self.bank = is_symmetric, accuracy, ids, bank
 
     def operand(self, features: tuple[Tensor, ...]) -> Tensor:
@@ -48,20 +48,20 @@ class Call:
             for dtype in dtypes:
                 features = tuple(one.to(dtype) for one in features)
         rows = features[0] if len(features) == 1 else torch.cat(features)
-        # the library reads what lies in memory: a bit that negates it is nothing to it
+        # the library reads memory, and would miss torch's bit for a lazy negation
         return rows.resolve_neg().contiguous()
 
 
 class Dense(torch.autograd.Function):
     """A loss by way of S.
 
-    Inputs are a `Call`, the scale and the offset where they are tensors, and the features: X and Y
-    or, where S is symmetric, its blocks.
+    Inputs are a `NativeCall`, the scale and the offset where they are tensors, and the features: X
+    and Y or, where S is symmetric, its blocks.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, call: Call, scale: Tensor | None, offset: Tensor | None, *features: Tensor
+        ctx: Any, call: NativeCall, scale: Tensor | None, offset: Tensor | None, *features: Tensor
     ) -> Tensor:
         if call.is_symmetric:
             x_ND = y_MD = call.operand(features)
@@ -113,7 +113,7 @@ def output(*shape: int) -> Tensor:
 
 
 def _gradients(
-    call: Call,
+    call: NativeCall,
     room: Tensor,
     operands: Sequence[Tensor],
     upstream: Tensor,
@@ -166,7 +166,7 @@ def _gradients(
 
 
 def dense_loss(
-    call: Call, scale: Tensor | None, offset: Tensor | None, *features: Tensor
+    call: NativeCall, scale: Tensor | None, offset: Tensor | None, *features: Tensor
 ) -> Tensor:
     """The loss that `call` describes; see `Dense`."""
     loss: Tensor = Dense.apply(call, scale, offset, *features)
@@ -174,7 +174,7 @@ def dense_loss(
 
 
 def once(found: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    """Gradients by the inputs; in a graph of theirs they lead to these, and end there."""
+    """The gradients; with create_graph=True, behind a node that refuses a second derivative."""
     if not torch.is_grad_enabled():
         return found
     pairs = zip(found, inputs, strict=True)

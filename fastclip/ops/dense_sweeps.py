@@ -23,7 +23,7 @@ from fastclip.ops.registration import is_last_use
 ALIGNED_ENTRIES = 8
 
 
-class Call(NamedTuple):
+class SweepsCall(NamedTuple):
     """What a loss is asked.
 
     implementation: "triton" or "torch". matrix: S, whose cosines and tables are put in later.
@@ -65,13 +65,13 @@ class Call(NamedTuple):
 class Sweeps(torch.autograd.Function):
     """A loss by way of S.
 
-    Inputs are a `Call`, the scale and the offset where they are tensors, and the features: X and Y
-    or, where S is symmetric, its blocks.
+    Inputs are a `SweepsCall`, the scale and the offset where they are tensors, and the features: X
+    and Y or, where S is symmetric, its blocks.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, call: Call, scale: Tensor | None, offset: Tensor | None, *features: Tensor
+        ctx: Any, call: SweepsCall, scale: Tensor | None, offset: Tensor | None, *features: Tensor
     ) -> Tensor:
         if call.matrix.symmetric:
             x_ND = y_MD = call.operand(features)
@@ -126,7 +126,7 @@ class Sweeps(torch.autograd.Function):
 
 
 def _products(
-    call: Call,
+    call: SweepsCall,
     matrix: Matrix,
     saved: list[Tensor],
     upstream: Upstream,
@@ -160,7 +160,7 @@ def _room(x_ND: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
 
 
 def sweeps_loss(
-    call: Call, scale: Tensor | None, offset: Tensor | None, *features: Tensor
+    call: SweepsCall, scale: Tensor | None, offset: Tensor | None, *features: Tensor
 ) -> Tensor:
     """The loss that `call` describes; see `Sweeps`."""
     loss: Tensor = Sweeps.apply(call, scale, offset, *features)

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastclip.ops.collectives import Ranks, rows_of_all
+from fastclip.ops.collectives import Ranks, gather_rows_with_grad
 
 
 @torch.no_grad()
@@ -46,7 +46,7 @@ def move_estimates(
     first, count = 0, len(index)
     if ranks is not None:
         first = sum(ranks.sizes[: ranks.rank])
-        index, log_g = (rows_of_all(own, ranks, ranks.sizes) for own in (index, log_g))
+        index, log_g = (gather_rows_with_grad(own, ranks, ranks.sizes) for own in (index, log_g))
     log_g = _mean_of_equal(index, log_g).T
     before = log_u[:, index]
     kept = math.log1p(-gamma) if gamma < 1 else -math.inf

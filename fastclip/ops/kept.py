@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fastclip.ops import checks
-from fastclip.ops.chunks import without
+from fastclip.ops.chunks import with_budgets
 from fastclip.ops.gemm import accumulator_dtype, gradient_dtype
 from fastclip.ops.problem import Options, Problem, columns_of_all
 from fastclip.ops.registration import wants_gradient
@@ -48,7 +48,7 @@ MARGIN = OVERHANG + ALIGNED
 
 def switched_off() -> AbstractContextManager[None]:
     """Inside, nothing is kept where a call does not say how much: memory is linear in the batch."""
-    return without(KEEP_BYTES)
+    return with_budgets(KEEP_BYTES)
 
 
 class Kept(NamedTuple):
@@ -64,7 +64,7 @@ class Kept(NamedTuple):
 
     @property
     def by_tile(self) -> bool:
-        """Whether there are entries, and the host does not decide which of them serve."""
+        """Whether entries are kept whose tiles, not the host, say which of them can be used."""
         return self.entries.numel() > 0 and not self.anchors.numel()
 
     def rooms(self, options: Options) -> "Rooms":
@@ -133,7 +133,7 @@ def in_whole_tiles(count: int, own: int, columns: int, parts: int) -> int:
 
 
 def room_to_keep(problem: Problem) -> Kept:
-    """Nothing kept yet."""
+    """Allocate what the forward fills."""
     x_ND, options = problem.x_ND, problem.options
     count = kept_entries(len(x_ND), len(problem.y_MD), options)
     entries = x_ND.new_empty(count, dtype=_dtype(options))

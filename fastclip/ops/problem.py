@@ -101,9 +101,9 @@ class Problem:
     positive, columns whose id is the row's, and columns before `first_negative`; where S is
     symmetric, the rows of its own pair. Ids and biases of columns are those of all ranks.
 
-    Biases are at most 0: those of columns are less `column_top`, which all softmaxes of rows lack,
-    those of rows less `row_top`, which is of own rows alone. `bias_spread`: how far the finite ones
-    of both reach down.
+    Biases are stored less their maximum, so they are at most 0. `column_top` is the maximum over
+    the columns of all ranks; a row's softmax comes out less by it. `row_top` is that over this
+    rank's rows. `bias_spread`: how far the finite ones of both reach down.
     """
 
     options: Options

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fastclip.ops import checks
-from fastclip.ops.collectives import Ranks, global_sum, ranks_of
+from fastclip.ops.collectives import Ranks, all_reduce_loss, ranks_of
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -19,7 +19,7 @@ def check_reduction(reduction: str) -> None:
 
 
 def with_bias(loss: Tensor, logit_bias: Tensor | float | None) -> Tensor:
-    """A constant cancels in a softmax; one that is not finite still shows."""
+    """Add 0 * bias: it changes nothing, has a gradient of 0, and gives NaN if it is not finite."""
     if logit_bias is None:
         return loss
     if isinstance(logit_bias, Tensor):
@@ -43,7 +43,7 @@ def ranks_sharing(
 
 
 def reduce(loss: Tensor, reduction: str, ranks: Ranks | None, blocks: int = 1) -> Tensor:
-    """`loss` of each anchor, of which a row has one in each of so many blocks."""
+    """Reduce the losses of anchors, (blocks * rows,), over all processes."""
     if reduction == "none":
         return loss
     if ranks is None and reduction == "mean":
@@ -52,7 +52,7 @@ def reduce(loss: Tensor, reduction: str, ranks: Ranks | None, blocks: int = 1) -
 
 
 def reduce_weighted(loss: Tensor, weights: Tensor, reduction: str, ranks: Ranks | None) -> Tensor:
-    """`loss` of each anchor with its weight: sums of both are over the anchors of all processes."""
+    """Reduce the losses of anchors with their weights, over the anchors of all processes."""
     loss = loss * weights
     if reduction == "none":
         return loss
@@ -63,7 +63,7 @@ def reduce_weighted_sum(
     total: Tensor, weights: Tensor, reduction: str, ranks: Ranks | None
 ) -> Tensor:
     """`total`, this process's sum of losses with their weights, as "sum" or "mean"."""
-    total, mass = global_sum(torch.stack((total, weights.sum())), ranks).unbind()
+    total, mass = all_reduce_loss(torch.stack((total, weights.sum())), ranks).unbind()
     return total if reduction == "sum" else total / torch.where(mass == 0, 1.0, mass)
 
 
@@ -73,13 +73,13 @@ def reduce_sum(
     """`loss` summed over this process's anchors already, but for "none"."""
     if reduction == "none":
         return loss
-    total = global_sum(loss, ranks)
+    total = all_reduce_loss(loss, ranks)
     if reduction == "sum":
         return total
     return total / (anchors if ranks is None else ranks.rows * blocks)
 
 
-def share_above(positive: Tensor, top: Tensor, ranks: Ranks | None) -> Tensor:
+def top1_accuracy(positive: Tensor, top: Tensor, ranks: Ranks | None) -> Tensor:
     """The share of anchors, of all processes, whose positive lies above every negative."""
     hits = (positive.detach() > top).to(positive.dtype)
-    return hits.mean() if ranks is None else global_sum(hits.sum(), ranks) / ranks.rows
+    return hits.mean() if ranks is None else all_reduce_loss(hits.sum(), ranks) / ranks.rows

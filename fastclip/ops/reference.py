@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from fastclip.ops.collectives import Ranks, rows_of_all
+from fastclip.ops.collectives import Ranks, gather_rows_with_grad
 from fastclip.ops.gemm import accumulator_dtype
 from fastclip.ops.numerics import softplus
 from fastclip.ops.problem import Options, couples
@@ -182,7 +182,9 @@ def _of_all(own: TensorOrNone, ranks: Ranks, blocks: Sequence[int]) -> TensorOrN
     if own is None:
         return own
     parts = zip(own.split(list(blocks)), blocks, strict=True)
-    return torch.cat([rows_of_all(part, ranks, ranks.columns(rows)) for part, rows in parts])
+    return torch.cat(
+        [gather_rows_with_grad(part, ranks, ranks.columns(rows)) for part, rows in parts]
+    )
 
 
 def _own(ranks: Ranks, rows: int) -> slice:

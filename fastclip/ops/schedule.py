@@ -43,8 +43,8 @@ class Visit(NamedTuple):
 class Chunk(NamedTuple):
     """Own rows that are held in memory at a time, and the tiles they are visited in.
 
-    first: the part's first column that G has. right: the first whose gradient takes from this G;
-    the columns before it are the rows themselves.
+    first: the part's first column that G has. right: the first column that gets a gradient from
+    G.T. In a triangle, the columns before it are the chunk's own rows, whose gradient is dX's.
     """
 
     rows: slice

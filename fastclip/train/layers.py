@@ -3,22 +3,22 @@
 from torch import nn
 
 from fastclip.integrations import apex
-from fastclip.integrations.attention import exchange_attention
+from fastclip.integrations.attention import replace_attention
 from fastclip.integrations.patch import PatchHandle
 from fastclip.train.options import ModelOptions
 
 
-def exchange_layers(model: nn.Module, options: ModelOptions) -> None:
+def replace_layers(model: nn.Module, options: ModelOptions) -> None:
     """Give the towers what the flags name, for the rest of the run.
 
     Raises:
-        ValueError: apex is asked for and not there, or nothing in the model could be exchanged.
+        ValueError: apex is asked for and not there, or nothing in the model could be replaced.
     """
     handle = PatchHandle()
-    if options.attention != "tower" and not exchange_attention(model, handle, options.attention):
+    if options.attention != "tower" and not replace_attention(model, handle, options.attention):
         raise ValueError(
             f"--attention {options.attention}: {options.model} has no attention that could be "
-            "exchanged; leave the flag out"
+            "replaced; leave the flag out"
         )
     if options.layer_norm == "apex":
-        apex.exchange_layer_norms(model, handle)
+        apex.replace_layer_norms(model, handle)

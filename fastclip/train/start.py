@@ -17,7 +17,7 @@ from fastclip.train.config import TrainConfig
 from fastclip.train.describe import announce, write_description
 from fastclip.train.distributed import World
 from fastclip.train.inherited import LATEST
-from fastclip.train.layers import exchange_layers
+from fastclip.train.layers import replace_layers
 from fastclip.train.log import check_reporters
 from fastclip.train.report import Report
 from fastclip.train.resume import check_same_data, read_resumed
@@ -96,7 +96,7 @@ def _build_model(config: TrainConfig, classes: list[str], world: World) -> Model
     )
     begin_classifier(config, model, classes)
     _begin_temperature(config, model)
-    exchange_layers(model.model, config.model)
+    replace_layers(model.model, config.model)
     # convolutions are fastest with channels innermost, and nothing else minds
     model.model.to(memory_format=torch.channels_last)
     return model

@@ -12,13 +12,13 @@ from fastclip import functional
 from fastclip.ops import checks, problem
 from fastclip.ops.collectives import (
     Ranks,
-    all_rows,
+    all_gather_rows,
+    all_reduce_sum,
     all_to_all_rows,
     count_bytes,
     group_name,
     ranks_of,
     scale_gradient,
-    sum_over_ranks,
 )
 from fastclip.ops.columns import columns_of
 from tests.ops.cases import unit
@@ -183,13 +183,13 @@ def test_bytes_of_each_exchange(four: str) -> None:
     rows = torch.zeros(6, 5, dtype=torch.bfloat16)
     for call, received in (
         # three ranks' rows
-        (lambda: all_rows(four, rows, (6, 6, 6, 6)), 3 * 6 * 5 * 2),
+        (lambda: all_gather_rows(four, rows, (6, 6, 6, 6)), 3 * 6 * 5 * 2),
         # as many as the longest has
-        (lambda: all_rows(four, rows, (7, 6, 2, 4)), 3 * 7 * 5 * 2),
+        (lambda: all_gather_rows(four, rows, (7, 6, 2, 4)), 3 * 7 * 5 * 2),
         # own rows from each of the others
         (lambda: all_to_all_rows(four, rows[:4], (1, 6, 2, 1), 1), 3 * 6 * 5 * 2),
         # reduced, then gathered: three quarters each time
-        (lambda: sum_over_ranks(four, rows), 2 * 6 * 5 * 2 * 3 // 4),
+        (lambda: all_reduce_sum(four, rows), 2 * 6 * 5 * 2 * 3 // 4),
     ):
         with count_bytes() as count:
             call()

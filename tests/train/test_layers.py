@@ -31,10 +31,10 @@ def test_attention_changes_no_result(train_flags: list[str]) -> None:
 
 
 def test_a_model_without_attention_is_refused() -> None:
-    from fastclip.train.layers import exchange_layers
+    from fastclip.train.layers import replace_layers
 
-    with pytest.raises(ValueError, match="no attention that could be exchanged"):
-        exchange_layers(nn.Linear(3, 3), ModelOptions(attention="sdpa"))
+    with pytest.raises(ValueError, match="no attention that could be replaced"):
+        replace_layers(nn.Linear(3, 3), ModelOptions(attention="sdpa"))
 
 
 @pytest.mark.skipif(apex.unavailable_reason() is None, reason="NVIDIA's apex is installed")
@@ -93,7 +93,7 @@ def test_what_apex_is_asked_for(stand_in: dict[str, Any]) -> None:
     tokens = torch.randn(3, 8)
     want = model(tokens)
     with PatchHandle() as handle:
-        assert apex.exchange_layer_norms(model, handle) == 1
+        assert apex.replace_layer_norms(model, handle) == 1
         torch.testing.assert_close(model(tokens), want)
         half = model[0](tokens.bfloat16())
     assert stand_in["norms"] == 2 and half.dtype == torch.bfloat16
@@ -112,6 +112,6 @@ def test_a_layer_norm_with_another_forward_is_not_apexs(stand_in: dict[str, Any]
     images = torch.randn(2, 8, 3, 8)
     want = model(images)
     with PatchHandle() as handle:
-        assert apex.exchange_layer_norms(model, handle) == 1
+        assert apex.replace_layer_norms(model, handle) == 1
         torch.testing.assert_close(model(images), want)
     assert stand_in["norms"] == 1

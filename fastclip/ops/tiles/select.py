@@ -9,7 +9,7 @@ from fastclip.ops.tiles.torch import TorchTiles
 def tiles_of(backend: str, compute_dtype: torch.dtype, maxima: bool) -> Tiles:
     """A new instance of the implementation of that name.
 
-    Without `maxima` statistics may have any number of that size in the maximum's place.
+    Without `maxima`, `max` of the statistics may be any anchor of about that size.
     """
     if backend == "triton":
         # triton is not everywhere

@@ -222,7 +222,7 @@ class TorchTiles:
     def _sums(
         self, tile: Tile, S_CS: Tensor, G_CS: Tensor, out_CS: Tensor, scalars: bool
     ) -> tuple[Tensor, Tensor]:
-        """Sums of G * cos and G, where `G_CS` holds G times the scale; spends `S_CS`."""
+        """Sums of G * cos and G, where `G_CS` holds G times the scale; `S_CS` is overwritten."""
         if G_CS is not out_CS:
             out_CS.copy_(G_CS)
         if not scalars:
