@@ -23,7 +23,7 @@ from fastclip.data.faults import FaultLog
 from fastclip.data.loader import EvaluationSamples, evaluation_loader
 from fastclip.data.samples import Source
 from fastclip.device import autocast
-from fastclip.evaluate.features import evaluating, normalized
+from fastclip.evaluate.features import evaluating, normalized, require_finite
 from fastclip.models.clip import Model
 
 SAVE_EVERY_BATCHES = 20
@@ -181,17 +181,7 @@ def image_batches(
             if readable:
                 images = torch.stack([batch[i]["image"] for i in readable]).to(device)
                 encoded = normalized(towers.encode_image(images))
-                _require_finite(encoded, [batch[i]["key"] for i in readable])
+                require_finite(encoded, [batch[i]["key"] for i in readable])
                 rows[readable] = encoded
             yield start, rows
             start += len(batch)
-
-
-def _require_finite(features: Tensor, keys: list[str]) -> None:
-    """A row of NaN would say that the image is unreadable."""
-    for key, finite in zip(keys, features.isfinite().all(dim=1).tolist(), strict=True):
-        if not finite:
-            raise ValueError(
-                f"the model's features of {key} are not finite: its weights are broken, or too "
-                "large for --precision"
-            )

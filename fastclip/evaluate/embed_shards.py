@@ -19,7 +19,7 @@ from fastclip.data.samples import FEATURE_MEMBERS
 from fastclip.data.shards import ShardSource, open_shard
 from fastclip.data.tokens import bounded
 from fastclip.device import autocast
-from fastclip.evaluate.features import Encoding, evaluating, normalized
+from fastclip.evaluate.features import Encoding, evaluating, normalized, require_finite
 from fastclip.models.clip import Model
 
 
@@ -121,11 +121,7 @@ def _only_text(sample: dict[str, Any]) -> str:
 
 
 def _npy(features: Tensor, key: str) -> bytes:
-    if not features.isfinite().all():
-        raise ValueError(
-            f"the model's features of {key} are not finite: its weights are broken, or too large "
-            "for --precision"
-        )
+    require_finite(features[None], [key])
     file = io.BytesIO()
     np.save(file, features.half().numpy())
     return file.getvalue()

@@ -245,6 +245,24 @@ def normalized(features: Tensor) -> Tensor:
     return F.normalize(features.float(), dim=-1).cpu()
 
 
+def require_finite(features: Tensor, keys: list[str]) -> None:
+    """Refuse features that are not: a row of NaN would say that the image is unreadable.
+
+    Args:
+        features: (N, D).
+        keys: of the samples.
+
+    Raises:
+        ValueError: with the first key whose features are not finite.
+    """
+    for key, finite in zip(keys, features.isfinite().all(dim=1).tolist(), strict=True):
+        if not finite:
+            raise ValueError(
+                f"the model's features of {key} are not finite: its weights are broken, or too "
+                "large for --precision"
+            )
+
+
 class evaluating:
     """Evaluation mode inside, afterwards every submodule's previous mode."""
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fastclip.ops import checks
+from fastclip.ops.collectives import Exchange
 from fastclip.ops.estimators import move_estimates
 from fastclip.ops.reductions import check_reduction, ranks_sharing, reduce
 from fastclip.ops.similarity import similarity_statistics
@@ -42,7 +43,7 @@ def global_contrastive_loss(
     chunk_bytes: int | None = None,
     keep_bytes: int | None = None,
     precision: str = "auto",
-    dist: str | None = None,
+    dist: Exchange | None = None,
     group: ProcessGroup | None = None,
     sizes: Sequence[int] | None = None,
 ) -> Tensor:

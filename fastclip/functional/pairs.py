@@ -167,8 +167,8 @@ def _positives(
     """Groups that are positives; all are checked here."""
     if role == "excluded" and row_group is None and column_group is None:
         return None
-    checks.check_features("first features", x)
-    checks.check_features("second features", y)
+    checks.check_features("features of the rows", x)
+    checks.check_features("features of the columns", y)
     ids = {"row_group": (row_group, x.shape[0]), "column_group": (column_group, y.shape[0])}
     if checks.check_groups(role, ids, x) and row_group is not None and column_group is not None:
         return row_group, column_group
@@ -362,6 +362,10 @@ def info_nce_loss(
     if positive_index is not None and row_group is not None:
         raise ValueError("positive_index and groups are not for one call; leave out one of them")
     all_keys = keys if bank is None else _with_bank(keys, bank, dist)
+    if bank is not None and positive_index is not None:
+        # the bank's rows are negatives
+        checks.check_ids("positive_index", positive_index, query.shape[0], query.device)
+        checks.check_index("positive_index", positive_index, keys.shape[0])
     positives = _positives(group_role, query, all_keys, row_group, column_group)
     if positives is not None:
         row_group = column_group = None

@@ -22,7 +22,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce as fold
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ from torch.distributed import ProcessGroup
 
 from fastclip.ops import dense
 from fastclip.ops.checks import check_features
-from fastclip.ops.collectives import Ranks
+from fastclip.ops.collectives import Exchange, Ranks
 from fastclip.ops.info_nce import info_nce_sum
 from fastclip.ops.labels import label_statistics
 from fastclip.ops.numerics import softplus
@@ -64,7 +64,7 @@ def ranking_loss(
     chunk_bytes: int | None = None,
     keep_bytes: int | None = None,
     precision: str = "auto",
-    dist: Literal["gather", "ring"] | None = None,
+    dist: Exchange | None = None,
     group: ProcessGroup | None = None,
     sizes: Sequence[int] | None = None,
 ) -> Tensor:

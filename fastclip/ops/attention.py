@@ -1,11 +1,11 @@
 """Attention over short sequences: softmax(scale Q K^T) V for image and text towers.
 
-Towers see 50 to 577 lines with heads 64 wide; there attention costs what its memory traffic costs.
+Towers see 50 to 577 tokens with heads 64 wide; there attention costs what its memory traffic costs.
 `triton` reads Q, K and V in place in any layout, a packed projection included, and writes the
 gradients where the layout wants them (kernels/attention.py). `auto` is torch's operator but for
 the shapes at which ours was measured to be faster (kernels/attention_plans.json).
 
-Shape suffixes: B batch, H heads, S lines, D head width.
+Shape suffixes: B batch, H heads, S sequence length, D head width.
 """
 
 import os
@@ -50,7 +50,7 @@ def attention(
         precision: "auto" follows autocast, "input" computes in the inputs' dtype.
 
     Returns:
-        (B, H, S, D) in the dtype of the computation, heads and lines in memory as the query's.
+        (B, H, S, D) in the dtype of the computation, heads and tokens in memory as the query's.
 
     Raises:
         ValueError: on shapes, dtypes, devices or options that do not fit together.
@@ -63,7 +63,7 @@ def attention(
         torch.Size([2, 4, 50, 64])
     """
     compute_dtype = checks.compute_dtype_of(query, precision)
-    _check(query, key, value, compute_dtype)
+    _check(query, key, value, precision)
     scale = _check_options(query, key, key_lengths, causal, scale)
     chosen = _choose(query, key, causal, compute_dtype, backend, key_lengths)
     # once, and outside of autocast, whose own casts would repeat in the backward
@@ -92,9 +92,9 @@ def packed_attention(
     """`attention` of a packed projection, read in place; its gradient is one packed tensor.
 
     Args:
-        qkv: (B, S, 3, H, D): query, key and value of every line and head.
-        causal: whether a line sees only itself and those before it.
-        key_lengths: (B,) integers; lines from there on are padding.
+        qkv: (B, S, 3, H, D): query, key and value of every token and head.
+        causal: whether a token sees only itself and those before it.
+        key_lengths: (B,) integers; tokens from there on are padding.
         scale: a positive number; None is 1 / sqrt(D).
         backend: "auto", "triton", "sdpa" (torch's), "flash" (the flash-attn package) or
             "reference" (dense, twice differentiable).
@@ -114,9 +114,9 @@ def packed_attention(
         torch.Size([2, 50, 256])
     """
     if qkv.ndim != 5 or qkv.shape[2] != 3:
-        raise ValueError(f"qkv has shape {tuple(qkv.shape)}; give (batch, lines, 3, heads, width)")
+        raise ValueError(f"qkv has shape {tuple(qkv.shape)}; give (batch, tokens, 3, heads, width)")
     compute_dtype = checks.compute_dtype_of(qkv, precision)
-    _check(*_unpacked(qkv), compute_dtype)
+    _check(*_unpacked(qkv), precision)
     q, k, _ = _unpacked(qkv)
     scale = _check_options(q, k, key_lengths, causal, scale)
     chosen = _choose(q, k, causal, compute_dtype, backend, key_lengths)
@@ -281,7 +281,7 @@ def _readable(*tensors: Tensor) -> list[Tensor]:
 
 
 def _like(t: Tensor) -> Tensor:
-    # (B, H, S, D) with heads and lines in memory in the order of `t`
+    # (B, H, S, D) with heads and tokens in memory in the order of `t`
     b, h, s, d = t.shape
     if t.stride(1) < t.stride(2):
         return t.new_empty((b, s, h, d)).transpose(1, 2)
@@ -295,18 +295,18 @@ def _as_int(lengths: Tensor | None) -> Tensor | None:
 def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
     from flash_attn import flash_attn_func
 
-    lines = (t.transpose(1, 2) for t in (q, k, v))
-    out: Tensor = flash_attn_func(*lines, softmax_scale=scale, causal=causal)
+    tokens = (t.transpose(1, 2) for t in (q, k, v))
+    out: Tensor = flash_attn_func(*tokens, softmax_scale=scale, causal=causal)
     return out.transpose(1, 2)
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, compute_dtype: torch.dtype) -> None:
+def _check(query: Tensor, key: Tensor, value: Tensor, precision: str) -> None:
     for name, t in (("query", query), ("key", key), ("value", value)):
         if type(t).__name__ == "DTensor":
             raise ValueError(f"the {name} is a DTensor; pass its local part (.to_local())")
         if t.ndim != 4:
             raise ValueError(
-                f"the {name} has shape {tuple(t.shape)}; give (batch, heads, lines, width)"
+                f"the {name} has shape {tuple(t.shape)}; give (batch, heads, tokens, width)"
             )
         if not t.is_floating_point():
             raise ValueError(f"the {name} is {t.dtype}; give floating point")
@@ -316,7 +316,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, compute_dtype: torch.dtype
             raise ValueError(
                 f"the {name} is on {t.device}, the query on {query.device}; move one of them"
             )
-        cast = compute_dtype != query.dtype or checks.autocast_enabled(query.device)
+        cast = precision == "auto" and checks.autocast_enabled(query.device)
         if t.dtype != query.dtype and (not cast or torch.float64 in (t.dtype, query.dtype)):
             raise ValueError(f"the {name} is {t.dtype}, the query {query.dtype}; cast one of them")
     if key.shape != value.shape:
@@ -327,7 +327,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, compute_dtype: torch.dtype
     if key.shape[:2] != (b, h) or key.shape[3] != d:
         raise ValueError(
             f"the query has shape {tuple(query.shape)}, the key {tuple(key.shape)}; only the "
-            "lines may differ in number"
+            "numbers of tokens may differ"
         )
 
 

@@ -272,12 +272,12 @@ Q = torch.zeros(2, 3, 5, 16)
 @pytest.mark.parametrize(
     "words, call",
     [
-        ("give .batch, heads, lines, width", lambda: attention(Q[0], Q, Q)),
+        ("give .batch, heads, tokens, width", lambda: attention(Q[0], Q, Q)),
         ("floating point", lambda: attention(Q.int(), Q.int(), Q.int())),
         ("nothing may be empty", lambda: attention(Q[:, :, :0], Q, Q)),
         ("cast one of them", lambda: attention(Q, Q.double(), Q)),
         ("give one shape", lambda: attention(Q, Q, Q[:, :, :4])),
-        ("only the lines may differ", lambda: attention(Q, Q[:, :2], Q[:, :2])),
+        ("only the numbers of tokens may differ", lambda: attention(Q, Q[:, :2], Q[:, :2])),
         ("needs as many", lambda: attention(Q, Q[:, :, :4], Q[:, :, :4], causal=True)),
         ("scale is -1", lambda: attention(Q, Q, Q, scale=-1.0)),
         ("int32 or int64", lambda: attention(Q, Q, Q, key_lengths=torch.ones(2))),
@@ -286,7 +286,7 @@ Q = torch.zeros(2, 3, 5, 16)
         ("flash-attn is not installed|CUDA", lambda: attention(Q, Q, Q, backend="flash")),
         ("float64 gains nothing", lambda: attention(*[Q.double()] * 3, backend="triton")),
         ("goes to 128", lambda: attention(*[torch.zeros(1, 1, 2, 136)] * 3, backend="triton")),
-        ("lines, 3, heads", lambda: packed_attention(Q)),
+        ("tokens, 3, heads", lambda: packed_attention(Q)),
         ("precision is", lambda: attention(Q, Q, Q, precision="half")),
     ],
 )
