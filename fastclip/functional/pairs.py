@@ -225,7 +225,7 @@ def siglip_loss(
             (N,), with its weight.
         backend: "auto" (the fastest there is), "triton", "cuda", "cpp", "torch" or "reference".
         chunk_bytes: size of a chunk of the similarity matrix, in bytes; None: a fixed default.
-        keep_bytes: as other losses have it; this one keeps nothing.
+        keep_bytes: bytes that a small batch may keep; larger ones keep nothing.
         precision: "auto" follows autocast, "input" computes in the features' dtype.
         dist: None, or "gather" or "ring" where processes share the loss: features are this
             process's rows, the loss is that of all, averaged gradients (DDP) are the full batch's.

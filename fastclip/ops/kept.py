@@ -181,10 +181,10 @@ def factors(
     anchors = kept.anchors[kept.anchors.isfinite()]
     if not len(anchors):
         return None
-    u_N = rows.weight * torch.exp(anchors[0] - rows.lse)
+    u_N = rows.upstream * torch.exp(anchors[0] - rows.lse)
     v_M = u_N if columns is rows else None
     if columns is not None and columns is not rows:
-        v_M = columns.weight * torch.exp(anchors[0] - columns.lse)
+        v_M = columns.upstream * torch.exp(anchors[0] - columns.lse)
     scale_PP = problem.scale_PP.abs()
     bounds = scale_PP.min(), scale_PP.max()
     given = [u_N] if v_M is None or v_M is u_N else [u_N, v_M]

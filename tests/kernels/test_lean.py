@@ -104,7 +104,7 @@ def check(tile: Tile, weight: list[Tensor] | None = None, columns: bool = True) 
                 close(got.max[known], due.max[known], allowed)
     weight = weight or weights(ROWS, COLUMNS)
     lines = [LogSumExps(w.lse(), a.double()) for w, a in zip(want, weight, strict=False)]
-    single = [LogSumExps(a.lse.float(), a.weight.float()) for a in lines]
+    single = [LogSumExps(a.lse.float(), a.upstream.float()) for a in lines]
     got_G, got_dot, got_total = gradient(TritonTiles(torch.float32), tile, single)
     want_G, want_dot, want_total = gradient(TorchTiles(torch.float64), exact, lines)
     close(got_G, want_G, 4 * allowed)

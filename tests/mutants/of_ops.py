@@ -344,8 +344,8 @@ OPS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("SoftmaxStats(*(line[block] for", "SoftmaxStats(*(line for"),
     ],
     ("fastclip/ops/tiles/torch.py", SIM): [
-        (".mul_((rows.weight * tile.scale)[:, None])", ".mul_(rows.weight[:, None])"),
-        ("columns.weight * tile.scale)", "columns.weight)"),
+        (".mul_((rows.upstream * tile.scale)[:, None])", ".mul_(rows.upstream[:, None])"),
+        ("columns.upstream * tile.scale)", "columns.upstream)"),
         ("S_CS.diagonal(offset=tile.diagonal)", "S_CS.diagonal(offset=-tile.diagonal)"),
         ("(tile.row_id_C[:, None] == tile", "(tile.row_id_C[:, None] != tile"),
         ("/ scale / scale, total", "/ scale, total"),

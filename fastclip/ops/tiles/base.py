@@ -87,11 +87,11 @@ class LogSumExps(NamedTuple):
     """Log-sum-exps of rows (or columns) of S, and their upstream gradients."""
 
     lse: Tensor
-    weight: Tensor
+    upstream: Tensor
 
     def part(self, which: slice) -> "LogSumExps":
         """Some of the rows, as views."""
-        return LogSumExps(self.lse[which], self.weight[which])
+        return LogSumExps(self.lse[which], self.upstream[which])
 
 
 class SoftmaxStats(NamedTuple):

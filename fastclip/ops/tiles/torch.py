@@ -65,7 +65,7 @@ class TorchTiles:
         by_row = by_column = None
         if tile.column_bias_S is not None:
             G_CS.add_(tile.column_bias_S)
-        G_CS.exp_().mul_((rows.weight * tile.scale)[:, None])
+        G_CS.exp_().mul_((rows.upstream * tile.scale)[:, None])
         if tile.column_bias_S is not None:
             by_column = G_CS.sum(dim=0).div_(tile.scale)
         if columns is not None:
@@ -76,8 +76,8 @@ class TorchTiles:
                 exp_CS.add_(tile.row_bias_C[:, None])
             exp_CS.exp_()
             if tile.row_bias_C is not None:
-                by_row = torch.mv(exp_CS, columns.weight)
-            G_CS.addcmul_(exp_CS, columns.weight * tile.scale)
+                by_row = torch.mv(exp_CS, columns.upstream)
+            G_CS.addcmul_(exp_CS, columns.upstream * tile.scale)
         self.bias_sums = by_row, by_column
         return self._sums(tile, S_CS, G_CS, out_CS, scalars)
 

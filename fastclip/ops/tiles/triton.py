@@ -238,4 +238,4 @@ def _bias_slots(logits: Logits, own: Tiling) -> tuple[Tensor, Tensor]:
 
 
 def _lines(lines: LogSumExps) -> tuple[Tensor, Tensor]:
-    return lines.lse.contiguous(), lines.weight.contiguous()
+    return lines.lse.contiguous(), lines.upstream.contiguous()
