@@ -1,5 +1,6 @@
 """`fastclip study recipe|captions|uniclip|robustness|all|systems|cifar10|global`."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,8 +41,8 @@ class Asked:
     """Parallel runs; on two cores, two small ones are a quarter faster than one by one."""
     output: Path | None = None
     """Folder for runs and report, by default study/QUESTION; finished runs in it are reused."""
-    flags: tuple[str, ...] = ()
-    """Flags of `fastclip train` for all runs."""
+    flags: str = ""
+    """Flags of `fastclip train` for all runs, as one word: --flags='--lr 1e-3 --workers 2'."""
 
     names: ClassVar[tuple[str, ...]]
 
@@ -66,7 +67,7 @@ class Asked:
                 self.jobs,
                 self.quick,
                 self.only,
-                self.flags,
+                tuple(shlex.split(self.flags)),
             )
             print(on_screen(answer(question, settings)))
             print(f"written to {folder}")
@@ -115,12 +116,12 @@ class Systems:
     """Systems to train; by default all."""
     output: Path = Path("study/systems")
     """Folder for runs and report; finished runs in it are reused."""
-    flags: tuple[str, ...] = ()
-    """Flags of `fastclip train` for all runs, e.g. --train-num-samples=2560."""
+    flags: str = ""
+    """Flags of `fastclip train` for all runs, as one word: --flags='--train-num-samples 2560'."""
 
     def run(self) -> None:
         """Compare; prints the report."""
-        print(on_screen(systems.study(self.output, self.only, self.flags)))
+        print(on_screen(systems.study(self.output, self.only, shlex.split(self.flags))))
         print(f"written to {self.output}")
 
 
@@ -136,14 +137,15 @@ class Cifar10:
     """Runs per system."""
     output: Path = Path("study/cifar10")
     """Folder for runs and report; finished runs in it are reused."""
-    flags: tuple[str, ...] = ()
-    """Flags of `fastclip train` for all runs."""
+    flags: str = ""
+    """Flags of `fastclip train` for all runs, as one word: --flags='--lr 1e-3 --workers 2'."""
 
     def run(self) -> None:
         """Compare; prints the report."""
-        print(
-            on_screen(cifar10.study(self.data, self.output, self.minutes, self.seeds, self.flags))
-        )
+        _check(seeds=self.seeds, minutes=self.minutes)
+        flags = shlex.split(self.flags)
+        found = cifar10.study(self.data, self.output, self.minutes, self.seeds, flags)
+        print(on_screen(found))
         print(f"written to {self.output}")
 
 
@@ -159,17 +161,22 @@ class Global:
     """Runs per loss."""
     output: Path = Path("study/global")
     """Folder for runs and report; finished runs in it are reused."""
-    flags: tuple[str, ...] = ()
-    """Flags of `fastclip train` for all runs."""
+    flags: str = ""
+    """Flags of `fastclip train` for all runs, as one word: --flags='--lr 1e-3 --workers 2'."""
 
     def run(self) -> None:
         """Compare; prints the report."""
-        print(
-            on_screen(
-                global_loss.study(self.data, self.output, self.epochs, self.seeds, self.flags)
-            )
-        )
+        _check(seeds=self.seeds, epochs=self.epochs)
+        flags = shlex.split(self.flags)
+        found = global_loss.study(self.data, self.output, self.epochs, self.seeds, flags)
+        print(on_screen(found))
         print(f"written to {self.output}")
+
+
+def _check(**counts: float) -> None:
+    for name, count in counts.items():
+        if count <= 0:
+            raise ValueError(f"--{name} is {count}; give a positive number")
 
 
 Study = (

@@ -34,6 +34,7 @@ class Loss(nn.Module):
         shown = (
             f"{name}={kept[name]!r}"
             for name, default in defaults.items()
-            if name in kept and kept[name] != default
+            # a setting that does not apply is None
+            if name in kept and kept[name] is not None and kept[name] != default
         )
         return ", ".join(shown)

@@ -47,7 +47,8 @@ class GlobalContrastiveLoss(Loss):
         keep_bytes: bytes for exponentials the backward reuses; None: 64 MiB on CPUs, 1 GiB on GPUs.
 
     Attributes:
-        gamma: of the epoch that `set_epoch` named; at first of epoch 0.
+        gamma: as given, or the variant's default.
+        current_gamma: of the epoch that `set_epoch` named; at first of epoch 0.
 
     Raises:
         ValueError: an option is unknown or out of range.
@@ -103,7 +104,7 @@ class GlobalContrastiveLoss(Loss):
         self.gamma = GAMMAS[variant] if gamma is None else gamma
         self.gamma_epochs = gamma_epochs
         self.full_first_epoch = full_first_epoch
-        self.rho = rho
+        self.rho = rho if variant == "v3" else None
         self.eps = eps
         check_options(self.gamma, rho, eps)
         self.options: dict[str, Any] = {
@@ -148,7 +149,7 @@ class GlobalContrastiveLoss(Loss):
             output_dict: whether to return a dictionary.
             sizes: with `dist`, rows of every process; None: equally many.
         """
-        if isinstance(logit_scale, Tensor) and self.variant != "v3":
+        if isinstance(logit_scale, Tensor) and self.rho is None:
             logit_scale = logit_scale.detach()
         loss = global_contrastive_loss(
             image_features,
@@ -157,7 +158,7 @@ class GlobalContrastiveLoss(Loss):
             index,
             self.log_u,
             self.current_gamma,
-            rho=self.rho if self.variant == "v3" else None,
+            rho=self.rho,
             eps=self.eps,
             update=self.training,
             sizes=sizes,

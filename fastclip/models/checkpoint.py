@@ -171,7 +171,7 @@ def best_named(path: Path) -> Path:
     if not file.is_file():
         raise FileNotFoundError(
             f"{file} does not exist: no checkpoint of {run} is known to be the best, which needs "
-            f"--val-data in training; give {run} for its newest"
+            f"--val-data or --best-metric in training; give {run} for its newest"
         )
     name = read_object(file).get("checkpoint")
     # a name alone: a run from elsewhere may not lead out of its own directory

@@ -22,6 +22,7 @@ from fastclip.atomic import create, write_text
 from fastclip.bounded import read_object
 from fastclip.data.scenes import CLASSES, TEMPLATES
 from fastclip.data.sources import SceneSource
+from fastclip.device import available_cores
 from fastclip.evaluate.features import ImageFeatures, embed_images, embed_texts
 from fastclip.evaluate.interpolation import has_two_heads, weigh_heads
 from fastclip.evaluate.retrieval import caption_pairs, chance_of_recall, retrieval_metrics
@@ -94,7 +95,7 @@ def run_all(plans: Sequence[Plan], folder: Path, jobs: int = 1) -> dict[str, Out
 
     Raises:
         ValueError: jobs is below 1.
-        FileExistsError, RuntimeError: see `run`; runs that are under way come to their end first.
+        FileExistsError, FailedRunError: see `run`; runs that are under way come to their end first.
     """
     if jobs < 1:
         raise ValueError(f"--jobs is {jobs}; give at least 1")
@@ -139,6 +140,10 @@ def run_all(plans: Sequence[Plan], folder: Path, jobs: int = 1) -> dict[str, Out
     return {plan.name: made[plan.name] for plan in plans}
 
 
+class FailedRunError(OSError):
+    """A training run of a study that ended before its time."""
+
+
 def train(name: str, flags: Sequence[str], folder: Path, jobs: int = 1) -> tuple[Path, float]:
     """Train in a process of its own; the run directory, and the seconds that it took.
 
@@ -146,7 +151,7 @@ def train(name: str, flags: Sequence[str], folder: Path, jobs: int = 1) -> tuple
         jobs: how many such processes share the cores.
 
     Raises:
-        RuntimeError: it failed; the message ends as its output did.
+        FailedRunError: it failed; the message ends as its output did.
     """
     log = folder / f"{name}.log"
     folder.mkdir(parents=True, exist_ok=True)
@@ -157,7 +162,7 @@ def train(name: str, flags: Sequence[str], folder: Path, jobs: int = 1) -> tuple
     environment = dict(os.environ)
     if jobs > 1:
         # threads that wait would take the other run's cores
-        threads = max(1, (os.cpu_count() or 1) // jobs)
+        threads = max(1, available_cores() // jobs)
         environment |= {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
     started = time.monotonic()
     with create(log) as output:
@@ -166,7 +171,7 @@ def train(name: str, flags: Sequence[str], folder: Path, jobs: int = 1) -> tuple
         ).returncode
     if status:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
-        raise RuntimeError(f"run {name} ended with status {status}; {log} ends:\n{tail}")
+        raise FailedRunError(f"run {name} ended with status {status}; {log} ends:\n{tail}")
     return folder / name, time.monotonic() - started
 
 
@@ -185,7 +190,7 @@ def run(
 
     Raises:
         FileExistsError: there is a run of this name with other flags.
-        RuntimeError: training failed.
+        FailedRunError: training failed.
     """
     kept = folder / name / OUTCOME
     if kept.is_file():

@@ -116,8 +116,20 @@ def _architecture(run: Path, given: dict[str, Any]) -> dict[str, Any]:
         "tokens of a text": given.get("context_length") or text.get("context_length", UNKNOWN),
         "language model as text tower": given.get("text_lm") or text.get("hf_model_name", "none"),
         "width of the features": config.get("embed_dim", UNKNOWN),
-        "weights it began with": given.get("pretrained", UNKNOWN) or "random",
+        "weights it began with": _beginning(given),
     }
+
+
+def _beginning(given: dict[str, Any]) -> str:
+    parts = {
+        "": given.get("pretrained"),
+        "image tower: ": given.get("finetune"),
+        "text tower: ": given.get("text_lm"),
+    }
+    known = [f"{part}{source}" for part, source in parts.items() if source]
+    if "pretrained" not in given and not known:
+        return UNKNOWN
+    return ", ".join(known) or "random"
 
 
 def _training(given: dict[str, Any], content: dict[str, Any], average: bool) -> dict[str, Any]:
@@ -126,6 +138,11 @@ def _training(given: dict[str, Any], content: dict[str, Any], average: bool) -> 
         loss = "siglip"
     elif given.get("loss") == "global":
         loss = "global contrastive"
+    if given.get("distill_model") or given.get("distill_embeddings") or given.get("distill_shards"):
+        loss = f"{loss}, with a teacher's"
+    batch = given.get("batch_size", UNKNOWN)
+    if isinstance(batch, int):
+        batch *= given.get("accum_freq") or 1
     names = {"learning rate": "lr", "weight decay": "wd", "precision": "precision"}
     known = {label: given.get(name, UNKNOWN) for label, name in names.items()}
     # an imported checkpoint begins to count here
@@ -133,7 +150,7 @@ def _training(given: dict[str, Any], content: dict[str, Any], average: bool) -> 
     return {
         "data": given.get("train_data", UNKNOWN),
         "loss": loss,
-        "batch size per process": given.get("batch_size", UNKNOWN),
+        "batch size per process": batch,
         **known,
         **steps,
         "weights": "moving average (--ema)" if average else "as trained",

@@ -97,7 +97,13 @@ def world(device: str) -> Iterator[World]:
     if size == 1:
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
-        yield World(0, 1, chosen)
+        joined = dist.is_initialized()
+        try:
+            yield World(0, 1, chosen)
+        finally:
+            # one that was made for sharding
+            if dist.is_initialized() and not joined:
+                dist.destroy_process_group()
         return
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     if chosen.type == "cuda":

@@ -88,7 +88,8 @@ class Hints:
         signs = {
             f"the loss stays at ln(batch) = {chance:.2f}: the model distinguishes no pair; "
             "check that captions belong to their images, lower --lr or lengthen --warmup": (
-                step > self.warmup and abs(values["loss"] / chance - 1) < 0.01
+                # of a single sample there is nothing to distinguish
+                step > self.warmup and chance > 0 and abs(values["loss"] / chance - 1) < 0.01
             ),
             "the logit scale stays at its cap of 100: the data may hold many duplicates, or "
             "--lr be too high": values.get("logit_scale", 0.0) > 99.9,

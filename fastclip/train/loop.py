@@ -75,6 +75,8 @@ def _train(
         if evaluation is not None and _lacks_evaluation(state, evaluation):
             report.meter.pause()
             complete = evaluate(state, evaluation, report, stop)
+            if complete and state.world.is_first:
+                keep_newest_and_best(state, report.warn)
             report.meter.resume()
         while complete and state.epoch < config.optim.epochs:
             train_epoch(state, report, stop, watch)
@@ -100,9 +102,11 @@ def train_epoch(state: TrainState, report: Report, stop: StopSignals, watch: Wat
             return
         if stopping or (every and state.step % every == 0):
             name = f"step_{state.step:08d}"
+            report.meter.pause()
             saved = save(state, name, needed=stopping, warn=report.warn)
             if saved and state.world.is_first:
                 prune_step_checkpoints(state.checkpoints)
+            report.meter.resume()
         if stopping:
             return
 

@@ -86,12 +86,17 @@ FLAGS: tuple[Flag, ...] = (
     Flag("skip-scheduler", "renamed", becomes=("--lr-scheduler=const", "--warmup=0")),
     Flag("lr-scheduler", text="also `wsd`"),
     *_same("lr-cooldown-end", "lr-cooldown-power"),
-    *_same("save-frequency"),
+    Flag("save-frequency", refused={"0": "give the number of --epochs to save the last one alone"}),
     Flag(
         "save-most-recent", "no effect", "the newest checkpoint is kept; `--resume latest` finds it"
     ),
-    Flag("zeroshot-frequency", text="1 by default, not 2"),
-    *_same("val-frequency", "resume"),
+    Flag(
+        "zeroshot-frequency",
+        text="1 by default, not 2",
+        refused={"0": "leave out `--zeroshot-data` and `--imagenet-val`"},
+    ),
+    Flag("val-frequency", refused={"0": "leave out `--val-data`"}),
+    *_same("resume"),
     Flag(
         "precision",
         text="`amp_bf16` by default, not `amp`",

@@ -323,7 +323,8 @@ class LossOptions:
     """How processes exchange features: all at once (gather; reduce), or one process's after the
     other in less memory (ring; bidir, shift)."""
     loss_backend: str = flag("auto", defines_run=True)
-    """Implementation of the loss: auto, torch or reference."""
+    """Implementation of the loss: auto, triton, cuda, cpp, torch or reference. Not for
+    --objective classify."""
 
     def __post_init__(self) -> None:
         self._check_global()
@@ -348,15 +349,18 @@ class LossOptions:
             )
         if len(self.teachers) > 1:
             raise ValueError(f"{' and '.join(self.teachers)} are several teachers; give one")
-        if self.distill_stored != (self.distill_logit_scale is not None):
+        if self.distill_stored and self.distill_logit_scale is None:
             name = "--distill-shards" if self.distill_shards else "--distill-embeddings"
+            raise ValueError(f"{name} needs --distill-logit-scale, the teacher's; give it")
+        if self.distill_logit_scale is not None and not self.distill_stored:
             raise ValueError(
-                f"{name} needs --distill-logit-scale, and that is for stored features alone; give "
-                "both"
+                "--distill-logit-scale is for --distill-embeddings and --distill-shards; leave it "
+                "out"
             )
         if self.distill_weight != 1 and not self.distills:
             raise ValueError(
-                "--distill-weight is for --distill-model, --distill-embeddings and --distill-shards"
+                "--distill-weight is for --distill-model, --distill-embeddings and "
+                "--distill-shards; leave it out"
             )
         check_positive(self, "distill_logit_scale", "distill_weight")
 
@@ -412,7 +416,8 @@ class DistributedOptions:
     """Devices and processes."""
 
     device: str = flag("auto", defines_run=True)
-    """"auto" (the GPU if there is one), "cpu", "cuda" or "cuda:1"."""
+    """"auto" (the GPU if there is one), "cpu", "cuda" or "cuda:1"; with several processes each
+    takes the GPU of its LOCAL_RANK."""
     fsdp: bool = flag(False, defines_run=True)
     """Train with torch's FSDP2, which shards parameters, gradients and optimizer."""
     deepspeed: bool = flag(False, defines_run=True)

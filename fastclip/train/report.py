@@ -16,6 +16,7 @@ from fastclip.messages import WIDTH, counted, logger, shortened
 from fastclip.train.health import Hints
 from fastclip.train.log import RunLog, plot_loss
 from fastclip.train.meter import Meter
+from fastclip.train.optim import warmup_steps
 from fastclip.train.state import TrainState
 from fastclip.train.summary import LABEL, duration, labeled, summary
 
@@ -53,7 +54,7 @@ class Report:
         self._grouped = 0
         self._faults = FaultLog()
         self._chance = state.engine.objective.chance(state.step_samples)
-        self._hints = Hints(self._chance, config.optim.warmup)
+        self._hints = Hints(self._chance, warmup_steps(config.optim, state.total_steps))
 
     def __enter__(self) -> "Report":
         # None: a bar where there is a terminal
@@ -79,7 +80,10 @@ class Report:
         self._bar.close()
         if self._log is not None:
             self._log.close()
-            plot_loss(self._state.folder)
+            try:
+                plot_loss(self._state.folder)
+            except OSError as failure:
+                logger.warning(f"warning: the plot of the loss could not be written: {failure}")
             if error is None:
                 seconds = time.perf_counter() - self._began
                 logger.info(

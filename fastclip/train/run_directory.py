@@ -12,6 +12,7 @@ from pathlib import Path
 from fastclip.train.config import TrainConfig
 from fastclip.train.distributed import World
 from fastclip.train.inherited import LATEST, is_run
+from fastclip.train.options import LogOptions
 
 LOCK = ".training"
 # file systems that have no locks; of theirs a run is as before
@@ -32,6 +33,12 @@ def named(config: TrainConfig, world: World) -> TrainConfig:
     if resume is not None and is_run(Path(resume)):
         # as "." and ".." have no name
         run = Path(resume) if Path(resume).name.strip(".") else Path(resume).resolve()
+        elsewhere = config.log.logs != LogOptions().logs
+        if elsewhere and Path(config.log.logs).resolve() != run.parent.resolve():
+            raise ValueError(
+                f"--resume {resume} continues in that directory; leave out --logs, or give --name "
+                "to continue in a new one"
+            )
         log = replace(config.log, logs=str(run.parent), name=run.name)
         return replace(config, log=log, checkpoint=replace(config.checkpoint, resume=LATEST))
     model = Path(config.model.model).stem

@@ -3,6 +3,7 @@
 import math
 import os
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def start(
         torch.use_deterministic_algorithms(True)
     seed_rng(config.optim.seed)
     classes = class_names(config)
-    model = _build_model(config, classes, world)
+    model = _build_model(config, classes, world, new=path is None)
     loader = build_loader(config, model, classes, world)
     around.enter_context(loader.reporting_worker_failure())
     evaluation = _build_evaluation(config, model, classes, world)
@@ -84,7 +85,14 @@ def start(
     return state, evaluation, report
 
 
-def _build_model(config: TrainConfig, classes: list[str], world: World) -> Model:
+def _build_model(config: TrainConfig, classes: list[str], world: World, *, new: bool) -> Model:
+    """The model to train; what a resumed run began with is in its checkpoint."""
+    if not new:
+        lasting = config.model.lasting()
+        model_options = replace(
+            config.model, pretrained=None, finetune=None, classifier=lasting.classifier
+        )
+        config = replace(config, model=model_options)
     model = build(
         config.model.model,
         config.model,
@@ -112,6 +120,10 @@ def _begin_temperature(config: TrainConfig, model: Model) -> None:
     if options.global_temperature is not None:
         scale.fill_(-math.log(options.global_temperature))
     scale.requires_grad_(options.global_variant == "v3")
+    # it has no part in the loss, and data-parallel training waits for every gradient
+    bias = getattr(model.model, "logit_bias", None)
+    if bias is not None:
+        bias.requires_grad_(False)
 
 
 def _build_evaluation(

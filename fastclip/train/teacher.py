@@ -59,7 +59,7 @@ def build_teacher(
         return StoredTeacher(options.distill_embeddings, scale, samples, device)
     if options.distill_model is None:
         return None
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([device] if torch.device(device).type == "cuda" else []):
         teacher = build(
             options.distill_model, SystemOptions(), device, pretrained=options.distill_pretrained
         )

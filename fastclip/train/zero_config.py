@@ -24,7 +24,11 @@ _DEEPSPEED_DECIDES = (
 )
 # Settings that the engine cannot work with: position, the only value it takes, why.
 _REFUSED: tuple[tuple[tuple[str, ...], Any, str], ...] = (
-    (("torch_autocast", "enabled"), False, "DeepSpeed casts the parameters itself; --precision"),
+    (
+        ("torch_autocast", "enabled"),
+        False,
+        "DeepSpeed casts the parameters, by --precision",
+    ),
     (("managed_gradient_accumulation",), True, "fastclip decides when gradients are reduced"),
     (("zero_optimization", "compute_grad_norm"), True, "a step is checked by its gradient's norm"),
     (("data_types", "grad_accum_dtype"), None, "accumulated gradients have the towers' type"),
@@ -137,7 +141,10 @@ def _drop_optimizer(given: dict[str, Any], config: TrainConfig, path: Path) -> N
         "eps": (config.optim.eps, "--eps"),
         "weight_decay": (config.optim.wd, "--wd"),
     }
-    for key, value in section.get("params", {}).items():
+    params = section.get("params", {}) if isinstance(section, dict) else {}
+    if not isinstance(params, dict):
+        raise ValueError(f"{path}: optimizer.params is {_json(params)}; give an object or none")
+    for key, value in params.items():
         if key not in flags:
             raise ValueError(
                 f"{path}: optimizer.params.{key} is not an option of fastclip's AdamW; remove it"
@@ -159,6 +166,8 @@ def _get(tree: Any, position: tuple[str, ...]) -> Any:
 def _set(tree: dict[str, Any], position: tuple[str, ...], value: Any) -> None:
     for key in position[:-1]:
         tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            raise ValueError(f"DeepSpeed's {key} is {_json(tree)}; give an object, as its pages do")
     tree[position[-1]] = value
 
 

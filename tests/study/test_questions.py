@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastclip.cli import main
+from fastclip.cli import study as command
 from fastclip.cli.study import QUESTIONS
 from fastclip.study import collages, recipe, robustness, runs
 from fastclip.study.question import Settings
@@ -204,5 +205,29 @@ def test_a_failure_ends_the_study(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 def test_no_seeds(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["study", "recipe", "--seeds", "0"]) == 1
-    assert "--seeds is 0" in capsys.readouterr().err
+    for words in (["recipe"], ["cifar10", "x"], ["global", "x"]):
+        assert main(["study", *words, "--seeds", "0"]) == 1
+        assert "--seeds is 0" in capsys.readouterr().err
+
+
+def test_flags_of_the_trainer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Several, in one word, as the help has them."""
+    asked: list[Settings] = []
+
+    def noted(question: object, settings: Settings) -> str:
+        asked.append(settings)
+        return ""
+
+    monkeypatch.setattr(command, "answer", noted)
+    flags = "--flags=--lr 1e-3 --name 'a b'"
+    assert main(["study", "recipe", "--output", str(tmp_path), flags]) == 0
+    assert [settings.flags for settings in asked] == [("--lr", "1e-3", "--name", "a b")]
+
+
+def test_a_run_that_fails_is_said_in_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--output", str(tmp_path), "--only", "clip", "--flags=--model nonsense"]
+    assert main(["study", "systems", *given]) == 1
+    said = capsys.readouterr().err
+    assert "ended with status 1" in said and "Traceback" not in said

@@ -10,7 +10,7 @@ import torch
 from fastclip.cli import main
 from fastclip.study import collages, runs, systems, uniclip
 from fastclip.study.question import Settings, answer
-from fastclip.study.runs import run
+from fastclip.study.runs import FailedRunError, run
 from tests.train.conftest import TINY_MODEL
 
 
@@ -69,7 +69,7 @@ def test_a_study_goes_on_where_it_was(
 
 def test_a_run_that_fails_reports_how(tmp_path: Path) -> None:
     with pytest.raises(
-        RuntimeError, match=r"(?s)run bad ended with status 1; .*'nonsense' is unknown"
+        FailedRunError, match=r"(?s)run bad ended with status 1; .*'nonsense' is unknown"
     ):
         run("bad", ["--model", "nonsense"], tmp_path)
 

@@ -214,7 +214,7 @@ def test_two_ranks_equal_one_process(flags: list[str], stored: list[str], tmp_pa
     [
         ({"distill_model": "a"}, "--distill-model and --distill-pretrained name a teacher togeth"),
         ({"distill_embeddings": ("a", "b")}, "--distill-embeddings needs --distill-logit-scale"),
-        ({"distill_logit_scale": 3.0}, "--distill-embeddings needs --distill-logit-scale"),
+        ({"distill_logit_scale": 3.0}, "--distill-logit-scale is for --distill-embeddings and"),
         ({"distill_weight": 2.0}, "--distill-weight is for --distill-model, --distill-embed"),
         ({"distill_shards": True}, "--distill-shards needs --distill-logit-scale"),
         (

@@ -111,6 +111,13 @@ def test_a_resumed_run_makes_the_evaluation_that_a_signal_ended(
     )
     for key in ("state_dict", "optimizer", "rng", "data", "step"):
         assert identical(ours[key], theirs[key]), key
+    # what is kept as the best is that of both epochs
+    for name in ("best.json", "checkpoints"):
+        ours, theirs = (logs / run / name for run in ("stopped", "whole"))
+        if name == "best.json":
+            assert ours.read_text() == theirs.read_text()
+        else:
+            assert sorted(os.listdir(ours)) == sorted(os.listdir(theirs))
     # what was measured once is not again
     assert main(["train", *resume]) == 0
     assert len(begun) == 3

@@ -131,16 +131,23 @@ def batch(rows: int = 6) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("flags")
-def test_the_engine_computes_the_functions_loss(tmp_path: Path) -> None:
-    made = engine({"loss": "global", "global_gamma": 0.3, "epochs": 4, "lr": 1e-3}, tmp_path)
+@pytest.mark.parametrize(
+    ("variant", "rho", "gammas"),
+    [("v3", 6.5, (1.0, 0.65, 0.3)), ("v1", None, (1.0, 0.65, 0.3)), ("sogclr", None, (0.3,) * 3)],
+)
+def test_the_engine_computes_the_functions_loss(
+    variant: str, rho: float | None, gammas: tuple[float, ...], tmp_path: Path
+) -> None:
+    flags = {"loss": "global", "global_variant": variant, "global_gamma": 0.3}
+    made = engine({**flags, "epochs": 4, "lr": 1e-3}, tmp_path)
     assert isinstance(made.objective, GlobalObjective)
     log_u = torch.full((2, 12), -torch.inf)
-    for epoch, gamma in ((0, 1.0), (1, 0.65), (2, 0.3)):
+    for epoch, gamma in enumerate(gammas):
         made.objective.begin_epoch(epoch)
         with torch.no_grad():
             output = made.objective.outputs(made.model, made._inputs(batch()))
         features = (output["image_features"], output["text_features"], output["logit_scale"])
-        wanted = global_contrastive_loss(*features, output["index"], log_u, gamma, rho=6.5)
+        wanted = global_contrastive_loss(*features, output["index"], log_u, gamma, rho=rho)
         torch.testing.assert_close(made.backward([batch()]), wanted)
         torch.testing.assert_close(made.objective.memory.log_u, log_u)
         made.update(1e-3)

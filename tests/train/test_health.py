@@ -33,3 +33,8 @@ def test_not_before_the_warmup_is_over_and_not_for_a_moment() -> None:
     hints = Hints(chance=math.log(64), warmup=0)
     waits = [0.7, 0.7, 0.7, 0.7, 0.1] * 5
     assert not any(hints.observe(i, GOOD | {"data_wait": wait}) for i, wait in enumerate(waits))
+
+
+def test_a_single_sample_has_nothing_to_be_distinguished_from() -> None:
+    hints = Hints(chance=0.0, warmup=0)
+    assert not any(hints.observe(i, GOOD | {"loss": 0.0}) for i in range(9))

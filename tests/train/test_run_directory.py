@@ -6,7 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+import fastclip
+from fastclip.cli import main
+from fastclip.train.config import parse
+from fastclip.train.loop import train
 from fastclip.train.run_directory import LOCK, claim
 from tests.processes import Forked
 
@@ -69,3 +74,29 @@ def test_training_in_a_directory_in_use_ends_at_once(
     assert second.returncode == 1
     assert re.search(r"same exists and another process trains in it", errors)
     assert sorted(path.name for path in run.iterdir()) == [LOCK]
+
+
+def test_another_folder_beside_a_run_to_resume_is_refused(
+    train_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(parse([*train_flags, "--name", "a", "--epochs", "1"]))
+    resume = ["--resume", str(run), "--epochs", "2"]
+    assert main(["train", *resume, "--logs", str(tmp_path / "elsewhere")]) == 1
+    assert "continues in that directory; leave out --logs" in capsys.readouterr().err
+    assert main(["train", *resume, "--logs", str(run.parent)]) == 0
+
+
+def test_a_run_resumes_without_the_weights_that_it_began_with(
+    train_flags: list[str], tmp_path: Path
+) -> None:
+    first = train(parse([*train_flags, "--name", "first", "--epochs", "1"]))
+    weights = tmp_path / "weights.pt"
+    assert main(["convert", "to-open-clip", str(first), str(weights)]) == 0
+    train_flags = [*train_flags, "--lr-scheduler", "const", "--warmup", "0"]
+    begun = [*train_flags, "--pretrained", str(weights)]
+    whole = train(parse([*begun, "--name", "whole", "--epochs", "2"]))
+    train(parse([*begun, "--name", "parted", "--epochs", "1"]))
+    weights.unlink()
+    parted = train(parse([*train_flags, "--name", "parted", "--epochs", "2", "--resume", "latest"]))
+    ours, theirs = (fastclip.load(run).model.state_dict() for run in (parted, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -328,6 +328,8 @@ def test_a_file_in_the_style_of_others_is_understood(config_file: Any) -> None:
         ({"wall_clock_breakdown": "auto"}, 'wall_clock_breakdown is "auto", which nothing fills'),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "only .cpu"),
         ({"torch_autocast": {"enabled": True}}, "torch_autocast.enabled is true"),
+        ({"bf16": True}, "bf16 is true; give an object"),
+        ({"optimizer": {"type": "AdamW", "params": "auto"}}, 'params is "auto"; give an object'),
     ],
 )
 def test_contradictions_are_refused(
