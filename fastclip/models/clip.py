@@ -79,15 +79,26 @@ def create(
     """
     import open_clip
 
-    open_clip.add_model_config(_CONFIGS)
+    with _BUILDING:
+        # each time it is added, open_clip reads all of its configurations again
+        if _CONFIGS not in open_clip.factory._MODEL_CONFIG_PATHS:
+            open_clip.add_model_config(_CONFIGS)
     if name.endswith(".json"):
-        path = Path(name)
-        if not path.is_file():
-            raise FileNotFoundError(f"model config {name} does not exist")
-        config = description.check(read_object(path), name)
         # not by path, which open_clip would read anew
-        open_clip.factory._MODEL_CONFIGS[path.stem] = config
-        name = path.stem
+        with _registered(_config_of(name), Path(name).stem) as registered:
+            return _create(registered, device, pretrained, siglip)
+    return _create(name, device, pretrained, siglip)
+
+
+def _config_of(file: str) -> dict[str, Any]:
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"model config {file} does not exist")
+    return description.check(read_object(Path(file)), file)
+
+
+def _create(name: str, device: str | torch.device, pretrained: str | None, siglip: bool) -> Model:
+    import open_clip
+
     if name not in open_clip.list_models():
         near = difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.4)
         hint = f"; near names: {', '.join(near)}" if near else ""
@@ -118,7 +129,10 @@ def describe(name: str, model: Model) -> dict[str, Any]:
     """The model's full description as open_clip's `open_clip_config.json` holds it."""
     import open_clip
 
-    model_config = open_clip.get_model_config(Path(name).stem if name.endswith(".json") else name)
+    if name.endswith(".json"):
+        model_config = _config_of(name)
+    else:
+        model_config = open_clip.get_model_config(name)
     if getattr(model.model, "logit_bias", None) is not None:
         # without it the model would be built without a bias
         model_config = {**SIGLIP, **(model_config or {})}
@@ -197,16 +211,18 @@ def build_checked(
 
 
 @contextmanager
-def _registered(config: dict[str, Any]) -> Iterator[str]:
-    """The name under which open_clip has a configuration."""
+def _registered(config: dict[str, Any], name: str = _NAME) -> Iterator[str]:
+    """The name under which open_clip has a configuration inside, in place of its own."""
     from open_clip import factory
 
     with _BUILDING:
-        factory._MODEL_CONFIGS[_NAME] = config
+        before = dict(factory._MODEL_CONFIGS)
+        factory._MODEL_CONFIGS[name] = config
         try:
-            yield _NAME
+            yield name
         finally:
-            factory._MODEL_CONFIGS.pop(_NAME, None)
+            factory._MODEL_CONFIGS.clear()
+            factory._MODEL_CONFIGS.update(before)
 
 
 def load_weights(model: nn.Module, state_dict: dict[str, Tensor], origin: str) -> None:

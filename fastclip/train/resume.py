@@ -56,6 +56,12 @@ def read_resumed(
             "choose another --name"
         )
     earlier = TrainConfig.from_dict(resumed["config"], "the checkpoint's configuration")
+    if earlier.optim.optimizer != config.optim.optimizer:
+        raise ValueError(
+            f"--optimizer was {earlier.optim.optimizer} and is now {config.optim.optimizer}, which "
+            "has another state; keep it, or begin a new run with the checkpoint's weights: "
+            f"--pretrained {path}"
+        )
     _note_changes(earlier, config, world)
     _check_position(path, resumed, config, world)
     _note_step(earlier.optim.step_samples(len(resumed["rng"])), config, world)

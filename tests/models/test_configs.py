@@ -1,9 +1,12 @@
 """Model configs and recipes that are shipped: they build, at the sizes that they say."""
 
+import copy
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import pytest
 import torch
 from torch import nn
@@ -157,3 +160,22 @@ def test_recipes_of_published_code_take_duplicates_as_it_does(recipe: str) -> No
     config = parse(["--config", recipe])
     assert config.loss.group_duplicates is None
     assert config.model.model == ("ViT-B-16-slip" if recipe == "slip" else "RN50-rocket")
+
+
+def test_a_file_with_a_models_name_stands_for_itself_alone(tmp_path: Path) -> None:
+    """Neither open_clip's model of that name nor another file's takes its place."""
+    config = copy.deepcopy(open_clip.get_model_config("RN50"))
+    own = {**config, "quick_gelu": True, "embed_dim": 32}
+    own["vision_cfg"] = {"layers": [1, 1, 1, 1], "width": 16, "image_size": 32}
+    own["text_cfg"] = {**config["text_cfg"], "layers": 1, "width": 64, "heads": 2}
+    files = [tmp_path / folder / "RN50.json" for folder in ("student", "teacher")]
+    for width, file in zip((32, 48), files, strict=True):
+        file.parent.mkdir()
+        file.write_text(json.dumps({**own, "embed_dim": width}))
+    student = clip.create(str(files[0]))
+    clip.create(str(files[1]))
+    described = clip.describe(str(files[0]), student)["model_cfg"]
+    assert described["embed_dim"] == 32 and described["quick_gelu"]
+    assert open_clip.get_model_config("RN50") == config
+    paths = open_clip.factory._MODEL_CONFIG_PATHS
+    assert len(paths) == len(set(paths))

@@ -100,3 +100,13 @@ def test_a_run_resumes_without_the_weights_that_it_began_with(
     parted = train(parse([*train_flags, "--name", "parted", "--epochs", "2", "--resume", "latest"]))
     ours, theirs = (fastclip.load(run).model.state_dict() for run in (parted, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_another_optimizer_has_another_state(
+    train_flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*train_flags, "--name", "a"]
+    train(parse([*flags, "--epochs", "1"]))
+    onward = [*flags, "--epochs", "2", "--resume", "latest", "--optimizer", "timm/lion"]
+    assert main(["train", *onward]) == 1
+    assert "--optimizer was adamw and is now timm/lion" in capsys.readouterr().err
