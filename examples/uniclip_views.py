@@ -7,6 +7,7 @@ head the augmentation of each view, and trains UniCLIP's loss over all views and
 """
 
 import sys
+from itertools import chain, count
 
 import open_clip
 import torch
@@ -40,10 +41,9 @@ loss_function = MPNCELoss(num_domains=2)
 parts = nn.ModuleList([image_tower, text_tower, encoder, head, loss_function])
 optimizer = torch.optim.AdamW(parts.parameters(), lr=2e-3)
 
-epoch = 0
-batches = loader.batches(epoch)
-for step in range(STEPS):
-    batch = next(batches)
+# one epoch after another
+batches = chain.from_iterable(map(loader.batches, count()))
+for step, batch in zip(range(STEPS), batches, strict=False):
     blocks = []
     for view, images in enumerate(batch["images"]):
         how = encoder(batch["params"][:, view])

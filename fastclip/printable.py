@@ -9,6 +9,8 @@ _UNSAFE = re.compile(
 )
 # What stands between "://" and the last "@" before a path; without "user:" it may be a token.
 _SECRET = re.compile(r"(?<=://)[^/\s?#]*@")
+# Signatures of signed URLs are in what follows the "?".
+_QUERY = re.compile(r"(://[^\s?#]*\?)[^\s'\"]+")
 
 
 def printable(text: str) -> str:
@@ -16,5 +18,5 @@ def printable(text: str) -> str:
 
     Tabs and line feeds stay: messages have several lines.
     """
-    text = _SECRET.sub("***@", text)
+    text = _QUERY.sub(r"\1***", _SECRET.sub("***@", text))
     return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)

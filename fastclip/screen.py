@@ -6,10 +6,10 @@ from fastclip.messages import WIDTH, filled
 
 
 def on_screen(text: str, width: int = WIDTH) -> str:
-    """A Markdown text whose lines fit a terminal of 80 columns; it is Markdown still.
+    """A Markdown text whose lines fit a terminal; it is Markdown still.
 
-    Paragraphs and items of lists are broken between words. A wider table becomes several, each with
-    the first column.
+    Paragraphs and items of lists are broken between words, at 80 columns. A table that is wider
+    than `width` becomes several, each with the first column.
 
     Args:
         text: paragraphs, lists and tables, with blank lines between them.

@@ -26,6 +26,7 @@ TITLE = "\x1b]0;owned\x07\x1b[2J"
         ("Müller’s 狗.jpg", "Müller’s 狗.jpg"),
         ("https://user:se@cret@host/a@b.tar", "https://***@host/a@b.tar"),
         ("s3://token@bucket/x, ftp://u:p@h", "s3://***@bucket/x, ftp://***@h"),
+        ("a 'https://h/0.tar?X-Signature=ab&c=d' b?", "a 'https://h/0.tar?***' b?"),
         ("https://host/a@b.tar", "https://host/a@b.tar"),
     ],
 )

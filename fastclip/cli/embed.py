@@ -14,6 +14,7 @@ from fastclip.cli.model_flags import ModelFlags
 from fastclip.command_line import parse_flags
 from fastclip.data.faults import FaultLog
 from fastclip.data.options import DataOptions
+from fastclip.data.regular import digest_of
 from fastclip.data.shards import ShardSource
 from fastclip.data.sources import open_source
 from fastclip.device import choose_device
@@ -70,6 +71,7 @@ def main(arguments: Sequence[str]) -> int:
         content = read_text(Path(config.data), ANNOTATIONS).removeprefix("\ufeff")
         content = content.replace("\r\n", "\n").removesuffix("\n")
         texts = content.split("\n") if content else []
+        digest = digest_of(texts)
         count = len(texts)
         batches = partial(text_batches, model, texts, **options)
     else:
@@ -80,7 +82,7 @@ def main(arguments: Sequence[str]) -> int:
             count=config.num_samples,
             required=(),
         )
-        count = sum(source.counts)
+        count, digest = sum(source.counts), source.digest()
         batches = partial(
             image_batches,
             model,
@@ -91,8 +93,10 @@ def main(arguments: Sequence[str]) -> int:
         )
     if count == 0:
         raise ValueError(f"{config.data} holds nothing to embed")
-    identity = {**_identity(config, model), "data": config.data, "kind": config.kind, "rows": count}
-    Embedding(config.output, count, identity).run(batches, progress=True)
+    # a file that was edited between two runs is another one
+    data = {"data": config.data, "kind": config.kind, "rows": count, "digest": digest}
+    identity = {**_identity(config, model), **data}
+    Embedding(config.output, count, identity, faults).run(batches, progress=True)
     if faults.counts:
         logger.warning(f"rows of NaN: {faults.report()}")
     print(config.output)

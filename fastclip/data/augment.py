@@ -29,7 +29,7 @@ PARAMS = len(PARAM_NAMES)
 
 # Factors are drawn on this grid: float32 then holds them, less one or not, exactly.
 _GRID = 4096
-# So often a step that may not be used is drawn before it is left out.
+# Draws of a step that is refused, before the step is left out.
 ATTEMPTS = 32
 
 
@@ -89,7 +89,7 @@ class Augmentation:
                 "brightness, contrast and saturation, and one in [0, 0.5] for hue"
             )
         if not 1 / _GRID <= self.sigma[0] <= self.sigma[1] <= 4:
-            raise ValueError(f"blur sigma is {self.sigma}; give 0 < min <= max <= 4")
+            raise ValueError(f"blur sigma is {self.sigma}; give 1/{_GRID} <= min <= max <= 4")
         if self.blur and blur_radius(self.sigma[1]) >= self.size:
             raise ValueError(
                 f"a blur of sigma {self.sigma[1]} reaches {blur_radius(self.sigma[1])} pixels, as "

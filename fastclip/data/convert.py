@@ -97,7 +97,7 @@ def convert_table(
 
     Returns:
         Samples in each shard, and what was left out: rows that the source found fault with, and
-        images that cannot be read.
+        images whose header cannot be read.
 
     Raises:
         ValueError: per_shard is less than 1, or no image at all can be read.

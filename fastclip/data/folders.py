@@ -100,7 +100,14 @@ def image_paths(folder: Path) -> Iterator[str]:
     """
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"{folder} does not exist or is not a folder")
-    for place, folders, files in os.walk(folder):
+    # links are followed, as class folders often are some; none that leads back
+    seen: set[tuple[int, int]] = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        state = os.stat(place)
+        if (state.st_dev, state.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((state.st_dev, state.st_ino))
         folders[:] = sorted(name for name in folders if name[0] != ".")
         below = os.path.relpath(place, folder)
         for name in sorted(files):

@@ -70,12 +70,21 @@ def copy(url: str, target: BinaryIO, limit: int) -> None:
         raise OSError(f"{written:,} of {size:,} bytes arrived")
 
 
+def quoted(part: str) -> str:
+    """A path or query as HTTP sends it."""
+    return urllib.parse.quote(part, safe="/%:@!$&'()*+,;=~?-._")
+
+
 @contextmanager
 def _answer(url: str) -> Iterator[tuple[HTTPResponse, int | None]]:
     """The server's answer and the length it declares; the library's errors as OSError."""
     parts = urllib.parse.urlsplit(url)
     credentials, _, host = parts.netloc.rpartition("@")
-    request = urllib.request.Request(parts._replace(netloc=host, fragment="").geturl())
+    if parts.fragment:
+        raise OSError("a URL ends before its '#'; write %23 for it in a name")
+    # spaces and letters beyond ASCII; what is quoted already stays
+    sent = parts._replace(netloc=host, path=quoted(parts.path), query=quoted(parts.query))
+    request = urllib.request.Request(sent.geturl())
     # packed on the way, a small file could become a large one
     request.add_header("Accept-Encoding", "identity")
     if credentials:

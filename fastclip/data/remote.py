@@ -18,7 +18,7 @@ from fastclip.data import http
 from fastclip.data.index import index_file
 from fastclip.data.options import CACHE_BYTES
 from fastclip.data.regular import open_regular
-from fastclip.messages import note
+from fastclip.messages import logger, note
 
 ATTEMPTS = 3
 PAUSE_SECONDS = 1.0
@@ -106,8 +106,9 @@ class ShardCache:
         now = time.monotonic()
         if now - self._fetched.get(url, -math.inf) < THRASHING_SECONDS and not self._warned:
             self._warned = True
-            note(
-                f"{url} is fetched again so soon; --cache-bytes {self.limit} does not hold "
+            # on whichever rank: each has a cache and shards of its own
+            logger.warning(
+                f"note: {url} is fetched again so soon; --cache-bytes {self.limit} does not hold "
                 "the shards in use at a time: raise it, or lower --shuffle-window"
             )
         self._fetched[url] = now

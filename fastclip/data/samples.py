@@ -298,15 +298,22 @@ class SampleReader:
         content = _json_object(contents.get("json", b""))
         sample.negatives = _texts(content.get("hard_negatives"))
         found: tuple[str, ...]
+        unusable: UnreadableSample | None = None
         for name in self.captions:
             if name != "txt":
                 found = _texts(content.get(name))
             elif "txt" in contents:
-                found = (decode_text(contents["txt"], f"{where}.txt"),)
+                try:
+                    found = (decode_text(contents["txt"], f"{where}.txt"),)
+                except UnreadableSample as error:
+                    found, unusable = (), error
             else:
                 found = ()
             if found:
                 sample.captions[name] = found
+        # one usable caption is enough
+        if unusable is not None and not sample.captions:
+            raise unusable
         sample.texts = tuple(text for found in sample.captions.values() for text in found)
         if not sample.texts:
             listed = content.get("captions")

@@ -59,4 +59,3 @@ def check_seed(seed: int) -> int:
     if not 0 <= seed <= MASK:
         raise ValueError(f"seed is {seed}; use an integer in [0, 2**64)")
     return seed
-    return seed

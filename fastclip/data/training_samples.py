@@ -53,7 +53,7 @@ class TrainingSamples(Dataset[dict[str, Any]]):
             parameters, for `fastclip.data.dali`.
         group_by: "caption" or "image": samples with the same first text, or the same image file,
             have one group; None for batches without groups.
-        one_text: refuse a sample of several captions, which stored features of its text do not fit.
+        one_text: refuse samples with several captions: stored text features are of one each.
         features: whether batches have a teacher's features, those that `source` reads.
         hue: "yiq" turns colors about the gray axis, as DALI does; "hsv" is torchvision's.
 

@@ -36,7 +36,7 @@ class ReadingBoard:
         row = self._rows[number].numpy()
         row[1], row[2], row[0] = time.monotonic_ns(), os.getpid(), shard
         yield
-        # left as it is by an error, which a caller may ask about, until the next sample
+        # after an error the row stays until the next sample: a caller may ask what was being read
         row[0] = -1
 
     def describe(self, place: Callable[[int], str], process: int | None = None) -> str:

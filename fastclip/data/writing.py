@@ -1,6 +1,7 @@
 """Writing webdataset shards, and their sample counts beside them."""
 
 import fcntl
+import glob
 import io
 import json
 import os
@@ -12,7 +13,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from fastclip.atomic import write_text
+from fastclip.atomic import write_text, writing
 from fastclip.bounded import read_object
 from fastclip.data.samples import Sample
 
@@ -38,19 +39,25 @@ def write_shards(samples: Iterable[Sample], folder: Path, prefix: str, per_shard
         per_shard: most samples in one shard.
 
     Raises:
-        FileExistsError: a shard of that name is there already; nothing is overwritten.
+        FileExistsError: shards with that prefix are there already; nothing is overwritten.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    existing = sorted(folder.glob(f"{glob.escape(prefix)}-[0-9][0-9][0-9][0-9][0-9].tar"))
+    if existing:
+        raise FileExistsError(f"{existing[0]} exists; delete it, or choose another folder")
     counts: list[int] = []
     waiting = iter(samples)
     while first := next(waiting, None):
         path = folder / f"{prefix}-{len(counts):05d}.tar"
         counts.append(0)
-        with tarfile.open(path, "x", format=tarfile.USTAR_FORMAT) as tar:
+        with (
+            writing(path) as file,
+            tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+        ):
             for sample in chain([first], islice(waiting, per_shard - 1)):
                 _add_sample(tar, sample)
                 counts[-1] += 1
-    add_sizes(folder, {f"{prefix}-{i:05d}.tar": count for i, count in enumerate(counts)})
+        add_sizes(folder, {path.name: counts[-1]})
     return counts
 
 

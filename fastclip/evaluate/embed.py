@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,13 @@ class Embedding:
         output: the .npy file, (count, D) float32; it appears when all rows are there.
         count: rows.
         identity: what the features are of; a started file of something else is not resumed.
+        faults: of the rows; those of a started file are added to it.
     """
 
     output: Path
     count: int
     identity: dict[str, Any]
+    faults: FaultLog = field(default_factory=FaultLog)
 
     @property
     def partial(self) -> Path:
@@ -68,7 +70,15 @@ class Embedding:
                 f"{self.partial} was begun with {begun}, now it is {self.identity}; "
                 "delete it, or choose another output"
             )
-        return int(state["done"])
+        return int(state["done"]) if self._is_whole() else 0
+
+    def _is_whole(self) -> bool:
+        """Whether the unfinished file can be read; a damaged one is begun again."""
+        try:
+            rows = open_memmap(self.partial, mode="r")
+        except (OSError, ValueError, EOFError):
+            return False
+        return rows.ndim == 2 and len(rows) == self.count and rows.dtype == np.float32
 
     def discard_other(self) -> None:
         """Delete what a former run has begun, if it is of something else."""
@@ -89,6 +99,8 @@ class Embedding:
             OSError: the disk has no room for all rows; nothing is left behind.
         """
         done = self.done()
+        if done:
+            self.faults.counts.update(read_object(self.progress).get("faults", {}))
         if self.partial.is_symlink():
             raise ValueError(f"{self.partial} is a link, which is never written through; delete it")
         rows: np.memmap | None = open_memmap(self.partial, mode="r+") if done else None
@@ -133,7 +145,8 @@ class Embedding:
     def _save(self, rows: np.memmap, done: int) -> None:
         # rows first: the count may never be ahead of them
         rows.flush()
-        write_text(self.progress, json.dumps({"done": done, "identity": self.identity}))
+        state = {"done": done, "identity": self.identity, "faults": self.faults.counts}
+        write_text(self.progress, json.dumps(state))
 
 
 def fingerprint(model: torch.nn.Module) -> str:

@@ -83,9 +83,9 @@ def keep_features(
         _announce(file, count, changed if before else [])
         # what described the old features must never be beside the new ones
         described.unlink(missing_ok=True)
-        embedding = Embedding(file, count, identity)
-        embedding.discard_other()
         faults = FaultLog()
+        embedding = Embedding(file, count, identity, faults)
+        embedding.discard_other()
         batches = partial(
             image_batches,
             model,

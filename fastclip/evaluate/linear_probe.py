@@ -26,8 +26,8 @@ def linear_probe(
 
     The features are those of the common space, normalized; CLIP's paper took the image tower's,
     before the projection, so its figures are not comparable. The strength of the penalty is chosen
-    on a fifth of the training images, every class in it alike where each has two or more; then all
-    of them are fitted.
+    on a fifth of the training images, with every class in it alike if each has two or more images
+    and the fifth is no smaller than the number of classes; then all of them are fitted.
 
     Args:
         train, test: features with labels; of a classifier embed them with `classify=False`.

@@ -112,6 +112,7 @@ class Validator(HeldOut):
         if data.val_num_samples is not None:
             self.source = FirstSamples(self.source, data.val_num_samples)
         self.classes = classes_of(data.val_data, self.kind)
+        require_classes(f"--val-data {data.val_data}", self.classes, config)
 
     def measure(self, images: ImageFeatures) -> dict[str, float]:
         """Of a classifier accuracies alone."""
@@ -147,6 +148,27 @@ class Validator(HeldOut):
         return found if self.config.loss.siglip else {**found, "chance_loss": math.log(size)}
 
 
+def require_classes(
+    flag: str, found: tuple[list[str], list[str]] | None, config: TrainConfig
+) -> None:
+    """Refuse data whose labels mean other classes than a classifier's.
+
+    Args:
+        flag: with the data, for the message.
+        found: class names and templates of the data, if it has some.
+        config: of the run.
+
+    Raises:
+        ValueError: the names differ, or their order does.
+    """
+    own = class_names(config)
+    if own and found is not None and found[0] != own:
+        raise ValueError(
+            f"{flag}: its classes are {', '.join(found[0][:3])}, ..., the classifier's "
+            f"{', '.join(own[:3])}, ...; give data of the same classes"
+        )
+
+
 class ZeroShot(HeldOut):
     """Zero-shot accuracy on one source of --zeroshot-data; of a classifier its own accuracy.
 
@@ -169,12 +191,7 @@ class ZeroShot(HeldOut):
                 f"--zeroshot-data {data}: there are no class names; put classes.txt beside it, one "
                 "a line in the order of the labels"
             )
-        own = class_names(config)
-        if own and found is not None and found[0] != own:
-            raise ValueError(
-                f"--zeroshot-data {data}: its classes are {', '.join(found[0][:3])}, ..., the "
-                f"classifier's {', '.join(own[:3])}, ...; give data of the same classes"
-            )
+        require_classes(f"--zeroshot-data {data}", found, config)
         self.classes, self.templates = found or ([], [])
         if config.data.templates is not None:
             self.templates = read_lines(Path(config.data.templates))

@@ -1,9 +1,11 @@
 """Which caption is drawn, in which part, how often, and what its hard negatives may be."""
 
+import json
 import pickle
 import random
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +14,11 @@ from PIL import Image
 
 from fastclip.data.captions import CaptionSampling, DrawnCaptions, split_sentences
 from fastclip.data.hard_negatives import normalized
+from fastclip.data.options import DataOptions
 from fastclip.data.samples import Sample, UnreadableSample
+from fastclip.data.sources import open_source
 from fastclip.data.text_augment import TextAugmentation
+from tests.conftest import jpeg
 
 PLAIN, STRONG = TextAugmentation(), TextAugmentation.strong()
 
@@ -334,3 +339,15 @@ def test_a_sample_without_captions() -> None:
 def test_impossible_settings(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CaptionSampling(**options)
+
+
+def test_one_usable_caption_is_enough(make_shard: Callable[..., Path]) -> None:
+    """A damaged KEY.txt costs no sample that has another of the captions asked for."""
+    good = json.dumps({"recaption": "a cat"}).encode()
+    members = [("0.jpg", jpeg()), ("0.txt", b"\xff"), ("0.json", good)]
+    shard = make_shard("a.tar", [*members, ("1.jpg", jpeg()), ("1.txt", b"\xff")])
+    options = DataOptions(captions="txt=1,recaption=3")
+    source = open_source(str(shard), options, split="train")
+    assert source.read(0, 0).texts == ("a cat",)
+    with pytest.raises(UnreadableSample):
+        source.read(0, 1)

@@ -5,7 +5,7 @@ import hashlib
 import json
 import pickle
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
 
@@ -18,10 +18,10 @@ from fastclip.cli import main
 from fastclip.data.convert import CIFAR10_TEMPLATES, convert_cifar10
 from fastclip.data.editing import Journal, ShardEditor
 from fastclip.data.options import DataOptions
-from fastclip.data.samples import UnreadableSample, decode_image
+from fastclip.data.samples import Sample, UnreadableSample, decode_image
 from fastclip.data.shards import ShardSource
 from fastclip.data.tables import open_coco
-from fastclip.data.writing import add_sizes
+from fastclip.data.writing import add_sizes, write_shards
 from tests.conftest import jpeg
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -314,3 +314,22 @@ def test_each_format_has_its_own_options(capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit) as stop:
         main(["convert", "cifar10", "a", "b", "--csv-img-key", "x"])
     assert stop.value.code == 2
+
+
+def test_a_shard_has_its_name_once_it_is_whole(tmp_path: Path) -> None:
+    """What an interrupted conversion leaves is whole shards, and their counts."""
+
+    def samples(count: int) -> Iterator[Sample]:
+        for number in range(5):
+            if number == count:
+                raise KeyboardInterrupt
+            yield Sample(f"{number}", Image.new("RGB", (8, 8)), ("a",))
+
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(samples(3), tmp_path, "train", 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sizes.json", "train-00000.tar"]
+    assert json.loads((tmp_path / "sizes.json").read_text()) == {"train-00000.tar": 2}
+    with pytest.raises(FileExistsError, match=r"train-00000\.tar exists"):
+        write_shards(samples(9), tmp_path, "train", 2)
+    (tmp_path / "train-00000.tar").unlink()
+    assert write_shards(samples(9), tmp_path, "train", 2) == [2, 2, 1]

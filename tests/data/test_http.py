@@ -309,3 +309,11 @@ def test_a_redirect_leads_to_http_alone(server: str, tmp_path: Path) -> None:
         with pytest.raises(FetchError, match=r"a\.tar .*(redirect|not allowed)"):
             ShardSource(server + "a.tar", cache=ShardCache(tmp_path))
     assert kept(tmp_path) == []
+
+
+def test_names_with_blanks_and_other_letters(server: str, tmp_path: Path) -> None:
+    Handler.answers["/my%20data/%E3%83%87%231.tar"] = body(TAR)
+    for name in ("my data/デ%231.tar", "my%20data/%E3%83%87%231.tar"):
+        assert ShardSource(server + name, cache=ShardCache(tmp_path / name[:3])).counts == (4,)
+    with pytest.raises(FetchError, match="write %23"):
+        ShardSource(server + "a#1.tar", cache=ShardCache(tmp_path))

@@ -115,3 +115,15 @@ def test_a_digest_is_of_what_is_read(tmp_path: Path) -> None:
     before = opened(table).digest()
     table.write_text("filepath,title\na.jpg,two\n")
     assert opened(table).digest() == before
+
+
+def test_folders_that_are_links_are_read_and_none_twice(tmp_path: Path) -> None:
+    """As a part of ImageNet is often made; one leads back."""
+    put(tmp_path / "elsewhere", "cat/a.jpg", "dog/b.jpg")
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("cat", "dog"):
+        (data / name).symlink_to(tmp_path / "elsewhere" / name)
+    (tmp_path / "elsewhere" / "dog" / "back").symlink_to(data)
+    found = samples(opened(data))
+    assert [sample.key for sample in found] == ["cat/a.jpg", "dog/b.jpg"]

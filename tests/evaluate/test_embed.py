@@ -3,7 +3,8 @@
 import json
 import re
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from PIL import Image
 
 import fastclip
 from fastclip.cli import main
+from fastclip.data.index import Fault
 from fastclip.data.shards import ShardSource
 from fastclip.evaluate import embed
 from fastclip.train.config import parse
@@ -189,3 +191,34 @@ def test_modes_of_submodules_are_restored() -> None:
     with evaluating(model):
         assert not any(module.training for module in model.modules())
     assert [module.training for module in model.modules()] == [True, True, False]
+
+
+@pytest.mark.parametrize("damage", ["shorter", "of other rows"])
+def test_a_damaged_file_is_begun_again(damage: str, tmp_path: Path) -> None:
+    rows = torch.arange(12.0).reshape(6, 2)
+
+    def batches(start: int, stop: int = 6) -> Iterator[tuple[int, torch.Tensor]]:
+        for first in range(start, stop, 2):
+            if first == 4 and stop == 5:
+                raise KeyboardInterrupt
+            yield first, rows[first : first + 2]
+
+    work = embed.Embedding(tmp_path / "a.npy", 6, {})
+    work.faults.add([Fault("shard not fetched", "s3://a/0.tar")])
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(embed, "SAVE_EVERY_BATCHES", 1)
+        work.run(partial(batches, stop=5), progress=False)
+    again = embed.Embedding(tmp_path / "a.npy", 6, {})
+    assert again.done() == 4
+    whole = again.partial.read_bytes()
+    if damage == "shorter":
+        again.partial.write_bytes(whole[:-4])
+    else:
+        np.save(tmp_path / "b.npy", np.zeros((5, 2), np.float32))
+        (tmp_path / "b.npy").rename(again.partial)
+    assert again.done() == 0
+    again.partial.write_bytes(whole)
+    # what went wrong before is remembered
+    again.run(batches, progress=False)
+    assert again.faults.counts == {"shard not fetched": 1}
+    assert np.array_equal(np.load(tmp_path / "a.npy"), rows.numpy())

@@ -305,3 +305,16 @@ def test_a_linear_probe_is_not_tested_on_what_it_was_trained_on(
     flags = ["--data", str(wds), "--train-data", str(wds), "--train-split", "test", *opened]
     assert main(["eval", "linear-probe", *flags]) == 1
     assert "--train-data is --data" in capsys.readouterr().err
+
+
+def test_labels_of_both_sides_of_a_probe_are_of_the_same_classes(
+    tmp_path: Path, opened: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Folders are numbered by their names: without one, all that follow have other numbers."""
+    for place, classes in (("train", ("cat", "cow", "dog")), ("test", ("cat", "dog"))):
+        for name in classes:
+            (tmp_path / place / name).mkdir(parents=True)
+            (tmp_path / place / name / "0.jpg").write_bytes(jpeg())
+    flags = ["--train-data", str(tmp_path / "train"), "--data", str(tmp_path / "test"), *opened]
+    assert main(["eval", "linear-probe", *flags]) == 1
+    assert "their labels mean other classes" in capsys.readouterr().err

@@ -68,6 +68,7 @@ class Zeroshot(DataEvaluation):
                 f"--held-out is --data, {self.data}: choose the weight on other data than "
                 "the test data"
             )
+        _require_same_classes(self.data, self.held_out, self.options.dataset_type)
         images = self.embed(model, self.held_out)
         precision = self.precision
         found = accuracy_by_head_weight(model, images, classes, templates, precision=precision)
@@ -101,9 +102,22 @@ class Zeroshot(DataEvaluation):
         return classes, templates
 
     def _beside(self) -> tuple[list[str], list[str]] | None:
-        if is_wds(self.data):
-            return wds_classes(self.data)
-        return classes_of(self.data, self.options.dataset_type)
+        return _classes(self.data, self.options.dataset_type)
+
+
+def _classes(data: str, dataset_type: str) -> tuple[list[str], list[str]] | None:
+    """Names and templates that come with data, if any do."""
+    return wds_classes(data) if is_wds(data) else classes_of(data, dataset_type)
+
+
+def _require_same_classes(data: str, other: str, dataset_type: str) -> None:
+    """Labels are numbers: in both they must be of the same classes in the same order."""
+    names, others = (_classes(one, dataset_type) for one in (data, other))
+    if names and others and names[0] != others[0]:
+        raise ValueError(
+            f"{other} has the classes {', '.join(others[0][:3])}, ... ({len(others[0])}), {data} "
+            f"{', '.join(names[0][:3])}, ... ({len(names[0])}): their labels mean other classes"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,5 +152,6 @@ class LinearProbe(DataEvaluation):
             )
         from fastclip.evaluate.linear_probe import linear_probe
 
+        _require_same_classes(self.data, self.train_data, self.options.dataset_type)
         train = self.embed(model, self.train_data, self.train_split)
         return linear_probe(train, self.embed(model, self.data), seed=self.seed)
