@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fastclip.atomic import create, flush, partial_of, publish, writing
+from fastclip.atomic import writing
 from fastclip.data.editing import ShardEditor
 from fastclip.data.faults import FaultLog
+from fastclip.data.index import Fault
 from fastclip.data.remote import ShardCache
 from fastclip.data.samples import UnreadableSample
 from fastclip.data.shards import expand_shards, open_shard
@@ -86,10 +87,11 @@ def corrupt_shards(
         number: of samples, the first ones; None for all.
 
     Returns:
-        The number of samples in each shard by its name, and what could not be read.
+        The number of samples in each shard by its name, and what was left out: images that could
+        not be read, or are smaller than 32 pixels.
 
     Raises:
-        ValueError: a kind or the severity is unknown, an image is too small, a key occurs twice, or
+        ValueError: a kind or the severity is unknown, no image can be used, a key occurs twice, or
             the library is not installed.
         FileExistsError: there is such a shard; nothing is overwritten.
         FileNotFoundError: a shard does not exist.
@@ -114,12 +116,12 @@ def corrupt_shards(
     counts = {}
     for kind, path in paths.items():
         with (
-            create(partial_of(path)) as out,
+            writing(path) as out,
             tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar,
         ):
             counts[path.name] = _write_corrupted(tar, names, kind, severity, number, faults)
-        flush(partial_of(path))
-        publish(path)
+            if not counts[path.name]:
+                raise ValueError(f"no image of {shards} can be corrupted: {faults.summary()}")
         add_sizes(target, {path.name: counts[path.name]})
     return counts, faults
 
@@ -148,6 +150,9 @@ def _write_corrupted(
                     )
                 try:
                     image = shard.image(key)
+                    if min(image.size) < LEAST_SIDE:
+                        size = f"{image.width} x {image.height}, at least {LEAST_SIDE} pixels"
+                        raise UnreadableSample(Fault("small image", f"{name}:{key}", size))
                 except UnreadableSample as error:
                     faults.add([error.fault])
                     continue

@@ -22,7 +22,7 @@ from fastclip.data.captions import CaptionSampling
 from fastclip.data.index import Fault
 from fastclip.data.jpeg import decode_pixels, portable, trim
 from fastclip.data.labels import LabelSource
-from fastclip.data.order import Order, hash64
+from fastclip.data.order import DEFAULT_WINDOW, Order, hash64
 from fastclip.data.samples import (
     FEATURE_MEMBERS,
     Sample,
@@ -139,11 +139,23 @@ class TrainingSamples(Dataset[dict[str, Any]]):
                 return {**prepared, **texts, "faults": faults}
             except UnreadableSample as error:
                 faults.append(error.fault)
-            candidate = hash64(self.order.seed, epoch, position, 3, attempt) % len(self.order)
+            candidate = self._replacement(epoch, position, attempt)
         raise ValueError(
             f"{REPLACEMENT_ATTEMPTS} samples in a row could not be read, the last: {faults[-1]}; "
             "the data is damaged beyond skipping"
         )
+
+    def _replacement(self, epoch: int, position: int, attempt: int) -> int:
+        """The position whose sample is tried next: near, as those shards are in use anyway.
+
+        Later attempts go anywhere: all that is near may be unreadable.
+        """
+        order, drawn = self.order, hash64(self.order.seed, epoch, position, 3, attempt)
+        window = order.window or DEFAULT_WINDOW
+        if attempt >= REPLACEMENT_ATTEMPTS // 2:
+            return drawn % len(order)
+        first = position - position % window
+        return first + drawn % min(window, len(order) - first)
 
     def _texts(self, sample: Sample, rng: random.Random) -> dict[str, Any]:
         """What a batch has of the sample's texts."""

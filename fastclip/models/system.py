@@ -134,7 +134,8 @@ class Criterion(nn.Module):
             features: what `System.features` gave, of all micro-batches.
             targets: what `targets` of the teacher's criterion gave, where there is a teacher.
             exchange: `dist`, `backend` of `fastclip.functional`. With `dist` the rows of all ranks
-                are one batch, every rank returns its loss, and gradients are W times its own.
+                are one batch, and every rank returns its loss. A rank's gradient is W times its
+                part, so that their average is the batch's.
         """
         raise NotImplementedError
 

@@ -147,10 +147,18 @@ def test_wrong_options(
         corrupt_shards(str(make_shard()), tmp_path / "out", **options)
 
 
-def test_small_images_are_an_error(make_shard: Callable[..., Path], tmp_path: Path) -> None:
-    shard = make_shard(members=[("a.jpg", jpeg(size=31))])
+def test_small_images_are_left_out(make_shard: Callable[..., Path], tmp_path: Path) -> None:
+    small, large = [("a.jpg", jpeg(size=31))], [("b.jpg", jpeg(size=32))]
     with pytest.raises(ValueError, match="a is 31 x 31: corruptions are made for sides of 32"):
-        corrupt_shards(str(shard), tmp_path / "out", ("contrast",))
+        corrupt_image(Image.new("RGB", (31, 31)), "contrast", 3, "a")
+    counts, faults = corrupt_shards(
+        str(make_shard("both.tar", [*small, *large])), tmp_path / "out", ("contrast",)
+    )
+    assert counts == {"contrast-3.tar": 1} and faults.counts == {"small image": 1}
+    # and nothing is begun without a single one
+    with pytest.raises(ValueError, match="can be corrupted: 1 small image"):
+        corrupt_shards(str(make_shard("small.tar", small)), tmp_path / "none", ("contrast",))
+    assert list((tmp_path / "none").iterdir()) == []
 
 
 def test_keys_that_come_twice_are_an_error(make_shard: Callable[..., Path], tmp_path: Path) -> None:
