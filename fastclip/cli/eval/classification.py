@@ -6,6 +6,7 @@ from typing import Any
 
 from fastclip.cli.eval.flags import DataEvaluation
 from fastclip.cli.model_flags import set_head_weight
+from fastclip.data.remote import is_remote
 from fastclip.data.templates import DEFAULT_TEMPLATES, read_lines
 from fastclip.evaluate.interpolation import (
     accuracy_by_head_weight,
@@ -91,6 +92,8 @@ class Zeroshot(DataEvaluation):
         """Class names and templates: the flags', or else the data's."""
         beside = self._beside()
         if self.classes is None and beside is None:
+            if is_remote(self.data):
+                raise ValueError("class names beside remote data are not read; give --classes FILE")
             raise ValueError(
                 f"no class names: give --classes FILE, or put classes.txt beside {self.data}"
             )
