@@ -4,8 +4,8 @@
 NVIDIA GPU and nothing but Python, torch and its triton; baselines that are installed as well take
 part. Stages are losses, small, attention, train-step and data: each a few parts, every part in a
 process of its own that is ended when its time is up: one that crashes or hangs costs no other. What
-a part found is in DIR after every row. DIR/lab.tar.gz has everything; the last lines are a short
-table.
+a part found is in DIR after every row. DIR/lab.tar.gz, or --archive, has everything after every
+part; the last lines are a short table.
 """
 
 import argparse
@@ -296,14 +296,22 @@ def part_command(part: Part, output: Path, seconds: float, quick: bool) -> list[
     return command + ["--quick"] * quick
 
 
+# What a part has started ends with it. Not a session of its own, which what ends a command that
+# took too long would not reach.
+_OWN_GROUP: dict[str, Any] = (
+    {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
+)
+
+
 def run_stage(
     stage: str,
     output: Path,
     budget: float,
     quick: bool = False,
     command: Callable[[Part, Path, float, bool], Sequence[str]] = part_command,
+    archive: Path | None = None,
 ) -> dict[str, str]:
-    """Run a stage's parts in turn and pack what they left.
+    """Run a stage's parts in turn, and pack what they left after each.
 
     Args:
         stage: a key of `STAGES`.
@@ -311,6 +319,7 @@ def run_stage(
         budget: seconds in which the stage ends.
         quick: few cases and small sizes.
         command: makes the command line of a part's process.
+        archive: what is packed; by default `lab.tar.gz` in the folder.
 
     Returns:
         The status of each part: "ok", "wrong", "failed", "ran out of time" or "left out".
@@ -324,13 +333,12 @@ def run_stage(
             continue
         print(f"== {part.name}, at most {seconds:.0f} s", flush=True)
         with (output / f"{part.name}.log").open("w") as log:
-            # a group of its own: what a part has started ends with it
             process = subprocess.Popen(
                 # a part that keeps its time ends by itself before it is ended
                 command(part, output, 0.9 * seconds, quick),
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
+                **_OWN_GROUP,
             )
             try:
                 status = process.wait(timeout=seconds)
@@ -341,9 +349,15 @@ def run_stage(
             finally:
                 _end(process)
         print(f"   {statuses[part.name]}", flush=True)
-    (output / "stage.json").write_text(json.dumps({stage: statuses}, indent=1) + "\n")
-    pack(output)
+        # each time: the session may be ended from outside
+        _note(statuses, stage, output, archive)
+    _note(statuses, stage, output, archive)
     return statuses
+
+
+def _note(statuses: dict[str, str], stage: str, output: Path, archive: Path | None) -> None:
+    (output / "stage.json").write_text(json.dumps({stage: statuses}, indent=1) + "\n")
+    pack(output, archive)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -353,13 +367,15 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def pack(output: Path) -> Path:
-    """Put all JSON files and logs of a folder into its lab.tar.gz."""
-    archive = output / "lab.tar.gz"
-    with tarfile.open(archive, "w:gz") as tar:
+def pack(output: Path, archive: Path | None = None) -> Path:
+    """Put all JSON files and logs of a folder into an archive, by default its lab.tar.gz."""
+    archive = archive or output / "lab.tar.gz"
+    partial = archive.with_name(f".{archive.name}")
+    with tarfile.open(partial, "w:gz") as tar:
         for file in sorted(output.iterdir()):
             if file.suffix in (".json", ".log", ".txt"):
                 tar.add(file, arcname=file.name)
+    partial.rename(archive)
     return archive
 
 
@@ -367,6 +383,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a stage; exit status 1 where an implementation is wrong or a part failed."""
     parser = argparse.ArgumentParser(prog="gpu_lab", description=__doc__)
     parser.add_argument("--output", type=Path, help="folder for results and logs")
+    parser.add_argument("--archive", type=Path, help="packed results, by default in --output")
     parser.add_argument("--stage", choices=list(STAGES), default="losses")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for the stage")
     parser.add_argument("--quick", action="store_true", help="few cases and small sizes")
@@ -388,7 +405,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     environment = {**records.environment("cuda"), "clocks": gpu_clocks()}
     (options.output / "environment.json").write_text(json.dumps(environment) + "\n")
     print(json.dumps(environment))
-    statuses = run_stage(options.stage, options.output, options.budget, options.quick)
+    # so that the part under way ends too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    statuses = run_stage(
+        options.stage, options.output, options.budget, options.quick, archive=options.archive
+    )
     last = options.output / f"{list(statuses)[-1]}.log"
     print("\n".join((last.read_text() if last.exists() else "").splitlines()[-40:]))
     return 0 if set(statuses.values()) == {"ok"} else 1

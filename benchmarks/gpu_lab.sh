@@ -1,6 +1,6 @@
 #!/bin/sh
 # One session on a GPU, in seven minutes: see benchmarks/gpu_lab.py.
-#   benchmarks/gpu_lab.sh --output DIR [--stage STAGE] [--budget SECONDS] [--quick]
+#   benchmarks/gpu_lab.sh --output DIR [--archive FILE] [--stage STAGE] [--budget SECONDS] [--quick]
 # Needs a Python with torch and triton, and a C compiler (Triton builds its launcher); nothing is
 # installed. PYTHON names another interpreter.
 set -eu

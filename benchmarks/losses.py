@@ -46,7 +46,8 @@ def run(
     for name in names:
         try:
             found = quick_check(OPERATORS[name], settings)
-        except RuntimeError as error:
+        # what compiles has errors of its own
+        except Exception as error:
             logger.error(f"{name} fails its quick check: {error}")
             wrong.append(name)
             continue
@@ -59,7 +60,12 @@ def run(
                 if seconds is not None and time.monotonic() - started > seconds:
                     print(f"{name} n = {n:,} D = {width:,} left out: out of time", flush=True)
                     continue
-                measured = measure(OPERATORS[name], n, width, settings)
+                try:
+                    measured = measure(OPERATORS[name], n, width, settings)
+                except Exception as error:
+                    logger.error(f"{name} at n = {n} could not be measured: {error}")
+                    wrong.append(name)
+                    continue
                 rows += measured
                 add(measured)
                 ours = measured[0]

@@ -36,6 +36,16 @@ def test_every_stage(stage: str, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "stage.json").read_text()) == {stage: statuses}
 
 
+def test_what_was_found_is_packed_after_every_part(tmp_path: Path) -> None:
+    """Whoever ends the session loses one part."""
+    archive, output = tmp_path / "back.tar.gz", tmp_path / "lab"
+    output.mkdir()
+    looks = f"import tarfile; assert 'ceilings.json' in tarfile.open({str(archive)!r}).getnames()"
+    statuses = run_stage("losses", output, 60.0, command=commands(tilings=looks), archive=archive)
+    assert statuses["tilings"] == "ok" and not (output / "lab.tar.gz").exists()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
 def test_a_part_that_fails_costs_no_other(tmp_path: Path) -> None:
     codes = {"ceilings": "os.abort()", "tilings": "1 / 0", "check": "sys.exit(1)"}
     statuses = run_stage("losses", tmp_path, 60.0, command=commands(**codes))
