@@ -191,6 +191,9 @@ def architecture(device: torch.device) -> str:
     name = true_architecture(device)
     if name in tilings():
         return name
+    if name.startswith("sm_10"):
+        # a B300's are a B200's
+        return "sm_100"
     # consumer parts have a third less shared memory; sm_80's entries that fit are "small"
     properties: Any = torch.cuda.get_device_properties(device)  # torch's stub lacks the field
     shared: int = properties.shared_memory_per_block_optin

@@ -147,7 +147,9 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, voi
         arguments...);
     const cudaError_t error = cudaGetLastError();
     if (error != cudaSuccess)
-        throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error));
+        // it may be an earlier one's, which is only now known
+        throw std::runtime_error(std::string(name) + " or an earlier kernel: " +
+                                 cudaGetErrorString(error) + "; CUDA_LAUNCH_BLOCKING=1 says which");
 #endif
 }
 

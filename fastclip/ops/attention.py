@@ -186,8 +186,8 @@ class _Options(NamedTuple):
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, **options: Any) -> Any:
-    q, k, v = _readable(q, k, v)
     out = _like(q)
+    q, k, v = _readable(q, k, v)
     return out, _write_output(q, k, v, out, lengths, _Options(**options))
 
 
@@ -207,9 +207,11 @@ def _gradient(
 
 def _packed_forward(qkv: Tensor, lengths: Tensor | None, **options: Any) -> Any:
     q, k, v = _unpacked(_readable(qkv)[0])
-    out = _like(q)
-    lse = _write_output(q, k, v, out, lengths, _Options(**options))
-    return out.transpose(1, 2), lse
+    b, h, s, d = q.shape
+    # contiguous, however heads and tokens lie in `qkv`
+    out = qkv.new_empty((b, s, h, d))
+    lse = _write_output(q, k, v, out.transpose(1, 2), lengths, _Options(**options))
+    return out, lse
 
 
 def _packed_fake(inputs: Tensors, options: _Options) -> list[Tensor]:
@@ -289,7 +291,7 @@ def _like(t: Tensor) -> Tensor:
 
 
 def _as_int(lengths: Tensor | None) -> Tensor | None:
-    return None if lengths is None else lengths.to(torch.int32)
+    return None if lengths is None else lengths.to(torch.int32).contiguous()
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:

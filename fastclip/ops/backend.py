@@ -4,9 +4,10 @@ import functools
 import importlib.util
 import os
 import shutil
+import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
@@ -39,8 +40,18 @@ def _is_installed(module: str) -> bool:
 
 
 @functools.cache
-def _compiler() -> bool:
-    return "CC" in os.environ or any(map(shutil.which, ("cc", "gcc", "clang")))
+def _build_reason() -> str | None:
+    """Why Triton cannot build its launcher here, which it does at the first call."""
+    compilers = (os.environ["CC"],) if "CC" in os.environ else ("cc", "gcc", "clang")
+    if not any(map(shutil.which, compilers)):
+        return "Triton builds its launcher with a C compiler: install gcc or clang, or set CC"
+    scheme = sysconfig.get_default_scheme()
+    # as Triton does where Debian has a scheme of its own
+    scheme = "posix_prefix" if scheme == "posix_local" else scheme
+    headers = Path(sysconfig.get_paths(scheme=scheme)["include"])
+    if not (headers / "Python.h").is_file():
+        return f"Triton's launcher needs Python.h, which {headers} lacks: install python3-dev"
+    return None
 
 
 def _triton_unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -49,10 +60,8 @@ def _triton_unavailable_reason(device: torch.device, dtype: torch.dtype) -> str 
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device.type != "cuda" and not interpreted:
         return f"it runs on CUDA devices, the features are on {device.type}"
-    if not interpreted and not _compiler():
-        return "Triton builds its launcher with a C compiler: install gcc or clang, or set CC"
     reason = _gpu_unavailable_reason(device, dtype)
-    return reason or (None if interpreted else _old_triton(device))
+    return reason or (None if interpreted else _build_reason() or _old_triton(device))
 
 
 @functools.cache
@@ -60,7 +69,9 @@ def _old_triton(device: torch.device) -> str | None:
     """Why an older Triton does not serve a B200; by what `compile_report --triton` found."""
     if torch.cuda.get_device_capability(device)[0] != 10:
         return None
-    installed = version("triton")
+    # not by the distribution, which has other names elsewhere
+    from triton import __version__ as installed
+
     if tuple(int(number) for number in installed.split(".")[:2]) >= (3, 8):
         return None
     return (

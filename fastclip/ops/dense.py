@@ -307,6 +307,9 @@ def _small_batch_backend(request: Request, x: Tensor, others: Sequence[Tensor] =
             return None
         if y.shape[1] != width or y.dtype != dtype:
             return None
+    # kernels count the features' entries in 32 bits
+    if any(one.shape[0] * max(width, one.stride(0)) > MOST_ENTRIES for one in (x, *others)):
+        return None
     return implementation(device, dtype)
 
 
@@ -387,9 +390,12 @@ def _table(value: Tensor | float, domains: int, like: Tensor, chosen: str) -> _T
     return _Table(0.0, value.contiguous(), width)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=4096)
 def _filled(rows: tuple[tuple[float, ...], ...], device: torch.device) -> Tensor:
-    """A table of numbers: a copy to a device once and not in every step."""
+    """A table of numbers: a copy to a device once and not in every step.
+
+    As many as nobody has, since a captured graph reads where its table was.
+    """
     return torch.tensor(rows, dtype=torch.float32, device=device)
 
 
