@@ -95,6 +95,8 @@ class ShardSource:
         counts: samples in each shard as declared by `sizes.json` or `_stats.json` beside it, or
             else counted now. A declared count may prove too high when the shard is read.
         parts: number of shards of each pattern joined by '::'.
+        window: samples that are read in any order; the places in the shards, 0.6 kB a sample, are
+            kept of two windows, and of 131,072 samples at least.
 
     Raises:
         ValueError: there is no readable sample at all; the message lists the faults found.
@@ -118,6 +120,7 @@ class ShardSource:
         self._reader = SampleReader(required, captions, optional_texts, features)
         self.cache = cache or ShardCache()
         self.counts: tuple[int, ...] = ()
+        self.window = DEFAULT_WINDOW
         self._by_row = by_row
         self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
         self._indexed = 0
@@ -203,7 +206,8 @@ class ShardSource:
                 self._faults.append(more)
         self._indexes[shard] = index
         self._indexed += len(index.samples)
-        while self._indexed > INDEX_CACHE_SAMPLES and len(self._indexes) > 1:
+        room = max(INDEX_CACHE_SAMPLES, 2 * self.window)
+        while self._indexed > room and len(self._indexes) > 1:
             _, oldest = self._indexes.popitem(last=False)
             self._indexed -= len(oldest.samples)
         declared = self.counts[shard] if self.counts else None

@@ -12,6 +12,7 @@ from fastclip.data.captions import CaptionSampling
 from fastclip.data.labels import LabelSource
 from fastclip.data.loader import TrainingLoader
 from fastclip.data.order import Order
+from fastclip.data.shards import ShardSource
 from fastclip.data.sources import open_source, shard_weights
 from fastclip.data.text_augment import TextAugmentation
 from fastclip.data.training_samples import TrainingSamples
@@ -48,6 +49,8 @@ def build_loader(
         features=config.loss.distill_shards,
         by_row=config.loss.distill_embeddings is not None,
     )
+    if isinstance(source, ShardSource):
+        source.window = data.shuffle_window
     weights = shard_weights(source, data.train_data_upsampling_factors)
     order = Order(source.counts, config.optim.seed, data.shuffle_window, weights)
     if world.is_first and (data.train_num_samples or 0) > len(order):

@@ -289,3 +289,29 @@ def test_a_pipe_in_the_place_of_a_shard_is_not_waited_for(
     os.mkfifo(path)
     with pytest.raises(UnreadableSample, match=r"shard not readable: .*a\.tar"):
         source.read(0, 0)
+
+
+@pytest.mark.parametrize(("window", "kept"), [(1, 2), (6, 4)])
+def test_places_are_kept_of_what_is_shuffled_together(
+    window: int, kept: int, make_shard: MakeShard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shard that is read again has not to be walked through again."""
+    for number in range(4):
+        make_shard(f"{number}.tar", samples=3)
+    monkeypatch.setattr(shards, "INDEX_CACHE_SAMPLES", 6)
+    source = ShardSource(f"{tmp_path}/{{0..3}}.tar")
+    source.window = window
+    walked: list[str] = []
+    walk = shards.index_file
+
+    def noted(file, name, required):
+        walked.append(name)
+        return walk(file, name, required)
+
+    monkeypatch.setattr(shards, "index_file", noted)
+    for shard in (0, 1, 2, 3, *range(4 - kept, 4)):
+        source.read(shard, 0)
+    before = len(walked)
+    for shard in range(4 - kept, 4):
+        source.read(shard, 1)
+    assert len(walked) == before
