@@ -297,8 +297,8 @@ def test_where_triton_cannot_run_it_is_chosen(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     gpu = torch.device("cuda")
     for operator in ("similarity", "symmetric", "sigmoid"):
-        for compiler, wanted in ((True, "triton"), (False, "cuda")):
-            monkeypatch.setattr(backend, "_compiler", lambda found=compiler: found)
+        for reason, wanted in ((None, "triton"), ("no compiler", "cuda")):
+            monkeypatch.setattr(backend, "_build_reason", lambda found=reason: found)
             assert backend.choose(operator, "auto", gpu, torch.bfloat16) == wanted
         assert backend.choose(operator, "auto", gpu, torch.float64) == "torch"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))

@@ -148,8 +148,9 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, voi
     const cudaError_t error = cudaGetLastError();
     if (error != cudaSuccess)
         // it may be an earlier one's, which is only now known
-        throw std::runtime_error(std::string(name) + " or an earlier kernel: " +
-                                 cudaGetErrorString(error) + "; CUDA_LAUNCH_BLOCKING=1 says which");
+        throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error) +
+                                 "; an earlier kernel may have failed: CUDA_LAUNCH_BLOCKING=1 "
+                                 "says which");
 #endif
 }
 

@@ -348,7 +348,7 @@ def test_bench_refuses_sizes_that_make_no_blocks(capsys: pytest.CaptureFixture[s
     assert main(["bench", "losses", "--n", "64", "66"]) == 1
     assert "--n is 64 66; give multiples of 4" in capsys.readouterr().err
     assert main(["bench", "losses", "--keep-bytes", "-1"]) == 1
-    assert "keep_bytes is -1; give a number of bytes" in capsys.readouterr().err
+    assert "keep_bytes is -1; give a whole number of bytes" in capsys.readouterr().err
 
 
 def test_a_mistyped_flag_is_answered_before_torchs_compiler_is_loaded() -> None:

@@ -267,7 +267,7 @@ def test_what_kernels_keep_costs_a_rounding(name: str, dtype: torch.dtype) -> No
 @pytest.mark.parametrize("run", LOSSES.values(), ids=LOSSES)
 def test_a_budget_is_not_negative(run: Any) -> None:
     case = run.make(8, 4, 9.0, 0.3, seed=1)
-    with pytest.raises(ValueError, match=r"keep_bytes is -1; give a number of bytes"):
+    with pytest.raises(ValueError, match=r"keep_bytes is -1; give a whole number of bytes"):
         run.run(case.leaves, case.static, keep_bytes=-1)
 
 

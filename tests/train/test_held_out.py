@@ -164,7 +164,7 @@ def test_imagenet_folders_have_its_names(
         ("--zeroshot-data {}/shard-00000.tar", "put classes.txt beside it"),
         ("--zeroshot-data scenes --objective simclr --strong-scale 0.5 1", "simclr has no"),
         ("--retrieval-data scenes --objective classify", "a classifier has no texts"),
-        ("--zeroshot-frequency 0", "--zeroshot-frequency is 0; give at least 1"),
+        ("--zeroshot-frequency -1", "--zeroshot-frequency is -1; give at least 1"),
     ],
 )
 def test_what_cannot_be_used_is_said_before_training(

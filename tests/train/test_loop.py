@@ -172,7 +172,6 @@ def test_an_existing_run_is_not_overwritten(
 @pytest.mark.parametrize(
     ("flag", "value", "before"),
     [
-        ("--optimizer", "apex-lamb", "adamw"),
         ("--attention", "reference", "tower"),
         ("--layer-norm", "apex", "torch"),
         ("--grad-checkpointing", "True", "False"),
