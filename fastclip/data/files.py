@@ -125,10 +125,11 @@ class ImageFiles(ABC):
                 f"{self.name}: {first} is a URL; fetch the images first, e.g. with img2dataset, "
                 "whose tars can be trained on as they are"
             )
-        places = ", then ".join(str(root.absolute()) for root in self.roots)
+        places = ", then ".join(dict.fromkeys(str(root.absolute()) for root in self.roots))
         raise FileNotFoundError(
             f"{self.name}: none of {len(chosen)} images looked for exists, the first {first!r}; "
-            f"relative paths were tried in {places}; give --image-root or fix the paths"
+            f"relative paths were tried in {places}; give --image-root (--val-image-root for "
+            "--val-data) or fix the paths"
         )
 
     def _find(self, path: str) -> Path | None:

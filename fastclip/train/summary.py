@@ -46,9 +46,10 @@ def summary(
     names = {name: None for line in metrics for name in line if name.startswith(EVALUATED)}
     scores = [_best_and_last(metrics, name) for name in names if "chance" not in name]
     saved = max(checkpoint.named(state.checkpoints, ""), key=checkpoint.step_of, default=None)
-    files = f"{state.folder}: loss.png, metrics.jsonl" + (
-        f", {saved.relative_to(state.folder)}" if saved else ""
-    )
+    # of a single step there is no plot
+    written = [name for name in ("loss.png", "metrics.jsonl") if (state.folder / name).exists()]
+    written += [str(saved.relative_to(state.folder))] if saved else []
+    files = f"{state.folder}: {', '.join(written)}"
     return [
         *(line for name, text in lines.items() for line in labeled(name, text)),
         *(line for i, score in enumerate(scores) for line in labeled("" if i else "scores", score)),
