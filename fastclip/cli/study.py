@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar
 import tyro
 
 from fastclip.command_line import parse_flags
+from fastclip.flags import check_positive
 from fastclip.screen import on_screen
 from fastclip.study import captions, cifar10, global_loss, recipe, robustness, systems, uniclip
 from fastclip.study.question import Question, Settings, answer
@@ -142,7 +143,7 @@ class Cifar10:
 
     def run(self) -> None:
         """Compare; prints the report."""
-        _check(seeds=self.seeds, minutes=self.minutes)
+        check_positive(self, "seeds", "minutes")
         flags = shlex.split(self.flags)
         found = cifar10.study(self.data, self.output, self.minutes, self.seeds, flags)
         print(on_screen(found))
@@ -166,17 +167,11 @@ class Global:
 
     def run(self) -> None:
         """Compare; prints the report."""
-        _check(seeds=self.seeds, epochs=self.epochs)
+        check_positive(self, "seeds", "epochs")
         flags = shlex.split(self.flags)
         found = global_loss.study(self.data, self.output, self.epochs, self.seeds, flags)
         print(on_screen(found))
         print(f"written to {self.output}")
-
-
-def _check(**counts: float) -> None:
-    for name, count in counts.items():
-        if count <= 0:
-            raise ValueError(f"--{name} is {count}; give a positive number")
 
 
 Study = (

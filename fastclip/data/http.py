@@ -70,7 +70,7 @@ def copy(url: str, target: BinaryIO, limit: int) -> None:
         raise OSError(f"{written:,} of {size:,} bytes arrived")
 
 
-def quoted(part: str) -> str:
+def _quoted(part: str) -> str:
     """A path or query as HTTP sends it."""
     return urllib.parse.quote(part, safe="/%:@!$&'()*+,;=~?-._")
 
@@ -83,7 +83,7 @@ def _answer(url: str) -> Iterator[tuple[HTTPResponse, int | None]]:
     if parts.fragment:
         raise OSError("a URL ends before its '#'; write %23 for it in a name")
     # spaces and letters beyond ASCII; what is quoted already stays
-    sent = parts._replace(netloc=host, path=quoted(parts.path), query=quoted(parts.query))
+    sent = parts._replace(netloc=host, path=_quoted(parts.path), query=_quoted(parts.query))
     request = urllib.request.Request(sent.geturl())
     # packed on the way, a small file could become a large one
     request.add_header("Accept-Encoding", "identity")

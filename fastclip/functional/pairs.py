@@ -362,10 +362,6 @@ def info_nce_loss(
     if positive_index is not None and row_group is not None:
         raise ValueError("positive_index and groups are not for one call; leave out one of them")
     all_keys = keys if bank is None else _with_bank(keys, bank, dist)
-    if bank is not None and positive_index is not None:
-        # the bank's rows are negatives
-        checks.check_ids("positive_index", positive_index, query.shape[0], query.device)
-        checks.check_index("positive_index", positive_index, keys.shape[0])
     positives = _positives(group_role, query, all_keys, row_group, column_group)
     if positives is not None:
         row_group = column_group = None
@@ -395,6 +391,10 @@ def info_nce_loss(
         return loss
     ranks = ranks_sharing(dist, group, sizes, query)
     own = keys.shape[0]
+    if bank is not None and positive_index is not None and loss is None:
+        # the operator takes the bank's rows for columns too, and they are negatives
+        checks.check_ids("positive_index", positive_index, query.shape[0], query.device)
+        checks.check_index("positive_index", positive_index, own)
     if positive_index is None and query.shape[0] > own:
         raise ValueError(f"{query.shape[0]} queries but only {own} keys; give positive_index")
     above = None

@@ -351,7 +351,8 @@ def _weighted(
 class _ScaleGradientOnce(torch.autograd.Function):
     """The tensor itself, whose gradient is multiplied by a factor; a second derivative is refused.
 
-    It would lack the derivative of the factor's part.
+    It would lack the derivative of the factor's part. Not a subclass of what `scale_gradient` uses:
+    torch.compile does not follow one.
     """
 
     @staticmethod

@@ -435,7 +435,7 @@ def all_reduce_sum_with_grad(local: Tensor, group: dist.ProcessGroup | None) -> 
     return total
 
 
-def scale_gradient(tensor: Tensor, factor: Tensor | float) -> Tensor:
+def scale_gradient(tensor: Tensor, factor: float) -> Tensor:
     """The tensor itself, whose gradient is multiplied by a factor."""
     same: Tensor = _ScaleGradient.apply(tensor, factor)
     return same

@@ -109,7 +109,7 @@ def pairs_loss(
     if positive_index is not None:
         if not _are_ids(positive_index, n, x):
             return None
-        check_index("positive_index", positive_index, m)
+        check_index("positive_index", positive_index, own)
         index = positive_index.contiguous().long()
     elif row_group is not None or column_group is not None:
         if not (_are_ids(row_group, n, x) and _are_ids(column_group, m, x)):

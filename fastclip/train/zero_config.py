@@ -24,11 +24,7 @@ _DEEPSPEED_DECIDES = (
 )
 # Settings that the engine cannot work with: position, the only value it takes, why.
 _REFUSED: tuple[tuple[tuple[str, ...], Any, str], ...] = (
-    (
-        ("torch_autocast", "enabled"),
-        False,
-        "DeepSpeed casts the parameters, by --precision",
-    ),
+    (("torch_autocast", "enabled"), False, "DeepSpeed casts the parameters, by --precision"),
     (("managed_gradient_accumulation",), True, "fastclip decides when gradients are reduced"),
     (("zero_optimization", "compute_grad_norm"), True, "a step is checked by its gradient's norm"),
     (("data_types", "grad_accum_dtype"), None, "accumulated gradients have the towers' type"),

@@ -447,3 +447,12 @@ def test_gamma_is_shown_as_it_was_given() -> None:
     assert repr(loss) == (
         "GlobalContrastiveLoss(num_samples=100, variant='v1', gamma=0.5, gamma_epochs=4)"
     )
+
+
+@pytest.mark.parametrize("options", [{}, {"chunk_bytes": 1 << 10}, {"reduction": "none"}])
+def test_a_row_of_a_bank_is_no_positive(options: dict) -> None:
+    query, keys, bank = (unit(4, 5, seed) for seed in range(3))
+    index = torch.tensor([0, 1, 2, 3])
+    assert info_nce_loss(query, keys, 9.0, index, bank=bank, **options).isfinite().all()
+    with pytest.raises(ValueError, match="positive_index has 4; give one of 0 to 3"):
+        info_nce_loss(query, keys, 9.0, index + 1, bank=bank, **options)
