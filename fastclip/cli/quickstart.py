@@ -13,7 +13,7 @@ from fastclip.device import choose_device
 from fastclip.evaluate.features import embed_images
 from fastclip.evaluate.gallery import draw_retrieval
 from fastclip.evaluate.results import write_result
-from fastclip.evaluate.retrieval import caption_pairs, chance_of_recall, evaluate_retrieval
+from fastclip.evaluate.retrieval import caption_pairs, chance_of_retrieval, evaluate_retrieval
 from fastclip.evaluate.zeroshot import evaluate_zeroshot
 from fastclip.models.build import load
 from fastclip.train.config import parse
@@ -70,18 +70,16 @@ def main(arguments: Sequence[str]) -> int:
     queries = sorted(texts, key=lambda text: (-len(text), text))[:: SCENES // 12]
     draw_retrieval(run / "retrieval.png", model, source, images, queries[:QUERIES])
 
-    chance = {
-        ("text", k): chance_of_recall(pairs[:, 0].bincount(), len(texts), k) for k in (1, 5)
-    } | {
-        ("image", k): chance_of_recall(pairs[:, 1].bincount(), len(images.texts), k) for k in (1, 5)
-    }
+    chance = chance_of_retrieval(pairs, (1, 5))
     rows = [
         (f"zero-shot top-1, {len(CLASSES)} classes", zeroshot["acc1"], 1 / len(CLASSES)),
-        ("image -> text, recall@1", retrieval["text_retrieval_recall@1"], chance["text", 1]),
-        ("image -> text, recall@5", retrieval["text_retrieval_recall@5"], chance["text", 5]),
-        ("text -> image, recall@1", retrieval["image_retrieval_recall@1"], chance["image", 1]),
-        ("text -> image, recall@5", retrieval["image_retrieval_recall@5"], chance["image", 5]),
     ]
+    recalls = {
+        f"{asked} -> {found}, recall@{k}": f"{found}_retrieval_recall@{k}"
+        for asked, found in (("image", "text"), ("text", "image"))
+        for k in (1, 5)
+    }
+    rows += [(label, retrieval[name], chance[name]) for label, name in recalls.items()]
     print(f"\n{SCENES} held-out scenes{'':14} score   chance")
     for label, score, guess in rows:
         print(f"{label:30} {score:7.1%}  {guess:7.1%}")

@@ -8,7 +8,8 @@ from fastclip.data.tokens import tokenize
 from fastclip.evaluate.entries import read_entries
 from fastclip.evaluate.features import Encoding, ImageFile, embed_files, embed_texts
 from fastclip.evaluate.registry import require
-from fastclip.evaluate.retrieval import caption_pairs, retrieval_metrics
+from fastclip.evaluate.retrieval import caption_pairs, chance_of_retrieval, retrieval_metrics
+from fastclip.evaluate.table import CHANCE
 from fastclip.models.clip import Model
 
 SPLIT = "test"
@@ -18,7 +19,7 @@ _FIELDS = dict.fromkeys(("split", "image_file", "description"), str)
 
 def evaluate_docci(
     model: Model, root: Path, encoding: Encoding, k: tuple[int, ...] = (1, 5, 10)
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Recall between the test images and their descriptions, in both directions.
 
     Where the tokenizer cuts most descriptions, recall shows that as much as the model.
@@ -28,8 +29,9 @@ def evaluate_docci(
         k: the ranks asked for.
 
     Returns:
-        What `retrieval_metrics` gives; "images" and "texts", their numbers; "truncated", the share
-        of descriptions that the tokenizer cuts to its "context_length".
+        What `retrieval_metrics` gives; "chance", what guessing scores in the same; "images" and
+        "texts", their numbers; "truncated", the share of descriptions that the tokenizer cuts to
+        its "context_length".
 
     Raises:
         ValueError: a description is malformed, there is none of the split, or images are missing
@@ -50,6 +52,7 @@ def evaluate_docci(
     cut, context_length = count_truncated(model.tokenizer, texts)
     return {
         **retrieval_metrics(image_features, text_features, pairs, k),
+        CHANCE: chance_of_retrieval(pairs, k),
         "images": len(files),
         "texts": len(texts),
         "truncated": cut / len(texts),

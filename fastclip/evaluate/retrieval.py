@@ -1,6 +1,7 @@
 """Image-text retrieval: recall at k, chunked and exact."""
 
 import math
+import operator
 from itertools import chain
 
 import torch
@@ -119,7 +120,7 @@ def evaluate_retrieval(
     texts, pairs = caption_pairs(images.texts)
     text_features = embed_texts(model, texts, precision=precision)
     metrics = retrieval_metrics(images.features, text_features, pairs, k)
-    return {**metrics, "images": float(len(images.texts)), "texts": float(len(texts))}
+    return {**metrics, "images": len(images.texts), "texts": len(texts)}
 
 
 def caption_pairs(captions: list[tuple[str, ...]]) -> tuple[list[str], Tensor]:
@@ -135,7 +136,27 @@ def caption_pairs(captions: list[tuple[str, ...]]) -> tuple[list[str], Tensor]:
     return list(index), torch.tensor(sorted(pairs))
 
 
-def chance_of_recall(matches: Tensor, keys: int, k: int) -> float:
+def chance_of_retrieval(text_of_image: Tensor, k: tuple[int, ...]) -> dict[str, float]:
+    """What random rankings score on average in `retrieval_metrics`, by the same names.
+
+    Args:
+        text_of_image: (P, 2) int64 pairs (image, text) that belong together.
+        k: the ranks asked for, from 1.
+    """
+    texts_of_image, images_of_text = (column.bincount() for column in text_of_image.T)
+    images, texts = len(texts_of_image), len(images_of_text)
+    chance = {}
+    for rank in k:
+        chance[f"image_retrieval_recall@{rank}"] = _chance(images_of_text, images, rank)
+        chance[f"text_retrieval_recall@{rank}"] = _chance(texts_of_image, texts, rank)
+    return chance
+
+
+def _chance(matches: Tensor, keys: int, k: int) -> float:
     """Expected recall@k of a random ranking of `keys`, given each query's number of matches."""
-    misses = [math.comb(keys - count, k) / math.comb(keys, k) for count in matches.tolist()]
-    return 1 - sum(misses) / len(misses)
+    if k >= keys:
+        return 1.0
+    of_all = math.comb(keys, k)
+    counts, queries = (column.tolist() for column in matches.unique(return_counts=True))
+    misses = [math.comb(keys - count, k) / of_all for count in counts]
+    return 1 - sum(map(operator.mul, misses, queries)) / len(matches)

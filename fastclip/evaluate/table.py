@@ -3,6 +3,9 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+# what guessing scores, by metric
+CHANCE = "chance"
+
 
 def markdown_table(results: Sequence[Mapping[str, Any]], metrics: Sequence[str] = ()) -> str:
     """A Markdown table with a row for each model and a column for each data set and metric.
@@ -47,8 +50,10 @@ def _escaped(text: str) -> str:
 
 
 def _numbers(metrics: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers among metrics, those of parts as "part metric"."""
+    """The scores among metrics, those of parts as "part metric"."""
     for name, value in metrics.items():
+        if name == CHANCE:
+            continue
         if isinstance(value, Mapping):
             yield from _numbers(value, f"{place}{name} ")
         elif isinstance(value, int | float):
@@ -58,5 +63,5 @@ def _numbers(metrics: Mapping[str, Any], place: str = "") -> Iterator[tuple[str,
 def _cell(value: float | None) -> str:
     if value is None:
         return ""
-    # counts of images and texts are written as floats
+    # counts may be written as floats
     return f"{value:.0f}" if value > 1 and value == int(value) else f"{value:.4f}"

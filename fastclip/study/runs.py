@@ -25,7 +25,7 @@ from fastclip.data.sources import SceneSource
 from fastclip.device import available_cores
 from fastclip.evaluate.features import ImageFeatures, embed_images, embed_texts
 from fastclip.evaluate.interpolation import has_two_heads, weigh_heads
-from fastclip.evaluate.retrieval import caption_pairs, chance_of_recall, retrieval_metrics
+from fastclip.evaluate.retrieval import caption_pairs, chance_of_retrieval, retrieval_metrics
 from fastclip.evaluate.zeroshot import evaluate_zeroshot
 from fastclip.messages import filled
 from fastclip.models.build import load
@@ -261,14 +261,14 @@ def recalls(model: Model, images: ImageFeatures, k: int) -> Scores:
     """image_to_text and text_to_image, recall@k, and what guessing would score."""
     texts, pairs = caption_pairs(images.texts)
     found = retrieval_metrics(images.features, embed_texts(model, texts), pairs, (k,))
-    scores = {
-        "image_to_text": found[f"text_retrieval_recall@{k}"],
-        "text_to_image": found[f"image_retrieval_recall@{k}"],
+    guessed = chance_of_retrieval(pairs, (k,))
+    names = {
+        "image_to_text": f"text_retrieval_recall@{k}",
+        "text_to_image": f"image_retrieval_recall@{k}",
     }
-    chance = {
-        "image_to_text": chance_of_recall(pairs[:, 0].bincount(), len(texts), k),
-        "text_to_image": chance_of_recall(pairs[:, 1].bincount(), len(images.texts), k),
-    }
+    scores, chance = (
+        {name: values[metric] for name, metric in names.items()} for values in (found, guessed)
+    )
     return scores, chance
 
 

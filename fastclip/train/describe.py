@@ -87,7 +87,7 @@ def header(state: TrainState) -> list[str]:
         "length": f"{counted(optim.epochs, 'epoch')} of {counted(loader.steps_per_epoch, 'step')}"
         f"{dropped}, {counted(state.last_step, 'step')} in all{continued}",
         "rate": f"{optim.lr:g} after {warmup}, then {optim.lr_scheduler}{_cooldown(optim, total)}",
-        "keeps": _kept(config),
+        "saves": _kept(config),
     }
     return [line for name, text in lines.items() for line in labeled(name, text)]
 

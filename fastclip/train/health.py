@@ -76,11 +76,15 @@ class Hints:
     """
 
     PATIENCE = 5
+    # evaluations one after another, all clearly worse than the best
+    RISES, MARGIN = 2, 0.01
 
     def __init__(self, chance: float | None, warmup: int) -> None:
         self.chance = chance
         self.warmup = warmup
         self._streaks: Counter[str] = Counter()
+        self._best, self._best_step = math.inf, 0
+        self._rises, self._memorizes = 0, False
 
     def observe(self, step: int, values: Mapping[str, float]) -> list[str]:
         """The hints that this line of metrics gives rise to."""
@@ -102,3 +106,18 @@ class Hints:
             if self._streaks[hint] == self.PATIENCE:
                 found.append(hint)
         return found
+
+    def observe_validation(self, step: int, metrics: Mapping[str, float]) -> list[str]:
+        """The hints that an evaluation gives rise to, `step` steps into the run."""
+        loss = metrics.get("val/loss", math.nan)
+        if loss < self._best:
+            self._best, self._best_step, self._rises = loss, step, 0
+        elif loss > self._best * (1 + self.MARGIN):
+            self._rises += 1
+        if self._memorizes or self._rises < self.RISES:
+            return []
+        self._memorizes = True
+        return [
+            f"the validation loss has been rising since step {self._best_step:,}: the model "
+            "memorizes the training data; use more data, stronger augmentation or fewer --epochs"
+        ]

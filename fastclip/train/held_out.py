@@ -22,6 +22,9 @@ from fastclip.train.classifier import class_names
 from fastclip.train.config import TrainConfig
 from fastclip.train.objective import objective_of
 
+# captions that are kept of the data, as examples
+EXAMPLES = 64
+
 
 class HeldOut(ABC):
     """One source of data, and what is measured on it.
@@ -93,6 +96,9 @@ class HeldOut(ABC):
 class Validator(HeldOut):
     """Loss over batches of the training's size, retrieval, and zero-shot where there are classes.
 
+    Attributes:
+        captions: of the first samples that were measured.
+
     Raises:
         ValueError, FileNotFoundError: --val-data cannot be read.
     """
@@ -111,6 +117,7 @@ class Validator(HeldOut):
         )
         if data.val_num_samples is not None:
             self.source = FirstSamples(self.source, data.val_num_samples)
+        self.captions: list[str] = []
         self.classes = classes_of(data.val_data, self.kind)
         require_classes(f"--val-data {data.val_data}", self.classes, config)
 
@@ -118,6 +125,7 @@ class Validator(HeldOut):
         """Of a classifier accuracies alone."""
         if isinstance(self.model.model, Classifier):
             return evaluate_zeroshot(self.model, images, [], [])
+        self.captions = [own[0] for own in images.texts[:EXAMPLES]]
         metrics = self._loss(images.features, images.texts)
         metrics |= self.recalls(images, k=(1, 5))
         if self.classes and any(label is not None for label in images.labels):

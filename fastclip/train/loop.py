@@ -1,7 +1,6 @@
 """The training loop, top to bottom."""
 
 import functools
-import shlex
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,9 @@ from fastclip.ops.collectives import count_bytes
 from fastclip.train.config import TrainConfig
 from fastclip.train.distributed import World, world
 from fastclip.train.health import NonFiniteError
-from fastclip.train.inherited import LATEST
 from fastclip.train.log import read_metrics
+from fastclip.train.next_commands import resume_command
 from fastclip.train.optim import learning_rate
-from fastclip.train.options import LogOptions
 from fastclip.train.report import Report, StepResult
 from fastclip.train.run_directory import named
 from fastclip.train.saving import keep_newest_and_best, prune_step_checkpoints, save
@@ -50,18 +48,10 @@ def train(config: TrainConfig) -> Path:
         run, signals = _train(config, here, stop, watch, around)
     if signals:
         how = "" if here.size == 1 else f"start {here.size} processes of "
-        raise StoppedError(f"{' and '.join(signals)} received; to resume: {how}{_resuming(config)}")
+        raise StoppedError(
+            f"{' and '.join(signals)} received; to resume: {how}{resume_command(config)}"
+        )
     return run
-
-
-def _resuming(config: TrainConfig) -> str:
-    """The command that resumes a run; what it does not say is in the run's settings."""
-    words = ["fastclip", "train", "--resume", LATEST, "--name", str(config.log.name)]
-    if config.log.logs != LogOptions().logs:
-        words += ["--logs", config.log.logs]
-    if config.distributed.deepspeed:
-        words.append("--trust-checkpoint")
-    return shlex.join(words)
 
 
 def _train(
@@ -171,7 +161,7 @@ def evaluate(state: TrainState, evaluation: Evaluation, report: Report, stop: St
     last = state.epoch == state.config.optim.epochs
     metrics = evaluation(state.engine, None if last else state.epoch, around=stop.at_once)
     if metrics is not None:
-        report.evaluation(state, metrics)
+        report.evaluation(state, metrics, evaluation.captions)
     # the first rank alone has metrics
     return state.world.gather(metrics is not None)[0]
 

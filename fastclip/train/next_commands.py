@@ -6,35 +6,55 @@ from dataclasses import fields
 from pathlib import Path
 
 from fastclip.data.options import DataOptions
-from fastclip.data.sources import guess_type
+from fastclip.data.sources import WORLDS, guess_type
 from fastclip.flags import flag_name
 from fastclip.messages import shortened
 from fastclip.train.config import TrainConfig
+from fastclip.train.inherited import LATEST
+from fastclip.train.options import LogOptions
 
 # letters of a text that is searched for, as an example
 _QUERY = 60
+_ON_TRAINING_DATA = "# of the images that were trained on; for a fair score give --data others"
+
+
+def resume_command(config: TrainConfig) -> str:
+    """The command that resumes a run; what it does not say is in the run's settings.
+
+    Args:
+        config: of the run, with its name.
+    """
+    words = ["fastclip", "train", "--resume", LATEST, "--name", str(config.log.name)]
+    if config.log.logs != LogOptions().logs:
+        words += ["--logs", config.log.logs]
+    if config.distributed.deepspeed:
+        words.append("--trust-checkpoint")
+    return shlex.join(words)
 
 
 def next_commands(config: TrainConfig, run: Path, captions: Sequence[str] = ()) -> list[str]:
-    """What to do with a trained run: search, evaluate, export.
+    """What to do with a trained run: search, evaluate, export; a line that begins with # is a note.
 
     Args:
         config: of the run.
         run: the run directory.
-        captions: of its data, for an example.
+        captions: of the data that are searched, for an example: the held-out data if there are any.
     """
     model, data = config.model, config.data
     held_out = data.val_data or data.train_data
     trusted = ["--trust-checkpoint"] if config.distributed.deepspeed else []
     common = ["--model", str(run), *trusted]
-    commands = []
+    commands: list[list[str]] = []
+    evaluates = False
     if model.views[1] > 0:
         # what a source of captions weighs is of no meaning for a search
         searched = ["--data", held_out, *_options(config, captions=False)]
         commands.append(["search", _query(captions), *searched, *common])
         commands.append(["eval", "retrieval", *common, "--data", held_out, *_options(config)])
+        evaluates = True
     elif model.objective == "classify" and (data.val_data or model.label_source == "cls"):
         commands.append(["eval", "zeroshot", *common, "--data", held_out, *_options(config)])
+        evaluates = True
     else:
         # nothing was learned of texts
         features = ["-o", f"{run.name}-images.npy", *_options(config, captions=False)]
@@ -43,7 +63,12 @@ def next_commands(config: TrainConfig, run: Path, captions: Sequence[str] = ()) 
     plain = model.objective == "clip" and model.text_lm is None
     exported = [str(run), f"{run.name}-exported", *trusted]
     commands.append(["convert", "to-hub" if plain else "to-onnx", *exported])
-    return [shlex.join(["fastclip", *words]) for words in commands]
+    lines = [shlex.join(["fastclip", *words]) for words in commands]
+    # drawn pictures are others in an evaluation
+    drawn = (*WORLDS, "synthetic")
+    if evaluates and not data.val_data and guess_type(data.train_data) not in drawn:
+        lines.insert(-2, _ON_TRAINING_DATA)
+    return lines
 
 
 def _options(config: TrainConfig, *, captions: bool = True) -> list[str]:

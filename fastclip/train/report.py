@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -49,7 +50,8 @@ class Report:
         self._state, self._first = state, state.world.is_first
         self._log = RunLog(state.folder, state.step, config) if self._first else None
         self._shown = False
-        self._captions: list[str] = []
+        self._captions: Sequence[str] = ()
+        self._held_out_captions: Sequence[str] = ()
         self._cut = _CutTexts()
         self._grouped = 0
         self._faults = FaultLog()
@@ -86,16 +88,15 @@ class Report:
                 logger.warning(f"warning: the plot of the loss could not be written: {failure}")
             if error is None:
                 seconds = time.perf_counter() - self._began
-                logger.info(
-                    "\n".join(summary(self._state, self._began_at, seconds, self._captions))
-                )
+                captions = self._held_out_captions or self._captions
+                logger.info("\n".join(summary(self._state, self._began_at, seconds, captions)))
         if self._faults.counts:
             # the places were shown when they came up
             logger.warning(f"skipped samples and shards: {self._faults.summary()}")
         # other ranks' are like the first's
         own = " in the first process's batches" if self._state.world.size > 1 else ""
         if self._cut.count and self._first:
-            logger.warning(f"note: {self._cut.count} texts{own} were cut to the context")
+            logger.warning(f"note: {self._cut.report(own)}")
         if self._grouped and self._first:
             logger.warning(f"note: {self._grouped} pairs{own} were duplicates")
         skipped = self._state.engine.skipped
@@ -129,9 +130,18 @@ class Report:
         if due or state.steps_done == state.total_steps:
             self._write_metrics(state, result)
 
-    def evaluation(self, state: TrainState, metrics: dict[str, float]) -> None:
-        """Write the metrics of an evaluation; on the first rank."""
+    def evaluation(
+        self, state: TrainState, metrics: dict[str, float], captions: Sequence[str] = ()
+    ) -> None:
+        """Write the metrics of an evaluation; on the first rank.
+
+        Args:
+            state: of the run.
+            metrics: by name.
+            captions: of the held-out data, for an example.
+        """
         assert self._log is not None
+        self._held_out_captions = captions
         self._log.metrics(state.step, metrics)
         lines = [f"epoch {state.epoch}, validation:"]
         for name, value in metrics.items():
@@ -140,6 +150,8 @@ class Report:
                 lines.append("   ")
             lines[-1] += f"  {text}"
         self._say("\n".join(lines))
+        for hint in self._hints.observe_validation(state.step, metrics):
+            self._say(f"hint: {hint}", logging.WARNING)
 
     def _show_captions(self, batches: list[dict[str, Any]]) -> None:
         found = batches[0].get("captions", ())
@@ -199,12 +211,15 @@ class _CutTexts:
     """Counts texts that are longer than the context; the first are noted."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count, self.drawn = 0, 0
 
     def add(self, batches: list[dict[str, Any]]) -> bool:
         """Whether these are the first."""
         before = self.count
-        self.count += sum(sum(batch.get("cut", ())) for batch in batches)
+        for batch in batches:
+            self.count += sum(batch.get("cut", ()))
+            drawn = (*batch.get("captions", ()), *batch.get("false_captions", ()))
+            self.drawn += sum(map(len, drawn))
         return before == 0 < self.count
 
     def notice(self, tokenizer: Any) -> str:
@@ -213,4 +228,11 @@ class _CutTexts:
         return (
             f"a text is longer than the context of {length} tokens, and is cut; the number of such "
             "texts is reported at the end"
+        )
+
+    def report(self, where: str) -> str:
+        """The number of them; `where` says of which batches."""
+        return (
+            f"{self.count:,} of {self.drawn:,} texts{where} were cut to the context, each counted "
+            "as often as it was drawn"
         )

@@ -79,6 +79,8 @@ def start(
         announce(state)
         if path is None and config.checkpoint.resume == LATEST:
             note(f"{state.checkpoints} holds no checkpoint: this is a new run; check --name")
+        if path is not None and state.epoch >= config.optim.epochs:
+            note("this run is complete, there is nothing left to train; more --epochs continue it")
     report = Report(state)
     # last, so that nothing else draws from these streams
     _start_streams(config, world, resumed)

@@ -10,7 +10,7 @@ from fastclip.messages import counted, filled
 from fastclip.models import checkpoint
 from fastclip.train.best import best_step, scores_of
 from fastclip.train.log import read_metrics
-from fastclip.train.next_commands import next_commands
+from fastclip.train.next_commands import next_commands, resume_command
 from fastclip.train.state import TrainState
 
 # the beginnings of the names of metrics that an evaluation has
@@ -28,7 +28,7 @@ def summary(
         state: of the run, after its last step.
         began_at: the step that this process began at.
         seconds: since then, evaluations and checkpoints included.
-        captions: of the data, for an example.
+        captions: of the data that are searched, for an example.
     """
     metrics = read_metrics(state.folder)
     made = f"{state.step:,} of {counted(state.last_step, 'step')}"
@@ -37,7 +37,8 @@ def summary(
     speeds = [line["samples_per_second"] for line in metrics if "samples_per_second" in line]
     # the first ones are slow
     speed = f", {sorted(speeds)[len(speeds) // 2]:,.0f} samples/s" if speeds else ""
-    label = "done" if state.step >= state.last_step else "stopped"
+    complete = state.step >= state.last_step
+    label = "done" if complete else "stopped"
     lines = {label: f"{made} in {duration(seconds)}{speed}"}
     losses = [line for line in metrics if "loss" in line]
     if losses:
@@ -50,13 +51,19 @@ def summary(
     written = [name for name in ("loss.png", "metrics.jsonl") if (state.folder / name).exists()]
     written += [str(saved.relative_to(state.folder))] if saved else []
     files = f"{state.folder}: {', '.join(written)}"
+    resume = []
+    if not complete:
+        size = state.world.size
+        resume = [f"# in {size} processes, as before"] if size > 1 else []
+        resume.append(resume_command(state.config))
+    after = next_commands(state.config, state.folder, captions)
     return [
         *(line for name, text in lines.items() for line in labeled(name, text)),
         *(line for i, score in enumerate(scores) for line in labeled("" if i else "scores", score)),
         *_best_checkpoint(state.folder),
         *labeled("files", files),
         "next",
-        *(f"  {line}" for line in next_commands(state.config, state.folder, captions)),
+        *(f"  {line}" for line in [*resume, *after]),
     ]
 
 

@@ -36,6 +36,12 @@ class Evaluation:
             averaged = self._model._replace(model=average.model)
             self._of_average = held_out(self._config, averaged)
 
+    @property
+    def captions(self) -> list[str]:
+        """Of the first samples of --val-data, on the first rank and once they were measured."""
+        validators = [each for each in self._of_weights if isinstance(each, Validator)]
+        return validators[0].captions if validators else []
+
     def is_due(self, epoch: int) -> bool:
         """Whether anything is evaluated after so many epochs; the same on all ranks."""
         data, log = self._config.data, self._config.log

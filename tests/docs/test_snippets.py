@@ -53,6 +53,7 @@ def test_the_page_runs(
     page: Page, given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("all_pairs.csv").write_text("filepath,title\n1.jpg,a dog\n2.jpg,a cat\n1.jpg,a pet\n")
     names = {**given, "__name__": "page"}
     for block in page.blocks("python"):
         if block.not_run is None:

@@ -176,8 +176,17 @@ def opened(
 
 
 def run(flags: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    assert main(["eval", *flags]) == 0, capsys.readouterr().err
-    return json.loads(capsys.readouterr().out)
+    status, printed = main(["eval", *flags]), capsys.readouterr()
+    assert status == 0, printed.err
+    _, _, file = printed.err.strip().rpartition("written to ")
+    metrics: dict[str, Any] = json.loads(Path(file).read_text())["metrics"]
+    # all digits are in the file
+    assert json.loads(printed.out) == rounded(metrics)
+    return metrics
+
+
+def rounded(metrics: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(metrics), parse_float=lambda text: round(float(text), 4))
 
 
 def own_scores(model: Model, images: list[tuple[int, int, int]], texts: list[str]) -> Tensor:
@@ -226,6 +235,9 @@ def test_each_line_is_a_caption_in_clip_benchmarks_layout(
     matches = {(0, 0), (0, 1), (1, 2), (3, 2), (2, 3), (2, 4), (4, 5)}
     scores = own_scores(model, COLORS, texts)
     assert metrics["images"] == 5 and metrics["texts"] == 6
+    # of six texts an image has one or two, of five images a text has one or two
+    assert metrics["chance"]["text_retrieval_recall@1"] == pytest.approx(7 / 5 / 6)
+    assert metrics["chance"]["image_retrieval_recall@1"] == pytest.approx(7 / 6 / 5)
 
     def recall(scores: Tensor, matches: set[tuple[int, int]], k: int) -> float:
         """Of queries in rows; keys that score the same come before a match."""

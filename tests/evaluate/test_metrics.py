@@ -1,6 +1,7 @@
 """Metrics against cases worked by hand and slow oracles; ties count against the model."""
 
 import json
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from fastclip.evaluate import retrieval
 from fastclip.evaluate.results import write_result
-from fastclip.evaluate.retrieval import retrieval_metrics
+from fastclip.evaluate.retrieval import chance_of_retrieval, retrieval_metrics
 from fastclip.evaluate.zeroshot import (
     classification_metrics,
     fill_template,
@@ -51,6 +52,20 @@ def test_retrieval_by_hand() -> None:
     assert metrics["text_retrieval_recall@2"] == 1.0
     # text 0 prefers image 1 (wrong), text 1 image 0 (right), text 2 image 1 (right)
     assert metrics["image_retrieval_recall@1"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 9])
+def test_chance_is_the_mean_over_all_rankings(k: int) -> None:
+    pairs = torch.tensor([[0, 0], [0, 1], [1, 2], [2, 2], [2, 3]])
+    belong = torch.zeros(3, 4, dtype=torch.bool).index_put(tuple(pairs.T), torch.tensor(True))
+    found = chance_of_retrieval(pairs, (k,))
+    for name, queries in (("text", belong), ("image", belong.T)):
+        hits = [
+            any(row[key] for key in ranking[:k])
+            for row in queries.tolist()
+            for ranking in permutations(range(len(row)))
+        ]
+        assert found[f"{name}_retrieval_recall@{k}"] == pytest.approx(sum(hits) / len(hits))
 
 
 def slow_recall(scores: torch.Tensor, matches: torch.Tensor, k: int) -> float:

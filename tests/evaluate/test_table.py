@@ -21,7 +21,9 @@ def test_rows_are_models_and_columns_data_sets_with_metrics(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = [
-        result(tmp_path, "a", "scenes", {"acc1": 0.63254, "images": 1000.0}),
+        result(
+            tmp_path, "a", "scenes", {"acc1": 0.63254, "images": 1000.0, "chance": {"acc1": 0.1}}
+        ),
         result(tmp_path, "b", "crepe", {"swap": {"att": 1.0}, "average": 0.5}),
         result(tmp_path, "c", "scenes", {"acc1": 0.0, "note": "of|two"}, model="RN|50"),
     ]

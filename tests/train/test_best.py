@@ -58,7 +58,7 @@ def test_the_newest_and_the_best_are_kept_and_the_best_is_loaded(
     said, run = capsys.readouterr().err, tmp_path / "logs" / "a"
     assert kept(run) == {2, 4}
     assert best_of(run) == {"checkpoint": "epoch_2.pt", "metric": "val/loss", "value": 2.0}
-    assert "keeps     the newest epoch and the best by val/loss (--save-all: every epoch)" in said
+    assert "saves     the newest epoch and the best by val/loss (--save-all: every epoch)" in said
     assert f"epoch_2.pt by val/loss: --model {run}@best" in said.replace("\n          ", " ")
 
     best = fastclip.load(f"{run}@best").model.state_dict()

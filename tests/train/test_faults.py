@@ -55,6 +55,7 @@ def test_a_signal_saves_within_a_step(
     assert ("Ctrl-C again ends it now" in errors) == (number == signal.SIGINT)
     resume = ["--resume", "latest", "--name", "stopped", "--logs", str(tmp_path / "logs")]
     assert f"{number.name} received; to resume: fastclip train {shlex.join(resume)}\n" in errors
+    assert f"\nnext\n  fastclip train {shlex.join(resume)}\n" in errors
     latest = checkpoint.find_latest(run / "checkpoints")
     assert latest is not None
     # the step under way when the signal came, and no other

@@ -48,7 +48,7 @@ def test_a_run_says_what_it_is_and_how_it_went(
         "step",
         "length",
         "rate",
-        "keeps",
+        "saves",
         "caption",
         "caption",
     ]
@@ -119,7 +119,14 @@ def test_the_search_that_is_printed_runs(
     flags += ["--train-num-samples", "9", "--epochs", "1", "--name", "a b"]
     text = said(capsys, *train_flags, *flags)
     command = shlex.split(text.partition("\nnext\n")[2].splitlines()[0])
-    assert command[:2] == ["fastclip", "search"] and command[2].startswith('it\'s "train" num')
+    assert command[:2] == ["fastclip", "search"] and command[2].startswith(
+        'it\'s "val" num' if with_val else 'it\'s "train" num'
+    )
+    # the score of the training's own images is not one of new images
+    note = (
+        "# of the images that were trained on; for a fair score give --data others\n  fastclip eval"
+    )
+    assert (note in text) != with_val
     assert main(command[1:]) == 0
     found = capsys.readouterr().out
     assert ('"val"' if with_val else '"train"') in found.partition("caption\n")[2]
@@ -215,6 +222,16 @@ def test_another_global_batch_than_the_recipes_is_said(
     warn_of_batch(OptimOptions(batch_size=8, accum_freq=2, global_batch=meant), processes)
     text = logged()
     assert says in text and bool(text) == bool(says)
+
+
+def test_a_run_that_is_complete_says_so_when_it_is_resumed(
+    train_flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*train_flags, "--name", "a", "--epochs", "1"]
+    complete = "note: this run is complete, there is nothing left to train; more --epochs continue"
+    assert complete not in said(capsys, *flags)
+    assert complete in said(capsys, *flags, "--resume", "latest")
+    assert complete not in said(capsys, *flags, "--resume", "latest", "--epochs", "2")
 
 
 def test_steps_that_were_made_are_said(

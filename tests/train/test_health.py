@@ -38,3 +38,25 @@ def test_not_before_the_warmup_is_over_and_not_for_a_moment() -> None:
 def test_a_single_sample_has_nothing_to_be_distinguished_from() -> None:
     hints = Hints(chance=0.0, warmup=0)
     assert not any(hints.observe(i, GOOD | {"loss": 0.0}) for i in range(9))
+
+
+def validated(*losses: float) -> list[str]:
+    hints = Hints(chance=None, warmup=0)
+    return [
+        hint
+        for epoch, loss in enumerate(losses, 1)
+        for hint in hints.observe_validation(10 * epoch, {"val/loss": loss})
+    ]
+
+
+def test_a_validation_loss_that_rises_is_said_once() -> None:
+    (hint,) = validated(3.0, 2.0, 2.5, 2.4, 2.6, 1.9, 2.5, 2.5)
+    assert "rising since step 20: the model memorizes the training data" in hint
+
+
+def test_a_validation_loss_may_vary() -> None:
+    # once, hardly, or with a better one between
+    assert validated(3.0, 2.0, 2.5) == []
+    assert validated(2.0, 2.01, 2.01, 2.005) == []
+    assert validated(2.0, 2.5, 1.9, 2.5) == []
+    assert Hints(chance=None, warmup=0).observe_validation(1, {"zeroshot/a/acc1": 0.5}) == []

@@ -13,6 +13,7 @@ from fastclip.evaluate.interpolation import (
     choose_head_weight,
     has_two_heads,
 )
+from fastclip.evaluate.table import CHANCE
 from fastclip.evaluate.wds import expand_wds, is_wds, wds_classes
 from fastclip.evaluate.zeroshot import classes_of, evaluate_zeroshot
 from fastclip.models.build import class_names
@@ -38,12 +39,18 @@ class Zeroshot(DataEvaluation):
         return super().suits(model) or isinstance(model.model, Classifier)
 
     def measure(self, model: Model) -> dict[str, Any]:
-        """acc1, acc5 and mean_per_class_recall; and the share of the weak head if it is chosen."""
+        """Accuracies, those of guessing, and the share of the weak head if it is chosen."""
         classes, templates = self._prompts_for(model)
         chosen = self._choose_head_weight(model, classes, templates)
         images = self.embed(model, self.data)
         metrics = evaluate_zeroshot(model, images, classes, templates, precision=self.precision)
-        return {**metrics, **chosen}
+        count = len(classes or class_names(Path(self.model)))
+        guessed = {
+            "acc1": 1 / count,
+            "acc5": min(5 / count, 1.0),
+            "mean_per_class_recall": 1 / count,
+        }
+        return {**metrics, **chosen, CHANCE: guessed}
 
     def _prompts_for(self, model: Model) -> tuple[list[str], list[str]]:
         """Class names and templates; none for a classifier, whose classes must be the data's."""

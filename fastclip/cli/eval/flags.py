@@ -83,7 +83,8 @@ class Evaluation(ModelFlags, ABC):
         return 0
 
     def _report(self, metrics: dict[str, Any]) -> None:
-        print(json.dumps(metrics, indent=2))
+        # the file has all digits
+        print(json.dumps(_rounded(metrics), indent=2))
         model, pretrained, name = self.model, self.pretrained or "", self.name
         if self.is_run:
             model, pretrained = _architecture(run_of(Path(self.model))), self.model
@@ -152,6 +153,16 @@ class DataEvaluation(Evaluation):
         if images.faults.counts and sharing.is_first():
             logger.warning(f"skipped: {images.faults.report()}")
         return images
+
+
+def _rounded(metrics: dict[str, Any]) -> dict[str, Any]:
+    """With four digits, also in nested ones."""
+    rounded = {}
+    for name, value in metrics.items():
+        if isinstance(value, dict):
+            value = _rounded(value)
+        rounded[name] = round(value, 4) if isinstance(value, float) else value
+    return rounded
 
 
 def _architecture(run: Path) -> str:

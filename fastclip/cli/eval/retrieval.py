@@ -6,7 +6,8 @@ from typing import Any
 
 from fastclip.cli.eval.flags import DataEvaluation, Evaluation
 from fastclip.evaluate.docci import evaluate_docci
-from fastclip.evaluate.retrieval import evaluate_retrieval
+from fastclip.evaluate.retrieval import caption_pairs, chance_of_retrieval, evaluate_retrieval
+from fastclip.evaluate.table import CHANCE
 from fastclip.evaluate.wds import is_wds, split_captions
 from fastclip.models.clip import Model
 
@@ -22,11 +23,13 @@ class Retrieval(DataEvaluation):
     required = ("txt",)
 
     def measure(self, model: Model) -> dict[str, Any]:
-        """Recall in both directions, and how many images and texts there are."""
+        """Recall in both directions, that of guessing, and how many images and texts there are."""
         images = self.embed(model, self.data)
         if is_wds(self.data):
             images = split_captions(images)
-        return evaluate_retrieval(model, images, k=self.recall_k, precision=self.precision)
+        found = evaluate_retrieval(model, images, k=self.recall_k, precision=self.precision)
+        _, pairs = caption_pairs(images.texts)
+        return {**found, CHANCE: chance_of_retrieval(pairs, self.recall_k)}
 
 
 @dataclass(frozen=True, kw_only=True)
