@@ -77,7 +77,8 @@ def number(table, domains, b, c, SIDE: tl.constexpr):
 @triton.jit
 def domain_of(domains, block):
     """A block's of those that are packed."""
-    return ((domains >> (4 * block)) & 15).to(tl.int32)
+    # wide, as the ninth block's are 32 bits along, however few bits are set
+    return ((tl.cast(domains, tl.int64) >> (4 * block)) & 15).to(tl.int32)
 
 
 @triton.jit

@@ -225,7 +225,8 @@ def read_small(urls: Iterable[str]) -> dict[str, bytes]:
         if http.is_http(url):
             asked.append(url)
             continue
-        groups.setdefault(url.partition("://")[0], []).append(url)
+        # a file system is of one scheme and host
+        groups.setdefault("/".join(url.split("/", 3)[:3]), []).append(url)
     for group in groups.values():
         files, _ = _filesystem(group[0])
         paths = {_filesystem(url)[1]: url for url in group}

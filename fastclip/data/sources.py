@@ -28,7 +28,7 @@ from fastclip.data.scenes.source import SceneSource
 from fastclip.data.scenes.world import SHAPES
 from fastclip.data.shards import ShardSource, expand_shards, refuse_commands
 from fastclip.data.tables import open_coco, open_csv
-from fastclip.data.templates import CLASS_FILES, find_beside, read_lines
+from fastclip.data.templates import CLASS_FILES, read_beside, read_lines
 
 __all__ = [
     "CollageSource",
@@ -363,13 +363,13 @@ def _photograph_classes(data: str) -> list[str]:
             "give shards with a class index (KEY.cls) in each sample, or a folder with one folder "
             "of images per class"
         )
-    names = find_beside(Path(expand_shards(data)[0]), CLASS_FILES)
+    names = read_beside(expand_shards(data)[0], CLASS_FILES)
     if names is None:
         raise ValueError(
             f"photos={data}: there are no class names; put classes.txt beside the shards, one "
             "name a line in the order of the class indices"
         )
-    return read_lines(names)
+    return names
 
 
 def _open_one(

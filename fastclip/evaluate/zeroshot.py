@@ -15,12 +15,12 @@ from fastclip.data.templates import (
     DEFAULT_TEMPLATES,
     TEMPLATE_FILES,
     fill_template,
-    find_beside,
-    read_lines,
+    read_beside,
 )
 from fastclip.evaluate import imagenet
 from fastclip.evaluate.features import ImageFeatures, embed_texts
 from fastclip.evaluate.retrieval import scores_of
+from fastclip.messages import counted
 from fastclip.models.classifier import Classifier
 from fastclip.models.clip import Model
 
@@ -143,8 +143,31 @@ def classes_of(data: str, dataset_type: str = "auto") -> tuple[list[str], list[s
         folders = class_names(Path(data.split("::")[0]).expanduser())
         return imagenet.prompts_of(folders) or (folders, list(DEFAULT_TEMPLATES))
     first = expand_shards(data)[0] if kind == "webdataset" else data.split("::")[0]
-    place = Path(first).expanduser()
-    classes, templates = find_beside(place, CLASS_FILES), find_beside(place, TEMPLATE_FILES)
+    classes = read_beside(first, CLASS_FILES)
     if classes is None:
         return None
-    return read_lines(classes), read_lines(templates) if templates else list(DEFAULT_TEMPLATES)
+    return classes, read_beside(first, TEMPLATE_FILES) or list(DEFAULT_TEMPLATES)
+
+
+def require_same_classes(
+    data: str, names: list[str] | None, other: str, others: list[str] | None
+) -> None:
+    """Refuse labels of other classes: they are numbers, and must mean the same in both.
+
+    Args:
+        data, other: what has the classes, for the message.
+        names, others: the classes in the order of the labels; None or empty where they are unknown,
+            and nothing is refused.
+
+    Raises:
+        ValueError: the classes differ, or their order does.
+    """
+    if not names or not others or names == others:
+        return
+    if len(names) != len(others):
+        one, two = (counted(len(each), "class", "classes") for each in (names, others))
+        differs = f"{data} has {one}, {other} has {two}"
+    else:
+        number = next(i for i, name in enumerate(names) if name != others[i])
+        differs = f"class {number} is {names[number]!r} in {data}, {others[number]!r} in {other}"
+    raise ValueError(f"{differs}; give data of the same classes, in the same order")

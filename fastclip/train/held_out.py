@@ -13,7 +13,7 @@ from fastclip.data.sources import FirstSamples, guess_type, open_source
 from fastclip.data.templates import read_lines
 from fastclip.evaluate.features import ImageFeatures, embed_images, embed_texts
 from fastclip.evaluate.retrieval import evaluate_retrieval
-from fastclip.evaluate.zeroshot import classes_of, evaluate_zeroshot
+from fastclip.evaluate.zeroshot import classes_of, evaluate_zeroshot, require_same_classes
 from fastclip.functional import clip_loss, siglip_loss
 from fastclip.messages import logger
 from fastclip.models.classifier import Classifier
@@ -119,7 +119,7 @@ class Validator(HeldOut):
             self.source = FirstSamples(self.source, data.val_num_samples)
         self.captions: list[str] = []
         self.classes = classes_of(data.val_data, self.kind)
-        require_classes(f"--val-data {data.val_data}", self.classes, config)
+        _require_classes(f"--val-data {data.val_data}", self.classes, config)
 
     def measure(self, images: ImageFeatures) -> dict[str, float]:
         """Of a classifier accuracies alone."""
@@ -156,27 +156,6 @@ class Validator(HeldOut):
         return found if self.config.loss.siglip else {**found, "chance_loss": math.log(size)}
 
 
-def require_classes(
-    flag: str, found: tuple[list[str], list[str]] | None, config: TrainConfig
-) -> None:
-    """Refuse data whose labels mean other classes than a classifier's.
-
-    Args:
-        flag: with the data, for the message.
-        found: class names and templates of the data, if it has some.
-        config: of the run.
-
-    Raises:
-        ValueError: the names differ, or their order does.
-    """
-    own = class_names(config)
-    if own and found is not None and found[0] != own:
-        raise ValueError(
-            f"{flag}: its classes are {', '.join(found[0][:3])}, ..., the classifier's "
-            f"{', '.join(own[:3])}, ...; give data of the same classes"
-        )
-
-
 class ZeroShot(HeldOut):
     """Zero-shot accuracy on one source of --zeroshot-data; of a classifier its own accuracy.
 
@@ -199,7 +178,7 @@ class ZeroShot(HeldOut):
                 f"--zeroshot-data {data}: there are no class names; put classes.txt beside it, one "
                 "a line in the order of the labels"
             )
-        require_classes(f"--zeroshot-data {data}", found, config)
+        _require_classes(f"--zeroshot-data {data}", found, config)
         self.classes, self.templates = found or ([], [])
         if config.data.templates is not None:
             self.templates = read_lines(Path(config.data.templates))
@@ -226,3 +205,16 @@ class Retrieval(HeldOut):
     def measure(self, images: ImageFeatures) -> dict[str, float]:
         """Recall at 1, 5 and 10 in both directions."""
         return self.recalls(images, k=(1, 5, 10))
+
+
+def _require_classes(
+    flag: str, found: tuple[list[str], list[str]] | None, config: TrainConfig
+) -> None:
+    """Refuse data whose labels mean other classes than a classifier's.
+
+    Args:
+        flag: with the data, for the message.
+        found: class names and templates of the data, if it has some.
+        config: of the run.
+    """
+    require_same_classes(flag, found and found[0], "the classifier", class_names(config))

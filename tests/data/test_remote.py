@@ -19,6 +19,8 @@ from fastclip.data.remote import FetchError, ShardCache
 from fastclip.data.samples import UnreadableSample
 from fastclip.data.shards import ShardSource, expand_shards
 from fastclip.data.sources import open_source
+from fastclip.data.templates import DEFAULT_TEMPLATES
+from fastclip.evaluate.zeroshot import classes_of
 from tests.test_repo_shape import tracked
 
 MakeShard = Callable[..., Path]
@@ -311,3 +313,29 @@ def test_names_in_any_script_become_files(bucket: str, tmp_path: Path) -> None:
     url = "memory://bucket/" + "\u5199" * 120 + ".tar"
     put(url, (tmp_path / "0.tar").read_bytes())
     assert ShardSource(url, cache=ShardCache(tmp_path / "cache")).counts == (4,)
+
+
+def test_class_names_are_read_beside_remote_shards(bucket: str) -> None:
+    assert classes_of(bucket + "{0..2}.tar") is None
+    put(bucket + "classes.txt", "\ufeffcat\r\n\nd\u00f6g\n".encode())
+    assert classes_of(bucket + "{0..2}.tar") == (["cat", "d\u00f6g"], list(DEFAULT_TEMPLATES))
+    put(bucket + "templates.txt", b"a {}\nthe {}")
+    put(bucket + "classnames.txt", b"cup\nsofa\n")
+    assert classes_of(bucket + "1.tar") == (["cup", "sofa"], ["a {}", "the {}"])
+    put(bucket + "classnames.txt", b"cup\xff")
+    with pytest.raises(ValueError, match=r"memory://bucket/classnames.txt is not UTF-8"):
+        classes_of(bucket + "1.tar")
+
+
+def test_small_files_are_asked_of_their_own_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Files:
+        def cat(self, paths: list[str], on_error: str) -> dict[str, bytes]:
+            return dict.fromkeys(paths, b"x")
+
+    def filesystem(url: str) -> tuple[Files, str]:
+        return Files(), "/" + url.split("/", 3)[3]
+
+    monkeypatch.setattr(remote, "_filesystem", filesystem)
+    urls = ["sftp://one/a/sizes.json", "sftp://two/a/sizes.json", "sftp://one/b/sizes.json"]
+    # on two hosts the files have one path
+    assert remote.read_small(urls) == dict.fromkeys(urls, b"x")

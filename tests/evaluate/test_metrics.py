@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastclip.data.templates import read_lines
 from fastclip.evaluate import retrieval
 from fastclip.evaluate.results import write_result
 from fastclip.evaluate.retrieval import chance_of_retrieval, retrieval_metrics
 from fastclip.evaluate.zeroshot import (
     classification_metrics,
     fill_template,
-    read_lines,
+    require_same_classes,
     zeroshot_metrics,
 )
 
@@ -174,3 +175,14 @@ def test_result_file(tmp_path: Path) -> None:
     values = {"dataset": "d", "model": "m", "pretrained": "p", "task": "zeroshot_classification"}
     write_result(path, **values, metrics={"acc1": 0.5})
     assert json.loads(path.read_text()) == {**values, "metrics": {"acc1": 0.5}, "language": "en"}
+
+
+def test_classes_of_two_data_are_compared_in_their_order() -> None:
+    require_same_classes("a", ["cat", "dog"], "b", ["cat", "dog"])
+    # unknown of one of them
+    require_same_classes("a", ["cat"], "b", None)
+    require_same_classes("a", [], "b", ["cat"])
+    with pytest.raises(ValueError, match="class 1 is 'dog' in a, 'cow' in b; give"):
+        require_same_classes("a", ["cat", "dog"], "b", ["cat", "cow"])
+    with pytest.raises(ValueError, match="a has 1 class, b has 2 classes; give"):
+        require_same_classes("a", ["cat"], "b", ["cat", "cow"])

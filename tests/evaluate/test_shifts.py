@@ -377,7 +377,7 @@ def test_imagenet_on_the_command_line(
         ("--shifts scenes", "give NAME=DATA"),
         ("--shifts a=scenes a=scenes:shift=style", "give NAME=DATA"),
         ("--shifts a=scenes --baseline DIR/none.json", "none.json"),
-        ("--shifts a=DIR/folder", "a shift must keep them"),
+        ("--shifts a=DIR/folder", "folder has 1 class; give data of the same classes"),
     ],
 )
 def test_mistakes(

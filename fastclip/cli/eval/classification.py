@@ -6,7 +6,6 @@ from typing import Any
 
 from fastclip.cli.eval.flags import DataEvaluation
 from fastclip.cli.model_flags import set_head_weight
-from fastclip.data.remote import is_remote
 from fastclip.data.templates import DEFAULT_TEMPLATES, read_lines
 from fastclip.evaluate.interpolation import (
     accuracy_by_head_weight,
@@ -15,7 +14,7 @@ from fastclip.evaluate.interpolation import (
 )
 from fastclip.evaluate.table import CHANCE
 from fastclip.evaluate.wds import expand_wds, is_wds, wds_classes
-from fastclip.evaluate.zeroshot import classes_of, evaluate_zeroshot
+from fastclip.evaluate.zeroshot import classes_of, evaluate_zeroshot, require_same_classes
 from fastclip.models.build import class_names
 from fastclip.models.classifier import Classifier
 from fastclip.models.clip import Model
@@ -76,7 +75,7 @@ class Zeroshot(DataEvaluation):
                 f"--held-out is --data, {self.data}: choose the weight on other data than "
                 "the test data"
             )
-        _require_same_classes(self.data, self.held_out, self.options.dataset_type)
+        require_same_classes_in(self.data, self.held_out, self.options.dataset_type)
         images = self.embed(model, self.held_out)
         precision = self.precision
         found = accuracy_by_head_weight(model, images, classes, templates, precision=precision)
@@ -89,18 +88,12 @@ class Zeroshot(DataEvaluation):
         own = class_names(Path(self.model))
         beside = self._beside()
         given = read_lines(self.classes) if self.classes else beside[0] if beside else own
-        if given != own:
-            raise ValueError(
-                f"the classifier's classes are {', '.join(own[:3])}, ... ({len(own)}), the data's "
-                f"{', '.join(given[:3])}, ... ({len(given)}): the labels would mean other classes"
-            )
+        require_same_classes(str(self.classes or self.data), given, "the classifier", own)
 
     def _prompts(self) -> tuple[list[str], list[str]]:
         """Class names and templates: the flags', or else the data's."""
         beside = self._beside()
         if self.classes is None and beside is None:
-            if is_remote(self.data):
-                raise ValueError("class names beside remote data are not read; give --classes FILE")
             raise ValueError(
                 f"no class names: give --classes FILE, or put classes.txt beside {self.data}"
             )
@@ -120,14 +113,10 @@ def _classes(data: str, dataset_type: str) -> tuple[list[str], list[str]] | None
     return wds_classes(data) if is_wds(data) else classes_of(data, dataset_type)
 
 
-def _require_same_classes(data: str, other: str, dataset_type: str) -> None:
-    """Labels are numbers: in both they must be of the same classes in the same order."""
-    names, others = (_classes(one, dataset_type) for one in (data, other))
-    if names and others and names[0] != others[0]:
-        raise ValueError(
-            f"{other} has the classes {', '.join(others[0][:3])}, ... ({len(others[0])}), {data} "
-            f"{', '.join(names[0][:3])}, ... ({len(names[0])}): their labels mean other classes"
-        )
+def require_same_classes_in(data: str, other: str, dataset_type: str) -> None:
+    """Refuse two data whose labels are of other classes, as far as their classes are known."""
+    names, others = ((_classes(one, dataset_type) or ([], []))[0] for one in (data, other))
+    require_same_classes(data, names, other, others)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +151,6 @@ class LinearProbe(DataEvaluation):
             )
         from fastclip.evaluate.linear_probe import linear_probe
 
-        _require_same_classes(self.data, self.train_data, self.options.dataset_type)
+        require_same_classes_in(self.data, self.train_data, self.options.dataset_type)
         train = self.embed(model, self.train_data, self.train_split)
         return linear_probe(train, self.embed(model, self.data), seed=self.seed)

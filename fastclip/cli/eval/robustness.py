@@ -1,10 +1,10 @@
 """`fastclip eval robustness`: accuracies under distribution shifts, and effective robustness."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastclip.cli.eval.classification import Zeroshot
+from fastclip.cli.eval.classification import Zeroshot, require_same_classes_in
 from fastclip.evaluate import sharing
 from fastclip.evaluate.effective_robustness import BASELINES, Line, suited_fit
 from fastclip.evaluate.imagenet import SHIFTS, prompts, wordnet_ids
@@ -120,19 +120,10 @@ class Robustness(Zeroshot):
             return round(found["acc1"] * count), count
 
         for data in shifts.values():
-            self._check_same_classes(data)
+            require_same_classes_in(self.data, data, self.options.dataset_type)
         original = counts(self.data)
         shifted = {name: counts(data) for name, data in shifts.items()}
         return {**evaluate_shifts(original, shifted, lines), **chosen}
-
-    def _check_same_classes(self, data: str) -> None:
-        """The shift's labels must mean the same classes as the data's."""
-        own, other = self._beside(), replace(self, data=data)._beside()
-        if own and other and own[0] != other[0]:
-            raise ValueError(
-                f"{data} has the classes {', '.join(other[0][:3])}, ... ({len(other[0])}), "
-                f"{self.data} {', '.join(own[0][:3])}, ... ({len(own[0])}): a shift must keep them"
-            )
 
     def _summarize(self, metrics: dict[str, Any]) -> None:
         """Print accuracies in percent and effective robustness in points."""
