@@ -18,9 +18,9 @@ from fastclip.study.collages import (
 from fastclip.study.question import Arm, Contrast, Question, Settings
 from fastclip.study.verdict import Design
 
-STEPS, BATCH = 250, 64
+STEPS, BATCH = 200, 64
 _COMMON = (
-    *("--model", "RN10t-64", "--batch-size", str(BATCH), "--lr", "2e-3", "--wd", "0.1"),
+    *("--model", "RN10t-64", "--batch-size", str(BATCH), "--lr", "1e-3", "--wd", "0.1"),
     *("--warmup", "50", "--grad-clip-norm", "1", "--workers", "1", "--epochs", "1"),
 )
 _STRONG_IMAGES = ("--strong-scale", "0.5", "1", "--aug-blur", "0")
@@ -43,7 +43,6 @@ FLAGS: dict[str, tuple[str, ...]] = {
     "one shared scale": (*_UNICLIP, "--shared-similarity"),
     "InfoNCE": (*_UNICLIP, "--pair-loss", "info-nce"),
     "MIL-NCE": (*_UNICLIP, "--pair-loss", "mil-nce"),
-    "SupCon": (*_UNICLIP, "--pair-loss", "sup-con"),
 }
 
 
@@ -56,13 +55,12 @@ def _arms(settings: Settings) -> Mapping[str, Arm]:
 def _notes(settings: Settings) -> list[str]:
     return [
         f"{settings.share(STEPS)} steps of {BATCH} collages. All runs begin with one image tower: "
-        f"{image_tower_note(settings)}. All but CLIP see three views of an image in a step. SupCon "
-        "has a single scale, so it is compared with UniCLIP's single scale."
+        f"{image_tower_note(settings)}. All but CLIP see three views of an image in a step."
     ]
 
 
-def _without(label: str, whole: str = "UniCLIP") -> Contrast:
-    return Contrast(f"without its part UniCLIP is worse: {label}", (whole,), (label,))
+def _without(label: str) -> Contrast:
+    return Contrast(f"without its part UniCLIP is worse: {label}", ("UniCLIP",), (label,))
 
 
 QUESTION = Question(
@@ -72,7 +70,10 @@ QUESTION = Question(
         "image_to_text": "image → text @5",
         "text_to_image": "text → image @5",
     },
-    design=Design(seeds=3, smallest=0.03),
+    # By a pilot with seeds 100 and 101 and 250 steps: UniCLIP and CLIP with as many views, whose
+    # difference varied by 2.1 points. An earlier one, with twice the learning rate, was unsteady:
+    # runs of CLIP with as many views differed by 9.5 points.
+    design=Design(seeds=5, smallest=0.04, spread=0.021),
     contrasts=[
         Contrast("UniCLIP is better than CLIP with as many views", ("UniCLIP",), (THREE,)),
         Contrast("UniCLIP is better than CLIP", ("UniCLIP",), ("CLIP",)),
@@ -82,7 +83,6 @@ QUESTION = Question(
         _without("one shared scale"),
         _without("InfoNCE"),
         _without("MIL-NCE"),
-        _without("SupCon", "one shared scale"),
     ],
     arms=_arms,
     judge=lambda settings: judge_collages(settings.data),
