@@ -23,8 +23,8 @@ TOP_LEVEL_ROOMS = {"benchmarks": "fastclip/bench", "kernels": "fastclip/kernels"
 # checks kernels there. A test holds the list.
 LAB = set(
     "archive attention_check attention_lab attention_sweep ceilings check compile_cases "
-    "compile_limits compile_report gpu_lab ranking retrieval sass search small tile_sweep "
-    "trials".split()
+    "compile_limits compile_report gpu_lab lab_losses ranking retrieval sass search small "
+    "tile_sweep trials".split()
 )
 
 

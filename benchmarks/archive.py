@@ -1,9 +1,9 @@
 """What a session on a GPU brought back, put where it belongs.
 
 `python -m fastclip.bench.archive DIR/lab.tar.gz [--root CHECKOUT]`: results go to
-benchmarks/results, tables of tilings and plans to kernels, a note with the figures to
-benchmarks/notes. Nothing is written where a file of the archive is damaged or a result of that name
-exists.
+benchmarks/results, tables of tilings and plans to kernels, a note with the figures and the profile
+to benchmarks/notes. Nothing is written where a file of the archive is damaged or a result of that
+name exists.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from fastclip.kernels.launch import Tiling
 from fastclip.messages import logger
 
 # files that `fastclip bench` reads, and tables that launchers read
-RESULTS = ("losses", "attention", "train-step", "data")
+RESULTS = ("losses", "small", "attention", "train-step", "data")
 TABLES = ("tilings", "attention_plans")
 # a session's JSON files and logs are far smaller
 LARGEST_BYTES = 64 << 20
@@ -71,7 +71,7 @@ def import_archive(archive: Path, root: Path) -> list[Path]:
 
     Returns:
         The files written: `benchmarks/results/DATE-DEVICE-KIND.json`, `kernels/tilings.json`,
-        `kernels/attention_plans.json` and `benchmarks/notes/DATE-DEVICE-STAGE.md`.
+        `kernels/attention_plans.json`, `benchmarks/notes/DATE-DEVICE-STAGE.md` and -profile.txt.
 
     Raises:
         ValueError: the archive or a file in it is damaged, or a result of that name exists.
@@ -93,6 +93,8 @@ def import_archive(archive: Path, root: Path) -> list[Path]:
             written[root / "benchmarks/results" / f"{stem}-{kind}.json"] = texts[f"{kind}.json"]
     note = root / "benchmarks/notes" / f"{stem}-{stage}.md"
     written[note] = _note(environment, statuses, found, texts)
+    if "profile.txt" in texts:
+        written[root / "benchmarks/notes" / f"{stem}-profile.txt"] = texts["profile.txt"]
     for path in written:
         if path.exists():
             raise ValueError(f"{path} exists; move it away to import these results")
@@ -158,7 +160,39 @@ def _note(
         rows = [Row(**{k: v for k, v in row.items() if k in known}) for row in found["losses"]]
         lines += ["", "```text", *summary(rows), "```"]
     lines += [f"\nRows of {kind}: {len(rows)}" for kind, rows in found.items()]
+    for name in sorted(texts):
+        if name.startswith("check-") and name.endswith(".json"):
+            lines += ["", *_check_lines(name, texts[name])]
+    if "sweep.json" in texts:
+        lines += ["", "Fastest tilings, in ms:", "", *_sweep_lines(_object(texts, "sweep.json"))]
     return "\n".join([*lines, "", "## What it says", ""]) + "\n"
+
+
+def _check_lines(name: str, text: str) -> list[str]:
+    """How many cases an implementation was right in, and those it was wrong in."""
+    try:
+        findings = json.loads(text)
+        wrong = [finding for finding in findings if not finding["ok"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{name} of the archive is no list of findings: {error!r}") from error
+    backend = name.removeprefix("check-").removesuffix(".json")
+    lines = [f"Check of {backend}: {len(findings)} cases against float64, {len(wrong)} wrong."]
+    return lines + [f"- wrong: {json.dumps(finding)}" for finding in wrong[:20]]
+
+
+def _sweep_lines(result: dict[str, Any]) -> list[str]:
+    """The three fastest tilings of each kernel and precision."""
+    try:
+        return [
+            f"- {kernel}, {precision}: "
+            + ", ".join(f"{row['tiling']} {1e3 * row['seconds']:.3f}" for row in rows[:3])
+            for kernel, precisions in result.items()
+            for precision, rows in (
+                (p, [row for row in rows if "seconds" in row]) for p, rows in precisions.items()
+            )
+        ]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"sweep.json of the archive is no sweep: {error!r}") from error
 
 
 def _slug(name: str) -> str:

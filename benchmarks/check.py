@@ -11,7 +11,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -140,6 +140,8 @@ def findings(
     With `part` (i, k) every k-th of them from the i-th: most of the time goes into compiling, which
     processes can share.
     """
+    # what chunks are asked of is not left to the fastest: small batches have none
+    chunks = (None,) if backend == "auto" else CHUNKS
     cases = [
         (name, n, width, scale, dtype, chunk)
         for name in CHECKED
@@ -147,12 +149,12 @@ def findings(
         for width in WIDTHS
         for scale in SCALES
         for dtype in DTYPES
-        for chunk in CHUNKS
+        for chunk in chunks
         if width in widths_of(name, dtype)
     ]
     random.Random(0).shuffle(cases)
-    chosen = cases[:: 250 if few else 3]
-    if device == "cuda" and not few:
+    chosen = cases[:: 250 if few else len(chunks)]
+    if device == "cuda" and backend != "auto" and not few:
         large = [
             (name, n, width, 14.3, torch.bfloat16, None)
             for n, width in zip(LARGE_ROWS, LARGE_WIDTHS, strict=True)
@@ -275,12 +277,18 @@ def report(
     few: bool = False,
     deadline: float | None = None,
     part: tuple[int, int] = (0, 1),
+    save: Callable[[Finding], object] = lambda finding: None,
 ) -> tuple[list[Finding], bool]:
     """Run everything that the device allows and print it; (all findings, whether all is well).
 
-    Repeats, synchronization and graphs are the first part's.
+    Repeats, synchronization and graphs are the first part's, and come first. `save` receives each
+    finding at once.
     """
-    found = list(findings(device, backend, few, deadline, part))
+    problems = _problems(device, backend, few) if part[0] == 0 else {}
+    found = []
+    for finding in findings(device, backend, few, deadline, part):
+        found.append(finding)
+        save(finding)
     bad = [finding for finding in found if not finding.ok]
     print(f"{backend} on {device}: {len(found)} cases against float64, {len(bad)} wrong")
     for finding in bad[:20]:
@@ -295,17 +303,24 @@ def report(
             for s in SCALES
         ]
         print(f"  {dtype:12}" + "".join(f"{error:14.1e}" for error in worst))
-    if part[0] > 0:
-        return found, not bad
-    problems = {
-        "bits that differ": same_bits(device, backend, 5 if few else 50, 64 if few else 1000)
+    return found, not bad and not any(problems.values())
+
+
+def _problems(device: str, backend: str, few: bool) -> dict[str, list[str]]:
+    """Losses, by what is wrong with them besides their values; printed as they are found."""
+    looks: dict[str, Callable[[], list[str]]] = {
+        "bits that differ": lambda: same_bits(
+            device, backend, 5 if few else 50, 64 if few else 1000
+        )
     }
     if device == "cuda":
-        problems["host synchronization"] = synchronizing(backend)
-        problems["no CUDA graph"] = not_graphable(backend)
-    for what, culprits in problems.items():
-        print(f"  {what}: {', '.join(culprits) or 'none'}")
-    return found, not bad and not any(problems.values())
+        looks["host synchronization"] = lambda: synchronizing(backend)
+        looks["no CUDA graph"] = lambda: not_graphable(backend)
+    problems = {}
+    for what, look in looks.items():
+        problems[what] = look()
+        print(f"  {what}: {', '.join(problems[what]) or 'none'}", flush=True)
+    return problems
 
 
 def _outputs(
@@ -326,16 +341,25 @@ def main() -> int:
     parser.add_argument("--backend", default="triton" if torch.cuda.is_available() else "torch")
     parser.add_argument("--few", action="store_true", help="a few cases only")
     parser.add_argument("--part", default="0/1", help="I/K: every K-th case from the I-th")
-    parser.add_argument("--seconds", type=float, help="begin no case after so much time")
-    parser.add_argument("--output", type=Path, help="JSON file for the findings")
+    parser.add_argument("--until", type=float, help="begin no case after this, in epoch seconds")
+    parser.add_argument("--output", type=Path, help="file for the findings, a line of JSON each")
     options = parser.parse_args()
     first, count = map(int, options.part.split("/"))
-    deadline = None if options.seconds is None else time.monotonic() + options.seconds
-    found, well = report(
-        options.device, options.backend, options.few, deadline, part=(first, count)
-    )
+    deadline = None
+    if options.until is not None:
+        # what passed while Python began counts
+        deadline = time.monotonic() + options.until - time.time()
     if options.output:
-        options.output.write_text(json.dumps([asdict(f) for f in found], indent=1) + "\n")
+        options.output.write_text("")
+
+    def save(finding: Finding) -> None:
+        if options.output:
+            # at once: whoever ends the process has what it found
+            with options.output.open("a") as file:
+                file.write(json.dumps(asdict(finding)) + "\n")
+
+    part = (first, count)
+    _, well = report(options.device, options.backend, options.few, deadline, part, save)
     return 0 if well else 1
 
 

@@ -10,6 +10,8 @@ part; the last lines are a short table.
 
 import argparse
 import contextlib
+import functools
+import importlib.util
 import json
 import os
 import signal
@@ -18,7 +20,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,25 +30,25 @@ from fastclip.bench import (
     attention,
     attention_check,
     attention_sweep,
+    lab_losses,
     records,
     small,
     tile_sweep,
 )
 from fastclip.bench.ceilings import ceilings
-from fastclip.bench.losses import OPERATORS, run
-from fastclip.bench.runner import MATMUL, Row, Settings
+from fastclip.bench.losses import OPERATORS
+from fastclip.bench.runner import MATMUL, Row, Settings, gradient_of, leaves
 from fastclip.bench.screen import Rows
+from fastclip.bench.trials import gpu_clocks
 from fastclip.messages import logger
 
-CHECKERS = 12
+# processes of each implementation
+CHECKERS = {"triton": 9, "auto": 3, "torch": 1}
+# seconds after its time in which a process of the check may end its case
+CHECK_GRACE = 4.0
 BUDGET = 420.0
 # seconds in which results are packed and the table is printed
 CLOSING = 10.0
-# open_clip under torch.compile takes up to half a minute a loss and size: one size is enough
-COMPILED_AT = (32768, 768)
-# what matters most first: what the time does not allow is left out, and the output says so
-PLAN = [(65536, 768), (32768, 768), (1024, 768), (256, 768), (4096, 768), (16384, 768)]
-PLAN += [(n, width) for width in (512, 1024) for n in (65536, 32768, 1024, 4096)]
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,11 @@ STAGES = {
     "train-step": [Part("train-step", 400.0)],
     "data": [Part("data", 400.0)],
 }
-
+# packages of stages that run a command: torch and triton are enough for the others
+NEEDED = {
+    "train-step": ("tyro", "yaml", "numpy", "PIL", "webdataset"),
+    "data": ("tyro", "yaml", "numpy", "PIL", "webdataset", "braceexpand", "simplejpeg"),
+}
 
 # lines of a summary: what matters first comes first
 MOST_LINES = 40
@@ -125,32 +131,42 @@ def _queued(row: Row) -> str:
 
 def check_all(output: Path, seconds: float, quick: bool) -> bool:
     """Check the implementations in parallel processes; their findings go to JSON files."""
+    until = time.time() + seconds
     command = [sys.executable, "-m", "fastclip.bench.check", "--device", "cuda"]
-    command += ["--seconds", str(seconds)]
-    parts = [("triton", f"{part}/{CHECKERS}", quick) for part in range(CHECKERS)]
-    processes = {}
+    command += ["--until", str(until)]
     # by "auto" small batches hold S whole
-    for backend, part, few in [*parts, ("auto", "0/1", True), ("torch", "0/1", True)]:
-        file = output / f"check-{backend}-{part.partition('/')[0]}.json"
-        flags = ["--backend", backend, "--part", part, "--output", str(file)]
-        processes[file] = subprocess.Popen(
-            [*command, *flags, *(["--few"] if few else [])],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+    parts = [(backend, part, count) for backend, count in CHECKERS.items() for part in range(count)]
+    processes = {}
+    for backend, part, count in parts:
+        file = output / f"check-{backend}-{part}.jsonl"
+        flags = ["--backend", backend, "--part", f"{part}/{count}", "--output", str(file)]
+        few = ["--few"] if quick or backend == "torch" else []
+        with file.with_suffix(".log").open("w") as log:
+            processes[file] = subprocess.Popen(
+                [*command, *flags, *few], stdout=log, stderr=subprocess.STDOUT
+            )
     well = True
-    findings: dict[str, list[Any]] = {"triton": [], "auto": [], "torch": []}
+    findings: dict[str, list[Any]] = {backend: [] for backend in CHECKERS}
     for file, process in processes.items():
-        text, _ = process.communicate()
-        well = well and process.returncode == 0
-        if process.returncode != 0 or file.name.endswith("-0.json"):
-            print(text, flush=True)
+        try:
+            status = process.wait(max(until + CHECK_GRACE - time.time(), 0.1))
+        except subprocess.TimeoutExpired:
+            # it compiles; what it has found counts
+            process.kill()
+            process.wait()
+            print(f"{file.stem}: ended while a case was under way", flush=True)
+            status = 0
+        well = well and status == 0
+        if status != 0 or file.stem.endswith("-0"):
+            print(file.with_suffix(".log").read_text(), flush=True)
         if file.exists():
-            findings[file.name.split("-")[1]] += json.loads(file.read_text())
+            lines = file.read_text().splitlines()
+            findings[file.stem.split("-")[1]] += map(json.loads, lines)
             file.unlink()
+        file.with_suffix(".log").unlink()
     for backend, found in findings.items():
         wrong = sum(not finding["ok"] for finding in found)
+        well = well and not wrong
         print(f"{backend}: {len(found)} cases against float64, {wrong} wrong")
         (output / f"check-{backend}.json").write_text(json.dumps(found) + "\n")
     return well
@@ -178,21 +194,10 @@ def tilings_part(output: Path, seconds: float, quick: bool) -> bool:
 
 def losses_part(output: Path, seconds: float, quick: bool) -> bool:
     """All losses beside their baselines, the sizes that matter most first."""
-    began, well = time.monotonic(), True
-    settings = Settings(dtype=torch.bfloat16, autocast=True, rounds=10, device="cuda")
-    clocks: list[str | None] = []
-    with Rows("losses", settings, "cuda", output / "losses.json", clocks=clocks) as rows:
-
-        def add(found: list[Row]) -> None:
-            clocks.append(gpu_clocks())
-            rows.add(found)
-
-        for n, width in [(4096, 512)] if quick else PLAN:
-            left = max(seconds - (time.monotonic() - began), 0.0)
-            here = replace(settings, compiled=(n, width) == COMPILED_AT)
-            _, wrong = run(list(OPERATORS), [n], [width], here, add, left)
-            well = well and not wrong
-    print("\n".join(summary(rows.rows)))
+    well = lab_losses.measure(output, seconds, quick)
+    if (output / lab_losses.FILE).exists():
+        rows = records.read(output / lab_losses.FILE).rows
+        print("\n".join(summary([Row(**row) for row in rows])))
     return well
 
 
@@ -204,24 +209,11 @@ def small_part(output: Path, seconds: float, quick: bool) -> bool:
     return True
 
 
-def gpu_clocks() -> str | None:
-    """Clocks, temperature and power as nvidia-smi has them; None where it does not answer."""
-    query = "--query-gpu=clocks.sm,clocks.mem,temperature.gpu,power.draw"
-    try:
-        return subprocess.run(
-            ["nvidia-smi", query, "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
 def profile_part(output: Path, seconds: float, quick: bool) -> bool:
     """Nsight Compute's figures of the statistics and gradient kernels, where it is installed."""
-    command = ["ncu", "--clock-control", "none", "--set", "basic", "--launch-count", "6"]
+    sections = ("SpeedOfLight", "WarpStateStats", "InstructionStats", "Occupancy", "LaunchStats")
+    command = ["ncu", "--clock-control", "none", "--profile-from-start", "off"]
+    command += [word for section in sections for word in ("--section", section)]
     command += ["--kernel-name", "regex:lean_(statistics|gradient)_kernel"]
     command += [sys.executable, "-m", "fastclip.bench.gpu_lab", "--profiled"]
     try:
@@ -234,13 +226,19 @@ def profile_part(output: Path, seconds: float, quick: bool) -> bool:
 
 
 def profiled() -> None:
-    """What is profiled: one forward and backward of the CLIP loss."""
-    settings = Settings(dtype=torch.bfloat16, autocast=True, device="cuda")
-    from fastclip.bench.runner import gradient_of, leaves
+    """What is profiled: a forward and backward of the CLIP loss, after one that compiles.
 
-    operator = OPERATORS["clip"]
-    gradient_of(operator.ours, leaves(operator, 16384, 768, settings), settings)
+    Nothing is kept between the two, so that the gradient's kernel has its exponentials to compute.
+    """
+    settings = Settings(dtype=torch.bfloat16, autocast=True, device="cuda")
+    loss = functools.partial(OPERATORS["clip"].ours, keep_bytes=0)
+    inputs = leaves(OPERATORS["clip"], 32768, 768, settings)
+    gradient_of(loss, inputs, settings)
     torch.cuda.synchronize()
+    torch.cuda.profiler.start()
+    gradient_of(loss, inputs, settings)
+    torch.cuda.synchronize()
+    torch.cuda.profiler.stop()
 
 
 def attention_part(output: Path, seconds: float, quick: bool) -> bool:
@@ -287,6 +285,13 @@ PARTS: dict[str, Callable[[Path, float, bool], bool]] = {
     ),
     "data": bench_part("data", "--workers", "12"),
 }
+
+
+def lacking(stage: str) -> list[str]:
+    """The packages that a stage needs and that are not installed, by pip's names."""
+    names = {"yaml": "pyyaml", "PIL": "pillow"}
+    needed = NEEDED.get(stage, ())
+    return [names.get(name, name) for name in needed if importlib.util.find_spec(name) is None]
 
 
 def part_command(part: Part, output: Path, seconds: float, quick: bool) -> list[str]:
@@ -368,12 +373,12 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def pack(output: Path, archive: Path | None = None) -> Path:
-    """Put all JSON files and logs of a folder into an archive, by default its lab.tar.gz."""
+    """Put all results and logs of a folder into an archive, by default its lab.tar.gz."""
     archive = archive or output / "lab.tar.gz"
     partial = archive.with_name(f".{archive.name}")
     with tarfile.open(partial, "w:gz") as tar:
         for file in sorted(output.iterdir()):
-            if file.suffix in (".json", ".log", ".txt"):
+            if file.suffix in (".json", ".jsonl", ".log", ".txt"):
                 tar.add(file, arcname=file.name)
     partial.rename(archive)
     return archive
@@ -399,6 +404,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.output is None:
         parser.error("--output: give a folder for the results")
+    if missing := lacking(options.stage):
+        logger.error(f"the stage {options.stage} needs packages: pip install {' '.join(missing)}")
+        return 1
     options.output.mkdir(parents=True, exist_ok=True)
     if options.part:
         return 0 if PARTS[options.part](options.output, options.seconds, options.quick) else 1

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -10,10 +11,17 @@ import fastclip.bench.similarity as similarity
 import fastclip.bench.symmetric as symmetric
 from fastclip.bench.runner import Operator, Row, Settings, measure, quick_check
 from fastclip.messages import logger
+from fastclip.ops import dense
 
 OPERATORS: dict[str, Operator] = {
     operator.name: operator
     for operator in (*similarity.OPERATORS, *sigmoid.OPERATORS, *symmetric.OPERATORS)
+}
+
+# by whether S is held whole
+WAYS: dict[bool, Callable[[], AbstractContextManager[None]]] = {
+    True: dense.switched_on,
+    False: dense.switched_off,
 }
 
 
@@ -41,22 +49,18 @@ def run(
     `add` receives the rows of each loss and size when they are measured. With `seconds` no size is
     begun after that much time; what was left out is printed.
     """
-    started, rows, wrong = time.monotonic(), [], []
+    started, rows = time.monotonic(), []
     limit = greatest_error(settings)
-    for name in names:
-        try:
-            found = quick_check(OPERATORS[name], settings)
-        # what compiles has errors of its own
-        except Exception as error:
-            logger.error(f"{name} fails its quick check: {error}")
-            wrong.append(name)
-            continue
-        if not found < limit:
-            logger.error(f"{name} fails its quick check: dX is off by {found:.1e}")
-            wrong.append(name)
+    failed = {
+        (name, whole) for name in names for whole in WAYS if not _is_right(name, whole, settings)
+    }
+    wrong = [name for name, _ in sorted(failed)]
     for n in sizes:
         for width in widths:
-            for name in (name for name in names if name not in wrong):
+            for name in names:
+                # a way that is wrong spoils the sizes that take it
+                if (name, is_whole(name, n, settings.device)) in failed:
+                    continue
                 if seconds is not None and time.monotonic() - started > seconds:
                     print(f"{name} n = {n:,} D = {width:,} left out: out of time", flush=True)
                     continue
@@ -65,6 +69,7 @@ def run(
                 except Exception as error:
                     logger.error(f"{name} at n = {n} could not be measured: {error}")
                     wrong.append(name)
+                    failed |= {(name, whole) for whole in WAYS}
                     continue
                 rows += measured
                 add(measured)
@@ -72,6 +77,28 @@ def run(
                 if ours.status != "ok" or not (ours.error or 0.0) < limit:
                     logger.error(f"{name} at n = {n} is wrong: {ours}")
                     wrong.append(name)
+                    failed |= {(name, whole) for whole in WAYS}
                 if settings.device == "cuda":
                     torch.cuda.empty_cache()
-    return rows, wrong
+    return rows, list(dict.fromkeys(wrong))
+
+
+def _is_right(name: str, whole: bool, settings: Settings) -> bool:
+    """Whether a loss passes its quick check by one of `WAYS`."""
+    way = f"with S {'whole' if whole else 'in tiles'}"
+    try:
+        with WAYS[whole]():
+            found = quick_check(OPERATORS[name], settings)
+    # what compiles has errors of its own
+    except Exception as error:
+        logger.error(f"{name} fails its quick check {way}: {error}")
+        return False
+    if found < greatest_error(settings):
+        return True
+    logger.error(f"{name} fails its quick check {way}: dX is off by {found:.1e}")
+    return False
+
+
+def is_whole(name: str, n: int, device: str) -> bool:
+    """Whether a loss whose S has n rows holds S whole, by default."""
+    return n * n <= dense.ENTRIES.get((device, name), 0)

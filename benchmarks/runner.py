@@ -68,6 +68,11 @@ class Settings:
     """Whether baselines that compile first are included."""
     keep_bytes: int | None = None
     """Of fastclip's losses; None is their default."""
+    baselines: bool = True
+    """Whether anything beside fastclip is measured."""
+    delayed: bool = True
+    """Whether a GPU's work is queued behind a sleep, so that the time is the device's alone. Else a
+    call is timed from one synchronization to the next, the host's work included."""
 
 
 @dataclass
@@ -97,11 +102,13 @@ class Row:
     repeatable: bool | None = None
 
 
-MATMUL = "bare products"
+OURS, MATMUL = "fastclip", "bare products"
 
 # A step below so many seconds is measured in so many times the rounds: chance weighs more in it.
 SHORT_STEP = 2e-3
 MORE_ROUNDS = 14
+# And one above so many in few rounds: they would take most of a session's time.
+LONG_CALL, FEW_ROUNDS = 0.3, 3
 
 
 def clustered(count: int, rows: int, width: int, correlation: float = 0.3) -> Inputs:
@@ -164,10 +171,10 @@ def measure(operator: Operator, n: int, width: int, settings: Settings) -> list[
 
 def _rounds(runs: Mapping[str, Callable[[], Any]], settings: Settings) -> int:
     """Rounds for steps of this length, by fastclip's."""
-    if "fastclip" not in runs:
+    if OURS not in runs:
         return settings.rounds
     try:
-        least = min(_timed(runs["fastclip"], settings.device)[0] for _ in range(3))
+        least = min(_timed(runs[OURS], settings.device, DELAY)[0] for _ in range(3))
     except Exception:
         # the rounds say so, too
         return settings.rounds
@@ -176,12 +183,13 @@ def _rounds(runs: Mapping[str, Callable[[], Any]], settings: Settings) -> int:
 
 def candidates(operator: Operator) -> list[Baseline]:
     """All that is measured of an operator, fastclip first."""
-    return [Baseline("fastclip", lambda inputs: operator.ours), *operator.baselines]
+    return [Baseline(OURS, lambda inputs: operator.ours), *operator.baselines]
 
 
 def why_not(baseline: Baseline, n: int, settings: Settings) -> str | None:
     """The status of a baseline that is not even tried at this size."""
-    if "compiled" in baseline.name and not settings.compiled:
+    compiles = "compiled" in baseline.name and not settings.compiled
+    if compiles or (baseline.name != OURS and not settings.baselines):
         return "left out"
     if baseline.largest is not None and n > baseline.largest:
         return f"not tried beyond {baseline.largest}"
@@ -194,12 +202,12 @@ def interleave(
     settings: Settings,
     host: dict[str, list[float]] | None = None,
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Time all runs in turn, `rounds` times after the warm-up.
+    """Time all runs in turn, `rounds` times after the warm-up, long ones less often.
 
     Args:
         runs: what to time, by name.
         rounds: calls of each that count.
-        settings: the device, and the calls of each before.
+        settings: the device, the calls of each before, and whether a GPU's are delayed.
         host: receives the seconds in which the host made each call; on a GPU they run ahead of
             the device's.
 
@@ -209,23 +217,30 @@ def interleave(
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     hosts = {} if host is None else host
     failed: dict[str, str] = {}
+    delays: dict[str, float] = {}
     for turn in range(settings.warmup + rounds):
         if turn == settings.warmup and settings.device == "cuda":
             # whatever compiled during the warm-up has let the clocks fall
             warm_clocks()
         for name in list(seconds):
+            if len(seconds[name]) >= FEW_ROUNDS and seconds[name][-1] > LONG_CALL:
+                continue
+            counted = turn >= settings.warmup
+            delay = delays.get(name, DELAY) if counted and settings.delayed else None
             try:
-                # the last call's host time says how long the device has to be kept busy
-                past = hosts.get(name, [2e-3])[-1]
-                elapsed, queued = _timed(runs[name], settings.device, past)
+                elapsed, queued = _timed(runs[name], settings.device, delay)
             except Exception as error:
                 # a baseline that fails is out; the others go on
                 failed[name] = status_of(error)
                 del seconds[name]
                 continue
-            counted = turn >= settings.warmup
-            seconds[name] += [elapsed] * counted
-            hosts[name] = [*(hosts.get(name, []) if turn > settings.warmup else []), queued]
+            if counted:
+                seconds[name].append(elapsed)
+                hosts.setdefault(name, []).append(queued)
+            else:
+                # without a delay: a call that waits for the device would count it as its own, and
+                # each delay would be longer than the last
+                delays[name] = min(2 * queued + 1e-4, MOST_DELAY)
     return seconds, failed
 
 
@@ -397,16 +412,20 @@ def _named(rows: Sequence[Row], name: str) -> Row:
 _CYCLES_PER_SECOND = 2.1e9
 
 
-def _timed(run: Callable[[], Any], device: str, past: float = 2e-3) -> tuple[float, float]:
+# seconds that the device sleeps before a call: of one whose host time is not known, and at most
+DELAY, MOST_DELAY = 4e-3, 0.05
+
+
+def _timed(run: Callable[[], Any], device: str, delay: float | None) -> tuple[float, float]:
     """Seconds of a call, and in which the host made it.
 
-    On a GPU the call is queued behind a sleep of twice the host's past time, so that the device
-    finds all work waiting: the events then enclose device time alone.
+    With a delay a GPU sleeps so long before the call's work, and finds all of it waiting: events
+    then enclose device time alone.
     """
-    if device == "cuda":
+    if device == "cuda" and delay is not None:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
-        torch.cuda._sleep(int(_CYCLES_PER_SECOND * min(2 * past + 1e-4, 0.05)))
+        torch.cuda._sleep(int(_CYCLES_PER_SECOND * delay))
         begin.record()
         started = time.perf_counter()
         run()
@@ -414,10 +433,14 @@ def _timed(run: Callable[[], Any], device: str, past: float = 2e-3) -> tuple[flo
         end.record()
         end.synchronize()
         return begin.elapsed_time(end) / 1e3, host
+    if device == "cuda":
+        torch.cuda.synchronize()
     started = time.perf_counter()
     run()
-    elapsed = time.perf_counter() - started
-    return elapsed, elapsed
+    host = time.perf_counter() - started
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started, host
 
 
 def reset_peak(device: str) -> int | None:

@@ -46,3 +46,18 @@ def run_trials(
 
     with ThreadPoolExecutor(workers) as pool:
         return list(pool.map(one, commands))
+
+
+def gpu_clocks() -> str | None:
+    """Clocks, temperature and power as nvidia-smi has them; None where it does not answer."""
+    query = "--query-gpu=clocks.sm,clocks.mem,temperature.gpu,power.draw"
+    try:
+        return subprocess.run(
+            ["nvidia-smi", query, "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

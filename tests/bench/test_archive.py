@@ -40,6 +40,13 @@ def lab(tmp_path: Path) -> Path:
     (output / "ceilings.json").write_text(json.dumps({"product": 1.5, "copy": 2.5, "chunks": []}))
     (output / "tilings.json").write_text(TILINGS_FILE.read_text())
     (output / "attention_plans.json").write_text(PLANS_FILE.read_text())
+    records.write(output / "small.json", "losses", settings, rows, "cpu")
+    row = {"tiling": [128, 256, 64, 8, 3], "status": "ok", "seconds": 0.00125}
+    late = {"tiling": [1], "status": "out of time"}
+    (output / "sweep.json").write_text(json.dumps({"gradient": {"16bit": [row, late]}}))
+    findings = [{"loss": "clip", "ok": True}, {"loss": "siglip", "ok": False}]
+    (output / "check-triton.json").write_text(json.dumps(findings))
+    (output / "profile.txt").write_text("a profile")
     (output / "losses.log").write_text("a log")
     return output
 
@@ -48,11 +55,16 @@ def test_results_tables_and_a_note(
     lab: Path, checkout: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(pack(lab)), "--root", str(checkout)]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 4
+    assert len(capsys.readouterr().out.splitlines()) == 6
     result = checkout / "benchmarks/results/2026-01-02-h200-losses.json"
     assert records.read(result).benchmark == "losses"
     note = (checkout / "benchmarks/notes/2026-01-02-h200-losses.md").read_text()
     assert "- ceilings: ok" in note and "product 1.50" in note and "clip" in note
+    assert "Check of triton: 2 cases against float64, 1 wrong.\n- wrong: " in note
+    assert "- gradient, 16bit: [128, 256, 64, 8, 3] 1.250\n" in note
+    small = checkout / "benchmarks/results/2026-01-02-h200-small.json"
+    assert records.read(small).benchmark == "losses"
+    assert (checkout / "benchmarks/notes/2026-01-02-h200-profile.txt").read_text() == "a profile"
     assert (checkout / "kernels/tilings.json").read_text() == TILINGS_FILE.read_text()
     assert (checkout / "kernels/attention_plans.json").read_text() == PLANS_FILE.read_text()
 
@@ -73,6 +85,8 @@ def test_earlier_results_are_kept(lab: Path, checkout: Path, logged: Callable[[]
         ("attention_plans.json", '{"plans": {"sm_90": {"sideways": {"a": [1]}}}}'),
         ("environment.json", "[]"),
         ("stage.json", "{"),
+        ("sweep.json", '{"gradient": [1]}'),
+        ("check-triton.json", '[{"loss": "clip"}]'),
     ],
 )
 def test_a_damaged_file_leaves_nothing_behind(

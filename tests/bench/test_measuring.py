@@ -119,7 +119,8 @@ def test_work_is_queued_behind_a_sleep_and_clocks_are_warm(monkeypatch: pytest.M
     assert not failed and seconds == {"a": [0.003] * 2, "b": [0.003] * 2}
     assert [len(host[name]) for name in "ab"] == [2, 2]
     turn = [w for name in "ab" for w in ("sleep", "event", name, "event", "wait")]
-    assert gpu.calls == [*turn, "warm", *turn, *turn]
+    # how long the host takes is found without a sleep
+    assert gpu.calls == ["a", "b", "warm", *turn, *turn]
     assert all(cycles > 0 for cycles in gpu.slept)
 
 
@@ -143,8 +144,9 @@ def test_a_copy_reads_and_writes_each_byte_once(monkeypatch: pytest.MonkeyPatch)
 def test_the_check_on_a_gpu_begins_with_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows over 1,000 are several chunks and many tiles: an index that overflows shows there."""
     monkeypatch.setattr(check, "compare", lambda operator, *case: (operator.name, *case))
-    for part in range(gpu_lab.CHECKERS):
-        first = next(iter(check.findings("cuda", "triton", part=(part, gpu_lab.CHECKERS))))
+    count = gpu_lab.CHECKERS["triton"]
+    for part in range(count):
+        first = next(iter(check.findings("cuda", "triton", part=(part, count))))
         assert first[1] in check.LARGE_ROWS
     large = [f for f in check.findings("cuda", "triton") if f[1] in check.LARGE_ROWS]
     names = (*OPERATORS, "clip not kept")
@@ -162,3 +164,70 @@ def test_the_check_of_many_rows_is_against_float64(monkeypatch: pytest.MonkeyPat
         return loss if inputs[0].dtype == torch.float64 else 1.02 * loss
 
     assert not check.compare(replace(OPERATORS["clip"], ours=wrong), *case).ok
+
+
+def test_the_check_of_small_batches_leaves_chunks_to_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where chunks are asked for, S is not held whole."""
+    monkeypatch.setattr(check, "compare", lambda operator, *case: (operator.name, *case))
+    cases = list(check.findings("cuda", "auto"))
+    assert {case[5] for case in cases} == {None} and max(case[1] for case in cases) <= 1000
+    assert {case[0] for case in cases} == set(check.CHECKED)
+
+
+def test_a_finding_is_saved_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what repeats, synchronizes or cannot be captured is looked for before."""
+    order: list[str] = []
+    monkeypatch.setattr(check, "same_bits", lambda *how: order.append("bits") or [])
+    report = check.report("cpu", "torch", few=True, save=lambda finding: order.append(finding.loss))
+    assert order == ["bits", *(finding.loss for finding in report[0])]
+
+
+def test_a_long_call_is_made_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {"short": 0.01, "long": 0.5}
+    monkeypatch.setattr(runner, "_timed", lambda run, *how: (times[run()],) * 2)
+    found, _ = interleave({name: lambda name=name: name for name in times}, 10, FEW)
+    assert {name: len(seconds) for name, seconds in found.items()} == {"short": 10, "long": 3}
+
+
+def test_a_call_that_waits_is_not_delayed_more_and_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its host time has the delay in it."""
+    delays: list[float | None] = []
+
+    def timed(run, device: str, delay: float | None) -> tuple[float, float]:
+        delays.append(delay)
+        return 0.001, 0.001 + (delay or 0.0)
+
+    monkeypatch.setattr(runner, "_timed", timed)
+    interleave({"a": lambda: None}, 4, Settings(device="cpu", warmup=2))
+    assert delays[:2] == [None, None] and delays[2:] == [pytest.approx(2.1e-3)] * 4
+    delays.clear()
+    interleave({"a": lambda: None}, 4, Settings(device="cpu", warmup=2, delayed=False))
+    assert set(delays) == {None}
+
+
+@pytest.mark.parametrize("broken", [True, False])
+def test_a_way_that_is_wrong_spoils_the_sizes_that_take_it(
+    broken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check_of(operator, settings: Settings) -> float:
+        whole = losses.dense.ENTRIES["cpu", "clip"] == losses.dense.MOST_ENTRIES
+        return 1.0 if whole == broken else 0.0
+
+    monkeypatch.setattr(losses, "quick_check", check_of)
+    monkeypatch.setitem(losses.dense.ENTRIES, ("cpu", "clip"), 100 * 100)
+    saved: list[Row] = []
+    _, wrong = losses.run(["clip"], [64, 128], [16], FEW, saved.extend)
+    assert wrong == ["clip"] and {row.n for row in saved} == {128 if broken else 64}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_sizes_that_are_held_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the limit, and by what the loss does."""
+    monkeypatch.setitem(losses.dense.ENTRIES, ("cpu", name), 24 * 24)
+    for n, whole in ((24, True), (32, False)):
+        assert losses.is_whole(name, n, "cpu") is whole
+        inputs = runner.leaves(OPERATORS[name], n, 16, FEW)
+        loss = OPERATORS[name].ours(*inputs)
+        assert ("Dense" in type(loss.grad_fn).__name__) is whole, loss.grad_fn
