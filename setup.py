@@ -24,7 +24,7 @@ TOP_LEVEL_ROOMS = {"benchmarks": "fastclip/bench", "kernels": "fastclip/kernels"
 LAB = set(
     "archive attention_check attention_lab attention_sweep ceilings check compile_cases "
     "compile_limits compile_report gpu_lab lab_losses ranking retrieval sass search small "
-    "tile_sweep trials".split()
+    "tile_sweep trials variants".split()
 )
 
 

@@ -110,7 +110,7 @@ class Group:
 
     @property
     def as_good(self) -> list[Row]:
-        """The baselines whose median lies within or beyond fastclip's spread."""
+        """The baselines that are faster, or whose spread (p20 to p80) overlaps fastclip's."""
         ours = self.ours
         if ours is None:
             return []
@@ -119,7 +119,8 @@ class Group:
             return [row for row in self.baselines if self.value(row) >= bound]
         spread = ours.get("p80") if self.kind.measured == "p50" else None
         bound = spread or self.value(ours)
-        return [row for row in self.baselines if self.value(row) <= bound]
+        low = "p20" if self.kind.measured == "p50" else self.kind.measured
+        return [row for row in self.baselines if (row.get(low) or self.value(row)) <= bound]
 
     @property
     def doubtful(self) -> bool:

@@ -1,8 +1,8 @@
 """The losses of a session on a GPU, where one baseline may spoil the device for all.
 
 After an illegal memory access a process cannot use its GPU any more. So the sizes are measured in a
-process of their own. Where it dies, its size is measured again without baselines, and another one
-goes on with the next size.
+process of their own. Where it dies, its size is measured again without baselines, and a new
+process continues with the next size.
 """
 
 import argparse

@@ -13,6 +13,11 @@ from fastclip.bench.report import failures, table, times
 
 BEGIN, END = "<!-- bench:losses -->", "<!-- /bench -->"
 PLOT = Path("docs", "performance.svg")
+# what files of one table have in common
+_SAME = {
+    "environment": ("device", "torch", "threads"),
+    "settings": ("dtype", "autocast", "scale", "keep_bytes"),
+}
 # the lines of the plot
 SHOWN = ("fastclip", "open_clip", "open_clip compiled")
 
@@ -60,29 +65,44 @@ def merge(files: Sequence[Path]) -> Record:
     """The results of several files in one; of the same measurement the last counts.
 
     Raises:
-        ValueError: they are of other benchmarks, devices or dtypes.
+        ValueError: they are of other benchmarks, devices, versions of torch, threads or settings,
+            or a later file would replace rows by those of fewer baselines.
     """
     found = [records.read(file) for file in files]
     for record in found:
         if record.benchmark != "losses":
             raise ValueError(f"{record.name} is of {record.benchmark}; the table is of losses")
-        for what in ("environment", "settings"):
-            for name in ("device", "dtype", "autocast"):
+        for what, names in _SAME.items():
+            for name in names:
                 first, other = (getattr(r, what).get(name) for r in (found[0], record))
                 if first != other:
                     raise ValueError(
                         f"{record.name} has {name} {other}, {found[0].name} {first}: a table is of "
-                        "one machine and precision"
+                        "one machine, version and precision"
                     )
     rows: dict[tuple[str, int, int], list[dict]] = {}
     for record in found:
         for place in dict.fromkeys((r["operator"], r["n"], r["width"]) for r in record.rows):
-            rows[place] = [r for r in record.rows if (r["operator"], r["n"], r["width"]) == place]
+            here = [r for r in record.rows if (r["operator"], r["n"], r["width"]) == place]
+            lacking = _measured(rows.get(place, [])) - _measured(here)
+            if lacking:
+                raise ValueError(
+                    f"{record.name} has {place[0]} of {place[1]} rows without "
+                    f"{', '.join(sorted(lacking))}, which an earlier file has; give it first"
+                )
+            rows[place] = here
     everything = [row for place in rows.values() for row in place]
     last = found[-1]
+    days = dict.fromkeys(str(record.environment["date"])[:10] for record in found)
     rounds = dict.fromkeys(str(record.settings.get("rounds", "several")) for record in found)
     settings = {**last.settings, "rounds": " or ".join(rounds)}
-    return Record(last.name, last.benchmark, last.environment, settings, everything)
+    environment = {**last.environment, "date": " and ".join(days)}
+    return Record(last.name, last.benchmark, environment, settings, everything)
+
+
+def _measured(rows: Sequence[dict]) -> set[str]:
+    """The names of those that ran."""
+    return {row["baseline"] for row in rows if row["status"] == "ok"}
 
 
 def section(record: Record, names: Sequence[str]) -> str:
@@ -105,11 +125,14 @@ def section(record: Record, names: Sequence[str]) -> str:
     parts = [
         _paragraph(
             f"Measured on {there['device']}, {there.get('threads', '?')} threads, "
-            f"torch {there.get('torch', '?')}, {precision}, {str(there['date'])[:10]}, "
+            f"torch {there.get('torch', '?')}, {precision}, {_days(there['date'])}, "
             "forward and backward. All baselines run in turn; times are medians of "
             f"{how['rounds']} rounds, 14 times as many below 2 ms "
             f"({', '.join(f'`{name}`' for name in names)}). `fastclip bench losses` measures your "
-            f"machine. With {sizes[-1]:,} rows of width {width}, peak being peak extra memory:"
+            f"machine. Features are random, the logit scale is {how.get('scale', '?')}. Rows are "
+            "pairs for CLIP, SigLIP and InfoNCE, views for NT-Xent (two an image), views and texts "
+            "for MP-NCE (three and one an item), images for SupCon (four a class). With "
+            f"{sizes[-1]:,} rows of width {width}:"
         ),
         table(
             (
@@ -125,14 +148,19 @@ def section(record: Record, names: Sequence[str]) -> str:
             [line for group in groups if group.key[1] == sizes[-1] for line in _lines(group)],
         ),
         _paragraph(
-            "matmul is the time of dense matrix products alone, as a share of fastclip's time. "
-            "Near 100 %, fastclip is matmul-bound; where it computes fewer products, the share can "
-            "be above 100 %."
+            "peak is the peak of memory above the inputs, gradients included. matmul is the time "
+            "of the matrix products alone, in chunks, as a share of fastclip's time: 4 for CLIP, "
+            "which computes the similarity matrix S twice where it is not kept, 3 for the others. "
+            "Near 100 %, the products take nearly all of the time. The share can be above 100 % "
+            "where fastclip computes fewer products, or S stays in the cache."
         ),
     ]
     if len(sizes) > 1:
         parts += [
-            "The same ratio against the fastest baseline that ran, by number of rows:",
+            _paragraph(
+                "The same ratio by number of rows, each against the baseline that is fastest at "
+                "that size:"
+            ),
             table(("loss", *(f"{n:,}" for n in sizes)), list(_by_size(groups, sizes))),
         ]
     parts.append(_paragraph(_up_to(everything)))
@@ -140,6 +168,11 @@ def section(record: Record, names: Sequence[str]) -> str:
     if missing:
         parts.append(_paragraph(f"Not run here: {missing}."))
     return "\n\n".join(parts)
+
+
+def _days(date: str) -> str:
+    """A date without its time; those of several files as `merge` joins them."""
+    return " and ".join(day[:10] for day in str(date).split(" and "))
 
 
 def main_width(record: Record) -> int:

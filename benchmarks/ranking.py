@@ -88,10 +88,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--n", type=int, default=4096, help="queries")
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="few queries")
     options = parser.parse_args(arguments)
-    settings = Settings(rounds=options.rounds, warmup=1)
+    n, rounds = (256, 1) if options.quick else (options.n, options.rounds)
+    settings = Settings(rounds=rounds, warmup=1)
     with Rows("losses", settings, settings.device, options.output) as rows:
-        rows.add(measure(options.n, options.width, settings))
+        rows.add(measure(n, options.width, settings))
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ OURS, MATMUL = "fastclip", "bare products"
 # A step below so many seconds is measured in so many times the rounds: chance weighs more in it.
 SHORT_STEP = 2e-3
 MORE_ROUNDS = 14
-# And one above so many in few rounds: they would take most of a session's time.
+# And a GPU's above so many in few rounds: they would take most of a session's time.
 LONG_CALL, FEW_ROUNDS = 0.3, 3
 
 
@@ -202,11 +202,11 @@ def interleave(
     settings: Settings,
     host: dict[str, list[float]] | None = None,
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Time all runs in turn, `rounds` times after the warm-up, long ones less often.
+    """Time all runs in turn, `rounds` times after the warm-up, each round begun by another one.
 
     Args:
         runs: what to time, by name.
-        rounds: calls of each that count.
+        rounds: calls of each that count; fewer of a GPU's long ones.
         settings: the device, the calls of each before, and whether a GPU's are delayed.
         host: receives the seconds in which the host made each call; on a GPU they run ahead of
             the device's.
@@ -218,12 +218,15 @@ def interleave(
     hosts = {} if host is None else host
     failed: dict[str, str] = {}
     delays: dict[str, float] = {}
+    wanted = dict.fromkeys(runs, rounds)
     for turn in range(settings.warmup + rounds):
         if turn == settings.warmup and settings.device == "cuda":
             # whatever compiled during the warm-up has let the clocks fall
             warm_clocks()
-        for name in list(seconds):
-            if len(seconds[name]) >= FEW_ROUNDS and seconds[name][-1] > LONG_CALL:
+        alive = list(seconds)
+        first = turn % max(len(alive), 1)
+        for name in (*alive[first:], *alive[:first]):
+            if len(seconds[name]) >= wanted[name]:
                 continue
             counted = turn >= settings.warmup
             delay = delays.get(name, DELAY) if counted and settings.delayed else None
@@ -241,6 +244,11 @@ def interleave(
                 # without a delay: a call that waits for the device would count it as its own, and
                 # each delay would be longer than the last
                 delays[name] = min(2 * queued + 1e-4, MOST_DELAY)
+                if settings.device == "cuda" and elapsed > LONG_CALL:
+                    wanted[name] = min(rounds, FEW_ROUNDS)
+                else:
+                    # as of a first call, which compiles
+                    wanted[name] = rounds
     return seconds, failed
 
 

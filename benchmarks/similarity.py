@@ -24,6 +24,22 @@ def _open_clip_compiled(inputs: Inputs) -> LossFunction:
     return torch.compile(_open_clip(inputs))
 
 
+def _one_product(inputs: Inputs) -> LossFunction:
+    """As Hugging Face's models have it: one product for both directions."""
+    target = torch.arange(len(inputs[0]), device=inputs[0].device)
+
+    def loss(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+        logits = scale * x @ y.T
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+    return loss
+
+
+def _one_product_compiled(inputs: Inputs) -> LossFunction:
+    torch._dynamo.reset()
+    return torch.compile(_one_product(inputs))
+
+
 def _inf_cl(inputs: Inputs) -> LossFunction:
     cross_entropy.on_cuda_only(inputs)
     from inf_cl import cal_flash_loss
@@ -42,6 +58,11 @@ def _cross_entropy(inputs: Inputs) -> LossFunction:
     return lambda x, y, scale: F.cross_entropy(scale * x @ y.T, target)
 
 
+def _cross_entropy_compiled(inputs: Inputs) -> LossFunction:
+    torch._dynamo.reset()
+    return torch.compile(_cross_entropy(inputs))
+
+
 OPERATORS = (
     Operator(
         "clip",
@@ -50,6 +71,8 @@ OPERATORS = (
         (
             Baseline("open_clip", _open_clip),
             Baseline("open_clip compiled", _open_clip_compiled),
+            Baseline("one product for S", _one_product),
+            Baseline("one product for S, compiled", _one_product_compiled),
             *cross_entropy.baselines(" twice"),
             Baseline("inf_cl", _inf_cl),
         ),
@@ -61,6 +84,7 @@ OPERATORS = (
         info_nce_loss,
         (
             Baseline("cross_entropy", _cross_entropy),
+            Baseline("cross_entropy compiled", _cross_entropy_compiled),
             *cross_entropy.baselines(),
         ),
         (1, 1, 1),

@@ -49,7 +49,7 @@ def _dense_mp_nce(inputs: Inputs) -> LossFunction:
     domain = torch.tensor(VIEWS_AND_TEXT, device=device)
     low, high = (f(domain[:, None], domain) for f in (torch.minimum, torch.maximum))
     same = pair[:, None] == pair
-    positive = same & ~torch.eye(n * count, dtype=torch.bool, device=device)
+    itself = torch.eye(count, dtype=torch.bool, device=device)[:, :, None]
 
     def loss(*leaves: Tensor) -> Tensor:
         *blocks, scale, offset = leaves
@@ -57,10 +57,11 @@ def _dense_mp_nce(inputs: Inputs) -> LossFunction:
         tables = (table[low, high][:, None, :, None] for table in (scale, offset))
         scale_BB, offset_BB = tables
         S = scale_BB * (z @ z.T).view(count, n, count, n) + offset_BB
-        S = S.view(n * count, n * count)
-        lse = S.masked_fill(same, -torch.inf).logsumexp(1, keepdim=True)
-        terms = torch.nn.functional.softplus(lse - S)
-        return torch.where(positive, terms, 0.0).sum() / ((count - 1) * n * count)
+        negatives = S.view(n * count, n * count).masked_fill(same, -torch.inf)
+        lse = negatives.logsumexp(1).view(count, 1, n)
+        # (count, count, n): of each item's blocks with each other
+        terms = torch.nn.functional.softplus(lse - S.diagonal(dim1=1, dim2=3))
+        return terms.masked_fill(itself, 0.0).sum() / ((count - 1) * n * count)
 
     return loss
 
@@ -90,8 +91,8 @@ def _dense_sup_con(inputs: Inputs) -> LossFunction:
 
     def loss(z: Tensor, temperature: Tensor) -> Tensor:
         S = (z @ z.T) / temperature
-        log_share = S - S.masked_fill(itself, -torch.inf).logsumexp(1, keepdim=True)
-        return -(torch.where(positive, log_share, 0.0).sum(1) / positive.sum(1)).mean()
+        lse = S.masked_fill(itself, -torch.inf).logsumexp(1)
+        return (lse - torch.where(positive, S, 0.0).sum(1) / positive.sum(1)).mean()
 
     return loss
 

@@ -118,9 +118,12 @@ def test_work_is_queued_behind_a_sleep_and_clocks_are_warm(monkeypatch: pytest.M
     seconds, failed = interleave(runs, 2, Settings(device="cuda", warmup=1), host)
     assert not failed and seconds == {"a": [0.003] * 2, "b": [0.003] * 2}
     assert [len(host[name]) for name in "ab"] == [2, 2]
-    turn = [w for name in "ab" for w in ("sleep", "event", name, "event", "wait")]
-    # how long the host takes is found without a sleep
-    assert gpu.calls == ["a", "b", "warm", *turn, *turn]
+    turn = {
+        order: [w for name in order for w in ("sleep", "event", name, "event", "wait")]
+        for order in ("ab", "ba")
+    }
+    # how long the host takes is found without a sleep; each round begins with another one
+    assert gpu.calls == ["a", "b", "warm", *turn["ba"], *turn["ab"]]
     assert all(cycles > 0 for cycles in gpu.slept)
 
 
@@ -184,11 +187,17 @@ def test_a_finding_is_saved_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert order == ["bits", *(finding.loss for finding in report[0])]
 
 
-def test_a_long_call_is_made_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = {"short": 0.01, "long": 0.5}
-    monkeypatch.setattr(runner, "_timed", lambda run, *how: (times[run()],) * 2)
-    found, _ = interleave({name: lambda name=name: name for name in times}, 10, FEW)
-    assert {name: len(seconds) for name, seconds in found.items()} == {"short": 10, "long": 3}
+@pytest.mark.parametrize(("device", "rounds"), [("cuda", 3), ("cpu", 10)])
+def test_a_gpus_long_call_is_made_a_few_times(
+    device: str, rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _Gpu(monkeypatch)
+    # the first call of "short" compiles
+    times = {"short": [0.9, *[0.01] * 11], "long": [0.5] * 12}
+    monkeypatch.setattr(runner, "_timed", lambda run, *how: (times[run()].pop(0),) * 2)
+    settings = Settings(device=device, warmup=2)
+    found, _ = interleave({name: lambda name=name: name for name in times}, 10, settings)
+    assert {name: len(seconds) for name, seconds in found.items()} == {"short": 10, "long": rounds}
 
 
 def test_a_call_that_waits_is_not_delayed_more_and_more(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,7 @@ def test_fastclip_stands_beside_the_best_baseline(tmp_path: Path) -> None:
 def test_baselines_that_are_as_fast_are_named(tmp_path: Path) -> None:
     def quicken(row: dict[str, Any]) -> None:
         if (row["operator"], row["n"], row["baseline"]) == ("clip", 4096, "open_clip"):
-            row["p50"] = 0.2
+            row |= {"p20": 0.19, "p50": 0.2}
 
     text = report.markdown([records.read(changed(tmp_path, "x.json", row=quicken))])
     assert "or faster (× faster) at: clip n = 4,096 D = 512 (0.86 for open_clip)." in text
@@ -90,7 +90,7 @@ def test_a_baseline_within_the_spread_counts_as_fast() -> None:
     (group, *_) = KINDS["losses"].groups(records.read(LOSSES))
     assert group.ours is not None and not group.as_good
     near = copy.deepcopy(group)
-    near.baselines[0]["p50"] = near.ours["p80"]  # type: ignore[index]
+    near.baselines[0]["p20"] = near.ours["p80"]  # type: ignore[index]
     assert [row["baseline"] for row in near.as_good] == ["open_clip compiled"]
     # our own variants and the matmul time are no baselines
     assert {row["baseline"] for row in group.baselines} == {"open_clip", "open_clip compiled"}
