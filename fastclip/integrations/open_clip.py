@@ -13,6 +13,7 @@ from fastclip.integrations.attention import replace_attention
 from fastclip.integrations.patch import MARK, PatchHandle
 from fastclip.losses.clip import ClipLoss, DistillClipLoss
 from fastclip.losses.siglip import SigLipLoss
+from fastclip.ops.backend import check_backend
 
 
 def patch_open_clip(
@@ -46,7 +47,8 @@ def patch_open_clip(
 
     Raises:
         ModuleNotFoundError: open_clip is not installed.
-        ValueError: `model` is not a module.
+        ValueError: `model` is not a module, the backend is unknown, or the model was patched with
+            another one before; nothing is changed then.
 
     Examples:
         >>> import fastclip, open_clip, torch
@@ -63,12 +65,14 @@ def patch_open_clip(
 
     if not isinstance(model, (nn.Module, type(None))):
         raise ValueError(f"model is {model!r}; give an open_clip model, not its class or name")
+    # before the losses are replaced: an error leaves nothing behind
+    check_backend(backend, "attention")
     handle = PatchHandle()
+    if attention and model is not None:
+        replace_attention(model, handle, backend)
     if loss:
         for name, replacement in _REPLACEMENTS.items():
             _replace_forward(getattr(open_clip.loss, name), replacement, handle)
-    if attention and model is not None:
-        replace_attention(model, handle, backend)
     return handle
 
 
@@ -87,7 +91,8 @@ def _replace_forward(
         call.apply_defaults()
         try:
             ours = replacement(self)
-            return ours(*list(call.arguments.values())[1:])
+            # by name: older releases have other arguments before the last
+            return ours(**dict(list(call.arguments.items())[1:]))
         except _Refusal as refusal:
             warnings.warn(f"open_clip's own loss is kept: {refusal}", stacklevel=2)
             return original(self, *arguments, **options)
@@ -112,11 +117,11 @@ def _clip(theirs: Any) -> Callable[..., Any]:
 def _distill(theirs: Any) -> Callable[..., Any]:
     ours = _softmax(theirs, DistillClipLoss)
 
-    def call(*arguments: Any) -> Any:
-        teacher = arguments[3:6]
+    def call(**arguments: Any) -> Any:
+        teacher = [value for name, value in arguments.items() if name.startswith("dist_")]
         if torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in teacher):
             raise _Refusal("the teacher requires a gradient")
-        return ours(*arguments)
+        return ours(**arguments)
 
     return call
 

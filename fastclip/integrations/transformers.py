@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from fastclip.functional import Exchange, clip_loss, siglip_loss
-from fastclip.integrations.patch import PatchHandle, original_forward, replace_forward
+from fastclip.integrations.patch import MARK, PatchHandle, original_forward, replace_forward
 from fastclip.ops.attention import attention
 from fastclip.ops.backend import check_backend
 from fastclip.ops.collectives import check_exchange
@@ -63,7 +63,8 @@ def patch_transformers(
         ImportError: it is older than 5.0, whose towers return their outputs in another form.
         ValueError: the model is not one of Hugging Face's CLIP or SigLIP, or, without
             `loss=False`, has a loss of another's (CLIPSeg, VisionTextDualEncoder); an unknown
-            `dist`, or `logits` beside it.
+            `dist`, or `logits` beside it; or it was patched before with other options, or prepared
+            by accelerate.
 
     Examples:
         >>> import fastclip, torch, transformers
@@ -111,7 +112,9 @@ def patch_transformers(
         for kind, of_features in losses.items():
             if isinstance(part, kind):
                 options = {"dist": dist, "group": group, "backend": _loss_backend(backend)}
-                arguments = (type(part), of_features, logits, options)
+                # what it was before a patch, if it is patched
+                original = getattr(type(part), MARK, type(part))
+                arguments = (original, of_features, logits, options)
                 made_by = (_with_loss, arguments)
                 replace_forward(part, _with_loss(*arguments), handle, made_by)
     return handle

@@ -17,7 +17,8 @@ from fastclip.ops.collectives import check_exchange
 class NTXentLoss(Loss):
     """Drop-in for `lightly.loss.NTXentLoss`: same arguments, call and value, memory linear in N.
 
-    As there, features are normalized inside.
+    As there, features are normalized inside. The state of a bank is part of `state_dict`, which
+    it is not in lightly: load a checkpoint of lightly's with `strict=False`.
 
     Args:
         temperature: > 0; similarities are divided by it.

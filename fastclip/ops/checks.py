@@ -394,6 +394,7 @@ def inverse(temperature: Tensor | float, features: Tensor) -> Tensor | float:
         raise ValueError(
             f"temperature has shape {tuple(temperature.shape)}; give a 0-d or (1,) tensor"
         )
+    temperature = on_device("temperature", temperature, features)
     # 16 bits would round the inverse, and its gradient, -1/T^2, would overflow in them
     wide = widened(temperature, features)
     if is_readable(temperature):

@@ -94,7 +94,7 @@ def accumulate(
     if last == 0:
         with context(True):
             output = forward(micro_batches[0])
-            _check([output], shared)
+            _check(output, output, 0, shared)
             with torch.no_grad():
                 fixed = constant(micro_batches[0])
             value = loss({**output, **fixed})
@@ -104,10 +104,10 @@ def accumulate(
     outputs: list[Mapping[str, Tensor]] = []
     constants, states = [], []
     with torch.no_grad():
-        for batch in micro_batches:
+        for index, batch in enumerate(micro_batches):
             states.append(_random_state())
             output = forward(batch)
-            _check([*outputs[:1], output], shared)
+            _check(output, outputs[0] if outputs else output, index, shared)
             if outputs:
                 # the first one's serve: these may be copies of large parameters
                 output = {name: v for name, v in output.items() if name not in shared}
@@ -155,7 +155,9 @@ def refuse_batch_norm(model: nn.Module, micro_batches: int) -> None:
 
     Of torch's layers only batch normalization lets them: in training mode it normalizes by the
     micro-batch's statistics (and would update the running ones twice). In evaluation mode with
-    running statistics, or replaced by a frozen layer, it is a fixed affine map.
+    running statistics, or replaced by a frozen layer, it is a fixed affine map. Heads of
+    `fastclip.nn.heads` with batch normalization over all processes are not looked at: call them in
+    the loss, on the whole batch.
 
     Args:
         model: in the mode, training or evaluation, that it is trained in.
@@ -188,26 +190,28 @@ def refuse_batch_norm(model: nn.Module, micro_batches: int) -> None:
         )
 
 
-def _check(outputs: Sequence[Mapping[str, Tensor]], shared: Collection[str]) -> None:
-    for index, output in enumerate(outputs):
-        if not isinstance(output, Mapping):
-            raise ValueError(f"forward gives a {type(output).__name__}; return a dictionary")
-        if output.keys() != outputs[0].keys():
-            raise ValueError(
-                f"outputs of micro-batch {index} are {', '.join(output)}, of the first "
-                f"{', '.join(outputs[0])}; return the same names every time"
-            )
-        for name, value in output.items():
-            if not isinstance(value, Tensor):
-                kind = type(value).__name__
-                raise ValueError(f"output {name!r} is a {kind}, not a tensor; leave it out")
-        shapes = {name: tuple(v.shape) for name, v in output.items() if name not in shared}
-        if () in shapes.values() or len({shape[0] for shape in shapes.values()}) > 1:
-            raise ValueError(
-                f"outputs of micro-batch {index} have shapes {shapes}; return one row a sample "
-                "(views and hard negatives apart or along a further dimension), and name in "
-                f"`shared` (now {', '.join(shared)}) what belongs to no sample"
-            )
+def _check(
+    output: Mapping[str, Tensor], first: Mapping[str, Tensor], index: int, shared: Collection[str]
+) -> None:
+    """Refuse outputs of micro-batch `index` that are not as described, or unlike the first's."""
+    if not isinstance(output, Mapping):
+        raise ValueError(f"forward gives a {type(output).__name__}; return a dictionary")
+    if output.keys() != first.keys():
+        raise ValueError(
+            f"outputs of micro-batch {index} are {', '.join(output)}, of the first "
+            f"{', '.join(first)}; return the same names every time"
+        )
+    for name, value in output.items():
+        if not isinstance(value, Tensor):
+            kind = type(value).__name__
+            raise ValueError(f"output {name!r} is a {kind}, not a tensor; leave it out")
+    shapes = {name: tuple(v.shape) for name, v in output.items() if name not in shared}
+    if () in shapes.values() or len({shape[0] for shape in shapes.values()}) > 1:
+        raise ValueError(
+            f"outputs of micro-batch {index} have shapes {shapes}; return one row a sample "
+            "(views and hard negatives apart or along a further dimension), and name in "
+            f"`shared` (now {', '.join(shared)}) what belongs to no sample"
+        )
 
 
 def _product(value: Tensor, gradient: Tensor) -> Tensor:

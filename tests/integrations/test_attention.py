@@ -226,3 +226,26 @@ def test_an_implementation_that_does_not_exist_is_refused_at_once() -> None:
     with pytest.raises(ValueError, match="backend 'nonsense' of attention is unknown"):
         fastclip.patch_open_clip(layer, loss=False, backend="nonsense")
     assert type(layer) is nn.MultiheadAttention
+
+
+@pytest.mark.parametrize("make", [open_clip_case, timm_case])
+def test_equal_layers_stay_of_one_class(make: Callable[[], Case]) -> None:
+    """torch.compile compiles a block for each class of its parts, and only a few of them."""
+    case = make()
+    with case.patch(case.model):
+        kinds = [type(module) for module in case.model.modules() if hasattr(type(module), MARK)]
+    originals = {getattr(kind, MARK) for kind in kinds}
+    assert len(kinds) > len(set(kinds)) == len(originals)
+
+
+def test_a_class_given_after_the_patch_is_not_taken_away() -> None:
+    """fully_shard and parametrizations give one, too."""
+    case = timm_case()
+    handle = case.patch(case.model)
+    layer = next(module for module in case.model.modules() if hasattr(type(module), MARK))
+    patched, sharded = type(layer), type("Sharded", (type(layer),), {})
+    layer.__class__ = sharded
+    with pytest.raises(RuntimeError, match="given another class after it was patched"):
+        handle.undo()
+    assert type(layer) is sharded
+    layer.__class__ = patched

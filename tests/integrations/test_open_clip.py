@@ -11,6 +11,7 @@ from open_clip import ClipLoss  # bound before the patch, as in a user's script
 import fastclip
 from fastclip.ops import dense
 from fastclip.ops.gemm import count_products
+from tests.integrations.towers import open_clip_case
 
 
 @pytest.fixture(autouse=True)
@@ -178,3 +179,32 @@ def test_a_subclass_with_a_part_of_its_own_stays_open_clips() -> None:
         with count_products() as count:
             Named()(x, x, scale)
     assert count.calls == 1
+
+
+def test_losses_of_releases_with_other_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 2.24 to 2.30 the CLIP loss takes no bias: output_dict is the fourth."""
+
+    def forward(self: Any, image_features: Any, text_features: Any, logit_scale: Any,
+                output_dict: bool = False) -> Any:  # fmt: skip
+        raise AssertionError("open_clip's own loss")
+
+    monkeypatch.setattr(open_clip.loss.ClipLoss, "forward", forward)
+    x = torch.nn.functional.normalize(torch.randn(4, 8), dim=-1)
+    scale = torch.tensor(10.0)
+    with fastclip.patch_open_clip():
+        by_name = ClipLoss()(x, x, scale, output_dict=True)
+        assert torch.equal(
+            ClipLoss()(x, x, scale, True)["contrastive_loss"], ClipLoss()(x, x, scale)
+        )
+    assert by_name.keys() == {"contrastive_loss"}
+
+
+def test_a_patch_that_fails_changes_nothing() -> None:
+    model = open_clip_case().model
+    # of the losses' implementations, not of the attention's
+    with pytest.raises(ValueError, match="cpp"):
+        fastclip.patch_open_clip(model, backend="cpp")
+    fastclip.patch_open_clip().undo()
+    other = pytest.raises(ValueError, match="patched before with other options; undo that patch")
+    with fastclip.patch_open_clip(model, loss=False, backend="reference"), other:
+        fastclip.patch_open_clip(model, backend="sdpa")

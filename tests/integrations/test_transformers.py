@@ -333,3 +333,32 @@ def test_undo_restores_towers_that_differ() -> None:
     with fastclip.patch_transformers(model):
         assert {config._attn_implementation for config in configs} == {"fastclip"}
     assert [config._attn_implementation for config in configs] == before
+
+
+def test_other_options_of_a_second_patch_are_refused() -> None:
+    """They would be lost: negatives of one process, say, where those of all are asked for."""
+    model = transformers_case("clip").model
+    with fastclip.patch_transformers(model):
+        fastclip.patch_transformers(model).undo()
+        with pytest.raises(ValueError, match="CLIPModel was patched before with other options"):
+            fastclip.patch_transformers(model, dist="gather")
+    with fastclip.patch_transformers(model, dist="gather"):
+        pass
+
+
+def test_a_model_that_accelerate_has_prepared_is_refused() -> None:
+    """Its own forward would hide the patched one."""
+    model = transformers_case("clip").model
+    model.forward = model.forward
+    with pytest.raises(ValueError, match="has a forward of its own, as accelerate gives one"):
+        fastclip.patch_transformers(model)
+
+
+def test_a_forward_that_accelerate_kept_runs_after_the_patch_is_undone() -> None:
+    model = transformers_case("clip").model
+    given = inputs()
+    want = model(**given).logits_per_image
+    handle = fastclip.patch_transformers(model)
+    model.forward = model.forward
+    handle.undo()
+    torch.testing.assert_close(model(**given).logits_per_image, want)
