@@ -63,10 +63,16 @@ void statistics(const Tile& tile, Running rows, const Running* columns, int thre
         k.statistics(tile, parts.begin(part), parts.end(part), rows, target, of_part + 2 * m,
                      biases);
     });
-    for (int part = 0; columns && parts.count > 1 && part < parts.count; ++part) {
-        float* const of_part = room + part * 4 * m;
-        k.merge(tile.columns, *columns, {of_part, of_part + m});
-    }
+    if (!columns || parts.count == 1) return;
+    // each thread merges a range of columns, and for each column the parts in their order
+    const Parts ranges(tile.columns, 4 * parts.count, threads);
+    run(ranges.count, [&](int range) {
+        const int64_t first = ranges.begin(range), n = ranges.end(range) - first;
+        for (int part = 0; part < parts.count; ++part) {
+            float* const of_part = room + part * 4 * m + first;
+            k.merge(n, {columns->max + first, columns->sum + first}, {of_part, of_part + m});
+        }
+    });
 }
 
 void gradient(const Tile& tile, Lines rows, const Lines* columns, Sums* sums, int threads,

@@ -268,7 +268,8 @@ struct Anchors {
     // weights become those of exp(S - low); no line with entries lies below
     void move_to(float low, int64_t n) const {
         along(n, [&](int64_t j, auto lanes) {
-            const Floats away = smaller(low - lanes.load(anchor + j), Floats{});
+            // in this order a line without a log-sum-exp keeps its NaN
+            const Floats away = smaller(Floats{}, low - lanes.load(anchor + j));
             lanes.store(weight + j, lanes.load(weight + j) * exp(away));
         });
     }

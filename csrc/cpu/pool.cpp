@@ -96,7 +96,9 @@ void run(int parts, Work work, void* context) {
     if (parts > 1) {
         const GompParallel fork_join = team.load(std::memory_order_relaxed);
         if (fork_join && team_process.load(std::memory_order_relaxed) == getpid())
-            fork_join(&Job::help, &job, static_cast<unsigned>(parts), 0);
+            // 0: as many threads as torch's own loops have. For fewer the runtime would end some of
+            // its threads, and begin them again for the next product.
+            fork_join(&Job::help, &job, 0, 0);
         else if (pool().run(job))
             return;
     }

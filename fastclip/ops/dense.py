@@ -296,6 +296,7 @@ def _small_batch_backend(request: Request, x: Tensor, others: Sequence[Tensor] =
         or torch.jit.is_tracing()
         or environment_backend() != "auto"
         or type(x) not in _PLAIN
+        or x.layout is not torch.strided
         or x.ndim != 2
         or x.dtype not in _DTYPES
         or 0 in x.shape
@@ -304,6 +305,8 @@ def _small_batch_backend(request: Request, x: Tensor, others: Sequence[Tensor] =
     width, dtype, device = x.shape[1], x.dtype, x.device
     for y in others:
         if type(y) not in _PLAIN or y.ndim != 2 or y.device != device or 0 in y.shape:
+            return None
+        if y.layout is not torch.strided:
             return None
         if y.shape[1] != width or y.dtype != dtype:
             return None
@@ -372,7 +375,8 @@ def _scalar(value: Tensor | float, like: Tensor, chosen: str) -> _Table | None:
             return None
         if not value.is_floating_point() or (chosen == "native" and value.dtype != torch.float32):
             value = value.float()
-        return _Table(0.0, value, 0)
+        # an address has no lazy sign
+        return _Table(0.0, value.resolve_neg(), 0)
     return _Table(float(value), None, 0) if isinstance(value, (int, float)) else None
 
 
@@ -387,7 +391,7 @@ def _table(value: Tensor | float, domains: int, like: Tensor, chosen: str) -> _T
         return None
     if chosen == "native" or not value.is_floating_point():
         value = value.float()
-    return _Table(0.0, value.contiguous(), width)
+    return _Table(0.0, value.contiguous().resolve_neg(), width)
 
 
 @functools.lru_cache(maxsize=4096)

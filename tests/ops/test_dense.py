@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastclip import functional, native
+from fastclip.functional import clip_loss, siglip_loss, sup_con_loss
 from fastclip.ops import dense, dense_step
 from fastclip.ops.gemm import count_products
 from tests.ops.cases import (
@@ -257,3 +258,32 @@ def test_the_environment_asks_for_nothing(value: str, monkeypatch: pytest.Monkey
         functional.clip_loss(x, x, 9.0, chunk_bytes=1 << 20)
     assert count.calls > 0
     assert dense.environment_backend() == "auto"
+
+
+def test_a_scalar_with_a_lazy_sign_is_read_with_it() -> None:
+    x = torch.nn.functional.normalize(torch.randn(6, 4), dim=-1)
+    lazy = torch.tensor(1 + 2j).conj().imag
+    assert lazy.is_neg() and lazy.item() == -2
+    for loss in (clip_loss, siglip_loss):
+        assert torch.equal(loss(x, x.roll(1, 0), lazy), loss(x, x.roll(1, 0), torch.tensor(-2.0)))
+
+
+@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr"])
+def test_sparse_features_get_the_usual_error(layout: str) -> None:
+    x = torch.eye(4)
+    for pair in ((getattr(x, layout)(), x), (x, getattr(x, layout)())):
+        with pytest.raises(ValueError, match="are sparse"):
+            clip_loss(*pair, 2.0)
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpp", "torch"])
+def test_a_loss_without_an_lse_has_no_finite_gradient(backend: str) -> None:
+    """Logits beyond 2^24 have no correct digit: neighbors in float32 are 2 apart."""
+    z = torch.eye(10, 12)
+    z[:2] = 0.0
+    z[:2, 0] = 3e4
+    z.requires_grad_()
+    labels = torch.tensor([2, 3, 2, 2, 3, 3, 4, 4, 5, 5])
+    loss = sup_con_loss(z, labels, 0.07, backend=backend)
+    loss.backward()
+    assert loss.isnan() and z.grad is not None and z.grad[:2].isnan().any()
