@@ -54,10 +54,10 @@ def test_a_study_goes_on_where_it_was(
 ) -> None:
     monkeypatch.setattr(collages, "COLLAGES", 60)
     settings = Settings(
-        tmp_path / "out", seeds=(0,), jobs=2, only=("CLIP", "UniCLIP", "SupCon"), flags=tuple(tiny)
+        tmp_path / "out", seeds=(0,), jobs=2, only=("CLIP", "UniCLIP", "MIL-NCE"), flags=tuple(tiny)
     )
     first = answer(uniclip.QUESTION, settings)
-    assert "| SupCon | " in first and "UniCLIP is better than CLIP (" in first
+    assert "| MIL-NCE | " in first and "UniCLIP is better than CLIP (" in first
     assert "SLIP" not in first
     made = (tmp_path / "out" / "supcon-0" / "outcome.json").stat().st_mtime_ns
     second = answer(uniclip.QUESTION, settings)
