@@ -59,10 +59,10 @@ def test_a_study_goes_on_where_it_was(
     first = answer(uniclip.QUESTION, settings)
     assert "| MIL-NCE | " in first and "UniCLIP is better than CLIP (" in first
     assert "SLIP" not in first
-    made = (tmp_path / "out" / "supcon-0" / "outcome.json").stat().st_mtime_ns
+    made = (tmp_path / "out" / "mil_nce-0" / "outcome.json").stat().st_mtime_ns
     second = answer(uniclip.QUESTION, settings)
     assert second == first
-    assert (tmp_path / "out" / "supcon-0" / "outcome.json").stat().st_mtime_ns == made
+    assert (tmp_path / "out" / "mil_nce-0" / "outcome.json").stat().st_mtime_ns == made
     with pytest.raises(FileExistsError, match="is of other flags; choose another --output"):
         answer(uniclip.QUESTION, replace(settings, flags=(*tiny, "--lr", "1e-3")))
 
