@@ -49,15 +49,25 @@ _RESIZED = "images are resized as the model or its pretrained weights require"
 _PURE = "parameters stay float32; use `amp_bf16` or `amp`"
 
 FLAGS: tuple[Flag, ...] = (
-    Flag("train-data", text="by default `scenes`, images that fastclip generates"),
-    *_same("train-data-upsampling-factors", "val-data", "train-num-samples"),
+    Flag(
+        "train-data",
+        text="by default `scenes`, images that fastclip generates; to evaluate without training, "
+        "use `fastclip eval`",
+    ),
+    Flag(
+        "train-data-upsampling-factors",
+        text="how often an epoch passes over each source, so that it gets longer; in open_clip, "
+        "the weights with which shards are drawn",
+    ),
+    *_same("val-data"),
+    Flag("train-num-samples", text="at most as many as there are"),
     Flag("val-num-samples", text="evaluates the first samples of `--val-data`"),
     Flag("dataset-type", text="also `coco`, `imagefolder`, `scenes`, `collages`"),
     Flag(
         "dataset-resampled",
         "refused",
         "an epoch has every sample once, in an order that resumes exactly; "
-        "`--train-data-upsampling-factors` weights the sources",
+        "`--train-data-upsampling-factors` has some sources more often",
     ),
     *_same("csv-separator", "csv-img-key", "csv-caption-key"),
     *_same("imagenet-val", "imagenet-v2"),
@@ -71,12 +81,20 @@ FLAGS: tuple[Flag, ...] = (
     *_same("epochs-cooldown"),
     Flag("lr", text="5e-4 by default for every model"),
     Flag("beta1", text="0.9 by default for every model"),
-    Flag("beta2", text="0.98 by default for every model; open_clip has 0.999 for ResNets"),
-    Flag("eps", text="1e-6 by default for every model; open_clip has 1e-8 for ResNets"),
+    Flag(
+        "beta2",
+        text="0.98 by default for every model; open_clip has 0.999 for those without ViT in "
+        "their names",
+    ),
+    Flag(
+        "eps",
+        text="1e-6 by default for every model; open_clip has 1e-8 for those without ViT in "
+        "their names",
+    ),
     *_same("wd"),
     *_same("momentum"),
     Flag("warmup", text="a warm-up longer than the run is cut to a tenth of it"),
-    Flag("opt", "renamed", "also `timm/NAME`", becomes=("--optimizer",)),
+    Flag("opt", "renamed", "also `apex-adamw`, `apex-lamb`", becomes=("--optimizer",)),
     Flag(
         "use-bn-sync",
         "refused",
@@ -96,7 +114,10 @@ FLAGS: tuple[Flag, ...] = (
         refused={"0": "leave out `--zeroshot-data` and `--imagenet-val`"},
     ),
     Flag("val-frequency", refused={"0": "leave out `--val-data`"}),
-    *_same("resume"),
+    Flag(
+        "resume",
+        text="only checkpoints of fastclip; of one of open_clip, `--pretrained` takes the weights",
+    ),
     Flag(
         "precision",
         text="`amp_bf16` by default, not `amp`",
@@ -179,7 +200,10 @@ FLAGS: tuple[Flag, ...] = (
         "use-bnb-linear", "refused", "int8 layers are not trained here; use `--precision amp_bf16`"
     ),
     *_same("siglip"),
-    Flag("loss-dist-impl", text="`gather` by default, not `bidir`; also `ring`"),
+    Flag(
+        "loss-dist-impl",
+        text="`gather` by default, not `bidir`; also `ring`, which `bidir` and `shift` stand for",
+    ),
 )
 _BY_NAME = {flag.name: flag for flag in FLAGS}
 

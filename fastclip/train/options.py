@@ -64,8 +64,9 @@ class TrainingDataOptions(DataOptions):
     aug_flip: float | None = flag(None, defines_run=True)
     """Probability of a horizontal flip; overrides --augment."""
     aug_blur: float | None = flag(None, defines_run=True)
-    """Probability of a blur in every strong view, by default 0.5. The blur reaches up to 2 pixels
-    of the model's input, which hides what small images show: give 0 for inputs far below 224."""
+    """Probability of a blur in every strong view, by default 0.5. Its standard deviation is up to 2
+    pixels of the model's input, which hides what small images show: give 0 for inputs far below
+    224."""
     sentence_sampling: bool = flag(False, defines_run=True)
     """Train on a random part of a caption's sentences, in their order."""
     text_augment: Literal["none", "weak", "strong"] = flag("none", defines_run=True)
