@@ -51,7 +51,7 @@ def similarity_statistics(
             group other than its positive are left out.
         row_bias, column_bias: (N,) and (M,) floating point, added to S_ij by column j in the rows'
             statistics, by row i in the columns'; elsewhere they cancel. -inf leaves a column, or a
-            row, out. They may have a gradient; the tiles of "torch" stand in for "cuda".
+            row, out. They may have a gradient.
         first_negative: columns before it are positives only; without column_statistics and dist.
         columns_with_gradient: columns from it on get no gradient; None: all do; without dist.
         maxima: whether row_max and column_max are wanted; then `keep_bytes` is not used.
