@@ -340,11 +340,17 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--backend", default="triton" if torch.cuda.is_available() else "torch")
     parser.add_argument("--few", action="store_true", help="a few cases only")
+    parser.add_argument(
+        "--fill", action="store_true", help="new memory is NaN: reads of it would show"
+    )
     parser.add_argument("--part", default="0/1", help="I/K: every K-th case from the I-th")
     parser.add_argument("--until", type=float, help="begin no case after this, in epoch seconds")
     parser.add_argument("--output", type=Path, help="file for the findings, a line of JSON each")
     options = parser.parse_args()
     first, count = map(int, options.part.split("/"))
+    if options.fill:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = True
     deadline = None
     if options.until is not None:
         # what passed while Python began counts

@@ -42,7 +42,7 @@ LINES, BESIDE = 16, 64
 REGISTERS = 128
 TERMS = 1024
 
-NUMBERS = ["pairs", "beside", "lines", "base", "paired", "domains", "first_negative", "stride"]
+NUMBERS = ["pairs", "beside", "lines", "base", "paired", "domains", "first_negative"]
 
 
 @triton.jit

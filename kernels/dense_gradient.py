@@ -72,7 +72,7 @@ def _pull(
     return found
 
 
-@triton.jit(do_not_specialize=[*NUMBERS, "stride_out", "slots"])
+@triton.jit(do_not_specialize=[*NUMBERS, "slots"])
 def gradient_kernel(
     cos_ptr,
     out_ptr,
@@ -322,15 +322,20 @@ def scalars_kernel(
 @triton.jit
 def _entry(sums_ptr, tiles, blocks, domains, entry, SIDE: tl.constexpr, BLOCK: tl.constexpr):
     total = tl.zeros((BLOCK,), tl.float32)
-    for index in range(blocks * blocks):
-        wanted = tiles
-        if SIDE > 0:
+    if SIDE <= 0:
+        # of all pairs of blocks, which lie one behind the other
+        count = blocks * blocks * tiles
+        for start in range(0, count, BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            total += tl.load(sums_ptr + i, mask=i < count, other=0.0)
+    else:
+        for index in range(blocks * blocks):
             p, q = domain_of(domains, index // blocks), domain_of(domains, index % blocks)
             is_here = tl.minimum(p, q) * SIDE + tl.maximum(p, q) == entry
             wanted = tl.where(is_here, tiles, 0)
-        for start in range(0, wanted, BLOCK):
-            i = start + tl.arange(0, BLOCK)
-            total += tl.load(sums_ptr + index * tiles + i, mask=i < wanted, other=0.0)
+            for start in range(0, wanted, BLOCK):
+                i = start + tl.arange(0, BLOCK)
+                total += tl.load(sums_ptr + index * tiles + i, mask=i < wanted, other=0.0)
     return tl.sum(total, 0)
 
 

@@ -144,12 +144,19 @@ def tiling_of(architecture: str, kernel: str, variant: frozenset[str], precision
 
 def operands(x: torch.Tensor, y: torch.Tensor, tiling: Tiling) -> tuple[Any, Any]:
     """`x` and `y` as a kernel takes them: both tensors, or both descriptors of their blocks."""
-    if not tiling.tma or any(t.data_ptr() % 16 or t.stride(0) * t.itemsize % 16 for t in (x, y)):
+    if not tiling.tma or not all(map(_has_map, (x, y))):
         return x, y
     return (
         TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [tiling.rows, tiling.width]),
         TensorDescriptor(y, list(y.shape), [y.stride(0), 1], [tiling.columns, tiling.width]),
     )
+
+
+def _has_map(x: torch.Tensor) -> bool:
+    """Whether the tensor memory accelerator can read rows of a tensor."""
+    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.itemsize % 16 == 0
+    # rows that are one and the same in memory (expanded) have no map
+    return aligned and x.stride(0) >= x.shape[1]
 
 
 def product_options(x: Any, tiling: Tiling) -> dict[str, Any]:

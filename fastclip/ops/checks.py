@@ -81,6 +81,9 @@ def on_device(name: str, value: Tensor, like: Tensor) -> Tensor:
             "and return it with the features"
         )
     if value.device.type == "cpu" and value.ndim == 0:
+        if like.device.type == "cuda" and not value.requires_grad and is_readable(value):
+            # a copy from the host would wait for the GPU
+            return torch.full((), value.item(), dtype=value.dtype, device=like.device)
         return value.to(like.device)
     if value.device != like.device:
         raise ValueError(

@@ -19,8 +19,9 @@ from fastclip.ops.gemm import accumulator_dtype, gradient_dtype, product
 from fastclip.ops.reductions import concatenate
 from fastclip.ops.registration import is_last_use
 
-# cuBLAS wants rows of a matrix to begin at multiples of 16 bytes
-ALIGNED_ENTRIES = 8
+# cuBLAS wants rows of a matrix to begin at multiples of 16 bytes; and Triton, whose kernels load
+# vectors only then, knows a stride that is a multiple of 16
+ALIGNED_ENTRIES = 16
 
 
 class SweepsCall(NamedTuple):
