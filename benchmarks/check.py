@@ -349,8 +349,8 @@ def main() -> int:
     options = parser.parse_args()
     first, count = map(int, options.part.split("/"))
     if options.fill:
+        # torch then fills it, by default
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = True
     deadline = None
     if options.until is not None:
         # what passed while Python began counts

@@ -39,6 +39,16 @@ class Baseline:
     """Whether it normalizes inside: its gradient then has no part along the features."""
 
 
+def compiled(build: Callable[[Inputs], LossFunction]) -> Callable[[Inputs], LossFunction]:
+    """What builds the same loss under torch.compile, with nothing compiled before."""
+
+    def made(inputs: Inputs) -> LossFunction:
+        torch._dynamo.reset()
+        return torch.compile(build(inputs))
+
+    return made
+
+
 @dataclass(frozen=True)
 class Operator:
     """A loss to measure: inputs, fastclip's function, baselines, and the products it needs.
@@ -244,11 +254,9 @@ def interleave(
                 # without a delay: a call that waits for the device would count it as its own, and
                 # each delay would be longer than the last
                 delays[name] = min(2 * queued + 1e-4, MOST_DELAY)
-                if settings.device == "cuda" and elapsed > LONG_CALL:
-                    wanted[name] = min(rounds, FEW_ROUNDS)
-                else:
-                    # as of a first call, which compiles
-                    wanted[name] = rounds
+                # by the last of these calls: the first one compiles
+                long = settings.device == "cuda" and elapsed > LONG_CALL
+                wanted[name] = min(rounds, FEW_ROUNDS) if long else rounds
     return seconds, failed
 
 

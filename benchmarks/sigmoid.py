@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastclip.bench.cross_entropy import on_cuda_only
-from fastclip.bench.runner import Baseline, Inputs, LossFunction, Operator, clustered
+from fastclip.bench.runner import Baseline, Inputs, LossFunction, Operator, clustered, compiled
 from fastclip.functional import siglip_loss
 
 
@@ -16,11 +16,6 @@ def _open_clip(inputs: Inputs) -> LossFunction:
     from open_clip.loss import SigLipLoss
 
     return SigLipLoss()
-
-
-def _open_clip_compiled(inputs: Inputs) -> LossFunction:
-    torch._dynamo.reset()
-    return torch.compile(_open_clip(inputs))
 
 
 def _siglip_kernel(inputs: Inputs) -> LossFunction:
@@ -40,7 +35,7 @@ OPERATORS = (
         siglip_loss,
         (
             Baseline("open_clip", _open_clip),
-            Baseline("open_clip compiled", _open_clip_compiled),
+            Baseline("open_clip compiled", compiled(_open_clip)),
             Baseline("siglip_kernel", _siglip_kernel),
         ),
         (1, 1, 1),

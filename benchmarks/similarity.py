@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastclip.bench.cross_entropy as cross_entropy
-from fastclip.bench.runner import Baseline, Inputs, LossFunction, Operator, clustered
+from fastclip.bench.runner import Baseline, Inputs, LossFunction, Operator, clustered, compiled
 from fastclip.functional import clip_loss, info_nce_loss
 
 
@@ -19,11 +19,6 @@ def _open_clip(inputs: Inputs) -> LossFunction:
     return ClipLoss()
 
 
-def _open_clip_compiled(inputs: Inputs) -> LossFunction:
-    torch._dynamo.reset()
-    return torch.compile(_open_clip(inputs))
-
-
 def _one_product(inputs: Inputs) -> LossFunction:
     """As Hugging Face's models have it: one product for both directions."""
     target = torch.arange(len(inputs[0]), device=inputs[0].device)
@@ -33,11 +28,6 @@ def _one_product(inputs: Inputs) -> LossFunction:
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
     return loss
-
-
-def _one_product_compiled(inputs: Inputs) -> LossFunction:
-    torch._dynamo.reset()
-    return torch.compile(_one_product(inputs))
 
 
 def _inf_cl(inputs: Inputs) -> LossFunction:
@@ -58,11 +48,6 @@ def _cross_entropy(inputs: Inputs) -> LossFunction:
     return lambda x, y, scale: F.cross_entropy(scale * x @ y.T, target)
 
 
-def _cross_entropy_compiled(inputs: Inputs) -> LossFunction:
-    torch._dynamo.reset()
-    return torch.compile(_cross_entropy(inputs))
-
-
 OPERATORS = (
     Operator(
         "clip",
@@ -70,9 +55,9 @@ OPERATORS = (
         clip_loss,
         (
             Baseline("open_clip", _open_clip),
-            Baseline("open_clip compiled", _open_clip_compiled),
+            Baseline("open_clip compiled", compiled(_open_clip)),
             Baseline("one product for S", _one_product),
-            Baseline("one product for S, compiled", _one_product_compiled),
+            Baseline("one product for S, compiled", compiled(_one_product)),
             *cross_entropy.baselines(" twice"),
             Baseline("inf_cl", _inf_cl),
         ),
@@ -84,7 +69,7 @@ OPERATORS = (
         info_nce_loss,
         (
             Baseline("cross_entropy", _cross_entropy),
-            Baseline("cross_entropy compiled", _cross_entropy_compiled),
+            Baseline("cross_entropy compiled", compiled(_cross_entropy)),
             *cross_entropy.baselines(),
         ),
         (1, 1, 1),
