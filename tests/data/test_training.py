@@ -135,6 +135,28 @@ def test_stop_words_and_cleaning_by_flags(capsys: pytest.CaptureFixture[str]) ->
     assert "--stop-word-rate is 1.5; give one in [0, 1]" in capsys.readouterr().err
 
 
+def test_the_views_of_flags() -> None:
+    """The presets are CLIP-Rocket's (Fini et al. 2023) and the crop that open_clip trains with."""
+
+    def drawn(flags: str) -> list[tuple[tuple[float, float], float, float, float, float]]:
+        config = parse(f"--train-data scenes {flags}".split())
+        views = training_data._views(config.data, config.model, 64)
+        assert all(view.size == 64 and view.ratio == (3 / 4, 4 / 3) for view in views)
+        return [(view.scale, view.flip, view.jitter, view.gray, view.blur) for view in views]
+
+    crop = ((0.9, 1.0), 0.0, 0.0, 0.0, 0.0)
+    weak = ((0.5, 1.0), 0.0, 0.0, 0.0, 0.0)
+    strong = ((0.08, 1.0), 0.5, 0.8, 0.2, 0.5)
+    assert drawn("") == [crop]
+    assert drawn("--augment weak") == [weak]
+    assert drawn("--augment strong") == [strong]
+    assert drawn("--objective rocket") == [weak, strong, strong]
+    assert drawn("--objective rocket --augment crop") == [crop, strong, strong]
+    assert drawn("--aug-scale 0.4 0.8 --aug-flip 0.25") == [((0.4, 0.8), 0.25, *crop[2:])]
+    other = ((0.2, 0.7), *strong[1:])
+    assert drawn("--objective rocket --strong-scale 0.2 0.7") == [weak, other, other]
+
+
 def test_the_blur_of_strong_views() -> None:
     """Of those alone: a weak view has none to change."""
 

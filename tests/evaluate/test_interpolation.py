@@ -8,8 +8,12 @@ import torch.nn.functional as F
 
 from fastclip.data.faults import FaultLog
 from fastclip.evaluate.features import ImageFeatures
-from fastclip.evaluate.interpolation import accuracy_by_head_weight, choose_head_weight
-from fastclip.evaluate.zeroshot import evaluate_zeroshot
+from fastclip.evaluate.interpolation import (
+    accuracy_by_head_weight,
+    choose_head_weight,
+    weigh_heads,
+)
+from fastclip.evaluate.zeroshot import class_embeddings, evaluate_zeroshot
 from fastclip.models.clip import Model, create
 from fastclip.models.rocket import Rocket
 from tests.models.harness import WIDTH, tiny_towers
@@ -46,6 +50,26 @@ def test_every_weight_is_what_encoding_at_it_gives(model: Model) -> None:
 def test_the_best_weight_nearest_the_middle() -> None:
     assert choose_head_weight({0.0: 0.3, 0.4: 0.5, 0.8: 0.5, 1.0: 0.2}) == 0.4
     assert choose_head_weight({0.4: 0.5, 0.6: 0.5}) == 0.4
+
+
+def test_the_weight_is_chosen_on_held_out_images_alone(model: Model) -> None:
+    """Where the strong head is right of them, and of the images that are scored the weak one.
+
+    Between two classes each weight is right of the one or of the other.
+    """
+    classes = CLASSES[:2]
+    weak, strong = model.model.weak_and_strong(class_embeddings(model, classes, TEMPLATES).double())
+    held_out, images = (
+        ImageFeatures(
+            model.model.weigh(*parts).float(), [("a",)] * 2, [0, 1], ["0", "1"], FaultLog()
+        )
+        for parts in ((weak.flip(0), strong), (weak, strong.flip(0)))
+    )
+    weighed, weight = weigh_heads(model, held_out, images, classes, TEMPLATES)
+    assert model.model.head_weight.item() == pytest.approx(weight)
+    assert evaluate_zeroshot(model, weighed, classes, TEMPLATES)["acc1"] == 0
+    _, weight = weigh_heads(model, images, images, classes, TEMPLATES)
+    assert accuracy_by_head_weight(model, images, classes, TEMPLATES)[weight] == 1
 
 
 def test_a_model_without_two_heads_is_refused(model: Model, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 from fastclip.study import cifar10
 from fastclip.study.cifar10 import study
 from tests.conftest import jpeg, write_tar
+from tests.evaluate.planned import planned_model
 from tests.train.conftest import TINY_MODEL
 
 
@@ -30,6 +31,13 @@ def data(tmp_path: Path) -> Path:
             ]
         write_tar(folder / f"{name}.tar", members)
     return folder
+
+
+def test_the_first_photographs_are_not_scored(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cifar10, "HELD_OUT", 4)
+    held_out, rest = cifar10.embed_test(planned_model({}), data)
+    assert held_out.keys == [f"{i:04d}" for i in range(4)]
+    assert rest.keys == [f"{i:04d}" for i in range(4, 12)]
 
 
 @pytest.mark.slow

@@ -1,18 +1,22 @@
-"""Zero-shot accuracy and retrieval while training."""
+"""Loss, zero-shot accuracy and retrieval while training."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 import fastclip
 from fastclip.cli import main
 from fastclip.data.options import parse_sources
 from fastclip.data.sources import FirstSamples, open_source
 from fastclip.evaluate import imagenet
-from fastclip.evaluate.features import embed_images
+from fastclip.evaluate.features import embed_images, embed_texts
 from fastclip.evaluate.retrieval import evaluate_retrieval
 from fastclip.evaluate.zeroshot import classes_of, evaluate_zeroshot
+from fastclip.models.build import build
 from fastclip.models.clip import create
 from fastclip.train.config import parse
 from fastclip.train.held_out import Validator
@@ -206,6 +210,35 @@ def test_a_classifier_is_scored_on_its_own_classes(
 )
 def test_names_of_sources(text: str, name: str, data: str) -> None:
     assert parse_sources([text], "--retrieval-data") == {name: data}
+
+
+@pytest.mark.parametrize("loss", ["--no-siglip", "--siglip"])
+def test_the_loss_is_the_mean_over_whole_batches(flags: list[str], loss: str) -> None:
+    """Of 20 scenes in batches of 8 the last four are left out."""
+    config = parse([*flags, "--val-data", "scenes", "--val-num-samples", "20", loss])
+    torch.manual_seed(0)
+    model = build(config.model.model, config.model, siglip=config.loss.siglip)
+    with torch.no_grad():
+        model.model.get_parameter("logit_scale").fill_(math.log(7.0))
+        if config.loss.siglip:
+            model.model.get_parameter("logit_bias").fill_(-3.0)
+    validator = Validator(config, model)
+    found = validator()
+
+    images = embed_images(model, validator.source, workers=0)
+    texts = embed_texts(model, [own[0] for own in images.texts])
+    expected = []
+    for rows in (slice(0, 8), slice(8, 16)):
+        logits = 7.0 * images.features[rows].double() @ texts[rows].double().T
+        if config.loss.siglip:
+            signs = 2 * torch.eye(8).double() - 1
+            expected.append(-F.logsigmoid(signs * (logits - 3.0)).sum() / 8)
+        else:
+            lines = (logits.log_softmax(0).diagonal() + logits.log_softmax(1).diagonal()) / 2
+            expected.append(-lines.mean())
+    assert found["val/loss"] == pytest.approx(torch.stack(expected).mean().item(), rel=1e-5)
+    chance = None if config.loss.siglip else pytest.approx(math.log(8))
+    assert found.get("val/chance_loss") == chance
 
 
 def test_the_first_samples_alone_are_validated(flags: list[str], shard: Path) -> None:

@@ -1,0 +1,60 @@
+"""What studies measure of a run: its lines of metrics, rows of features, recalls."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastclip.data.faults import FaultLog
+from fastclip.evaluate.features import ImageFeatures
+from fastclip.study.runs import first_rows, losses_of, recalls, steady_speed, training_seconds
+from tests.evaluate.planned import planned_model
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Twenty lines, of two steps each, between two validations."""
+    lines = [{"step": 0, "val/loss": 9.0}]
+    lines += [
+        {"step": 2 * i + 2, "loss": 20.0 - i, "samples_per_second": 100.0 + i} for i in range(20)
+    ]
+    lines.append({"step": 40, "val/loss": 8.0})
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return tmp_path
+
+
+def test_losses_and_times_of_a_run(run: Path) -> None:
+    # means of two lines each; the median of 110 ... 119
+    assert losses_of(run) == (19.5, 1.5)
+    assert steady_speed(run) == 114.5
+    seconds = sum(2 * 8 / (100 + i) for i in range(20))
+    assert training_seconds(run, batch=8) == pytest.approx(seconds)
+
+
+def planned(features: list[list[float]]) -> ImageFeatures:
+    count = len(features)
+    return ImageFeatures(
+        torch.tensor(features),
+        [(f"text {i}",) for i in range(count)],
+        list(range(10, 10 + count)),
+        [f"key {i}" for i in range(count)],
+        FaultLog(),
+    )
+
+
+def test_rows_stay_together() -> None:
+    images = planned([[float(i)] for i in range(6)])
+    part = first_rows(images, 3, start=2)
+    assert part.features.tolist() == [[2.0], [3.0], [4.0]]
+    assert part.texts == [("text 2",), ("text 3",), ("text 4",)]
+    assert part.labels == [12, 13, 14] and part.keys == ["key 2", "key 3", "key 4"]
+
+
+def test_both_directions_of_retrieval() -> None:
+    """Two of three images find their texts; one text of three finds its image."""
+    images = planned([[1, 0, 0], [0, 1, 0], [0, 0, 1]])
+    model = planned_model({"text 0": (1, 0, 0), "text 1": (9, 1, 0), "text 2": (9, 3, 3)})
+    scores, chance = recalls(model, images, 1)
+    assert scores == pytest.approx({"image_to_text": 2 / 3, "text_to_image": 1 / 3})
+    assert chance == pytest.approx({"image_to_text": 1 / 3, "text_to_image": 1 / 3})
