@@ -10,12 +10,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import urlsplit
 
 from PIL import Image
 
 from fastclip.atomic import append, create, partial_of, publish, write_text
 from fastclip.bounded import LINE, parse_json, read_object
 from fastclip.data.index import IMAGE_EXTENSIONS, Fault, index_file
+from fastclip.data.remote import is_remote
 from fastclip.data.samples import MAX_TEXT_BYTES, UnreadableSample, decode_image
 from fastclip.data.writing import add_sizes, locked
 
@@ -82,6 +84,25 @@ class Journal:
     def close(self) -> None:
         """Let another process have it."""
         self._file.close()
+
+
+def folders_of(names: Iterable[str]) -> list[str]:
+    """The folders of shards, each once, in order: absolute paths, and URLs without secrets.
+
+    Of a URL its scheme, host and path are kept; user names, passwords and queries may be secrets.
+
+    Args:
+        names: paths and URLs, as `fastclip.data.shards.expand_shards` gives them.
+    """
+    return sorted({_folder_of(name) for name in names})
+
+
+def _folder_of(name: str) -> str:
+    if not is_remote(name):
+        return os.path.dirname(os.path.abspath(name))
+    url = urlsplit(name)
+    host = url.netloc.rpartition("@")[2]
+    return f"{url.scheme}://{host}{url.path.rpartition('/')[0]}"
 
 
 def claim_folder(folder: Path, name: str, identity: dict[str, Any], files: list[Path]) -> None:
