@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastclip.bench.memory import saved_bytes
-from fastclip.bench.runner import Inputs, clustered, quantile, relative, status_of
+from fastclip.bench.runner import CannotRunHere, Inputs, clustered, quantile, relative, status_of
 from fastclip.functional import clip_loss, siglip_loss
 
 Loss = Callable[..., Tensor]
@@ -126,7 +126,7 @@ def measure(
         ValueError: there are not as many GPUs.
     """
     if settings.device == "cuda" and torch.cuda.device_count() < world:
-        raise ValueError(
+        raise CannotRunHere(
             f"--ranks {world} with {torch.cuda.device_count()} GPUs; lower it, or take --device cpu"
         )
     threads = max(torch.get_num_threads() // world, 1)

@@ -12,13 +12,14 @@ from torch import Tensor
 from fastclip.bounded import ANNOTATIONS, read_text
 from fastclip.cli.model_flags import ModelFlags
 from fastclip.command_line import parse_flags
+from fastclip.data.editing import folders_of
 from fastclip.data.faults import FaultLog
 from fastclip.data.options import DataOptions
 from fastclip.data.regular import digest_of
 from fastclip.data.shards import ShardSource
 from fastclip.data.sources import open_source
 from fastclip.device import choose_device
-from fastclip.evaluate.embed import Embedding, fingerprint, image_batches
+from fastclip.evaluate.embed import Embedding, features_identity, image_batches
 from fastclip.evaluate.embed_shards import embed_shards
 from fastclip.evaluate.features import Encoding, text_batches
 from fastclip.messages import counted, logger
@@ -115,7 +116,10 @@ def _shards(config: EmbedConfig) -> int:
             f"{config.model} has no single logit scale, which a teacher needs; give a CLIP model"
         )
     encoding = Encoding(config.batch_size, config.workers, config.precision, progress=True)
-    done = embed_shards(model, source, config.output, encoding, _identity(config, model))
+    # shards of another data set may have the same names
+    data = {"folders": folders_of(source.names), "captions": config.options.captions}
+    identity = _identity(config, model) | data
+    done = embed_shards(model, source, config.output, encoding, identity)
     if done.faults.counts:
         logger.warning(f"without features: {done.faults.report()}")
     logger.info(
@@ -128,9 +132,5 @@ def _shards(config: EmbedConfig) -> int:
 
 def _identity(config: EmbedConfig, model: Model) -> dict[str, Any]:
     """What features depend on besides the data."""
-    identity = {
-        "model": config.model,
-        "weights": fingerprint(model.model),
-        "precision": config.precision,
-    }
+    identity = features_identity(model, config.model, config.precision)
     return identity | ({} if config.pretrained is None else {"pretrained": config.pretrained})

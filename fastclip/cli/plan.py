@@ -1,13 +1,13 @@
 """`fastclip plan`: one setting for a global batch on so many GPUs, and what it costs."""
 
 import shlex
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import chain
 from typing import Literal
 
 from fastclip.command_line import parse_flags
-from fastclip.messages import counted, logger
+from fastclip.messages import counted, filled, logger
 from fastclip.train.plan import (
     Plan,
     Request,
@@ -156,18 +156,8 @@ def report(plan: Plan, model: str) -> list[str]:
             )
     if footprint.has_batch_norm:
         lines.append("  the model has batch normalization: no accumulation")
-    return [part for line in lines for part in ([line] if line in typed else _filled(line))]
-
-
-def _filled(line: str) -> list[str]:
-    """A line in as many as it takes; names and paths stay whole."""
-    return (
-        [line]
-        if len(line) <= _WIDTH
-        else textwrap.wrap(
-            line, _WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
-        )
-    )
+    parts = ([line] if line in typed else filled("", line, 4).split("\n") for line in lines)
+    return list(chain.from_iterable(parts))
 
 
 def command(plan: Plan, model: str) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
+from fastclip.cli.train import run_or_status
 from fastclip.command_line import parse_flags
 from fastclip.data.scenes import CLASSES, TEMPLATES
 from fastclip.data.sources import SceneSource
@@ -17,7 +18,6 @@ from fastclip.evaluate.retrieval import caption_pairs, chance_of_retrieval, eval
 from fastclip.evaluate.zeroshot import evaluate_zeroshot
 from fastclip.models.build import load
 from fastclip.train.config import parse
-from fastclip.train.loop import train
 
 RECIPE = "quickstart"
 SCENES = 1000
@@ -46,7 +46,9 @@ def main(arguments: Sequence[str]) -> int:
     if config.samples is not None:
         flags += ["--train-num-samples", str(config.samples)]
     settings = parse(flags)
-    run = train(settings)
+    run = run_or_status(settings)
+    if isinstance(run, int):
+        return run
 
     model = load(run, choose_device(config.device))
     source = SceneSource("val", SCENES)

@@ -4,6 +4,7 @@ import sys
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -161,18 +162,22 @@ def cut(text: str, columns: int, *, keep_end: bool = False) -> str:
     line = printable(" ".join(text.split()))
     if _columns(line) <= columns:
         return line
-    rest = line
-    while _columns(rest) > columns - 3:
-        rest = rest[1:] if keep_end else rest[:-1]
-    return f"...{rest}" if keep_end else f"{rest}..."
+    letters = reversed(line) if keep_end else iter(line)
+    room = accumulate(map(_width, letters))
+    kept = sum(1 for _ in takewhile(lambda taken: taken <= columns - 3, room))
+    return f"...{line[len(line) - kept :]}" if keep_end else f"{line[:kept]}..."
 
 
 def _columns(text: str) -> int:
-    """How wide a terminal shows it: letters of East Asian scripts are two columns wide."""
-    return sum(
-        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
-        for c in text
-    )
+    """How wide a terminal shows it."""
+    return sum(map(_width, text))
+
+
+def _width(letter: str) -> int:
+    """Letters of East Asian scripts are two columns wide."""
+    if unicodedata.combining(letter):
+        return 0
+    return 2 if unicodedata.east_asian_width(letter) in "WF" else 1
 
 
 def _check(config: SearchConfig) -> None:

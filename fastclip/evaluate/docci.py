@@ -71,7 +71,7 @@ def count_truncated(tokenizer: Any, texts: list[str]) -> tuple[int, int]:
     """
     tokens, counted = tokenize(tokenizer, texts)
     length = tokens.shape[1]
-    if hasattr(tokenizer, "truncated"):
+    if hasattr(tokenizer, "truncated") or hasattr(tokenizer, "eot_token_id"):
         return counted, length
     padding = tokenizer([""])[0, -1]
     if "context_length" not in inspect.signature(tokenizer).parameters:

@@ -136,6 +136,7 @@ def bootstrap_lines(
     y: Sequence[float],
     transform: Transform = "logit",
     *,
+    runs: Sequence[int] | None = None,
     fits: int = BOOTSTRAP_FITS,
     seed: int = BOOTSTRAP_SEED,
 ) -> list[Line]:
@@ -145,16 +146,19 @@ def bootstrap_lines(
 
     Args:
         x, y, transform: as for `fit_line`.
+        runs: of each model the number of the run that it is of: a run's models are not
+            independent, and are drawn together. None: each is of its own.
 
     Raises:
         ValueError: as `fit_line`.
     """
     fit_line(x, y, transform)
-    models = np.column_stack([x, y])
+    models, run_of = np.column_stack([x, y]), np.array(range(len(x)) if runs is None else runs)
+    parts = [models[run_of == run] for run in np.unique(run_of)]
     rng = np.random.default_rng(seed)
     lines: list[Line] = []
     while len(lines) < fits:
-        chosen = models[rng.integers(len(models), size=len(models))]
+        chosen = np.concatenate([parts[i] for i in rng.integers(len(parts), size=len(parts))])
         if np.ptp(chosen[:, 0]) > 0:
             lines.append(fit_line(chosen[:, 0].tolist(), chosen[:, 1].tolist(), transform))
     return lines

@@ -17,10 +17,12 @@ from torch import Tensor
 from torch.utils.data import Subset
 from tqdm import tqdm
 
+from fastclip._version import __version__
 from fastclip.atomic import write_text
 from fastclip.bounded import read_object
 from fastclip.data.faults import FaultLog
 from fastclip.data.loader import EvaluationSamples, evaluation_loader
+from fastclip.data.regular import digest_of
 from fastclip.data.samples import Source
 from fastclip.device import autocast
 from fastclip.evaluate.features import evaluating, normalized, require_finite
@@ -147,6 +149,30 @@ class Embedding:
         rows.flush()
         state = {"done": done, "identity": self.identity, "faults": self.faults.counts}
         write_text(self.progress, json.dumps(state))
+
+
+def features_identity(model: Model, name: str, precision: str) -> dict[str, Any]:
+    """What a model's features depend on besides the data.
+
+    Args:
+        name: of the model, as the user gave it.
+        precision: of the towers.
+    """
+    return {
+        "model": name,
+        "weights": fingerprint(model.model),
+        "preprocessing": preprocessing_digest(model.preprocess),
+        "precision": precision,
+        "version": __version__,
+    }
+
+
+def preprocessing_digest(preprocess: Callable[[Any], Tensor]) -> str:
+    """A digest of what a transform makes of a fixed image: which pixels a tower sees."""
+    shape = (600, 900, 3)
+    noise = np.random.PCG64(0).random_raw(np.prod(shape) // 8).view(np.uint8).reshape(shape)
+    pixels = preprocess(Image.fromarray(noise)).contiguous()
+    return digest_of([tuple(pixels.shape), pixels.dtype, pixels.numpy().tobytes()])
 
 
 def fingerprint(model: torch.nn.Module) -> str:

@@ -54,7 +54,9 @@ def embed_shards(
     """
     paths = [target / name.rpartition("/")[2] for name in source.names]
     if len(set(paths)) < len(paths):
-        raise ValueError("two shards have the same name; give them in two commands")
+        raise ValueError(
+            "two shards have the same name; give them in two commands, with a folder for each"
+        )
     claim_folder(target, "features.json", identity, paths)
     samples = EvaluationSamples(source, model.preprocess)
     done, starts = EmbeddedShards(), accumulate((0, *source.counts))

@@ -20,6 +20,15 @@ _WORDNET_ID = re.compile(r"n\d{8}")
 CLASSES = 1000
 # how many classes ImageNet-R and ImageNet-A have
 SUBSET_CLASSES = 200
+# of images as they are published; of ObjectNet classes of objects
+PUBLISHED_CLASSES = {
+    "imagenet": CLASSES,
+    "imagenetv2": CLASSES,
+    "imagenet-sketch": CLASSES,
+    "imagenet-r": SUBSET_CLASSES,
+    "imagenet-a": SUBSET_CLASSES,
+    "objectnet": 113,
+}
 # of red pixels around ObjectNet's images, so that training on them would show
 OBJECTNET_BORDER = 2
 # of ObjectNet, see its README

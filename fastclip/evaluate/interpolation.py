@@ -45,7 +45,10 @@ def accuracy_by_head_weight(
     parts: Any = model.model
     pairs = zip(parts.weak_and_strong(features), parts.weak_and_strong(prompts), strict=True)
     weak, strong = (image @ text.T for image, text in pairs)
-    return {w: classification_metrics(w * weak + (1 - w) * strong, labels)["acc1"] for w in weights}
+    return {
+        w: classification_metrics(w * weak + (1 - w) * strong, labels, classes)["acc1"]
+        for w in weights
+    }
 
 
 def choose_head_weight(accuracies: dict[float, float]) -> float:

@@ -16,13 +16,11 @@ from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastclip._version import __version__
 from fastclip.atomic import write_text
 from fastclip.bounded import read_object
 from fastclip.data.faults import FaultLog
-from fastclip.data.regular import digest_of
 from fastclip.data.samples import Source
-from fastclip.evaluate.embed import Embedding, fingerprint, image_batches
+from fastclip.evaluate.embed import Embedding, features_identity, image_batches
 from fastclip.evaluate.features import Encoding
 from fastclip.messages import counted, logger
 from fastclip.models.clip import Model
@@ -62,14 +60,7 @@ def keep_features(
         ValueError: no image can be read, or the model's features are not finite.
         OSError: the file cannot be written, or the disk has no room for it.
     """
-    identity = {
-        "model": name,
-        "weights": fingerprint(model.model),
-        "preprocessing": preprocessing_digest(model.preprocess),
-        "precision": encoding.precision,
-        "data": source.digest(),
-        "version": __version__,
-    }
+    identity = features_identity(model, name, encoding.precision) | {"data": source.digest()}
     count = sum(source.counts)
     described = file.with_suffix(".json")
     _make_folder(file.parent)
@@ -105,14 +96,6 @@ def keep_features(
         if not _PASSING & faults.counts.keys():
             write_text(described, json.dumps({**identity, "readable": readable}, indent=1) + "\n")
     return KeptFeatures(features, readable)
-
-
-def preprocessing_digest(preprocess: Callable[[Any], torch.Tensor]) -> str:
-    """A digest of what a transform makes of a fixed image: which pixels a tower sees."""
-    shape = (600, 900, 3)
-    noise = np.random.PCG64(0).random_raw(np.prod(shape) // 8).view(np.uint8).reshape(shape)
-    pixels = preprocess(Image.fromarray(noise)).contiguous()
-    return digest_of([tuple(pixels.shape), pixels.dtype, pixels.numpy().tobytes()])
 
 
 def _make_folder(folder: Path) -> None:

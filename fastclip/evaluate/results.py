@@ -19,6 +19,7 @@ def write_result(
     pretrained: str,
     task: str,
     metrics: Mapping[str, Any],
+    settings: Mapping[str, Any] | None = None,
     named: bool = False,
 ) -> None:
     """Write one result; the folder is made if needed.
@@ -28,6 +29,7 @@ def write_result(
         task: "zeroshot_classification", "zeroshot_retrieval", "linear_probe" or
             "image_caption_selection".
         metrics: shares in [0, 1] by CLIP_benchmark's metric names, nested where they have parts.
+        settings: what the metrics depend on besides the model, as JSON has it.
         named: whether the user named the file, so that a link of this name is written through.
     """
     result = {
@@ -37,9 +39,19 @@ def write_result(
         "task": task,
         "metrics": metrics,
         "language": "en",
+        **({} if settings is None else {"settings": settings}),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(result, indent=2) + "\n", named=named)
+
+
+def replaces_other(path: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether there is a result of other settings; of one that does not say, it is not known."""
+    try:
+        before = read_result(path).get("settings", settings)
+    except (OSError, ValueError):
+        return False
+    return bool(before != settings)
 
 
 def read_result(path: Path) -> dict[str, Any]:

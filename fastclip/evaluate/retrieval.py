@@ -2,6 +2,7 @@
 
 import math
 import operator
+from collections.abc import Sequence
 from itertools import chain
 
 import torch
@@ -36,8 +37,7 @@ def retrieval_metrics(
     Raises:
         ValueError: a rank is below 1.
     """
-    if min(k, default=1) < 1:
-        raise ValueError(f"recall at {min(k)}: the best has rank 1; give ranks of 1 or more")
+    require_ranks(k)
     images, texts = text_of_image[:, 0], text_of_image[:, 1]
     best_text = _best_rank(image_features, text_features, images, texts)
     best_image = _best_rank(text_features, image_features, texts, images)
@@ -46,6 +46,16 @@ def retrieval_metrics(
         metrics[f"image_retrieval_recall@{rank}"] = (best_image < rank).double().mean().item()
         metrics[f"text_retrieval_recall@{rank}"] = (best_text < rank).double().mean().item()
     return metrics
+
+
+def require_ranks(k: Sequence[int]) -> None:
+    """Refuse ranks that there are not.
+
+    Raises:
+        ValueError: a rank is below 1.
+    """
+    if min(k, default=1) < 1:
+        raise ValueError(f"recall at {min(k)}: the best has rank 1; give ranks of 1 or more")
 
 
 def _best_rank(queries: Tensor, keys: Tensor, query_of: Tensor, key_of: Tensor) -> Tensor:

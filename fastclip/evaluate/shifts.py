@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastclip.evaluate import sharing
 from fastclip.evaluate.effective_robustness import (
     BASELINES,
     OWN_CLASSES_BASELINES,
@@ -23,10 +24,19 @@ from fastclip.evaluate.effective_robustness import (
     suited_fit,
 )
 from fastclip.evaluate.features import Encoding, embed_files
-from fastclip.evaluate.imagenet import CLASSES, SHIFTS, ShiftSet, prompts, read_validation
+from fastclip.evaluate.imagenet import (
+    CLASSES,
+    PUBLISHED_CLASSES,
+    SHIFTS,
+    ShiftSet,
+    prompts,
+    read_validation,
+)
 from fastclip.evaluate.registry import BENCHMARKS, require
 from fastclip.evaluate.results import read_result
-from fastclip.evaluate.zeroshot import class_embeddings
+from fastclip.evaluate.retrieval import scores_of
+from fastclip.evaluate.zeroshot import class_embeddings, first_of_name
+from fastclip.messages import logger
 from fastclip.models.classifier import Classifier
 from fastclip.models.clip import Model
 
@@ -34,6 +44,8 @@ TASK = "robustness"
 # ImageNet-A is not among them: it was chosen by a model's mistakes, and follows no line well
 AVERAGED = ("imagenetv2", "imagenet-sketch", "imagenet-r", "objectnet")
 LEAST_MODELS = 3
+# what every accuracy comes with
+_ACCURACY = ("acc1", "ci_low", "ci_high")
 
 # right answers, images
 Counts = tuple[int, int]
@@ -117,6 +129,10 @@ def read_metrics(path: Path) -> dict[str, Any]:
             f"{path} is a result of {result['task']}; give one of `fastclip eval {TASK}`"
         )
     metrics: dict[str, Any] = result["metrics"]
+    for part in (metrics, *(metrics[name] for name in shifts_in(metrics))):
+        missing = [key for key in _ACCURACY if not isinstance(part.get(key), int | float)]
+        if missing:
+            raise ValueError(f"{path} lacks {', '.join(missing)}; evaluate the model again")
     return metrics
 
 
@@ -146,7 +162,9 @@ def evaluate_imagenet_shifts(model: Model, root: Path, encoding: Encoding) -> di
             f"{root} has no ImageNet validation images or none of the shifts {', '.join(SHIFTS)}; "
             f"get the files from {BENCHMARKS[TASK].source}"
         )
-    classes = None
+    for images in (validation, *shifts):
+        _look_for_classes(images, validation)
+    classes, names = None, None
     if isinstance(model.model, Classifier):
         count = len(model.model.criterion.weight)
         if count != CLASSES:
@@ -155,20 +173,21 @@ def evaluate_imagenet_shifts(model: Model, root: Path, encoding: Encoding) -> di
                 "on data of its own classes"
             )
     else:
-        classes = class_embeddings(model, *prompts(), precision=encoding.precision)
+        names, templates = prompts()
+        classes = class_embeddings(model, names, templates, precision=encoding.precision)
     logits = _logits(model, validation, classes, encoding)
-    correct = count_correct(logits, None, validation.correct)
+    correct = count_correct(logits, None, validation.correct, names)
     metrics: dict[str, Any] = dict(accuracy_metrics(correct, len(validation.correct)))
     for shift in shifts:
         shifted = _logits(model, shift, classes, encoding)
-        correct = count_correct(shifted, shift.allowed, shift.correct)
+        correct = count_correct(shifted, shift.allowed, shift.correct, names)
         found = accuracy_metrics(correct, len(shift.correct))
         for fit, lines in BASELINES.items():
             if shift.name in lines:
                 line = lines[shift.name]
                 found[f"rho_{fit}"] = effective_robustness(found["acc1"], metrics["acc1"], line)
         if shift.allowed is not None:
-            found |= _on_own_classes(logits, validation, shift, found["acc1"])
+            found |= _on_own_classes(logits, validation, shift, found["acc1"], names)
         metrics[shift.name] = found
     if all(name in metrics for name in AVERAGED):
         metrics["average"] = _average(metrics)
@@ -179,14 +198,37 @@ def evaluate_imagenet_shifts(model: Model, root: Path, encoding: Encoding) -> di
     return metrics
 
 
+def _look_for_classes(images: ShiftSet, validation: ShiftSet) -> None:
+    """Note it where classes are missing, with which no published figure compares.
+
+    Raises:
+        ValueError: no validation image is of a class of theirs.
+    """
+    found, published = len(set(images.correct)), PUBLISHED_CLASSES[images.name]
+    if found != published and sharing.is_first():
+        logger.warning(
+            f"{images.name} has images of {found:,} classes, as published of {published:,}: "
+            "neither its accuracy nor rho compares with published ones"
+        )
+    if not images.answers().keys() & validation.answers().keys():
+        raise ValueError(
+            f"no validation image is of a class of {images.name}; unpack the validation images "
+            "whole"
+        )
+
+
 def count_correct(
-    logits: Tensor, allowed: Sequence[int] | None, correct: Sequence[frozenset[int]]
+    logits: Tensor,
+    allowed: Sequence[int] | None,
+    correct: Sequence[frozenset[int]],
+    names: Sequence[str] | None = None,
 ) -> int:
     """For how many images a right class has the highest logit of those allowed; ties are wrong.
 
     Args:
         logits: (N, C).
         allowed, correct: see `ShiftSet`.
+        names: of the classes, see `zeroshot_metrics`: of one name the lowest comes first.
     """
     groups = list(dict.fromkeys(correct))
     number = {group: i for i, group in enumerate(groups)}
@@ -195,11 +237,14 @@ def count_correct(
         row[list(group)] = True
     choice = torch.zeros(logits.shape[1], dtype=torch.bool)
     choice[list(allowed) if allowed is not None else slice(None)] = True
+    wrong = choice & ~right
+    if names is not None:
+        wrong &= ~right[:, first_of_name(names)]
     rows = torch.tensor([number[group] for group in correct])
     found = 0
     for part, group in zip(logits.split(_CHUNK_ROWS), rows.split(_CHUNK_ROWS), strict=True):
         best_right = part.masked_fill(~right[group], -torch.inf).amax(dim=1)
-        best_wrong = part.masked_fill(right[group] | ~choice, -torch.inf).amax(dim=1)
+        best_wrong = part.masked_fill(~wrong[group], -torch.inf).amax(dim=1)
         # NaN is above nothing: a broken model must not look good
         found += int((best_right > best_wrong).sum())
     return found
@@ -208,18 +253,23 @@ def count_correct(
 def _logits(model: Model, images: ShiftSet, classes: Tensor | None, encoding: Encoding) -> Tensor:
     features = embed_files(model, images.images, encoding)
     # a classifier's are its logits
-    return features if classes is None else features @ classes.T
+    return features if classes is None else scores_of(features, classes)
 
 
 def _on_own_classes(
-    logits: Tensor, validation: ShiftSet, shift: ShiftSet, shift_accuracy: float
+    logits: Tensor,
+    validation: ShiftSet,
+    shift: ShiftSet,
+    shift_accuracy: float,
+    names: Sequence[str] | None,
 ) -> dict[str, float]:
     """The model on the validation images of the shift's classes, chosen among these."""
     answers = shift.answers()
     labels = [label for (label,) in validation.correct]
     rows = [row for row, label in enumerate(labels) if label in answers]
     right = [answers[labels[row]] for row in rows]
-    own = accuracy_metrics(count_correct(logits[rows], shift.allowed, right), len(rows))
+    correct = count_correct(logits[rows], shift.allowed, right, names)
+    own = accuracy_metrics(correct, len(rows))
     found = {f"own_classes_{key}": own[key] for key in ("acc1", "correct", "count")}
     line = OWN_CLASSES_BASELINES[shift.name]
     found["rho_own_classes"] = effective_robustness(shift_accuracy, own["acc1"], line)

@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from fastclip.printable import printable
+
 # what guessing scores, by metric
 CHANCE = "chance"
 
@@ -46,7 +48,8 @@ def markdown_table(results: Sequence[Mapping[str, Any]], metrics: Sequence[str] 
 
 
 def _escaped(text: str) -> str:
-    return text.replace("|", "&#124;")
+    """On one line, without what a terminal would obey: results may come from elsewhere."""
+    return printable(" ".join(text.split())).replace("|", "&#124;")
 
 
 def _numbers(metrics: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, float]]:

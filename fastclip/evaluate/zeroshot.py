@@ -1,5 +1,6 @@
 """Zero-shot classification with prompt ensembles (Radford et al. 2021, section 3.1)."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -39,35 +40,50 @@ def class_embeddings(
     """
     if not classes or not templates:
         raise ValueError(f"{len(classes)} classes and {len(templates)} templates: both are needed")
-    prompts = [fill_template(template, name) for name in classes for template in templates]
+    names = list(dict.fromkeys(classes))
+    prompts = [fill_template(template, name) for name in names for template in templates]
     features = embed_texts(model, prompts, precision=precision)
-    means = features.view(len(classes), len(templates), -1).mean(dim=1)
+    means = features.view(len(names), len(templates), -1).mean(dim=1)
     # a feature of several parts has a norm for each
-    return getattr(model.model, "renormalize", _unit)(means)
+    found: Tensor = getattr(model.model, "renormalize", _unit)(means)
+    # two of ImageNet's names stand for two classes each, which then tie to the bit
+    return found[[names.index(name) for name in classes]]
 
 
 def _unit(features: Tensor) -> Tensor:
     return F.normalize(features, dim=-1)
 
 
-def zeroshot_metrics(features: Tensor, classes: Tensor, labels: Tensor) -> dict[str, float]:
+def first_of_name(names: Sequence[str]) -> Tensor:
+    """For every class the lowest one of the same name, (C,) int64."""
+    first = {name: number for number, name in reversed(list(enumerate(names)))}
+    return torch.tensor([first[name] for name in names])
+
+
+def zeroshot_metrics(
+    features: Tensor, classes: Tensor, labels: Tensor, names: Sequence[str] | None = None
+) -> dict[str, float]:
     """acc1, acc5 and mean_per_class_recall, as CLIP_benchmark names them.
 
     Another class that ties with the true one, or whose logit is NaN, comes before it; a true class
     whose own logit is NaN or -inf is never right, even among five classes or fewer, where acc5
-    counts every other image. Recall is averaged over the classes that have images.
+    counts every other image. Of classes of one name, which always tie, the lowest comes first, as
+    it does by `torch.topk`. Recall is averaged over the classes that have images.
 
     Args:
         features: (N, D) image features. classes: (C, D) class features. labels: (N,) int64.
+        names: of the classes; None: no two have one name.
 
     Raises:
         ValueError: a label is outside the classes.
     """
     # classes of equal features tie to the bit
-    return classification_metrics(scores_of(features, classes), labels)
+    return classification_metrics(scores_of(features, classes), labels, names)
 
 
-def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
+def classification_metrics(
+    logits: Tensor, labels: Tensor, names: Sequence[str] | None = None
+) -> dict[str, float]:
     """As `zeroshot_metrics`, of logits (N, C).
 
     Raises:
@@ -83,7 +99,12 @@ def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
         )
     truth = logits.gather(1, labels[:, None])
     # NaN is below nothing: a broken model must not look perfect
-    rank = (~(logits < truth)).sum(dim=1) - 1
+    before = ~(logits < truth)
+    if names is not None and len(set(names)) < count:
+        # the true class is the lowest of its name, and these come after it
+        before &= ~((first_of_name(names) == labels[:, None]) & (logits == truth))
+        before.scatter_(1, labels[:, None], True)
+    rank = before.sum(dim=1) - 1
     rank[~(truth[:, 0] > -torch.inf)] = count
     hits = (rank == 0).double()
     per_class = [hits[labels == label].mean() for label in labels.unique()]
@@ -113,7 +134,7 @@ def evaluate_zeroshot(
     if isinstance(model.model, Classifier):
         return classification_metrics(features, labels)
     embeddings = class_embeddings(model, classes, templates, precision=precision)
-    return zeroshot_metrics(features, embeddings, labels)
+    return zeroshot_metrics(features, embeddings, labels, classes)
 
 
 def labeled(images: ImageFeatures) -> tuple[Tensor, Tensor]:

@@ -367,7 +367,8 @@ class Rocket(TwoTowers):
 
     def weigh(self, weak: Tensor, strong: Tensor) -> Tensor:
         """The encoding, (N, 2 D), of its normalized parts, (N, D) each, by `head_weight`."""
-        weight = self.head_weight
+        # evaluation averages features on the CPU, wherever the model is
+        weight = self.head_weight.to(weak.device)
         return torch.cat([weight.sqrt() * weak, (1 - weight).sqrt() * strong], dim=-1)
 
     def weak_and_strong(self, features: Tensor) -> tuple[Tensor, Tensor]:

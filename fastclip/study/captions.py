@@ -98,8 +98,9 @@ def _judge(settings: Settings) -> Judge:
 
 
 def _notes(settings: Settings) -> list[str]:
+    pictures = "drawn shapes" if settings.data is None else "photographs"
     return [
-        f"Retrieval among {COLLAGES} collages of photographs that were not trained on. "
+        f"Retrieval among {COLLAGES} collages of {pictures} that were not trained on. "
         f"Composition, on {COMPOSED}: of a short caption and one with a place or relation that is "
         "false, or with two classes swapped, which is nearer to the image, ties against it; mean "
         "over the two kinds. Held-out pairs: each collage has a class at a place where training "

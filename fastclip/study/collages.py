@@ -21,6 +21,7 @@ from fastclip.data.sources import collage_classes, open_source
 from fastclip.data.text_augment import article_before
 from fastclip.evaluate.features import embed_images
 from fastclip.evaluate.zeroshot import evaluate_zeroshot
+from fastclip.messages import counted
 from fastclip.models.build import load
 from fastclip.study.question import NO_VALIDATION, Settings
 from fastclip.study.runs import Judge, Scores, recalls, run
@@ -81,7 +82,8 @@ def image_tower_note(settings: Settings) -> str:
     Args:
         settings: of the study.
     """
-    return f"trained on the photographs by label for {settings.share(_EPOCHS)} epochs"
+    pictures = "collages of one drawn shape" if settings.data is None else "the photographs"
+    return f"trained on {pictures} by label for {counted(settings.share(_EPOCHS), 'epoch')}"
 
 
 def classes_of_collages(data: Path | None) -> list[str]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fastclip.atomic import writing
+from fastclip.data.regular import digest_of, state_of
 from fastclip.study.cifar10 import judge, shards_of
 from fastclip.study.question import Arm, Contrast, Question, Settings
 from fastclip.study.runs import Judge
@@ -48,12 +49,18 @@ def _flags() -> dict[str, tuple[str, ...]]:
 
 
 def _shard(settings: Settings) -> Path:
-    return settings.folder / "photographs.tar"
+    """Named after what it is copied from: runs on other photographs have other flags."""
+    whole = _source(settings)
+    return settings.folder / f"photographs-{digest_of([whole, state_of(str(whole))])}.tar"
+
+
+def _source(settings: Settings) -> Path:
+    return (shards_of(settings.data) / "train-00000.tar").resolve()
 
 
 def _prepare(settings: Settings) -> None:
     """Copy the first photographs of the first shard."""
-    whole, path = shards_of(settings.data) / "train-00000.tar", _shard(settings)
+    whole, path = _source(settings), _shard(settings)
     if path.exists():
         return
     settings.folder.mkdir(parents=True, exist_ok=True)

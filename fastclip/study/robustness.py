@@ -18,12 +18,11 @@ from fastclip.data.options import DataOptions
 from fastclip.data.sources import open_source
 from fastclip.evaluate.effective_robustness import (
     bootstrap_lines,
-    clopper_pearson,
     effective_robustness,
     fit_line,
 )
 from fastclip.evaluate.features import embed_images
-from fastclip.evaluate.robustness_plot import plot_robustness
+from fastclip.evaluate.robustness_plot import Interval, plot_robustness
 from fastclip.evaluate.zeroshot import evaluate_zeroshot
 from fastclip.models.build import load
 from fastclip.models.clip import Model
@@ -32,7 +31,7 @@ from fastclip.study.cifar10 import TEST, embed_test, prompts_of, shards_of
 from fastclip.study.question import Arm, Contrast, Question, Settings
 from fastclip.study.report import Row
 from fastclip.study.runs import Judge, Outcome, Scores
-from fastclip.study.verdict import Answer, Design
+from fastclip.study.verdict import Answer, Design, half_width
 
 # ImageNet-C's families; the first two are in the diverse distribution
 FAMILIES: dict[str, tuple[str, ...]] = {
@@ -283,18 +282,24 @@ QUESTION = Question(
 
 
 def _plot(path: Path, rows: Sequence[Row], seeds: int) -> None:
-    baseline = [point for place in range(seeds) for point in line_points(rows, place)]
-    x, y = [p["accuracy"] for p in baseline], [p["shifted"] for p in baseline]
+    """Each mean with its 95 % interval over seeds, and the line through all seeds' classifiers."""
+    runs = [
+        line_points([row], place) for row in rows if row[0] in _LINE for place in range(seeds)
+    ]
+    of_run = [(run, p["accuracy"], p["shifted"]) for run, own in enumerate(runs) for p in own]
+    numbers, x, y = zip(*of_run, strict=True)
     points = []
     for label, outcomes in rows:
         if label not in _LINE:
-            accuracy, shifted = (
-                mean(o.scores[name] for o in outcomes) for name in ("accuracy", "shifted")
-            )
-            of_x, of_y = 4 * PHOTOS * len(outcomes), PHOTOS * len(SHIFTS) * len(outcomes)
-            bar_x = clopper_pearson(round(accuracy * of_x), of_x)
-            bar_y = clopper_pearson(round(shifted * of_y), of_y)
-            points.append((label, accuracy, shifted, bar_x, bar_y))
+            values = [[o.scores[name] for o in outcomes] for name in ("accuracy", "shifted")]
+            bars = [_bar(own) for own in values]
+            points.append((label, mean(values[0]), mean(values[1]), bars[0], bars[1]))
     names = "accuracy on photographs as they are", "mean accuracy under corruption"
-    band, line = bootstrap_lines(x, y), fit_line(x, y)
+    band, line = bootstrap_lines(x, y, runs=numbers), fit_line(x, y)
     plot_robustness(path, list(zip(x, y, strict=True)), points, line, band, *names)
+
+
+def _bar(values: Sequence[float]) -> Interval:
+    """The 95 % interval of a mean over seeds; of one seed the value alone."""
+    half = half_width(values) if len(values) > 1 else 0.0
+    return mean(values) - half, mean(values) + half

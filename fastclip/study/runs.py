@@ -36,6 +36,8 @@ from fastclip.train.log import read_metrics
 
 SCENES = 1000
 OUTCOME = "outcome.json"
+# the flags of a run, and the seconds that it has taken so far
+BEGUN = "begun.json"
 
 
 @dataclass(frozen=True)
@@ -144,8 +146,8 @@ class FailedRunError(OSError):
     """A training run of a study that ended before its time."""
 
 
-def train(name: str, flags: Sequence[str], folder: Path, jobs: int = 1) -> tuple[Path, float]:
-    """Train in a process of its own; the run directory, and the seconds that it took.
+def train(name: str, flags: Sequence[str], folder: Path, jobs: int = 1) -> Path:
+    """Train in a process of its own; the run directory.
 
     Args:
         jobs: how many such processes share the cores.
@@ -164,7 +166,6 @@ def train(name: str, flags: Sequence[str], folder: Path, jobs: int = 1) -> tuple
         # threads that wait would take the other run's cores
         threads = max(1, available_cores() // jobs)
         environment |= {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
-    started = time.monotonic()
     with create(log) as output:
         status = subprocess.run(
             command, stdout=output, stderr=subprocess.STDOUT, env=environment
@@ -172,7 +173,7 @@ def train(name: str, flags: Sequence[str], folder: Path, jobs: int = 1) -> tuple
     if status:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
         raise FailedRunError(f"run {name} ended with status {status}; {log} ends:\n{tail}")
-    return folder / name, time.monotonic() - started
+    return folder / name
 
 
 def run(
@@ -192,19 +193,34 @@ def run(
         FileExistsError: there is a run of this name with other flags.
         FailedRunError: training failed.
     """
-    kept = folder / name / OUTCOME
+    kept, begun = folder / name / OUTCOME, folder / name / BEGUN
     if kept.is_file():
         values = read_object(kept)
-        if values["flags"] == list(flags):
-            return Outcome(**{**values, "flags": tuple(flags)})
-        raise FileExistsError(
-            f"{kept.parent} is of other flags; choose another --output or delete it"
-        )
-    path, seconds = train(name, flags, folder, jobs)
+        _require_same(values, flags, kept.parent)
+        return Outcome(**{**values, "flags": tuple(flags)})
+    # a run that was stopped takes flags that are not given again from before
+    seconds = 0.0
+    if begun.is_file():
+        values = read_object(begun)
+        _require_same(values, flags, begun.parent)
+        seconds = values["seconds"]
+    begun.parent.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    try:
+        write_text(begun, json.dumps({"flags": flags, "seconds": seconds}) + "\n")
+        path = train(name, flags, folder, jobs)
+    finally:
+        seconds += time.monotonic() - started
+        write_text(begun, json.dumps({"flags": flags, "seconds": seconds}) + "\n")
     scores, chance = (judge or judge_scenes)(path)
     outcome = Outcome(name, tuple(flags), seconds, *losses_of(path), scores, chance)
     write_text(kept, json.dumps(asdict(outcome), indent=1) + "\n")
     return outcome
+
+
+def _require_same(before: dict[str, Any], flags: Sequence[str], path: Path) -> None:
+    if before["flags"] != list(flags):
+        raise FileExistsError(f"{path} is of other flags; choose another --output or delete it")
 
 
 def losses_of(run: Path) -> tuple[float, float]:

@@ -8,8 +8,6 @@ from typing import Literal
 
 # of the intervals, and of the tests that power is of
 CONFIDENCE = 0.95
-# with which a design must find the smallest effect of interest
-POWER = 0.8
 _ESTIMATES = 4000
 
 Answer = Literal["shows", "the other way", "no larger effect", "undecided", "too weak to compare"]
@@ -99,14 +97,6 @@ def power(effect: float, spread: float, seeds: int) -> float:
     shares = (np.arange(_ESTIMATES) + 0.5) / _ESTIMATES
     limits = critical * np.sqrt(chi2.ppf(shares, degrees) / degrees)
     return float(np.mean(norm.cdf(shift - limits) + norm.cdf(-shift - limits)))
-
-
-def seeds_needed(effect: float, spread: float, wanted: float = POWER) -> int:
-    """The fewest seeds that find an effect with the wanted power; arguments as of `power`."""
-    seeds = 2
-    while power(effect, spread, seeds) < wanted:
-        seeds += 1
-    return seeds
 
 
 def half_width(values: Sequence[float]) -> float:

@@ -187,6 +187,9 @@ def _evaluated(run: Path, path: Path, average: bool) -> dict[str, Any]:
         if same and result["pretrained"].endswith(" (average)") == average:
             numbers = {k: v for k, v in result["metrics"].items() if isinstance(v, int | float)}
             prefix = f"{result['task']} on {result['dataset']}: "
+            if any(prefix + name in found for name in numbers):
+                # of other settings
+                prefix = f"{result['task']} on {result['dataset']} ({file.stem}): "
             found |= {prefix + name: value for name, value in numbers.items()}
     return found
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fastclip.bench.runner import CannotRunHere
 from fastclip.cli import main
 from fastclip.cli.bench import everything
 from fastclip.cli.bench.operators import AttentionConfig, MemoryConfig
@@ -34,10 +35,40 @@ class Broken(Needy):
         raise RuntimeError("process 1 terminated")
 
 
-def test_a_part_that_fails_costs_no_other(
+@dataclass(frozen=True)
+class Wrong(Needy):
+    """A part whose operator has a fault."""
+
+    def run(self) -> int:
+        """Fail as a check of shapes does."""
+        raise ValueError("process 1 terminated")
+
+
+@dataclass(frozen=True)
+class Elsewhere(Needy):
+    """A part that this machine is too small for."""
+
+    def run(self) -> int:
+        """Say so."""
+        raise CannotRunHere("--ranks 8 with 1 GPUs")
+
+
+def test_a_part_that_cannot_run_here_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(everything, "PARTS", {"losses": Broken, "attention": AttentionConfig})
+    monkeypatch.setattr(everything, "PARTS", {"losses": Elsewhere, "attention": AttentionConfig})
+    assert main(["bench", "all", "--quick", "--device", "cpu", "--output", str(tmp_path)]) == 0
+    assert "left out: --ranks 8 with 1 GPUs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", [Broken, Wrong])
+def test_a_part_that_fails_costs_no_other(
+    part: type[Needy],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(everything, "PARTS", {"losses": part, "attention": AttentionConfig})
     flags = ["--quick", "--device", "cpu", "--output", str(tmp_path)]
     assert main(["bench", "all", *flags]) == 1
     message = capsys.readouterr()

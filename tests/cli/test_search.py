@@ -435,6 +435,9 @@ def test_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[s
         ("\u72ac" * 5, False, "\u72ac" * 5),
         ("\u72ac" * 6, False, "\u72ac" * 3 + "..."),
         ("a\x1b[2J", False, r"a\x1b[2J"),
+        # one pass: cut letter by letter, this would take hours
+        ("x" * (1 << 20), False, "xxxxxxx..."),
+        ("x" * (1 << 20), True, "...xxxxxxx"),
     ],
 )
 def test_names_and_captions_are_cut_by_columns(text: str, keep_end: bool, shown: str) -> None:

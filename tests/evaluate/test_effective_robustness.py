@@ -159,6 +159,15 @@ def test_bootstrap() -> None:
     assert np.mean(inside) == pytest.approx(0.95, abs=0.01)
 
 
+def test_models_of_one_run_are_drawn_together() -> None:
+    """Two runs: what is drawn are both, or one of them twice; three different lines."""
+    x, y = [0.2, 0.4, 0.5, 0.8], [0.1, 0.35, 0.3, 0.7]
+    lines = bootstrap_lines(x, y, runs=(0, 0, 1, 1), fits=100)
+    known = [fit_line(x, y), fit_line(x[:2], y[:2]), fit_line(x[2:], y[2:])]
+    slopes = {round(line.slope, 9) for line in lines}
+    assert slopes == {round(line.slope, 9) for line in known}
+
+
 def test_bootstrap_redraws_what_has_no_line() -> None:
     # of two models half of all draws hold one of them twice
     lines = bootstrap_lines([0.2, 0.6], [0.1, 0.5], fits=50)

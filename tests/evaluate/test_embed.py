@@ -131,7 +131,26 @@ def test_shards_get_the_features_of_their_samples(
     assert "00000.teacher_image.npy is there already" in capsys.readouterr().err
     assert main([*command, "--precision", "amp_bf16"]) == 1
     assert "precision was 'fp32' and is 'amp_bf16'" in capsys.readouterr().err
-    assert broken.exists()
+    # shards of the same names elsewhere are of other data
+    (tmp_path / "other").mkdir()
+    broken.rename(tmp_path / "other" / "0.tar")
+    assert main([*command[:2], str(tmp_path / "other" / "0.tar"), *command[3:]]) == 1
+    said = capsys.readouterr().err
+    assert f"folders was ['{tmp_path}'] and is ['{tmp_path}/other']" in said
+    assert main([*command, "--captions", "txt"]) == 1
+    assert "captions was None and is 'txt'" in capsys.readouterr().err
+
+
+def test_features_depend_on_the_preprocessing(run: str) -> None:
+    model = fastclip.load(run)
+    identity = embed.features_identity(model, "a", "fp32")
+    assert identity == embed.features_identity(model, "a", "fp32")
+
+    def darker(image: Image.Image) -> torch.Tensor:
+        return model.preprocess(image) - 0.1
+
+    other = embed.features_identity(model._replace(preprocess=darker), "a", "fp32")
+    assert {name for name in identity if identity[name] != other[name]} == {"preprocessing"}
 
 
 def sample(key: str, **texts: bytes) -> list[tuple[str, bytes]]:

@@ -1,6 +1,7 @@
 """Features of image files; CLIP_benchmark's layout and image folders from the command line."""
 
 import json
+import re
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -316,7 +317,11 @@ def test_a_linear_probe_is_not_tested_on_what_it_was_trained_on(
 ) -> None:
     flags = ["--data", str(wds), "--train-data", str(wds), "--train-split", "test", *opened]
     assert main(["eval", "linear-probe", *flags]) == 1
-    assert "--train-data is --data" in capsys.readouterr().err
+    assert "has the images of --data" in capsys.readouterr().err
+    # a world without a split is that of "val"
+    flags = ["--data", "scenes", "--train-data", "scenes:split=val", "--num-samples", "8", *opened]
+    assert main(["eval", "linear-probe", *flags]) == 1
+    assert "has the images of --data" in capsys.readouterr().err
 
 
 def test_labels_of_both_sides_of_a_probe_are_of_the_same_classes(
@@ -332,3 +337,39 @@ def test_labels_of_both_sides_of_a_probe_are_of_the_same_classes(
     assert (
         "test has 2 classes, " in (error := capsys.readouterr().err) and "has 3 classes;" in error
     )
+
+
+def test_a_result_replaces_only_one_of_the_same_settings(
+    wds: Path, opened: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def written(*more: str) -> set[str]:
+        run(["zeroshot", "--data", str(wds), *opened, *more], capsys)
+        return {path.name for path in Path("eval").glob("*/*.json")}
+
+    first = written()
+    assert first == {"zeroshot_wds_colors.json"}
+    # how fast or where says nothing of what is measured
+    assert written("--batch-size", "2", "--device", "cpu") == first
+    (other,) = written("--split", "train") - first
+    assert re.fullmatch(r"zeroshot_wds_colors_[0-9a-f]{6}\.json", other)
+    assert written("--split", "train") == first | {other}
+    names = tmp_path / "names.txt"
+    names.write_text("red\nlime\nblue\n")
+    assert len(written("--classes", str(names))) == 3
+    (settings,) = (
+        json.loads(path.read_text())["settings"] for path in Path("eval").glob(f"*/{other}")
+    )
+    assert settings["split"] == "train" and settings["data"] == str(wds)
+    assert not {"model", "batch_size", "device", "output", "cache_bytes"} & settings.keys()
+
+
+def test_a_mistake_in_the_output_shows_before_the_work(
+    wds: Path, opened: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--data", str(wds), *opened]
+    assert main(["eval", "retrieval", *flags, "--output", str(tmp_path)]) == 1
+    assert "is a folder; give a file in it" in capsys.readouterr().err
+    # this model's weights cannot be read: nothing was opened before the ranks were looked at
+    (tmp_path / "weights.pt").write_bytes(b"")
+    assert main(["eval", "retrieval", *flags, "--recall-k", "0"]) == 1
+    assert "recall at 0" in capsys.readouterr().err

@@ -142,6 +142,27 @@ def test_classes_of_equal_features_tie(classes: int, width: int) -> None:
         assert zeroshot_metrics(image, same, torch.tensor([label]))["acc1"] == 0
 
 
+def test_of_classes_of_one_name_the_lowest_comes_first() -> None:
+    """They always tie; as wrong, neither would ever be right."""
+    names = ["owl", "missile", "cat", "missile", "dog", "fox", "missile"]
+    logits = torch.tensor([[0.0, 9, 5, 9, 3, 2, 9]]).repeat(4, 1)
+    labels = torch.tensor([1, 3, 2, 6])
+    metrics = classification_metrics(logits, labels, names)
+    # 3 and 6 come after 1, the cat after all three
+    assert metrics["acc1"] == 0.25 and metrics["acc5"] == 1
+    assert classification_metrics(logits, labels)["acc1"] == 0
+    # others that tie are still wrong
+    tied = torch.tensor([[0.0, 9, 9, 9, 3, 2, 9]])
+    assert classification_metrics(tied, torch.tensor([1]), names)["acc1"] == 0
+
+
+def test_equal_names_have_equal_features() -> None:
+    model = planned_model({"a cat.": (1, 2), "a dog.": (2, -1), "the cat.": (3, 1), "the dog.": (0, 1)})
+    found = class_embeddings(model, ["cat", "dog", "cat"], ["a {}.", "the {}."])
+    assert found[0].equal(found[2]) and not found[0].equal(found[1])
+    assert model.model.texts == 4
+
+
 def test_ties_of_retrieval_by_hand() -> None:
     # images 0 and 1 are the same to all texts; text 2 belongs to both
     images = torch.tensor([[1.0, 0], [1, 0], [0, 1]])

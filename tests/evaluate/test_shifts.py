@@ -62,6 +62,16 @@ def test_count_correct(restricted: bool, seed: int, monkeypatch: pytest.MonkeyPa
     assert 0 < want < 40
 
 
+def test_of_classes_of_one_name_the_lowest_is_chosen() -> None:
+    names = ["owl", "missile", "cat", "missile", "dog"]
+    logits = torch.tensor([[0.0, 9, 1, 9, 2], [0, 9, 1, 9, 2], [0, 9, 9, 9, 2], [9, 9, 1, 9, 2]])
+    # of the first two images the one class is right and the other is not; two others tie with it
+    correct = [frozenset({1}), frozenset({3}), frozenset({1}), frozenset({0, 1})]
+    assert count_correct(logits, None, correct, names) == 2
+    assert count_correct(logits, (1, 3), correct[:2] + [frozenset({1})] * 2, names) == 3
+    assert count_correct(logits, None, correct) == 0
+
+
 def test_broken_models_are_never_right() -> None:
     correct = [frozenset({0}), frozenset({1})]
     for value in (math.nan, math.inf, -math.inf, 0.0):
@@ -375,7 +385,13 @@ def test_imagenet_on_the_command_line(
     [
         ("", "give --root with ImageNet's sets, or --data"),
         ("--root DIR --shifts a=scenes", "give --root with ImageNet's sets, or --data"),
-        ("--root DIR --baseline a.json", "go with --data, not with --root"),
+        ("--root DIR --baseline a.json", "--baseline cannot be given with --root"),
+        ("--root DIR --classes a.txt --data scenes:objects=1", "--classes and --data cannot be"),
+        ("--shifts a=scenes --compare a.json", "--compare draws further models; give --plot"),
+        ("--shifts a=scenes --plot DIR/a.pdf", "give a file that ends in .png"),
+        ("--shifts a=scenes --output DIR", "is a folder; give a file in it"),
+        ("--shifts a/b=scenes", "give a name of letters"),
+        ("--shifts ci_low=scenes", "this is the name of a metric"),
         ("--root DIR", "robustness: "),
         ("--shifts scenes", "give NAME=DATA"),
         ("--shifts a=scenes a=scenes:shift=style", "give NAME=DATA"),

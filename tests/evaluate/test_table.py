@@ -87,3 +87,13 @@ def test_a_missing_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_a_score_that_was_not_computed_is_equal_to_itself(tmp_path: Path) -> None:
     file = result(tmp_path, "a", "scenes", {"acc1": 0.5, "validation": float("nan")})
     assert main(["eval", "table", file, file]) == 0
+
+
+def test_results_from_elsewhere_cannot_write_to_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = result(tmp_path, "a", "two\nlines", {"acc\x1b[2J": 0.5}, model="m\x1b]0;t\x07")
+    assert main(["eval", "table", file]) == 0
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown and "\x07" not in shown
+    assert shown.splitlines()[0] == r"| model | two lines acc\x1b[2J |"

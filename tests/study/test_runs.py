@@ -2,12 +2,15 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from fastclip.data.faults import FaultLog
 from fastclip.evaluate.features import ImageFeatures
+from fastclip.study import runs
 from fastclip.study.runs import first_rows, losses_of, recalls, steady_speed, training_seconds
 from tests.evaluate.planned import planned_model
 
@@ -58,3 +61,53 @@ def test_both_directions_of_retrieval() -> None:
     scores, chance = recalls(model, images, 1)
     assert scores == pytest.approx({"image_to_text": 2 / 3, "text_to_image": 1 / 3})
     assert chance == pytest.approx({"image_to_text": 1 / 3, "text_to_image": 1 / 3})
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """The flags of each training, which takes 60 s by the clock; with --fails it fails."""
+    flags_of: list[tuple[str, ...]] = []
+    clock = iter(range(0, 10_000, 60))
+
+    def train(name: str, flags: tuple[str, ...], folder: Path, jobs: int) -> Path:
+        flags_of.append(flags)
+        if "--fails" in flags:
+            raise runs.FailedRunError("killed")
+        line = {"step": 1, "loss": 2.0, "samples_per_second": 1.0}
+        (folder / name / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        return folder / name
+
+    monkeypatch.setattr(runs, "train", train)
+    monkeypatch.setattr(runs, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    return flags_of
+
+
+def no_scores(path: Path) -> runs.Scores:
+    return {}, {}
+
+
+def test_an_unfinished_run_is_not_taken_for_one_of_other_flags(
+    trained: list[tuple[str, ...]], tmp_path: Path
+) -> None:
+    with pytest.raises(runs.FailedRunError):
+        runs.run("a", ("--fails", "--lr", "1e-3"), tmp_path, no_scores)
+    # it has no outcome yet; resumed without a flag it would take the old value
+    with pytest.raises(FileExistsError, match="is of other flags; choose another --output"):
+        runs.run("a", (), tmp_path, no_scores)
+    assert trained == [("--fails", "--lr", "1e-3")]
+
+
+def test_the_time_of_a_run_is_that_of_all_attempts(
+    trained: list[tuple[str, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = runs.train
+
+    def interrupted(*arguments: Any) -> Path:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "train", interrupted)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            runs.run("a", ("--wd", "0"), tmp_path, no_scores)
+    monkeypatch.setattr(runs, "train", train)
+    assert runs.run("a", ("--wd", "0"), tmp_path, no_scores).seconds == 180

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from fastclip.bench.runner import CannotRunHere
 from fastclip.cli.bench.operators import (
     AttentionConfig,
     CollectivesConfig,
@@ -51,8 +52,7 @@ class AllConfig:
                 status |= part(quick=self.quick, device=self.device, output=file).run()
             except ModuleNotFoundError as error:
                 print(f"left out: it needs the package {error.name!r}")
-            except ValueError as error:
-                # such as fewer GPUs than processes
+            except CannotRunHere as error:
                 print(f"left out: {error}")
             except Exception:
                 # hours of the other parts are not lost with this one

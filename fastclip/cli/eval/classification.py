@@ -13,7 +13,7 @@ from fastclip.evaluate.interpolation import (
     has_two_heads,
 )
 from fastclip.evaluate.table import CHANCE
-from fastclip.evaluate.wds import expand_wds, is_wds, wds_classes
+from fastclip.evaluate.wds import is_wds, wds_classes
 from fastclip.evaluate.zeroshot import classes_of, evaluate_zeroshot, require_same_classes
 from fastclip.models.build import class_names
 from fastclip.models.classifier import Classifier
@@ -70,10 +70,10 @@ class Zeroshot(DataEvaluation):
             )
         if not has_two_heads(model):
             raise ValueError("--held-out: the model has no weak and strong heads; leave it out")
-        if self.held_out == self.data:
+        if self.same_images(self.held_out):
             raise ValueError(
-                f"--held-out is --data, {self.data}: choose the weight on other data than "
-                "the test data"
+                f"--held-out {self.held_out} has the images of --data: choose the weight on other "
+                "data than the test data"
             )
         require_same_classes_in(self.data, self.held_out, self.options.dataset_type)
         images = self.embed(model, self.held_out)
@@ -145,9 +145,10 @@ class LinearProbe(DataEvaluation):
 
     def measure(self, model: Model) -> dict[str, Any]:
         """The accuracies that `linear_probe` gives."""
-        if expand_wds(self.train_data, self.train_split) == expand_wds(self.data, self.split):
+        if self.same_images(self.train_data, self.train_split):
             raise ValueError(
-                f"--train-data is --data, {self.data}: train on other images than those of the test"
+                f"--train-data {self.train_data} has the images of --data: train on other images "
+                "than those of the test"
             )
         from fastclip.evaluate.linear_probe import linear_probe
 

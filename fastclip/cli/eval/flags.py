@@ -3,7 +3,7 @@
 import json
 import sys
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -12,11 +12,13 @@ import tyro
 from fastclip.bounded import read_yaml
 from fastclip.cli.model_flags import ModelFlags
 from fastclip.data.options import DataOptions
+from fastclip.data.regular import digest_of
+from fastclip.data.samples import Source
 from fastclip.data.sources import open_source
 from fastclip.data.variants import without_photographs
 from fastclip.evaluate import sharing
 from fastclip.evaluate.features import Encoding, ImageFeatures, embed_images
-from fastclip.evaluate.results import write_result
+from fastclip.evaluate.results import replaces_other, write_result
 from fastclip.evaluate.wds import expand_wds
 from fastclip.messages import logger
 from fastclip.models.checkpoint import is_best, run_of
@@ -39,10 +41,12 @@ class Evaluation(ModelFlags, ABC):
     """auto, cpu, cuda or cuda:1."""
     output: Path | None = None
     """File for the result; by default EVALUATION_DATA.json in the run directory's folder eval, or,
-    for other models, in ./eval/MODEL_PRETRAINED."""
+    for other models, in ./eval/MODEL_PRETRAINED; a result of other settings is not replaced."""
 
     task: ClassVar[str]
     """What CLIP_benchmark calls the task."""
+    unmeasured: ClassVar[tuple[str, ...]] = ()
+    """Further flags on which no metric depends."""
 
     @property
     def encoding(self) -> Encoding:
@@ -67,8 +71,18 @@ class Evaluation(ModelFlags, ABC):
         """Whether the model has what is measured: towers of images and of language."""
         return not isinstance(model.model, ImageSystem)
 
+    def check(self) -> None:
+        """See mistakes in the flags before the model is at work for hours.
+
+        Raises:
+            ValueError, FileNotFoundError: there is one.
+        """
+        if self.output is not None and self.output.is_dir():
+            raise ValueError(f"--output {self.output} is a folder; give a file in it")
+
     def run(self) -> int:
         """Measure the model on all ranks; the first prints the metrics and writes the result."""
+        self.check()
         with world(self.device) as here, sharing.together():
             model = self.open(here.device)
             if not self.suits(model):
@@ -85,15 +99,13 @@ class Evaluation(ModelFlags, ABC):
     def _report(self, metrics: dict[str, Any]) -> None:
         # the file has all digits
         print(json.dumps(_rounded(metrics), indent=2))
-        model, pretrained, name = self.model, self.pretrained or "", self.name
+        model, pretrained = self.model, self.pretrained or ""
         if self.is_run:
             model, pretrained = _architecture(run_of(Path(self.model))), self.model
-        if is_best(self.model):
-            # beside the result of the newest checkpoint
-            name = f"{name}_best"
         if self.average:
-            pretrained, name = f"{pretrained} (average)", f"{name}_average"
-        output = self.output or self.folder("eval") / f"{name}.json"
+            pretrained = f"{pretrained} (average)"
+        settings = self._settings()
+        output = self.output or self._file(settings)
         write_result(
             output,
             dataset=self.dataset,
@@ -101,9 +113,36 @@ class Evaluation(ModelFlags, ABC):
             pretrained=pretrained,
             task=self.task,
             metrics=metrics,
+            settings=settings,
             named=self.output is not None,
         )
         logger.info(f"written to {output}")
+
+    def _settings(self) -> dict[str, Any]:
+        """The flags that metrics depend on besides the model."""
+        flags = {**asdict(self), **asdict(self).pop("options", {})}
+        for name in (*_UNMEASURED, *self.unmeasured):
+            flags.pop(name, None)
+        # as a file gives them back
+        settings: dict[str, Any] = json.loads(json.dumps(flags, default=str))
+        return settings
+
+    def _file(self, settings: dict[str, Any]) -> Path:
+        """Where the result goes: it replaces another of the same settings and no other.
+
+        Those of a run's best and other single checkpoints are beside that of the newest.
+        """
+        path, name = Path(self.model), self.name
+        if is_best(self.model):
+            name += "_best"
+        elif self.is_run and run_of(path) != path:
+            name += f"_{path.stem}"
+        if self.average:
+            name += "_average"
+        folder = self.folder("eval")
+        if replaces_other(folder / f"{name}.json", settings):
+            name += f"_{digest_of(sorted(settings.items()))[:6]}"
+        return folder / f"{name}.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,23 +175,39 @@ class DataEvaluation(Evaluation):
         """The command and the data."""
         return f"{type(self).__name__.lower()}_{self.dataset}"
 
+    def open_data(self, data: str, split: str | None = None) -> Source:
+        """The data as they are evaluated."""
+        return open_source(
+            expand_wds(data, split or self.split),
+            self.options,
+            split="val",
+            count=self.num_samples,
+            required=self.required,
+        )
+
+    def same_images(self, data: str, split: str | None = None) -> bool:
+        """Whether other data are those of --data, by whatever name."""
+        return self.open_data(data, split).digest() == self.open_data(self.data).digest()
+
     def embed(self, model: Model, data: str, split: str | None = None) -> ImageFeatures:
         """Features of all readable images of the data; what was skipped is reported."""
         images = embed_images(
             model,
-            open_source(
-                expand_wds(data, split or self.split),
-                self.options,
-                split="val",
-                count=self.num_samples,
-                required=self.required,
-            ),
+            self.open_data(data, split),
             **vars(self.encoding),
             classify=self.classify,
         )
         if images.faults.counts and sharing.is_first():
             logger.warning(f"skipped: {images.faults.report()}")
         return images
+
+
+# flags of all evaluations on which no metric depends, or that the file's name stands for
+_UNMEASURED = (
+    *("model", "pretrained", "average", "trust_checkpoint"),
+    *("options", "cache_dir", "cache_bytes"),
+    *("batch_size", "workers", "device", "output"),
+)
 
 
 def _rounded(metrics: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,12 @@ from typing import Any
 
 from fastclip.cli.eval.flags import DataEvaluation, Evaluation
 from fastclip.evaluate.docci import evaluate_docci
-from fastclip.evaluate.retrieval import caption_pairs, chance_of_retrieval, evaluate_retrieval
+from fastclip.evaluate.retrieval import (
+    caption_pairs,
+    chance_of_retrieval,
+    evaluate_retrieval,
+    require_ranks,
+)
 from fastclip.evaluate.table import CHANCE
 from fastclip.evaluate.wds import is_wds, split_captions
 from fastclip.models.clip import Model
@@ -21,6 +26,11 @@ class Retrieval(DataEvaluation):
 
     task = "zeroshot_retrieval"
     required = ("txt",)
+
+    def check(self) -> None:
+        """See `Evaluation.check`."""
+        super().check()
+        require_ranks(self.recall_k)
 
     def measure(self, model: Model) -> dict[str, Any]:
         """Recall in both directions, that of guessing, and how many images and texts there are."""
@@ -43,6 +53,11 @@ class Docci(Evaluation):
 
     task = "zeroshot_retrieval"
     dataset = "docci"
+
+    def check(self) -> None:
+        """See `Evaluation.check`."""
+        super().check()
+        require_ranks(self.recall_k)
 
     def measure(self, model: Model) -> dict[str, Any]:
         """Recall in both directions."""

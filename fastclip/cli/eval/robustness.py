@@ -1,5 +1,6 @@
 """`fastclip eval robustness`: accuracies under distribution shifts, and effective robustness."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from fastclip.evaluate.results import read_result
 from fastclip.evaluate.robustness_plot import plot_shifts
 from fastclip.evaluate.shifts import (
     Counts,
+    accuracy_metrics,
     baseline_from_results,
     evaluate_imagenet_shifts,
     evaluate_shifts,
@@ -46,51 +48,83 @@ class Robustness(Zeroshot):
     """Results of other models to draw as well."""
 
     task = "robustness"
+    unmeasured = ("plot", "compare")
 
     @property
     def dataset(self) -> str:
         """imagenet, or the name of the data."""
         return super().dataset if self.root is None else "imagenet"
 
+    def check(self) -> None:
+        """See `Evaluation.check`; of the files, too, that others have made."""
+        super().check()
+        self._shifts()
+        if self.compare and self.plot is None:
+            raise ValueError("--compare draws further models; give --plot FILE.png as well")
+        if self.plot is not None and (self.plot.suffix != ".png" or self.plot.is_dir()):
+            raise ValueError(f"--plot is {self.plot}; give a file that ends in .png")
+        for path in (*self.baseline, *self.compare):
+            read_metrics(path)
+            dataset = read_result(path)["dataset"]
+            if dataset != self.dataset:
+                logger.warning(f"{path} is a result on {dataset}, and this is on {self.dataset}")
+        self._lines()
+
     def measure(self, model: Model) -> dict[str, Any]:
         """Accuracies with their intervals, and rho; see `fastclip.evaluate.shifts`."""
-        shifts = self._shifts()
-        lines = baseline_from_results(self.baseline) if self.baseline else {}
-        # a mistake in these shows before the model is at work
-        others = [(_label(path), read_metrics(path)) for path in self.compare]
         if self.root is not None:
-            metrics = self._measure_imagenet(model, self.root)
-            lines = BASELINES[suited_fit(metrics["acc1"])]
-        else:
-            metrics = self._measure_data(model, shifts, lines)
-        if sharing.is_first():
-            self._summarize(metrics)
-            if self.plot is not None:
-                models = [(f"{self.model} {self.pretrained or ''}".strip(), metrics), *others]
-                baselines = [read_metrics(path) for path in self.baseline]
-                for path in plot_shifts(self.plot, models, lines, baselines):
-                    logger.info(f"drawn in {path}")
-        return metrics
+            return self._measure_imagenet(model, self.root)
+        return self._measure_data(model, self._shifts(), self._lines())
+
+    def _report(self, metrics: dict[str, Any]) -> None:
+        super()._report(metrics)
+        self._summarize(metrics)
+        if self.plot is not None:
+            lines = self._lines() if self.root is None else BASELINES[suited_fit(metrics["acc1"])]
+            models = [(f"{self.model} {self.pretrained or ''}".strip(), metrics)]
+            models += [(_label(path), read_metrics(path)) for path in self.compare]
+            baselines = [read_metrics(path) for path in self.baseline]
+            for path in plot_shifts(self.plot, models, lines, baselines):
+                logger.info(f"drawn in {path}")
+
+    def _lines(self) -> dict[str, Line]:
+        return baseline_from_results(self.baseline) if self.baseline else {}
 
     def _shifts(self) -> dict[str, str]:
         """The data of each shift by its name.
 
         Raises:
-            ValueError: flags exclude each other, or a shift has no name or data, or one name twice.
+            ValueError: flags exclude each other, or a shift has no name or data, one name twice, or
+                a name that no file or another metric can have.
         """
         if (self.root is None) == (not self.shifts):
             raise ValueError(
                 "give --root with ImageNet's sets, or --data with one NAME=DATA or more after "
                 "--shifts"
             )
-        if self.root is not None and (self.baseline or self.held_out):
-            raise ValueError("--baseline and --held-out go with --data, not with --root")
+        others = {
+            "--baseline": self.baseline,
+            "--held-out": self.held_out,
+            "--classes": self.classes,
+            "--templates": self.options.templates,
+            "--data": self.data != Robustness.data,
+        }
+        if self.root is not None and (given := [flag for flag, value in others.items() if value]):
+            raise ValueError(
+                f"{' and '.join(given)} cannot be given with --root, whose data, classes and "
+                "baselines are ImageNet's"
+            )
         pairs = [shift.partition("=") for shift in self.shifts]
         shifts = {name: data for name, _, data in pairs if name and data}
         if len(shifts) < len(pairs):
             raise ValueError(
                 f"--shifts {' '.join(self.shifts)}: give NAME=DATA with a name of its own for each"
             )
+        for name in shifts:
+            if not re.fullmatch(r"[\w.+-]+", name):
+                raise ValueError(f"--shifts {name}=...: give a name of letters, digits, . + and -")
+            if name in (*accuracy_metrics(1, 1), "head_weight"):
+                raise ValueError(f"--shifts {name}=...: this is the name of a metric; give another")
         return shifts
 
     def _measure_imagenet(self, model: Model, root: Path) -> dict[str, Any]:
