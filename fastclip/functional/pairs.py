@@ -155,7 +155,8 @@ def clip_loss(
         loss = reduce(loss, of_pairs, ranks)
     if positives is not None:
         above = _of_both(own_minus_group_mean, *sides, *positives, ranks)
-        above = (1 - label_smoothing) * logit_scale * above
+        # the number first: a scale in 16 bits would round it
+        above = logit_scale * ((1 - label_smoothing) * above)
         loss = loss + reduce(above.to(loss.dtype), of_pairs, ranks)
     loss = with_bias(loss, logit_bias)
     return loss if weights is None else reduce_weighted(loss, weights, reduction, ranks)

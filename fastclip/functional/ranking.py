@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from fastclip.ops import dense
-from fastclip.ops.checks import check_features
+from fastclip.ops.checks import check_features, widened
 from fastclip.ops.collectives import Exchange, Ranks
 from fastclip.ops.info_nce import info_nce_sum
 from fastclip.ops.labels import label_statistics
@@ -129,7 +129,8 @@ def mean_of_own_rows(
 ) -> Tensor:
     """`ranking_loss`, of which each process returns its own queries' mean, as libraries do.
 
-    Averaged over the processes, its gradient is that of the full batch as well.
+    Averaged over the processes, its gradient is that of the full batch as well, if all of them
+    multiply it by the same number.
     """
     request = dense.Request("mean", "auto", None, None, "auto", dist, None, None)
     return _ranking_loss(query, documents, logit_scale, choice, request, own_mean=True)
@@ -172,6 +173,11 @@ class RankingOptions:
             )
         if not 0 <= strength < math.inf:
             raise ValueError(f"hardness_strength is {strength}; give a finite number of at least 0")
+        if strength > 0 and hardness_mode is None:
+            raise ValueError(
+                f"hardness_strength is {strength} without hardness_mode; use one of "
+                f"{', '.join(HARDNESS)}"
+            )
         if strength == 0:
             hardness_mode = None
         return RankingOptions(frozenset(asked), partition_mode, hardness_mode, float(strength))
@@ -316,7 +322,7 @@ def _among_themselves(rows: Tensor, scale: Tensor | float, options: dict[str, An
 
 def _global_query_ids(query: Tensor, ranks: Ranks | None) -> Tensor:
     """Of this process's queries, among those of all."""
-    first = 0 if ranks is None else sum(ranks.sizes[: ranks.rank])
+    first = 0 if ranks is None else ranks.first
     return torch.arange(first, first + len(query), device=query.device)
 
 
@@ -334,6 +340,9 @@ def _weighted(
     if strength == 0:
         found = similarity_statistics(query, columns, scale, **options)
         return found.row_lse, found.positive, found.column_lse
+    if isinstance(scale, Tensor):
+        # a sum with it in 16 bits would be off by more than the strength's share
+        scale = widened(scale, query)
     constant = scale.detach() if isinstance(scale, Tensor) else scale
     sum_of_both = scale + strength
     share = constant / (constant + strength)

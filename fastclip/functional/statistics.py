@@ -87,6 +87,11 @@ def similarity_statistics(
         raise ValueError(
             "first_negative and columns_with_gradient are a process's own; leave out dist"
         )
+    if columns_with_gradient is not None and not 0 <= columns_with_gradient <= len(columns):
+        raise ValueError(
+            f"columns_with_gradient is {columns_with_gradient}; give None or a number of the "
+            f"{len(columns)} columns"
+        )
     return similarity.similarity_statistics(
         rows,
         columns,

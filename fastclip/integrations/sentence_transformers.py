@@ -101,8 +101,10 @@ def _loss(theirs: Any, embeddings: list[Tensor]) -> Tensor | None:
         return None
     if theirs.similarity_fct is cos_sim:
         embeddings = [F.normalize(block, dim=-1) for block in embeddings]
+    # their strength is of no meaning without a mode
+    strength = 0.0 if theirs.hardness_mode is None else theirs.hardness_strength
     choice = RankingOptions.checked(
-        theirs.directions, theirs.partition_mode, theirs.hardness_mode, theirs.hardness_strength
+        theirs.directions, theirs.partition_mode, theirs.hardness_mode, strength
     )
     is_shared = theirs.gather_across_devices and torch.distributed.is_initialized()
     return mean_of_own_rows(

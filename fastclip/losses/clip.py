@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 from fastclip.functional import Exchange, clip_loss, distillation_loss, info_nce_loss
 from fastclip.losses.base import Loss
 from fastclip.ops.backend import check_backend
-from fastclip.ops.checks import GroupRole, check_group_role, checked_sizes
+from fastclip.ops.checks import GroupRole, as_scalar, check_group_role, checked_sizes, widened
 from fastclip.ops.collectives import average_gradient, check_exchange, gather_rows, scale_gradient
 from fastclip.ops.reductions import with_bias
 
@@ -195,7 +195,7 @@ class ClipLoss(Loss):
             options |= {"row_group": row_group, "column_group": column_group}
             options["group_role"] = self.group_role
             options |= self._sharing()
-            scale = self._averaged(logit_scale)
+            scale = self._averaged(logit_scale, image_features)
             loss = clip_loss(*self._scaled(features), scale, logit_bias, **options)
             loss = self._mean_of_own(loss)
         return {"contrastive_loss": loss} if output_dict else loss
@@ -247,11 +247,13 @@ class ClipLoss(Loss):
         options = {"dist": self.dist, "group": self.group, "sizes": self.sizes}
         return options | ({"reduction": "none"} if self.local_loss else {})
 
-    def _averaged(self, scale: Tensor) -> Tensor:
+    def _averaged(self, scale: Tensor, like: Tensor) -> Tensor:
         """The scale; of a global loss, its gradient is averaged over the processes."""
         alone = self.world_size == 1 or self.local_loss
         if alone or not isinstance(scale, Tensor) or not scale.requires_grad:
             return scale
+        # the gradient is exchanged where the features are, and in no 16 bits
+        scale = widened(as_scalar("logit_scale", scale, like), like)
         return average_gradient(scale, self.group)
 
     def _gather(self, features: Tensor) -> Tensor:
@@ -429,7 +431,7 @@ class DistillClipLoss(ClipLoss):
         assert isinstance(contrastive, Tensor)
         distill = distillation_loss(
             *self._scaled((image_features, text_features)),
-            self._averaged(logit_scale),
+            self._averaged(logit_scale, image_features),
             dist_image_features,
             dist_text_features,
             dist_logit_scale,

@@ -23,7 +23,8 @@ class SigLipLoss(Loss):
     Args:
         cache_labels: accepted as in open_clip; nothing is cached.
         rank, world_size: this process's number in `group`, and how many there are; each compares
-            its images with all texts.
+            its images with all texts. With several, multiply the loss by the same number on all
+            processes: gradients of the texts are formed and exchanged in the forward.
         dist_impl: open_clip's four exchanges of texts, of one value and one gradient: with
             "gather" and "reduce" all texts come at once, with "bidir" and "shift" one rank's
             after the other. None: "gather".

@@ -19,6 +19,7 @@ from fastclip.functional import Exchange
 from fastclip.models.image_tower import ImageSystem
 from fastclip.models.options import SystemOptions
 from fastclip.models.system import Criterion, Features, View
+from fastclip.ops.checks import without_autocast
 from fastclip.ops.collectives import all_reduce_loss, ranks_of
 from fastclip.ops.gemm import accumulator_dtype
 
@@ -67,7 +68,7 @@ class LabelCriterion(Criterion):
 
     def logits(self, features: Tensor) -> Tensor:
         """(N, D) to (N, C), float32 (float64 for float64)."""
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features.device):
             dtype = accumulator_dtype(features.dtype)
             features, weight = features.to(dtype), self.weight.to(dtype)
             if self.bias is not None:

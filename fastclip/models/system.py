@@ -248,7 +248,8 @@ class System(nn.Module):
         """Put the values of float32 parameters in place of rounded ones, whose gradient stays."""
         for name, value in parameters.items():
             rounded = output[name].float()
-            output[name] = value + rounded - rounded.detach()
+            # a difference of zero, formed first: added one after the other they would round
+            output[name] = value + (rounded - rounded.detach())
 
     @property
     def shared(self) -> set[str]:

@@ -160,7 +160,7 @@ class UniClipCriterion(Criterion):
         if sizes is not None:
             exchange = {**exchange, "sizes": [count * size for size in sizes]}
         # samples are numbered over all ranks
-        first = 0 if ranks is None else sum(ranks.sizes[: ranks.rank])
+        first = 0 if ranks is None else ranks.first
         sample = torch.arange(first, first + own, device=blocks[0].device)
         temperature = self.log_temperature.exp()
         return sup_con_loss(torch.cat(list(blocks)), sample.repeat(count), temperature, **exchange)

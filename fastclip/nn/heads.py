@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup, get_world_size, is_available, is_initialized
 
+from fastclip.ops.checks import without_autocast
 from fastclip.ops.collectives import all_reduce_sum_with_grad
 from fastclip.ops.gemm import accumulator_dtype
 
@@ -83,7 +84,7 @@ class GlobalBatchNorm(nn.Module):
         shared = is_available() and is_initialized() and get_world_size(self.group) > 1
         if len(rows) < 2 and not shared:
             raise ValueError("a batch of a single row has no variance; give at least 2")
-        with torch.autocast(rows.device.type, enabled=False):
+        with without_autocast(rows.device):
             wide = rows.to(accumulator_dtype(rows.dtype))
             count = wide.new_full((1,), len(wide))
             sums = self._total(torch.cat([wide.sum(0), count]), shared)

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from fastclip.ops.compiling import constant_in_graphs
+from fastclip.ops.gemm import accumulator_dtype
 
 EXCHANGES = ("gather", "ring")
 Exchange = Literal["gather", "ring"]
@@ -85,6 +86,11 @@ class Ranks(NamedTuple):
     def rows(self) -> int:
         """The rows of all ranks."""
         return sum(self.sizes)
+
+    @property
+    def first(self) -> int:
+        """The number of this rank's first row among all."""
+        return sum(self.sizes[: self.rank])
 
     def columns(self, columns: int) -> tuple[int, ...]:
         """The columns of every rank, where this one has `columns`.
@@ -376,10 +382,11 @@ def _(features: Tensor, group: str, sizes: list[int], rank: int) -> Tensor:
 @torch.library.custom_op("fastclip::gather_rows_backward", mutates_args=())
 def _gather_rows_gradient(upstream: Tensor, group: str, sizes: Sequence[int], rank: int) -> Tensor:
     own, others = split_own(upstream, sizes, rank)
-    total = own.clone()
+    # rounded once, however many ranks there are
+    total = own.to(accumulator_dtype(own.dtype), copy=True)
     for received in all_to_all_rows(group, others, sizes, rank):
         total += received
-    return total
+    return total.to(own.dtype)
 
 
 @_gather_rows_gradient.register_fake
@@ -391,7 +398,12 @@ def _send_home(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
     return _gather_rows_gradient(upstream, *ctx.arguments), None, None, None
 
 
+def _gather_again(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
+    return _gather_rows(upstream, *ctx.arguments), None, None, None
+
+
 _gather_rows.register_autograd(_send_home, setup_context=_keep_arguments)
+_gather_rows_gradient.register_autograd(_gather_again, setup_context=_keep_arguments)
 
 
 @torch.library.custom_op("fastclip::average_gradient", mutates_args=())
@@ -404,11 +416,23 @@ def _(tensor: Tensor, group: str) -> Tensor:
     return torch.empty_like(tensor)
 
 
+@torch.library.custom_op("fastclip::rank_mean", mutates_args=())
+def _rank_mean(local: Tensor, group: str) -> Tensor:
+    total = all_reduce_sum(group, local.to(accumulator_dtype(local.dtype)))
+    return (total / dist.get_world_size(_handle(group))).to(local.dtype)
+
+
+@_rank_mean.register_fake
+def _(local: Tensor, group: str) -> Tensor:
+    return torch.empty_like(local)
+
+
 def _average(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-    (group,) = ctx.arguments
-    return _global_sum(upstream, group) / dist.get_world_size(_handle(group)), None
+    return _rank_mean(upstream, *ctx.arguments), None
 
 
+# the mean over ranks is its own derivative
+_rank_mean.register_autograd(_average, setup_context=_keep_arguments)
 _average_gradient.register_autograd(_average, setup_context=_keep_arguments)
 
 

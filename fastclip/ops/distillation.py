@@ -109,7 +109,7 @@ class _Problem:
         self.u_NE, self.v_ME = (
             as_operand(t.to(options.teacher_dtype)) for t in (teacher_x, teacher_y)
         )
-        if self.u_NE.dtype != torch.bfloat16:
+        if self.u_NE.dtype != torch.bfloat16 or self.dtype == torch.float64:
             self.u_NE, self.v_ME = self.u_NE.to(self.dtype), self.v_ME.to(self.dtype)
         self.scale, self.teacher_scale = (
             away_from_zero(s.reshape(()), self.dtype) for s in (scale, teacher_scale)
@@ -183,12 +183,12 @@ def _gradient(
         dy_MD = y.new_zeros(y.shape, dtype=asked.dtype)
         dscale_N = x.new_empty(asked.n, dtype=asked.dtype)
         for rows, S_CM, T_CM in asked:
-            G_CM = torch.exp(S_CM - lse_N[rows, None]).sub_(
+            G_CM = (S_CM - lse_N[rows, None]).exp_().sub_(
                 (T_CM - teacher_lse_N[rows, None]).exp_()
             )
             G_CM.mul_(d_row_N[rows, None])
             if options.columns:
-                column_CM = torch.exp(S_CM - column_lse_M)
+                column_CM = (S_CM - column_lse_M).exp_()
                 column_CM.sub_(T_CM.sub_(teacher_column_lse_M).exp_())
                 G_CM.addcmul_(column_CM, d_column_M)
             dscale_N[rows] = S_CM.mul_(G_CM).sum(dim=1)

@@ -42,10 +42,11 @@ def move_estimates(
     Returns:
         (2, N) in log_u's dtype: of this process's samples.
     """
-    index, log_g = index_N.to(log_u.device, torch.int64), log_g.T.to(log_u.dtype)
-    first, count = 0, len(index)
+    # from pinned memory without waiting for what is queued
+    index = index_N.to(log_u.device, torch.int64, non_blocking=True)
+    log_g, first, count = log_g.T.to(log_u.dtype), 0, len(index_N)
     if ranks is not None:
-        first = sum(ranks.sizes[: ranks.rank])
+        first = ranks.first
         index, log_g = (gather_rows_with_grad(own, ranks, ranks.sizes) for own in (index, log_g))
     log_g = _mean_of_equal(index, log_g).T
     before = log_u[:, index]

@@ -335,7 +335,7 @@ def info_nce(
                 G_CQ = products.room(chunk)
                 tiles.end_rows(share_C * weight_C * scale, G_CQ)
                 products.add(G_CQ, chunk)
-    products.end(part, exchange_dtype(y_MD.dtype, scaled=weights_N is not None))
+    products.end(part, exchange_dtype(y_MD.dtype, scaled=False))
 
     lse_N = rows.lse()
     loss_N = softplus(lse_N - positive_N)
@@ -350,12 +350,17 @@ def info_nce(
 
 
 def sigmoid(
-    problem: Problem, upstream_N: Tensor | None, needs: tuple[bool, bool, bool, bool]
+    problem: Problem,
+    upstream_N: Tensor | None,
+    needs: tuple[bool, bool, bool, bool],
+    *,
+    scaled: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Row sums of the sigmoid loss, and the gradients of sum(upstream * rows): 3 products.
 
     The gradient of an entry depends on that entry alone, so one pass gives everything. dX, dY,
-    dscale and doffset are in the accumulator's dtype; `upstream_N` None means ones.
+    dscale and doffset are in the accumulator's dtype; `upstream_N` None means ones. `scaled` says
+    whether it is that of a backward, with a loss scale on it, and not weights of the loss.
     """
     need_x, need_y, need_scale, need_offset = needs
     tiles, x_ND, y_MD = problem.tiles, problem.x_ND, problem.y_MD
@@ -381,7 +386,7 @@ def sigmoid(
             sums.append(found)
             if G_CQ is not None:
                 products.add(G_CQ, chunk)
-        products.end(part, exchange_dtype(y_MD.dtype, scaled=upstream_N is not None))
+        products.end(part, exchange_dtype(y_MD.dtype, scaled=scaled))
 
     d_positive_N = -torch.sigmoid(-positive_N) * weight_N
     dx_ND, dy_MD = add_positives(problem, *products.totals(), d_positive_N * scale)

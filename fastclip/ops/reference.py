@@ -66,11 +66,11 @@ def similarity_statistics(
         _logsumexp(paired_NN, dim=0),
         _maximum(paired_NN, dim=0) if options.maxima else S_NM.new_empty(0),
         S_NM[rows, positives],
-        S_NM.mean(dim=1),
+        S_NM.mean(dim=1) if options.means else S_NM.new_empty(0),
     )
     if ranks is not None:
         found = tuple(one[_own(ranks, own)] if len(one) else one for one in found)
-    return *found, S_NM[:, mine].mean(dim=0)
+    return *found, S_NM[:, mine].mean(dim=0) if options.means else S_NM.new_empty(0)
 
 
 def sigmoid_rows(
@@ -189,8 +189,7 @@ def _of_all(own: TensorOrNone, ranks: Ranks, blocks: Sequence[int]) -> TensorOrN
 
 def _own(ranks: Ranks, rows: int) -> slice:
     """Where a rank's rows are among all."""
-    first = sum(ranks.sizes[: ranks.rank])
-    return slice(first, first + rows)
+    return slice(ranks.first, ranks.first + rows)
 
 
 def _logits(x_ND: Tensor, y_MD: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

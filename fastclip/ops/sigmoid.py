@@ -87,13 +87,19 @@ def sigmoid_loss(
 
 
 def _sigmoid(
-    inputs: Tensors, upstream: Tensor | None, needs: Sequence[bool], options: Options
+    inputs: Tensors,
+    upstream: Tensor | None,
+    needs: Sequence[bool],
+    options: Options,
+    *,
+    scaled: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     x, y, scale, offset, *ids = inputs
     need_x, need_y, need_scale, need_offset = needs
     with checks.without_autocast(x.device):
         asked = problem.rectangle(options, x, y, scale, offset, None, *ids)
-        return passes.sigmoid(asked, upstream, (need_x, need_y, need_scale, need_offset))
+        needs = need_x, need_y, need_scale, need_offset
+        return passes.sigmoid(asked, upstream, needs, scaled=scaled)
 
 
 def _forward_sum(*inputs: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
@@ -114,7 +120,7 @@ def _forward_rows(*inputs: Tensor | None, **options: Any) -> Tensor:
 def _gradient(
     inputs: Tensors, saved: Tensors, upstream: Tensors, options: Options
 ) -> tuple[Tensor | None, ...]:
-    return _sigmoid(inputs, upstream[0], options.needs, options)[1:]
+    return _sigmoid(inputs, upstream[0], options.needs, options, scaled=True)[1:]
 
 
 def _flop(shapes: Sequence[Any], options: Options) -> int:

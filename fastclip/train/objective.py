@@ -156,7 +156,7 @@ class ClipObjective:
         output["logit_scale"] = parameters["logit_scale"].exp() * (rounded / rounded.detach())
         if "logit_bias" in output:
             rounded = output["logit_bias"].float()
-            output["logit_bias"] = parameters["logit_bias"] + rounded - rounded.detach()
+            output["logit_bias"] = parameters["logit_bias"] + (rounded - rounded.detach())
 
     def logit_scale(self, parameter: Callable[[str], Tensor]) -> float:
         """See `Objective.logit_scale`."""

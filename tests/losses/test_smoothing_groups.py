@@ -48,3 +48,17 @@ def test_smoothing_is_over_the_candidates_left(backend: str, one: bool, last: in
     want.backward()
     for a, b in zip(got_leaves, want_leaves, strict=True):
         torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("role", ["excluded", "positive"])
+def test_a_scale_of_16_bits_is_taken_as_it_is(role: str) -> None:
+    """0.9 times a scale, rounded to 8 bits, would be off by thousandths of the loss."""
+    torch.manual_seed(1)
+    x, y = (F.normalize(torch.randn(8, 6), dim=1) for _ in range(2))
+    options = {"row_group": torch.arange(8) // 2, "column_group": torch.arange(8) // 2}
+    options |= {"label_smoothing": 0.1, "group_role": role}
+    narrow, wide = (
+        clip_loss(x, y, torch.tensor(29.0, dtype=dtype), **options)
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    torch.testing.assert_close(narrow, wide, rtol=1e-6, atol=1e-6)

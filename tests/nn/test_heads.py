@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastclip.models.classifier import LabelCriterion
 from fastclip.nn.heads import GlobalBatchNorm, MLPHead, linear_head
 from tests.processes import on_ranks
 
@@ -87,6 +88,13 @@ def test_statistics_are_float32_under_autocast() -> None:
     exact = nn.BatchNorm1d(WIDTH, affine=False).double()(x.bfloat16().double())
     # one rounding of the output to 8 bits
     assert (out.double() - exact).abs().max() <= 2**-8 * exact.abs().max()
+
+
+def test_shapes_are_found_without_numbers() -> None:
+    """On the meta device, which has no autocast."""
+    head = MLPHead((32, 64, 16)).to("meta")
+    assert head(torch.empty(5, 32, device="meta")).shape == (5, 16)
+    assert LabelCriterion(32, 7).to("meta").logits(torch.empty(5, 32, device="meta")).shape == (5, 7)
 
 
 def test_heads_are_built_as_the_papers_say() -> None:

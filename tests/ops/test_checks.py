@@ -130,6 +130,9 @@ def test_negatives_that_begin_later_are_those_of_rows() -> None:
     assert statistics(x, y, 9.0, first_negative=2, column_statistics=False).row_lse.isfinite().all()
     with pytest.raises(ValueError, match="first_negative is for rows alone"):
         statistics(x, y, 9.0, first_negative=2)
+    for count in (-5, len(y) + 1):
+        with pytest.raises(ValueError, match=f"columns_with_gradient is {count}; give None or"):
+            statistics(x, y, 9.0, columns_with_gradient=count)
 
 
 def test_lists_in_the_place_of_tensors_are_named() -> None:

@@ -1,5 +1,6 @@
 """float16 gradients that are formed in the forward travel wide: no loss scale is on them yet."""
 
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from tests.processes import on_ranks
 
 ROWS, WIDTH, LOSS_SCALE = 8, 16, 2.0**20
 LOSSES = {"siglip": (40.0, -20.0), "info_nce": (20.0,)}
+# weights are no loss scale
+WEIGHTS = (None, 1.0)
 
 
 def _features() -> list[Tensor]:
@@ -27,12 +30,14 @@ def _rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     found = {}
     for name, scalars in LOSSES.items():
-        for exchange in ("gather", "ring"):
+        for exchange, weight in product(("gather", "ring"), WEIGHTS):
             own = [f.half().chunk(2)[rank].clone().requires_grad_() for f in _features()]
-            loss = getattr(functional, f"{name}_loss")(*own, *scalars, dist=exchange)
+            weights = None if weight is None else torch.full((ROWS // 2,), weight)
+            loss = getattr(functional, f"{name}_loss")
+            loss = loss(*own, *scalars, weights=weights, dist=exchange)
             gradients = torch.autograd.grad(loss * LOSS_SCALE, own)
             # all ranks' rows count the loss, so that averaging gives the whole batch's gradient
-            found[name, exchange] = [g.double() / LOSS_SCALE / 2 for g in gradients]
+            found[name, exchange, weight] = [g.double() / LOSS_SCALE / 2 for g in gradients]
     torch.save(found, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -46,11 +51,11 @@ def test_small_gradients_of_float16_features_arrive(tmp_path: Path) -> None:
         leaves = [f.requires_grad_() for f in _features()]
         numbers = [torch.tensor(v, dtype=torch.float64) for v in scalars]
         loss = getattr(oracles, name)(*leaves, *numbers, static={}).mean()
-        for exchange in ("gather", "ring"):
+        for exchange, weight in product(("gather", "ring"), WEIGHTS):
             for side, want in enumerate(torch.autograd.grad(loss, leaves, retain_graph=True)):
-                got = torch.cat([r[name, exchange][side] for r in ranks])
+                got = torch.cat([r[name, exchange, weight][side] for r in ranks])
                 small = ~torch.eye(ROWS, WIDTH, dtype=torch.bool) & (want != 0)
                 assert small.any()
                 error = (got - want)[small].abs() / want[small].abs()
                 # one rounding to the input's dtype
-                assert error.max() <= torch.finfo(torch.float16).eps, (name, exchange, side)
+                assert error.max() <= torch.finfo(torch.float16).eps, (name, exchange, weight, side)

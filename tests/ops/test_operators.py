@@ -205,6 +205,9 @@ def test_statistics_with_any_options_are_the_references(case: dict[str, Any]) ->
         except ValueError as error:
             results.append(str(error))
             continue
+        # what is not asked for is empty
+        assert [len(found.row_mean), len(found.column_mean)] == [n * options["means"]] * 2
+        assert len(found.column_lse) == n * options["column_statistics"]
         outputs = [found.row_lse, found.positive]
         outputs += [found.column_lse] if options["column_statistics"] else []
         outputs += [found.row_mean, found.column_mean] if options["means"] else []

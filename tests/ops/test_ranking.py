@@ -204,6 +204,7 @@ def test_a_second_derivative_is_refused_with_hardness() -> None:
         ({"partition_mode": "each"}, "use joint or per_direction"),
         ({"hardness_mode": "negatives"}, "use None or one of in_batch_negatives"),
         ({"hardness_strength": -1.0}, "hardness_strength is -1.0"),
+        ({"hardness_strength": 5.0}, "hardness_strength is 5.0 without hardness_mode"),
         ({"hardness_strength": float("nan")}, "hardness_strength is nan"),
         ({"documents": []}, "documents are empty"),
         ({"documents": [unit(3, 5, 0), unit(2, 5, 0)]}, r"\(2, 5\) .* queries are \(3, 5\)"),
@@ -259,3 +260,14 @@ def test_processes_share_it(tmp_path: Path) -> None:
         got = [torch.cat([one[1 + f] for one in each]) / world for f in range(1 + blocks)]
         check(got, want[1:-1])
         check([sum(one[-1] for one in each) / world], want[-1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_scale_of_16_bits_is_widened_before_the_strength_is_added(dtype: torch.dtype) -> None:
+    """20 / (20 + 9) rounded to 8 bits would move the loss by a thousandth of it."""
+    query, documents = unit(6, WIDTH, 1), unit(6, WIDTH, 2)
+    options: dict[str, Any] = {"hardness_mode": "all_negatives", "hardness_strength": 9.0}
+    want = oracle(query, [documents], torch.tensor(20.0).double(), **options)
+    narrow = torch.tensor(20.0, dtype=dtype, requires_grad=True)
+    got = ranking_loss(query.float(), [documents.float()], narrow, **options)
+    torch.testing.assert_close(got.double(), want.mean(), rtol=1e-5, atol=1e-5)

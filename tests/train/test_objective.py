@@ -98,6 +98,11 @@ def test_a_system_is_its_own_objective() -> None:
     torch.testing.assert_close(rounded["criterion.weight"], torch.tensor(3.07))
     rounded["criterion.weight"].backward()
     assert criterion.weight.grad == 1
+    values = torch.linspace(-5, 5, 1001)
+    rounded = {"criterion.weight": values.bfloat16()}
+    objective.exact(rounded, {"criterion.weight": values})
+    # to the bit: a sum from the left would round twice
+    assert rounded["criterion.weight"].equal(values)
 
 
 def test_what_is_bounded_and_shared() -> None:
