@@ -23,6 +23,7 @@ from torch import Tensor
 from fastclip.ops.chunks import chunk_rows, chunks
 from fastclip.ops.gemm import add_product, product
 
+
 class CannotRunHere(ValueError):
     """What cannot be measured on this machine, such as more processes than it has GPUs."""
 

@@ -156,8 +156,8 @@ def report(plan: Plan, model: str) -> list[str]:
             )
     if footprint.has_batch_norm:
         lines.append("  the model has batch normalization: no accumulation")
-    parts = ([line] if line in typed else filled("", line, 4).split("\n") for line in lines)
-    return list(chain.from_iterable(parts))
+    filled_lines = ([line] if line in typed else filled("", line, 4).split("\n") for line in lines)
+    return list(chain.from_iterable(filled_lines))
 
 
 def command(plan: Plan, model: str) -> list[str]:

@@ -183,9 +183,7 @@ def _gradient(
         dy_MD = y.new_zeros(y.shape, dtype=asked.dtype)
         dscale_N = x.new_empty(asked.n, dtype=asked.dtype)
         for rows, S_CM, T_CM in asked:
-            G_CM = (S_CM - lse_N[rows, None]).exp_().sub_(
-                (T_CM - teacher_lse_N[rows, None]).exp_()
-            )
+            G_CM = (S_CM - lse_N[rows, None]).exp_().sub_((T_CM - teacher_lse_N[rows, None]).exp_())
             G_CM.mul_(d_row_N[rows, None])
             if options.columns:
                 column_CM = (S_CM - column_lse_M).exp_()

@@ -283,9 +283,7 @@ QUESTION = Question(
 
 def _plot(path: Path, rows: Sequence[Row], seeds: int) -> None:
     """Each mean with its 95 % interval over seeds, and the line through all seeds' classifiers."""
-    runs = [
-        line_points([row], place) for row in rows if row[0] in _LINE for place in range(seeds)
-    ]
+    runs = [line_points([row], place) for row in rows if row[0] in _LINE for place in range(seeds)]
     of_run = [(run, p["accuracy"], p["shifted"]) for run, own in enumerate(runs) for p in own]
     numbers, x, y = zip(*of_run, strict=True)
     points = []

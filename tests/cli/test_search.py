@@ -173,7 +173,7 @@ def test_what_has_changed_is_said_and_computed_again(
     save_weights(seed=1)
     Path("photos/0.jpg").unlink()
     assert changed() == "weights and data"
-    monkeypatch.setattr(kept, "__version__", "9.9")
+    monkeypatch.setattr(embed, "__version__", "9.9")
     assert changed() == "version"
     assert changed() == "nothing"
 

@@ -12,11 +12,13 @@ from fastclip.evaluate import retrieval
 from fastclip.evaluate.results import write_result
 from fastclip.evaluate.retrieval import chance_of_retrieval, retrieval_metrics
 from fastclip.evaluate.zeroshot import (
+    class_embeddings,
     classification_metrics,
     fill_template,
     require_same_classes,
     zeroshot_metrics,
 )
+from tests.evaluate.planned import planned_model
 
 
 def test_zeroshot_by_hand() -> None:
@@ -157,7 +159,9 @@ def test_of_classes_of_one_name_the_lowest_comes_first() -> None:
 
 
 def test_equal_names_have_equal_features() -> None:
-    model = planned_model({"a cat.": (1, 2), "a dog.": (2, -1), "the cat.": (3, 1), "the dog.": (0, 1)})
+    model = planned_model(
+        {"a cat.": (1, 2), "a dog.": (2, -1), "the cat.": (3, 1), "the dog.": (0, 1)}
+    )
     found = class_embeddings(model, ["cat", "dog", "cat"], ["a {}.", "the {}."])
     assert found[0].equal(found[2]) and not found[0].equal(found[1])
     assert model.model.texts == 4

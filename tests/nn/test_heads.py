@@ -94,7 +94,10 @@ def test_shapes_are_found_without_numbers() -> None:
     """On the meta device, which has no autocast."""
     head = MLPHead((32, 64, 16)).to("meta")
     assert head(torch.empty(5, 32, device="meta")).shape == (5, 16)
-    assert LabelCriterion(32, 7).to("meta").logits(torch.empty(5, 32, device="meta")).shape == (5, 7)
+    assert LabelCriterion(32, 7).to("meta").logits(torch.empty(5, 32, device="meta")).shape == (
+        5,
+        7,
+    )
 
 
 def test_heads_are_built_as_the_papers_say() -> None:

@@ -56,7 +56,7 @@ def test_rows_stay_together() -> None:
 
 def test_both_directions_of_retrieval() -> None:
     """Two of three images find their texts; one text of three finds its image."""
-    images = planned([[1, 0, 0], [0, 1, 0], [0, 0, 1]])
+    images = planned([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]])
     model = planned_model({"text 0": (1, 0, 0), "text 1": (9, 1, 0), "text 2": (9, 3, 3)})
     scores, chance = recalls(model, images, 1)
     assert scores == pytest.approx({"image_to_text": 2 / 3, "text_to_image": 1 / 3})
