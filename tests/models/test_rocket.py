@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastclip.models.options import SystemOptions
 from fastclip.models.rocket import Rocket
@@ -434,3 +435,12 @@ def test_flags_make_the_same_system(objective: str, tmp_path: Path) -> None:
 def test_mistakes(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Rocket(nn.Module(), WIDTH, **SMALL, **options)
+
+
+def test_features_are_weighed_where_they_are(tmp_path: Path) -> None:
+    """Of a model on a GPU, evaluation averages features on the CPU; fake tensors have devices."""
+    system = make(tmp_path)
+    with FakeTensorMode():
+        system._buffers["head_weight"] = torch.empty((), device="cuda")
+        found = system.renormalize(torch.empty(2, 8))
+    assert found.device.type == "cpu" and found.shape == (2, 8)
