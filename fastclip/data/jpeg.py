@@ -1,13 +1,15 @@
 """JPEG files for decoders that are faster than Pillow, with the same pixels.
 
 One bad image ends DALI's run. So only JPEGs whose structure is whole reach it as they are; all else
-(PNG, WebP, CMYK, damaged files, images made by the program) is decoded by Pillow, as torchvision's
-pipeline does, and handed on as a PPM, which has no compression to be damaged.
+(PNG, WebP, CMYK, JPEGs that hold RGB, damaged files, images made by the program) is decoded by
+Pillow, as torchvision's pipeline does, and handed on as a PPM, which has no compression to be
+damaged.
 """
 
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,15 +18,12 @@ from simplejpeg import decode_jpeg
 from torch import Tensor
 
 from fastclip.data.augment import AugmentationParams
+from fastclip.data.complexity import START_OF_SCAN, jpeg_segments
 from fastclip.data.samples import Sample, decode
-
-_START_OF_SCAN = 0xDA
-# markers that stand alone, without a length: TEM, RST0 to RST7, SOI, EOI
-_BARE = frozenset({0x01, *range(0xD0, 0xDA)})
 
 
 def portable(sample: Sample) -> bytes | Image.Image:
-    """The sample's file, where it is a whole JPEG of 1 or 3 components, else its pixels.
+    """The sample's file, where it is a whole JPEG of gray or YCbCr, else its pixels.
 
     Args:
         sample: its image opened but not decoded, or without a file.
@@ -32,14 +31,15 @@ def portable(sample: Sample) -> bytes | Image.Image:
     Raises:
         UnreadableSample: the file is not a whole image.
     """
-    return _plain_jpeg(sample) or _decoded(sample)
+    encoded = _plain_jpeg(sample)
+    return _decoded(sample) if encoded is None or _holds_rgb(sample.image) else encoded
 
 
 def decode_pixels(sample: Sample) -> Tensor:
     """The sample's image as (3, H, W) uint8 with channels innermost in memory.
 
-    simplejpeg decodes the JPEGs that `portable` lets pass, bitwise equal to Pillow and without
-    its copies; Pillow all else, and where it finds damage.
+    simplejpeg decodes whole JPEGs of 1 or 3 components, bitwise equal to Pillow and without its
+    copies; Pillow all else, and where it finds damage.
 
     Args:
         sample: its image opened but not decoded, or without a file.
@@ -64,6 +64,12 @@ def _plain_jpeg(sample: Sample) -> bytes | None:
     image, encoded = sample.image, sample.encoded
     plain = image.format == "JPEG" and image.mode in ("RGB", "L")
     return encoded if plain and encoded is not None and is_whole_jpeg(encoded) else None
+
+
+def _holds_rgb(image: Any) -> bool:
+    """Whether a JPEG may hold RGB, which decoders on GPUs take for YCbCr."""
+    names = bytes(layer[0] for layer in image.layer)
+    return image.mode == "RGB" and (image.info.get("adobe_transform") == 0 or names == b"RGB")
 
 
 def _decoded(sample: Sample) -> Image.Image:
@@ -92,16 +98,11 @@ def is_whole_jpeg(encoded: bytes) -> bool:
     """
     if encoded[:2] != b"\xff\xd8":
         return False
-    at = 2
-    while at + 4 <= len(encoded) and encoded[at] == 0xFF:
-        marker = encoded[at + 1]
-        if marker == 0xFF or marker in _BARE:
-            at += 1 if marker == 0xFF else 2
-            continue
-        length = int.from_bytes(encoded[at + 2 : at + 4], "big")
-        if length < 2:
+    before = 0
+    for marker, start, end in jpeg_segments(encoded):
+        if start != before:
             return False
-        at += 2 + length
-        if marker == _START_OF_SCAN:
-            return encoded.rfind(b"\xff\xd9", at) >= 0
+        if marker == START_OF_SCAN:
+            return end >= start + 4 and encoded.rfind(b"\xff\xd9", end) >= 0
+        before = end
     return False

@@ -62,10 +62,14 @@ def bombs() -> dict[str, Picture]:
         "JPEG with EXIF of 200 segments": Picture(exif(5000, 12_000_000, 200), fault=excess),
         "JPEG with EXIF of three segments": Picture(exif(5000, 100_000, 2), fault=excess),
         "JPEG that ends in its comments": Picture(JPEG[:20] + segment(0xFE) * 5000, fault=excess),
+        "JPEG with 9 MB of junk": Picture(in_jpeg(b"x" * 9_000_000), fault=excess),
+        "JPEG that ends in junk": Picture(JPEG[:20] + b"x" * 9_000_000, fault=excess),
+        "JPEG of markers without a length": Picture(in_jpeg(b"\xff\xf0" * 5000), fault=excess),
         "JPEG with a segment beyond its end": Picture(
             JPEG[:20] + segment(0xFE, b"x" * 99)[:50], fault="corrupt image"
         ),
         "JPEG with a segment of length 0": Picture(in_jpeg(b"\xff\xfe\0\0"), *red),
+        "JPEG with a byte of junk": Picture(in_jpeg(b"x"), *red),
         "PNG of empty chunks": Picture(in_png(tiny * 20_000), fault=excess),
         "PNG of empty pixels": Picture(in_png(chunk(b"IDAT", b"") * 20_000), fault=excess),
         "PNG of texts": Picture(in_png(chunk(b"tEXt", b"a\0") * 20_000), fault=excess),

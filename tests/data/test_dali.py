@@ -197,6 +197,7 @@ def odd_images() -> dict[str, bytes]:
     return {
         "gray.jpg": encode(image.convert("L")),
         "cmyk.jpg": encode(image.convert("CMYK")),
+        "rgb.jpg": encode(image, keep_rgb=True),
         "progressive.jpg": encode(image, progressive=True),
         "turned.jpg": encode(image, exif=turned.tobytes()),
         "alpha.png": encode(image.convert("RGBA"), "PNG"),

@@ -1,5 +1,6 @@
 """What damaged and malicious shards and images come to: a stated outcome, in bounds."""
 
+import io
 import os
 import subprocess
 import sys
@@ -20,9 +21,10 @@ from fastclip.data.samples import (
 )
 from fastclip.data.shards import ShardSource
 from tests.data.bombs import bombs
-from tests.data.hostile import encoded, pictures, tars
+from tests.data.hostile import JPEG, encoded, pictures, tars
 
 PICTURES = pictures() | bombs()
+EXCESS = "image too complex"
 # of any of the fixtures, on a busy machine; the largest take about a second
 SECONDS = 20.0
 # that Python allocates for an index; the fixtures claim up to 2^80 bytes
@@ -118,6 +120,22 @@ def test_the_narrowest_images_can_be_resized() -> None:
     resized = resize(decode_image(content, "a"), [224])
     assert resized.size == (22_400, 224)
     assert resized.width * resized.height < MAX_IMAGE_PIXELS
+
+
+@pytest.mark.parametrize(
+    "before",
+    [b"\xff\xd0x", b"\xff\xfe\0\0", b"\xff\xfe\0\1", b"\xff\xf0\xff\xff"],
+    ids=["junk", "length 0", "length 1", "marker without a length"],
+)
+@pytest.mark.parametrize(
+    "name", [n for n, case in PICTURES.items() if n.startswith("JPEG") and case.fault == EXCESS]
+)
+def test_jpegs_are_looked_at_as_pillow_does(name: str, before: bytes) -> None:
+    """Whatever Pillow passes over hides nothing that it then parses."""
+    start, rest = PICTURES[name].content[:2], PICTURES[name].content[2:]
+    assert Image.open(io.BytesIO(start + before + JPEG[2:])).size == (16, 16)
+    with pytest.raises(UnreadableSample, match=EXCESS):
+        decode_image(start + before + rest, "00000.tar:a.jpg")
 
 
 # of a palette with transparency

@@ -53,6 +53,18 @@ def test_every_kind_of_jpeg_has_pillows_bits(mode: str, options: dict) -> None:
         assert passed is encoded
 
 
+def test_a_jpeg_that_holds_rgb_is_not_left_to_decoders_that_take_it_for_ycbcr() -> None:
+    marked = encode(smooth_image(0), keep_rgb=True)
+    # by the names of its components alone
+    start = marked.index(b"\xff\xee\0\x0eAdobe")
+    for encoded in (marked, marked[:start] + marked[start + 16 :]):
+        expected = as_tensor(decode_image(encoded, ""))
+        assert (expected.float() - as_tensor(smooth_image(0)).float()).abs().mean() < 4
+        assert torch.equal(decode_pixels(sample_of(encoded)), expected)
+        passed = portable(sample_of(encoded))
+        assert isinstance(passed, Image.Image) and torch.equal(as_tensor(passed), expected)
+
+
 def test_damage_inside_a_scan_looks_as_pillow_shows_it() -> None:
     rng = random.Random(0)
     seen = 0
@@ -105,10 +117,15 @@ def test_what_is_no_whole_image_is_reported_with_its_place(
         (encode(smooth_image(0))[:-2], False),
         (encode(smooth_image(0))[:30], False),
         (b"\xff\xd8\xff\xe0\x00\x01" + bytes(50), False),
+        (b"\xff\xd8\xff\xfe\x00\x00" + encode(smooth_image(0))[2:], False),
+        (b"\xff\xd8\xff\xd0x" + encode(smooth_image(0))[2:], False),
         (b"\xff\xd8" + b"\xff" * 100_000, False),
         (b"", False),
     ],
-    ids=["jpeg", "progressive", "trailing", "no end", "header", "length", "fill", "empty"],
+    ids=[
+        *("jpeg", "progressive", "trailing", "no end", "header"),
+        *("length", "length 0", "junk", "fill", "empty"),
+    ],
 )
 def test_whole_jpegs(content: bytes, whole: bool) -> None:
     assert is_whole_jpeg(content) is whole
