@@ -26,7 +26,7 @@ from fastclip.train.run_directory import hold
 from fastclip.train.select_engine import build_engine
 from fastclip.train.state import TrainState
 from fastclip.train.streams import restore_rng, seed_rng
-from fastclip.train.training_data import build_loader
+from fastclip.train.training_data import build_loader, require_same_data
 from fastclip.train.validate import Evaluation
 
 
@@ -58,6 +58,7 @@ def start(
     classes = class_names(config)
     model = _build_model(config, classes, world, new=path is None)
     loader = build_loader(config, model, classes, world)
+    require_same_data(loader, world)
     around.enter_context(loader.reporting_worker_failure())
     evaluation = _build_evaluation(config, model, classes, world)
     engine = build_engine(model, config, world, sum(loader.samples.order.counts))

@@ -87,6 +87,26 @@ def build_loader(
     return TrainingLoader(samples, pin_memory=world.device.type == "cuda", **shared)
 
 
+def require_same_data(loader: TrainingLoader, world: World) -> None:
+    """Refuse ranks that see other data: each would count on another order of them.
+
+    Samples would come twice or not at all, and where one rank makes more steps than another, it
+    would wait for it without end.
+
+    Raises:
+        ValueError: two ranks differ; on all ranks.
+    """
+    samples, steps = len(loader.samples.order), loader.steps_per_epoch
+    first, *others = world.gather((loader.identity["counts"], samples, steps))
+    for rank, other in enumerate(others, 1):
+        if other != first:
+            raise ValueError(
+                f"--train-data has {first[1]:,} samples in {first[2]:,} steps an epoch on rank 0, "
+                f"and {other[1]:,} in {other[2]:,} steps on rank {rank}; give all ranks the same "
+                "files, with the same sizes.json: a copy may be cut, see fastclip check-data"
+            )
+
+
 def choose_backend(wanted: str, device: torch.device) -> str:
     """ "dali" or "cpu": what is asked for, or else DALI where there is a GPU for it.
 

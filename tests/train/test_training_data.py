@@ -1,15 +1,21 @@
 """What a configuration makes of its training data."""
 
+import os
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from fastclip.cli import main
+from fastclip.data.loader import TrainingLoader
 from fastclip.data.sources import open_source
 from fastclip.train.config import TrainConfig
 from fastclip.train.distributed import World
-from fastclip.train.training_data import build_loader
+from fastclip.train.training_data import build_loader, require_same_data
+from tests.processes import start_ranks
 
 
 def tokenize(texts: list[str]) -> torch.Tensor:
@@ -32,3 +38,61 @@ def test_embedded_worlds_bring_hard_negatives_that_are_known_to_be_false(
     for key, texts in zip(batch["key"], batch["false_captions"], strict=True):
         own = source.read(0, int(key.removeprefix("train"))).negatives
         assert len(texts) == 2 and set(texts) <= set(own)
+
+
+def loader_of(data: Path) -> TrainingLoader:
+    config = TrainConfig.from_flat(train_data=str(data), workers=0, batch_size=4)
+    model: Any = SimpleNamespace(preprocess_config={"size": 32}, tokenizer=tokenize)
+    return build_loader(config, model, [], World(0, 1, torch.device("cpu")))
+
+
+@pytest.mark.parametrize(
+    ("samples", "says"),
+    [((10, 4), "14 in 3 steps on rank 1"), ((8, 8), "16 in 4 steps on rank 1")],
+    ids=["fewer", "in other shards"],
+)
+def test_ranks_that_see_other_data_are_refused(
+    samples: tuple[int, int], says: str, make_shard: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Of three ranks the second has other shards."""
+    said: list[Any] = []
+
+    class Alone(World):
+        """Keeps what a rank says to the others."""
+
+        def gather(self, value: Any) -> list[Any]:
+            said.append(value)
+            return [value]
+
+    class Together(World):
+        """Hears what all of them say."""
+
+        def gather(self, value: Any) -> list[Any]:
+            return said
+
+    for number, counts in enumerate([(12, 4), samples, (12, 4)]):
+        (tmp_path / str(number)).mkdir()
+        for i, count in enumerate(counts):
+            make_shard(f"{number}/{i}.tar", samples=count, first=100 * i)
+        loader = loader_of(tmp_path / str(number) / "{0..1}.tar")
+        require_same_data(loader, Alone(number, 3, torch.device("cpu")))
+    with pytest.raises(ValueError, match=f"16 samples in 4 steps an epoch on rank 0, and {says}"):
+        require_same_data(loader, Together(2, 3, torch.device("cpu")))
+    said[1] = said[0]
+    require_same_data(loader, Together(2, 3, torch.device("cpu")))
+
+
+def train_with_less(flags: list[str]) -> int:
+    """A rank, of which the second has fewer samples."""
+    less = ["--train-num-samples", "48"] if os.environ["RANK"] == "1" else []
+    return main(["train", *flags, *less])
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_a_run_does_not_begin_where_ranks_see_other_data(train_flags: list[str]) -> None:
+    ranks = start_ranks(2, train_with_less, [*train_flags, "--name", "apart"])
+    for rank in ranks:
+        _, errors = rank.communicate(timeout=120)
+        assert rank.returncode == 1, errors[-2000:]
+        assert "64 samples in 4 steps an epoch on rank 0, and 48 in 3 steps" in errors
