@@ -44,10 +44,13 @@ def read(url: str, limit: int) -> bytes:
         FileNotFoundError: the server has no such file. PermissionError: it refuses to send it.
         OSError: it is over `limit` bytes, or the transfer failed otherwise.
     """
-    with _answer(url) as (response, _):
+    with _answer(url) as (response, size):
+        # of an answer that is cut, this gives what there is
         content = response.read(limit + 1)
     if len(content) > limit:
         raise TooLargeError(f"over {limit:,} bytes")
+    if size is not None and len(content) != size:
+        raise OSError(f"{len(content):,} of {size:,} bytes arrived")
     return content
 
 
