@@ -20,3 +20,8 @@ def printable(text: str) -> str:
     """
     text = _QUERY.sub(r"\1***", _SECRET.sub("***@", text))
     return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def printable_line(text: str) -> str:
+    """As `printable`, on one line: what somebody else named begins no line of its own."""
+    return printable(text).replace("\n", r"\n")

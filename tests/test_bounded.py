@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from fastclip.bounded import read_json, read_json_lines, read_object, read_yaml
+from fastclip.data.counts import declared_counts
 from fastclip.data.editing import Journal, claim_folder
 from fastclip.data.imagenet_captions import convert_imagenet_captions
 from fastclip.data.options import DataOptions
 from fastclip.data.order_perturbations import write_order_cases
-from fastclip.data.shards import declared_count
 from fastclip.data.tables import open_coco
 from fastclip.evaluate.aro import _size_of
 from fastclip.evaluate.entries import read_entries
@@ -74,10 +74,10 @@ def test_yaml_that_is_refused(tmp_path: Path, content: bytes, message: str) -> N
 def test_counts_that_no_shard_has(tmp_path: Path, count: str) -> None:
     (tmp_path / "sizes.json").write_text(f'{{"a.tar": {count}}}')
     if count == "null":
-        assert declared_count(tmp_path / "a.tar") is None
+        assert declared_counts([f"{tmp_path}/a.tar"]) == {}
         return
     with pytest.raises(ValueError, match=r"sizes\.json is damaged \(a count is"):
-        declared_count(tmp_path / "a.tar")
+        declared_counts([f"{tmp_path}/a.tar"])
 
 
 # every other reader of a file in JSON from elsewhere, by the file's name
@@ -89,7 +89,7 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "lines of entries": ("a.jsonl", lambda path: read_entries(path, {})),
     "mappings": ("a.json", _read_json),
     "result": ("a.json", read_result),
-    "sizes": ("sizes.json", lambda path: declared_count(path.with_name("a.tar"))),
+    "sizes": ("sizes.json", lambda path: declared_counts([str(path.with_name("a.tar"))])),
     "folder": ("a.json", lambda path: claim_folder(path.parent, path.name, {}, [])),
     "study": (OUTCOME, lambda path: run(path.parent.name, (), path.parent.parent)),
 }

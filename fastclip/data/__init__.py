@@ -3,7 +3,7 @@
 | rooms | what |
 | --- | --- |
 | `sources`, `options` | what `--train-data` names, and how it is read |
-| `index`, `shards`, `samples`, `complexity`, `remote`, `http` | webdataset tars, local and remote |
+| `index`, `counts`, `shards`, `samples`, `complexity`, `remote`, `http` | webdataset tars |
 | `regular` | opening files that somebody else named |
 | `files`, `tables`, `folders`, `strings`, `templates` | images named by CSV, COCO and folders |
 | `generated`, `scenes`, `collages` | samples that are made: the embedded worlds, noise |

@@ -24,11 +24,13 @@ import numpy as np
 from tqdm import tqdm
 
 from fastclip.atomic import write_text
+from fastclip.data.counts import declared_counts
 from fastclip.data.index import Fault, dali_line, index_file
 from fastclip.data.remote import FetchError, ShardCache, is_remote
 from fastclip.data.samples import SampleReader
-from fastclip.data.shards import declared_count, open_shard
+from fastclip.data.shards import open_shard
 from fastclip.data.writing import add_sizes
+from fastclip.printable import printable_line
 
 PLACES_SHOWN = 3
 # A shard is cut into parts of about so many bytes, so that a large one keeps all processes busy.
@@ -60,7 +62,7 @@ class Report:
         self.counts[fault.kind] += count
         places = self.places.setdefault(fault.kind, [])
         if len(places) < PLACES_SHOWN:
-            places.append(f"{fault.where} ({fault.detail})" if fault.detail else fault.where)
+            places.append(printable_line(fault.place))
 
     def merge(self, later: "Report") -> None:
         """Add what was found in later shards."""
@@ -128,7 +130,7 @@ def check_shards(
     names = list(dict.fromkeys(names))
     reader, cache = reader or SampleReader(("txt",)), cache or ShardCache()
     sizes = {name: os.path.getsize(name) for name in names if not is_remote(name)}
-    declared = {name: declared_count(Path(name)) for name in sizes}
+    declared = declared_counts(list(sizes))
     tasks = []
     for name in names:
         parts = sizes.get(name, 0) // PART_BYTES + 1

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from fastclip.data.regular import open_regular
-from fastclip.printable import printable
+from fastclip.printable import printable_line
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_MEMBER_BYTES = 64 << 20
@@ -58,9 +58,13 @@ class Fault:
     detail: str = ""
 
     def __str__(self) -> str:
-        text = f"{self.kind}: {self.where}" + (f" ({self.detail})" if self.detail else "")
         # paths and members are named by whoever made the data
-        return printable(text).replace("\n", r"\n")
+        return printable_line(f"{self.kind}: {self.place}")
+
+    @property
+    def place(self) -> str:
+        """Where it is, with the detail."""
+        return f"{self.where} ({self.detail})" if self.detail else self.where
 
 
 @dataclass
@@ -83,6 +87,16 @@ class ShardIndex:
 
 
 def index_shard(path: Path, required: tuple[str, ...] = ()) -> ShardIndex:
+    """`index_file` of a file by its path.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with open_regular(path) as file:
+        return index_file(file, str(path), required)
+
+
+def index_file(file: BinaryIO, name: str, required: tuple[str, ...] = ()) -> ShardIndex:
     """Read the headers of a tar and group its members into samples.
 
     A sample is the members with one name up to the first dot of the basename; names that begin
@@ -94,18 +108,13 @@ def index_shard(path: Path, required: tuple[str, ...] = ()) -> ShardIndex:
     Time and memory grow with the number of members, not with any size that a header claims.
 
     Args:
-        path: an uncompressed tar: V7, POSIX (ustar and pax) or GNU.
+        file: an uncompressed tar, open: V7, POSIX (ustar and pax) or GNU.
+        name: says in faults what it is.
         required: extensions, besides an image, without which a sample is a fault.
 
     Raises:
         OSError: the file cannot be read. Whatever is wrong inside is a `Fault` in the result.
     """
-    with open_regular(path) as file:
-        return index_file(file, str(path), required)
-
-
-def index_file(file: BinaryIO, name: str, required: tuple[str, ...] = ()) -> ShardIndex:
-    """`index_shard` of an open file; `name` says in faults what it is."""
     index = ShardIndex()
     groups: dict[str, dict[str, tuple[int, int]]] = {}
     try:

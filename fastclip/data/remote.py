@@ -13,12 +13,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fastclip.bounded import parse_json
 from fastclip.data import http
 from fastclip.data.index import index_file
 from fastclip.data.options import CACHE_BYTES
 from fastclip.data.regular import open_regular
-from fastclip.messages import logger, note
+from fastclip.messages import logger
 
 ATTEMPTS = 3
 PAUSE_SECONDS = 1.0
@@ -30,6 +29,7 @@ SMALL_AT_ONCE = 16
 THRASHING_SECONDS = 60.0
 
 _LOCKS = 64
+# Where there are no locks: a download that has not grown for so long is given up.
 _STALE_SECONDS = 24 * 3600
 # Only files of this form are ever deleted, whatever else lies in the folder.
 _CACHED = re.compile(r"[0-9a-f]{24}-|\.[0-9a-f]{24}-.*\.part$")
@@ -83,7 +83,7 @@ class ShardCache:
 
     def _path(self, url: str) -> Path:
         digest = hashlib.sha256(url.encode()).hexdigest()[:24]
-        name = re.sub(r"[^\w.-]", "_", url.rpartition("/")[2], flags=re.ASCII)[-100:]
+        name = re.sub(r"[^\w.-]", "_", file_name(url), flags=re.ASCII)[-100:]
         return self.folder / f"{digest}-{name}"
 
     def _fetch(self, url: str, path: Path) -> BinaryIO:
@@ -117,20 +117,18 @@ class ShardCache:
         for attempt in range(ATTEMPTS):
             if attempt:
                 time.sleep(PAUSE_SECONDS * 2 ** (attempt - 1))
-            partial = ""
             try:
-                handle, partial = tempfile.mkstemp(".part", f".{path.name}.", self.folder)
-                os.close(handle)
-                self._copy(url, partial)
-                # opened first: under its name, another process may delete it at once
-                file = self._opened(Path(partial))
-                assert file is not None
-                try:
-                    _require_tar(file, url)
-                    os.replace(partial, path)
-                except BaseException:
-                    file.close()
-                    raise
+                with self._partial(path) as partial:
+                    self._copy(url, partial)
+                    # opened first: under its name, another process may delete it at once
+                    file = self._opened(Path(partial))
+                    assert file is not None
+                    try:
+                        _require_tar(file, url)
+                        os.replace(partial, path)
+                    except BaseException:
+                        file.close()
+                        raise
                 # several processes may have made room for several files at the same time
                 self._make_room(0)
                 return file
@@ -143,11 +141,25 @@ class ShardCache:
             # what a storage library raises is its own affair: botocore, google.auth
             except Exception as error:
                 last = error
-            finally:
-                if partial:
-                    with suppress(FileNotFoundError):
-                        os.unlink(partial)
         raise FetchError(f"{url} could not be fetched in {ATTEMPTS} attempts: {last}") from last
+
+    @contextmanager
+    def _partial(self, path: Path) -> Iterator[str]:
+        """A new file for a download, locked until it has its name or is deleted again."""
+        while True:
+            handle, partial = tempfile.mkstemp(".part", f".{path.name}.", self.folder)
+            with suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            # before it was locked, another process may have taken it for one that was given up
+            if os.path.exists(partial):
+                break
+            os.close(handle)
+        try:
+            yield partial
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(partial)
+            os.close(handle)
 
     def _copy(self, url: str, target: str) -> None:
         if http.is_http(url):
@@ -167,14 +179,14 @@ class ShardCache:
         """Delete the least recently used copies until `incoming` bytes fit."""
         found = []
         for path in self.folder.iterdir():
-            if _CACHED.match(path.name):
+            unfinished = path.name.startswith(".")
+            if _CACHED.match(path.name) and not (unfinished and _delete_given_up(path)):
                 with suppress(FileNotFoundError):
                     status = path.stat()
                     found.append((status.st_mtime, status.st_size, path))
         total = sum(size for _, size, _ in found) + incoming
-        for used, size, path in sorted(found):
-            # a .part is a download in progress unless it is old: then its process was killed
-            finished = not path.name.startswith(".") or time.time() - used > _STALE_SECONDS
+        for _, size, path in sorted(found):
+            finished = not path.name.startswith(".")
             if total > self.limit and path != self._in_use and finished:
                 with suppress(FileNotFoundError):
                     path.unlink()
@@ -196,6 +208,28 @@ class ShardCache:
             os.close(handle)
 
 
+def _delete_given_up(path: Path) -> bool:
+    """Delete an unfinished download, if its process was killed; whether it was."""
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        # deleted while it is locked, so that no process begins to write to it
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        given_up = True
+    except BlockingIOError:
+        given_up = False
+    except OSError:
+        given_up = time.time() - os.fstat(handle).st_mtime > _STALE_SECONDS
+    try:
+        if given_up:
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(handle)
+    return given_up
+
+
 def _require_tar(file: BinaryIO, url: str) -> None:
     """Keep a server's page of an error, or nothing, from being kept for the shard.
 
@@ -210,6 +244,25 @@ def _require_tar(file: BinaryIO, url: str) -> None:
 def is_remote(name: str) -> bool:
     """Whether a shard's name is a URL: what is fetched before it is read."""
     return "://" in name
+
+
+def beside(shard: str, name: str) -> str:
+    """The path or URL of a file in a shard's folder; the query of an HTTP URL stays."""
+    place, query = _without_query(shard)
+    folder, slash, _ = place.rpartition("/")
+    return folder + slash + name + query
+
+
+def file_name(shard: str) -> str:
+    """The name of a shard in its folder, without the query of an HTTP URL."""
+    return _without_query(shard)[0].rpartition("/")[2]
+
+
+def _without_query(url: str) -> tuple[str, str]:
+    """What stands before the query of an HTTP URL, and the query; of others all, and nothing."""
+    # elsewhere a question mark may be part of a name
+    place, mark, query = url.partition("?") if http.is_http(url) else (url, "", "")
+    return place, mark + query
 
 
 def read_small(urls: Iterable[str]) -> dict[str, bytes]:
@@ -258,67 +311,6 @@ def _small(url: str) -> bytes | None:
         except OSError as error:
             last = error
     raise FetchError(f"{url} could not be read: {last}") from last
-
-
-def remote_counts(names: list[str]) -> dict[str, int]:
-    """What sizes.json or img2dataset's _stats.json say of remote shards, where they say anything.
-
-    Raises:
-        ValueError: one of these files is damaged. FetchError: it could not be read.
-    """
-    counts: dict[str, int] = {}
-    sizes = {name: name.rpartition("/")[0] + "/sizes.json" for name in names}
-    declared = {url: parsed(url, text) for url, text in read_small(set(sizes.values())).items()}
-    for name, url in sizes.items():
-        count = declared.get(url, {}).get(name.rpartition("/")[2])
-        if count is not None:
-            counts[name] = whole(url, count)
-    uncounted = [name for name in names if name not in counts]
-    stats = {f"{name.removesuffix('.tar')}_stats.json": name for name in uncounted}
-    for url, text in read_small(stats).items():
-        count = parsed(url, text).get("successes")
-        if count is not None:
-            counts[stats[url]] = whole(url, count)
-    if len(counts) < len(names):
-        note(
-            f"{len(names) - len(counts)} of {len(names)} remote shards have no count in "
-            "sizes.json or _stats.json; fetching them once to count their samples"
-        )
-    return counts
-
-
-def parsed(where: str, text: str | bytes) -> dict[str, Any]:
-    """A file of counts, sizes.json or _stats.json.
-
-    Raises:
-        ValueError: it is not a dictionary in JSON.
-    """
-    try:
-        content = parse_json(text, where)
-    except ValueError as error:
-        raise ValueError(f"{where} is damaged ({error}); repair or delete it") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{where} is damaged (no dictionary); repair or delete it")
-    return content
-
-
-# of a shard; orders are made of counts, and of larger ones would not be in memory
-_MOST_SAMPLES = 1 << 32
-
-
-def whole(where: str, count: Any) -> int:
-    """One of its counts.
-
-    Raises:
-        ValueError: it is not a number, negative, or more than any shard holds.
-    """
-    try:
-        number = int(count)
-    except (ValueError, TypeError, OverflowError):
-        number = -1
-    if not 0 <= number <= _MOST_SAMPLES:
-        raise ValueError(f"{where} is damaged (a count is {count!r}); repair or delete it")
-    return number
 
 
 def _filesystem(url: str) -> tuple[Any, str]:

@@ -252,7 +252,12 @@ class SampleReader:
         except UnreadableSample:
             if not self.optional_texts:
                 raise
-        sample.label = self.label(contents, where)
+        try:
+            sample.label = self.label(contents, where)
+        except UnreadableSample:
+            # some data have a name there, which is no matter where no class is needed
+            if "cls" in self.required:
+                raise
         sample.features = {
             name: decode_features(contents[member], f"{where}.{member}")
             for name, member in FEATURE_MEMBERS.items()
@@ -271,12 +276,10 @@ class SampleReader:
         except OSError as error:
             return [Fault("member not readable", where, str(error))], False
         texts = _fault_of(self.add_texts, Sample(key, _NO_IMAGE, ()), contents, where)
-        found = [
-            _fault_of(self.image, contents, where),
-            texts,
-            _fault_of(self.label, contents, where),
-        ]
-        readable = not any(found)
+        label = _fault_of(self.label, contents, where)
+        found = [_fault_of(self.image, contents, where), texts]
+        readable = not any(found) and (label is None or "cls" not in self.required)
+        found.append(label)
         if texts is None and "txt" in contents:
             # it may be damaged where KEY.json has captions that are used instead
             found.append(_fault_of(decode_text, contents["txt"], f"{where}.txt"))

@@ -3,23 +3,15 @@
 import os
 import re
 from collections import OrderedDict
-from pathlib import Path
 from typing import BinaryIO
 
 from braceexpand import braceexpand
 
-from fastclip.bounded import read_text
+from fastclip.data.counts import declared_counts
 from fastclip.data.index import MAX_PLACES, Fault, ShardIndex, index_file
 from fastclip.data.order import DEFAULT_WINDOW
 from fastclip.data.regular import digest_of, open_regular, state_of
-from fastclip.data.remote import (
-    FetchError,
-    ShardCache,
-    is_remote,
-    parsed,
-    remote_counts,
-    whole,
-)
+from fastclip.data.remote import FetchError, ShardCache, is_remote
 from fastclip.data.samples import Sample, SampleReader, UnreadableSample
 
 # some windows' worth, whatever the size of the shards; about 0.6 kB each
@@ -125,7 +117,7 @@ class ShardSource:
         self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
         self._indexed = 0
         self._faults: list[Fault] = []
-        declared = remote_counts([name for name in self.names if is_remote(name)])
+        declared = declared_counts(self.names)
         self.counts = tuple(self._count(shard, declared) for shard in range(len(self.names)))
         if sum(self.counts) == 0:
             found = "; ".join(map(str, self._faults[:5])) or f"{self.names[0]} names none"
@@ -186,7 +178,7 @@ class ShardSource:
 
     def _count(self, shard: int, declared: dict[str, int]) -> int:
         name = self.names[shard]
-        count = declared.get(name) if is_remote(name) else declared_count(Path(name))
+        count = declared.get(name)
         if count is None:
             with open_shard(name, self.cache) as file:
                 count = len(self._index(shard, file).samples)
@@ -235,19 +227,3 @@ def _require_captions(index: ShardIndex, name: str) -> None:
             "these, and the samples after them would get another's features; put features into the "
             "shards (fastclip embed shards, --distill-shards), or leave such samples out of them"
         )
-
-
-def declared_count(path: Path) -> int | None:
-    """What sizes.json or img2dataset's _stats.json says of a shard, None where neither does.
-
-    Raises:
-        ValueError: one of these files is damaged.
-    """
-    sizes = path.with_name("sizes.json")
-    stats = path.with_name(path.stem + "_stats.json")
-    for file, name in ((sizes, path.name), (stats, "successes")):
-        if file.is_file():
-            count = parsed(str(file), read_text(file)).get(name)
-            if count is not None:
-                return whole(str(file), count)
-    return None

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from fastclip.bounded import read_text
-from fastclip.data.remote import is_remote, read_small
+from fastclip.data.remote import beside, is_remote, read_small
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 
@@ -48,7 +48,7 @@ def read_beside(data: str, names: tuple[str, ...]) -> list[str] | None:
         folder = Path(data).expanduser().parent
         path = next((folder / name for name in names if (folder / name).is_file()), None)
         return None if path is None else read_lines(path)
-    urls = [f"{data.rpartition('/')[0]}/{name}" for name in names]
+    urls = [beside(data, name) for name in names]
     found = read_small(urls)
     url = next((url for url in urls if url in found), None)
     if url is None:

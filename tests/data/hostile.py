@@ -523,18 +523,8 @@ def tars() -> dict[str, Tar]:
         "JSON with a number of 100,000 digits": Tar(
             (A, member("a.json", b'{"x": ' + b"9" * 100_000 + b"}"), END), ("a",)
         ),
-        "class index that is none": Tar(
-            (A, B, member("b.cls", b"cat"), END),
-            ("a", "b"),
-            (),
-            {"b": "class index is not an integer"},
-        ),
-        "class index of 10 MB": Tar(
-            (A, B, member("b.cls", b"9" * 10_000_000), END),
-            ("a", "b"),
-            (),
-            {"b": "class index out of range"},
-        ),
+        "class index that is none": Tar((A, B, member("b.cls", b"cat"), END), ("a", "b")),
+        "class index of 10 MB": Tar((A, B, member("b.cls", b"9" * 10_000_000), END), ("a", "b")),
         "100,000 tiny members": Tar(
             (tiny_members(100_000), END),
             tuple(f"{number:06d}" for number in range(50_000)),

@@ -15,7 +15,7 @@ from fastclip.data import check
 from fastclip.data.check import check_shards
 from fastclip.data.index import index_shard
 from fastclip.data.remote import ShardCache
-from fastclip.data.samples import SampleReader
+from fastclip.data.samples import SampleReader, UnreadableSample
 from fastclip.data.shards import ShardSource
 from tests.conftest import jpeg
 from tests.data.hostile import tars
@@ -27,6 +27,8 @@ ALSO = {
     "JSON that is not a dictionary": {"JSON is not a dictionary": 1},
     "deep JSON": {"damaged JSON": 1},
     "JSON with a number of 100,000 digits": {"damaged JSON": 1},
+    "class index that is none": {"class index is not an integer": 1},
+    "class index of 10 MB": {"class index out of range": 1},
     "100,000 tiny members": {"empty caption": 50_000},
 }
 
@@ -119,6 +121,31 @@ def test_texts_and_labels_are_checked_each(make_shard: MakeShard) -> None:
         "JSON too long": 1,
     }
     assert (report.samples, report.good) == (4, 3)
+
+
+def test_a_class_that_is_a_text_matters_where_classes_are_needed(make_shard: MakeShard) -> None:
+    members = [("a.jpg", jpeg()), ("a.txt", b"t"), ("a.cls", b"cat")]
+    path = str(make_shard(members=members))
+    sample = ShardSource(path).read(0, 0)
+    assert (sample.texts, sample.label) == (("t",), None)
+    with pytest.raises(UnreadableSample, match="class index is not an integer"):
+        ShardSource(path, ("cls",)).read(0, 0)
+    for required, good in (("txt", 1), ("cls", 0)):
+        report = check_shards([path], SampleReader((required,)), write=False)
+        assert report.counts == {"class index is not an integer": 1} and report.good == good
+
+
+def test_places_move_no_cursor_and_reveal_no_secret(
+    make_shard: MakeShard, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a\x1b[2J\nb").mkdir()
+    path = make_shard("a\x1b[2J\nb/0.tar", [("a.jpg", b"no image"), ("a.txt", b"t")])
+    remote = "file://user:secret@host/0.tar"
+    assert main(["check-data", str(path), remote, "--no-write"]) == 1
+    printed = capsys.readouterr()
+    assert r"a\x1b[2J\nb/0.tar:a.jpg" in printed.out and "***@host" in printed.out
+    for text in (printed.out, printed.err):
+        assert "\x1b" not in text and "secret" not in text
 
 
 def test_counts_are_merged_and_old_ones_compared(make_shard: MakeShard, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 from fastclip.data import http, remote
 from fastclip.data.remote import FetchError, ShardCache
 from fastclip.data.shards import ShardSource
+from fastclip.data.templates import read_beside
 from tests.data.hostile import END, sample
 
 TAR = b"".join(sample(str(number)) for number in range(4)) + END
@@ -274,8 +275,10 @@ def test_a_redirect_is_followed_without_the_secret(server: str, tmp_path: Path) 
     [
         (body(b'{"a.tar": 4}'), LOADED),
         (first(1, status(503), b'{"a.tar": 4}'), LOADED),
+        (first(1, body(b'{"a.tar"', Content_Length="12"), b'{"a.tar": 4}'), LOADED),
         (status(403), LOADED),
         (status(503), "could not be read: the server answered 503"),
+        (body(b'{"a.tar": 4}', Content_Length="99"), "could not be read: 12 of 99 bytes arrived"),
         (body(b"<html>"), "is damaged"),
         (body(b"[" * 100_000), "is damaged"),
         (body(b'{"a.tar": -1}'), "a count is -1"),
@@ -283,7 +286,10 @@ def test_a_redirect_is_followed_without_the_secret(server: str, tmp_path: Path) 
         (silent(), "could not be read: no data for 0.5 seconds"),
         (body(gzip.compress(b"{}"), Content_Encoding="gzip"), "could not be read: .*compressed"),
     ],
-    ids=["counts", "503 once", "403", "503", "HTML", "deep", "-1", "endless", "silent", "packed"],
+    ids=[
+        *("counts", "503 once", "cut once", "403", "503", "cut"),
+        *("HTML", "deep", "-1", "endless", "silent", "packed"),
+    ],
 )
 def test_counts(
     server: str, tmp_path: Path, answer: Answer, message: str, monkeypatch: pytest.MonkeyPatch
@@ -295,6 +301,31 @@ def test_counts(
             ShardSource(server + "a.tar", cache=ShardCache(tmp_path))
     else:
         assert ShardSource(server + "a.tar", cache=ShardCache(tmp_path)).counts == (4,)
+
+
+@pytest.mark.parametrize("file", ["sizes.json", "a_stats.json", "classes.txt"])
+def test_files_beside_a_shard_are_asked_for_with_its_query(
+    server: str, tmp_path: Path, file: str
+) -> None:
+    """As Hugging Face's servers have it; a name ends where the query begins."""
+    contents = {
+        "sizes.json": b'{"a.tar": 3}',
+        "a_stats.json": b'{"successes": 3}',
+        "classes.txt": b"ant\ncat\n",
+    }
+    Handler.answers |= {
+        "/d/a.tar?download=true&from=x/y": body(TAR),
+        f"/d/{file}?download=true&from=x/y": body(contents[file]),
+    }
+    url = server + "d/a.tar?download=true&from=x/y"
+    source = ShardSource(url, cache=ShardCache(tmp_path))
+    assert source.counts == (4 if file == "classes.txt" else 3,)
+    assert source.read(0, 2).key == "2"
+    assert read_beside(url, ("classes.txt",)) == (["ant", "cat"] if file[0] == "c" else None)
+    # what is not named like a shard has no statistics
+    Handler.answers["/get?id=7"] = body(TAR)
+    assert ShardSource(server + "get?id=7", cache=ShardCache(tmp_path)).counts == (4,)
+    assert not any("get" in path and "stats" in path for path in Handler.asked)
 
 
 def test_a_refused_connection_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

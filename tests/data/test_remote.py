@@ -1,6 +1,8 @@
 """Remote shards: fetched once, shared, bounded, and what is done when fetching fails."""
 
 import ast
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -126,6 +128,28 @@ def test_other_files_are_never_deleted(bucket: str, tmp_path: Path) -> None:
 
 
 def test_a_download_that_was_killed_is_cleared_away(bucket: str, tmp_path: Path) -> None:
+    """At once, and before any shard has to go; one in progress stays, whatever its age."""
+    size = (tmp_path / "0.tar").stat().st_size
+    cache = ShardCache(tmp_path / "cache", limit=2 * size)
+    cache.open(bucket + "0.tar").close()
+    killed, going_on = (cache.folder / f".{'0' * 24}-a.tar.{name}.part" for name in "ab")
+    for path in (killed, going_on):
+        path.write_bytes(b"x" * (size if path == killed else 0))
+        os.utime(path, (time.time() - 2 * 24 * 3600,) * 2)
+    with going_on.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        cache.open(bucket + "1.tar").close()
+        assert not killed.exists() and going_on.exists()
+    assert cached(tmp_path / "cache") == ["0.tar", "1.tar"]
+
+
+def test_without_locks_an_old_download_is_one_that_was_killed(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
     folder = tmp_path / "cache" / "shards"
     folder.mkdir(parents=True)
     old, new = (folder / f".{'0' * 24}-a.tar.{name}.part" for name in ("old", "new"))
@@ -134,6 +158,39 @@ def test_a_download_that_was_killed_is_cleared_away(bucket: str, tmp_path: Path)
         os.utime(path, (time.time() - age,) * 2)
     ShardCache(tmp_path / "cache", limit=1).open(bucket + "0.tar").close()
     assert not old.exists() and new.exists()
+
+
+def _fetch_slowly(url: str, folder: Path) -> None:
+    def get_file(*arguments: object, **options: object) -> None:
+        Path(str(arguments[2])).write_bytes(b"x" * 100)
+        time.sleep(60)
+
+    LocalFileSystem.get_file = get_file  # type: ignore[method-assign]
+    _open_once(url, folder)
+
+
+def test_a_download_in_another_process_stays_until_that_is_killed(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # two shards may else have one lock
+    monkeypatch.setattr(remote, "_LOCKS", 1 << 32)
+    cache = ShardCache(tmp_path / "cache", limit=1)
+    context = multiprocessing.get_context("fork")
+    arguments = (f"file://{tmp_path}/0.tar", tmp_path / "cache")
+    process = context.Process(target=_fetch_slowly, args=arguments)
+    process.start()
+    try:
+        until = time.monotonic() + 30
+        while not [p for p in tmp_path.glob("cache/shards/.*.part") if p.stat().st_size]:
+            assert process.is_alive() and time.monotonic() < until
+            time.sleep(0.01)
+        cache.open(bucket + "1.tar").close()
+        assert sorted(left_in(tmp_path / "cache")) == [".part", ".tar"]
+    finally:
+        process.kill()
+        process.join(30)
+    cache.open(bucket + "2.tar").close()
+    assert left_in(tmp_path / "cache") == [".tar"]
 
 
 def test_a_shard_deleted_by_another_process_is_fetched_again(bucket: str, tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fastclip.data import index, shards
+from fastclip.data import counts, index, shards
+from fastclip.data.check import check_shards
 from fastclip.data.index import index_shard
 from fastclip.data.shards import ShardSource, UnreadableSample, expand_shards
 from tests.conftest import jpeg
@@ -223,6 +224,29 @@ def test_a_shard_that_is_lost_or_cut_while_it_is_used(make_shard: MakeShard) -> 
     path.unlink()
     with pytest.raises(UnreadableSample, match=r"shard not readable: .*shard-00000.tar"):
         source.read(0, 0)
+
+
+def test_a_file_of_counts_is_read_once_whatever_the_number_of_shards(
+    make_shard: MakeShard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [str(make_shard(f"{number}.tar", samples=2)) for number in range(4)]
+    (tmp_path / "sizes.json").write_text('{"0.tar": 2, "1.tar": 1, "3.tar": 2}')
+    (tmp_path / "2_stats.json").write_text('{"successes": 1}')
+    read: list[str] = []
+    read_text = counts.read_text
+
+    def noted(path: Path) -> str:
+        read.append(path.name)
+        return read_text(path)
+
+    monkeypatch.setattr(counts, "read_text", noted)
+    assert ShardSource(f"{tmp_path}/{{0..3}}.tar").counts == (2, 1, 1, 2)
+    assert read == ["sizes.json", "2_stats.json"]
+    check_shards(names, write=False)
+    assert read == ["sizes.json", "2_stats.json"] * 2
+    # in the working directory, shards have no folder in their names
+    monkeypatch.chdir(tmp_path)
+    assert counts.declared_counts(["1.tar", "2.tar"]) == {"1.tar": 1, "2.tar": 1}
 
 
 def big_png() -> bytes:
