@@ -245,7 +245,8 @@ class ShardEditor:
     def write(self, path: Path, name: str, values: dict[str, str]) -> None:
         """Write the tar with the key `name` added to the KEY.json of the samples in `values`.
 
-        `sizes.json` beside it has the number of its samples before it has its own name.
+        Where all samples have the same texts, `sizes.json` beside it has their number before it
+        has its own name.
 
         Raises:
             UnreadableSample: see `json`. ValueError: what was written does not read as it should.
@@ -269,7 +270,8 @@ class ShardEditor:
     def add_members(self, path: Path, members: Mapping[str, Mapping[str, bytes]]) -> None:
         """Write the tar with further members, by extension, behind those of samples, by key.
 
-        `sizes.json` beside it has the number of its samples before it has its own name.
+        Where all samples have the same texts, `sizes.json` beside it has their number before it
+        has its own name.
 
         Raises:
             ValueError: a sample has such a member already, or a name that cannot be written again;
@@ -308,7 +310,10 @@ class ShardEditor:
             found = dict(index_file(written, self.name).samples)
         if {key: _sizes(files) for key, files in found.items()} != wanted:
             raise ValueError(f"{self.name} is not a tar that can be edited; rewrite it with tar")
-        add_sizes(path.parent, {path.name: len(self.samples)})
+        # readers count the samples that have the text they need: all, or nobody knows how many
+        texts = {("txt" in files, "json" in files) for files in wanted.values()}
+        if texts in ({(True, True)}, {(True, False)}):
+            add_sizes(path.parent, {path.name: len(self.samples)})
         publish(path)
 
     def _copy(self, path: Path, edits: list[tuple[int, int, bytes]]) -> None:

@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from fastclip.data.editing import Journal, ShardEditor, claim_folder
+from fastclip.data.editing import Journal, ShardEditor, claim_folder, folders_of
 from fastclip.data.faults import FaultLog
 from fastclip.data.index import Fault
 from fastclip.data.order import hash64
 from fastclip.data.regular import open_regular
-from fastclip.data.remote import ShardCache, is_remote
+from fastclip.data.remote import ShardCache, file_name, is_remote
 from fastclip.data.samples import UnreadableSample
 from fastclip.data.shards import expand_shards
 from fastclip.device import choose_device
@@ -152,8 +152,9 @@ class Captioner:
         self.settings = asdict(options) | {"dtype": dtype}
         self.settings["prompt"] = options.prompt or (CHAT_PROMPT if self.chat else PREFIX_PROMPT)
         self.settings["revision"] = getattr(model.config, "_commit_hash", None)
-        # matters to rounding alone, and may have to be lowered on the way
-        del self.settings["batch_size"]
+        if not options.temperature:
+            # matters to rounding alone, and may have to be lowered on the way
+            del self.settings["batch_size"]
 
     def prompt(self, alt_text: str, title: str) -> str:
         """The prompt for an image; a text is empty where there is none."""
@@ -177,7 +178,9 @@ class Captioner:
                 output = self.model.generate(**inputs, **how)
             except torch.OutOfMemoryError as error:
                 wanted = f"--batch-size {self.options.batch_size}: the GPU's memory is too small"
-                raise ValueError(f"{wanted}; lower it; finished batches are kept") from error
+                drawn = self.options.temperature > 0
+                done = "begin a new folder" if drawn else "finished batches are kept"
+                raise ValueError(f"{wanted}; lower it; {done}") from error
         # decoded alike, the prompt is found where the model repeats it
         given, made = (
             self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
@@ -214,16 +217,21 @@ def recaption_shards(
         target: folder for the shards under their names, and the settings as `recaption.json`.
 
     Raises:
-        ValueError: the target holds captions made otherwise, or two shards have one name.
+        ValueError: the target holds captions made otherwise or of shards of other folders, or two
+            shards have one name.
         FileExistsError: the target holds such shards that were not written here.
         OSError, ModuleNotFoundError: a shard or the model cannot be read, or transformers is not.
     """
     names = expand_shards(pattern)
-    paths = [target / name.rpartition("/")[2] for name in names]
+    paths = [target / file_name(name) for name in names]
     if len(set(paths)) < len(paths):
-        raise ValueError(f"two shards of {pattern} have the same name; give them in two commands")
+        raise ValueError(
+            f"two shards of {pattern} have the same name; give them in two commands, with a folder "
+            "for each"
+        )
     captioner = Captioner(options, choose_device(device))
-    claim_folder(target, "recaption.json", captioner.settings, paths)
+    identity = captioner.settings | {"folders": folders_of(names)}
+    claim_folder(target, "recaption.json", identity, paths)
     cache, done = ShardCache(), Recaptioned()
     for name, path in zip(names, paths, strict=True):
         with closing(Journal(path)) as journal:

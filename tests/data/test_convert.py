@@ -211,7 +211,36 @@ def test_a_key_is_added_wherever_a_tar_was_cut(
             assert out.read_bytes().endswith((whole[:size] + behind)[end:])
             edited.add(len(shard.samples))
     assert edited == {0, 1, 2, 3, 4}
-    assert json.loads((tmp_path / "sizes.json").read_text()) == {"out.tar": 4}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "counted"),
+    [
+        (("txt",), ("txt",), True),
+        (("txt", "json"), ("txt", "json"), True),
+        (("txt",), (), False),
+        (("txt", "json"), ("txt",), False),
+        ((), (), False),
+    ],
+)
+def test_samples_are_counted_where_any_reader_counts_alike(
+    first: tuple[str, ...],
+    second: tuple[str, ...],
+    counted: bool,
+    make_shard: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    content = {"txt": b"t", "json": b"{}"}
+    members = []
+    for key, extensions in (("a", first), ("b", second)):
+        members += [(f"{key}.jpg", jpeg()), *((f"{key}.{e}", content[e]) for e in extensions)]
+    out = tmp_path / "out" / "s.tar"
+    out.parent.mkdir()
+    with make_shard("s.tar", members).open("rb") as file:
+        ShardEditor(file, "s").add_members(out, {"a": {"npy": b"x"}})
+    assert (tmp_path / "out" / "sizes.json").exists() == counted
+    if first:
+        assert ShardSource(str(out)).counts == (sum("txt" in each for each in (first, second)),)
 
 
 def check_edited(shard: ShardEditor, path: Path) -> None:

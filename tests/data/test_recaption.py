@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from fastclip.cli import main
+from fastclip.data.editing import folders_of
 from fastclip.data.recaption import (
     CHAT_PROMPT,
     Captioner,
@@ -239,8 +240,9 @@ def test_all_members_are_kept_and_every_fault_is_reported(
     assert list(made["1.json"]) == list(made["7.json"]) == ["recaption"]
     with tarfile.open(out / "s.tar") as tar:
         assert tar.getmember("a/0000.json").mtime == 1.5
-    assert json.loads((out / "sizes.json").read_text()) == {"s.tar": 9}
-    assert sorted(os.listdir(out)) == ["recaption.json", "s.tar", "sizes.json"]
+    # samples without KEY.txt are no samples to who needs it, so that there is no one count
+    assert sorted(os.listdir(out)) == ["recaption.json", "s.tar"]
+    assert ShardSource(str(out / "s.tar")).counts == (3,)
     trained = ShardSource(str(out / "s.tar"), captions=("recaption",))
     assert trained.read(0, 0).texts == (text,)
 
@@ -342,8 +344,24 @@ def test_nothing_is_overwritten(
     (tmp_path / "b").mkdir()
     make_shard("b/s.tar", samples(3))
     assert run(f"{tmp_path}/s.tar::{tmp_path}/b/s.tar", tmp_path / "out", "--model", blip) == 1
-    assert "two shards of" in capsys.readouterr().err
+    error = " ".join(capsys.readouterr().err.split())
+    assert "two shards of" in error and "two commands, with a folder for each" in error
     assert not (tmp_path / "out").exists()
+    # nor is one taken for the other where they come one after the other
+    assert run(shard, tmp_path / "out", "--model", blip) == 0
+    written = (tmp_path / "out" / "s.tar").read_bytes()
+    assert run(tmp_path / "b" / "s.tar", tmp_path / "out", "--model", blip) == 1
+    assert f"folders was ['{tmp_path}'] and is ['{tmp_path}/b']" in capsys.readouterr().err
+    assert (tmp_path / "out" / "s.tar").read_bytes() == written
+
+
+def test_folders_of_shards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = ["b/1.tar", f"{tmp_path}/b/2.tar", "../x.tar", "s3://bucket/deep/1.tar"]
+    names += ["https://user:secret@h:80/d/1.tar?Signature=secret", "https://h:80/d/2.tar"]
+    assert folders_of(names) == sorted(
+        [f"{tmp_path}/b", str(tmp_path.parent), "https://h:80/d", "s3://bucket/deep"]
+    )
 
 
 def test_processes_share_the_shards(
@@ -450,7 +468,7 @@ def test_a_chat_model_is_asked(llava: str, make_shard: Callable[..., Path], tmp_
     assert 0 < done.captions == 7 - done.faults.counts["empty answer"]
 
 
-def test_drawn_captions_depend_on_the_seed_alone(
+def test_drawn_captions_depend_on_the_seed_and_the_batches(
     blip: str, make_shard: Callable[..., Path], tmp_path: Path
 ) -> None:
     shard = make_shard("s.tar", samples(8))
@@ -460,6 +478,10 @@ def test_drawn_captions_depend_on_the_seed_alone(
         recaption_shards(str(shard), tmp_path / name, chosen, device="cpu")
     a, b, c = ((tmp_path / name / "s.tar").read_bytes() for name in "abc")
     assert a == b != c
+    # and on which images are captioned together
+    other = options(blip, temperature=1.0, seed=1, batch_size=2)
+    with pytest.raises(ValueError, match="batch_size was 4 and is 2"):
+        recaption_shards(str(shard), tmp_path / "a", other, device="cpu")
 
 
 def test_models_that_do_not_fit(
