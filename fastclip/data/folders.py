@@ -12,7 +12,7 @@ from fastclip.data.templates import DEFAULT_TEMPLATES, fill_template
 
 
 class FolderSource(ImageFiles):
-    """The images of `FOLDER/CLASS NAME/*.jpg`, also jpeg, png and webp.
+    """The images of `FOLDER/CLASS NAME/*.jpg`, also jpeg, png and webp, and of folders in these.
 
     A sample's label is the index of its class among the sorted names of the folders, its captions
     are all templates filled with the name.
@@ -39,10 +39,9 @@ class FolderSource(ImageFiles):
         self._paths = Strings()
         self._labels = array("i")
         for label, name in enumerate(self.classes):
-            for file in sorted(entry.name for entry in os.scandir(folder / name)):
-                if _is_image(file):
-                    self._paths.append(f"{name}/{file}")
-                    self._labels.append(label)
+            for path in image_paths(folder / name, inside=folder):
+                self._paths.append(f"{name}/{path}")
+                self._labels.append(label)
         if not self._labels:
             raise ValueError(
                 f"{folder} holds no images; put them at CLASS NAME/*.jpg, one folder a class"
@@ -66,7 +65,8 @@ class TreeSource(ImageFiles):
     """Every image below a folder, also of folders in it: neither captions nor labels.
 
     Args:
-        folder: searched without following links to folders; hidden files are left out.
+        folder: searched with all folders in it, also those that are links, each once; what is
+            hidden is left out.
 
     Raises:
         ValueError: there is no image. FileNotFoundError: there is no such folder.
@@ -92,27 +92,40 @@ class TreeSource(ImageFiles):
         return ()
 
 
-def image_paths(folder: Path) -> Iterator[str]:
+def image_paths(folder: Path, *, inside: Path | None = None) -> Iterator[str]:
     """The paths of all images below a folder, relative to it, each folder's in order.
 
+    Args:
+        folder: whose images are wanted.
+        inside: a folder that it is part of; links that lead back to that are not followed.
+
     Raises:
-        FileNotFoundError: there is no such folder.
+        FileNotFoundError: there is no such folder. OSError: a folder in it cannot be read.
     """
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"{folder} does not exist or is not a folder")
     # links are followed, as class folders often are some; none that leads back
-    seen: set[tuple[int, int]] = set()
-    for place, folders, files in os.walk(folder, followlinks=True):
-        state = os.stat(place)
-        if (state.st_dev, state.st_ino) in seen:
+    seen = set() if inside is None else {_identity(inside)}
+    for place, folders, files in os.walk(folder, followlinks=True, onerror=_raise):
+        if _identity(place) in seen:
             folders.clear()
             continue
-        seen.add((state.st_dev, state.st_ino))
+        seen.add(_identity(place))
         folders[:] = sorted(name for name in folders if name[0] != ".")
         below = os.path.relpath(place, folder)
         for name in sorted(files):
             if _is_image(name):
                 yield name if below == os.curdir else f"{below}/{name}"
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    """The same for a folder and for links to it."""
+    state = os.stat(folder)
+    return state.st_dev, state.st_ino
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def has_classes_alone(folder: Path) -> bool:

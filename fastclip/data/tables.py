@@ -235,14 +235,19 @@ def _row_fault(row: list[str], width: int, image: int, text: int) -> str:
         return "rows with fewer fields than the header left out"
     if len(row[text].encode()) > MAX_TEXT_BYTES:
         return f"rows with a caption over {MAX_TEXT_BYTES:,} bytes left out"
+    if "\0" in row[text]:
+        return "rows with zero bytes in the caption left out"
     return ""
 
 
 def _coco_rows(path: Path) -> Iterator[tuple[str, str]]:
     try:
         content = read_object(path, ANNOTATIONS)
-        names = {image["id"]: image["file_name"] for image in content["images"]}
-        for name in names.values():
+        names: dict[Any, Any] = {}
+        for image in content["images"]:
+            number, name = image["id"], image["file_name"]
+            if names.setdefault(number, name) != name:
+                raise ValueError(f"the id {number!r} is that of {names[number]!r} and of {name!r}")
             # half a surrogate pair, which JSON may spell, is in no path
             str(name).encode("utf-8", "surrogateescape")
         captions: dict[Any, list[str]] = {number: [] for number in names}
@@ -271,8 +276,9 @@ def _coco_rows(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _usable(caption: object) -> str | None:
-    """A caption stripped; None if it is not a text, or blank, or cannot be written as UTF-8."""
-    if not isinstance(caption, str):
+    """A caption stripped; None if it is not a text, or blank, or cannot be written as UTF-8, or
+    holds zero bytes."""
+    if not isinstance(caption, str) or "\0" in caption:
         return None
     # JSON may spell half a surrogate pair, which no tokenizer takes
     return None if any("\ud800" <= c <= "\udfff" for c in caption) else caption.strip() or None

@@ -47,7 +47,9 @@ TABLES = {
     "marks within": Case(tsv('0.jpg\tsay "hi"'), [("0.jpg", 'say "hi"')]),
     "columns turned": Case(tsv("a\t0.jpg", header="title\tfilepath"), [A]),
     "a third column": Case(tsv("0.jpg\tu\ta", header="filepath\turl\ttitle"), [A]),
-    "zero byte": Case(tsv("0.jpg\ta\0b"), [("0.jpg", "a\0b")]),
+    "zero byte": Case(
+        tsv("0.jpg\ta", "1.jpg\ta\0b"), [A], "1 rows with zero bytes in the caption left out"
+    ),
     "commas": Case(tsv('0.jpg,"a, b"', header="filepath,title"), [("0.jpg", "a, b")]),
     "mark at the start": Case(tsv('0.jpg\t"a', "1.jpg\tb"), message=OPEN),
     "mark at the start, twice": Case(tsv('0.jpg\t"a', '1.jpg\t"b'), message=OPEN),
@@ -108,6 +110,14 @@ ANNOTATIONS = {
     ),
     "half a surrogate pair": Case(
         coco([IMAGE], [TEXT, TEXT | {"caption": "\ud800"}]), [A], "1 captions without text"
+    ),
+    "zero byte": Case(
+        coco([IMAGE], [TEXT, TEXT | {"caption": "a\0b"}]), [A], "1 captions without text"
+    ),
+    "image twice": Case(coco([IMAGE, IMAGE], [TEXT]), [A]),
+    "two images of one number": Case(
+        coco([IMAGE, IMAGE | {"file_name": "1.jpg"}], [TEXT]),
+        message=r"c\.json holds no .*the id 1 is that of '0\.jpg' and of '1\.jpg'",
     ),
     "image without caption": Case(
         coco([IMAGE, {"id": 2, "file_name": "1.jpg"}], [TEXT]), [A], "1 images without captions"

@@ -64,6 +64,23 @@ def test_a_folder_without_images(tmp_path: Path) -> None:
         opened(tmp_path / "no", options=DataOptions(dataset_type="imagefolder"))
 
 
+def test_a_folder_that_cannot_be_read_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path, "a.jpg", "b/c.jpg", "b/closed/d.jpg")
+    scandir = os.scandir
+
+    def closed(path: str) -> object:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    for required in ((), ("txt",)):
+        with pytest.raises(PermissionError, match="closed"):
+            opened(tmp_path, required=required)
+
+
 def test_captions_of_shards_where_there_are_some(make_shard: MakeShard) -> None:
     members = [("a.jpg", jpeg()), ("a.txt", b"a caption"), ("b.jpg", jpeg()), ("c.jpg", jpeg())]
     members += [

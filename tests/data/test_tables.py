@@ -332,11 +332,28 @@ def test_folders_are_classes(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is no prompt template"):
         FolderSource(tmp_path / "data", [])
     with pytest.raises(ValueError, match="holds no images; put them at CLASS NAME"):
-        FolderSource(tmp_path)
+        FolderSource(tmp_path / "data" / "dog")
     (tmp_path / "other" / "bird").mkdir(parents=True)
     (tmp_path / "other" / "bird" / "a.jpg").write_bytes(jpeg())
     with pytest.raises(ValueError, match="hold different classes"):
         open_source(f"{tmp_path}/data::{tmp_path}/other", split="train")
+
+
+def test_images_in_folders_of_a_class_are_its_own(tmp_path: Path) -> None:
+    """As in torchvision's ImageFolder; a link that leads back brings no other class's."""
+    for name in ("cat/a.jpg", "cat/2/deep/b.jpg", "dog/c.jpg", "dog/.hidden/d.jpg"):
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).write_bytes(jpeg())
+    (tmp_path / "data" / "dog" / "back").symlink_to(tmp_path / "data")
+    # two names of one class
+    (tmp_path / "data" / "hound").symlink_to(tmp_path / "data" / "dog")
+    samples = read_all(open_source(f"{tmp_path}/data", split="train"))
+    assert [(s.key, s.label) for s in samples] == [
+        ("cat/a.jpg", 0),
+        ("cat/2/deep/b.jpg", 0),
+        ("dog/c.jpg", 1),
+        ("hound/c.jpg", 2),
+    ]
 
 
 def test_several_tables_follow_one_another(images: Path) -> None:
