@@ -5,7 +5,7 @@ The library `imagecorruptions` makes them; it is imported only when it is used.
 
 import hashlib
 import io
-import shutil
+import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ from fastclip.atomic import writing
 from fastclip.data.editing import ShardEditor
 from fastclip.data.faults import FaultLog
 from fastclip.data.index import Fault
-from fastclip.data.remote import ShardCache
+from fastclip.data.remote import ShardCache, beside, is_remote, read_small
 from fastclip.data.samples import UnreadableSample
 from fastclip.data.shards import expand_shards, open_shard
 from fastclip.data.writing import add_sizes
@@ -94,7 +94,7 @@ def corrupt_shards(
         ValueError: a kind or the severity is unknown, no image can be used, a key occurs twice, or
             the library is not installed.
         FileExistsError: there is such a shard; nothing is overwritten.
-        FileNotFoundError: a shard does not exist.
+        FileNotFoundError: a shard does not exist. FetchError: a remote one cannot be fetched.
     """
     unknown = [kind for kind in kinds if kind not in (*KINDS, *EXTRA_KINDS)]
     if unknown or not kinds:
@@ -111,13 +111,14 @@ def corrupt_shards(
     for path in paths.values():
         if path.exists():
             raise FileExistsError(f"{path} exists; delete it, or choose another folder")
-    _copy_beside(Path(names[0]), target)
+    _copy_beside(names[0], target)
     faults = FaultLog()
     counts = {}
     for kind, path in paths.items():
         with (
             writing(path) as out,
-            tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+            # names may be longer than USTAR takes them
+            tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar,
         ):
             counts[path.name] = _write_corrupted(tar, names, kind, severity, number, faults)
             if not counts[path.name]:
@@ -173,12 +174,16 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     tar.addfile(member, io.BytesIO(content))
 
 
-def _copy_beside(shard: Path, target: Path) -> None:
-    for name in _BESIDE:
-        source = shard.with_name(name)
-        if source.is_file() and not (target / name).exists():
-            with source.open("rb") as content, writing(target / name) as file:
-                shutil.copyfileobj(content, file)
+def _copy_beside(shard: str, target: Path) -> None:
+    copies = {beside(shard, name): target / name for name in _BESIDE}
+    if is_remote(shard):
+        contents = read_small(copies)
+    else:
+        contents = {name: Path(name).read_bytes() for name in copies if os.path.isfile(name)}
+    for name, content in contents.items():
+        if not copies[name].exists():
+            with writing(copies[name]) as file:
+                file.write(content)
 
 
 @contextmanager

@@ -132,6 +132,20 @@ def test_the_first_samples_alone(make_shard: Callable[..., Path], tmp_path: Path
     assert len({name.split(".")[0] for name in some}) == 3 and some.items() <= every.items()
 
 
+def test_remote_shards_and_long_names(
+    make_shard: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies beside the shards is copied from there; names may be longer than USTAR's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    key = "photographs/" + "n" * 120
+    shard = make_shard(members=[(f"{key}.jpg", jpeg()), (f"{key}.cls", b"1")])
+    (tmp_path / "classes.txt").write_text("ant\ncat\n")
+    corrupt_shards(f"file://{shard}", tmp_path / "out", ("contrast",))
+    assert (tmp_path / "out" / "classes.txt").read_text() == "ant\ncat\n"
+    source = ShardSource(str(tmp_path / "out" / "contrast-3.tar"), ("cls",))
+    assert (source.read(0, 0).key, source.read(0, 0).label) == (key, 1)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
