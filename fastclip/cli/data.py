@@ -71,6 +71,8 @@ def main(arguments: Sequence[str]) -> int:
     images, captions = shown(config, source, order, faults)
     for place in faults.places():
         logger.warning(f"skipped {place}")
+    if not images:
+        raise ValueError(f"no sample of {config.data} could be read: {faults.summary()}")
     sheet = contact_sheet(images, captions, config.columns, config.size)
     with writing(config.output, named=True) as file:
         sheet.save(file, kind)
@@ -88,6 +90,8 @@ def _originals(
         except UnreadableSample as error:
             faults.add([error.fault])
             continue
+        finally:
+            faults.add(source.drain_faults())
         images.append(sample.image)
         captions.append("\n".join(sample.texts))
     return images, captions

@@ -1,8 +1,12 @@
 """A contact sheet: images with their captions beneath, to see what a model will see."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+# Of a caption beneath its image; enough for five sentences.
+CAPTION_LINES = 40
 
 
 def contact_sheet(
@@ -12,7 +16,7 @@ def contact_sheet(
 
     Args:
         images: at least one; each is fitted into a square.
-        captions: one for each image.
+        captions: one for each image; what takes more than 40 lines is cut.
         columns: images in a row.
         size: side of a square, in pixels.
 
@@ -28,7 +32,7 @@ def contact_sheet(
         raise ValueError(f"columns is {columns}; use 1 or more")
     margin, line_height = 8, 14
     font = ImageFont.load_default()
-    texts = [wrapped(caption, font, size) for caption in captions]
+    texts = [fitted_lines(caption, font, size, CAPTION_LINES) for caption in captions]
     rows = [texts[i : i + columns] for i in range(0, len(texts), columns)]
     heights = [size + 4 + line_height * max(map(len, row)) + margin for row in rows]
     width = margin + columns * (size + margin)
@@ -47,34 +51,39 @@ def contact_sheet(
     return sheet
 
 
-def wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """The text in lines of at most so many pixels, long words broken.
+def wrapped(
+    text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int
+) -> Iterator[str]:
+    """The text in lines of at most so many pixels, long words broken; at least one line.
 
     Args:
         text: of any length; blanks and line breaks part its words.
         font: that it is drawn in.
         width: of a line, in pixels.
     """
-    lines = [""]
+    line = ""
     for word in text.split():
-        joined = f"{lines[-1]} {word}".strip()
-        if font.getlength(joined) <= width:
-            lines[-1] = joined
+        joined = f"{line} {word}".strip()
+        # to measure a long text takes long
+        if len(joined) <= width and font.getlength(joined) <= width:
+            line = joined
             continue
-        if lines[-1]:
-            lines.append("")
+        if line:
+            yield line
+            line = ""
         for letter in word:
-            if lines[-1] and font.getlength(lines[-1] + letter) > width:
-                lines.append("")
-            lines[-1] += letter
-    return lines
+            if line and font.getlength(line + letter) > width:
+                yield line
+                line = ""
+            line += letter
+    yield line
 
 
 def fitted_lines(
     text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, most: int
 ) -> list[str]:
     """As `wrapped`, at most so many lines; of a longer text the last ends in dots, at a word."""
-    lines = wrapped(text, font, width)
+    lines = list(islice(wrapped(text, font, width), most + 1))
     if len(lines) <= most:
         return lines
     last = lines[most - 1]

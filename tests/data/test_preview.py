@@ -1,10 +1,15 @@
 """The contact sheet."""
 
+import time
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from fastclip.data.preview import contact_sheet, fitted_lines
+from fastclip.cli import main
+from fastclip.data.preview import CAPTION_LINES, contact_sheet, fitted_lines
 from fastclip.data.scenes import render, sample_scene
 
 
@@ -23,6 +28,30 @@ def test_sheet_holds_every_image_and_grows_with_the_text() -> None:
 def test_images_of_any_shape_are_fitted() -> None:
     sheet = np.asarray(contact_sheet([Image.new("RGB", (300, 100), "red")], ["wide"], size=60))
     assert (sheet[8:28, 8:68] == (255, 0, 0)).all() and (sheet[30, 8:68] == 255).all()
+
+
+@pytest.mark.parametrize("caption", ["word " * 200_000, "x" * 1_000_000], ids=["words", "letters"])
+def test_a_long_caption_is_cut(caption: str) -> None:
+    start = time.monotonic()
+    sheet = contact_sheet([Image.new("RGB", (8, 8))], [caption], size=100)
+    assert sheet.height == 8 + 100 + 4 + 14 * CAPTION_LINES + 8
+    # to wrap all of it takes a minute
+    assert time.monotonic() - start < 5
+
+
+def test_what_is_skipped_is_reported(
+    make_shard: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sheet = tmp_path / "sheet.png"
+    shard = make_shard("behind.tar", samples=2)
+    with shard.open("ab") as file:
+        file.write(b"<html>")
+    assert main(["data", "preview", str(shard), "-o", str(sheet)]) == 0
+    assert f"skipped data behind the end: {shard}" in " ".join(capsys.readouterr().err.split())
+    shard = make_shard("bad.tar", [("a.jpg", b"no image"), ("a.txt", b"t")])
+    assert main(["data", "preview", str(shard), "-o", str(sheet)]) == 1
+    error = " ".join(capsys.readouterr().err.split())
+    assert f"no sample of {shard} could be read: 1 corrupt image" in error
 
 
 def test_mistakes() -> None:
