@@ -12,6 +12,8 @@ Tokenizer = Callable[[list[str]], Tensor]
 # The longest of open_clip's tokens stands for 28 bytes; the rest keeps a cut from reaching back.
 BYTES_A_TOKEN = 32
 LEAST_BYTES = 77 * BYTES_A_TOKEN
+# Words whose tokens are remembered; of new ones the web has no end.
+MAX_WORDS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -30,15 +32,20 @@ class _Cleaned:
 
 
 def bounded(tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer, of a time that is linear in the text.
+    """The tokenizer, of a time that is linear in the text, and of bounded memory.
 
     open_clip's `SimpleTokenizer` takes time with the square of a word's length: minutes for 64 KiB
-    of letters without a space. A copy of it sees as much of a text as can be in its context. Others
+    of letters without a space. A copy of it sees as much of a text as can be in its context. It
+    also remembers every word for ever; where these are too many, it begins anew. Other tokenizers
     are returned as they are.
     """
     source: Any = tokenizer
     if not (hasattr(source, "clean_fn") and hasattr(source, "bpe")):
         return tokenizer
+    if len(getattr(source, "cache", ())) > MAX_WORDS:
+        # the special tokens are in it from the beginning, and stand for themselves
+        special = [source.decoder[number] for number in source.all_special_ids]
+        source.cache = dict(zip(special, special, strict=True))
     limit = max(LEAST_BYTES, BYTES_A_TOKEN * (source.context_length or 0))
     bounding = copy.copy(source)
     bounding.clean_fn = _Cleaned(source.clean_fn, limit)

@@ -140,9 +140,12 @@ class TrainingSamples(Dataset[dict[str, Any]]):
             except UnreadableSample as error:
                 faults.append(error.fault)
             candidate = self._replacement(epoch, position, attempt)
+        cause = "the data is damaged beyond skipping"
+        if faults[-1].kind == "shard not fetched":
+            cause = "if the server cannot be reached, resume the run when it can"
         raise ValueError(
             f"{REPLACEMENT_ATTEMPTS} samples in a row could not be read, the last: {faults[-1]}; "
-            "the data is damaged beyond skipping"
+            f"{cause}"
         )
 
     def _replacement(self, epoch: int, position: int, attempt: int) -> int:

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from PIL import Image
 
 from fastclip.cli.eval.retrieval import Retrieval
 from fastclip.data import collages as C
+from fastclip.data import shards
 from fastclip.data.collages.source import COLLAGE_PIXELS
+from fastclip.data.index import ShardIndex
 from fastclip.data.options import DataOptions, parse_sources
 from fastclip.data.samples import UnreadableSample
 from fastclip.data.scenes import SHAPES
@@ -92,6 +95,27 @@ def test_shards_with_classes_beside_them(tmp_path: Path) -> None:
     assert source.digest() != opened(data, "val", count=51).digest()
     labeled_shard(tmp_path / "a,b-0.tar", 34)
     assert source.digest() != opened(data, "val", count=50).digest()
+
+
+def test_no_shard_is_walked_through_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Photographs are drawn from all shards, whatever their number."""
+    monkeypatch.setattr(shards, "DEFAULT_WINDOW", 1)
+    monkeypatch.setattr(shards, "INDEX_CACHE_SAMPLES", 1)
+    walked: list[str] = []
+    walk = shards.index_file
+
+    def noted(file: BinaryIO, name: str, required: tuple[str, ...]) -> ShardIndex:
+        walked.append(name)
+        return walk(file, name, required)
+
+    for number in range(4):
+        labeled_shard(tmp_path / f"{number}.tar")
+    (tmp_path / "sizes.json").write_text(json.dumps({f"{i}.tar": 40 for i in range(4)}))
+    monkeypatch.setattr(shards, "index_file", noted)
+    source = opened(f"collages:photos={tmp_path}/{{0..3}}.tar", count=50)
+    for index in range(20):
+        source.read(0, index)
+    assert sorted(walked) == [f"{tmp_path}/{i}.tar" for i in range(4)]
 
 
 def test_samples_without_a_usable_class_are_left_out(tmp_path: Path) -> None:

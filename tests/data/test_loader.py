@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from fastclip.data import training_samples
+from fastclip.data import remote, training_samples
 from fastclip.data.augment import PARAMS, Augmentation
 from fastclip.data.captions import CaptionSampling
 from fastclip.data.faults import FaultLog
 from fastclip.data.index import Fault
 from fastclip.data.loader import EvaluationSamples, TrainingLoader, collate
 from fastclip.data.order import Order
+from fastclip.data.remote import ShardCache
 from fastclip.data.shards import ShardSource
 from fastclip.data.text_augment import TextAugmentation
 from fastclip.data.training_samples import TrainingSamples
@@ -154,6 +155,17 @@ def test_hopeless_data_is_an_error(make_shard: MakeShard) -> None:
     members = [m for i in range(8) for m in ((f"{i}.jpg", b"broken"), (f"{i}.txt", b"t"))]
     with pytest.raises(ValueError, match=r"32 samples in a row could not be read.*corrupt image"):
         collect(loader(str(make_shard(members=members))).batches(0))
+
+
+def test_a_server_that_is_lost_is_named_as_the_cause(
+    make_shard: MakeShard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "PAUSE_SECONDS", 0)
+    (tmp_path / "sizes.json").write_text('{"0.tar": 8}')
+    gone = ShardSource(f"file://{tmp_path}/0.tar", cache=ShardCache(tmp_path / "cache"))
+    samples = TrainingSamples(gone, Order(gone.counts, 0), Augmentation(16), None)
+    with pytest.raises(ValueError, match=r"32 samples .* resume the run when it can"):
+        collect(TrainingLoader(samples, 4).batches(0))
 
 
 def test_an_epoch_shorter_than_a_batch_is_an_error(make_shard: MakeShard) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastclip.data import tokens
 from fastclip.data.augment import Augmentation
 from fastclip.data.captions import CaptionSampling
 from fastclip.data.loader import TrainingLoader
@@ -92,6 +93,19 @@ def test_a_word_of_a_mebibyte_stalls_nothing() -> None:
     assert tokenize(tokenizer, [letters])[1] == 1
     # the time grows with the square of these
     assert max(seen) <= LEAST_BYTES
+
+
+def test_words_without_end_are_not_all_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "MAX_WORDS", 50)
+    tokenizer, plain = simple(), simple()
+    rng = random.Random(0)
+    for _ in range(100):
+        words = ["".join(rng.choices(string.ascii_lowercase, k=9)) for _ in range(10)]
+        texts = [*words, "<start_of_text> a dog"]
+        assert torch.equal(tokenize(tokenizer, texts)[0], plain(texts))
+        # and what one call adds
+        assert len(tokenizer.cache) <= 50 + 13
+    assert len(plain.cache) > 900
 
 
 def test_texts_are_counted_one_by_one() -> None:

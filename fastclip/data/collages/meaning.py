@@ -45,7 +45,8 @@ class CollageMeaning:
 
     @property
     def structure(self) -> frozenset[str]:
-        """Words that a text augmentation neither drops nor moves."""
+        """Words that a text augmentation neither drops nor replaces; it moves words only where a
+        text has at most one of these."""
         return _structure(self.collage.classes)
 
     def is_true_of(self, view: AugmentationParams, hue: Hue) -> bool:
