@@ -351,7 +351,9 @@ def _as_flags(values: Mapping[Any, Any]) -> list[str]:
         flag = flag_name(str(name))
         if isinstance(value, bool):
             flags.append(flag if value else "--no-" + flag[2:])
+        elif isinstance(value, list):
+            flags += [flag, *map(str, value)]
         else:
-            flags.append(flag)
-            flags += [str(item) for item in (value if isinstance(value, list) else [value])]
+            # as one, since a value may begin with a dash
+            flags.append(f"{flag}={value}")
     return flags

@@ -243,9 +243,9 @@ def adapted(arguments: Sequence[str]) -> list[str]:
         if value is None and flag.becomes:
             last += flag.becomes
             continue
-        found.append(flag.becomes[-1] if flag.becomes else argument)
-        if value is not None:
-            found.append(flag.values.get(value, value))
+        name = flag.becomes[-1] if flag.becomes else argument
+        # as one, since a value may begin with a dash
+        found.append(name if value is None else f"{name}={flag.values.get(value, value)}")
     if refused:
         # a line each, and each once
         raise ValueError("\n".join(dict.fromkeys(refused)))
@@ -267,7 +267,7 @@ def _split(arguments: Sequence[str]) -> Iterator[tuple[Flag | None, str, str | N
             yield None, argument, None
         elif equals:
             yield flag, name, value
-        elif rest and not rest[0].startswith("--"):
+        elif rest and not rest[0].startswith("-"):
             yield flag, name, rest.pop(0)
         else:
             yield flag, name, None

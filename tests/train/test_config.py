@@ -309,3 +309,15 @@ def test_a_file_of_when_data_could_be_commands(tmp_path: Path, logged: Callable[
     # in a checkpoint; what is read now is named anew
     config = parse(["--lr", "0.5"])
     assert TrainConfig.from_dict({**flatten(config), "allow_commands": True}) == config
+
+
+@pytest.mark.parametrize("value", ["-baseline", "--baseline", "-1", "-a=b", "- half the rate"])
+def test_a_value_may_begin_with_a_dash(value: str, tmp_path: Path) -> None:
+    assert parse([f"--wandb-notes={value}"]).log.wandb_notes == value
+    assert parse([f"--model={value}"]).model.model == value
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump({"wandb_notes": value, "model": value}))
+    config = parse(["--config", str(path)])
+    assert (config.log.wandb_notes, config.model.model) == (value, value)
+    path.write_text(to_yaml(config))
+    assert parse(["--config", str(path)]) == config
