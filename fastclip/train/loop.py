@@ -8,7 +8,7 @@ from typing import Any
 from fastclip.models import checkpoint
 from fastclip.ops.collectives import count_bytes
 from fastclip.train.config import TrainConfig
-from fastclip.train.distributed import World, world
+from fastclip.train.distributed import DeadRankError, World, world
 from fastclip.train.health import NonFiniteError
 from fastclip.train.log import read_metrics
 from fastclip.train.next_commands import resume_command
@@ -64,7 +64,7 @@ def _train(
         complete = True
         if evaluation is not None and _lacks_evaluation(state, evaluation):
             report.meter.pause()
-            complete = evaluate(state, evaluation, report, stop)
+            complete = evaluate(state, evaluation, report, stop, saved=True)
             if complete and state.world.is_first:
                 keep_newest_and_best(state, report.warn)
             report.meter.resume()
@@ -77,7 +77,6 @@ def _train(
 
 def train_epoch(state: TrainState, report: Report, stop: StopSignals, watch: Watch) -> None:
     """The steps that are left of an epoch, fewer after a signal, and the checkpoints between."""
-    every = state.config.checkpoint.save_every_steps
     state.model.model.train()
     state.engine.objective.begin_epoch(state.epoch)
     steps = state.loader.steps(state.epoch, state.step_in_epoch)
@@ -87,18 +86,30 @@ def train_epoch(state: TrainState, report: Report, stop: StopSignals, watch: Wat
         result = train_step(state, batches)
         report.step(state, batches, result)
         stopping = state.world.any(stop.received is not None)
-        # the end of an epoch has a checkpoint of its own
+        # its end has a checkpoint of its own; asked once more, the loader ends the epoch too, and
+        # keeps its processes and pipelines for the next
         if state.epoch_is_done:
-            return
-        if stopping or (every and state.step % every == 0):
-            name = f"step_{state.step:08d}"
+            continue
+        if stopping or _is_step_saved(state):
             report.meter.pause()
-            saved = save(state, name, needed=stopping, warn=report.warn)
-            if saved and state.world.is_first:
-                prune_step_checkpoints(state.checkpoints)
+            _save_step(state, report, needed=stopping)
             report.meter.resume()
         if stopping:
             return
+
+
+def _is_step_saved(state: TrainState) -> bool:
+    """Whether --save-every-steps asks for a checkpoint of this moment."""
+    every = state.config.checkpoint.save_every_steps
+    return every is not None and state.step % every == 0
+
+
+def _save_step(state: TrainState, report: Report, *, needed: bool) -> None:
+    """Save a checkpoint between those of epochs, and delete older ones."""
+    name = f"step_{state.step:08d}"
+    saved = save(state, name, needed=needed, warn=report.warn)
+    if saved and state.world.is_first:
+        prune_step_checkpoints(state.checkpoints)
 
 
 def train_step(state: TrainState, batches: list[dict[str, Any]]) -> StepResult:
@@ -129,6 +140,10 @@ def end_of_epoch(
 
     Returns:
         Whether the run continues, or is complete; if not, a signal asks it to stop.
+
+    Raises:
+        Exception: see `evaluate`.
+        OSError: a checkpoint that is needed could not be written.
     """
     checkpoints = state.config.checkpoint
     state.epoch, state.position = state.epoch + 1, 0
@@ -137,12 +152,14 @@ def end_of_epoch(
     stopping = state.world.any(stop.received is not None)
     needed = last or stopping
     saved = False
-    # first: an evaluation that fails, or is killed, must not cost the epoch
+    # first: a kill in the evaluation must not cost the epoch
     if needed or state.epoch % checkpoints.save_frequency == 0:
         saved = save(state, name, needed=needed, warn=report.warn)
+    elif _is_step_saved(state):
+        _save_step(state, report, needed=False)
     complete = last or not stopping
     if evaluation is not None and _is_due(state, evaluation):
-        complete = not stopping and evaluate(state, evaluation, report, stop)
+        complete = evaluate(state, evaluation, report, stop, saved=saved)
         if not complete and not saved:
             saved = save(state, name, needed=True, warn=report.warn)
     if saved and state.world.is_first:
@@ -151,19 +168,46 @@ def end_of_epoch(
     return complete
 
 
-def evaluate(state: TrainState, evaluation: Evaluation, report: Report, stop: StopSignals) -> bool:
+def evaluate(
+    state: TrainState, evaluation: Evaluation, report: Report, stop: StopSignals, *, saved: bool
+) -> bool:
     """Measure what is due at an epoch's end, unless a signal asks to stop.
+
+    Args:
+        state, evaluation, report, stop: of the run.
+        saved: whether there is a checkpoint of the epoch; where the evaluation fails, there is one
+            afterwards.
 
     Returns:
         Whether it was measured; if not, the resumed run does it.
+
+    Raises:
+        Exception: why the first rank failed.
+        DeadRankError: the same on the others.
     """
-    # at the end everything is measured
-    last = state.epoch == state.config.optim.epochs
-    metrics = evaluation(state.engine, None if last else state.epoch, around=stop.at_once)
-    if metrics is not None:
-        report.evaluation(state, metrics, evaluation.captions)
-    # the first rank alone has metrics
-    return state.world.gather(metrics is not None)[0]
+    # one may have come while a checkpoint was written
+    if state.world.any(stop.received is not None):
+        return False
+    weights = state.engine.weights(), state.engine.averaged_weights()
+    measured = False
+    failure: Exception | None = None
+    if state.world.is_first:
+        # at the end everything is measured
+        epoch = None if state.epoch == state.config.optim.epochs else state.epoch
+        try:
+            metrics = stop.at_once(functools.partial(evaluation, *weights, epoch))
+            if metrics is not None:
+                report.evaluation(state, metrics, evaluation.captions)
+                measured = True
+        except Exception as error:
+            failure = error
+    said = f"{type(failure).__name__}: {failure}" if failure else ""
+    measured, said = state.world.gather((measured, said))[0]
+    if said:
+        if not saved:
+            save(state, f"epoch_{state.epoch}", needed=True, warn=report.warn)
+        raise failure or DeadRankError(f"rank 0 failed: {said}")
+    return measured
 
 
 def _is_due(state: TrainState, evaluation: Evaluation) -> bool:
@@ -172,11 +216,12 @@ def _is_due(state: TrainState, evaluation: Evaluation) -> bool:
 
 def _lacks_evaluation(state: TrainState, evaluation: Evaluation) -> bool:
     """Whether this run was stopped between an epoch's checkpoint and its evaluation."""
-    at_end = state.epoch > 0 and state.position == 0 and _is_due(state, evaluation)
+    if state.epoch == 0 or state.position > 0 or not _is_due(state, evaluation):
+        return False
     # a run that branches off from another begins without its scores
     scored = any(
         line["step"] == state.step and any(name.startswith(EVALUATED) for name in line)
         for line in read_metrics(state.folder)
     )
-    missing = bool(checkpoint.named(state.checkpoints, f"epoch_{state.epoch}")) and not scored
-    return at_end and state.world.gather(missing)[0]
+    own = state.step in checkpoint.steps_of(state.checkpoints).values()
+    return state.world.gather(own and not scored)[0]

@@ -3,15 +3,17 @@
 SIGTERM and SIGUSR1 (which SLURM sends ahead of a time limit) ask for it, and Ctrl-C in a terminal.
 """
 
-import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable
 from types import FrameType, TracebackType
+from typing import TypeVar
 
 EXIT_STATUS = 75
 """Of a run that was asked to stop and saved: EX_TEMPFAIL, "try again" (--resume latest)."""
+
+Result = TypeVar("Result")
 
 
 class StoppedError(RuntimeError):
@@ -40,17 +42,18 @@ class StopSignals:
         self.training = False
         self._at_once = False
 
-    @contextlib.contextmanager
-    def at_once(self) -> Iterator[None]:
-        """A block that the first signal ends, for what a resumed run does again.
+    def at_once(self, action: Callable[[], Result]) -> Result | None:
+        """Do what a resumed run does again; the first signal ends it.
 
-        The signal is noted as always; what follows the block runs.
+        Returns:
+            What the action returns; None after a signal, which is noted as always.
         """
-        self._at_once = True
         try:
-            yield
+            # inside: a signal may come as soon as this is set
+            self._at_once = True
+            return action()
         except _SignalReceived:
-            pass
+            return None
         finally:
             self._at_once = False
 

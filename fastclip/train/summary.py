@@ -46,7 +46,9 @@ def summary(
         lines["loss"] = f"{losses[-1]['loss']:.3f}" + (f" (chance {chance:.3f})" if chance else "")
     names = {name: None for line in metrics for name in line if name.startswith(EVALUATED)}
     scores = [_best_and_last(metrics, name) for name in names if "chance" not in name]
-    saved = max(checkpoint.named(state.checkpoints, ""), key=checkpoint.step_of, default=None)
+    # what a removal left behind, or somebody else, has no manifest
+    found = checkpoint.steps_of(state.checkpoints)
+    saved = max(found, key=found.__getitem__, default=None)
     # of a single step there is no plot
     written = [name for name in ("loss.png", "metrics.jsonl") if (state.folder / name).exists()]
     written += [str(saved.relative_to(state.folder))] if saved else []

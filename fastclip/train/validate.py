@@ -1,14 +1,10 @@
 """Evaluation during training."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-
 from torch import Tensor
 
 from fastclip.models.clip import Model
 from fastclip.train.average import WeightAverage
 from fastclip.train.config import TrainConfig
-from fastclip.train.engine import Engine
 from fastclip.train.held_out import HeldOut, Retrieval, Validator, ZeroShot
 
 
@@ -53,35 +49,19 @@ class Evaluation:
 
     def __call__(
         self,
-        engine: Engine,
-        epoch: int | None = None,
-        around: Callable[[], AbstractContextManager[None]] = nullcontext,
-    ) -> dict[str, float] | None:
-        """Metrics by name on the first rank, None on others; called on all ranks.
-
-        Args:
-            engine: has the weights.
-            epoch: measure what is due after so many; None for all.
-            around: what the first rank does alone happens within this; where it ends that early,
-                there are no metrics.
-
-        Raises:
-            ValueError: data cannot be evaluated, or --best-metric is not among the metrics of its.
-        """
-        weights, averaged = engine.weights(), engine.averaged_weights()
-        if self._model is None:
-            return None
-        metrics: dict[str, float] | None = None
-        with around():
-            metrics = self._measure(weights, averaged, epoch)
-        return metrics
-
-    def _measure(
-        self,
         weights: dict[str, Tensor] | None,
         averaged: dict[str, Tensor] | None,
         epoch: int | None,
     ) -> dict[str, float]:
+        """Metrics by name; on the first rank.
+
+        Args:
+            weights, averaged: see `Engine.weights` and `Engine.averaged_weights`.
+            epoch: measure what is due after so many; None for all.
+
+        Raises:
+            ValueError: data cannot be evaluated, or --best-metric is not among the metrics of its.
+        """
         assert self._model is not None
         # a model of its own takes over one after the other
         of_average = self._of_weights if averaged else self._of_average
