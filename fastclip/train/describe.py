@@ -77,12 +77,16 @@ def header(state: TrainState) -> list[str]:
     warmup = f"{counted(warmup_steps(optim, total), 'step')} of warm-up"
     if optim.warmup >= total:
         warmup += f" (a tenth of the run, which --warmup {optim.warmup} would outlast)"
+    loss = _name_of_loss(config)
+    # a classifier's is torch's own
+    if config.model.objective != "classify":
+        loss += f", computed by {_implementation(config, world)}"
     lines = {
         "run": f"{state.folder} (config.yaml has every setting)",
         "data": f"{data.train_data}, {counted(loader.epoch_samples, 'sample')} an epoch, {loaders}",
         "model": f"{config.model.model}, {parameters / 1e6:.1f} M parameters, "
         f"{config.model.precision} on {world.device}",
-        "loss": f"{_name_of_loss(config)}, computed by {_implementation(config, world)}",
+        "loss": loss,
         "step": f"{counted(samples, 'sample')}{parts}",
         "length": f"{counted(optim.epochs, 'epoch')} of {counted(loader.steps_per_epoch, 'step')}"
         f"{dropped}, {counted(state.last_step, 'step')} in all{continued}",

@@ -2,18 +2,20 @@
 
 import json
 import math
+import secrets
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import IO, Any
 
-from fastclip.atomic import append, writing
+from fastclip.atomic import append, write_text, writing
 from fastclip.bounded import read_json_lines
 from fastclip.flags import flatten
 from fastclip.train.config import TrainConfig
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
+WANDB_FILE = "wandb_id.txt"
 
 
 class RunLog:
@@ -29,7 +31,7 @@ class RunLog:
     def __init__(self, folder: Path, step: int, config: TrainConfig) -> None:
         self.folder = folder
         wanted = config.log
-        self._wandb = _start_wandb(folder, config) if "wandb" in wanted.reporters else None
+        self._wandb = _start_wandb(folder, step, config) if "wandb" in wanted.reporters else None
         self._metrics = _open_from(folder / METRICS_FILE, step)
         self._samples = _open_from(folder / SAMPLES_FILE, step) if wanted.log_sample_ids else None
         self._writer: Any = None
@@ -114,7 +116,7 @@ def plot_loss(folder: Path) -> Path | None:
         axes.axhline(level, color="gray", linewidth=1, linestyle="--", zorder=0, label=label)
     axes.legend(frameon=False)
     axes.set_xlabel("step")
-    axes.set_ylabel("contrastive loss")
+    axes.set_ylabel("loss")
     axes.spines[["top", "right"]].set_visible(False)
     path = folder / "loss.png"
     with writing(path) as file:
@@ -123,13 +125,17 @@ def plot_loss(folder: Path) -> Path | None:
     return path
 
 
-def _start_wandb(folder: Path, config: TrainConfig) -> Any:
+def _start_wandb(folder: Path, step: int, config: TrainConfig) -> Any:
     import wandb
 
+    # not the run's name: another run there may have had it, and would be continued
+    file = folder / WANDB_FILE
+    if step == 0 or not file.is_file():
+        write_text(file, secrets.token_hex(8))
     return wandb.init(
         project=config.log.wandb_project_name,
         notes=config.log.wandb_notes,
-        id=config.log.name,
+        id=file.read_text(),
         name=config.log.name,
         dir=str(folder),
         config=flatten(config),
