@@ -42,7 +42,10 @@ def begin_classifier(config: TrainConfig, model: Model, classes: list[str]) -> N
     if config.model.classifier != "zeroshot":
         return
     assert config.model.finetune is not None and isinstance(model.model, Classifier)
-    source = load(config.model.finetune, trust_checkpoint=config.checkpoint.trust_checkpoint)
+    criterion = model.model.criterion
+    # many prompts, for which a GPU is meant
+    device, trust = criterion.weight.device, config.checkpoint.trust_checkpoint
+    source = load(config.model.finetune, device, trust_checkpoint=trust)
     if isinstance(source.model, System):
         raise ValueError(
             f"--classifier zeroshot: {config.model.finetune} is a {type(source.model).__name__}, "
@@ -53,7 +56,6 @@ def begin_classifier(config: TrainConfig, model: Model, classes: list[str]) -> N
     templates = beside[1] if beside else list(DEFAULT_TEMPLATES)
     if config.data.templates is not None:
         templates = read_lines(Path(config.data.templates))
-    criterion = model.model.criterion
     criterion.weight.copy_(class_embeddings(source, classes, templates))
     assert criterion.logit_scale is not None
     criterion.logit_scale.copy_(source.model.get_parameter("logit_scale"))

@@ -47,7 +47,8 @@ class World:
     def join_alone(self) -> None:
         """Make a process group of one, where there is none: what shards parameters wants one."""
         if not dist.is_initialized():
-            os.environ.setdefault("LOCAL_RANK", "0")
+            # by which DeepSpeed chooses the GPU
+            os.environ.setdefault("LOCAL_RANK", str(self.device.index or 0))
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             store = dist.HashStore()
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=WAIT)

@@ -10,7 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from fastclip.train.distributed import World
 from tests.train.conftest import ROOT
 
 SCRIPT = """
@@ -57,3 +60,14 @@ def environment() -> dict[str, str]:
     """One thread a process, and this checkout's package."""
     path = os.pathsep.join([str(ROOT), *sys.path])
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+
+
+def test_a_process_alone_keeps_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several; DeepSpeed goes by the variable."""
+    # both, so that it is gone afterwards
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.delenv("LOCAL_RANK")
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(dist, "init_process_group", lambda *arguments, **options: None)
+    World(0, 1, torch.device("cuda", 1)).join_alone()
+    assert os.environ["LOCAL_RANK"] == "1"
