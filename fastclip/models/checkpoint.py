@@ -32,6 +32,8 @@ from fastclip.models import sharded
 AVERAGE = "state_dict_ema"
 # what a loss remembers of each sample
 MEMORY = "loss_memory"
+# names of the parameters that the run trains
+TRAINED = "trained"
 _NO_AVERAGE = "holds no averaged weights: its run had no --ema"
 _MANIFEST_KEYS = {"file", "bytes", "sha256"}
 # in a run directory, names its best checkpoint; and the end of a path that means that one

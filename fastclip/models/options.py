@@ -156,7 +156,7 @@ class SystemOptions:
     """classify: linear, with a bias; prototype: cosine of the features and a vector per class,
     times a learned scale; zeroshot: prototype, initialized with the class names' text features of
     --finetune's model."""
-    finetune: str | None = flag(None, defines_run=True)
+    finetune: str | None = flag(None, defines_run=False)
     """Run or checkpoint, of any objective, to initialize the image tower from."""
 
     def __post_init__(self) -> None:

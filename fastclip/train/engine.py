@@ -17,16 +17,16 @@ from fastclip.train.accumulate import refuse_batch_norm
 from fastclip.train.average import TEACHER_DECAY, WeightAverage
 from fastclip.train.config import TrainConfig
 from fastclip.train.distributed import World
-from fastclip.train.health import NOTHING, NonFiniteError, first_non_finite
+from fastclip.train.health import NOTHING, NonFiniteError, earliest, first_non_finite
 from fastclip.train.objective import ClipObjective, objective_of
-from fastclip.train.teacher import IMAGE, TEXT, build_teacher
+from fastclip.train.teacher import build_teacher
 
 
 class Engine:
-    """What both engines have in common: inputs, precision, the loss, and what to do about NaN.
+    """What all engines have in common: inputs, precision, the loss, and what to do about NaN.
 
     Args:
-        model: on the world's device; its parameters stay float32.
+        model: on the world's device, in float32.
         config: the run's configuration.
         world: this process among the others.
         samples: that the data hold, for a loss that remembers each.
@@ -134,7 +134,7 @@ class Engine:
         ]
         inputs = {"images": [(view.float() - self._mean) / self._std for view in moved]}
         inputs["texts"] = [text.to(device, non_blocking=True) for text in batch.get("texts", ())]
-        for name in ("params", "negatives", "label", "index", "group", IMAGE, TEXT):
+        for name in ("params", "negatives", "label", "index", "group"):
             if name in batch:
                 inputs[name] = batch[name].to(device, non_blocking=True)
         return inputs
@@ -142,7 +142,9 @@ class Engine:
     def _taught(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """A teacher's features of a micro-batch."""
         if self._distilled is not None:
-            return self._distilled(Engine._inputs(self, batch))
+            # stored features need no images
+            seen = Engine._inputs(self, batch) if self._distilled.is_live else batch
+            return self._distilled(seen)
         if not self.objective.needs_teacher:
             return {}
         assert self.average is not None
@@ -160,11 +162,34 @@ class Engine:
             return self.objective.loss(output, teacher, **self._loss_options)
 
     def _state_beside(self) -> dict[str, Any]:
-        """What a checkpoint holds of the average, and of what the loss remembers."""
-        state = {checkpoint.AVERAGE: self.average.state_dict()} if self.average else {}
+        """What a checkpoint holds of the average and of what the loss remembers, and which
+        parameters are trained."""
+        state: dict[str, Any] = {checkpoint.TRAINED: self._trained}
+        if self.average is not None:
+            state[checkpoint.AVERAGE] = self.average.state_dict()
         if self.objective.memory is not None:
             state[checkpoint.MEMORY] = self.objective.memory.state_dict()
         return state
+
+    @property
+    def _trained(self) -> list[str]:
+        return [name for name, p in self.model.named_parameters() if p.requires_grad]
+
+    def _check_trained(self, content: dict[str, Any]) -> None:
+        """Refuse a checkpoint whose run trained other parameters: their moments are not there.
+
+        Raises:
+            ValueError: it did.
+        """
+        own = set(self._trained)
+        # those of before do not say it
+        different = own ^ set(content.get(checkpoint.TRAINED, own))
+        if different:
+            raise ValueError(
+                f"the checkpoint's run trained other parameters ({min(different)!r}, "
+                f"{len(different)} in all); give its --lock-image, --lock-text, --text-lm-unfrozen "
+                "and --global-variant, or begin with its weights: --pretrained"
+            )
 
     def _load_beside(self, content: dict[str, Any]) -> None:
         """Take these over; an average that the run did not have begins at its weights, and a memory
@@ -192,7 +217,7 @@ class Engine:
                 break
         else:
             culprits = self.world.gather(self._non_finite_gradient())
-        rank = next((r for r, culprit in enumerate(culprits) if culprit != NOTHING), 0)
+        rank = earliest(culprits)
         raise NonFiniteError(
             f"loss {loss.item()}, gradient norm {self.norm.item()}; first non-finite tensor "
             f"on rank {rank}: {culprits[rank]}. No parameter was changed. Samples on rank "

@@ -209,9 +209,9 @@ class FSDPEngine(TorchEngine):
                 "checkpoint's weights: --pretrained"
             )
         saved = content["fsdp"]
-        if saved["shapes"] != self._shapes:
-            model = self.config.model.model
-            raise ValueError(f"{path} is not of model {model}: its parameters differ")
+        model = self.config.model.model
+        sharded_checkpoint.require_shapes(path, model, saved["shapes"], self._shapes)
+        self._check_trained(content)
         check_groups(saved["groups"], self.optimizer.param_groups)
         for name, step in saved["steps"].items():
             rows = self._rows[name]
@@ -228,7 +228,9 @@ class FSDPEngine(TorchEngine):
         for name, buffer in self.model.named_buffers():
             if name in saved["buffers"]:
                 buffer.copy_(saved["buffers"][name])
-        self._scaler.load_state_dict(saved["scaler"])
+        # empty where the run had another precision
+        if saved["scaler"]:
+            self._scaler.load_state_dict(saved["scaler"])
         self._load_beside(content)
 
     @property

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 # What `first_non_finite` says where every tensor is finite.
 NOTHING = "the loss itself"
+# how what it says begins, in the order of the computation
+_KINDS = ("input", "parameter", "output", "gradient", NOTHING)
 
 
 class NonFiniteError(RuntimeError):
@@ -22,19 +24,16 @@ def first_non_finite(
     """The name of the first tensor of a step that holds NaN or infinity.
 
     Looks, in the order of the computation, at the inputs, the parameters, each module's output
-    (by running `forward` once more under hooks) and at last the gradients.
+    (by running `forward` once more under hooks) and at last the gradients. Of parameters that are
+    sharded over processes it sees this process's rows. `forward` is run whatever is found before,
+    since other processes may find nothing, and wait in theirs for this one.
 
     Args:
         inputs: what went into the step, by name.
         forward: repeats the step's forward; its result is not used.
     """
-    for name, tensor in inputs.items():
-        if _is_bad(tensor):
-            return f"input {name!r}"
-    for name, parameter in model.named_parameters():
-        if _is_bad(parameter):
-            return f"parameter {name!r}"
-    found: list[str] = []
+    found = [f"input {name!r}" for name, tensor in inputs.items() if _is_bad(tensor)]
+    found += [f"parameter {name!r}" for name, p in model.named_parameters() if _is_bad(p)]
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, arguments: Any, output: Any) -> None:
@@ -62,7 +61,24 @@ def first_non_finite(
     return NOTHING
 
 
+def earliest(found: Sequence[str]) -> int:
+    """Which of the findings of `first_non_finite` comes first in the computation.
+
+    A fault of one rank goes on: in the outputs of others, where its parameter is put together with
+    theirs, or in their gradients.
+
+    Examples:
+        >>> from fastclip.train.health import earliest
+        >>> earliest(["gradient of 'scale'", "input 'image 0'"])
+        1
+    """
+    kinds = [next(i for i, kind in enumerate(_KINDS) if text.startswith(kind)) for text in found]
+    return kinds.index(min(kinds))
+
+
 def _is_bad(tensor: Tensor) -> bool:
+    # a sharded one would ask all processes, and not all may look at it
+    tensor = getattr(tensor, "_local_tensor", tensor)
     return tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
 
 

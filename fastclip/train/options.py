@@ -138,7 +138,7 @@ class ModelOptions(SystemOptions):
         "amp_bf16", defines_run=True, heading="device"
     )
     """Precision of the towers: float32, float16 with a loss scale, or bfloat16. Parameters stay
-    float32."""
+    float32; with --deepspeed, the optimizer's copies of them do."""
     grad_checkpointing: bool = flag(False, defines_run=True, heading="device")
     """Recompute the towers' activations in the backward pass instead of keeping them."""
     torchcompile: bool = flag(False, defines_run=True, heading="device")

@@ -62,6 +62,13 @@ def read_resumed(
             "has another state; keep it, or begin a new run with the checkpoint's weights: "
             f"--pretrained {path}"
         )
+    before, now = earlier.loss.global_temperature, config.loss.global_temperature
+    if before != now:
+        raise ValueError(
+            f"--global-temperature was {before} and is now {now}, but the checkpoint has the "
+            "temperature; keep it, or begin a new run with the checkpoint's weights: "
+            f"--pretrained {path}"
+        )
     _note_changes(earlier, config, world)
     _check_position(path, resumed, config, world)
     _note_step(earlier.optim.step_samples(len(resumed["rng"])), config, world)

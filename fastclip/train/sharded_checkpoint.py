@@ -6,7 +6,7 @@ and the manifest follows (`fastclip.models.sharded` has the format). All ranks m
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ def write(
             OSError.
 
     Raises:
-        OSError: some rank could not write; raised on all ranks, and `path` is as it was.
+        OSError: some rank could not write; raised on all ranks. `path` is as it was, or, where the
+            renaming itself failed, gone; it never is half a checkpoint.
     """
     partial = partial_of(path)
 
@@ -73,6 +74,21 @@ def write(
     together(prepare)
     shares = world.gather(together(write_own))
     together(publish_all)
+
+
+def require_shapes(
+    path: Path,
+    model: str,
+    saved: Mapping[str, Sequence[int]],
+    own: Mapping[str, Sequence[int]],
+) -> None:
+    """Refuse a checkpoint whose parameters have other names or shapes than the model's own.
+
+    Raises:
+        ValueError: they differ.
+    """
+    if saved != own:
+        raise ValueError(f"{path} is not of model {model}: its parameters differ")
 
 
 def _together(action: Callable[[], Any], partial: Path, world: World) -> Any:

@@ -69,6 +69,7 @@ def start(
         remembering = engine.objective.memory is not None
         check_same_data(resumed, loader, world, remembering=remembering)
         engine.load(path, resumed)
+        engine.skipped = resumed.get("skipped", 0)
         state.step = resumed["step"]
         state.epoch, state.position = resumed["data"]["epoch"], resumed["data"]["position"]
 
@@ -146,7 +147,8 @@ def _build_evaluation(
 
 def _start_streams(config: TrainConfig, world: World, resumed: dict[str, Any] | None) -> None:
     """This rank's random streams: those of before, or else of its own."""
+    if world.rank > 0:
+        seed_rng(hash64(config.optim.seed, world.rank))
+    # not all may have been saved: a checkpoint of CPUs has none of GPUs
     if resumed is not None and world.rank < len(resumed["rng"]):
         restore_rng(resumed["rng"][world.rank], world.device)
-    elif world.rank > 0:
-        seed_rng(hash64(config.optim.seed, world.rank))

@@ -92,6 +92,7 @@ class TrainState:
             "epoch": self.epoch,
             "name": self.config.log.name,
             "step": self.step,
+            "skipped": self.engine.skipped,
             "data": data,
             "rng": self.streams(),
             "config": flatten(self.config),

@@ -24,15 +24,23 @@ _PROBES = ("a photo", "Red DOGS!", "café 3.5")
 
 
 class Teacher(Protocol):
-    """A teacher's normalized features, and its logit scale, exponentiated."""
+    """A teacher's normalized features.
+
+    Attributes:
+        logit_scale: exponentiated.
+        is_live: whether it sees the images and texts of a batch, so that it needs one on the
+            device; else it takes the loader's.
+    """
 
     logit_scale: float
+    is_live: bool
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Features by `IMAGE` and `TEXT`, (n, E) float32 each.
 
         Args:
-            batch: on the device, see `fastclip.train.engine.Engine`.
+            batch: of the loader; of a live teacher on the device, see
+                `fastclip.train.engine.Engine`.
         """
 
 
@@ -55,7 +63,7 @@ def build_teacher(
         assert options.distill_logit_scale is not None
         scale = options.distill_logit_scale
         if options.distill_embeddings is None:
-            return ShardTeacher(scale)
+            return ShardTeacher(scale, device)
         return StoredTeacher(options.distill_embeddings, scale, samples, device)
     if options.distill_model is None:
         return None
@@ -78,6 +86,8 @@ class LiveTeacher:
     Raises:
         ValueError: it takes images of another size, or other tokens.
     """
+
+    is_live = True
 
     def __init__(
         self, teacher: Model, student: Model, precision: str, device: torch.device
@@ -124,6 +134,8 @@ class StoredTeacher:
             rows than the data have samples.
     """
 
+    is_live = False
+
     def __init__(
         self, patterns: Sequence[str], logit_scale: float, samples: int, device: torch.device
     ) -> None:
@@ -138,7 +150,7 @@ class StoredTeacher:
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """See `Teacher`."""
-        index = batch["index"].cpu().numpy()
+        index = batch["index"].numpy()
         found = (rows[index].to(self._device) for rows in (self._images, self._texts))
         return _named(*found)
 
@@ -148,14 +160,18 @@ class ShardTeacher:
 
     Args:
         logit_scale: of the teacher, exponentiated.
+        device: where features are wanted.
     """
 
-    def __init__(self, logit_scale: float) -> None:
-        self.logit_scale = logit_scale
+    is_live = False
+
+    def __init__(self, logit_scale: float, device: torch.device) -> None:
+        self.logit_scale, self._device = logit_scale, device
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """See `Teacher`."""
-        return _named(batch[IMAGE], batch[TEXT])
+        found = (batch[name].to(self._device, non_blocking=True) for name in (IMAGE, TEXT))
+        return _named(*found)
 
 
 class _Rows:

@@ -128,6 +128,7 @@ class TorchEngine(Engine):
             raise ValueError("the checkpoint is DeepSpeed's; resume with --deepspeed")
         origin = f"the checkpoint ({self.config.model.model})"
         load_weights(self.model, content["state_dict"], origin)
+        self._check_trained(content)
         self._load_beside(content)
         options = [configured(group) for group in self.optimizer.param_groups]
         check_groups(len(content["optimizer"]["param_groups"]), self.optimizer.param_groups)

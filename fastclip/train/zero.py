@@ -153,7 +153,6 @@ class DeepSpeedEngine(Engine):
             "ranks": self.world.size,
             "shapes": self._shapes,
             "buffers": self._buffers(),
-            "skipped": self.skipped,
             "groups": len(self._zero.param_groups),
             "frozen": [n for n, p in self.model.named_parameters() if not p.requires_grad],
         }
@@ -182,9 +181,9 @@ class DeepSpeedEngine(Engine):
                 "checkpoint's weights: --pretrained"
             )
         saved = content["zero"]
-        if saved["shapes"] != self._shapes:
-            model = self.config.model.model
-            raise ValueError(f"{path} is not of model {model}: its parameters differ")
+        model = self.config.model.model
+        sharded_checkpoint.require_shapes(path, model, saved["shapes"], self._shapes)
+        self._check_trained(content)
         # stages 1 and 2 keep the same things, 3 cuts every parameter
         if (saved["stage"] == 3) != (self._stage == 3):
             raise ValueError(
@@ -212,7 +211,6 @@ class DeepSpeedEngine(Engine):
             # AdamW wants its step count as a tensor beside the moments, one a parameter
             count = torch.as_tensor(state["step"], dtype=torch.float32, device=parameter.device)
             state["step"] = count.clone()
-        self.skipped = saved["skipped"]
         self._load_beside(content)
 
     @contextlib.contextmanager

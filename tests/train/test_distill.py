@@ -17,6 +17,7 @@ from fastclip.models import checkpoint
 from fastclip.models.clip import create
 from fastclip.train.config import TrainConfig, parse
 from fastclip.train.distributed import World
+from fastclip.train.engine import Engine
 from fastclip.train.health import NonFiniteError
 from fastclip.train.log import read_metrics
 from fastclip.train.loop import train
@@ -283,3 +284,26 @@ def test_files_that_are_no_features(
     change(tmp_path / "texts.npy")
     with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)):
         StoredTeacher(stored[1:3], 20.0, SAMPLES, CPU)
+
+
+@pytest.mark.parametrize("kind", ["rows", "shards"])
+def test_stored_features_need_no_copy_of_the_images(
+    kind: str, flags: list[str], stored: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The student's is the only one."""
+    given = batch(slice(None))
+    if kind == "shards":
+        stored = ["--distill-shards", *stored[-2:]]
+        given |= {name: torch.ones(8, 6) for name in (IMAGE, TEXT)}
+    config = parse([*flags, *stored])
+    engine = TorchEngine(create(config.model.model), config, World(0, 1, CPU), SAMPLES)
+    inputs = Engine._inputs
+    made = []
+
+    def counted(self: Engine, batch: dict[str, Any]) -> dict[str, Any]:
+        made.append(1)
+        return inputs(self, batch)
+
+    monkeypatch.setattr(Engine, "_inputs", counted)
+    engine.backward([given])
+    assert len(made) == 1
