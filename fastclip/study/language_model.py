@@ -75,6 +75,8 @@ def _encoded(tokenizer: Any, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def _center(model: Any, tokens: Tensor, mask: Tensor) -> None:
     """Make the mean of these texts' pooled states zero: the last layer norm's bias takes it off."""
+    # as the model is used: with dropout it would be another mean
+    model.eval()
     states = model.transformer(input_ids=tokens, attention_mask=mask).last_hidden_state
     pooled = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
     model.transformer.ln_f.bias -= pooled.mean(0)
