@@ -11,6 +11,8 @@ import torch
 
 from fastclip.cli import main
 from fastclip.data.loader import TrainingLoader
+from fastclip.data.order import Order
+from fastclip.data.shards import ShardSource
 from fastclip.data.sources import open_source
 from fastclip.train.config import TrainConfig
 from fastclip.train.distributed import World
@@ -96,3 +98,17 @@ def test_a_run_does_not_begin_where_ranks_see_other_data(train_flags: list[str])
         _, errors = rank.communicate(timeout=120)
         assert rank.returncode == 1, errors[-2000:]
         assert "64 samples in 4 steps an epoch on rank 0, and 48 in 3 steps" in errors
+
+
+@pytest.mark.parametrize(("window", "seed"), [(3, 5), (20, 0)])
+def test_the_order_is_that_of_the_flags(
+    window: int, seed: int, make_shard: Callable[..., Path]
+) -> None:
+    shards = "::".join(str(make_shard(f"{i}.tar", samples=6, first=6 * i)) for i in range(2))
+    flags: dict[str, Any] = {"shuffle_window": window, "seed": seed, "batch_size": 4}
+    config = TrainConfig.from_flat(train_data=shards, workers=0, **flags)
+    model: Any = SimpleNamespace(preprocess_config={"size": 32}, tokenizer=tokenize)
+    samples = build_loader(config, model, [], World(0, 1, torch.device("cpu"))).samples
+    assert samples.order == Order((6, 6), seed, window)
+    # places in the shards are kept of as many samples
+    assert isinstance(samples.source, ShardSource) and samples.source.window == window
