@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from fastclip.cli import main
+from fastclip.cli.eval import classification
+from fastclip.evaluate.features import ImageFeatures
 from fastclip.train.config import parse
 from fastclip.train.loop import train
 
@@ -31,6 +33,25 @@ def test_heads_are_weighed_on_other_data(rocket: Path, capsys: pytest.CaptureFix
     assert json.loads(capsys.readouterr().out) == chosen
     assert evaluate(rocket, "--average") == 0
     assert "head_weight" not in json.loads(capsys.readouterr().out)
+
+
+def test_the_weight_is_chosen_on_the_held_out_images(
+    rocket: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[str] = []
+
+    def noted(model: object, images: ImageFeatures, *_: object, **__: object) -> dict:
+        seen.extend(images.keys)
+        return {0.2: 0.5, 0.7: 0.25}
+
+    monkeypatch.setattr(classification, "accuracy_by_head_weight", noted)
+    assert evaluate(rocket, "--held-out", "scenes:split=compositional") == 0
+    assert seen == [f"compositional{number:08d}" for number in range(60)]
+    chosen = json.loads(capsys.readouterr().out)
+    assert chosen["head_weight"] == 0.2
+    # and the test images are scored with it
+    assert evaluate(rocket, "--head-weight", "0.2") == 0
+    assert json.loads(capsys.readouterr().out) == chosen
 
 
 @pytest.mark.parametrize(

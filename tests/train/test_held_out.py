@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import fastclip
 from fastclip.cli import main
@@ -18,8 +19,9 @@ from fastclip.evaluate.retrieval import evaluate_retrieval
 from fastclip.evaluate.zeroshot import classes_of, evaluate_zeroshot
 from fastclip.models.build import build
 from fastclip.models.clip import create
+from fastclip.train import held_out
 from fastclip.train.config import parse
-from fastclip.train.held_out import Validator
+from fastclip.train.held_out import Retrieval, Validator, ZeroShot
 from fastclip.train.log import read_metrics
 from fastclip.train.loop import train
 from tests.conftest import jpeg
@@ -256,3 +258,54 @@ def test_the_first_samples_alone_are_validated(flags: list[str], shard: Path) ->
         parse([*flags, "--val-num-samples", "3"])
     with pytest.raises(ValueError, match="--val-num-samples is 0; give a positive"):
         parse([*flags, "--val-data", "scenes", "--val-num-samples", "0"])
+
+
+def test_prompts_are_made_by_the_templates_asked_for(
+    flags: list[str], shard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[list[str], list[str]]] = []
+
+    def noted(model: object, images: object, *prompts: list[str], **_: object) -> dict:
+        asked.append((prompts[0], prompts[1]))
+        return {}
+
+    monkeypatch.setattr(held_out, "evaluate_zeroshot", noted)
+    (tmp_path / "mine.txt").write_text("one {}\nmy {c}\n")
+    model = create(parse(flags).model.model)
+    for given in ([], ["--templates", str(tmp_path / "mine.txt")]):
+        config = parse([*flags, "--zeroshot-data", f"pets={shard}", *given])
+        ZeroShot("pets", str(shard), config, model)()
+    classes = ["ant", "cat", "dog"]
+    assert asked == [(classes, ["a photo of a {}."]), (classes, ["one {}", "my {c}"])]
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("amp_bf16", torch.bfloat16)]
+)
+def test_the_precision_is_the_runs(
+    precision: str,
+    dtype: torch.dtype,
+    flags: list[str],
+    shard: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, noted = create(parse(flags).model.model), list[torch.dtype]()
+    for name in ("encode_image", "encode_text"):
+        encode = getattr(model.model, name)
+
+        def noting(rows: Tensor, encode: Callable[[Tensor], Tensor] = encode) -> Tensor:
+            enabled = torch.is_autocast_enabled("cpu")
+            noted.append(torch.get_autocast_dtype("cpu") if enabled else torch.float32)
+            return encode(rows)
+
+        monkeypatch.setattr(model.model, name, noting)
+    config = parse([*flags, "--val-data", str(shard), "--precision", precision])
+    # images, texts for the loss and for retrieval, prompts
+    for measured, calls in (
+        (Validator(config, model), 4),
+        (ZeroShot("pets", str(shard), config, model), 2),
+        (Retrieval("pets", str(shard), config, model), 2),
+    ):
+        noted.clear()
+        measured()
+        assert noted == [dtype] * calls
