@@ -1,8 +1,12 @@
-"""Hints: each sign is noticed after a while, and said once."""
+"""Signs of trouble: hints, each noticed after a while and said once; what is not finite."""
 
 import math
 
-from fastclip.train.health import Hints
+import pytest
+import torch
+from torch import nn
+
+from fastclip.train.health import NOTHING, Hints, first_non_finite
 
 GOOD = {"loss": 1.0, "logit_scale": 20.0, "data_wait": 0.1}
 
@@ -60,3 +64,34 @@ def test_a_validation_loss_may_vary() -> None:
     assert validated(2.0, 2.01, 2.01, 2.005) == []
     assert validated(2.0, 2.5, 1.9, 2.5) == []
     assert Hints(chance=None, warmup=0).observe_validation(1, {"zeroshot/a/acc1": 0.5}) == []
+
+
+def blamed(*, where: str) -> str:
+    """What is named first where the input, a weight or a module's output is not finite."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 1))
+    given = {"images": torch.ones(2, 3), "labels": torch.ones(2, dtype=torch.int64)}
+    if where == "input":
+        given["images"][1, 2] = torch.nan
+    if where in ("input", "parameter"):
+        # the output, too, is not finite then
+        nn.init.constant_(model[2].weight, torch.inf)
+    if where == "output":
+        model[1].register_forward_hook(lambda module, inputs, output: output / 0)
+    if where == "gradient":
+        model(given["images"]).sum().backward()
+        model[0].bias.grad[1] = torch.inf
+    return first_non_finite(model, given, lambda: model(given["images"]))
+
+
+@pytest.mark.parametrize(
+    ("where", "name"),
+    [
+        ("input", "input 'images'"),
+        ("parameter", "parameter '2.weight'"),
+        ("output", "output of '1'"),
+        ("gradient", "gradient of '0.bias'"),
+        ("nowhere", NOTHING),
+    ],
+)
+def test_the_first_that_is_not_finite_is_named(where: str, name: str) -> None:
+    assert blamed(where=where) == name

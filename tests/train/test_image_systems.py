@@ -1,6 +1,7 @@
 """Language-free controls in training: heads on one backbone, labels by text match."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,28 @@ def test_three_heads_on_one_backbone(clip: Path, flags: list[str]) -> None:
     assert model.classify(torch.zeros(2, 3, 16, 16)).shape == (2, len(CLASSES))
     with pytest.raises(ValueError, match="was trained without language"):
         model.encode_text(torch.zeros(1, 12, dtype=torch.long))
+
+
+def test_a_classifier_begins_with_the_prompts_and_the_scale_of_clip(
+    clip: Path, flags: list[str], tmp_path: Path
+) -> None:
+    """By the templates asked for; nothing is learned."""
+    templates = ["{} from afar", "the {c}"]
+    (tmp_path / "templates.txt").write_text("\n".join(templates))
+    classify = f"--objective classify --classifier zeroshot --finetune {clip} --lr 0 --wd 0"
+    asked = [*classify.split(), "--templates", f"{tmp_path}/templates.txt", "--name", "z"]
+    found, begun = weights(train(parse([*flags, *asked]))), weights(clip)
+    scale = begun["logit_scale"]
+    # it was trained, so that the scale of a new classifier is another
+    assert (scale - math.log(1 / 0.07)).abs() > 1e-4 and found["criterion.logit_scale"] == scale
+    model, _, tokenizer = fastclip.load(clip)
+    expected = []
+    for name in CLASSES:
+        prompts = tokenizer([f"{name} from afar", f"the {name}"])
+        with torch.no_grad():
+            expected.append(model.encode_text(prompts, normalize=True).mean(0))
+    for ours, mean in zip(found["criterion.weight"], expected, strict=True):
+        torch.testing.assert_close(ours, mean / mean.norm(), rtol=0, atol=1e-6)
 
 
 def test_simclr_then_finetuned_by_text_match(flags: list[str], tmp_path: Path) -> None:

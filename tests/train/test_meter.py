@@ -1,11 +1,18 @@
-"""The time left of a run: steady, without the first steps, and of the steps of now."""
+"""The speed of a run: waits for data, and the time left, steady and of the steps of now."""
 
 import math
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
+from typing import Any
 
 import pytest
+import torch
 
-from fastclip.train.meter import Pace
+from fastclip.train import meter
+from fastclip.train.meter import Meter, Pace
 
 
 def estimates(seconds: list[float], every: int) -> list[float]:
@@ -41,3 +48,60 @@ def test_a_run_that_has_only_its_first_steps_is_estimated_by_them() -> None:
     assert Pace().seconds(5) == 0
     assert estimates([9.0, 2.0, 2.0], 1) == [9.0, 2.0, 2.0]
     assert estimates([9.0, 2.0, 2.0, 2.0], 4) == [3.75]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Lets time pass."""
+    now = 0.0
+
+    def passing(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(meter.time, "perf_counter", lambda: now)
+    return passing
+
+
+def test_the_share_of_waiting_for_data(clock: Callable[[float], None]) -> None:
+    entered = []
+
+    @contextmanager
+    def watched() -> Iterator[None]:
+        entered.append("begun")
+        clock(0.25)
+        yield
+        entered.append("ended")
+
+    def steps() -> Iterator[list[dict[str, Any]]]:
+        for number, seconds in enumerate((3.0, 1.0)):
+            clock(seconds)
+            yield [{"number": number}]
+
+    measured = Meter(batch_size=8)
+    for number, batches in enumerate(measured.waiting(steps(), watched)):
+        assert batches == [{"number": number}] and entered[-1] == "ended"
+        clock(0.75)
+        measured.step()
+    # one wait more, for the end
+    assert entered == ["begun", "ended"] * 3
+    values = measured.read(torch.device("cpu"))
+    assert values["data_wait"] == (4 + 3 * 0.25) / (4 + 3 * 0.25 + 1.5)
+    assert values["samples_per_second"] == 16 / 6.25
+    assert measured.pace.seconds(1) == 6.25 / 2
+    # of what follows alone
+    clock(2.0)
+    measured.step()
+    values = measured.read(torch.device("cpu"))
+    assert values["data_wait"] == 0 and values["samples_per_second"] == 4
+
+
+def test_the_peak_of_memory_is_the_processs(clock: Callable[[float], None]) -> None:
+    def peak() -> float:
+        """In GiB; the system says KiB, on macOS bytes."""
+        unit = 2**30 if sys.platform == "darwin" else 2**20
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+    measured, before = Meter(batch_size=8), peak()
+    clock(1.0)
+    assert before <= measured.read(torch.device("cpu"))["peak_memory_gib"] <= peak()

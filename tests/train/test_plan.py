@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from fastclip.cli import main
+from fastclip.cli.plan import report
 from fastclip.functional import clip_loss, nt_xent_loss, siglip_loss
 from fastclip.models.clip import create
 from fastclip.ops import dense, kept, problem
@@ -32,6 +33,7 @@ from fastclip.train.plan import (
     Plan,
     Request,
     choose,
+    easier_batch,
     fewest_gpus,
     largest_batch,
     scaling_table,
@@ -333,6 +335,23 @@ def test_limits_are_where_plans_end() -> None:
     assert fewest is not None
     asked = replace(request, gpus=fewest // 2)
     assert choose(vit(), asked, one_pass=True) is None
+
+
+def test_a_batch_of_few_divisors_is_answered_with_an_easier_one() -> None:
+    """A prime number of rows leaves one sample at a time, or all."""
+    hard = choose(vit(), Request(64, 64 * 15_607))
+    assert hard is not None and hard.micro_batch == 1
+    batch = easier_batch(hard)
+    assert batch is not None and batch % 64 == 0
+    # with half of an easier micro-batch on each side there is a multiple of it
+    easy = choose(vit(), replace(hard.request, batch=batch))
+    assert easy is not None and easy.micro_batch >= 2
+    assert abs(batch - hard.request.batch) <= 64 * easy.micro_batch / 2
+    said = " ".join(" ".join(report(hard, "ViT-B-16")).split())
+    assert f"15,607 has no larger divisor that fits; see --batch {batch} " in said
+    for plan in (easy, choose(vit(), Request(64, 2**15))):
+        assert plan is not None and easier_batch(plan) is None
+        assert "has no larger divisor" not in " ".join(report(plan, "ViT-B-16"))
 
 
 def test_what_is_asked_for_is_kept() -> None:
