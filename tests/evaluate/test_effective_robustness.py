@@ -9,6 +9,7 @@ from PIL import Image
 
 from fastclip.evaluate.effective_robustness import (
     BASELINES,
+    OWN_CLASSES_BASELINES,
     Line,
     bootstrap_lines,
     clopper_pearson,
@@ -76,6 +77,27 @@ def test_published_models_of_low_accuracy(accuracies: tuple, rhos: tuple) -> Non
         found = 100 * effective_robustness(y, x, BASELINES["low"][name])
         # accuracies and rho have one digit: 0.05 each, that of x times the slope of at most 1
         assert found == pytest.approx(rho, abs=0.15), name
+
+
+# Slopes and intercepts in logits, fitted to the testbed's table of accuracies: of the shift's own
+# classes, and of the mean over ImageNetV2, -Sketch, -R and ObjectNet.
+TESTBED = {
+    "imagenet-r": (0.6368, -2.1077),
+    "objectnet": (0.9809, -1.9283),
+    "imagenet-a": (1.9900, -7.6325),
+    "average": (0.9454, -1.5042),
+}
+
+
+@pytest.mark.parametrize("shift", TESTBED)
+def test_the_fits_to_the_testbed(shift: str) -> None:
+    slope, intercept = TESTBED[shift]
+    lines = {**OWN_CLASSES_BASELINES, "average": BASELINES["standard"]["average"]}
+    assert lines.keys() == TESTBED.keys()
+    for odds in (1.0, 4.0, 9.0):
+        foretold = odds**slope * math.exp(intercept)
+        found = lines[shift].predict(odds / (1 + odds))
+        assert found == pytest.approx(foretold / (1 + foretold), rel=1e-9)
 
 
 def test_which_fit_suits() -> None:

@@ -1,7 +1,10 @@
 """The linear probe: hand cases, scikit-learn's own fit, and what it refuses."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
+import sklearn.model_selection
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -63,6 +66,60 @@ def test_the_strength_is_chosen_on_the_training_images() -> None:
     other = images(test.features, [0] * 60)
     assert linear_probe(train, other, regularization=(1e-9, 1.0))["regularization"] == 1.0
     assert found == linear_probe(train, test, regularization=(1e-9, 1.0))
+
+
+@pytest.fixture
+def held_out(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The labels that are held out, each time that a strength is chosen."""
+    original = sklearn.model_selection.train_test_split
+    found: list[list[int]] = []
+
+    def noting(*arrays: np.ndarray, **options: object) -> list[np.ndarray]:
+        parts = original(*arrays, **options)
+        found.append(parts[3].tolist())
+        return parts
+
+    monkeypatch.setattr(sklearn.model_selection, "train_test_split", noting)
+    return found
+
+
+def test_every_class_is_held_out_alike(held_out: list[list[int]]) -> None:
+    """Of 40, 20 and 5 images a fifth each."""
+    features, labels = blobs(120, 0)
+    rows = [row for label, count in enumerate((40, 20, 5)) for row in range(label, 3 * count, 3)]
+    data = images(features[rows], [labels[row] for row in rows])
+    for seed in range(3):
+        linear_probe(data, data, seed=seed)
+    assert [Counter(own) for own in held_out] == [{0: 8, 1: 4, 2: 1}] * 3
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        # two images of each of six classes: a fifth are three
+        [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5],
+        # one class has a single image
+        [0] * 10 + [1] * 9 + [2],
+    ],
+)
+def test_classes_too_small_for_that_are_held_out_by_chance(
+    labels: list[int | None], held_out: list[list[int]]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    data = images(torch.randn(len(labels), 4, generator=generator), labels)
+    found = linear_probe(data, data)
+    assert 0 <= found["validation_acc1"] <= 1
+    assert [len(own) for own in held_out] == [-(-len(labels) // 5)]
+
+
+def test_the_seed_chooses_what_is_held_out() -> None:
+    """Labels say nothing of the features, so that each fifth scores by chance."""
+    generator = torch.Generator().manual_seed(0)
+    labels: list[int | None] = torch.randint(0, 3, (60,), generator=generator).tolist()
+    data = images(torch.randn(60, 4, generator=generator), labels)
+    found = [linear_probe(data, data, seed=seed) for seed in (0, 1, 2, 3, 0)]
+    assert found[0] == found[4]
+    assert len({probe["validation_acc1"] for probe in found}) > 1
 
 
 def test_labels_with_gaps_and_classes_never_seen() -> None:

@@ -50,3 +50,25 @@ def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert "text_score 0.25, image_score 0.25, group_score 0.1667" in " ".join(
         describe(BENCHMARKS["winoground"]).split()
     )
+
+
+def test_what_guessing_scores() -> None:
+    """By the definitions: of so many answers one is right."""
+    assert {name: benchmark.chance for name, benchmark in BENCHMARKS.items()} == {
+        # one of two captions; the true one beside four perturbations
+        "aro": {"relation": 0.5, "attribution": 0.5, "coco_order": 0.2, "flickr30k_order": 0.2},
+        "sugarcrepe": 0.5,
+        # two images with one of two captions each; both, with a caption for each
+        "winoground": {"text_score": 0.25, "image_score": 0.25, "group_score": 1 / 6},
+        # 5,000 images and descriptions
+        "docci": {"recall@1": 0.0002, "recall@5": 0.001, "recall@10": 0.002},
+        # 1,000 classes; 200 in ImageNet-R and ImageNet-A, 113 in ObjectNet
+        "robustness": {
+            "imagenet": 0.001,
+            "imagenetv2": 0.001,
+            "imagenet-sketch": 0.001,
+            "imagenet-r": 0.005,
+            "imagenet-a": 0.005,
+            "objectnet": 1 / 113,
+        },
+    }
