@@ -304,7 +304,6 @@ def folders(tmp_path: Path) -> tuple[str, str]:
 def test_linear_probe_on_the_command_line(
     folders: tuple[str, str], opened: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("fastclip.evaluate.linear_probe")
     train, test = folders
     metrics = run(["linear-probe", "--train-data", train, "--data", test, *opened], capsys)
     written = json.loads(next(Path("eval").glob("*/linear_probe_test.json")).read_text())
