@@ -42,14 +42,6 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(command in output for command in COMMANDS)
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "info"])
-def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main([command, "--help"])
-    assert stop.value.code == 0
-    assert f"fastclip {command}" in capsys.readouterr().out
-
-
 def test_wrong_usage_is_status_2(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in ([], ["trian"], ["train", "--no-such-flag"], ["eval", "zeroshot"]):
         with pytest.raises(SystemExit) as stop:

@@ -34,12 +34,17 @@ def shown(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 def test_it_is_broken_once(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A line is broken only where the next word would not fit."""
+    """Every command and each of its parts has help, of the width of the terminal.
+
+    A line is broken only where the next word would not fit.
+    """
     monkeypatch.setenv("COLUMNS", "100")
     for words in subcommands(command, capsys):
         for width in (50, 80, 100):
             monkeypatch.setenv("COLUMNS", str(width))
-            lines = shown(words, capsys).splitlines()
+            text = shown(words, capsys)
+            assert text.startswith(f"usage: fastclip {' '.join(words)} ")
+            lines = text.splitlines()
             # without a terminal boxes have no sides
             texts = [line.startswith("      ") and not line.isspace() for line in lines]
             for number in range(1, len(lines)):
