@@ -442,3 +442,12 @@ def test_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[s
 )
 def test_names_and_captions_are_cut_by_columns(text: str, keep_end: bool, shown: str) -> None:
     assert cut(text, 10, keep_end=keep_end) == shown
+
+
+def test_images_of_a_caption_are_framed() -> None:
+    """A folder is a class: all five have its prompt."""
+    assert search("a photo of a photos.", "a circle", "--data", ".") == 0
+    with Image.open("search.png") as picture:
+        green = (np.asarray(picture.convert("RGB")) == (44, 160, 44)).all(axis=2)
+    second = 8 + 128 + 3 * 15 + 8 - 3
+    assert green[:second].sum() == 5 * (134**2 - 128**2) and not green[second:].any()
