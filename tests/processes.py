@@ -5,8 +5,10 @@ tested of launchers and of new interpreters starts one all the same.
 """
 
 import atexit
+import contextlib
 import multiprocessing
 import os
+import random
 import runpy
 import signal
 import socket
@@ -131,12 +133,22 @@ def start_command(*arguments: str, **options: Any) -> Forked:
     return Forked(main, list(arguments), **options)
 
 
+def free_port() -> int:
+    """A port that nobody has, outside those that systems give out by themselves.
+
+    One of those could be taken by any connection before it is used.
+    """
+    while True:
+        # of the system's own, which no test seeds
+        port = random.SystemRandom().randrange(10_000, 32_768)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("localhost", port))
+            return port
+
+
 def start_ranks(count: int, target: Callable[..., int | None], *arguments: Any) -> list[Forked]:
     """Ranks on this machine without a launcher, which would end all where one dies."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    where = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    where = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
     # what DeepSpeed's launcher says besides, and what it would find on a CPU
     where |= {"LOCAL_SIZE": str(count), "DS_ACCELERATOR": "cpu"}
     return [

@@ -2,7 +2,6 @@
 
 import os
 import random
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 from fastclip.cli import main
 from fastclip.models import checkpoint, sharded
 from fastclip.train.log import read_metrics
-from tests.processes import ROOT, finish, start_command, start_ranks, train_pair
+from tests.processes import ROOT, finish, free_port, start_command, start_ranks, train_pair
 from tests.train.test_kill import kill_when, last_step
 
 # by stage: what is killed and resumed is the same code, so one stage is killed most; stage 1 saves
@@ -25,11 +24,8 @@ STEPS = 30
 
 def launch(*flags: str) -> None:
     """`fastclip train` on two ranks, with the command of the pages."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
     command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2"]
-    command += ["--master_port", str(port), "--module", "fastclip.cli", "train", *flags]
+    command += ["--master_port", str(free_port()), "--module", "fastclip.cli", "train", *flags]
     done = subprocess.run(
         command,
         cwd=ROOT,
