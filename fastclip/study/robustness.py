@@ -292,7 +292,7 @@ def _plot(path: Path, rows: Sequence[Row], seeds: int) -> None:
             values = [[o.scores[name] for o in outcomes] for name in ("accuracy", "shifted")]
             bars = [_bar(own) for own in values]
             points.append((label, mean(values[0]), mean(values[1]), bars[0], bars[1]))
-    names = "accuracy on photographs as they are", "mean accuracy under corruption"
+    names = "photographs as they are", "mean over the corruptions"
     band, line = bootstrap_lines(x, y, runs=numbers), fit_line(x, y)
     plot_robustness(path, list(zip(x, y, strict=True)), points, line, band, *names)
 
