@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from of_ops import OPS
+from of_runs import RUNS
 from selections import (
     ACCUMULATE,
     ATTENTION,
@@ -107,8 +108,8 @@ _REST: dict[tuple[str, str], list[tuple[str, str]]] = {
         "kernels/launch.py",
         "tests/kernels/test_tilings.py -k only_where or against_float64 and info_nce",
     ): [
-        ("t.data_ptr() % 16 or", "t.data_ptr() % 8 or"),
-        ("t.stride(0) * t.itemsize % 16", "t.stride(0) % 2"),
+        ("x.data_ptr() % 16 == 0 and", "x.data_ptr() % 8 == 0 and"),
+        ("x.stride(0) * x.itemsize % 16", "x.stride(0) % 2"),
         ("tma or x.shape[1] % tiling.width == 0", "tma or x.shape[1] % tiling.width >= 0"),
     ],
     ("kernels/attention.py", "tests/kernels/test_attention.py -k every_plan and short"): [
@@ -163,12 +164,14 @@ _REST: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("kernels/finish.py", TRITON): [
         ("total += coefficient[:, None]", "total -= coefficient[:, None]"),
     ],
+    ("fastclip/ops/reductions.py", CLIP): [
+        ("return loss + 0 * logit_bias", "return loss + logit_bias"),
+    ],
     ("fastclip/losses/clip.py", CLIP): [
         (
             "return logits_per_image + logit_bias, logits",
             "return logits_per_image - logit_bias, logits",
         ),
-        ("loss = loss + 0 * logit_bias.sum()", "loss = loss + logit_bias.sum()"),
         ("if local_loss and (label_smoothing or not", "if local_loss and (label_smoothing and not"),
         ("labels + self._first_row(num", "labels - self._first_row(num"),
     ],
@@ -179,7 +182,10 @@ _REST: dict[tuple[str, str], list[tuple[str, str]]] = {
         ),
         ("self.world_size == 1 or self.local_loss", "self.world_size == 1 or not self.local_loss"),
         ("            **self._sharing(),\n", ""),
-        ("            self._averaged(logit_scale),\n", "            logit_scale,\n"),
+        (
+            "            self._averaged(logit_scale, image_features),\n",
+            "            logit_scale,\n",
+        ),
         ("torch.arange(self.rank * n, (self.rank + 1) * n, dev", "torch.arange(n, dev"),
         ("if self.world_size == 1 or self.gather_with_grad:", "if self.world_size == 1:"),
         ("self.world_size > 1 and self.local_loss and not", "self.world_size > 1 and not"),
@@ -307,6 +313,6 @@ _REST: dict[tuple[str, str], list[tuple[str, str]]] = {
 
 MUTANTS = [
     Mutant(file, old, new, tests)
-    for (file, tests), changes in (OPS | _REST).items()
+    for (file, tests), changes in (OPS | RUNS | _REST).items()
     for old, new in changes
 ]

@@ -193,12 +193,12 @@ OPS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("if needs[0] or needs[1]:", "if needs[1]:"),
     ],
     ("fastclip/ops/passes.py", "tests/ops/test_exchange_dtype.py"): [
-        ("scaled=weights_N is not None", "scaled=True"),
-        ("scaled=upstream_N is not None", "scaled=True"),
+        ("scaled=False", "scaled=True"),
+        ("scaled=scaled", "scaled=True"),
     ],
     ("fastclip/ops/passes.py", "tests/ops/test_checks.py -k travel"): [
         ("scaled=True", "scaled=False"),
-        ("scaled=upstream_N is not None", "scaled=False"),
+        ("scaled=scaled", "scaled=False"),
     ],
     # how it becomes an operator of torch
     (
@@ -259,8 +259,8 @@ OPS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("parts[rank] = features", "parts[0] = features"),
         ("        total += received", "        total -= received"),
         (
-            "_global_sum(upstream, group) / dist.get_world_size",
-            "_global_sum(upstream, group) * dist.get_world_size",
+            "(total / dist.get_world_size(_handle(group)))",
+            "(total * dist.get_world_size(_handle(group)))",
         ),
     ],
     ("fastclip/ops/collectives.py", "tests/ops/test_checks.py -k bytes"): [
@@ -416,10 +416,10 @@ OPS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("or value.shape[0] < domains", "or value.shape[0] > domains"),
         ("    if not value > 0:", "    if not value >= 0:"),
         ("if ids.dtype not in (torch.int32, torch.int64):", "if ids.is_floating_point():"),
-        ("chunk_bytes < 1:", "chunk_bytes < 0:"),
+        ("chunk_bytes < 1)", "chunk_bytes < 0)"),
         (
-            "cast = compute_dtype != x.dtype or autocast_enabled(x.device)",
-            "cast = compute_dtype != x.dtype",
+            'cast = precision == "auto" and autocast_enabled(x.device)',
+            'cast = precision == "auto"',
         ),
         ("if x.dtype != y.dtype and (not cast or", "if x.dtype != y.dtype and (not cast and"),
     ],
@@ -435,7 +435,7 @@ OPS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ],
     ("fastclip/ops/reference.py", RANKS): [
         ("positive_index_N + first, ranks", "positive_index_N, ranks"),
-        ("return slice(first, first + rows)", "return slice(0, rows)"),
+        ("return slice(ranks.first, ranks.first + rows)", "return slice(0, rows)"),
     ],
     ("fastclip/ops/reference.py", SIM): [
         ("(columns < options.first_negative)", "(columns <= options.first_negative)"),
