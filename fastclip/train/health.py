@@ -64,8 +64,8 @@ def first_non_finite(
 def earliest(found: Sequence[str]) -> int:
     """Which of the findings of `first_non_finite` comes first in the computation.
 
-    A fault of one rank continues: in the outputs of others, where its parameter is put together with
-    theirs, or in their gradients.
+    A fault of one rank spreads: to the outputs of others, where its parameter is put together with
+    theirs, or to their gradients.
 
     Examples:
         >>> from fastclip.train.health import earliest
