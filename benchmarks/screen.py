@@ -113,7 +113,8 @@ def lines(group: Group) -> list[str]:
     found = [group.place]
     for row in group.rows:
         name, width = row[kind.name], _name_width(kind)
-        start = f"  {name}".ljust(width)
+        # the longest has no room for a comma
+        start = f"  {name.replace(', compiled', ' compiled')}".ljust(width)
         if row["status"] == "ok" and not _measured(row, kind):
             continue
         if row["status"] == "ok":
