@@ -20,7 +20,7 @@ def test_each_score_is_in_its_row(
     drawn: list[tuple[Any, ...]] = []
     run = tmp_path / "run"
     for name, value in (
-        ("train", run),
+        ("run_or_status", run),
         ("load", "the model"),
         ("embed_images", images),
         ("evaluate_zeroshot", {"acc1": 0.55}),
