@@ -44,6 +44,15 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
+def has_bf16_product(device: torch.device) -> bool:
+    """Whether the device itself multiplies bf16; where torch emulates it, float32 is faster."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # of torch versions that do not say it, no processor is known to
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+
+
 def cuda_unavailable_reason() -> str | None:
     """Why torch cannot use a GPU here, in torch's own words where it has some; None if it can."""
     with warnings.catch_warnings():

@@ -58,7 +58,7 @@ def copy_beside(folder: Path) -> None:
     source = folder.parent / f"{folder.name}-source"
     source.mkdir()
     (source / "classes.txt").write_text("a\n")
-    _copy_beside(source / "s.tar", folder)
+    _copy_beside(str(source / "s.tar"), folder)
 
 
 def export(folder: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from fastclip.atomic import write_folder, write_text
-from fastclip.device import AUTOCAST_DTYPES
+from fastclip.device import AUTOCAST_DTYPES, has_bf16_product
 from fastclip.messages import counted, logger, note
 from fastclip.models.build import describe
 from fastclip.models.clip import CONFIG_FILE, Model
@@ -38,6 +38,15 @@ def announce(state: TrainState) -> None:
     """Log what is trained, on what and how; the whole configuration is in the run directory."""
     logger.info("\n".join(header(state)))
     warn_of_batch(state.config.optim, state.world.size)
+    warn_of_precision(state.config.model.precision, state.world.device)
+
+
+def warn_of_precision(precision: str, device: torch.device) -> None:
+    """Say that bf16 is asked of a device that lacks it."""
+    if precision != "amp_bf16" or has_bf16_product(device):
+        return
+    what, other = ("processor", "fp32") if device.type == "cpu" else ("GPU", "amp")
+    note(f"this {what} emulates bf16, which is slow; --precision {other} is faster")
 
 
 def warn_of_batch(optim: OptimOptions, processes: int) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from fastclip.cli import main, quickstart
+from fastclip.train.config import TrainConfig
 
 
 def test_each_score_is_in_its_row(
@@ -45,3 +46,19 @@ def test_each_score_is_in_its_row(
     [(path, model, _, found, queries)] = drawn
     assert (path, model, found) == (run / "retrieval.png", "the model", images)
     assert queries[0] == "bb"
+
+
+@pytest.mark.parametrize(("has_bf16", "precision"), [(True, "amp_bf16"), (False, "fp32")])
+def test_bf16_is_for_devices_that_have_it(
+    has_bf16: bool, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def trained(config: TrainConfig) -> int:
+        asked.append(config.model.precision)
+        return 3
+
+    monkeypatch.setattr(quickstart, "has_bf16_product", lambda _: has_bf16)
+    monkeypatch.setattr(quickstart, "run_or_status", trained)
+    assert main(["quickstart", "--logs", str(tmp_path), "--device", "cpu"]) == 3
+    assert asked == [precision]

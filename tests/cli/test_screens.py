@@ -16,6 +16,7 @@ from fastclip.screen import on_screen
 from fastclip.study import collages, robustness, runs
 from fastclip.study.runs import Outcome
 from tests.cli.test_cli import run
+from tests.conftest import jpeg, write_tar
 from tests.test_repo_shape import tracked
 
 __all__ = ["run"]  # fixtures
@@ -117,8 +118,8 @@ def test_studies(
 
     for module in (runs, collages):
         monkeypatch.setattr(module, "run", made)
-    # the photographs that a study copies are there
-    (tmp_path / "photographs.tar").touch()
+    # a study copies photographs of it
+    write_tar(tmp_path / "train-00000.tar", [("a.jpg", jpeg())])
     monkeypatch.setattr(robustness, "corrupt_shards", lambda *_: None)
     assert main(["study", question, str(tmp_path), "--output", str(tmp_path)]) == 0
     shown = capsys.readouterr().out

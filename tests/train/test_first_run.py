@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from matplotlib import pyplot
 
 from fastclip import device
@@ -19,7 +20,7 @@ from fastclip.messages import WIDTH
 from fastclip.models import export_onnx
 from fastclip.train import log
 from fastclip.train.config import parse
-from fastclip.train.describe import warn_of_batch
+from fastclip.train.describe import warn_of_batch, warn_of_precision
 from fastclip.train.log import plot_loss, read_metrics
 from fastclip.train.next_commands import next_commands
 from fastclip.train.options import OptimOptions
@@ -220,6 +221,36 @@ def test_another_global_batch_than_the_recipes_is_said(
     meant: int | None, processes: int, says: str, logged: Callable[[], str]
 ) -> None:
     warn_of_batch(OptimOptions(batch_size=8, accum_freq=2, global_batch=meant), processes)
+    text = logged()
+    assert says in text and bool(text) == bool(says)
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "capabilities", "says"),
+    [
+        ("fp32", "cpu", {}, ""),
+        ("amp_bf16", "cpu", {"avx512_bf16": True}, ""),
+        ("amp_bf16", "cpu", {"avx512_f": True, "avx512_bf16": False}, "this processor emulates"),
+        ("amp_bf16", "cpu", {}, "--precision fp32 is faster"),
+        ("amp_bf16", "cuda", {"avx512_bf16": True}, "this GPU emulates bf16"),
+        ("amp_bf16", "cuda", {}, "--precision amp is faster"),
+        ("amp", "cuda", {}, ""),
+    ],
+)
+def test_bf16_of_a_device_without_it_is_said(
+    precision: str,
+    device: str,
+    capabilities: dict[str, bool],
+    says: str,
+    logged: Callable[[], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    # as of a GPU before the ones with bf16: torch emulates it there
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
+    )
+    warn_of_precision(precision, torch.device(device))
     text = logged()
     assert says in text and bool(text) == bool(says)
 
