@@ -55,6 +55,11 @@ def has_bf16_product(device: torch.device) -> bool:
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 
 
+def usual_precision(device: torch.device) -> str:
+    """amp_bf16 on devices that have bf16, otherwise fp32; of `AUTOCAST_DTYPES`."""
+    return "amp_bf16" if has_bf16_product(device) else "fp32"
+
+
 def cuda_unavailable_reason() -> str | None:
     """Why torch cannot use a GPU here, in torch's own words where it has some; None if it can."""
     with warnings.catch_warnings():

@@ -58,7 +58,7 @@ def test_bf16_is_for_devices_that_have_it(
         asked.append(config.model.precision)
         return 3
 
-    monkeypatch.setattr(quickstart, "has_bf16_product", lambda _: has_bf16)
+    monkeypatch.setattr("fastclip.device.has_bf16_product", lambda _: has_bf16)
     monkeypatch.setattr(quickstart, "run_or_status", trained)
     assert main(["quickstart", "--logs", str(tmp_path), "--device", "cpu"]) == 3
     assert asked == [precision]

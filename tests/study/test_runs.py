@@ -111,3 +111,33 @@ def test_the_time_of_a_run_is_that_of_all_attempts(
             runs.run("a", ("--wd", "0"), tmp_path, no_scores)
     monkeypatch.setattr(runs, "train", train)
     assert runs.run("a", ("--wd", "0"), tmp_path, no_scores).seconds == 180
+
+
+@pytest.mark.parametrize(
+    ("flags", "has_bf16", "precision"),
+    [
+        ((), True, "amp_bf16"),
+        ((), False, "fp32"),
+        (("--precision", "fp32"), True, "fp32"),
+        (("--precision", "amp_bf16"), False, "amp_bf16"),
+    ],
+)
+def test_the_precision_is_the_runs_own_or_the_usual_one_of_the_device(
+    flags: tuple[str, ...],
+    has_bf16: bool,
+    precision: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    commands: list[list[str]] = []
+
+    def started(command: list[str], **_: object) -> SimpleNamespace:
+        commands.append(command)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr("fastclip.device.has_bf16_product", lambda _: has_bf16)
+    monkeypatch.setattr(runs.subprocess, "run", started)
+    runs.train("a", flags, tmp_path)
+    [command] = commands
+    assert command.count("--precision") == 1
+    assert command[command.index("--precision") + 1] == precision
