@@ -55,9 +55,9 @@ def has_bf16_product(device: torch.device) -> bool:
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 
 
-def usual_precision(device: torch.device) -> str:
-    """amp_bf16 on devices that have bf16, otherwise fp32; of `AUTOCAST_DTYPES`."""
-    return "amp_bf16" if has_bf16_product(device) else "fp32"
+def precision_flags(device: torch.device) -> list[str]:
+    """Flags of `fastclip train`: float32 on a device without bf16; otherwise the recipe decides."""
+    return [] if has_bf16_product(device) else ["--precision", "fp32"]
 
 
 def cuda_unavailable_reason() -> str | None:

@@ -10,7 +10,7 @@ from fastclip.cli.train import run_or_status
 from fastclip.command_line import parse_flags
 from fastclip.data.scenes import CLASSES, TEMPLATES
 from fastclip.data.sources import SceneSource
-from fastclip.device import choose_device, usual_precision
+from fastclip.device import choose_device, precision_flags
 from fastclip.evaluate.features import embed_images
 from fastclip.evaluate.gallery import draw_retrieval
 from fastclip.evaluate.results import write_result
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
     name = f"quickstart-{datetime.now():%Y%m%d-%H%M%S}"
     flags = ["--config", RECIPE, "--logs", config.logs, "--name", name]
     device = choose_device(config.device)
-    flags += ["--device", config.device, "--precision", usual_precision(device)]
+    flags += ["--device", config.device, *precision_flags(device)]
     if config.samples is not None:
         flags += ["--train-num-samples", str(config.samples)]
     settings = parse(flags)

@@ -22,7 +22,7 @@ from fastclip.atomic import create, write_text
 from fastclip.bounded import read_object
 from fastclip.data.scenes import CLASSES, TEMPLATES
 from fastclip.data.sources import SceneSource
-from fastclip.device import available_cores, choose_device, usual_precision
+from fastclip.device import available_cores, choose_device, precision_flags
 from fastclip.evaluate.features import ImageFeatures, embed_images, embed_texts
 from fastclip.evaluate.interpolation import has_two_heads, weigh_heads
 from fastclip.evaluate.retrieval import caption_pairs, chance_of_retrieval, retrieval_metrics
@@ -160,7 +160,7 @@ def train(name: str, flags: Sequence[str], folder: Path, jobs: int = 1) -> Path:
     command = [sys.executable, "-m", "fastclip.cli", "train", *flags]
     command += ["--logs", str(folder), "--name", name, "--report-to", "none"]
     if "--precision" not in flags:
-        command += ["--precision", usual_precision(choose_device("auto"))]
+        command += precision_flags(choose_device("auto"))
     # what was cut short is resumed; what has not begun begins
     command += ["--resume", "latest"]
     environment = dict(os.environ)

@@ -12,6 +12,7 @@ from fastclip.data.faults import FaultLog
 from fastclip.evaluate.features import ImageFeatures
 from fastclip.study import runs
 from fastclip.study.runs import first_rows, losses_of, recalls, steady_speed, training_seconds
+from fastclip.train.config import parse
 from tests.evaluate.planned import planned_model
 
 
@@ -120,6 +121,8 @@ def test_the_time_of_a_run_is_that_of_all_attempts(
         ((), False, "fp32"),
         (("--precision", "fp32"), True, "fp32"),
         (("--precision", "amp_bf16"), False, "amp_bf16"),
+        # a recipe's own
+        (("--config", "align_scenes"), True, "fp32"),
     ],
 )
 def test_the_precision_is_the_runs_own_or_the_usual_one_of_the_device(
@@ -137,7 +140,7 @@ def test_the_precision_is_the_runs_own_or_the_usual_one_of_the_device(
 
     monkeypatch.setattr("fastclip.device.has_bf16_product", lambda _: has_bf16)
     monkeypatch.setattr(runs.subprocess, "run", started)
-    runs.train("a", flags, tmp_path)
+    runs.train("a", ("--train-data", "scenes", *flags), tmp_path)
     [command] = commands
-    assert command.count("--precision") == 1
-    assert command[command.index("--precision") + 1] == precision
+    # what the trainer makes of it, recipe and default included
+    assert parse(command[4:]).model.precision == precision
